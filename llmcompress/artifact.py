@@ -1,0 +1,152 @@
+"""The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole or not at all.
+
+Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds finished blocks. A
+shard is complete on disk before the next begins, so memory is one tensor whatever the model's size.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from llmcompress.checkpoint import INDEX, Shard, sync, sync_folder, writing
+from llmcompress.errors import OutputError
+
+SHARD_BYTES = 5_000_000_000
+KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
+
+
+def require_space(folder: Path, need: int) -> None:
+    """Refuse to start what can't be finished: `need` bytes must be free where `folder` is or will be. Errors: OutputError."""
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(there).free
+    if free < need:
+        raise OutputError(f"{folder} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; make space or choose another --out")
+
+
+def partial_folder(out: str | Path) -> Path:
+    """The hidden folder beside `out` in which a run works, the same for every run with this `out`. Errors: OutputError."""
+    out = Path(out).resolve()  # beside the real folder, so that both are on one disk
+    if not out.name:
+        raise OutputError(f"--out {out} is the root of a disk; give the name of a folder")
+    return out.with_name(f".{out.name}.partial")
+
+
+class Writer:
+    """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
+
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, `journal/` is the run's.
+    Errors: OutputError where `out` exists (unless overwrite), is or holds the base, or lacks `size_bytes` of space.
+    """
+
+    def __init__(
+        self,
+        out: str | Path,
+        base: str | Path,
+        *,
+        size_bytes: int,
+        overwrite: bool = False,
+        ties: Mapping[str, str] | None = None,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        self.partial = partial_folder(out)
+        self.out, self.base, self.overwrite = Path(out).resolve(), Path(base), overwrite
+        self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
+        self.ties, self.shard_bytes = dict(ties or {}), shard_bytes
+        self._shards: list[Shard] = []
+        self._weights: dict[str, int] = {}  # name -> number of its shard
+        with writing(self.out):
+            if self._replaced.exists() and not self.out.exists():
+                self._replaced.rename(self.out)  # a run died between the two renames of `publish`
+            self._refuse()
+            require_space(self.partial, size_bytes + min(size_bytes, shard_bytes))  # the artefact and one shard's spools
+            shutil.rmtree(self.artifact, ignore_errors=True)
+            self.artifact.mkdir(parents=True)
+
+    def _refuse(self) -> None:
+        out, base = self.out, self.base.resolve()
+        if base.is_relative_to(out):
+            raise OutputError(f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another --out")
+        if out.is_file():
+            raise OutputError(f"--out {self.out} is a file; give the name of a folder")
+        if not out.exists() or not any(out.iterdir()):
+            return
+        if not self.overwrite:
+            raise OutputError(f"--out {self.out} exists; choose another --out or pass --overwrite")
+        if not (out / "config.json").is_file():
+            raise OutputError(f"--out {self.out} holds other things than a model, which stay as they are; choose another --out")
+
+    def add(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write tensors by name, tied ones left out; a new shard begins where one would pass `shard_bytes`."""
+        with writing(self.out):
+            for name, tensor in sorted(tensors.items()):
+                if name in self._weights:
+                    raise ValueError(f"{name} was written already")
+                if name not in self.ties:
+                    self._room_for(tensor.nbytes).add(name, tensor)
+                    self._weights[name] = len(self._shards) - 1
+
+    def _room_for(self, size: int) -> Shard:
+        """The shard that takes the next `size` bytes."""
+        if not self._shards or self._shards[-1].size_bytes + size > self.shard_bytes:
+            if self._shards:
+                self._shards[-1].close({"format": "pt"})
+            self._shards.append(Shard(self.artifact / f"shard-{len(self._shards) + 1:05}"))
+        return self._shards[-1]
+
+    def close(self, config: Mapping[str, Any]) -> Path:
+        """Finish the weights, write config.json and the base's small files; the folder returned loads with from_pretrained."""
+        untied = sorted(source for source in self.ties.values() if source not in self._weights)
+        if untied or not self._shards:
+            raise ValueError(f"{untied[0]}, the source of a tie, was never written" if untied else "no tensor was written")
+        with writing(self.out):
+            self._shards[-1].close({"format": "pt"})
+            self._name_shards(len(self._shards))
+            for file in sorted({file for pattern in KEPT for file in self.base.glob(pattern) if file.is_file()}):
+                if file.name != "config.json" and not file.name.endswith(".index.json"):
+                    self._put(str(file.relative_to(self.base)), file.read_bytes())
+            self._put("config.json", _json(config))
+        return self.artifact
+
+    def _name_shards(self, total: int) -> None:
+        """Give the shards their names, now that their number is known, and write the index."""
+        if total == 1:
+            self._shards[0].file.replace(self.artifact / "model.safetensors")
+            return
+        files = [f"model-{number:05}-of-{total:05}.safetensors" for number in range(1, total + 1)]
+        for shard, file in zip(self._shards, files, strict=True):
+            shard.file.replace(self.artifact / file)
+        weight_map = {name: files[shard] for name, shard in sorted(self._weights.items())}
+        size = sum(shard.size_bytes for shard in self._shards)
+        self._put(INDEX, _json({"metadata": {"total_size": size}, "weight_map": weight_map}))
+
+    def _put(self, name: str, content: str | bytes) -> None:
+        target = self.artifact / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with target.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            sync(file)
+
+    def publish(self, files: Mapping[str, str | bytes]) -> Path:
+        """Add files (report, card, recipe) and let the artefact appear at `out`; only then the old one goes."""
+        with writing(self.out):
+            for name, content in sorted(files.items()):
+                self._put(name, content)
+            for folder in {path.parent for path in self.artifact.rglob("*")}:
+                sync_folder(folder)
+            shutil.rmtree(self._replaced, ignore_errors=True)
+            if self.out.exists():
+                self.out.rename(self._replaced)
+            self.artifact.rename(self.out)
+            sync_folder(self.out.parent)
+            shutil.rmtree(self.partial, ignore_errors=True)  # the journal too: it has served
+        return self.out
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=2, sort_keys=True) + "\n"

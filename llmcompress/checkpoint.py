@@ -1,0 +1,340 @@
+"""Safetensors in and out: a base read lazily, a file written tensor by tensor, a journal of finished blocks to resume from.
+
+Reading opens headers only and reads one tensor at a time with `pread`, so no file page counts as ours and peak memory is the
+largest tensor. Writing spools each tensor to disk at once and puts the header in front when the file is complete: memory is
+one tensor whatever the file's size, and the price is that its bytes are written twice.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from llmcompress.errors import ModelError, OutputError
+
+INDEX = "model.safetensors.index.json"
+CODES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+class Entry(NamedTuple):
+    """Where a stored tensor lies and what it is; `file` is a name inside the checkpoint's folder."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    file: str
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of files and names."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: dict[str, Entry]
+
+    @classmethod
+    def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
+        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as our artefacts.
+
+        Errors: ModelError for a missing folder or config, pickles, missing, truncated or damaged files, and (as a base) a model
+        that is quantised already or no causal language model.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise ModelError(f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id")
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
+        config = _read_json(folder / "config.json")
+        if base:
+            _require_base(folder, config)
+        listed = _files(folder)
+        tensors = {name: entry for file in sorted(set(listed.values())) for name, entry in _entries(folder / file).items()}
+        lost = sorted(name for name in listed if name and name not in tensors)
+        if lost:
+            raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
+        return cls(folder, config, tensors)
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, on the CPU, in its stored dtype. Errors: ModelError for a name that isn't stored."""
+        if name not in self.tensors:
+            raise ModelError(f"{self.folder} has no tensor {name}; its files are not those of its config.json")
+        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
+        return tensor
+
+    @cached_property
+    def _handles(self) -> dict[str, Any]:
+        return {file: _open(self.folder / file) for file in {entry.file for entry in self.tensors.values()}}
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the weight files on disk."""
+        return sum((self.folder / file).stat().st_size for file in {entry.file for entry in self.tensors.values()})
+
+    @property
+    def parameters(self) -> int:
+        """Stored weights; a byte of bitsandbytes' 4-bit codes is two, and what belongs to its scales is none."""
+        packed = {name.removesuffix(".quant_map") for name in self.tensors if name.endswith(".quant_map")}
+        count = 0
+        for name, entry in self.tensors.items():
+            weight, dot, _ = name.partition(".weight.")
+            if not (dot and f"{weight}.weight" in packed):
+                count += torch.Size(entry.shape).numel() * (2 if name in packed else 1)
+        return count
+
+    def fingerprint(self) -> str:
+        """A digest over config, names, shapes and the first 4 KiB of every tensor: cheap, and no two trainings share it."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for name, entry in sorted(self.tensors.items()):
+            digest.update(f"{name} {entry.shape} {entry.dtype}".encode())
+            rows = self._handles[entry.file].get_slice(name) if entry.shape else None
+            width = torch.Size(entry.shape[1:]).numel() * entry.dtype.itemsize
+            head = self.read(name) if rows is None else rows[: min(entry.shape[0], max(1, 4096 // max(1, width)))]
+            digest.update(_bytes(head)[:4096])
+        return digest.hexdigest()
+
+
+def check_finite(tensor: Tensor, name: str) -> None:
+    """Refuse a weight with NaN or infinite values. Errors: ModelError."""
+    if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
+        bad = int((~finite).sum())
+        raise ModelError(
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a sound copy"
+        )
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_bytes())
+    except ValueError as error:
+        raise ModelError(f"{file} is not JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{file} holds a {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def _require_base(folder: Path, config: dict[str, Any]) -> None:
+    """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
+    if codes := config.get("quantization_config") or config.get("compression_config"):
+        method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
+        raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
+    kind, architectures = str(config.get("model_type")), config.get("architectures") or []
+    if architectures:
+        causal = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
+    else:
+        mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        causal = kind in transformers.CONFIG_MAPPING and transformers.CONFIG_MAPPING[kind] in mapping
+    if not causal:
+        found = architectures[0] if architectures else f"model_type {kind}"
+        raise ModelError(f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM")
+
+
+def _files(folder: Path) -> dict[str, str]:
+    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty name."""
+    if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
+        return {"": "model.safetensors"}
+    if (folder / INDEX).is_file():
+        listed = _read_json(folder / INDEX).get("weight_map")
+        plain = isinstance(listed, dict) and all(isinstance(file, str) and Path(file).name == file for file in listed.values())
+        if not isinstance(listed, dict) or not plain:
+            raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
+        missing = sorted(file for file in set(listed.values()) if not (folder / file).is_file())
+        if missing:
+            raise ModelError(f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again")
+        return listed
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    if pickles:
+        raise ModelError(
+            f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened here; convert it: "
+            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+        )
+    raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt", backend="pread")
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is truncated or damaged ({error}); download it again") from None
+
+
+def _entries(file: Path) -> dict[str, Entry]:
+    handle, entries = _open(file), {}
+    for name in sorted(handle.keys()):
+        stored = handle.get_slice(name)
+        if stored.get_dtype() not in DTYPES:
+            raise ModelError(f"{file}: {name} has dtype {stored.get_dtype()}, which no base has; give the original model")
+        entries[name] = Entry(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], file.name)
+    return entries
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor as safetensors stores them: row-major, little-endian."""
+    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(array)
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """A failure of the file system is the user's to mend: one line, no traceback."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"can't write {path} ({error.strerror or error}); free space there or choose another --out"
+        ) from error
+
+
+class Shard:
+    """One safetensors file written tensor by tensor: spools by item size, then header and spools in one file.
+
+    Wider items come first, so every tensor starts at a multiple of its item size.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self._sizes: dict[int, int] = {}  # item size -> bytes spooled
+        self._entries: dict[int, dict[str, dict[str, Any]]] = {}  # item size -> name -> entry of the header
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the tensors so far."""
+        return sum(self._sizes.values())
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append one tensor to its spool."""
+        width, data = tensor.dtype.itemsize, _bytes(tensor)
+        with self._spool(width).open("ab" if width in self._sizes else "wb") as spool:
+            spool.write(data)
+        start = self._sizes.get(width, 0)
+        self._sizes[width] = start + data.nbytes
+        span = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + data.nbytes]}
+        self._entries.setdefault(width, {})[name] = span
+
+    def close(self, metadata: Mapping[str, str]) -> None:
+        """Write the file, flushed to the disk, and drop the spools."""
+        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+        widths, start = sorted(self._sizes, reverse=True), 0
+        for width in widths:
+            for name, entry in self._entries[width].items():
+                header[name] = {**entry, "data_offsets": [start + offset for offset in entry["data_offsets"]]}
+            start += self._sizes[width]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with self.file.open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for width in widths:
+                with self._spool(width).open("rb") as spool:
+                    shutil.copyfileobj(spool, file, 1 << 24)
+                self._spool(width).unlink()
+            sync(file)
+
+    def _spool(self, width: int) -> Path:
+        return self.file.with_suffix(f".{width}")
+
+
+def sync(file: BinaryIO) -> None:
+    """Flush a file to the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder, where the system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+class Journal:
+    """What a run has finished, one file a block, under the digest of everything that decides the result.
+
+    Another key discards what is there. A file that is cut short, damaged or of another key counts as not done.
+    """
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self.folder, self.key = folder, key
+        with writing(folder):
+            stored = folder / "key"
+            if not stored.is_file() or stored.read_text() != key:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                stored.write_text(key)
+
+    def has(self, stage: str, block: int) -> bool:
+        """Whether a block of a stage is finished and sound; reads the whole file."""
+        return self._load(stage, block) is not None
+
+    def load(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """A finished block's tensors and facts. Errors: KeyError where `has` is False."""
+        if (found := self._load(stage, block)) is None:
+            raise KeyError(f"{stage} {block}")
+        return found
+
+    def save(self, stage: str, block: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
+        """Write a finished block, whole or not at all; facts must be JSON values."""
+        with writing(self.folder):
+            shard = Shard(self.folder / "writing")
+            for name, tensor in sorted(tensors.items()):
+                shard.add(name, tensor)
+            text = json.dumps(dict(facts), sort_keys=True)
+            shard.close({"key": self.key, "facts": text, "sha256": _digest(tensors, text)})
+            shard.file.replace(self._file(stage, block))
+            sync_folder(self.folder)
+
+    def _file(self, stage: str, block: int) -> Path:
+        return self.folder / f"{stage}.{block:05}.safetensors"
+
+    def _load(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        if not (file := self._file(stage, block)).is_file():
+            return None
+        try:
+            handle = _open(file)
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+            sound = metadata["key"] == self.key and metadata["sha256"] == _digest(tensors, metadata["facts"])
+        except (ModelError, SafetensorError, OSError, KeyError, TypeError):
+            return None
+        return (tensors, json.loads(metadata["facts"])) if sound else None
+
+
+def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
+    digest = hashlib.sha256(facts.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()

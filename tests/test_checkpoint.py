@@ -1,0 +1,236 @@
+"""Checkpoints in every state of disrepair, files against safetensors' own reader, and the journal."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmcompress import native
+from llmcompress.checkpoint import CODES, Checkpoint, Journal, Shard, check_finite
+from llmcompress.errors import CompressError, ModelError, OutputError
+from tests.models import pico
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A llama of many shards."""
+    folder = tmp_path_factory.mktemp("base")
+    pico("llama").save_pretrained(folder, max_shard_size="50KB")
+    assert len(list(folder.glob("*.safetensors"))) > 5
+    return folder
+
+
+@pytest.fixture
+def base(saved: Path, tmp_path: Path) -> Path:
+    """A copy to damage."""
+    return Path(shutil.copytree(saved, tmp_path / "base"))
+
+
+def configure(folder: Path, **fields: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **fields}))
+
+
+def test_a_sharded_checkpoint_reads_as_the_model_it_was(saved: Path) -> None:
+    checkpoint, state = Checkpoint.open(saved), pico("llama").state_dict()
+    assert checkpoint.tensors.keys() == state.keys()
+    for name, tensor in state.items():
+        entry = checkpoint.tensors[name]
+        assert (entry.shape, entry.dtype, entry.size_bytes) == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+        assert torch.equal(checkpoint.read(name), tensor)
+    assert checkpoint.config["model_type"] == "llama"
+    assert checkpoint.parameters == sum(tensor.numel() for tensor in state.values())
+    assert checkpoint.size_bytes == sum(file.stat().st_size for file in saved.glob("*.safetensors"))
+
+
+def test_four_bit_codes_count_as_the_weights_they_stand_for(tmp_path: Path) -> None:
+    packed = native.quantize_nearest(torch.randn(32, 128), "nf4", 64, True)
+    stored = {f"model.layer.{name}": tensor for name, tensor in native.tensors(packed).items()}
+    save_file({**stored, "model.norm.weight": torch.ones(7)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    assert Checkpoint.open(tmp_path, base=False).parameters == 32 * 128 + 7
+
+
+def test_a_fingerprint_stays_under_a_copy_and_changes_with_any_weight(saved: Path, base: Path) -> None:
+    assert Checkpoint.open(base).fingerprint() == Checkpoint.open(saved).fingerprint()
+    file = next(iter(sorted(base.glob("*.safetensors"))))
+    tensors = load_file(file, backend="pread")  # the file is written again below
+    for tensor in tensors.values():
+        tensor.view(-1)[0] += 1
+    save_file(tensors, file, {"format": "pt"})
+    assert Checkpoint.open(base).fingerprint() != Checkpoint.open(saved).fingerprint()
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ModelError) as caught:
+        Checkpoint.open(folder)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    assert f"no folder {tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")
+
+
+def test_a_folder_without_a_config_is_refused(base: Path) -> None:
+    (base / "config.json").unlink()
+    assert "no config.json" in refusal(base)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_a_config_that_is_no_json_object_is_named(base: Path, text: str) -> None:
+    (base / "config.json").write_bytes(text.encode("latin-1"))
+    assert "config.json" in refusal(base)
+
+
+def test_a_pickle_is_refused_with_the_way_to_convert_it(base: Path) -> None:
+    for file in [*base.glob("*.safetensors"), base / "model.safetensors.index.json"]:
+        file.unlink()
+    assert "no model.safetensors" in refusal(base)
+    (base / "pytorch_model.bin").write_bytes(b"never opened")
+    assert "pytorch_model.bin" in refusal(base)
+    assert "save_pretrained" in refusal(base)
+
+
+def test_a_missing_shard_is_named(base: Path) -> None:
+    file = sorted(base.glob("*.safetensors"))[2]
+    file.unlink()
+    assert file.name in refusal(base)
+
+
+def test_an_index_without_file_names_is_refused(base: Path) -> None:
+    index = base / "model.safetensors.index.json"
+    for content in ("{}", '{"weight_map": {"a": "../elsewhere.safetensors"}}', '{"weight_map": {"a": 3}}'):
+        index.write_text(content)
+        assert "weight_map" in refusal(base)
+
+
+def test_an_index_that_lists_what_no_shard_holds_is_refused(base: Path) -> None:
+    index = base / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    content["weight_map"]["model.extra.weight"] = sorted(content["weight_map"].values())[0]
+    index.write_text(json.dumps(content))
+    assert "model.extra.weight" in refusal(base)
+
+
+@pytest.mark.parametrize("size", [0, 5, 200, -1])
+def test_a_truncated_shard_is_named(base: Path, size: int) -> None:
+    file = sorted(base.glob("*.safetensors"))[1]
+    file.write_bytes(file.read_bytes()[:size])
+    assert f"{file} is truncated or damaged" in refusal(base)
+
+
+def test_a_quantised_base_is_refused_and_read_on_request(base: Path) -> None:
+    configure(base, quantization_config={"quant_method": "bitsandbytes"})
+    assert "quantised already (bitsandbytes)" in refusal(base)
+    assert Checkpoint.open(base, base=False).tensors
+
+
+@pytest.mark.parametrize(
+    ("fields", "causal"),
+    [
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, False),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, False),
+        ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, True),
+        ({"architectures": None}, True),
+        ({"architectures": None, "model_type": "t5"}, False),
+        ({"architectures": None, "model_type": "unheard_of"}, False),
+        ({"architectures": None, "model_type": None}, False),
+    ],
+)
+def test_only_causal_language_models_are_bases(base: Path, fields: dict[str, Any], causal: bool) -> None:
+    configure(base, **fields)
+    if causal:
+        assert Checkpoint.open(base).tensors
+    else:
+        assert "no causal language model" in refusal(base)
+
+
+def test_a_tensor_that_is_not_there_is_named(saved: Path) -> None:
+    with pytest.raises(ModelError, match="no tensor missing"):
+        Checkpoint.open(saved).read("missing")
+
+
+def test_values_that_are_not_finite_are_counted() -> None:
+    weight = torch.ones(4, 8)
+    check_finite(weight, "w")
+    check_finite(torch.arange(3), "codes")
+    weight[0, 0], weight[1, 2] = torch.nan, -torch.inf
+    with pytest.raises(ModelError, match="w: 2 of 32 values"):
+        check_finite(weight, "w")
+
+
+def some_tensors() -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    tensors = {f"t{i}": (torch.randn(5, 3, generator=generator) * 50).to(dtype) for i, dtype in enumerate(CODES)}
+    strange = {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.randn(4, 6, generator=generator).T}
+    return {**tensors, **strange}
+
+
+@pytest.mark.parametrize("backend", ["mmap", "pread"])
+def test_a_shard_reads_back_through_safetensors(tmp_path: Path, backend: str) -> None:
+    tensors, shard = some_tensors(), Shard(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        shard.add(name, tensor)
+    shard.close({"format": "pt"})
+    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]  # no spool stays
+    assert shard.size_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    with safe_open(shard.file, framework="pt", backend=backend) as file:
+        assert file.metadata() == {"format": "pt"}
+    found = load_file(shard.file, backend=backend)
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
+        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+
+
+def test_a_journal_returns_what_was_saved_also_to_the_next_run(tmp_path: Path) -> None:
+    tensors = some_tensors()
+    Journal(tmp_path / "journal", "key").save("quantize", 3, tensors, {"error": 0.25, "kept": ["a"]})
+    journal = Journal(tmp_path / "journal", "key")
+    assert journal.has("quantize", 3)
+    assert not journal.has("quantize", 4)
+    assert not journal.has("prune", 3)
+    found, facts = journal.load("quantize", 3)
+    assert facts == {"error": 0.25, "kept": ["a"]}
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[name].float(), tensors[name].float()) for name in tensors)
+    with pytest.raises(KeyError):
+        journal.load("quantize", 4)
+
+
+def test_a_journal_of_another_run_is_discarded(tmp_path: Path) -> None:
+    Journal(tmp_path / "journal", "one").save("quantize", 0, some_tensors(), {})
+    assert not Journal(tmp_path / "journal", "two").has("quantize", 0)
+    assert not Journal(tmp_path / "journal", "one").has("quantize", 0)
+
+
+def test_a_block_file_cut_anywhere_or_changed_anywhere_is_not_done(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", "key")
+    journal.save("quantize", 0, {"w": torch.randn(20, 20)}, {"error": 1.0})
+    file = next((tmp_path / "journal").glob("*.safetensors"))
+    sound = file.read_bytes()
+    for size in (0, 3, 8, 100, len(sound) // 2, len(sound) - 1):
+        file.write_bytes(sound[:size])
+        assert not journal.has("quantize", 0)
+    for place in range(0, len(sound), 37):
+        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
+        if journal.has("quantize", 0):  # then the change was one of white space
+            assert sound[place : place + 1] == b" "
+    file.write_bytes(sound)
+    assert journal.has("quantize", 0)
+    journal.save("quantize", 0, {"w": torch.zeros(2)}, {})
+    assert torch.equal(journal.load("quantize", 0)[0]["w"], torch.zeros(2))
+
+
+def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="can't write") as caught:
+        Journal(tmp_path / "file" / "journal", "key")
+    assert isinstance(caught.value, CompressError)
