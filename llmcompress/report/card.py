@@ -1,0 +1,204 @@
+"""The model card: README.md of an artefact, for whoever finds the model and asks what it is, how to load it and how good it is.
+
+Every number comes from the report and none is typed here. The front matter carries the results as a `model-index`, in full
+precision, so that the Hub shows them and a script reads them back; the text below it is the same report in words and tables.
+A base that lies in a folder is named by its last name alone: the Hub refuses paths as `base_model`, and nobody needs them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import yaml
+
+from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, Report
+from llmcompress.report.render import (
+    Rows,
+    amount,
+    before_after,
+    change,
+    fidelity_rows,
+    kept_rows,
+    nats,
+    number,
+    short_name,
+    time_rows,
+    worst_rows,
+)
+
+INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
+FOUR_BIT = {"nf4", "fp4"}
+
+
+def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any]) -> str:
+    """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be empty).
+
+    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`.
+    """
+    front = yaml.safe_dump(_front_matter(report, base_card), sort_keys=False, allow_unicode=True)
+    parts = [_opening(report), _change(report), _loading(report), _recipe(recipe_yaml), _errors(report)]
+    parts += [_limits(report), _reproduction(report, recipe_yaml)]
+    return f"---\n{front}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    """The card data at the head of a README.md; empty where there is none that can be read."""
+    parts = text.split("---", 2)
+    if len(parts) < 3 or parts[0].strip():
+        return {}
+    try:
+        data = yaml.safe_load(parts[1])
+    except yaml.YAMLError:
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any]:
+    stages = {stage.name for stage in report.stages}
+    formats = {linear.format for linear in report.linears}
+    front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _plain(base_card.get(key))}
+    if report.base.revision is not None:
+        front["base_model"] = report.base.model
+        front["base_model_relation"] = "quantized" if "quantize" in stages else "finetune"
+    bits = {"4-bit", "bitsandbytes"} if formats & FOUR_BIT else set()
+    front |= {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmcompress", *sorted(stages | formats | bits)],
+    }
+    results = _results(report)
+    return front | ({"model-index": [{"name": short_name(report.compressed.model), "results": results}]} if results else {})
+
+
+def _plain(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+
+
+def _results(report: Report) -> list[dict[str, Any]]:
+    """The Hub's model-index: one result, all metrics on the evaluation text."""
+    facts = report.fidelity
+    metrics = (
+        ("perplexity", "perplexity", report.compressed.perplexity),
+        ("kl_nats_mean", "KL(base || compressed), mean, nats per token", facts.kl_nats_mean),
+        ("kl_nats_p99", "KL(base || compressed), 99th percentile, nats per token", facts.kl_nats_p99),
+        ("top1_agreement", "share of tokens with the same first choice as the base", facts.top1_agreement),
+        ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
+    )
+    measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
+    text = _source(report)
+    result = {"task": {"type": "text-generation"}, "dataset": {"type": text.split()[0], "name": text}, "metrics": measured}
+    return [result] if measured else []
+
+
+def _opening(report: Report) -> str:
+    base, small = report.base, report.compressed
+    revision = f" at revision `{base.revision}`" if base.revision else ""
+    return (
+        f"# {short_name(small.model)}\n\n"
+        f"`{_base(report)}`{revision}, compressed by llmcompress with the recipe below: "
+        f"{amount(base.size_bytes, 'B')} became {amount(small.size_bytes, 'B')} ({change(base.size_bytes, small.size_bytes)}), "
+        f"perplexity {number(base.perplexity)} became {number(small.perplexity)}, "
+        f"and the KL divergence from the base is {nats(report.fidelity.kl_nats_mean)}."
+    )
+
+
+def _change(report: Report) -> str:
+    header = ("", "base", "compressed", "change")
+    return (
+        f"## Before and after\n\n{_table(header, before_after(report))}\n\n{_table(('', 'value'), fidelity_rows(report))}\n\n"
+        f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})"
+    )
+
+
+def _loading(report: Report) -> str:
+    packed = {linear.format for linear in report.linears} & FOUR_BIT
+    packages = "transformers accelerate" + (" bitsandbytes" if packed else "")
+    return f"""## Load it
+
+```
+pip install {packages}
+```
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{short_name(report.compressed.model)}"  # this folder, or its id on the Hub
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
+prompt = tokenizer("The first", return_tensors="pt").to(model.device)
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
+```"""
+
+
+def _recipe(recipe_yaml: str) -> str:
+    longest = max((len(run) for run in re.findall("`+", recipe_yaml)), default=0)
+    fence = "`" * max(3, longest + 1)  # a fence that the recipe can't close
+    return f"## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}"
+
+
+def _errors(report: Report) -> str:
+    parts = []
+    if report.linears:
+        parts += [
+            "## Where the error is",
+            f"![Relative error of each linear over depth]({ERROR_PICTURE})",
+            _table(("largest errors", "format", "bits", "relative error"), worst_rows(report)),
+        ]
+    if report.kept:
+        parts += ["Kept as they were:", _table(("linear", "why"), kept_rows(report))]
+    notes = [f"- {stage.name}: {note}" for stage in report.stages for note in stage.notes]
+    return "\n\n".join([*parts, "\n".join(notes)]) if notes else "\n\n".join(parts)
+
+
+def _limits(report: Report) -> str:
+    data = report.data
+    limits = (
+        f"Measured on {data.evaluation_tokens:,} tokens of one text ({_source(report)}). The interval says how far another "
+        "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction following and "
+        "safety were not measured.",
+        f"Calibrated on {data.calibration_tokens:,} tokens of the same source: text unlike it may lose more.",
+        "The mean KL hides rare tokens that changed much more; the 99th percentile shows some of them.",
+        f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be otherwise.",
+        "Whatever limits the base has, and its licence, hold here too.",
+    )
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
+
+
+def _reproduction(report: Report, recipe_yaml: str) -> str:
+    base = report.base.model if report.base.revision else f"path/to/{short_name(report.base.model)}"
+    source = report.data.source
+    data = (
+        ""
+        if source in recipe_yaml
+        else f" --data {_source(report) if source == _source(report) else f'path/to/{_source(report)}'}"
+    )
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
+    return f"""## Reproduce it
+
+```
+llmcompress run recipe.yaml --base {base}{data} --out again/
+llmcompress report again/
+```
+
+Recipe digest `{report.recipe_digest}`, tokens sha256 `{report.data.sha256}`.
+Made with {versions} on {report.environment.device}; peak memory {amount(report.cost.peak_memory_bytes, "B")}.
+
+{_table(("stage", "time", "share"), time_rows(report))}"""
+
+
+def _base(report: Report) -> str:
+    return report.base.model if report.base.revision is not None else short_name(report.base.model)
+
+
+def _source(report: Report) -> str:
+    """The data set's id on the Hub, or the last name of a path."""
+    source = report.data.source
+    name = r"[A-Za-z0-9][\w.-]*"
+    return source if re.match(rf"{name}(/{name})?( |$)", source) else short_name(source)
+
+
+def _table(header: Sequence[str], rows: Rows) -> str:
+    """A Markdown table: the first column and words to the left, numbers to the right."""
+    rule = [":--" if place == 0 or name == "why" else "--:" for place, name in enumerate(header)]
+    lines = [header, rule, *([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
