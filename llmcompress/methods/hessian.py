@@ -1,0 +1,73 @@
+"""Second moments of a linear's inputs, and the triangular factor of their inverse that GPTQ walks along.
+
+The squared output error of a linear over its calibration inputs is tr(E H E^T) with E the weight error and H = X X^T: one
+C x C matrix says all that the data has to say, so it is accumulated once and shared by every linear that reads the same input.
+Float32 throughout; the sums of a calibration set stay far within its range because they are kept as means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Moments:
+    """Running mean of x x^T over tokens: `H_CC`, float32, on the device of the inputs."""
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+        self.H_CC = torch.zeros(columns, columns, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs x [..., C]."""
+        X_TC = x.reshape(-1, x.shape[-1]).float()
+        total = self.tokens + len(X_TC)
+        if total == 0:
+            return
+        self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
+        self.tokens = total
+
+
+def damped(H_CC: Tensor, damp: float) -> Tensor:
+    """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets that mean."""
+    mean = H_CC.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # no input at all: identity, plain rounding
+    H = H_CC.clone()
+    H.diagonal().add_(damp * mean)
+    dead = H_CC.diagonal() <= 0
+    H.diagonal()[dead] = mean
+    return H
+
+
+def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with (H + damping)^-1 = U^T U.
+
+    The damping grows tenfold until the Cholesky factorisation succeeds, so constant channels, dead channels and fewer
+    tokens than columns all end in a finite factor.
+
+    Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1.
+    """
+    for attempt in range(12):
+        lower, failed = torch.linalg.cholesky_ex(damped(H_CC, damp * 10**attempt))
+        if failed:
+            continue
+        U_CC: Tensor
+        U_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(U_CC).all()):
+            return U_CC
+    raise ValueError("second moments are not finite")
+
+
+def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
+    """Lower triangular R with R R^T = F + damping: the squared length of e R is the error e [D] weighed by F.
+
+    F is scaled to a mean diagonal of one first, so that losses of different blocks are of one size.
+    """
+    mean, eye = F_DD.diagonal().mean(), torch.eye(len(F_DD), device=F_DD.device)
+    F = eye if mean == 0 else F_DD / mean
+    for attempt in range(12):
+        R_DD: Tensor
+        R_DD, failed = torch.linalg.cholesky_ex(F + damp * 10**attempt * eye)
+        if not failed and bool(torch.isfinite(R_DD).all()):
+            return R_DD
+    raise ValueError("output Fisher matrix is not finite")
