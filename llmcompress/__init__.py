@@ -1,0 +1,12 @@
+"""llmcompress makes causal language models of Hugging Face transformers small, and says what that cost."""
+
+from llmcompress.data import DataSpec
+from llmcompress.errors import AcceptError, CompressError
+from llmcompress.evaluate import evaluate
+from llmcompress.recipe import Accept, Recipe
+from llmcompress.report import Report
+from llmcompress.run import compress
+from llmcompress.stages.quantize import Quantize
+
+__version__ = "0.1.0"
+__all__ = ["Accept", "AcceptError", "CompressError", "DataSpec", "Quantize", "Recipe", "Report", "compress", "evaluate"]

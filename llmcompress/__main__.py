@@ -1,0 +1,125 @@
+"""The command line: parsing, progress bars and exit codes; what a command does lies elsewhere.
+
+Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts, 1 = a bug.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from llmcompress.errors import CompressError, OutputError
+
+app = typer.Typer(
+    name="llmcompress",
+    help="Make a causal language model small by a recipe, and say what that cost.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+Recipe = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", show_default=False)]
+BaseModel = Annotated[str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")]
+Data = Annotated[
+    str | None, typer.Option("--data", help="Hub data set, .txt/.jsonl/.parquet file, folder of them, or python-docs.")
+]
+Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; the first GPU where there is one.")]
+
+
+def track(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """A progress bar on stderr while `things` go by; a line at the end where that is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=err) as progress:
+        yield from progress.track(things, total=count, description=what)
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    out_: Annotated[Path, typer.Option("--out", help="Folder for the result.")] = Path("compressed"),
+    base: BaseModel = None,
+    data: Data = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
+    device: Device = None,
+) -> None:
+    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
+    from llmcompress.recipe import Recipe
+    from llmcompress.report.render import print_report
+    from llmcompress.run import compress
+
+    steps = Recipe.from_file(recipe)
+    report = compress(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=track)
+    print_report(report, out)
+    out.print(f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r}).")
+
+
+@app.command()
+def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
+    """Say what a run would give and cost (parameters, bytes, memory, time) from the model's shapes alone; run nothing."""
+    from llmcompress.plan import plan as make_plan
+    from llmcompress.recipe import Recipe
+    from llmcompress.report.render import print_plan
+
+    rows, notes = make_plan(Recipe.from_file(recipe), base=base, device=device)
+    print_plan(rows, notes, out)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)],
+    against: Annotated[str | None, typer.Option("--against", help="Base to compare with: KL, top-1 agreement.")] = None,
+    data: Data = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
+    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window.")] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 64,
+    device: Device = None,
+) -> None:
+    """Measure a model: perplexity with its interval, bytes, tokens/s, and the distance from a base."""
+    from llmcompress.data import PYTHON_DOCS, DataSpec
+    from llmcompress.evaluate import evaluate as measure
+    from llmcompress.report.render import print_evaluation
+
+    spec = DataSpec(source=data or PYTHON_DOCS, length=length, samples=1, evaluation_samples=samples)
+    result = measure(model, against=against, data=spec, device=device, track=track)
+    print_evaluation(result, out)
+    if json_file is not None:
+        try:
+            json_file.write_text(json.dumps(result, indent=2) + "\n")
+        except OSError as error:
+            raise OutputError(f"can't write {json_file} ({error.strerror}); give another --json file") from None
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)]) -> None:
+    """Print the report of a finished run."""
+    from llmcompress.report import Report
+    from llmcompress.report.render import print_report
+
+    print_report(Report.of(folder), out)
+
+
+def main() -> None:
+    """The command `llmcompress`."""
+    try:
+        app()
+    except CompressError as error:
+        err.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
+        sys.exit(error.exit_code)
+
+
+def _plain(error: CompressError) -> str:
+    from rich.markup import escape
+
+    return escape(" ".join(str(error).split()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""What a model is worth, and how far it is from its base: `llmcompress evaluate`.
+
+Both models are read from disk one block at a time and computed in float32, 4-bit codes as the weights that they stand for, so
+that two numbers differ by the weights and by nothing else. Speed is measured on the model as from_pretrained loads it, with
+the kernels that it will run on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from llmcompress.checkpoint import Checkpoint
+from llmcompress.data import DataSpec
+from llmcompress.prepare import blocks_for, find_base, pick_device, tokenizer_of
+from llmcompress.report.measure import Speed, fidelity, speed
+from llmcompress.residency import OnDisk
+from llmcompress.walk import Track, logits, untracked
+
+SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
+
+
+def evaluate(
+    model: str,
+    *,
+    against: str | None = None,
+    data: DataSpec | None = None,
+    device: str | None = None,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Perplexity with its interval, size and speed of a model by folder or Hub id; against a base also KL and top-1 agreement.
+
+    The keys are those of `evaluate --json`. Raises CompressError where model, base or data can't be read.
+    """
+    found, where = find_base(model), pick_device(device)
+    subject = OnDisk(found.folder, where, quantized=True)
+    windows = blocks_for(subject, data or DataSpec(), tokenizer_of(found.folder)).evaluation
+    base = None
+    if against is not None:
+        base = logits(OnDisk(find_base(against).folder, where, quantized=True), windows, track)
+    measured = fidelity(logits(subject, windows, track), windows, base)
+    fast = speed_of(found.folder, windows, where)
+    result: dict[str, Any] = {
+        "model": model,
+        "perplexity": measured.perplexity,
+        "perplexity_ci95": list(measured.perplexity_ci95),
+        "tokens": measured.tokens,
+        "size_bytes": subject.checkpoint.size_bytes,
+        "tokens_per_s": fast and fast.prefill_tokens_per_s,
+    }
+    if against is not None:
+        result |= {key: getattr(measured, key) for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement")}
+    return result
+
+
+def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | None:
+    """Tokens per second of the model as from_pretrained loads it; None for one too large to load whole."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
+        return None
+    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    return speed(model, windows)

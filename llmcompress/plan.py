@@ -1,0 +1,88 @@
+"""What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
+
+Sizes are exact: they follow from shapes and formats. Memory is the sum of what is held at once. Time is work over speed: the
+multiplications that a stage does, at the rate at which this machine multiplies matrices now (timed for a moment), so it is
+right to a factor of about two.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from transformers import AutoConfig
+
+from llmcompress.prepare import find_base, pick_device
+from llmcompress.recipe import Recipe
+from llmcompress.residency import Outline
+from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
+from llmcompress.walk import TOKENS_AT_ONCE
+
+Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
+
+
+def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) -> tuple[list[Row], list[str]]:
+    """Rows for the base and for each stage, and notes in words; raises CompressError as `compress` would for the same input."""
+    found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
+    model = Outline(AutoConfig.from_pretrained(found.folder), pick_device(device), torch.float32)
+    stage = recipe.stages[0].stage
+    chosen, kept = stage.choose(model)
+    shapes = dict(model.linear_maps())
+    width = model.weight_dtype.itemsize
+    parameters = sum(p.numel() for p in model.model.parameters())
+    quantized = sum(math.prod(shapes[name]) for name in chosen)
+    length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
+    tokens = recipe.data.samples * length
+    rows = [
+        {"stage": "base", "parameters": parameters, "size_bytes": parameters * width},
+        {
+            "stage": f"quantize ({stage.format}, {stage.rounding})",
+            "parameters": parameters,
+            "size_bytes": int((parameters - quantized) * width + quantized * stage.bits / 8),
+            "peak_memory_bytes": _memory(model, stage, tokens),
+            "seconds": _work(model, stage, shapes, chosen, tokens) / _rate(model.device),
+        },
+    ]
+    reasons = sorted(set(kept.values()))
+    notes = [f"{len(chosen)} linears are quantised, {len(kept)} kept ({'; '.join(reasons)})"] if kept else []
+    return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
+
+
+def _memory(model: Outline, stage: Quantize, tokens: int) -> int:
+    """Bytes held at once: the largest block with its solver's matrices, what lies outside the blocks, and the hidden states."""
+    inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+    every = sum(p.numel() for p in model.model.parameters())
+    outer = every - sum(p.numel() for layer in model.layers for p in layer.parameters())
+    D = model.config.hidden_size
+    streams = tokens * D * (6 if stage.rounding == "learned" else 2)
+    widest = max(columns for _, (_, columns) in model.linear_maps())
+    # a block in float32, its gradients, positions and two moments of Adam when it is trained, its own codes as int64
+    copies = 10 if stage.rounding == "learned" else 4
+    floats = inner * copies + outer + streams + 4 * widest * widest
+    return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
+
+
+def _work(model: Outline, stage: Quantize, shapes: dict[str, tuple[int, int]], chosen: list[str], tokens: int) -> float:
+    """Multiplications and additions of a stage."""
+    inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    forward = 2.0 * inner * tokens
+    total = 2 * forward  # one pass for the moments, one to go on
+    if stage.rounding != "nearest":
+        total += sum(2.0 * rows * columns**2 * 10 + columns**3 for rows, columns in (shapes[name] for name in chosen))
+    if stage.rounding == "learned":
+        total += forward + 5 * 2.0 * inner * max(FISHER_TOKENS, 8 * model.config.hidden_size)
+        total += 3 * 2.0 * inner * stage.steps * TOKENS_AT_ONCE + 2 * forward
+    return total
+
+
+def _rate(device: torch.device) -> float:
+    """Operations per second of a float32 matrix product here, timed for a moment."""
+    X = torch.rand(1024, 1024, device=device)
+    (X @ X).sum().item()
+    start, count = time.perf_counter(), 0
+    while time.perf_counter() - start < 0.2:
+        (X @ X).sum().item()
+        count += 1
+    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)  # blocks run at about 0.6 of a bare product

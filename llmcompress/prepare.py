@@ -1,0 +1,62 @@
+"""What a run needs before it starts: the base on this machine, its tokenizer, the text in windows, the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from llmcompress import hub
+from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
+from llmcompress.errors import ModelError, RecipeError
+from llmcompress.residency import Resident
+
+DEMO = "demo"  # the base that llmcompress carries itself
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model on this machine: what the user called it, where it lies, and at which commit if it came from the Hub."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def find_base(name: str | None, revision: str | None = None, *, weights: bool = True) -> Base:
+    """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where there is none.
+
+    With `weights=False` only its small files are fetched.
+    """
+    if name is None:
+        raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
+    if name == DEMO:
+        return Base(DEMO, DEMO_MODEL, None)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return Base(name, path, None)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise ModelError(f"base {name} is no folder; give the folder of a model or a Hub id like user/name")
+    return Base(name, *hub.fetch(name, revision, weights=weights))
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device for the work: as asked, else the first GPU, else the CPU."""
+    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; raises ModelError where there is none. No code from the folder is run."""
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        why = " ".join(str(error).split())[:120]
+        raise ModelError(f"{folder} has no tokenizer that loads ({why}); save the model's tokenizer there") from None
+
+
+def blocks_for(model: Resident, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Blocks:
+    """The token windows of a recipe's data for this model."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return load_data(spec, tokenizer, model.config.vocab_size, positions)

@@ -1,0 +1,181 @@
+"""A recipe: base, data, stages, accept, as one frozen value that YAML spells and a digest names.
+
+Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with a recipe is
+said in one line before anything is read: the key and where it stands, why it can't be, and the nearest right word.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+
+from llmcompress.data import DataSpec
+from llmcompress.errors import RecipeError
+from llmcompress.stages.quantize import Quantize
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from llmcompress.report import Report
+
+LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
+SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
+SHORT.maxlevel = 2
+
+
+class Accept(BaseModel):
+    """Bounds that the result must keep, or nothing is published."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    kl_nats: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="highest mean KL(base || compressed) per token"
+    )
+    perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="highest perplexity over the base's"
+    )
+    top1_agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="lowest share of equal first tokens"
+    )
+
+
+class Step(BaseModel):
+    """One entry of `stages`: the name of a stage and its settings."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    quantize: Quantize
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bare_name(cls, entry: Any) -> Any:
+        """`- quantize` is the stage with all defaults; `- quantize:` too."""
+        if isinstance(entry, str):
+            return {entry: {}}
+        return (
+            {name: {} if settings is None else settings for name, settings in entry.items()}
+            if isinstance(entry, dict)
+            else entry
+        )
+
+    @property
+    def stage(self) -> Quantize:
+        """The stage itself."""
+        return self.quantize
+
+
+class Recipe(BaseModel):
+    """What to do to which model, on which text, and how much it may lose."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    base: str | None = Field(
+        default=None, min_length=1, description="Hub id or folder of the model; `demo` is the embedded one"
+    )
+    revision: str | None = Field(default=None, min_length=1, description="commit, branch or tag of a base on the Hub")
+    data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
+    stages: Annotated[tuple[Step, ...], Field(min_length=1)]
+    accept: Accept = Accept()
+
+    @model_validator(mode="after")
+    def _quantize_is_last(self) -> Recipe:
+        if len(self.stages) > 1:
+            raise ValueError("a quantised model can't be quantised again; keep one quantize, as the last stage")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_what_was_set(self, handler: Any) -> Any:
+        return {key: value for key, value in handler(self).items() if value not in (None, {})}
+
+    @property
+    def digest(self) -> str:
+        """sha256 of the recipe with every default filled in."""
+        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML, without what is left at its default; reads back to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def parse(cls, text: str | bytes, where: str = "recipe") -> Recipe:
+        """A recipe from YAML; raises RecipeError with one line that begins with `where`."""
+        try:
+            entries = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
+            line = getattr(getattr(error, "problem_mark", None), "line", None)
+            place = f" (line {line + 1})" if line is not None else ""
+            raise RecipeError(f"{where} is no YAML{place}: {_one_line(getattr(error, 'problem', None) or error)}") from None
+        if not isinstance(entries, dict):
+            raise RecipeError(f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:")
+        try:
+            return cls.model_validate(entries)
+        except ValidationError as error:
+            raise RecipeError(f"{where}: {_one_line(_explain(error))}") from None
+
+    @classmethod
+    def from_file(cls, file: str | Path) -> Recipe:
+        """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
+        path = Path(file)
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}; give the path of a .yaml file")
+        if path.stat().st_size > LARGEST:
+            raise RecipeError(f"{path} has {path.stat().st_size} bytes, a recipe has at most {LARGEST}; give a recipe file")
+        return cls.parse(path.read_bytes(), str(path))
+
+    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Report]:
+        """Compress a model in memory: it is changed in place and returned with its report.
+
+        `base` and `revision` of the recipe are not looked at. Raises CompressError as `compress` does.
+        """
+        from llmcompress.run import apply  # run knows recipes, so a recipe finds it only when asked
+
+        return apply(self, model, tokenizer)
+
+
+def _kind(value: Any) -> str:
+    return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _one_line(text: object) -> str:
+    return " ".join(str(text).split())
+
+
+def _explain(error: ValidationError) -> str:
+    """The first thing wrong, as `stages.0.quantize.blok: unknown key; did you mean block?`."""
+    first = error.errors(include_url=False)[0]
+    path, kind, given = first["loc"], first["type"], first.get("input")
+    place = ".".join(map(str, path))
+    if kind == "extra_forbidden":
+        known = _known(path[:-1])
+        near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
+        return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+    if kind == "missing":
+        if path and path[-1] == "quantize":
+            entry = given if isinstance(given, Mapping) else {}
+            near = difflib.get_close_matches(str(next(iter(entry), "")), ["quantize"], n=1, cutoff=0.4)
+            what = f'"{next(iter(entry))}" is no stage' if entry else "an empty stage"
+            return f"{'.'.join(map(str, path[:-1]))}: {what}; " + (f"did you mean {near[0]}?" if near else "use quantize")
+        return f"{place}: is missing; add it"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = f", not {SHORT.repr(given)[:80]}" if kind != "value_error" else ""
+    return f"{place + ': ' if place else ''}{message}{shown}"
+
+
+def _known(path: tuple[int | str, ...]) -> list[str]:
+    """The keys that may stand at a place of the recipe."""
+    model: Any = Recipe
+    for part in path:
+        if part == "stages":
+            model = Step
+        elif isinstance(part, str):
+            model = {"data": DataSpec, "accept": Accept, "quantize": Quantize}.get(part, model)
+    return list(model.model_fields)

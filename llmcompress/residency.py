@@ -1,0 +1,229 @@
+"""Where a model's weights are while it is worked on: one decoder block here, the rest on disk or in the live model.
+
+A `Resident` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
+outside the blocks are loaded once; those of a block while it is visited, always as a copy in the working precision on the
+working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
+model in memory give the same numbers. The price is that each visit to a block reads it again.
+
+The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from llmcompress import native
+from llmcompress.anatomy import anatomy_of
+from llmcompress.checkpoint import Checkpoint, check_finite
+from llmcompress.errors import ModelError
+
+
+class Resident(ABC):
+    """A causal language model of which one decoder block at a time is in memory."""
+
+    def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        with init_empty_weights(include_buffers=False):
+            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+        self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
+        layers = self.model.get_submodule(self.anatomy.layers)
+        assert isinstance(layers, nn.ModuleList)
+        self.layers = layers
+
+    def _bring_outer(self) -> None:
+        """Load everything outside the blocks; called once, at the end of construction."""
+        inside = self.anatomy.layers + "."
+        self._bring([name for name in self.model.state_dict() if not name.startswith(inside)])
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+        self._check(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+
+    def block_name(self, index: int) -> str:
+        """`model.layers.3`."""
+        return f"{self.anatomy.layers}.{index}"
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """Block `index` with its weights, for as long as the context lasts."""
+        prefix, module = self.block_name(index) + ".", self.layers[index]
+        try:
+            self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
+            self._check(prefix + name for name, p in module.named_parameters() if p.is_meta)
+            yield module
+        finally:
+            for owner in module.modules():
+                for name, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Conv1D):
+                yield name, (module.weight.shape[1], module.weight.shape[0])
+            elif isinstance(module, nn.Linear):
+                yield name, (module.out_features, module.in_features)
+
+    def _check(self, absent: Iterable[str]) -> None:
+        if names := sorted(absent):
+            raise ModelError(
+                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch it again"
+            )
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """What to call the model in an error."""
+
+    @property
+    @abstractmethod
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which the model's weights are stored."""
+
+    @abstractmethod
+    def _bring(self, names: Iterable[str]) -> None:
+        """Put the weights `names` of the skeleton in place, in the working dtype, on the working device."""
+
+
+class Outline(Resident):
+    """A model known by its config alone: shapes and names, no weights."""
+
+    @property
+    def where(self) -> str:
+        return "the config"
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
+
+    def _bring(self, names: Iterable[str]) -> None:
+        raise ModelError("a config has no weights; give a folder that holds safetensors")
+
+
+class Live(Resident):
+    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed."""
+
+    def __init__(
+        self, config: PretrainedConfig, source: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__(config, device, dtype)
+        self.source = source
+        self._bring_outer()
+
+    @property
+    def where(self) -> str:
+        return "the model in memory"
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        return self.source[f"{self.anatomy.embedding}.weight"].dtype
+
+    def _bring(self, names: Iterable[str]) -> None:
+        for name in names:
+            tensor = self.source[name]
+            check_finite(tensor, name)
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            value = tensor.detach().to(self.device, self.dtype, copy=True) if tensor.is_floating_point() else tensor
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+
+
+class OnDisk(Resident):
+    """A checkpoint folder, dense or in bitsandbytes' 4-bit layout, whose codes are read as the weights they stand for."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantized: bool = False
+    ) -> None:
+        self.folder = folder
+        self.checkpoint = Checkpoint.open(folder, base=not quantized)
+        config = AutoConfig.from_pretrained(folder)
+        self.quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
+        if self.quantization is not None:
+            del config.quantization_config
+        super().__init__(config, device, dtype)
+        self.sources = self._sources()
+        self._bring_outer()
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        dtypes = [tensor.dtype for tensor in self.checkpoint.tensors.values() if tensor.dtype.is_floating_point]
+        return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
+
+    def _sources(self) -> dict[str, list[str]]:
+        """For each parameter of the skeleton, the keys of the checkpoint that it is made of."""
+        mapping = get_model_conversion_mapping(self.model)
+        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+        known = self.model.state_dict()
+        sources: dict[str, list[str]] = defaultdict(list)
+        for key in self.checkpoint.tensors:
+            if ".weight." not in key:  # absmax, quant_map ... belong to the weight before them
+                target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
+                sources[target].append(key)
+        return dict(sources)
+
+    def _read(self, key: str) -> Tensor:
+        """One tensor of the checkpoint, codes turned back into weights."""
+        scales = [name for name in self.checkpoint.tensors if name.startswith(key + ".")]
+        tensor = self.checkpoint.read(key)
+        if scales:
+            parts = {key: tensor} | {name: self.checkpoint.read(name) for name in scales}
+            tensor = native.dequantize(native.unpack(native.parts_of(key.removesuffix(".weight"), parts)), self.dtype)
+        check_finite(tensor, key)
+        return tensor
+
+    def _bring(self, names: Iterable[str]) -> None:
+        keys = [key for name in names for key in self.sources.get(name, [])]
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            device_map={"": str(self.device)},
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+        )
+        with _no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(self.model, {key: self._read(key) for key in keys}, config)
+        if info.mismatched_keys or info.conversion_errors:
+            wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
+            raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
+        self.model.requires_grad_(False)
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """Transformers draws a bar at each load; here one load is one block."""
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()

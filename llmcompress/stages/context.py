@@ -1,0 +1,34 @@
+"""What a stage is given besides the model: data, the journal it writes to, a seed, and a way to show progress."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from llmcompress.checkpoint import Journal
+from llmcompress.data import Blocks
+from llmcompress.walk import Track
+
+
+@dataclass(frozen=True)
+class Context:
+    """Frozen, every field required: no stage finds anything by any other way."""
+
+    data: Blocks
+    journal: Journal
+    scratch: Path  # a folder for files that only this run reads
+    seed: int
+    track: Track
+
+
+@dataclass
+class Facts:
+    """What a stage did, as it goes into the report."""
+
+    name: str
+    linears: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[dict[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    blocks: list[dict[str, Any]] = field(default_factory=list)  # one entry a block
+    details: dict[str, Any] = field(default_factory=dict)  # how the stage was set

@@ -1,0 +1,251 @@
+"""The model block by block, with the activations that enter and leave each block. The only hooks of the package.
+
+A stage sees one decoder block at a time, in memory on the working device and in the working precision, with the hidden
+states that reach it: `inputs`, as the compressed blocks before it left them, and, where asked for, `reference`, as the full
+model has them. What lies outside the blocks (embedding, final norm, head, masks, rotary tables, soft caps) is run by the
+model's own code with its blocks stubbed out, so no family needs a line here.
+
+It costs one forward pass of each block to advance each stream, and the memory of one block and of the streams: the number
+of layers does not matter. Where the blocks come from is the business of `residency.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmcompress.family import Anatomy
+from llmcompress.methods.hessian import Moments
+from llmcompress.residency import Resident
+
+TOKENS_AT_ONCE = 2048  # in one forward pass of a block
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
+Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
+
+
+def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """The Track that shows nothing."""
+    return things
+
+
+@dataclass
+class Block:
+    """One decoder block in memory, and the batches of hidden states [B, L, D] that enter it (on the CPU)."""
+
+    index: int
+    name: str  # model.layers.3
+    module: nn.Module
+    anatomy: Anatomy
+    device: torch.device
+    arguments: Mapping[int, Mapping[str, Any]]  # by batch size
+    inputs: list[Tensor]
+    reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
+    targets: list[Tensor] = field(default_factory=list)  # what the full block makes of `reference`
+    expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
+
+    def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The block's output [B, L, D], with `parameters` (by name in the block, as stored) in place of its own."""
+        call = partial(torch.func.functional_call, self.module, dict(parameters)) if parameters else None
+        arguments = dict(self.arguments[len(hidden)])
+        hidden = hidden.to(self.device)
+        return call((hidden,), arguments) if call else self.module(hidden, **arguments)  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """The block's outputs for all `batches`, on the CPU."""
+        return [self.run(hidden).cpu() for hidden in batches]
+
+    def oriented(self, linear: str, weight: Tensor) -> Tensor:
+        """Between [R, C] and the way a linear is stored (Conv1D: [C, R]); its own inverse."""
+        return weight.T if linear in self.anatomy.conv1d else weight
+
+    def weight(self, linear: str) -> Tensor:
+        """The weight of a linear as [R, C]: outputs, inputs."""
+        return self.oriented(linear, self.module.get_parameter(f"{linear}.weight").data).contiguous()
+
+    def set_weight(self, linear: str, W_RC: Tensor) -> None:
+        """Put W [R, C] in place of the weight of a linear."""
+        parameter = self.module.get_parameter(f"{linear}.weight")
+        parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
+
+    @torch.no_grad()
+    def moments(self) -> dict[str, Moments]:
+        """Second moments of the inputs of every linear over `inputs`; linears that read the same input share one object."""
+        found: dict[str, Moments] = {}
+        hooks = []
+        for readers in self.anatomy.readers:
+            shared = Moments(self.weight(readers[0]).shape[1], self.device)
+            found |= dict.fromkeys(readers, shared)
+            reader = self.module.get_submodule(readers[0])
+            hooks.append(reader.register_forward_pre_hook(partial(_add_input, shared)))
+        for experts in {parameter.rpartition(".")[0] for parameter in self.anatomy.experts}:
+            self.expert_tokens = dict.fromkeys(range(len(next(self.module.get_submodule(experts).parameters()))), 0)
+            hooks.append(self.module.get_submodule(experts).register_forward_pre_hook(self._count_routed))
+        try:
+            for hidden in self.inputs:
+                self.run(hidden)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return found
+
+    def _count_routed(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        """Experts are called with (hidden, expert of each token and rank, ...)."""
+        for expert, count in enumerate(torch.bincount(args[1].flatten(), minlength=len(self.expert_tokens)).tolist()):
+            if expert in self.expert_tokens:  # one more stands for no expert
+                self.expert_tokens[expert] += count
+
+
+def _add_input(moments: Moments, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    moments.add(args[0])
+
+
+def batches_of(windows: Tensor) -> list[Tensor]:
+    """Token windows [S, L] in batches of at most TOKENS_AT_ONCE tokens."""
+    return list(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+
+
+@contextmanager
+def _stubbed(resident: Resident, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """For a while, every block of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
+    for index, layer in enumerate(resident.layers):
+        layer.forward = partial(stub, index)
+    try:
+        yield
+    finally:
+        for layer in resident.layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def enter(resident: Resident, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
+    """The hidden states [B, L, D] that enter the first block, and the arguments that each block is called with."""
+    arguments: dict[int, list[dict[str, Any]]] = {}
+    signature = inspect.signature(type(resident.layers[0]).forward)
+
+    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(None, hidden, *args, **kwargs).arguments
+        own, extra = list(bound)[:2], bound.pop("kwargs", {})
+        called = {name: value for name, value in bound.items() if name not in own} | extra
+        arguments.setdefault(len(hidden), []).append(called) if len(arguments.get(len(hidden), [])) == index else None
+        seen.append(hidden)
+        return hidden
+
+    streams = []
+    with _stubbed(resident, record):
+        for tokens in batches:
+            seen: list[Tensor] = []
+            resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
+            streams.append(seen[0].cpu())
+    return streams, arguments
+
+
+def leave(resident: Resident, hidden: Tensor) -> Tensor:
+    """Logits [B, L, V] of hidden states [B, L, D] that left the last block: final norm, head and all that goes with them."""
+    anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
+    tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
+    hidden = hidden.to(resident.device)
+    with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
+        return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def walk(resident: Resident, windows: Tensor, *, reference: bool = False, through: bool = False) -> Iterator[Block]:
+    """Each block in turn, with the hidden states of token `windows` [S, L] that enter it.
+
+    What the caller does to a block's weights is what later blocks see. With `reference`, the stream of the unchanged model
+    runs beside it. The last block is run only if the caller wants the states that leave it (`through`): it then gets one
+    more Block, without a module, whose inputs they are.
+    """
+    inputs, arguments = enter(resident, batches_of(windows))
+    full = list(inputs) if reference else []
+    for index in range(len(resident.layers)):
+        last = index == len(resident.layers) - 1
+        with resident.block(index) as module:
+            own = {size: per_block[index] for size, per_block in arguments.items()}
+            block = Block(index, resident.block_name(index), module, resident.anatomy, resident.device, own, inputs, full)
+            block.targets = block.outputs(full)
+            yield block
+            full = block.targets
+            inputs = block.outputs(inputs) if through or not last else []
+    if through:
+        yield Block(len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, {}, inputs, full)
+
+
+def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:
+    """Logits [B, L, V] of token windows [S, L], batch after batch; all blocks are gone through once, before the first one."""
+    for block in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
+        last = block
+    for hidden in last.inputs:
+        with torch.no_grad():
+            yield leave(resident, hidden)
+
+
+def head_input(resident: Resident, batches: Sequence[Tensor]) -> tuple[Tensor, Moments]:
+    """The head's weight [V, D], and the second moments of what it reads when hidden states `batches` leave the last block."""
+    head = resident.model.get_submodule(resident.anatomy.head)
+    W_RC = head.get_parameter("weight").data
+    moments = Moments(W_RC.shape[1], resident.device)
+    hook = head.register_forward_pre_hook(partial(_add_input, moments))
+    try:
+        with torch.no_grad():
+            for hidden in batches:
+                leave(resident, hidden)
+    finally:
+        hook.remove()
+    return W_RC, moments
+
+
+def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int) -> Iterator[tuple[int, Tensor]]:
+    """For each block, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
+
+    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
+    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels.
+
+    The pass back goes block by block as the pass forward does; the states in between wait in the folder `scratch`.
+    """
+    generator = torch.Generator(resident.device).manual_seed(seed)
+    grads = []
+    for block in walk(resident, windows, through=True):
+        last = block
+        save_file({str(i): hidden for i, hidden in enumerate(block.inputs)}, scratch / f"states-{block.index}.safetensors")
+    for hidden in last.inputs:
+        hidden = hidden.to(resident.device).requires_grad_()
+        scores = leave(resident, hidden).float().flatten(0, 1)
+        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).flatten()
+        F.cross_entropy(scores, labels, reduction="sum").backward()
+        assert hidden.grad is not None
+        grads.append(hidden.grad.cpu())
+    _, arguments = enter(resident, batches_of(windows))
+    (scratch / f"states-{last.index}.safetensors").unlink()
+    for index in range(last.index - 1, -1, -1):
+        fisher = Moments(grads[0].shape[-1], resident.device)
+        for grad in grads:
+            fisher.add(grad.to(resident.device))
+        yield index, fisher.H_CC.cpu()
+        grads = _back(resident, index, arguments, scratch, grads) if index else []
+        (scratch / f"states-{index}.safetensors").unlink()
+
+
+def _back(resident: Resident, index: int, arguments: Arguments, scratch: Path, grads: Sequence[Tensor]) -> list[Tensor]:
+    """Gradients of the states that enter block `index`, from those of the states that leave it."""
+    states = load_file(scratch / f"states-{index}.safetensors")
+    own = {size: per_block[index] for size, per_block in arguments.items()}
+    out = []
+    with resident.block(index) as module:
+        block = Block(index, resident.block_name(index), module, resident.anatomy, resident.device, own, [])
+        for i, grad in enumerate(grads):
+            hidden = states[str(i)].to(resident.device).requires_grad_()
+            block.run(hidden).backward(grad.to(resident.device))
+            assert hidden.grad is not None
+            out.append(hidden.grad.cpu())
+    return out

@@ -1,0 +1,45 @@
+"""What a run needs on disk, made on the spot: a pico base with a tokenizer of one token a byte, and a text file."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from transformers import PreTrainedTokenizerFast
+
+from llmcompress.recipe import Recipe
+from tests.models import pico
+
+VOCABULARY = 256
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token a byte: 256 in all."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = tokenizers.decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=96)
+
+
+def save_base(folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:
+    """A pico base of 256 tokens with its tokenizer."""
+    pico(family, vocab_size=VOCABULARY, **config).save_pretrained(folder, max_shard_size=max_shard_size)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_text(file: Path) -> Path:
+    """20 000 bytes of lines that are all different."""
+    draw = random.Random(0)
+    file.write_text("".join(f"fact {number}: {draw.random()}\n" for number in range(700)))
+    return file
+
+
+def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recipe:
+    """8 windows of 24 tokens calibrate, 4 evaluate."""
+    data = {"source": str(text), "samples": 8, "length": 24, "evaluation_samples": 4}
+    entries: dict[str, Any] = {"data": data, "stages": [{"quantize": quantize}]}
+    return Recipe.model_validate(entries | ({"base": str(base)} if base else {}))
