@@ -1,0 +1,106 @@
+"""How much do the recipes lose? Every recipe of recipes/ on every model at hand, beside stock bitsandbytes, in one run.
+
+    python evaluation/bench.py [--models demo wikilm-8m stories260k] [--recipes nf4-gptq ...] [--threads 2]
+
+Each row is a whole `compress` from disk to disk and its own report; windows are 256 tokens, 256 calibrate and 64 evaluate. The
+results go to evaluation/results/fidelity-MODEL.json, and evaluation/tables.py writes them into README.md and the recipes. The
+models and texts beside the project (../shared) are used where they are; the demo model needs nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.recipe import Recipe
+from llmcompress.report import Report
+from llmcompress.run import compress
+
+HERE = Path(__file__).parent
+SHARED = HERE.parent.parent / "shared"
+MODELS = {  # base, text
+    "demo": ("demo", "python-docs"),
+    "wikilm-8m": (str(SHARED / "models" / "wikilm-8m"), str(SHARED / "data" / "wikitext-2")),
+    "stories260k": (str(SHARED / "models" / "stories260K"), str(SHARED / "data" / "tinystories")),
+}
+STOCK = {  # what stock bitsandbytes offers besides nf4-nearest
+    "nf4-nearest-double": "stages: [{quantize: {format: nf4, double_quant: true, rounding: nearest}}]",
+    "fp4-nearest": "stages: [{quantize: {format: fp4, rounding: nearest}}]",
+}
+LENGTH = 256
+
+
+def recipes(names: list[str] | None) -> dict[str, Recipe]:
+    """The recipes of recipes/ but the demo, and the stock ones."""
+    files = {file.stem: Recipe.from_file(file) for file in sorted((HERE.parent / "recipes").glob("*.yaml"))}
+    every = {**files, **{name: Recipe.parse(text) for name, text in STOCK.items()}}
+    del every["demo"]
+    return {name: recipe for name, recipe in every.items() if not names or name in names}
+
+
+def row(name: str, report: Report) -> dict[str, Any]:
+    """What the tables show of a report."""
+    quantize = report.stages[0]
+    return {
+        "recipe": name,
+        "bits": quantize.linears[0].bits,
+        "size_bytes": report.compressed.size_bytes,
+        **report.fidelity.model_dump(mode="json"),
+        "perplexity": report.compressed.perplexity,
+        "base_perplexity": report.base.perplexity,
+        "seconds": quantize.seconds,
+        "peak_memory_bytes": report.cost.peak_memory_bytes,
+        "recipe_digest": report.recipe_digest,
+        "data_sha256": report.data.sha256,
+        "kept": len(quantize.kept),
+    }
+
+
+def bench(model: str, chosen: dict[str, Recipe]) -> None:
+    base, text = MODELS[model]
+    file = HERE / "results" / f"fidelity-{model}.json"
+    known = {entry["recipe"]: entry for entry in json.loads(file.read_text())["rows"]} if file.is_file() else {}
+    for name, recipe in chosen.items():
+        print(f"{model}: {name} ...", file=sys.stderr, flush=True)
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"length": LENGTH})})
+        with tempfile.TemporaryDirectory() as folder:
+            report = compress(recipe, Path(folder) / "out", base=base, data=text)
+        known[name] = row(name, report)
+        print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {report.stages[0].seconds:.0f} s", flush=True)
+    result = {
+        "command": "python evaluation/bench.py " + " ".join(sys.argv[1:]),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
+        ).stdout.strip(),
+        "environment": report.environment.model_dump(mode="json"),
+        "model": model,
+        "text": Path(text).name,
+        "windows": {"length": LENGTH, "calibration": 256, "evaluation": 64},
+        "rows": sorted(known.values(), key=lambda entry: float(entry["kl_nats_mean"])),
+    }
+    file.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--models", nargs="+", choices=MODELS, default=[m for m, (b, _) in MODELS.items() if m == "demo" or Path(b).is_dir()]
+    )
+    parser.add_argument("--recipes", nargs="+")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    for model in given.models:
+        bench(model, recipes(given.recipes))
+    subprocess.run([sys.executable, HERE / "tables.py"], check=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""What every rival's script needs and nothing more: its arguments, its calibration windows, and a clock around the work.
+
+Each script runs alone in the rival's own environment, so this module may import only what all of those environments hold
+(torch and safetensors). The clock starts after the imports: a rival is charged for loading the base, for quantising and for
+writing, not for the start of Python. What was spent goes to `facts.json` beside the model, where `run.py` reads it.
+"""
+
+import argparse
+import json
+import os
+import resource
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+PATHS = ("base", "calibration", "out", "facts")
+
+
+class Job:
+    """One quantisation: folders `base` in, `out` out, `windows` int64 [S, L], `group` weights a scale, loading `dtype`."""
+
+    def __init__(self) -> None:
+        parser = argparse.ArgumentParser()
+        for name in PATHS:
+            parser.add_argument(f"--{name}", type=Path, required=True)
+        parser.add_argument("--group", type=int, default=128)
+        parser.add_argument("--dtype", default="auto", help="what the base is loaded in: auto (as on disk), float32")
+        given = parser.parse_args()
+        self.base, self.out, self.facts, self.group = str(given.base), str(given.out), given.facts, given.group
+        self.dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
+        self.windows = load_file(given.calibration)["windows"]
+        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+        torch.manual_seed(0)
+        self.started = time.perf_counter(), time.process_time()
+
+    def finish(self, method: str, folder: str | None = None) -> None:
+        """Write the facts: `method` in words, what was spent, and `folder` where the model lies if the rival chose another."""
+        facts = {
+            "method": method,
+            "base_dtype": str(self.dtype).removeprefix("torch."),
+            "seconds": round(time.perf_counter() - self.started[0], 1),
+            "cpu_seconds": round(time.process_time() - self.started[1], 1),
+            "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "folder": str(Path(folder or self.out).relative_to(self.out)),
+        }
+        self.facts.write_text(json.dumps(facts, indent=1))

@@ -1,0 +1,36 @@
+"""AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group, block by block.
+
+Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8 windows each.
+torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.
+"""
+
+from auto_round import AutoRound
+from job import Job
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+ITERATIONS = 200
+
+
+def main() -> None:
+    job = Job()
+    rounding = AutoRound(
+        AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype),
+        AutoTokenizer.from_pretrained(job.base),
+        scheme="W4A16",
+        group_size=job.group,
+        dataset=list(job.windows.split(8)),  # tensors [8, L] are taken as they are
+        nsamples=len(job.windows),
+        seqlen=job.windows.shape[1],  # the default, 2048, would drop shorter windows without a word
+        batch_size=8,
+        iters=ITERATIONS,
+        device_map="cpu",
+        enable_torch_compile=False,
+        seed=0,
+    )
+    _, folders = rounding.quantize_and_save(job.out, format="auto_round")
+    method = f"AutoRound W4A16 symmetric, group {job.group}, {ITERATIONS} iterations"
+    job.finish(method, folders if isinstance(folders, str) else folders[0])
+
+
+if __name__ == "__main__":
+    main()

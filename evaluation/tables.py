@@ -1,0 +1,144 @@
+"""Write the committed results into README.md and the heads of the recipes, so that no number there is typed by hand.
+
+    python evaluation/tables.py [--check]
+
+Between `<!-- NAME -->` and `<!-- end NAME -->` of README.md stands what is made here; in a recipe, the lines from `# measured`
+to the first line that is no comment. With --check nothing is written, and the exit code is 1 where something would change.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "evaluation" / "results"
+MODELS = ("demo", "wikilm-8m", "stories260k")
+BASELINE = {"nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
+BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
+STOCK = {"nf4-nearest": "stock bitsandbytes", "nf4-nearest-double": "stock bitsandbytes", "fp4-nearest": "stock bitsandbytes"}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def rows_of(model: str) -> dict[str, dict[str, Any]]:
+    result = load(f"fidelity-{model}")
+    return {row["recipe"]: row for row in result["rows"]} if result else {}
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+
+
+def ratio(rows: dict[str, dict[str, Any]], name: str) -> str:
+    base = BASELINE.get(name)
+    if base not in rows:
+        return ""
+    return f"{rows[name]['kl_nats_mean'] / rows[base]['kl_nats_mean']:.3f} x"
+
+
+def fidelity() -> str:
+    """One table a model: every recipe beside stock bitsandbytes at the same bytes."""
+    parts = []
+    for model in MODELS:
+        result, rows = load(f"fidelity-{model}"), rows_of(model)
+        if result is None:
+            continue
+        lines = [
+            [
+                name if name not in STOCK else f"{name} ({STOCK[name]})",
+                f"{row['bits']:.3f}",
+                f"{row['kl_nats_mean']:.5f}",
+                ratio(rows, name),
+                f"{100 * row['top1_agreement']:.2f} %",
+                f"{row['perplexity']:.3f}",
+                f"{row['seconds']:.0f}",
+            ]
+            for name, row in rows.items()
+        ]
+        base = next(iter(rows.values()))["base_perplexity"]
+        header = ["recipe", "bits a weight", "KL, nats", "of stock at its bytes", "same first token", "perplexity", "seconds"]
+        where = result["environment"]["device"]
+        parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}, commit {result['commit']}):\n")
+        parts.append(table(header, lines) + "\n")
+    return "\n".join(parts)
+
+
+def rivals() -> str:
+    """The rivals at group 128 beside ours, on the same calibration and evaluation tokens."""
+    parts = []
+    for model in MODELS:
+        result, ours = load(f"rivals-{model}"), rows_of(model)
+        if result is None:
+            continue
+        lines = [
+            [
+                f"{entry['method']} ({next(f'{package} {version}' for package, version in entry['versions'].items())})",
+                f"{entry['bits_per_weight']:.3f}",
+                f"{entry['kl_nats_mean']:.5f}",
+                f"{100 * entry['top1_agreement']:.2f} %",
+                f"{entry['seconds']:.0f}",
+            ]
+            for entry in result["rivals"].values()
+            if "kl_nats_mean" in entry
+        ]
+        for name in ("nf4-gptq-double", "nf4-learned-double", "nf4-learned"):
+            if name in ours:
+                row = ours[name]
+                agreement, seconds = f"{100 * row['top1_agreement']:.2f} %", f"{row['seconds']:.0f}"
+                lines.append([f"llmcompress {name}", f"{row['bits']:.3f}", f"{row['kl_nats_mean']:.5f}", agreement, seconds])
+        parts.append(f"**{model}**:\n")
+        lines.sort(key=lambda cells: float(cells[2]))
+        parts.append(table(["what", "bits a weight", "KL, nats", "same first token", "seconds"], lines) + "\n")
+    return "\n".join(parts)
+
+
+def cost() -> str:
+    """What a run costs against one forward pass, and how it grows."""
+    result = load("cost")
+    return result["summary"] + "\n" if result and "summary" in result else ""
+
+
+def head(recipe: str) -> str:
+    """The measured lines of a recipe's head."""
+    lines = []
+    for model in MODELS:
+        rows = rows_of(model)
+        if recipe in rows:
+            row, against = rows[recipe], ratio(rows, recipe)
+            times = f" ({against} stock bitsandbytes at the same bytes)" if against else ""
+            ppl = f"perplexity {row['base_perplexity']:.3f} -> {row['perplexity']:.3f}"
+            lines.append(f"#   {model}: KL {row['kl_nats_mean']:.5f} nats{times}, {ppl}, {row['seconds']:.0f} s")
+    return "\n".join(["# measured (evaluation/results/fidelity-*.json; small models):", *lines]) + "\n" if lines else ""
+
+
+def with_head(text: str, recipe: str) -> str:
+    """A recipe's text with its measured lines made new."""
+    return re.sub(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?", lambda found: found[1] + head(recipe), text)
+
+
+def main() -> int:
+    wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
+    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost)):
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
+        wanted[ROOT / "README.md"] = re.sub(
+            pattern, lambda found, text=make(): found[1] + text + found[2], wanted[ROOT / "README.md"], flags=re.DOTALL
+        )
+    for file in sorted((ROOT / "recipes").glob("*.yaml")):
+        wanted[file] = with_head(file.read_text(), file.stem if file.stem != "demo" else "nf4-gptq")
+    stale = [file for file, text in wanted.items() if file.read_text() != text]
+    for file in stale:
+        print(f"{'stale' if '--check' in sys.argv else 'written'}: {file.relative_to(ROOT)}")
+        if "--check" not in sys.argv:
+            file.write_text(wanted[file])
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
