@@ -10,8 +10,8 @@ would show; it rounds to nearest, so that no solver hides the growth, and the de
 
 Run it on an idle machine: threads that wait for each other suffer far more than their share from a neighbour. A point during
 which other processes took more than a tenth of a core is measured again, up to three times; the first undisturbed one counts,
-else the fastest, and `others_cpu_share` says so. Seven or eight minutes on two idle cores; the result goes to evaluation/results/cost.json. With --quick (about a minute, tiny models, numbers that mean
-nothing) only --out is written.
+else the fastest, and `others_cpu_share` tells. Seven or eight minutes on two idle cores; the result goes to
+evaluation/results/cost.json. With --quick (a minute or two, tiny models, numbers that mean nothing) only --out is written.
 """
 
 from __future__ import annotations

@@ -126,10 +126,9 @@ def with_head(text: str, recipe: str) -> str:
 def main() -> int:
     wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
     for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost)):
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end {name} -->)"
-        wanted[ROOT / "README.md"] = re.sub(
-            pattern, lambda found, text=make(): found[1] + text + found[2], wanted[ROOT / "README.md"], flags=re.DOTALL
-        )
+        before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- end {name} -->")
+        wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
         wanted[file] = with_head(file.read_text(), file.stem if file.stem != "demo" else "nf4-gptq")
     stale = [file for file, text in wanted.items() if file.read_text() != text]

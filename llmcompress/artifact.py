@@ -40,7 +40,8 @@ def partial_folder(out: str | Path) -> Path:
 class Writer:
     """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
 
-    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, `journal/` is the run's.
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, `journal/` is the run's. As a
+    context it drops what an error leaves behind; only a journal that holds a finished block stays, to go on from.
     Errors: OutputError where `out` exists (unless overwrite), is or holds the base, or lacks `size_bytes` of space.
     """
 
@@ -67,6 +68,15 @@ class Writer:
             require_space(self.partial, size_bytes + min(size_bytes, shard_bytes))  # the artefact and one shard's spools
             shutil.rmtree(self.artifact, ignore_errors=True)
             self.artifact.mkdir(parents=True)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        if kind is not None and issubclass(kind, Exception):  # not for Ctrl-C: that run goes on later
+            shutil.rmtree(self.artifact, ignore_errors=True)
+            if not (self._replaced.exists() or any((self.partial / "journal").glob("*.safetensors"))):
+                shutil.rmtree(self.partial, ignore_errors=True)
 
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()

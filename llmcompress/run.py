@@ -59,38 +59,40 @@ def compress(
     stage = recipe.stages[0].stage
     stage.choose(model)
     checkpoint = model.checkpoint
-    writer = Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model))
-    spec = recipe.data if data is None else recipe.data.model_copy(update={"source": data})
-    blocks = blocks_for(model, spec, tokenizer_of(found.folder))
-    journal = Journal(partial_folder(out) / "journal", _key(recipe, checkpoint.fingerprint(), blocks))
-    with tempfile.TemporaryDirectory(dir=partial_folder(out)) as scratch:
-        facts = _apply(stage, model, Context(blocks, journal, Path(scratch), spec.seed, track))
-    folder = write_weights(writer, model, stage, journal)
-    written = OnDisk(folder, model.device, quantized=True)
-    measured = fidelity(logits(written, blocks.evaluation, track), blocks.evaluation, logits(model, blocks.evaluation, track))
-    peak = peak_memory_bytes(model.device)
-    before = ModelFacts(
-        model=found.name,
-        revision=found.revision,
-        parameters=checkpoint.parameters,
-        size_bytes=checkpoint.size_bytes,
-        perplexity=measured.base_perplexity,
-        perplexity_ci95=measured.base_perplexity_ci95,
-        **_speed(found.folder, blocks, model.device),
-    )
-    after = ModelFacts(
-        model=str(out),
-        parameters=written.checkpoint.parameters,
-        size_bytes=written.checkpoint.size_bytes,
-        perplexity=measured.perplexity,
-        perplexity_ci95=measured.perplexity_ci95,
-        **_speed(folder, blocks, model.device),
-    )
-    cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak)
-    report = _report(recipe, before, after, measured, blocks, [facts], cost, model.device)
-    report.require(**recipe.accept.model_dump())
-    writer.publish(companions(report, recipe, found.folder))
-    return report
+    with Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model)) as writer:
+        spec = recipe.data.model_copy(update={"source": data}) if data else recipe.data
+        blocks = blocks_for(model, spec, tokenizer_of(found.folder))
+        journal = Journal(partial_folder(out) / "journal", _key(recipe, checkpoint.fingerprint(), blocks))
+        with tempfile.TemporaryDirectory(dir=partial_folder(out)) as scratch:
+            facts = _apply(stage, model, Context(blocks, journal, Path(scratch), spec.seed, track))
+        folder = write_weights(writer, model, stage, journal)
+        written = OnDisk(folder, model.device, quantized=True)
+        measured = fidelity(
+            logits(written, blocks.evaluation, track), blocks.evaluation, logits(model, blocks.evaluation, track)
+        )
+        peak = peak_memory_bytes(model.device)
+        before = ModelFacts(
+            model=found.name,
+            revision=found.revision,
+            parameters=checkpoint.parameters,
+            size_bytes=checkpoint.size_bytes,
+            perplexity=measured.base_perplexity,
+            perplexity_ci95=measured.base_perplexity_ci95,
+            **_speed(found.folder, blocks, model.device),
+        )
+        after = ModelFacts(
+            model=str(out),
+            parameters=written.checkpoint.parameters,
+            size_bytes=written.checkpoint.size_bytes,
+            perplexity=measured.perplexity,
+            perplexity_ci95=measured.perplexity_ci95,
+            **_speed(folder, blocks, model.device),
+        )
+        cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak)
+        report = _report(recipe, before, after, measured, blocks, [facts], cost, model.device)
+        report.require(**recipe.accept.model_dump())
+        writer.publish(companions(report, recipe, found.folder))
+        return report
 
 
 def apply(

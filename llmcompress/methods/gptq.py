@@ -55,7 +55,7 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Gr
     S = spread(S_RG, C // S_RG.shape[1]).T.contiguous()
     index = index_RC.T.clone(memory_format=torch.contiguous_format)
     Q = grid.levels[index] * S
-    P = H_CC @ (W_RC.T - Q)  # half of minus the gradient, [C, R]
+    P = H_CC @ (W_RC.T - Q)  # half of minus the gradient, [C, R]; kept up to date for the columns still to come
     curvature = H_CC.diagonal().tolist()
     for start in range(0, C, width):
         stop = min(start + width, C)
@@ -65,10 +65,7 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Gr
             if curvature[column] <= 0:
                 continue
             index[column] = grid.nearest((Q[column] + near[c] / curvature[column]) / S[column])
-            moved = grid.levels[index[column]] * S[column]
-            D[c] = moved - Q[column]
-            Q[column] = moved
-            near.addr_(H_CC[start:stop, column], D[c], alpha=-1)
-        P[:start].addmm_(H_CC[:start, start:stop], D, alpha=-1)
+            D[c] = grid.levels[index[column]] * S[column] - Q[column]
+            near[c + 1 :].addr_(H_CC[column + 1 : stop, column], D[c], alpha=-1)
         P[stop:].addmm_(H_CC[stop:, start:stop], D, alpha=-1)
     return index.T.contiguous()

@@ -22,7 +22,7 @@ METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, 
 def half_is_fast(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with AVX512-BF16 or AMX."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and ours
 

@@ -1,0 +1,198 @@
+"""Which part of the solver buys what? The same model and tokens, one ingredient after another, and those that did not help.
+
+    python evaluation/ablation.py [--model demo] [--threads 2]
+
+All variants write NF4 at block 64 with float32 scales: the same bytes. KL against the base on 64 windows of 256 tokens, 256
+windows calibrate. The result goes to evaluation/results/ablation-MODEL.json; evaluation/NOTES.md says what it means.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench import LENGTH, MODELS
+from torch import Tensor
+
+from llmcompress import native
+from llmcompress.data import DataSpec
+from llmcompress.methods.gptq import descend, gptq
+from llmcompress.methods.grids import Grid, grid
+from llmcompress.methods.hessian import Moments, damped
+from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
+from llmcompress.methods.solve import Rounded
+from llmcompress.prepare import blocks_for, find_base, tokenizer_of
+from llmcompress.report.measure import environment, fidelity
+from llmcompress.residency import OnDisk
+from llmcompress.stages.rounding import Rounding
+from llmcompress.walk import Block, logits, output_fisher, walk
+
+BLOCK, CPU = 64, torch.device("cpu")
+Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it is rounded to
+
+
+def absmax(W_RC: Tensor) -> Tensor:
+    return blocks_of(W_RC, BLOCK).abs().amax(-1).clamp_min(1e-12)
+
+
+def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: int) -> Linear:
+    """The solver with some of its parts left out."""
+
+    def linear(W_RC: Tensor, H_CC: Tensor) -> Tensor:
+        scale = search_scales(W_RC, H_CC.diagonal(), levels, BLOCK, signed=signed) if search else absmax(W_RC)
+        index = gptq(W_RC, H_CC, scale, levels) if feedback else levels.nearest(W_RC / spread(scale, BLOCK))
+        for _ in range(rounds):
+            scale = fit_scales(W_RC, H_CC, levels.levels[index], scale)
+            index = descend(W_RC, H_CC, index, scale, levels)
+        return Rounded(index, scale).weight(levels)
+
+    return linear
+
+
+def cross_moments(block: Block) -> dict[str, Tensor]:
+    """For each linear, the mean of x_full x^T: its inputs in the full model against those in the compressed one."""
+    sums: dict[str, Tensor] = {}
+    seen: dict[str, Tensor] = {}
+    firsts = [readers[0] for readers in block.anatomy.readers]
+    hooks = [
+        block.module.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
+        for name in firsts
+    ]
+    with torch.no_grad():
+        for hidden, full in zip(block.inputs, block.reference, strict=True):
+            block.run(full)
+            before = {name: x.flatten(0, -2) for name, x in seen.items()}
+            block.run(hidden)
+            for name in firsts:
+                sums[name] = sums.get(name, torch.zeros(1)) + before[name].T @ seen[name].flatten(0, -2)
+    for hook in hooks:
+        hook.remove()
+    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.inputs)
+    return {linear: sums[readers[0]] / tokens for readers in block.anatomy.readers for linear in readers}
+
+
+def retarget(W_RC: Tensor, H_CC: Tensor, X_CC: Tensor) -> Tensor:
+    """The weight whose outputs on the compressed inputs come closest to W on the full ones (arXiv:2504.02692)."""
+    return torch.linalg.solve(damped(H_CC, 0.01), (W_RC @ (X_CC - H_CC)).T).T + W_RC
+
+
+class Variants:
+    """A model, its tokens, and ways of rounding it."""
+
+    def __init__(self, name: str) -> None:
+        base, text = MODELS[name]
+        self.model = OnDisk(find_base(base).folder, CPU)
+        spec = DataSpec(source=text, length=LENGTH)
+        self.data = blocks_for(self.model, spec, tokenizer_of(self.model.folder))
+        self.base = list(logits(self.model, self.data.evaluation))
+        self.levels = grid("nf4")
+        self.fisher: dict[int, Tensor] = {}
+
+    def score(self, change: Callable[[Block], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
+        """KL and seconds of a model whose every block is changed so."""
+        start, changed = time.monotonic(), {}
+        for block in walk(self.model, self.data.calibration, reference=reference):
+            for linear, W_RC in change(block).items():
+                block.set_weight(linear, W_RC)
+                changed[f"{block.name}.{linear}.weight"] = block.oriented(linear, W_RC)
+        seconds = time.monotonic() - start
+        read = self.model._read
+        by_key = {self.model.sources[target][0]: W for target, W in changed.items()}
+        self.model._read = lambda key: by_key[key] if key in by_key else read(key)  # type: ignore[method-assign]
+        measured = fidelity(logits(self.model, self.data.evaluation), self.data.evaluation, self.base)
+        self.model._read = read  # type: ignore[method-assign]
+        return {"kl_nats_mean": float(measured.kl_nats_mean or 0), "seconds": seconds}
+
+    def alone(self, linear: Linear) -> dict[str, float]:
+        def change(block: Block) -> dict[str, Tensor]:
+            moments = block.moments()
+            return {name: linear(block.weight(name), moments[name].H_CC) for name in block.anatomy.linears}
+
+        return self.score(change)
+
+    def asymmetric(self) -> dict[str, float]:
+        full = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
+
+        def change(block: Block) -> dict[str, Tensor]:
+            moments, cross = block.moments(), cross_moments(block)
+            return {
+                name: full(retarget(block.weight(name), moments[name].H_CC, cross[name]), moments[name].H_CC)
+                for name in block.anatomy.linears
+            }
+
+        return self.score(change, reference=True)
+
+    def learned(self, *, metric: str = "fisher", target: str = "full", steps: int = 200) -> dict[str, float]:
+        if not self.fisher:
+            with tempfile.TemporaryDirectory() as scratch:
+                self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
+        rounding = Rounding("nf4", BLOCK, False, torch.float32, CPU)
+
+        def change(block: Block) -> dict[str, Tensor]:
+            F_DD = self.fisher[block.index]
+            if metric == "plain":
+                F_DD = torch.eye(len(F_DD))
+            full = block.targets
+            if target == "own":
+                block.targets = block.outputs(block.inputs)
+            weights: dict[str, Tensor] = {name: block.weight(name) for name in block.anatomy.linears}
+            moments: dict[str, Moments] = block.moments()
+            packed, _ = rounding.learned(block, weights, moments, F_DD, steps=steps, seed=0)
+            block.targets = full
+            return {name: native.dequantize(codes, torch.float32) for name, codes in packed.items()}
+
+        return self.score(change, reference=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=MODELS, default="demo")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    given = parser.parse_args()
+    torch.set_num_threads(given.threads)
+    variants = Variants(given.model)
+    levels = variants.levels
+
+    def part(search: bool, signed: bool, feedback: bool, rounds: int) -> Callable[[], dict[str, float]]:
+        return lambda: variants.alone(solver(levels, search=search, signed=signed, feedback=feedback, rounds=rounds))
+
+    jobs: dict[str, Callable[[], dict[str, float]]] = {
+        "absmax, nearest (stock)": part(False, False, False, 0),
+        "searched scales, nearest": part(True, False, False, 0),
+        "searched signed scales, nearest": part(True, True, False, 0),
+        "absmax, GPTQ": part(False, False, True, 0),
+        "searched scales, GPTQ": part(True, False, True, 0),
+        "searched signed scales, GPTQ": part(True, True, True, 0),
+        "the same, 1 round of fit and descent": part(True, True, True, 1),
+        "the same, 3 rounds (gptq)": part(True, True, True, 3),
+        "the same, 6 rounds": part(True, True, True, 6),
+        "gptq, asymmetric calibration": variants.asymmetric,
+        "learned": variants.learned,
+        "learned, 100 steps": lambda: variants.learned(steps=100),
+        "learned, plain squared error": lambda: variants.learned(metric="plain"),
+        "learned, block's own output as target": lambda: variants.learned(target="own"),
+    }
+    rows: list[dict[str, Any]] = []
+    for name, job in jobs.items():
+        rows.append({"variant": name, **job()})
+        print(f"{name}: KL {rows[-1]['kl_nats_mean']:.5f} nats, {rows[-1]['seconds']:.0f} s", flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    result = {
+        "command": "python evaluation/ablation.py " + " ".join(sys.argv[1:]),
+        "commit": commit,
+        "environment": environment(CPU),
+        "rows": rows,
+    }
+    (Path(__file__).parent / "results" / f"ablation-{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
