@@ -24,6 +24,10 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python evaluation/bench.py
+	$(BIN)/python evaluation/ablation.py
+	$(BIN)/python evaluation/throughput.py
+	$(BIN)/python evaluation/cost.py
+	$(BIN)/python evaluation/tables.py
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

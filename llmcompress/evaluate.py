@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.data import DataSpec
-from llmcompress.prepare import blocks_for, find_base, pick_device, tokenizer_of
+from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
 from llmcompress.report.measure import Speed, fidelity, speed
 from llmcompress.residency import OnDisk
 from llmcompress.walk import Track, logits, untracked
@@ -37,14 +37,14 @@ def evaluate(
 
     The keys are those of `evaluate --json`. Raises CompressError where model, base or data can't be read.
     """
-    found, where = find_base(model), pick_device(device)
-    subject = OnDisk(found.folder, where, quantized=True)
-    windows = blocks_for(subject, data or DataSpec(), tokenizer_of(found.folder)).evaluation
+    where = pick_device(device)
+    subject = _opened(model, where)
+    windows = blocks_for(subject, data or DataSpec(), tokenizer_of(subject.folder)).evaluation
     base = None
     if against is not None:
-        base = logits(OnDisk(find_base(against).folder, where, quantized=True), windows, track)
+        base = logits(_opened(against, where), windows, track)
     measured = fidelity(logits(subject, windows, track), windows, base)
-    fast = speed_of(found.folder, windows, where)
+    fast = speed_of(subject.folder, windows, where)
     result: dict[str, Any] = {
         "model": model,
         "perplexity": measured.perplexity,
@@ -56,6 +56,12 @@ def evaluate(
     if against is not None:
         result |= {key: getattr(measured, key) for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement")}
     return result
+
+
+def _opened(name: str, device: torch.device) -> OnDisk:
+    folder = find_base(name).folder
+    config_of(folder)
+    return OnDisk(folder, device, quantized=True)
 
 
 def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | None:

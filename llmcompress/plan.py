@@ -1,8 +1,8 @@
 """What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
 
-Sizes are exact: they follow from shapes and formats. Memory is the sum of what is held at once. Time is work over speed: the
-multiplications that a stage does, at the rate at which this machine multiplies matrices now (timed for a moment), so it is
-right to a factor of about two.
+Sizes follow from shapes and formats and are exact, headers apart. Memory is the sum of what is held at once. Time is work
+over speed: the multiplications that a stage does, at the rate at which this machine multiplies matrices now (timed for a
+moment), so it is right to a factor of about two.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import time
 from typing import Any
 
 import torch
-from transformers import AutoConfig
 
-from llmcompress.prepare import find_base, pick_device
+from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
 from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
@@ -26,7 +25,9 @@ Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, second
 def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) -> tuple[list[Row], list[str]]:
     """Rows for the base and for each stage, and notes in words; raises CompressError as `compress` would for the same input."""
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
-    model = Outline(AutoConfig.from_pretrained(found.folder), pick_device(device), torch.float32)
+    config = config_of(found.folder, base=True)
+    model = Outline(config, pick_device(device), torch.float32)
+    model.model.tie_weights()  # so that a tied head counts once
     stage = recipe.stages[0].stage
     chosen, kept = stage.choose(model)
     shapes = dict(model.linear_maps())

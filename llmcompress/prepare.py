@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llmcompress import hub
+from llmcompress.checkpoint import _read_json, _require_base
 from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
-from llmcompress.errors import ModelError, RecipeError
+from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.residency import Resident
 
 DEMO = "demo"  # the base that llmcompress carries itself
@@ -42,18 +43,41 @@ def find_base(name: str | None, revision: str | None = None, *, weights: bool = 
     return Base(name, *hub.fetch(name, revision, weights=weights))
 
 
+def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
+    """The config of a model; raises ModelError where there is none, or it is of no kind that transformers knows.
+
+    With `base=True` also for what `compress` refuses as a base. No weight is read and no code from the folder is run.
+    """
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
+    fields = _read_json(folder / "config.json")
+    if base:
+        _require_base(folder, fields)
+    try:
+        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each family checks its fields in its own way; to the user each says: this config is wrong
+        raise ModelError(f"{folder} has a config.json that does not load ({_why(error)}); take another base") from None
+    return config
+
+
 def pick_device(device: str | None) -> torch.device:
-    """The device for the work: as asked, else the first GPU, else the CPU."""
+    """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there is none such."""
+    kind = (device or "").partition(":")[0]
+    if kind not in ("", "cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
+        raise CompressError(f"there is no device {device} here; use cpu, or cuda where torch sees a GPU")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; raises ModelError where there is none. No code from the folder is run."""
     try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        why = " ".join(str(error).split())[:120]
-        raise ModelError(f"{folder} has no tokenizer that loads ({why}); save the model's tokenizer there") from None
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exceptions
+        raise ModelError(f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there") from None
+
+
+def _why(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
 def blocks_for(model: Resident, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Blocks:

@@ -11,6 +11,8 @@ The reading goes through transformers' own loader, which knows every renamed key
 from __future__ import annotations
 
 import copy
+import ctypes
+import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -79,6 +81,8 @@ class Resident(ABC):
                 for name, parameter in owner._parameters.items():
                     if parameter is not None:
                         owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+            parameter = None  # the last one, or its memory could not be given back
+            _trim()
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
@@ -216,6 +220,15 @@ class OnDisk(Resident):
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
         self.model.requires_grad_(False)
+
+
+def _trim() -> None:
+    """Have glibc give back what is free on its heap; other C libraries are left alone.
+
+    Blocks that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ from llmcompress.contents import companions, finished, packed_linears, quantizat
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.evaluate import speed_of
-from llmcompress.prepare import blocks_for, find_base, pick_device, tokenizer_of
+from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, environment, fidelity, parameters, peak_memory_bytes
@@ -55,9 +55,11 @@ def compress(
     """
     start = time.monotonic()
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
+    config_of(found.folder, base=True)
     model = OnDisk(found.folder, pick_device(device))
     stage = recipe.stages[0].stage
     stage.choose(model)
+    _require_sound(model)
     checkpoint = model.checkpoint
     with Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model)) as writer:
         spec = recipe.data.model_copy(update={"source": data}) if data else recipe.data
@@ -142,6 +144,13 @@ def apply(
     _install(model, packed)
     model.config.quantization_config = quantization_of(stage, source)
     return model, report
+
+
+def _require_sound(model: OnDisk) -> None:
+    """Refuse a base with lost, misshapen or non-finite weights now, not hours later: it costs one read of the base."""
+    for index in range(len(model.layers)):
+        with model.block(index):
+            pass
 
 
 def _install(model: PreTrainedModel, packed: dict[str, native.Packed]) -> None:

@@ -26,7 +26,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def save_base(folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:
     """A pico base of 256 tokens with its tokenizer."""
-    pico(family, vocab_size=VOCABULARY, **config).save_pretrained(folder, max_shard_size=max_shard_size)
+    pico(family, **{"vocab_size": VOCABULARY, **config}).save_pretrained(folder, max_shard_size=max_shard_size)
     byte_tokenizer().save_pretrained(folder)
     return folder
 

@@ -81,12 +81,10 @@ def plain_descent(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, le
     """Each column in turn takes the best of all its levels, found by trying them, the whole objective computed anew."""
     index, S = index_RC.clone(), spread(S_RG, W_RC.shape[1] // S_RG.shape[1])
     for c in range(W_RC.shape[1]):
-        objective = []
-        for level in range(len(levels.levels)):
-            index[:, c] = level
-            E = W_RC - levels.levels[index] * S
-            objective.append(((E @ H_CC) * E).sum(1))
-        index[:, c] = torch.stack(objective).argmin(0)
+        every = index.repeat(len(levels.levels), 1, 1)  # [L, R, C]
+        every[:, :, c] = torch.arange(len(levels.levels))[:, None]
+        E = W_RC - levels.levels[every] * S
+        index[:, c] = ((E @ H_CC) * E).sum(-1).argmin(0)
     return index
 
 

@@ -66,7 +66,7 @@ class DataFacts(_Facts):
 
 
 class LinearFacts(_OpenFacts):
-    """One linear after its stage: `name` in the model, its format, bits per weight, |W - W'| / |W| as the stage defines it."""
+    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its calibration outputs Y."""
 
     name: str
     format: str

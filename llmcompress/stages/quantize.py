@@ -163,8 +163,8 @@ class Quantize(BaseModel):
             "name": name,
             "format": self.format,
             "bits": self.bits,
-            "relative_error": weight_error(W_RC, Q_RC),
-            "output_error": output_error(W_RC, Q_RC, moments.H_CC),
+            "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
+            "weight_error": weight_error(W_RC, Q_RC),
         }
 
 
