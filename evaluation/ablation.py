@@ -106,7 +106,7 @@ class Variants:
         seconds = time.monotonic() - start
         read = self.model._read
         by_key = {self.model.sources[target][0]: W for target, W in changed.items()}
-        self.model._read = lambda key: by_key[key] if key in by_key else read(key)  # type: ignore[method-assign]
+        self.model._read = lambda key, target: by_key[key] if key in by_key else read(key, target)  # type: ignore[method-assign]
         measured = fidelity(logits(self.model, self.data.evaluation), self.data.evaluation, self.base)
         self.model._read = read  # type: ignore[method-assign]
         return {"kl_nats_mean": float(measured.kl_nats_mean or 0), "seconds": seconds}

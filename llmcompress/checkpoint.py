@@ -76,9 +76,9 @@ class Checkpoint:
             raise ModelError(f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id")
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json")
         if base:
-            _require_base(folder, config)
+            require_base(folder, config)
         listed = _files(folder)
         tensors = {name: entry for file in sorted(set(listed.values())) for name, entry in _entries(folder / file).items()}
         lost = sorted(name for name in listed if name and name not in tensors)
@@ -134,7 +134,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
         )
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object. Errors: ModelError for anything else."""
     try:
         value = json.loads(file.read_bytes())
     except ValueError as error:
@@ -144,7 +145,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _require_base(folder: Path, config: dict[str, Any]) -> None:
+def require_base(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
@@ -165,7 +166,7 @@ def _files(folder: Path) -> dict[str, str]:
     if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
         return {"": "model.safetensors"}
     if (folder / INDEX).is_file():
-        listed = _read_json(folder / INDEX).get("weight_map")
+        listed = read_json(folder / INDEX).get("weight_map")
         plain = isinstance(listed, dict) and all(isinstance(file, str) and Path(file).name == file for file in listed.values())
         if not isinstance(listed, dict) or not plain:
             raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
@@ -210,10 +211,9 @@ def writing(path: Path) -> Iterator[None]:
     """A failure of the file system is the user's to mend: one line, no traceback."""
     try:
         yield
-    except OSError as error:
-        raise OutputError(
-            f"can't write {path} ({error.strerror or error}); free space there or choose another --out"
-        ) from error
+    except (OSError, SafetensorError) as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split())
+        raise OutputError(f"can't write {path} ({why}); free space there or choose another --out") from error
 
 
 class Shard:

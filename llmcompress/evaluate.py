@@ -19,7 +19,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.data import DataSpec
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
 from llmcompress.report.measure import Speed, fidelity, speed
-from llmcompress.residency import OnDisk
+from llmcompress.residency import OnDisk, no_progress_bar
 from llmcompress.walk import Track, logits, untracked
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
@@ -69,5 +69,6 @@ def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | Non
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
-    model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+    with no_progress_bar():
+        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
     return speed(model, windows)

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
 from llmcompress import hub
-from llmcompress.checkpoint import _read_json, _require_base
+from llmcompress.checkpoint import read_json, require_base
 from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.residency import Resident
@@ -50,9 +50,9 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
     """
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
-    fields = _read_json(folder / "config.json")
+    fields = read_json(folder / "config.json")
     if base:
-        _require_base(folder, fields)
+        require_base(folder, fields)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each family checks its fields in its own way; to the user each says: this config is wrong

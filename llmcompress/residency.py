@@ -197,25 +197,29 @@ class OnDisk(Resident):
                 sources[target].append(key)
         return dict(sources)
 
-    def _read(self, key: str) -> Tensor:
-        """One tensor of the checkpoint, codes turned back into weights."""
+    def _read(self, key: str, target: str) -> Tensor:
+        """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
         scales = [name for name in self.checkpoint.tensors if name.startswith(key + ".")]
         tensor = self.checkpoint.read(key)
         if scales:
             parts = {key: tensor} | {name: self.checkpoint.read(name) for name in scales}
             tensor = native.dequantize(native.unpack(native.parts_of(key.removesuffix(".weight"), parts)), self.dtype)
+            if isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D):
+                tensor = tensor.T  # codes are rows of outputs, whatever way the module is stored
         check_finite(tensor, key)
         return tensor
 
     def _bring(self, names: Iterable[str]) -> None:
-        keys = [key for name in names for key in self.sources.get(name, [])]
+        keys = [(key, name) for name in names for key in self.sources.get(name, [])]
         config = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": str(self.device)},
             weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
         )
-        with _no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(self.model, {key: self._read(key) for key in keys}, config)
+        with no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model, {key: self._read(key, name) for key, name in keys}, config
+            )
         if info.mismatched_keys or info.conversion_errors:
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
@@ -232,7 +236,7 @@ def _trim() -> None:
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     """Transformers draws a bar at each load; here one load is one block."""
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()

@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmcompress.checkpoint import writing
 from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
 from llmcompress.residency import Resident
@@ -186,8 +187,9 @@ def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Ite
     for block in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
         last = block
     for hidden in last.inputs:
-        with torch.no_grad():
-            yield leave(resident, hidden)
+        with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
+            scores = leave(resident, hidden)
+        yield scores
 
 
 def head_input(resident: Resident, batches: Sequence[Tensor]) -> tuple[Tensor, Moments]:
@@ -217,7 +219,8 @@ def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int)
     grads = []
     for block in walk(resident, windows, through=True):
         last = block
-        save_file({str(i): hidden for i, hidden in enumerate(block.inputs)}, scratch / f"states-{block.index}.safetensors")
+        with writing(scratch):
+            save_file({str(i): hidden for i, hidden in enumerate(block.inputs)}, scratch / f"states-{block.index}.safetensors")
     for hidden in last.inputs:
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float().flatten(0, 1)

@@ -47,6 +47,7 @@ class Grid:
     codes: Tensor
 
     def to(self, device: torch.device | str) -> Grid:
+        """The same grid on a device."""
         return Grid(self.levels.to(device), self.middles.to(device), self.codes.to(device))
 
     def nearest(self, x: Tensor) -> Tensor:

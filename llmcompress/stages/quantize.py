@@ -33,14 +33,14 @@ FISHER_TOKENS = 32768  # for the output Fisher matrices: more tokens than this c
 class Quantize(BaseModel):
     """`quantize: {format, block, double_quant, rounding, steps, skip, head}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal["nf4", "fp4"] = Field(default="nf4", description="the 4-bit grid of bitsandbytes")
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
     double_quant: bool = Field(default=False, description="store the scales in 8 bits: 4.13 bits a weight at block 64, not 4.5")
     rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
     steps: Annotated[int, Field(ge=1)] = Field(default=200, description="steps of learned rounding on each block")
-    skip: tuple[str, ...] = Field(default=(), description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
     head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
 
     @model_validator(mode="after")
