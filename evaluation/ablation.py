@@ -32,6 +32,7 @@ from llmcompress.methods.solve import Rounded
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
 from llmcompress.report.measure import environment, fidelity
 from llmcompress.residency import OnDisk
+from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.rounding import Rounding
 from llmcompress.walk import Block, logits, output_fisher, walk
 
@@ -95,6 +96,9 @@ class Variants:
         self.base = list(logits(self.model, self.data.evaluation))
         self.levels = grid("nf4")
         self.fisher: dict[int, Tensor] = {}
+        chosen, _ = Quantize().choose(self.model)
+        inner = (name.removeprefix(f"{self.model.anatomy.layers}.").partition(".")[2] for name in chosen)
+        self.linears = tuple(dict.fromkeys(inner))  # by name in a block: those whose shape the format takes
 
     def score(self, change: Callable[[Block], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
         """KL and seconds of a model whose every block is changed so."""
@@ -114,7 +118,7 @@ class Variants:
     def alone(self, linear: Linear) -> dict[str, float]:
         def change(block: Block) -> dict[str, Tensor]:
             moments = block.moments()
-            return {name: linear(block.weight(name), moments[name].H_CC) for name in block.anatomy.linears}
+            return {name: linear(block.weight(name), moments[name].H_CC) for name in self.linears}
 
         return self.score(change)
 
@@ -125,7 +129,7 @@ class Variants:
             moments, cross = block.moments(), cross_moments(block)
             return {
                 name: full(retarget(block.weight(name), moments[name].H_CC, cross[name]), moments[name].H_CC)
-                for name in block.anatomy.linears
+                for name in self.linears
             }
 
         return self.score(change, reference=True)
@@ -143,7 +147,7 @@ class Variants:
             full = block.targets
             if target == "own":
                 block.targets = block.outputs(block.inputs)
-            weights: dict[str, Tensor] = {name: block.weight(name) for name in block.anatomy.linears}
+            weights: dict[str, Tensor] = {name: block.weight(name) for name in self.linears}
             moments: dict[str, Moments] = block.moments()
             packed, _ = rounding.learned(block, weights, moments, F_DD, steps=steps, seed=0)
             block.targets = full

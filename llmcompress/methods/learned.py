@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcompress.methods.grids import Grid
 from llmcompress.methods.scales import blocks_of, spread
-from llmcompress.methods.solve import Rounded
+from llmcompress.methods.solve import Rounded, Snap
 
 RATE = 1.25e-3  # code spacings a step, at first: eight times that undoes by noise half of what 200 steps win
 SCALE_RATE = 2e-3  # of a scale, relative to itself
@@ -27,6 +27,11 @@ Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [R, C] by name,
 def _round(position_RC: Tensor, scale_RG: Tensor, grid: Grid) -> Tensor:
     """Weights [R, C] that the positions round to."""
     return _Round.apply(position_RC, scale_RG, grid)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _snapped(scale_RG: Tensor, snap: Snap | None) -> Tensor:
+    """Storable scales, with the gradient of the scales themselves."""
+    return scale_RG if snap is None else scale_RG + (snap(scale_RG.detach()) - scale_RG.detach())
 
 
 class _Round(torch.autograd.Function):
@@ -62,11 +67,13 @@ def learn(
     loss: Loss,
     *,
     steps: int,
+    snap: Snap | None = None,
     rate: float = RATE,
     scale_rate: float = SCALE_RATE,
 ) -> dict[str, Rounded]:
     """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
+    With `snap`, the codes are trained under the storable scales nearest to those trained, which are returned before snapping.
     `rate` is the first step's size in code spacings, `scale_rate` that of a scale relative to itself.
 
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven grids, in units of
@@ -80,7 +87,8 @@ def learn(
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
     for step in range(steps):
-        rounded = {name: _round(positions[name], starts[name].scale_RG * (1 + gains[name]), grid) for name in starts}
+        scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap) for name in starts}
+        rounded = {name: _round(positions[name], scales[name], grid) for name in starts}
         optimizer.zero_grad()
         loss(rounded, step).backward()
         optimizer.step()

@@ -31,12 +31,22 @@ class Rounded:
         return grid.levels[self.index_RC] * spread(self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1])
 
 
-def solve(W_RC: Tensor, H_CC: Tensor, grid: Grid, block: int, *, snap: Snap, rounds: int = 3, damp: float = 0.01) -> Rounded:
-    """Codes and scales of W under the second moments H of its inputs; `snap` makes scales storable.
+def solve(
+    W_RC: Tensor,
+    H_CC: Tensor,
+    grid: Grid,
+    block: int,
+    *,
+    snap: Snap,
+    signed: bool = True,
+    rounds: int = 3,
+    damp: float = 0.01,
+) -> Rounded:
+    """Codes and scales of W under the second moments H of its inputs; `signed` ones may be negative, `snap` makes them storable.
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a block of columns is one scale.
     """
-    scale = snap(search_scales(W_RC, H_CC.diagonal(), grid, block))
+    scale = snap(search_scales(W_RC, H_CC.diagonal(), grid, block, signed=signed))
     index = gptq(W_RC, H_CC, scale, grid, damp=damp)
     for _ in range(rounds):
         scale = snap(fit_scales(W_RC, H_CC, grid.levels[index], scale))

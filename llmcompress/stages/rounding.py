@@ -13,7 +13,7 @@ from llmcompress import native
 from llmcompress.methods.grids import Format, Grid, grid
 from llmcompress.methods.hessian import Moments, metric_factor
 from llmcompress.methods.learned import learn
-from llmcompress.methods.solve import Rounded, solve
+from llmcompress.methods.solve import Rounded, output_error, solve
 from llmcompress.walk import Block
 
 METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
@@ -84,9 +84,12 @@ class Rounding:
             self._grid,
             lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
             steps=steps,
+            snap=self._snap if self.double_quant else None,
         )
-        before, after = whole(starts), whole(trained)
-        best = {name: (result, self._nested(result.scale_RG)) for name, result in trained.items()} if after < before else solved
+        ends = {name: (result, self._nested(result.scale_RG)) for name, result in trained.items()}
+        stored = {name: Rounded(result.index_RC, self._snap(result.scale_RG)) for name, result in trained.items()}
+        before, after = whole(starts), whole(stored)
+        best = ends if after < before else solved
         return {name: self._pack(*result) for name, result in best.items()}, {"loss_gptq": before, "loss_learned": after}
 
     @property
@@ -94,14 +97,28 @@ class Rounding:
         return grid(self.format).to(self.device)
 
     def _solve(self, W_RC: Tensor, H_CC: Tensor) -> tuple[Rounded, native.DoubleQuantized | None]:
-        """The solution under storable scales, and how its scales are stored if not as they are."""
+        """The solution under storable scales, and how its scales are stored if not as they are.
+
+        Scales of both signs use the uneven grid better, but span a wider range, which 8 bits resolve less finely: with double
+        quantisation both are solved and the smaller error is kept.
+        """
+        W_RC = W_RC.float()
+        found = [self._solve_signed(W_RC, H_CC, signed) for signed in ((True, False) if self.double_quant else (True,))]
+        return min(found, key=lambda solution: output_error(W_RC, solution[0].weight(self._grid), H_CC))
+
+    def _solve_signed(self, W_RC: Tensor, H_CC: Tensor, signed: bool) -> tuple[Rounded, native.DoubleQuantized | None]:
         stored: list[native.DoubleQuantized | None] = []
 
         def snap(scale_RG: Tensor) -> Tensor:
             stored.append(nested := self._nested(scale_RG))
             return nested.decode().to(scale_RG.device) if nested else scale_RG
 
-        return solve(W_RC.float(), H_CC, self._grid, self.block, snap=snap), stored[-1]
+        return solve(W_RC, H_CC, self._grid, self.block, snap=snap, signed=signed), stored[-1]
+
+    def _snap(self, scale_RG: Tensor) -> Tensor:
+        """The scales as they will be read back."""
+        nested = self._nested(scale_RG)
+        return nested.decode().to(scale_RG.device) if nested else scale_RG
 
     def _nested(self, scale_RG: Tensor) -> native.DoubleQuantized | None:
         return native.double_quantize(scale_RG) if self.double_quant else None
