@@ -22,7 +22,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY)
+bench: $(READY) # an hour and a half on two cores
 	$(BIN)/python evaluation/bench.py
 	$(BIN)/python evaluation/ablation.py
 	$(BIN)/python evaluation/throughput.py

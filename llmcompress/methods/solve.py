@@ -42,7 +42,7 @@ def solve(
     rounds: int = 3,
     damp: float = 0.01,
 ) -> Rounded:
-    """Codes and scales of W under the second moments H of its inputs; `signed` ones may be negative, `snap` makes them storable.
+    """Codes and scales of W under the second moments H of its inputs; `snap` makes scales storable, `signed` lets them be < 0.
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a block of columns is one scale.
     """
