@@ -37,12 +37,12 @@ STOCK = {  # what stock bitsandbytes offers besides nf4-nearest
 LENGTH = 256
 
 
-def recipes(names: list[str] | None) -> dict[str, Recipe]:
-    """The recipes of recipes/ but the demo, and the stock ones."""
+def recipes(model: str, names: list[str] | None) -> dict[str, Recipe]:
+    """The recipes of recipes/ and the stock ones; the demo recipe is for the demo model."""
     files = {file.stem: Recipe.from_file(file) for file in sorted((HERE.parent / "recipes").glob("*.yaml"))}
     every = {**files, **{name: Recipe.parse(text) for name, text in STOCK.items()}}
-    del every["demo"]
-    return {name: recipe for name, recipe in every.items() if not names or name in names}
+    wanted = {name for name in every if name != "demo" or model == "demo"}
+    return {name: recipe for name, recipe in every.items() if name in wanted and (not names or name in names)}
 
 
 def row(name: str, report: Report) -> dict[str, Any]:
@@ -60,7 +60,15 @@ def row(name: str, report: Report) -> dict[str, Any]:
         "recipe_digest": report.recipe_digest,
         "data_sha256": report.data.sha256,
         "kept": len(quantize.kept),
+        "commit": commit(),
+        "environment": report.environment.model_dump(mode="json"),
     }
+
+
+def commit() -> str:
+    """The commit that is measured."""
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    return subprocess.run(asked, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
 
 
 def bench(model: str, chosen: dict[str, Recipe]) -> None:
@@ -75,7 +83,7 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
         known[name] = row(name, report)
         print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {report.stages[0].seconds:.0f} s", flush=True)
     result = {
-        "command": "python evaluation/bench.py " + " ".join(sys.argv[1:]),
+        "command": f"python evaluation/bench.py --models {model} --threads {torch.get_num_threads()}",
         "commit": subprocess.run(
             ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
         ).stdout.strip(),
@@ -98,7 +106,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     for model in given.models:
-        bench(model, recipes(given.recipes))
+        bench(model, recipes(model, given.recipes))
     subprocess.run([sys.executable, HERE / "tables.py"], check=True)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "evaluation" / "results"
 MODELS = ("demo", "wikilm-8m", "stories260k")
-BASELINE = {"nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
+BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
 BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
 STOCK = {"nf4-nearest": "stock bitsandbytes", "nf4-nearest-double": "stock bitsandbytes", "fp4-nearest": "stock bitsandbytes"}
 
@@ -64,8 +64,8 @@ def fidelity() -> str:
         ]
         base = next(iter(rows.values()))["base_perplexity"]
         header = ["recipe", "bits a weight", "KL, nats", "of stock at its bytes", "same first token", "perplexity", "seconds"]
-        where = result["environment"]["device"]
-        parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}, commit {result['commit']}):\n")
+        where = " / ".join(sorted({row["environment"]["device"] for row in rows.values()}))
+        parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}; commits in the file):\n")
         parts.append(table(header, lines) + "\n")
     return "\n".join(parts)
 
@@ -130,7 +130,7 @@ def main() -> int:
         _, end, after = rest.partition(f"<!-- end {name} -->")
         wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"
     for file in sorted((ROOT / "recipes").glob("*.yaml")):
-        wanted[file] = with_head(file.read_text(), file.stem if file.stem != "demo" else "nf4-gptq")
+        wanted[file] = with_head(file.read_text(), file.stem)
     stale = [file for file, text in wanted.items() if file.read_text() != text]
     for file in stale:
         print(f"{'stale' if '--check' in sys.argv else 'written'}: {file.relative_to(ROOT)}")
