@@ -84,10 +84,6 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
         print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {report.stages[0].seconds:.0f} s", flush=True)
     result = {
         "command": f"python evaluation/bench.py --models {model} --threads {torch.get_num_threads()}",
-        "commit": subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE
-        ).stdout.strip(),
-        "environment": report.environment.model_dump(mode="json"),
         "model": model,
         "text": Path(text).name,
         "windows": {"length": LENGTH, "calibration": 256, "evaluation": 64},
