@@ -40,6 +40,8 @@ from llmcompress.anatomy import anatomy_of
 from llmcompress.checkpoint import Checkpoint, check_finite
 from llmcompress.errors import ModelError
 
+LARGE_BLOCK_BYTES = 1 << 23  # in float32: giving smaller blocks back costs more page faults than it is worth
+
 
 class Resident(ABC):
     """A causal language model of which one decoder block at a time is in memory."""
@@ -82,7 +84,8 @@ class Resident(ABC):
                     if parameter is not None:
                         owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
             parameter = None  # the last one, or its memory could not be given back
-            _trim()
+            if 4 * sum(p.numel() for p in module.parameters()) >= LARGE_BLOCK_BYTES:
+                _trim()
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
