@@ -71,7 +71,7 @@ def fidelity() -> str:
 
 
 def rivals() -> str:
-    """The rivals at group 128 beside ours, on the same calibration and evaluation tokens."""
+    """The rivals at group 128 beside ours, on the same evaluation tokens."""
     parts = []
     for model in MODELS:
         result, ours = load(f"rivals-{model}"), rows_of(model)
@@ -102,7 +102,32 @@ def rivals() -> str:
 def cost() -> str:
     """What a run costs against one forward pass, and how it grows."""
     result = load("cost")
-    return result["summary"] + "\n" if result and "summary" in result else ""
+    if result is None:
+        return ""
+    header = [
+        "series",
+        "layers",
+        "width",
+        "tokens",
+        "quantize, s",
+        "forward pass, s",
+        "passes",
+        "peak memory, MB",
+        "checkpoint, MB",
+    ]
+    lines = [
+        [
+            row["series"],
+            *(str(row[key]) for key in ("layers", "hidden", "tokens")),
+            *(f"{row[key]:.1f}" for key in ("quantize_s", "forward_s", "forward_passes")),
+            *(f"{row[key] / 1e6:.0f}" for key in ("run_memory_bytes", "checkpoint_bytes")),
+        ]
+        for row in result["rows"]
+    ]
+    return (
+        "What a run costs against one plain forward pass over the same tokens, on random-weight Llamas, and how it grows "
+        f"({result['hardware']}, commit {result['commit']}; memory is above what the imports hold):\n\n{table(header, lines)}\n"
+    )
 
 
 def head(recipe: str) -> str:
