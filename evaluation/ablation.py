@@ -10,31 +10,30 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench import LENGTH, MODELS
+from bench import LENGTH, MODELS, head
 from torch import Tensor
 
-from llmcompress import native
+from llmcompress.block import Block
 from llmcompress.data import DataSpec
 from llmcompress.methods.gptq import descend, gptq
 from llmcompress.methods.grids import Grid, grid
-from llmcompress.methods.hessian import Moments, damped
+from llmcompress.methods.hessian import retarget
 from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
 from llmcompress.methods.solve import Rounded
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
-from llmcompress.report.measure import environment, fidelity
+from llmcompress.report.measure import fidelity
 from llmcompress.residency import OnDisk
-from llmcompress.stages.quantize import Quantize
+from llmcompress.stages.quantize import Quantize, solve_in_turn
 from llmcompress.stages.rounding import Rounding
-from llmcompress.walk import Block, logits, output_fisher, walk
+from llmcompress.walk import logits, output_fisher, walk
 
 BLOCK, CPU = 64, torch.device("cpu")
 Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it is rounded to
@@ -56,33 +55,6 @@ def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: 
         return Rounded(index, scale).weight(levels)
 
     return linear
-
-
-def cross_moments(block: Block) -> dict[str, Tensor]:
-    """For each linear, the mean of x_full x^T: its inputs in the full model against those in the compressed one."""
-    sums: dict[str, Tensor] = {}
-    seen: dict[str, Tensor] = {}
-    firsts = [readers[0] for readers in block.anatomy.readers]
-    hooks = [
-        block.module.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen.__setitem__(name, args[0]))
-        for name in firsts
-    ]
-    with torch.no_grad():
-        for hidden, full in zip(block.inputs, block.reference, strict=True):
-            block.run(full)
-            before = {name: x.flatten(0, -2) for name, x in seen.items()}
-            block.run(hidden)
-            for name in firsts:
-                sums[name] = sums.get(name, torch.zeros(1)) + before[name].T @ seen[name].flatten(0, -2)
-    for hook in hooks:
-        hook.remove()
-    tokens = sum(hidden.shape[0] * hidden.shape[1] for hidden in block.inputs)
-    return {linear: sums[readers[0]] / tokens for readers in block.anatomy.readers for linear in readers}
-
-
-def retarget(W_RC: Tensor, H_CC: Tensor, X_CC: Tensor) -> Tensor:
-    """The weight whose outputs on the compressed inputs come closest to W on the full ones (arXiv:2504.02692)."""
-    return torch.linalg.solve(damped(H_CC, 0.01), (W_RC @ (X_CC - H_CC)).T).T + W_RC
 
 
 class Variants:
@@ -122,15 +94,20 @@ class Variants:
 
         return self.score(change)
 
-    def asymmetric(self) -> dict[str, float]:
-        full = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
+    def in_turn(self, *, asymmetric: bool = True, at_once: bool = False) -> dict[str, float]:
+        """Linears solved for one after another; `at_once`: all from one pass over the block as it was."""
+        linear = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
 
         def change(block: Block) -> dict[str, Tensor]:
-            moments, cross = block.moments(), cross_moments(block)
-            return {
-                name: full(retarget(block.weight(name), moments[name].H_CC, cross[name]), moments[name].H_CC)
-                for name in self.linears
-            }
+            changed = {}
+            readers = block.anatomy.readers
+            for groups in [readers] if at_once else [(group,) for group in readers]:
+                moments = block.moments(*groups)
+                for name in [name for group in groups for name in group if name in self.linears]:
+                    W_RC, seen = block.weight(name), moments[name]
+                    changed[name] = linear(retarget(W_RC, seen) if asymmetric else W_RC, seen.H_CC)
+                    block.set_weight(name, changed[name])
+            return changed
 
         return self.score(change, reference=True)
 
@@ -144,14 +121,11 @@ class Variants:
             F_DD = self.fisher[block.index]
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))
-            full = block.targets
-            if target == "own":
-                block.targets = block.outputs(block.inputs)
-            weights: dict[str, Tensor] = {name: block.weight(name) for name in self.linears}
-            moments: dict[str, Moments] = block.moments()
-            packed, _ = rounding.learned(block, weights, moments, F_DD, steps=steps, seed=0)
-            block.targets = full
-            return {name: native.dequantize(codes, torch.float32) for name, codes in packed.items()}
+            weights = {name: block.weight(name) for name in self.linears}
+            solved, _ = solve_in_turn(block, weights, rounding)
+            aim = block if target == "full" else replace(block, reference=block.inputs, _targets=[])
+            trained, _ = rounding.learned(aim, weights, solved, F_DD, steps=steps, seed=0)
+            return {name: rounding.weight(solution) for name, solution in trained.items()}
 
         return self.score(change, reference=True)
 
@@ -176,9 +150,11 @@ def main() -> None:
         "searched scales, GPTQ": part(True, False, True, 0),
         "searched signed scales, GPTQ": part(True, True, True, 0),
         "the same, 1 round of fit and descent": part(True, True, True, 1),
-        "the same, 3 rounds (gptq)": part(True, True, True, 3),
+        "the same, 3 rounds": part(True, True, True, 3),
         "the same, 6 rounds": part(True, True, True, 6),
-        "gptq, asymmetric calibration": variants.asymmetric,
+        "3 rounds, one linear after another": lambda: variants.in_turn(asymmetric=False),
+        "3 rounds, against the full model": lambda: variants.in_turn(at_once=True),
+        "both (gptq)": variants.in_turn,
         "learned": variants.learned,
         "learned, 100 steps": lambda: variants.learned(steps=100),
         "learned, plain squared error": lambda: variants.learned(metric="plain"),
@@ -188,13 +164,7 @@ def main() -> None:
     for name, job in jobs.items():
         rows.append({"variant": name, **job()})
         print(f"{name}: KL {rows[-1]['kl_nats_mean']:.5f} nats, {rows[-1]['seconds']:.0f} s", flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-    result = {
-        "command": "python evaluation/ablation.py " + " ".join(sys.argv[1:]),
-        "commit": commit,
-        "environment": environment(CPU),
-        "rows": rows,
-    }
+    result = {**head(), "rows": rows}
     (Path(__file__).parent / "results" / f"ablation-{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 

@@ -21,6 +21,7 @@ import torch
 
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
+from llmcompress.report.measure import environment
 from llmcompress.run import compress
 
 HERE = Path(__file__).parent
@@ -69,6 +70,18 @@ def commit() -> str:
     """The commit that is measured."""
     asked = ["git", "rev-parse", "--short", "HEAD"]
     return subprocess.run(asked, capture_output=True, text=True, check=True, cwd=HERE).stdout.strip()
+
+
+def head() -> dict[str, Any]:
+    """What every result of a script begins with: the command, the commit, the versions and the hardware."""
+    script = f"evaluation/{Path(sys.argv[0]).name}"
+    about = environment(torch.device("cpu"))
+    return {
+        "command": " ".join(["python", script, *sys.argv[1:]]),
+        "commit": commit(),
+        "hardware": about["device"],
+        "versions": about["versions"],
+    }
 
 
 def bench(model: str, chosen: dict[str, Recipe]) -> None:

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,6 +31,7 @@ from typing import Any
 
 import psutil
 import torch
+from bench import head
 from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -40,7 +40,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 from llmcompress.data import DataSpec, load_data
 from llmcompress.prepare import tokenizer_of
 from llmcompress.recipe import Recipe
-from llmcompress.report.measure import environment, peak_memory_bytes
+from llmcompress.report.measure import peak_memory_bytes
 from llmcompress.run import compress
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of
 
@@ -261,13 +261,8 @@ def main() -> None:
     rows = run(QUICK, given.threads, attempts=1) if given.quick else run(FULL, given.threads, attempts=3)
     found = growth(rows)
     show(rows, found)
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    about = environment("cpu")
     result = {
-        "command": " ".join(["python evaluation/cost.py", *sys.argv[1:]]),
-        "commit": subprocess.run(commit, capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "hardware": about["device"],
-        "versions": about["versions"],
+        **head(),
         "tokens_at_once": TOKENS_AT_ONCE,
         "growth": found,
         "rows": rows,

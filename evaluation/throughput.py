@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -22,13 +21,14 @@ from statistics import median
 from typing import Any
 
 import torch
+from bench import head
 from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from llmcompress.data import DataSpec
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
-from llmcompress.report.measure import environment, fidelity
+from llmcompress.report.measure import fidelity
 from llmcompress.residency import OnDisk
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of, logits
 
@@ -110,13 +110,8 @@ def main() -> None:
     samples, repeats = (32, 3) if given.quick else (64, 7)
     rows = [measure(name, samples, repeats) for name in names]
     show(rows)
-    commit = ["git", "rev-parse", "--short", "HEAD"]
-    about = environment("cpu")
     result = {
-        "command": " ".join(["python evaluation/throughput.py", *sys.argv[1:]]),
-        "commit": subprocess.run(commit, capture_output=True, text=True, cwd=HERE).stdout.strip(),
-        "hardware": about["device"],
-        "versions": about["versions"],
+        **head(),
         "windows": {"length": LENGTH, "evaluation": samples, "tokens_at_once": TOKENS_AT_ONCE},
         "bound": BOUND,
         "rows": rows,

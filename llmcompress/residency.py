@@ -40,7 +40,7 @@ from llmcompress.anatomy import anatomy_of
 from llmcompress.checkpoint import Checkpoint, check_finite
 from llmcompress.errors import ModelError
 
-LARGE_BLOCK_BYTES = 1 << 23  # in float32: giving smaller blocks back costs more page faults than it is worth
+TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
 
 
 class Resident(ABC):
@@ -54,6 +54,7 @@ class Resident(ABC):
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
+        self._freed = 0  # bytes since the heap was last given back
 
     def _bring_outer(self) -> None:
         """Load everything outside the blocks; called once, at the end of construction."""
@@ -84,8 +85,10 @@ class Resident(ABC):
                     if parameter is not None:
                         owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
             parameter = None  # the last one, or its memory could not be given back
-            if 4 * sum(p.numel() for p in module.parameters()) >= LARGE_BLOCK_BYTES:
+            self._freed += sum(p.numel() for p in module.parameters()) * self.dtype.itemsize
+            if self._freed >= TRIM_BYTES:
                 _trim()
+                self._freed = 0
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""

@@ -1,4 +1,4 @@
-"""The model block by block, with the activations that enter and leave each block. The only hooks of the package.
+"""The model block by block, with the activations that enter and leave each block.
 
 A stage sees one decoder block at a time, in memory on the working device and in the working precision, with the hidden
 states that reach it: `inputs`, as the compressed blocks before it left them, and, where asked for, `reference`, as the full
@@ -14,7 +14,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from llmcompress.block import Block
 from llmcompress.checkpoint import writing
-from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
 from llmcompress.residency import Resident
 
@@ -37,78 +36,6 @@ Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     """The Track that shows nothing."""
     return things
-
-
-@dataclass
-class Block:
-    """One decoder block in memory, and the batches of hidden states [B, L, D] that enter it (on the CPU)."""
-
-    index: int
-    name: str  # model.layers.3
-    module: nn.Module
-    anatomy: Anatomy
-    device: torch.device
-    arguments: Mapping[int, Mapping[str, Any]]  # by batch size
-    inputs: list[Tensor]
-    reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
-    targets: list[Tensor] = field(default_factory=list)  # what the full block makes of `reference`
-    expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
-
-    def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output [B, L, D], with `parameters` (by name in the block, as stored) in place of its own."""
-        call = partial(torch.func.functional_call, self.module, dict(parameters)) if parameters else None
-        arguments = dict(self.arguments[len(hidden)])
-        hidden = hidden.to(self.device)
-        return call((hidden,), arguments) if call else self.module(hidden, **arguments)  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """The block's outputs for all `batches`, on the CPU."""
-        return [self.run(hidden).cpu() for hidden in batches]
-
-    def oriented(self, linear: str, weight: Tensor) -> Tensor:
-        """Between [R, C] and the way a linear is stored (Conv1D: [C, R]); its own inverse."""
-        return weight.T if linear in self.anatomy.conv1d else weight
-
-    def weight(self, linear: str) -> Tensor:
-        """The weight of a linear as [R, C]: outputs, inputs."""
-        return self.oriented(linear, self.module.get_parameter(f"{linear}.weight").data).contiguous()
-
-    def set_weight(self, linear: str, W_RC: Tensor) -> None:
-        """Put W [R, C] in place of the weight of a linear."""
-        parameter = self.module.get_parameter(f"{linear}.weight")
-        parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
-
-    @torch.no_grad()
-    def moments(self) -> dict[str, Moments]:
-        """Second moments of the inputs of every linear over `inputs`; linears that read the same input share one object."""
-        found: dict[str, Moments] = {}
-        hooks = []
-        for readers in self.anatomy.readers:
-            shared = Moments(self.weight(readers[0]).shape[1], self.device)
-            found |= dict.fromkeys(readers, shared)
-            reader = self.module.get_submodule(readers[0])
-            hooks.append(reader.register_forward_pre_hook(partial(_add_input, shared)))
-        for experts in {parameter.rpartition(".")[0] for parameter in self.anatomy.experts}:
-            self.expert_tokens = dict.fromkeys(range(len(next(self.module.get_submodule(experts).parameters()))), 0)
-            hooks.append(self.module.get_submodule(experts).register_forward_pre_hook(self._count_routed))
-        try:
-            for hidden in self.inputs:
-                self.run(hidden)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
-    def _count_routed(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        """Experts are called with (hidden, expert of each token and rank, ...)."""
-        for expert, count in enumerate(torch.bincount(args[1].flatten(), minlength=len(self.expert_tokens)).tolist()):
-            if expert in self.expert_tokens:  # one more stands for no expert
-                self.expert_tokens[expert] += count
-
-
-def _add_input(moments: Moments, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-    moments.add(args[0])
 
 
 def batches_of(windows: Tensor) -> list[Tensor]:
@@ -174,10 +101,9 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
         with resident.block(index) as module:
             own = {size: per_block[index] for size, per_block in arguments.items()}
             block = Block(index, resident.block_name(index), module, resident.anatomy, resident.device, own, inputs, full)
-            block.targets = block.outputs(full)
             yield block
-            full = block.targets
-            inputs = block.outputs(inputs) if through or not last else []
+            if through or not last:
+                full, inputs = block.targets, block.outputs(inputs)
     if through:
         yield Block(len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, {}, inputs, full)
 
@@ -192,16 +118,20 @@ def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Ite
         yield scores
 
 
-def head_input(resident: Resident, batches: Sequence[Tensor]) -> tuple[Tensor, Moments]:
-    """The head's weight [V, D], and the second moments of what it reads when hidden states `batches` leave the last block."""
+@torch.no_grad()
+def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
+    """The head's weight [V, D], and the second moments of what it reads when the states of the Block after the last leave."""
     head = resident.model.get_submodule(resident.anatomy.head)
     W_RC = head.get_parameter("weight").data
     moments = Moments(W_RC.shape[1], resident.device)
-    hook = head.register_forward_pre_hook(partial(_add_input, moments))
+    read: list[Tensor] = []
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
     try:
-        with torch.no_grad():
-            for hidden in batches:
-                leave(resident, hidden)
+        for i, hidden in enumerate(block.inputs):
+            read.clear()
+            for states in (hidden, *block.reference[i : i + 1]):
+                leave(resident, states)
+            moments.add(*read)
     finally:
         hook.remove()
     return W_RC, moments

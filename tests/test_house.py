@@ -17,6 +17,7 @@ LAYERS = (
     ("anatomy", "data"),
     ("native", "checkpoint", "hub", "report"),
     ("artifact", "residency"),
+    ("block",),
     ("walk",),
     ("stages.context", "stages.rounding"),
     ("stages.quantize",),

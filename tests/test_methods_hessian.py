@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcompress.methods.hessian import Moments, damped, inverse_factor, metric_factor
+from llmcompress.methods.hessian import Moments, damped, inverse_factor, metric_factor, retarget
 
 DAMP = 0.01
 
@@ -204,3 +204,52 @@ def test_an_error_that_the_model_does_not_feel_counts_least() -> None:
     R_DD = metric_factor(torch.diag(torch.tensor([0.0, 0.001, 2.0])), 0.05)
     lengths = R_DD.diagonal().tolist()
     assert lengths == sorted(lengths)
+
+
+def drifted(tokens: int, columns: int) -> tuple[Tensor, Tensor]:
+    """Inputs [T, C], and the same as the full model has them."""
+    full = inputs(tokens, columns)
+    return full + 0.3 * inputs(tokens, columns, 7) @ inputs(columns, columns, 8) / columns**0.5, full
+
+
+def test_the_cross_moments_are_the_mean_outer_product_with_the_full_inputs_however_the_tokens_are_cut() -> None:
+    (x, full), seen = drifted(60, 6), Moments(6)
+    for start, stop in ((0, 7), (7, 7), (7, 40), (40, 60)):
+        seen.add(x[start:stop], full[start:stop])
+    assert seen.X_CC is not None
+    torch.testing.assert_close(seen.X_CC.double(), full.double().T @ x.double() / 60, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(seen.H_CC.double(), moments(x.double()), rtol=1e-5, atol=1e-5)
+
+
+def test_the_retargeted_weight_is_the_least_squares_one() -> None:
+    x, full = drifted(400, 12)
+    W_RC, seen = inputs(5, 12, 9), Moments(12)
+    seen.add(x, full)
+    expected = torch.linalg.lstsq(x.double(), full.double() @ W_RC.T.double()).solution.T
+    torch.testing.assert_close(retarget(W_RC, seen, damp=1e-9).double(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_damping_draws_the_retargeted_weight_to_the_weight_itself() -> None:
+    x, full = drifted(400, 12)
+    W_RC, seen = inputs(5, 12, 9), Moments(12)
+    seen.add(x, full)
+    moved = [float((retarget(W_RC, seen, damp) - W_RC).norm()) for damp in (0.01, 1, 100, 1e4)]
+    assert moved == sorted(moved, reverse=True) and moved[-1] < 1e-3 * moved[0]
+
+
+def test_a_weight_whose_inputs_are_the_full_models_stays_as_it_is() -> None:
+    x, W_RC = inputs(100, 12), inputs(5, 12, 9)
+    unknown, same = Moments(12), Moments(12)
+    unknown.add(x)
+    same.add(x, x)
+    assert retarget(W_RC, unknown) is W_RC
+    torch.testing.assert_close(retarget(W_RC, same), W_RC)
+
+
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_few_tokens_and_dead_channels_retarget_to_finite_weights(tokens: int) -> None:
+    x, full = drifted(tokens, 24)
+    x[:, 3] = 0
+    seen = Moments(24)
+    seen.add(x, full)
+    assert torch.isfinite(retarget(inputs(5, 24, 9), seen)).all()

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress import walk as walking
+from llmcompress.block import Block
 from llmcompress.errors import ModelError
 from llmcompress.residency import Live, OnDisk, Resident
-from llmcompress.walk import Block, head_input, logits, output_fisher, walk
+from llmcompress.walk import head_input, logits, output_fisher, walk
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")
@@ -75,6 +78,56 @@ def test_linears_that_read_one_input_share_one_matrix() -> None:
     assert moments["self_attn.q_proj"] is moments["self_attn.v_proj"]
     assert moments["mlp.gate_proj"] is moments["mlp.up_proj"]
     assert len({id(shared) for shared in moments.values()}) == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_weights_as_they_were(family: str) -> None:
+    """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy have it."""
+    model = pico(family).requires_grad_(False)
+    tokens = windows(model.config.vocab_size)
+    read: dict[str, dict[str, Tensor]] = {"full": {}, "changed": {}}
+
+    def spy(kind: str, whole: nn.Module) -> None:
+        for name in names:
+            whole.get_submodule(name).register_forward_pre_hook(partial(note, kind, name))
+
+    def note(kind: str, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        read[kind][name] = args[0].flatten(0, -2)
+
+    resident = Live(model.config, model.state_dict(), CPU)
+    names = [f"{resident.block_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
+    changed = copy.deepcopy(model)
+    spy("full", model)
+    spy("changed", changed)
+    model(tokens, use_cache=False)
+    for block in walk(resident, tokens, reference=True):
+        for readers in block.anatomy.readers:
+            changed(tokens, use_cache=False)
+            for linear, moments in block.moments(readers).items():
+                full, x = (read[kind][f"{block.name}.{linear}"] for kind in ("full", "changed"))
+                for found, expected in ((moments.H_CC, x.T @ x / len(x)), (moments.X_CC, full.T @ x / len(x))):
+                    assert found is not None
+                    assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
+            for linear in readers:
+                block.set_weight(linear, 0.9 * block.weight(linear))
+                changed.get_parameter(f"{block.name}.{linear}.weight").data.mul_(0.9)
+    assert all(not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :])
+
+
+def test_a_pass_ends_where_its_group_has_read() -> None:
+    model = pico("llama")
+    blocks = walk(Live(model.config, model.state_dict(), CPU), windows(100), reference=True)
+    block = next(blocks)
+    ran: list[str] = []
+    for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
+        block.module.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: ran.append(name))
+    block.moments(("self_attn.o_proj",))
+    assert not ran
+    block.moments(("mlp.down_proj",))
+    assert set(ran) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}, "the last group runs to the end, for the targets"
+    ran.clear()
+    assert all(torch.equal(*pair) for pair in zip(block.targets, block.outputs(block.reference), strict=True))
+    assert len(ran) == 3 * len(block.inputs), "the targets were found twice"
 
 
 def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not() -> None:
@@ -166,11 +219,31 @@ def test_the_heads_moments_are_those_of_the_normed_states() -> None:
     resident = Live(model.config, model.state_dict(), CPU)
     for block in walk(resident, tokens, through=True):
         last = block
-    W_RC, moments = head_input(resident, last.inputs)
+    W_RC, moments = head_input(resident, last)
     with torch.no_grad():
         X_TC = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     assert torch.equal(W_RC, model.lm_head.weight)
     assert torch.allclose(moments.H_CC, X_TC.T @ X_TC / len(X_TC), atol=1e-4)
+    assert moments.X_CC is None
+
+
+def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
+    model = pico("llama", tie_word_embeddings=False)
+    tokens = windows(model.config.vocab_size)
+    resident = Live(model.config, model.state_dict(), CPU)
+    for block in walk(resident, tokens, reference=True, through=True):
+        last = block
+        if block.name:
+            block.set_weight("mlp.down_proj", 0.5 * block.weight("mlp.down_proj"))
+    _, moments = head_input(resident, last)
+    with torch.no_grad():
+        full = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight.data.mul_(0.5)
+        x = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
+    assert moments.X_CC is not None
+    assert torch.allclose(moments.X_CC, full.T @ x / len(x), atol=1e-4)
+    assert torch.allclose(moments.H_CC, x.T @ x / len(x), atol=1e-4)
 
 
 def test_a_weight_with_nan_is_refused_by_name(tmp_path: Path) -> None:

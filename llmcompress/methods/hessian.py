@@ -12,18 +12,26 @@ from torch import Tensor
 
 
 class Moments:
-    """Running mean of x x^T over tokens: `H_CC`, float32, on the device of the inputs."""
+    """Running means over tokens, float32, on the device of the inputs.
+
+    `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T; else None.
+    """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.H_CC = torch.zeros(columns, columns, device=device)
+        self.X_CC: Tensor | None = None
         self.tokens = 0
 
-    def add(self, x: Tensor) -> None:
-        """Take in inputs x [..., C]."""
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Take in inputs x [..., C], and what the full model has in their place."""
         X_TC = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + len(X_TC)
         if total == 0:
             return
+        if full is not None:
+            self.X_CC = torch.zeros_like(self.H_CC) if self.X_CC is None else self.X_CC
+            F_TC = full.reshape(X_TC.shape).float()
+            self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
         self.tokens = total
 
@@ -56,6 +64,19 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
         if not failed and bool(torch.isfinite(U_CC).all()):
             return U_CC
     raise ValueError("second moments are not finite")
+
+
+def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
+    """The weight whose outputs on x come closest to those of W on the full model's inputs f: W + W (X - H) (H + damping)^-1.
+
+    It makes good what the layers before have lost, as far as a linear map of x can; the damping keeps it near W.
+
+    Source: Arai and Ichikawa 2025, arXiv:2504.09629, the corrected weight at full propagation.
+    """
+    if moments.X_CC is None:
+        return W_RC
+    U_CC = inverse_factor(moments.H_CC, damp)
+    return W_RC + W_RC @ (moments.X_CC - moments.H_CC) @ U_CC.T @ U_CC
 
 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:

@@ -37,21 +37,26 @@ def solve(
     grid: Grid,
     block: int,
     *,
-    snap: Snap,
+    snap: Snap | None = None,
     signed: bool = True,
     rounds: int = 3,
     damp: float = 0.01,
 ) -> Rounded:
-    """Codes and scales of W under the second moments H of its inputs; `snap` makes scales storable, `signed` lets them be < 0.
+    """Codes and scales of W under the second moments H of its inputs; `signed` lets scales be < 0.
+
+    With `snap` the codes are those for the storable scales nearest to the ones found, which are returned before snapping.
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a block of columns is one scale.
     """
-    scale = snap(search_scales(W_RC, H_CC.diagonal(), grid, block, signed=signed))
+    snap = snap or (lambda scale_RG: scale_RG)
+    found = search_scales(W_RC, H_CC.diagonal(), grid, block, signed=signed)
+    scale = snap(found)
     index = gptq(W_RC, H_CC, scale, grid, damp=damp)
     for _ in range(rounds):
-        scale = snap(fit_scales(W_RC, H_CC, grid.levels[index], scale))
+        found = fit_scales(W_RC, H_CC, grid.levels[index], scale)
+        scale = snap(found)
         index = descend(W_RC, H_CC, index, scale, grid)
-    return Rounded(index, scale)
+    return Rounded(index, found)
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:

@@ -1,13 +1,15 @@
 """Quantise the linears to 4 bits in bitsandbytes' native layout, each block with the inputs that the blocks before it give.
 
 `nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
-scales under the second moments of its inputs. `learned` goes on from there and trains the codes and scales of a whole block
+scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
+the full model. `learned` goes on from there and trains the codes and scales of a whole block
 at once, so that its output comes closest to the full model's where the full model's predictions feel it. All three write the
 same bytes. A block that the journal holds is not done again: its codes are read, and the walk goes on through them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -16,13 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from llmcompress import native
+from llmcompress.block import Block
 from llmcompress.errors import ModelError
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context, Facts
-from llmcompress.stages.rounding import Rounding
-from llmcompress.walk import Block, head_input, output_fisher, walk
+from llmcompress.stages.rounding import Rounding, Solution
+from llmcompress.walk import head_input, output_fisher, walk
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
 
@@ -104,11 +107,12 @@ class Quantize(BaseModel):
         return facts
 
     def _walk(self, model: Resident, context: Context, chosen: set[str], steps: int) -> None:
-        learned, journal = self.rounding == "learned", context.journal
-        if learned:
+        journal = context.journal
+        if self.rounding == "learned":
             self._find_fisher(model, context)
         rounding = Rounding(self.format, self.block, self.double_quant, model.weight_dtype, model.device)
-        blocks = walk(model, context.data.calibration, reference=learned, through=steps > len(model.layers))
+        calibrated, through = self.rounding != "nearest", steps > len(model.layers)
+        blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
         for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
             head = block.index == len(model.layers)
             linears = [linear for linear in model.anatomy.linears if f"{block.name}.{linear}" in chosen]
@@ -131,13 +135,17 @@ class Quantize(BaseModel):
             journal.save(FISHER, index, {"F_DD": F_DD}, {})
 
     def _block(self, block: Block, linears: list[str], rounding: Rounding, context: Context) -> Entry:
-        weights, moments = {linear: block.weight(linear) for linear in linears}, block.moments()
+        weights = {linear: block.weight(linear) for linear in linears}
         notes: dict[str, Any] = {}
-        if self.rounding == "learned":
-            F_DD = context.journal.load(FISHER, block.index)[0]["F_DD"]
-            packed, notes = rounding.learned(block, weights, moments, F_DD, steps=self.steps, seed=context.seed)
+        if self.rounding == "nearest":
+            moments = block.moments()
+            packed = {linear: rounding.nearest(W_RC) for linear, W_RC in weights.items()}
         else:
-            packed = {linear: self._alone(rounding, W_RC, moments[linear]) for linear, W_RC in weights.items()}
+            solved, moments = solve_in_turn(block, weights, rounding)
+            if self.rounding == "learned":
+                F_DD = context.journal.load(FISHER, block.index)[0]["F_DD"]
+                solved, notes = rounding.learned(block, weights, solved, F_DD, steps=self.steps, seed=context.seed)
+            packed = {linear: rounding.pack(solution) for linear, solution in solved.items()}
         tensors: dict[str, Tensor] = {}
         facts = []
         for linear, W_RC in weights.items():
@@ -150,12 +158,10 @@ class Quantize(BaseModel):
 
     def _head(self, model: Resident, block: Block, rounding: Rounding) -> Entry:
         name = model.anatomy.head
-        W_RC, moments = head_input(model, block.inputs)
-        packed = self._alone(rounding, W_RC, moments)
+        W_RC, moments = head_input(model, block)
+        nearest = self.rounding == "nearest"
+        packed = rounding.nearest(W_RC) if nearest else rounding.pack(rounding.gptq(W_RC, moments))
         return _stored(name, packed), {"name": name, "linears": [self._facts(name, W_RC, packed, moments)]}
-
-    def _alone(self, rounding: Rounding, W_RC: Tensor, moments: Moments) -> native.Packed:
-        return rounding.nearest(W_RC) if self.rounding == "nearest" else rounding.gptq(W_RC, moments.H_CC)
 
     def _facts(self, name: str, W_RC: Tensor, packed: native.Packed, moments: Moments) -> dict[str, Any]:
         Q_RC = native.dequantize(packed, torch.float32).to(W_RC.device)
@@ -166,6 +172,23 @@ class Quantize(BaseModel):
             "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
             "weight_error": weight_error(W_RC, Q_RC),
         }
+
+
+def solve_in_turn(
+    block: Block, weights: Mapping[str, Tensor], rounding: Rounding
+) -> tuple[dict[str, Solution], dict[str, Moments]]:
+    """Solve for the linears that read one input, put them in place, and go on to what the next ones read then.
+
+    Returns the solutions for `weights`, and the moments of all linears of the block.
+    """
+    solved: dict[str, Solution] = {}
+    moments: dict[str, Moments] = {}
+    for readers in block.anatomy.readers:
+        moments |= block.moments(readers)
+        for linear in [linear for linear in readers if linear in weights]:
+            solved[linear] = rounding.gptq(weights[linear], moments[linear])
+            block.set_weight(linear, rounding.weight(solved[linear]))
+    return {linear: solved[linear] for linear in weights}, moments
 
 
 def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:

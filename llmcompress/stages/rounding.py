@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from llmcompress import native
+from llmcompress.block import Block
 from llmcompress.methods.grids import Format, Grid, grid
-from llmcompress.methods.hessian import Moments, metric_factor
+from llmcompress.methods.hessian import Moments, metric_factor, retarget
 from llmcompress.methods.learned import learn
-from llmcompress.methods.solve import Rounded, output_error, solve
-from llmcompress.walk import Block
+from llmcompress.methods.solve import Rounded, Snap, output_error, solve
 
 METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
 
@@ -25,6 +25,14 @@ def half_is_fast(device: torch.device) -> bool:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cpu" and ours
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes, scales as they are read back, and how those are stored if in 8 bits."""
+
+    rounded: Rounded
+    nested: native.DoubleQuantized | None = None
 
 
 @dataclass(frozen=True)
@@ -41,27 +49,43 @@ class Rounding:
         """Stock bitsandbytes: absmax scales, nearest codes."""
         return native.quantize_nearest(W_RC.to(self.dtype), self.format, self.block, self.double_quant)
 
-    def gptq(self, W_RC: Tensor, H_CC: Tensor) -> native.Packed:
-        """Codes and scales solved for under the second moments H."""
-        return self._pack(*self._solve(W_RC, H_CC))
+    def gptq(self, W_RC: Tensor, moments: Moments) -> Solution:
+        """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
+
+        Scales of both signs use the uneven grid better, but span a wider range, which 8 bits resolve less finely: with double
+        quantisation both are solved and the smaller error is kept.
+        """
+        W_RC = retarget(W_RC.float(), moments)
+        found = [self._solve(W_RC, moments.H_CC, signed) for signed in ((True, False) if self.double_quant else (True,))]
+        return min(found, key=lambda solution: output_error(W_RC, self.weight(solution), moments.H_CC))
+
+    def weight(self, solution: Solution) -> Tensor:
+        """The weight [R, C] that a solution stands for."""
+        return solution.rounded.weight(self._grid)
+
+    def pack(self, solution: Solution) -> native.Packed:
+        """A solution as it is stored."""
+        codes_RC = self._grid.codes[solution.rounded.index_RC].cpu()
+        nested = solution.nested
+        scale_RG = nested.decode().cpu() if nested else solution.rounded.scale_RG.cpu()
+        return native.Packed(codes_RC, scale_RG, self.format, self.block, self.dtype, nested)
 
     def learned(
         self,
         block: Block,
         weights: Mapping[str, Tensor],
-        moments: Mapping[str, Moments],
+        solved: Mapping[str, Solution],
         F_DD: Tensor,
         *,
         steps: int,
         seed: int,
-    ) -> tuple[dict[str, native.Packed], dict[str, Any]]:
-        """All linears of a block, trained together from the solution of `gptq`; with the block's loss before and after.
+    ) -> tuple[dict[str, Solution], dict[str, Any]]:
+        """All linears of a block, trained together from the solutions of `gptq`; with the block's loss before and after.
 
         The loss is the error of the block's output against the full model's, weighed by the output Fisher matrix. Where
         training ends no better than it began, the start is kept.
         """
-        solved = {name: self._solve(W, moments[name].H_CC) for name, W in weights.items()}
-        starts = {name: start for name, (start, _) in solved.items()}
+        starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
 
         def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
@@ -84,46 +108,26 @@ class Rounding:
             self._grid,
             lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
             steps=steps,
-            snap=self._snap if self.double_quant else None,
+            snap=self._snap,
         )
-        ends = {name: (result, self._nested(result.scale_RG)) for name, result in trained.items()}
-        stored = {name: Rounded(result.index_RC, self._snap(result.scale_RG)) for name, result in trained.items()}
-        before, after = whole(starts), whole(stored)
-        best = ends if after < before else solved
-        return {name: self._pack(*result) for name, result in best.items()}, {"loss_gptq": before, "loss_learned": after}
+        ends = {name: self._stored(result) for name, result in trained.items()}
+        before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
+        return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
+
+    def _solve(self, W_RC: Tensor, H_CC: Tensor, signed: bool) -> Solution:
+        return self._stored(solve(W_RC, H_CC, self._grid, self.block, snap=self._snap, signed=signed))
+
+    def _stored(self, result: Rounded) -> Solution:
+        if not self.double_quant:
+            return Solution(result)
+        nested = native.double_quantize(result.scale_RG)
+        return Solution(Rounded(result.index_RC, nested.decode()), nested)
+
+    @property
+    def _snap(self) -> Snap | None:
+        """Scales as they will be read back."""
+        return (lambda scale_RG: native.double_quantize(scale_RG).decode()) if self.double_quant else None
 
     @property
     def _grid(self) -> Grid:
         return grid(self.format).to(self.device)
-
-    def _solve(self, W_RC: Tensor, H_CC: Tensor) -> tuple[Rounded, native.DoubleQuantized | None]:
-        """The solution under storable scales, and how its scales are stored if not as they are.
-
-        Scales of both signs use the uneven grid better, but span a wider range, which 8 bits resolve less finely: with double
-        quantisation both are solved and the smaller error is kept.
-        """
-        W_RC = W_RC.float()
-        found = [self._solve_signed(W_RC, H_CC, signed) for signed in ((True, False) if self.double_quant else (True,))]
-        return min(found, key=lambda solution: output_error(W_RC, solution[0].weight(self._grid), H_CC))
-
-    def _solve_signed(self, W_RC: Tensor, H_CC: Tensor, signed: bool) -> tuple[Rounded, native.DoubleQuantized | None]:
-        stored: list[native.DoubleQuantized | None] = []
-
-        def snap(scale_RG: Tensor) -> Tensor:
-            stored.append(nested := self._nested(scale_RG))
-            return nested.decode().to(scale_RG.device) if nested else scale_RG
-
-        return solve(W_RC, H_CC, self._grid, self.block, snap=snap, signed=signed), stored[-1]
-
-    def _snap(self, scale_RG: Tensor) -> Tensor:
-        """The scales as they will be read back."""
-        nested = self._nested(scale_RG)
-        return nested.decode().to(scale_RG.device) if nested else scale_RG
-
-    def _nested(self, scale_RG: Tensor) -> native.DoubleQuantized | None:
-        return native.double_quantize(scale_RG) if self.double_quant else None
-
-    def _pack(self, result: Rounded, nested: native.DoubleQuantized | None) -> native.Packed:
-        scale_RG = nested.decode() if nested else result.scale_RG.cpu()
-        codes_RC = self._grid.codes[result.index_RC].cpu()
-        return native.Packed(codes_RC, scale_RG, self.format, self.block, self.dtype, nested)
