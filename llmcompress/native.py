@@ -12,7 +12,7 @@ import copy
 import json
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -52,12 +52,8 @@ class DoubleQuantized:
 
     def decode(self) -> Tensor:
         """The scales, float32, in the shape of `codes`, bit-equal to what bitsandbytes decodes on a CPU."""
-        return self.levels[self.codes.int()] * self.spread() + self.offset
-
-    def spread(self, group: int | None = None) -> Tensor:
-        """The nested scale of every scale, float32, in the shape of `codes`; [R] for one column `group` of them."""
         place = torch.arange(self.codes.numel(), device=self.codes.device).reshape(self.codes.shape)
-        return self.nested_absmax[(place if group is None else place[:, group]) // NESTED_BLOCK]
+        return self.levels[self.codes.int()] * self.nested_absmax[place // NESTED_BLOCK] + self.offset
 
 
 def double_quantize(absmax: Tensor) -> DoubleQuantized:
@@ -67,26 +63,6 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
     codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_BLOCK)
     found = (codes.reshape(absmax.shape), state.absmax, state.code, offset)
     return DoubleQuantized(*(tensor.to(absmax.device) for tensor in found))
-
-
-def recode(scales: DoubleQuantized, wished: Tensor) -> DoubleQuantized:
-    """The same nested scales and offset with the codes that decode nearest to `wished`; exact for values that it can decode."""
-    return replace(scales, codes=_nearest(scales, wished, scales.spread()))
-
-
-def nearest_decodable(scales: DoubleQuantized, wished: Tensor, group: int | None = None) -> Tensor:
-    """The decodable scale nearest to each wished one, nested scales and offset held: [R, G], or [R] for one column `group`."""
-    spread = scales.spread(group)
-    return scales.levels[_nearest(scales, wished, spread).int()] * spread + scales.offset
-
-
-def _nearest(scales: DoubleQuantized, wished: Tensor, spread: Tensor) -> Tensor:
-    """Codes whose decoded value is nearest: division guesses within one code, the decoded neighbours decide."""
-    middles = (scales.levels[1:] + scales.levels[:-1]) / 2
-    guess = torch.bucketize((wished.float() - scales.offset) / spread, middles)
-    near = torch.stack([(guess + step).clamp(0, 255) for step in (0, -1, 1)])  # [3, ...]; the guess first, so that it wins ties
-    miss = (scales.levels[near] * spread + scales.offset - wished.float()).abs()
-    return near.gather(0, miss.argmin(0, keepdim=True))[0].to(torch.uint8)
 
 
 @dataclass(frozen=True, eq=False)

@@ -57,10 +57,10 @@ def _memory(model: Outline, stage: Quantize, tokens: int) -> int:
     every = sum(p.numel() for p in model.model.parameters())
     outer = every - sum(p.numel() for layer in model.layers for p in layer.parameters())
     D = model.config.hidden_size
-    streams = tokens * D * (6 if stage.rounding == "learned" else 2)
+    streams = tokens * D * (2 if stage.rounding == "nearest" else 4)  # inputs and outputs, here and in the full model
     widest = max(columns for _, (_, columns) in model.linear_maps())
-    # a block in float32, its gradients, positions and two moments of Adam when it is trained, its own codes as int64
-    copies = 10 if stage.rounding == "learned" else 4
+    # a block in float32, as it was and as it becomes, its codes as int64; gradients, positions and moments of Adam if trained
+    copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + streams + 4 * widest * widest
     return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
 
@@ -71,9 +71,10 @@ def _work(model: Outline, stage: Quantize, shapes: dict[str, tuple[int, int]], c
     forward = 2.0 * inner * tokens
     total = 2 * forward  # one pass for the moments, one to go on
     if stage.rounding != "nearest":
-        total += sum(2.0 * rows * columns**2 * 10 + columns**3 for rows, columns in (shapes[name] for name in chosen))
+        total += 3 * forward  # the moments of one group of linears after another, in two streams; most passes end early
+        total += sum(2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in chosen))
     if stage.rounding == "learned":
-        total += forward + 5 * 2.0 * inner * max(FISHER_TOKENS, 8 * model.config.hidden_size)
+        total += 5 * 2.0 * inner * max(FISHER_TOKENS, 8 * model.config.hidden_size)
         total += 3 * 2.0 * inner * stage.steps * TOKENS_AT_ONCE + 2 * forward
     return total
 

@@ -31,6 +31,18 @@ SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML
 SHORT.maxlevel = 2
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice; plain YAML would silently take the last."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
+            seen.add(str(key.value))
+        return super().construct_mapping(node, deep)
+
+
 class Accept(BaseModel):
     """Bounds that the result must keep, or nothing is published."""
 
@@ -109,7 +121,7 @@ class Recipe(BaseModel):
     def parse(cls, text: str | bytes, where: str = "recipe") -> Recipe:
         """A recipe from YAML; raises RecipeError with one line that begins with `where`."""
         try:
-            entries = yaml.safe_load(text)
+            entries = yaml.load(text, _Loader)
         except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
             line = getattr(getattr(error, "problem_mark", None), "line", None)
             place = f" (line {line + 1})" if line is not None else ""

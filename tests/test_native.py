@@ -119,24 +119,6 @@ def test_double_quantisation_is_bit_equal_to_bitsandbytes(shape: tuple[int, int]
     assert torch.equal(found.decode().reshape(-1), stock.dequantize_blockwise(codes, state) + flat.mean())
 
 
-def test_the_nearest_decodable_scale_is_the_nearest_of_all_256() -> None:
-    scales = native.double_quantize(noise(64, 9, seed=1).abs())
-    wished = torch.cat([noise(32, 9, seed=2), scales.decode()[32:] * 1.001])
-    every = torch.stack([replace(scales, codes=torch.full_like(scales.codes, code)).decode() for code in range(256)])
-    best = (every - wished).abs().min(0).values
-    found = native.nearest_decodable(scales, wished)
-    assert torch.equal((found - wished).abs(), best)
-    assert all(torch.equal(native.nearest_decodable(scales, wished[:, g], g), found[:, g]) for g in range(9))
-
-
-def test_decodable_scales_are_coded_again_exactly() -> None:
-    scales = native.double_quantize(noise(64, 9, seed=1).abs())
-    found = native.nearest_decodable(scales, noise(64, 9, seed=2).abs())
-    assert torch.equal(native.recode(scales, found).decode(), found)
-    constant = native.double_quantize(torch.full((40, 10), 0.25))  # all nested scales are zero
-    assert torch.equal(native.nearest_decodable(constant, noise(40, 10)), constant.decode())
-
-
 def test_scales_that_do_not_decode_are_no_linear() -> None:
     packed = own("nf4", 64, True)
     with pytest.raises(ValueError, match="decodes to"):

@@ -151,6 +151,8 @@ def test_a_value_of_the_wrong_kind_is_told_where_it_stands(text: str, place: str
         ("quantize", "holds a str, not a mapping"),
         ("3", "holds a int, not a mapping"),
         ("stages: [", "is no YAML (line 1)"),
+        ("base: a\nstages: [quantize]\nbase: b", 'is no YAML (line 3): "base" is given twice'),
+        ("stages: [{quantize: {block: 64, block: 32}}]", '"block" is given twice'),
         ("a: b: c", "is no YAML (line 1)"),
         ("base: a\n\tstages: b", "is no YAML (line 2)"),
         ("base: !!python/object/apply:os.system ['true']\nstages: [quantize]", "is no YAML"),
