@@ -71,7 +71,7 @@ def fidelity() -> str:
 
 
 def rivals() -> str:
-    """The rivals at group 128 beside ours, on the same evaluation tokens."""
+    """The rivals beside ours, calibrated and evaluated on the same windows."""
     parts = []
     for model in MODELS:
         result, ours = load(f"rivals-{model}"), rows_of(model)
