@@ -8,7 +8,8 @@ AutoRound costs minutes, the others less than one. A finished quantisation lies 
 
     python evaluation/rivals/run.py --base MODEL_DIR --calibration FILE --evaluation FILE --work DIR --out RESULTS.json
 
-FILE: safetensors with int64 `windows` [S, L], as windows.py writes them. The pins name a CPU build of torch (`+cpu`): where pip does not find one by
+FILE: safetensors with int64 `windows` [S, L], as windows.py writes them.
+The pins name a CPU build of torch (`+cpu`): where pip does not find one by
 itself, PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS tell it where. Needs nothing but Python: the environments bring the rest.
 """
 
