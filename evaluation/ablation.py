@@ -31,7 +31,8 @@ from llmcompress.methods.solve import Rounded
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
 from llmcompress.report.measure import fidelity
 from llmcompress.residency import OnDisk
-from llmcompress.stages.quantize import Quantize, solve_in_turn
+from llmcompress.stages.coding import FourBit
+from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.rounding import Rounding
 from llmcompress.walk import logits, output_fisher, walk
 
@@ -115,16 +116,16 @@ class Variants:
         if not self.fisher:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
-        rounding = Rounding("nf4", BLOCK, False, torch.float32, CPU)
+        rounding = Rounding(FourBit("nf4", BLOCK, False, torch.float32), CPU)
 
         def change(block: Block) -> dict[str, Tensor]:
             F_DD = self.fisher[block.index]
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))
             weights = {name: block.weight(name) for name in self.linears}
-            solved, _ = solve_in_turn(block, weights, rounding)
+            solved, _, _ = rounding.in_turn(block, weights)
             aim = block if target == "full" else replace(block, reference=block.inputs, _targets=[])
-            trained, _ = rounding.learned(aim, weights, solved, F_DD, steps=steps, seed=0)
+            trained, _ = rounding.learned(aim, weights, solved, F_DD, input_scales={}, steps=steps, seed=0)
             return {name: rounding.weight(solution) for name, solution in trained.items()}
 
         return self.score(change, reference=True)

@@ -31,9 +31,12 @@ MODELS = {  # base, text
     "wikilm-8m": (str(SHARED / "models" / "wikilm-8m"), str(SHARED / "data" / "wikitext-2")),
     "stories260k": (str(SHARED / "models" / "stories260K"), str(SHARED / "data" / "tinystories")),
 }
-STOCK = {  # what stock bitsandbytes offers besides nf4-nearest
+STOCK = {  # what stock bitsandbytes offers besides nf4-nearest, and what a recipe is to be read against
     "nf4-nearest-double": "stages: [{quantize: {format: nf4, double_quant: true, rounding: nearest}}]",
     "fp4-nearest": "stages: [{quantize: {format: fp4, rounding: nearest}}]",
+    "int8-nearest": "stages: [{quantize: {format: int8, rounding: nearest}}]",
+    "int8-nearest-6": "stages: [{quantize: {format: int8, threshold: 6.0, rounding: nearest}}]",
+    "w4a16": "stages: [{quantize: {format: w4a8, activations: none, smooth: {}}}]",  # what w4a8 loses by its activations
 }
 LENGTH = 256
 

@@ -19,7 +19,10 @@ RESULTS = ROOT / "evaluation" / "results"
 MODELS = ("demo", "wikilm-8m", "stories260k")
 BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
 BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
-STOCK = {"nf4-nearest": "stock bitsandbytes", "nf4-nearest-double": "stock bitsandbytes", "fp4-nearest": "stock bitsandbytes"}
+BASELINE |= dict.fromkeys(("nf4-awq-gptq", "nf4-rotate-gptq"), "nf4-nearest")
+BASELINE |= dict.fromkeys(("int8-smooth", "w8a8", "w8a8-static"), "int8-nearest") | {"w4a8": "w4a16"}
+STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest"), "stock bitsandbytes")
+STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -63,7 +66,7 @@ def fidelity() -> str:
             for name, row in rows.items()
         ]
         base = next(iter(rows.values()))["base_perplexity"]
-        header = ["recipe", "bits a weight", "KL, nats", "of stock at its bytes", "same first token", "perplexity", "seconds"]
+        header = ["recipe", "bits a weight", "KL, nats", "of its baseline", "same first token", "perplexity", "seconds"]
         where = " / ".join(sorted({row["environment"]["device"] for row in rows.values()}))
         parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}; commits in the file):\n")
         parts.append(table(header, lines) + "\n")
@@ -137,7 +140,9 @@ def head(recipe: str) -> str:
         rows = rows_of(model)
         if recipe in rows:
             row, against = rows[recipe], ratio(rows, recipe)
-            times = f" ({against} stock bitsandbytes at the same bytes)" if against else ""
+            baseline = STOCK[BASELINE[recipe]] if against else ""
+            where = " at the same bytes" if baseline == "stock bitsandbytes" else ""
+            times = f" ({against} {baseline}{where})" if against else ""
             ppl = f"perplexity {row['base_perplexity']:.3f} -> {row['perplexity']:.3f}"
             lines.append(f"#   {model}: KL {row['kl_nats_mean']:.5f} nats{times}, {ppl}, {row['seconds']:.0f} s")
     return "\n".join(["# measured (evaluation/results/fidelity-*.json; small models):", *lines]) + "\n" if lines else ""

@@ -1,12 +1,13 @@
 """One decoder block in memory, with the activations that enter it, and what its linears read of them.
 
 Two streams of hidden states may reach a block: `inputs`, as the compressed blocks before it left them, and `reference`, as
-the full model has them. What a stage does to a weight changes the one and never the other.
+the full model has them. What a stage does to a weight, or to what a linear reads, changes the one and never the other; a scale
+that crosses from a producer to its readers changes neither.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,8 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from llmcompress.axes import Spelling, scale
 from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
+
+Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 
 
 @dataclass
@@ -28,15 +32,28 @@ class Block:
     module: nn.Module
     anatomy: Anatomy
     device: torch.device
+    sizes: Mapping[str, int]  # of the axes
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
     expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
+    rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
     _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the block
     _targets: list[Tensor] = field(default_factory=list)
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output [B, L, D], with `parameters` (by name in the block, as stored) in place of its own."""
+        hooks = [
+            self.module.get_submodule(linear).register_forward_pre_hook(partial(_round_input, rounded), prepend=True)
+            for linear, rounded in self.rounds.items()
+        ]
+        try:
+            return self._run(hidden, parameters)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         call = partial(torch.func.functional_call, self.module, dict(parameters)) if parameters else None
         arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
@@ -52,7 +69,7 @@ class Block:
         """What the block as it was makes of `reference`, on the CPU: found once, by `moments` where it goes that far."""
         if not self._targets:
             with torch.no_grad():
-                self._targets = [self.run(hidden, self._originals).cpu() for hidden in self.reference]
+                self._targets = [self._run(hidden, self._originals).cpu() for hidden in self.reference]
         return self._targets
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
@@ -70,37 +87,64 @@ class Block:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
 
+    def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
+        """Divide what a key of `feeds` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
+
+        factor: positive, shaped as the axes of the producer's output. A norm is rounded to `dtype`, in which it is stored,
+        and its readers are multiplied by what it is then really divided by: so nothing is lost by it.
+        """
+        name, part, axes = self.anatomy.producer(key)
+        rows, offset = self.anatomy.block, self.anatomy.norm_offset
+        if rows.get(f"{name}.weight") == "hidden":
+            gain = self.module.get_parameter(f"{name}.weight")
+            before = gain.data + offset
+            gain.data = (before / factor - offset).to(dtype).to(gain.dtype)
+            after = gain.data + offset
+            factor = torch.where((before != 0) & (after != 0), before / after, factor)
+            produced = [f"{name}.bias"]
+        else:
+            produced = [f"{name}.weight", f"{name}.bias"]
+        readers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.feeds[key]]
+        for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in readers)]:
+            if row in rows:
+                parameter = self.module.get_parameter(row)
+                parameter.data = scale(parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within)
+        return [row for row in (f"{name}.weight", f"{name}.bias", *readers) if row in rows]
+
     @torch.no_grad()
     def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:
         """Second moments of what the linears of `groups` read, by linear; linears that read the same input share one object.
 
         A group is an entry of `anatomy.readers`; none given means all. Where there is a reference, what the full model reads
-        there is taken against what is read here. A pass goes no further through the block than the groups need.
+        there is taken against what is read here.
         """
         wanted = groups or self.anatomy.readers
         found = {readers[0]: Moments(self.weight(readers[0]).shape[1], self.device) for readers in wanted}
-        whole = self.anatomy.readers[-1] in wanted
+        for read, full in self.reads(*wanted):
+            for name, moments in found.items():
+                moments.add(read[name], full.get(name))
+        return {linear: found[readers[0]] for readers in wanted for linear in readers}
+
+    def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+        """What the first linear of each group reads, batch by batch, here and in the full model (empty without a reference).
+
+        A pass goes no further through the block than the groups need; one through all of it leaves `targets` behind, and the
+        tokens of each expert.
+        """
+        linears, whole = {readers[0] for readers in groups}, self.anatomy.readers[-1] in groups
         targets: list[Tensor] = []
-        with self._listening(set(found), whole) as read:
+        with torch.no_grad(), self._listening(linears, whole) as read:
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
-                    out = self._read(self.reference[i], self._originals)
+                    out = _until_enough(self._run, self.reference[i], self._originals)
                     full = dict(read)
                     targets += [out.cpu()] if out is not None else []
-                self._read(hidden)
-                for name, moments in found.items():
-                    moments.add(read[name], full.get(name))
+                _until_enough(self.run, hidden)
                 if whole and self._experts:
-                    self._count_routed(read[self._experts])
+                    self._count_routed(read[self._experts], first=i == 0)
+                yield read, full
         self._targets = targets or self._targets
-        return {linear: found[readers[0]] for readers in wanted for linear in readers}
-
-    def _read(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor | None:
-        try:
-            return self.run(hidden, parameters)
-        except _Enough:
-            return None
 
     @contextmanager
     def _listening(self, linears: set[str], whole: bool) -> Iterator[dict[str, Tensor]]:
@@ -131,11 +175,23 @@ class Block:
         """The module that holds the experts, if there is one."""
         return self.anatomy.experts[0].rpartition(".")[0] if self.anatomy.experts else ""
 
-    def _count_routed(self, expert_of: Tensor) -> None:
+    def _count_routed(self, expert_of: Tensor, *, first: bool) -> None:
         count = len(next(self.module.get_submodule(self._experts).parameters()))
         routed = torch.bincount(expert_of.flatten(), minlength=count).tolist()
         for expert in range(count):  # one more stands for no expert
-            self.expert_tokens[expert] = self.expert_tokens.get(expert, 0) + routed[expert]
+            self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
+
+
+def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (rounded(args[0]), *args[1:])
+
+
+def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:
+    """The output, or None if the pass ended before."""
+    try:
+        return run(*args)
+    except _Enough:
+        return None
 
 
 class _Enough(Exception):

@@ -104,12 +104,14 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights; a byte of bitsandbytes' 4-bit codes is two, and what belongs to its scales is none."""
+        """Stored weights; a byte of 4-bit codes is two, and what belongs to scales is none."""
         packed = {name.removesuffix(".quant_map") for name in self.tensors if name.endswith(".quant_map")}
+        packed |= {name.removesuffix("_multiplier") for name in self.tensors if name.endswith(".weight_multiplier")}
+        scales = (".SCB", ".weight_format", ".weight_scale", ".weight_multiplier", ".input_scale")
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")
-            if not (dot and f"{weight}.weight" in packed):
+            if not (dot and f"{weight}.weight" in packed) and not name.endswith(scales):
                 count += torch.Size(entry.shape).numel() * (2 if name in packed else 1)
         return count
 

@@ -22,8 +22,11 @@ from torch import Tensor, nn
 from llmcompress.errors import ModelError
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
 import bitsandbytes.functional  # noqa: E402
+from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
 from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
+from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
 from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 
 stock: Any = bitsandbytes.functional  # typed in part only

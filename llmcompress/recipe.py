@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
 from llmcompress.stages.quantize import Quantize
+from llmcompress.stages.smooth import Smooth
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -189,5 +190,5 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
         if part == "stages":
             model = Step
         elif isinstance(part, str):
-            model = {"data": DataSpec, "accept": Accept, "quantize": Quantize}.get(part, model)
+            model = {"data": DataSpec, "accept": Accept, "quantize": Quantize, "smooth": Smooth}.get(part, model)
     return list(model.model_fields)

@@ -15,7 +15,7 @@ import ctypes
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -35,10 +35,12 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from llmcompress import native
+from llmcompress import stored
 from llmcompress.anatomy import anatomy_of
+from llmcompress.block import Inputs
 from llmcompress.checkpoint import Checkpoint, check_finite
 from llmcompress.errors import ModelError
+from llmcompress.rotate import Rotation
 
 TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
 
@@ -51,9 +53,11 @@ class Resident(ABC):
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
+        self.sizes = self.anatomy.axis_sizes(config)
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
         self.layers = layers
+        self.rotation: Rotation | None = None
         self._freed = 0  # bytes since the heap was last given back
 
     def _bring_outer(self) -> None:
@@ -78,6 +82,8 @@ class Resident(ABC):
         try:
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self._check(prefix + name for name, p in module.named_parameters() if p.is_meta)
+            if self.rotation:
+                self._rewrite(self.rotation.inner, module, self.anatomy.block)
             yield module
         finally:
             for owner in module.modules():
@@ -89,6 +95,22 @@ class Resident(ABC):
             if self._freed >= TRIM_BYTES:
                 _trim()
                 self._freed = 0
+
+    def turn(self, rotation: Rotation) -> None:
+        """From now on all weights are those of the rotated model, which computes the same."""
+        self.rotation = rotation
+        tied = {f"{self.anatomy.head}.weight"} if self.config.tie_word_embeddings else set()
+        self._rewrite(rotation.outer, self.model, [name for name in self.anatomy.outer if name not in tied])
+
+    def _rewrite(
+        self, rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]], owner: nn.Module, names: Iterable[str]
+    ) -> None:
+        for name, tensor in rotated({name: owner.get_parameter(name).data for name in names}).items():
+            owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
+
+    def round_inputs(self, linear: str, inputs: Inputs) -> None:
+        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
+        self.model.get_submodule(linear).register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
@@ -166,7 +188,7 @@ class Live(Resident):
 
 
 class OnDisk(Resident):
-    """A checkpoint folder, dense or in bitsandbytes' 4-bit layout, whose codes are read as the weights they stand for."""
+    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
 
     def __init__(
         self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantized: bool = False
@@ -178,8 +200,10 @@ class OnDisk(Resident):
         if self.quantization is not None:
             del config.quantization_config
         super().__init__(config, device, dtype)
+        self.schemes = stored.schemes_of(self.quantization)
         self.sources = self._sources()
         self._bring_outer()
+        self._round_all_inputs()
 
     @property
     def where(self) -> str:
@@ -198,20 +222,38 @@ class OnDisk(Resident):
         known = self.model.state_dict()
         sources: dict[str, list[str]] = defaultdict(list)
         for key in self.checkpoint.tensors:
-            if ".weight." not in key:  # absmax, quant_map ... belong to the weight before them
+            if ".weight." not in key and not key.endswith(stored.BESIDE):  # scales belong to the weight beside them
                 target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
                 sources[target].append(key)
         return dict(sources)
 
+    def _round_all_inputs(self) -> None:
+        """Have the linears read what their kernels will, where these round it."""
+        quantization = self.quantization or {}
+        linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
+        for name in stored.quantized_linears(self.checkpoint.tensors):
+            inputs: Inputs | None = None
+            if linears[name] in self.schemes:
+                static = self.checkpoint.tensors.get(f"{name}.input_scale")
+                scale = self.checkpoint.read(f"{name}.input_scale").to(self.device) if static else None
+                inputs = stored.scheme_inputs(self.schemes[linears[name]], scale)
+            elif f"{name}.SCB" in self.checkpoint.tensors:
+                inputs = stored.int8_inputs(float(quantization.get("llm_int8_threshold", 6.0)))
+            if inputs is not None:
+                self.round_inputs(linears[name], inputs)
+
     def _read(self, key: str, target: str) -> Tensor:
         """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
-        scales = [name for name in self.checkpoint.tensors if name.startswith(key + ".")]
-        tensor = self.checkpoint.read(key)
-        if scales:
-            parts = {key: tensor} | {name: self.checkpoint.read(name) for name in scales}
-            tensor = native.dequantize(native.unpack(native.parts_of(key.removesuffix(".weight"), parts)), self.dtype)
-            if isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D):
-                tensor = tensor.T  # codes are rows of outputs, whatever way the module is stored
+        names = stored.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
+        if len(names) < 2:
+            tensor = self.checkpoint.read(key)
+        else:
+            linear = target.removesuffix(".weight")
+            parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
+            conv1d = isinstance(self.model.get_submodule(linear), Conv1D)
+            columns = self.model.get_parameter(target).shape[0 if conv1d else 1]
+            tensor = stored.dequantize(stored.read(parts, self.schemes.get(linear), columns), self.dtype)
+            tensor = tensor.T if conv1d else tensor  # codes are rows of outputs, whatever way the module is stored
         check_finite(tensor, key)
         return tensor
 

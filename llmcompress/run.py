@@ -21,13 +21,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import native
+from llmcompress import integer_linear, native, stored
 from llmcompress.artifact import Writer, partial_folder
 from llmcompress.checkpoint import Journal
-from llmcompress.contents import companions, finished, packed_linears, quantization_of, ties_of, write_weights
+from llmcompress.contents import companions, finished, quantization_of, read_entry, ties_of, write_weights
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.evaluate import speed_of
+from llmcompress.integer import Int8Weight
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
@@ -35,6 +36,7 @@ from llmcompress.report.measure import Fidelity, environment, fidelity, paramete
 from llmcompress.residency import Live, OnDisk, Resident
 from llmcompress.stages.context import Context
 from llmcompress.stages.quantize import STAGE, Quantize
+from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
 
 
@@ -59,7 +61,10 @@ def compress(
     model = OnDisk(found.folder, pick_device(device))
     stage = recipe.stages[0].stage
     stage.choose(model)
+    rotation = stage.rotation(model, recipe.data.seed)
     _require_sound(model)
+    if rotation:
+        model.turn(rotation)
     checkpoint = model.checkpoint
     with Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model)) as writer:
         spec = recipe.data.model_copy(update={"source": data}) if data else recipe.data
@@ -69,8 +74,9 @@ def compress(
             facts = _apply(stage, model, Context(blocks, journal, Path(scratch), spec.seed, track))
         folder = write_weights(writer, model, stage, journal)
         written = OnDisk(folder, model.device, quantized=True)
+        base_model = OnDisk(found.folder, model.device)  # as it is on disk, whatever the stage did to the other
         measured = fidelity(
-            logits(written, blocks.evaluation, track), blocks.evaluation, logits(model, blocks.evaluation, track)
+            logits(written, blocks.evaluation, track), blocks.evaluation, logits(base_model, blocks.evaluation, track)
         )
         peak = peak_memory_bytes(model.device)
         before = ModelFacts(
@@ -115,25 +121,33 @@ def apply(
     state, where, stage = dict(model.state_dict()), pick_device(device), recipe.stages[0].stage
     source = Live(model.config, state, where)
     blocks = blocks_for(source, recipe.data, tokenizer)
-    packed: dict[str, native.Packed] = {}
+    if rotation := stage.rotation(source, recipe.data.seed):
+        source.turn(rotation)
+    packed: dict[str, Stored] = {}
+    dense: dict[str, torch.Tensor] = {}
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal", "in memory")
         facts = _apply(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track))
         for tensors in finished(journal, source):
-            packed |= packed_linears(tensors)
-    compressed = dict(state)
+            linears, changed = read_entry(tensors, stage, source)
+            packed, dense = packed | linears, dense | changed
+    compressed = state | dense
     for name, codes in packed.items():
-        weight = native.dequantize(codes, torch.float32)
+        weight = stored.dequantize(codes)
         compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
     windows, result = blocks.evaluation, Live(model.config, compressed, where)
-    measured = fidelity(logits(result, windows, track), windows, logits(source, windows, track))
+    for name, codes in packed.items():
+        if inputs := stage.coding(source.weight_dtype).inputs(getattr(codes, "input_scale", None)):
+            result.round_inputs(name, inputs)
+    base_model = Live(model.config, state, where)
+    measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
     name, size = str(model.config._name_or_path or type(model).__name__), sum(t.nbytes for t in _distinct(model))
     before = ModelFacts(
         model=name, parameters=parameters(model), size_bytes=size,
         perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
     )  # fmt: skip
     smaller = sum(
-        sum(t.nbytes for t in native.tensors(codes).values()) - state[f"{n}.weight"].nbytes for n, codes in packed.items()
+        sum(t.nbytes for t in stored.tensors_of(codes).values()) - state[f"{n}.weight"].nbytes for n, codes in packed.items()
     )
     after = before.model_copy(
         update={"size_bytes": size + smaller, "perplexity": measured.perplexity, "perplexity_ci95": measured.perplexity_ci95}
@@ -141,7 +155,9 @@ def apply(
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     report = _report(recipe, before, after, measured, blocks, [facts], cost, where)
     report.require(**recipe.accept.model_dump())
-    _install(model, packed)
+    for name, tensor in dense.items():
+        model.get_parameter(name).data.copy_(tensor)
+    _install(model, packed, stage)
     model.config.quantization_config = quantization_of(stage, source)
     return model, report
 
@@ -153,11 +169,19 @@ def _require_sound(model: OnDisk) -> None:
             pass
 
 
-def _install(model: PreTrainedModel, packed: dict[str, native.Packed]) -> None:
-    """Put live 4-bit modules in place of the linears."""
+def _install(model: PreTrainedModel, packed: dict[str, Stored], stage: Quantize) -> None:
+    """Put the modules that run on the kernels in place of the linears."""
     for name, codes in packed.items():
-        bias = model.get_submodule(name).bias
-        model.set_submodule(name, native.linear(codes, bias if isinstance(bias, nn.Parameter) else None, device=model.device))
+        kept = model.get_submodule(name).bias
+        bias = kept if isinstance(kept, nn.Parameter) else None
+        module: nn.Module
+        if isinstance(codes, native.Packed):
+            module = native.linear(codes, bias, device=model.device)
+        elif isinstance(codes, Int8Weight):
+            module = integer_linear.stock(codes, bias, threshold=stage.threshold, device=model.device)
+        else:
+            module = integer_linear.linear(codes, bias, device=model.device)
+        model.set_submodule(name, module)
 
 
 def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:

@@ -100,12 +100,16 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
         last = index == len(resident.layers) - 1
         with resident.block(index) as module:
             own = {size: per_block[index] for size, per_block in arguments.items()}
-            block = Block(index, resident.block_name(index), module, resident.anatomy, resident.device, own, inputs, full)
+            block = Block(
+                index, resident.block_name(index), module, resident.anatomy, resident.device, resident.sizes, own, inputs, full
+            )
             yield block
             if through or not last:
                 full, inputs = block.targets, block.outputs(inputs)
     if through:
-        yield Block(len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, {}, inputs, full)
+        yield Block(
+            len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
+        )
 
 
 def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:
@@ -175,7 +179,8 @@ def _back(resident: Resident, index: int, arguments: Arguments, scratch: Path, g
     own = {size: per_block[index] for size, per_block in arguments.items()}
     out = []
     with resident.block(index) as module:
-        block = Block(index, resident.block_name(index), module, resident.anatomy, resident.device, own, [])
+        name = resident.block_name(index)
+        block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes, own, [])
         for i, grad in enumerate(grads):
             hidden = states[str(i)].to(resident.device).requires_grad_()
             block.run(hidden).backward(grad.to(resident.device))

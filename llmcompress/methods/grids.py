@@ -1,7 +1,8 @@
-"""The 4-bit grids of bitsandbytes as sorted levels.
+"""The grids that weights are rounded to, as sorted levels: bitsandbytes' 4-bit tables, and whole numbers.
 
 A code in a checkpoint is a row of bitsandbytes' own table, which for FP4 is not sorted and holds zero twice. Solvers want
-sorted levels without doubles, where the nearest one is a search and "one code up" means something. `Grid` keeps both.
+sorted levels without doubles, where the nearest one is a search and "one code up" means something. `Grid` keeps both. Whole
+numbers are levels from -1 to 1 too, so that a scale is the absolute maximum on every grid; their codes are the numbers.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Format = Literal["nf4", "fp4"]
+Format = Literal["nf4", "fp4", "int4", "int8"]
+LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the grids of whole numbers are symmetric
 
 # Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32 in bitsandbytes.
 NF4 = (
@@ -40,7 +42,7 @@ FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12,
 
 @dataclass(frozen=True)
 class Grid:
-    """Sorted distinct levels [L] of a 4-bit format, the L - 1 middles between them, and the code [L] of each level."""
+    """Sorted distinct levels [L] of a format, the L - 1 middles between them, and the code [L] of each level."""
 
     levels: Tensor
     middles: Tensor
@@ -74,6 +76,10 @@ class Grid:
 @cache
 def grid(format: Format) -> Grid:
     """The grid of a format, on the CPU."""
+    if format in LARGEST:
+        codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
+        levels = codes.float() / LARGEST[format]
+        return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes.to(torch.int8))
     table = torch.tensor(NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32)
     levels, where = torch.unique(table, return_inverse=True)
     codes = torch.empty(len(levels), dtype=torch.uint8)

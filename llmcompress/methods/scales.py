@@ -63,3 +63,23 @@ def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor
     usable = torch.isfinite(fitted).all(-1, keepdim=True) & (failed == 0)[:, None]
     usable = usable & (fitted.abs() > 1e-3 * S_RG.abs()).all(-1, keepdim=True)
     return torch.where(usable, fitted, S_RG)
+
+
+def integer_scales(S_RG: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+    """Positive scales [R, G] as a step a row [R] times whole multipliers [R, G] in 1..`largest`, as near as they come.
+
+    The largest scale of a row gets a multiplier between half of `largest` and `largest`, whichever leaves the least relative
+    error over the row.
+    """
+    top = S_RG.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * largest)
+    S_RG = S_RG.maximum(top[:, None] / (2 * largest))  # a fit may end below zero, which no multiplier reaches
+    best = torch.full_like(top, float("inf"))
+    step, multiplier = top / largest, torch.ones_like(S_RG)
+    for count in range(largest, largest // 2, -1):
+        tried = top / count
+        whole = (S_RG / tried[:, None]).round().clamp(1, largest)
+        error = (whole * tried[:, None] / S_RG - 1).square().sum(1)
+        better = error < best
+        best, step = torch.where(better, error, best), torch.where(better, tried, step)
+        multiplier = torch.where(better[:, None], whole, multiplier)
+    return step, multiplier

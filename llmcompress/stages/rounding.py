@@ -1,20 +1,22 @@
-"""From weights to packed codes: the three roundings of `quantize`, with what they need of one linear or of one block."""
+"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one block."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress import native
 from llmcompress.block import Block
-from llmcompress.methods.grids import Format, Grid, grid
+from llmcompress.methods.activations import Magnitudes, static_scale
+from llmcompress.methods.grids import Grid
 from llmcompress.methods.hessian import Moments, metric_factor, retarget
 from llmcompress.methods.learned import learn
-from llmcompress.methods.solve import Rounded, Snap, output_error, solve
+from llmcompress.methods.solve import Rounded, output_error, solve
+from llmcompress.stages.coding import Coding, Integer
+from llmcompress.stored import Stored
 
 METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
 
@@ -29,46 +31,66 @@ def half_is_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes, scales as they are read back, and how those are stored if in 8 bits."""
+    """Codes with scales as they are read back, and the same as it is stored."""
 
     rounded: Rounded
-    nested: native.DoubleQuantized | None = None
+    stored: Stored
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """A native 4-bit format, and the dtype and device of the weights that go into it."""
+    """A format, and the device of the weights that go into it."""
 
-    format: Format
-    block: int
-    double_quant: bool
-    dtype: torch.dtype  # in which the base stores its weights, and in which the kernels are to compute
+    coding: Coding
     device: torch.device
+    range: str = "mse"  # what a static scale of inputs is chosen by
 
-    def nearest(self, W_RC: Tensor) -> native.Packed:
-        """Stock bitsandbytes: absmax scales, nearest codes."""
-        return native.quantize_nearest(W_RC.to(self.dtype), self.format, self.block, self.double_quant)
-
-    def gptq(self, W_RC: Tensor, moments: Moments) -> Solution:
+    def gptq(self, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
 
-        Scales of both signs use the uneven grid better, but span a wider range, which 8 bits resolve less finely: with double
-        quantisation both are solved and the smaller error is kept.
+        Where scales may have one sign or both, both are solved for and the smaller error is kept.
         """
         W_RC = retarget(W_RC.float(), moments)
-        found = [self._solve(W_RC, moments.H_CC, signed) for signed in ((True, False) if self.double_quant else (True,))]
+        found = [self._solve(W_RC, moments.H_CC, signed, input_scale) for signed in self.coding.signs]
         return min(found, key=lambda solution: output_error(W_RC, self.weight(solution), moments.H_CC))
 
     def weight(self, solution: Solution) -> Tensor:
         """The weight [R, C] that a solution stands for."""
         return solution.rounded.weight(self._grid)
 
-    def pack(self, solution: Solution) -> native.Packed:
-        """A solution as it is stored."""
-        codes_RC = self._grid.codes[solution.rounded.index_RC].cpu()
-        nested = solution.nested
-        scale_RG = nested.decode().cpu() if nested else solution.rounded.scale_RG.cpu()
-        return native.Packed(codes_RC, scale_RG, self.format, self.block, self.dtype, nested)
+    def in_turn(
+        self, block: Block, weights: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
+        """Solve for the linears that read one input, put them in place, and go on to what the next ones read then.
+
+        Returns the solutions for `weights`, the moments of all linears of the block, and the static scales of inputs.
+        """
+        solved: dict[str, Solution] = {}
+        moments: dict[str, Moments] = {}
+        scales: dict[str, float] = {}
+        for readers in block.anatomy.readers:
+            scales |= self.round_inputs(block, (readers,), weights)
+            moments |= block.moments(readers)
+            for linear in [linear for linear in readers if linear in weights]:
+                solved[linear] = self.gptq(weights[linear], moments[linear], scales.get(linear))
+                block.set_weight(linear, self.weight(solved[linear]))
+        return {linear: solved[linear] for linear in weights}, moments, scales
+
+    def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        scales: dict[str, float] = {}
+        if isinstance(self.coding, Integer) and self.coding.scheme.activations == "static":
+            seen = {readers[0]: Magnitudes(block.device) for readers in groups}
+            for read, _ in block.reads(*groups):
+                for name, magnitudes in seen.items():
+                    magnitudes.add(read[name])
+            for readers in groups:
+                scale = static_scale(seen[readers[0]], self.coding.scheme.activation_bits, self.range)
+                scales |= {linear: scale for linear in readers if linear in weights}
+        for linear in [linear for readers in groups for linear in readers if linear in weights]:
+            if inputs := self.coding.inputs(scales.get(linear)):
+                block.rounds[linear] = inputs
+        return scales
 
     def learned(
         self,
@@ -77,6 +99,7 @@ class Rounding:
         solved: Mapping[str, Solution],
         F_DD: Tensor,
         *,
+        input_scales: Mapping[str, float],
         steps: int,
         seed: int,
     ) -> tuple[dict[str, Solution], dict[str, Any]]:
@@ -108,26 +131,20 @@ class Rounding:
             self._grid,
             lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
             steps=steps,
-            snap=self._snap,
+            snap=self.coding.snap,
         )
-        ends = {name: self._stored(result) for name, result in trained.items()}
+        ends = {name: self._stored(result, input_scales.get(name)) for name, result in trained.items()}
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
         return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
 
-    def _solve(self, W_RC: Tensor, H_CC: Tensor, signed: bool) -> Solution:
-        return self._stored(solve(W_RC, H_CC, self._grid, self.block, snap=self._snap, signed=signed))
+    def _solve(self, W_RC: Tensor, H_CC: Tensor, signed: bool, input_scale: float | None) -> Solution:
+        columns = self.coding.columns(tuple(W_RC.shape))
+        return self._stored(solve(W_RC, H_CC, self._grid, columns, snap=self.coding.snap, signed=signed), input_scale)
 
-    def _stored(self, result: Rounded) -> Solution:
-        if not self.double_quant:
-            return Solution(result)
-        nested = native.double_quantize(result.scale_RG)
-        return Solution(Rounded(result.index_RC, nested.decode()), nested)
-
-    @property
-    def _snap(self) -> Snap | None:
-        """Scales as they will be read back."""
-        return (lambda scale_RG: native.double_quantize(scale_RG).decode()) if self.double_quant else None
+    def _stored(self, result: Rounded, input_scale: float | None) -> Solution:
+        rounded = Rounded(result.index_RC, self.coding.snap(result.scale_RG))
+        return Solution(rounded, self.coding.store(result, input_scale))
 
     @property
     def _grid(self) -> Grid:
-        return grid(self.format).to(self.device)
+        return self.coding.grid.to(self.device)

@@ -1,0 +1,205 @@
+"""A linear that multiplies integers: the module under our own quantised models.
+
+Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A forward rounds the
+tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes is the product of the dequantised
+factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is bitsandbytes'; where that
+has none (CPUs without AVX512, C % 4 on a GPU) it sums the same integers in float32, which is exact below 2^24 and slower.
+int4 weights are expanded to int8 once (`prepare`) and kept beside the packed ones: 1.5 bytes a weight in memory for 0.5 on the
+disk. A module that was not prepared, as when its weights are offloaded, expands them in every forward and keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress import integer, native
+from llmcompress.integer import IntegerWeight, Scheme
+
+
+class Layout(Protocol):
+    """What lies on the disk for a linear: shape and type of every tensor by name."""
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Those of a linear [rows, columns], bias apart."""
+
+
+class StoredLinear(nn.Linear):
+    """A linear [in_features -> out_features] whose parameters are the tensors of the disk; their memory is not initialised.
+
+    `scheme.shapes` says which tensors these are; the bias comes on top.
+    """
+
+    transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Layout,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # past nn.Linear's, which allocates a float weight
+        self.in_features, self.out_features = in_features, out_features
+        for name, (shape, stored) in scheme.shapes(out_features, in_features).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False))
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
+
+    def prepare(self) -> None:
+        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
+        raise NotImplementedError
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the disk by name, without the bias."""
+        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
+        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
+        exact = self.stored()
+        cast(Any, super())._apply(fn, recurse)
+        for name, data in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+class IntegerLinear(StoredLinear):
+    """A linear that multiplies integers, as `scheme` says.
+
+    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has none.
+    """
+
+    weight_scale: Tensor
+    weight_multiplier: Tensor
+    input_scale: Tensor
+    expanded: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype, device=device)
+        self.scheme = scheme
+        self.register_buffer("expanded", None, persistent=False)
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there (meta)."""
+        self.expanded = None
+        if self.scheme.block is not None and self.weight.device.type != "meta":
+            self.expanded = self._expand()
+
+    def _expand(self) -> Tensor:
+        codes = integer.unpack(self.weight, self.in_features)
+        return integer.expand(codes, self.weight_multiplier, self.scheme.block)
+
+    def matrix(self) -> Tensor:
+        """The integers that are multiplied, int8 [R, C]; not to be written to."""
+        if self.scheme.block is None:
+            return self.weight[0]
+        return self.expanded if self.expanded is not None else self._expand()
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        return weight_of(self).dequantize(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., C] to [..., R] in the type of `input`."""
+        matrix = self.matrix()
+        if self.scheme.activations == "none":
+            weight = (matrix.float() * self.weight_scale[:, None]).to(input.dtype)
+            return nn.functional.linear(input, weight, self.bias if self.bias is None else self.bias.to(input.dtype))
+        step = self.input_scale if self.scheme.activations == "static" else None
+        bits = self.scheme.activation_bits
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
+        else:
+            out = _product(input, matrix, self.weight_scale, step, bits)
+        if self.bias is not None:
+            out = out + self.bias
+        return out.to(input.dtype)
+
+    def extra_repr(self) -> str:
+        """What the scheme is, for `print(model)`."""
+        return f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, block={self.scheme.block}"
+
+
+def _prepare_anew(module: StoredLinear, _: object) -> None:
+    module.prepare()
+
+
+def _product(x: Tensor, matrix_RC: Tensor, scale_R: Tensor, step: Tensor | None, bits: int) -> Tensor:
+    """Round the tokens of x [..., C], multiply integers, scale: float32 [..., R]."""
+    R = matrix_RC.shape[0]
+    if x.numel() == 0:  # the CUDA kernels refuse it
+        return x.new_zeros((*x.shape[:-1], R), dtype=torch.float32)
+    codes_TC, scale = integer.quantize_tokens(x, bits, step)
+    sums_TR = native.stock.int8_linear_matmul(codes_TC, matrix_RC)
+    return cast(Tensor, (sums_TR * scale).mul_(scale_R).reshape(*x.shape[:-1], R))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The product forwards; backwards as if the activations had not been rounded."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix_RC: Tensor, scale_R: Tensor, step: Tensor | None, bits: int) -> Tensor:
+        ctx.save_for_backward(matrix_RC, scale_R)
+        ctx.dtype = x.dtype
+        return _product(x, matrix_RC, scale_R, step, bits)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        matrix_RC, scale_R = ctx.saved_tensors
+        grad = (grads[0] * scale_R).to(ctx.dtype) @ matrix_RC.to(ctx.dtype)  # codes up to 127 are exact in bfloat16
+        return grad, None, None, None, None
+
+
+def linear(weight: IntegerWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> IntegerLinear:
+    """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
+    R, C = weight.codes_RC.shape
+    module = IntegerLinear(C, R, weight.scheme, bias=bias is not None, device="meta")
+    for name, tensor in weight.tensors().items():
+        module.register_parameter(name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
+    module.prepare()
+    return module.eval()
+
+
+def weight_of(module: IntegerLinear) -> IntegerWeight:
+    """The codes and scales of a live module. Errors: ModelError where they are nonsense."""
+    return integer.read(module.stored(), module.scheme, module.in_features)
+
+
+def stock(
+    weight: integer.Int8Weight, bias: Tensor | None, *, threshold: float, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the native layout."""
+    R, C = weight.codes_RC.shape
+    module: Any = native.Linear8bitLt(C, R, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta")
+    codes = weight.codes_RC.to(device, copy=True)
+    module.weight = native.Int8Params(
+        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=weight.absmax_R.to(device, copy=True)
+    )
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
+    return cast(nn.Module, module.eval())

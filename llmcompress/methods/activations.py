@@ -1,0 +1,91 @@
+"""Activations as an integer kernel sees them: rounded to whole numbers under one scale a token, or one for all.
+
+What is returned is the value that the codes stand for, in the dtype of the input, so that a model in floating point computes
+what the kernels will (up to the order of sums). The gradient passes the rounding as if it were the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+TINY = torch.finfo(torch.float32).tiny
+
+
+def round_tokens(x: Tensor, bits: int) -> Tensor:
+    """x [..., C] rounded under the absolute maximum of each token, on 2^bits - 1 levels."""
+    top = x.detach().float().abs().amax(-1, keepdim=True) if x.numel() else x.detach().float()[..., :1]
+    return _rounded(x, top / _largest(bits), bits)
+
+
+def round_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
+    """x rounded to whole multiples of one `scale`, those beyond 2^(bits - 1) - 1 clipped to it."""
+    return _rounded(x, torch.as_tensor(scale, dtype=torch.float32, device=x.device), bits)
+
+
+def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
+    """x rounded to 8 bits a token, but for the columns where some token reaches `threshold`: LLM.int8's decomposition.
+
+    The maximum of a token is taken over the other columns. A threshold of 0 rounds everything.
+
+    Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2.
+    """
+    if threshold <= 0:
+        return round_tokens(x, 8)
+    outlier = (x.detach().abs() >= threshold).flatten(0, -2).any(0)
+    return torch.where(outlier, x, round_tokens(torch.where(outlier, torch.zeros_like(x), x), 8))
+
+
+def _largest(bits: int) -> int:
+    return (1 << (bits - 1)) - 1
+
+
+def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
+    largest = _largest(bits)
+    value = (x.detach().float() / scale.clamp_min(TINY)).round().clamp_(-largest, largest) * scale
+    return x + (value.to(x.dtype) - x.detach()) if x.requires_grad else value.to(x.dtype)
+
+
+class Magnitudes:
+    """A histogram of |x| over all that was seen, in bins of 0.7 % from 2^-40 to 2^40, and the largest of all."""
+
+    BINS, SPAN = 8192, 40
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.counts = torch.zeros(self.BINS, device=device, dtype=torch.float64)
+        self.top = torch.zeros((), device=device)
+
+    def add(self, x: Tensor) -> None:
+        """Take in x of any shape."""
+        size = x.detach().float().abs().flatten()
+        if size.numel() == 0:
+            return
+        self.top = torch.maximum(self.top, size.max())
+        place = (size.clamp_min(TINY).log2() / self.SPAN + 1) * (self.BINS / 2)
+        self.counts += torch.bincount(place.long().clamp_(0, self.BINS - 1), minlength=self.BINS)
+
+    def values(self) -> Tensor:
+        """The middle of each bin, float64 [BINS]."""
+        middles = torch.arange(self.BINS, device=self.counts.device, dtype=torch.float64) + 0.5
+        return torch.exp2((middles / (self.BINS / 2) - 1) * self.SPAN)
+
+    def quantile(self, share: float) -> float:
+        """The size that `share` of all seen do not exceed, within a bin."""
+        part = self.counts.cumsum(0) / self.counts.sum().clamp_min(1)
+        place = int(torch.searchsorted(part, torch.tensor(share, dtype=torch.float64, device=part.device)))
+        return min(float(self.values()[min(place, self.BINS - 1)]), float(self.top))
+
+
+def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
+    """One scale for an input: `minmax` reaches the largest, `percentile` 99.99 % of all, `mse` has the least squared error."""
+    largest = _largest(bits)
+    if method == "minmax":
+        return float(seen.top) / largest
+    if method == "percentile":
+        return seen.quantile(0.9999) / largest
+    values, best, least = seen.values(), 0.0, float("inf")
+    for ratio in torch.linspace(0.05, 1.0, 96).tolist():
+        scale = float(seen.top) * ratio / largest
+        error = ((values / max(scale, TINY)).round().clamp_(max=largest) * scale - values).square() @ seen.counts
+        best, least = (scale, float(error)) if float(error) < least else (best, least)
+    return best
