@@ -98,18 +98,21 @@ class Block:
         if rows.get(f"{name}.weight") == "hidden":
             gain = self.module.get_parameter(f"{name}.weight")
             before = gain.data + offset
-            gain.data = (before / factor - offset).to(dtype).to(gain.dtype)
+            crossed = (before / factor - offset).to(dtype).to(gain.dtype)
+            gain.data = torch.where(
+                (crossed + offset == 0) & (before != 0), before - offset, crossed
+            )  # or the channel were lost
             after = gain.data + offset
             factor = torch.where((before != 0) & (after != 0), before / after, factor)
             produced = [f"{name}.bias"]
         else:
-            produced = [f"{name}.weight", f"{name}.bias"]
+            produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]  # experts have a bare name
         readers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.feeds[key]]
         for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in readers)]:
             if row in rows:
                 parameter = self.module.get_parameter(row)
                 parameter.data = scale(parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within)
-        return [row for row in (f"{name}.weight", f"{name}.bias", *readers) if row in rows]
+        return [row for row in (name, f"{name}.weight", f"{name}.bias", *readers) if row in rows]
 
     @torch.no_grad()
     def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:

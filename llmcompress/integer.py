@@ -194,7 +194,7 @@ def quantize_tokens(x: Tensor, bits: int, scale: Tensor | None = None) -> tuple[
     largest = LARGEST[bits]
     x_TC = x.reshape(-1, x.shape[-1])
     if scale is not None:
-        return (x_TC / scale.float()).round_().clamp_(-largest, largest).to(torch.int8), scale
+        return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(torch.int8), scale
     if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # the kernel takes nothing else
         codes, absmax, _ = native.stock.int8_vectorwise_quant(x_TC.contiguous())
         return codes, (absmax / largest)[:, None]

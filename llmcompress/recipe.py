@@ -166,7 +166,7 @@ def _explain(error: ValidationError) -> str:
     """The first thing wrong, as `stages.0.quantize.blok: unknown key; did you mean block?`."""
     first = error.errors(include_url=False)[0]
     path, kind, given = first["loc"], first["type"], first.get("input")
-    place = ".".join(map(str, path))
+    place = ".".join(str(part) for part in path if not str(part).startswith(("literal[", "constrained-")))  # kinds, no keys
     if kind == "extra_forbidden":
         known = _known(path[:-1])
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)

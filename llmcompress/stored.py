@@ -60,8 +60,13 @@ def schemes_of(quantization: Mapping[str, Any] | None) -> dict[str, Scheme]:
 
 
 def int8_inputs(threshold: float) -> Inputs:
-    """How LLM.int8's kernel rounds what a linear reads; columns that reach `threshold` are left, if it is not 0."""
-    return lambda x: round_but_outliers(x, threshold)
+    """How LLM.int8's kernel rounds what a linear reads, through float16; columns that reach `threshold` are left, if not 0."""
+
+    def rounded(x: Tensor) -> Tensor:
+        half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())  # the gradient is that of x
+        return round_but_outliers(half, threshold)
+
+    return rounded
 
 
 def scheme_inputs(scheme: Scheme, input_scale: Tensor | float | None) -> Inputs | None:

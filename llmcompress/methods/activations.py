@@ -24,16 +24,18 @@ def round_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
 
 
 def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
-    """x rounded to 8 bits a token, but for the columns where some token reaches `threshold`: LLM.int8's decomposition.
+    """x [..., C] rounded to 8 bits a token, but for the columns where some token reaches `threshold`: LLM.int8's decomposition.
 
-    The maximum of a token is taken over the other columns. A threshold of 0 rounds everything.
+    The maximum of a token is taken over its elements below the threshold, those in such columns too, as bitsandbytes does. A
+    threshold of 0 rounds everything. Columns are found in all that comes at once.
 
     Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2.
     """
     if threshold <= 0:
         return round_tokens(x, 8)
-    outlier = (x.detach().abs() >= threshold).flatten(0, -2).any(0)
-    return torch.where(outlier, x, round_tokens(torch.where(outlier, torch.zeros_like(x), x), 8))
+    beyond = x.detach().abs() >= threshold
+    outlier = beyond.reshape(-1, x.shape[-1]).any(0)
+    return torch.where(outlier, x, round_tokens(torch.where(beyond, 0.0, x), 8))
 
 
 def _largest(bits: int) -> int:
@@ -43,7 +45,7 @@ def _largest(bits: int) -> int:
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     largest = _largest(bits)
     value = (x.detach().float() / scale.clamp_min(TINY)).round().clamp_(-largest, largest) * scale
-    return x + (value.to(x.dtype) - x.detach()) if x.requires_grad else value.to(x.dtype)
+    return value.to(x.dtype) + (x - x.detach()) if x.requires_grad else value.to(x.dtype)
 
 
 class Magnitudes:

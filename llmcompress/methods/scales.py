@@ -71,7 +71,7 @@ def integer_scales(S_RG: Tensor, largest: int) -> tuple[Tensor, Tensor]:
     The largest scale of a row gets a multiplier between half of `largest` and `largest`, whichever leaves the least relative
     error over the row.
     """
-    top = S_RG.abs().amax(1).clamp_min(torch.finfo(torch.float32).tiny * largest)
+    top = S_RG.amax(1).clamp_min(torch.finfo(torch.float32).tiny * largest)
     S_RG = S_RG.maximum(top[:, None] / (2 * largest))  # a fit may end below zero, which no multiplier reaches
     best = torch.full_like(top, float("inf"))
     step, multiplier = top / largest, torch.ones_like(S_RG)

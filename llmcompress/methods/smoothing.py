@@ -42,7 +42,7 @@ def fitted(
     """Factor [U] of the units' weights under which rounding is expected to cost least, by gradient descent from `start_U`.
 
     Rounding x to multiples of a step d adds noise of variance d^2 / 12. With steps of absmax / largest, for each token of the
-    inputs X (None: they are not rounded) and for each block of a row of W, the squared error of X W^T is in the mean
+    inputs X (None: they are not rounded) and for each block of a row of W, the squared error of X W^T is in the mean 1 / 12 of
         mean_t max_c (x_tc / s_c)^2 sum_c s_c^2 |w_c|^2 / largest_x^2
           + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2
     where c of the second term runs over the columns of block b. unit_C: the unit of each column. Whoever weighs tokens
@@ -61,7 +61,7 @@ def fitted(
         if input_largest is not None:
             loss = loss + (X / square_C).amax(1).mean() * (square_C @ weight_C) / input_largest**2
         optimizer.zero_grad()
-        loss.log().backward()
+        loss.clamp_min(torch.finfo(loss.dtype).tiny).log().backward()
         optimizer.step()
         schedule.step()
     found = log_U.detach().exp()

@@ -142,6 +142,8 @@ class Quantize(BaseModel):
             self._walk(model, context, set(chosen), steps)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
         unsaid = {"threshold", "activations", "range", "smooth", "rotate"} - self.model_fields_set
+        unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
+        unsaid |= {"block"} if self.format in ("int8", "w8a8") else set()
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": self.bits}
         for index in range(steps):
             block = journal.load(STAGE, index)[1]

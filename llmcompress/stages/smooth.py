@@ -33,7 +33,7 @@ class Smooth(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
-    alpha: Literal["auto"] | Annotated[float, Field(ge=0, le=1)] = Field(default="auto", description="how far to go")
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
 
     def search(self, block: Block, linears: Sequence[str], coding: Coding, dtype: torch.dtype) -> dict[str, Tensor]:
         """The factor of each entry of `feeds` with a reader among `linears`; they have crossed when this returns."""
@@ -46,7 +46,7 @@ class Smooth(BaseModel):
             if not reading:
                 continue
             first = next(group[0] for group in block.anatomy.readers if reading[0] in group)
-            X_TC = (read[first] / aims[0].norm(dim=-1, keepdim=True)).flatten(0, -2)[:TOKENS]
+            X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
             factors = self._candidates(block, key, reading, moments[first], X_TC, coding)
             losses = [self._loss(block, key, factor, reading, moments[first], coding, dtype, aims) for factor in factors]
             found[key] = factors[losses.index(min(losses))]
