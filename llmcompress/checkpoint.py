@@ -26,6 +26,7 @@ from torch import Tensor
 from llmcompress.errors import ModelError, OutputError
 
 INDEX = "model.safetensors.index.json"
+BESIDE = ("SCB", "weight_format", "weight_scale", "weight_multiplier", "input_scale")  # scales by names without a second dot
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -107,11 +108,10 @@ class Checkpoint:
         """Stored weights; a byte of 4-bit codes is two, and what belongs to scales is none."""
         packed = {name.removesuffix(".quant_map") for name in self.tensors if name.endswith(".quant_map")}
         packed |= {name.removesuffix("_multiplier") for name in self.tensors if name.endswith(".weight_multiplier")}
-        scales = (".SCB", ".weight_format", ".weight_scale", ".weight_multiplier", ".input_scale")
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")
-            if not (dot and f"{weight}.weight" in packed) and not name.endswith(scales):
+            if not (dot and f"{weight}.weight" in packed) and name.rpartition(".")[2] not in BESIDE:
                 count += torch.Size(entry.shape).numel() * (2 if name in packed else 1)
         return count
 

@@ -69,8 +69,7 @@ def read(tensors: Mapping[str, Tensor], scheme: FourBit, rows: int, columns: int
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != scheme.shapes(rows, columns):
         raise ModelError(f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}")
-    data = tensors["weight"].reshape(-1)
-    codes = torch.stack((data >> 4, data & 15), dim=1).reshape(rows, columns)
+    codes = native.codes_of(tensors["weight"], rows, columns)
     absmax, nested = tensors["weight_absmax"].reshape(rows, -1), None
     if scheme.double_quant:
         nested_absmax, levels, offset = (tensors[name] for name in NESTED)

@@ -150,6 +150,12 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
 
 
+def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
+    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two."""
+    flat = data.reshape(-1)
+    return torch.stack((flat >> 4, flat & 15), dim=1).reshape(rows, columns)
+
+
 def _read(data: Tensor, state: Any) -> Packed:
     """A Packed from bitsandbytes' own objects, in the layout of the disk."""
     (R, C), block = state.shape, state.blocksize
@@ -158,8 +164,7 @@ def _read(data: Tensor, state: Any) -> Packed:
             f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a forward on a CPU "
             "had rounded them; take the checkpoint it was made from"
         )
-    data = data.reshape(-1)
-    codes = torch.stack((data >> 4, data & 15), dim=1).reshape(R, C)
+    codes = codes_of(data, R, C)
     absmax, nested = state.absmax.reshape(R, -1), None
     if state.nested:
         nested = DoubleQuantized(absmax, state.state2.absmax, state.state2.code, state.offset)

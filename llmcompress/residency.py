@@ -38,7 +38,7 @@ from transformers.utils import logging
 from llmcompress import stored
 from llmcompress.anatomy import anatomy_of
 from llmcompress.block import Inputs
-from llmcompress.checkpoint import Checkpoint, check_finite
+from llmcompress.checkpoint import BESIDE, Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from llmcompress.rotate import Rotation
 
@@ -222,7 +222,7 @@ class OnDisk(Resident):
         known = self.model.state_dict()
         sources: dict[str, list[str]] = defaultdict(list)
         for key in self.checkpoint.tensors:
-            if ".weight." not in key and not key.endswith(stored.BESIDE):  # scales belong to the weight beside them
+            if ".weight." not in key and not key.endswith(BESIDE):  # scales belong to the weight beside them
                 target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
                 sources[target].append(key)
         return dict(sources)

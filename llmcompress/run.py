@@ -136,8 +136,9 @@ def apply(
         weight = stored.dequantize(codes)
         compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
     windows, result = blocks.evaluation, Live(model.config, compressed, where)
+    coding = stage.coding(source.weight_dtype)
     for name, codes in packed.items():
-        if inputs := stage.coding(source.weight_dtype).inputs(getattr(codes, "input_scale", None)):
+        if inputs := coding.inputs(getattr(codes, "input_scale", None)):
             result.round_inputs(name, inputs)
     base_model = Live(model.config, state, where)
     measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from llmcompress import integer, native
 from llmcompress.block import Inputs
+from llmcompress.checkpoint import BESIDE
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.activations import round_but_outliers, round_static, round_tokens
 
 Stored = native.Packed | Int8Weight | IntegerWeight
-BESIDE = ("SCB", "weight_format", "weight_scale", "weight_multiplier", "input_scale")  # the weight, by names without a dot
 MARKS = (".weight.absmax", ".SCB", ".weight_scale")  # a linear that has one of these is quantised
 
 

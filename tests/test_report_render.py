@@ -323,7 +323,7 @@ def test_the_card_parses_and_carries_the_numbers_of_the_report() -> None:
     assert {result.dataset_type for result in data.eval_results} == {"Salesforce/wikitext"}
     assert data.model_name == "small-nf4"
     assert (data.base_model, data["base_model_relation"]) == ("someone/wikilm-8m", "quantized")
-    assert (data.license, data.language, data.library_name) == ("apache-2.0", ["en"], "transformers")
+    assert (data.license, data.language, data["library_name"]) == ("apache-2.0", ["en"], "transformers")
     assert data.pipeline_tag == "text-generation"
     assert data.tags == ["llmcompress", "4-bit", "bitsandbytes", "nf4", "quantize"]
     assert "extra" not in data

@@ -135,9 +135,8 @@ class Quantize(BaseModel):
         steps = len(model.layers) + (model.anatomy.head in chosen)  # the head is the step after the last block
         journal = context.journal
         if model.rotation and not journal.has(OUTER, 0):
-            names = [name for name in model.anatomy.outer if name in dict(model.model.named_parameters())]
-            outer = {name: model.model.get_parameter(name).data.to(model.weight_dtype).cpu() for name in names}
-            journal.save(OUTER, 0, {name: tensor.clone() for name, tensor in outer.items()}, {})
+            outer = {name: p for name, p in model.model.named_parameters() if name in model.anatomy.outer}  # a tied one once
+            journal.save(OUTER, 0, {name: p.data.to(model.weight_dtype).cpu() for name, p in outer.items()}, {})
         if not all(journal.has(STAGE, index) for index in range(steps)):
             self._walk(model, context, set(chosen), steps)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
