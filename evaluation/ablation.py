@@ -116,7 +116,7 @@ class Variants:
         if not self.fisher:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
-        rounding = Rounding(FourBit("nf4", BLOCK, False, torch.float32), CPU)
+        rounding = Rounding(dict.fromkeys(self.linears, FourBit("nf4", BLOCK, False, torch.float32)), CPU)
 
         def change(block: Block) -> dict[str, Tensor]:
             F_DD = self.fisher[block.index]
@@ -126,7 +126,7 @@ class Variants:
             solved, _, _ = rounding.in_turn(block, weights)
             aim = block if target == "full" else replace(block, reference=block.inputs, _targets=[])
             trained, _ = rounding.learned(aim, weights, solved, F_DD, input_scales={}, steps=steps, seed=0)
-            return {name: rounding.weight(solution) for name, solution in trained.items()}
+            return {name: rounding.weight(name, solution) for name, solution in trained.items()}
 
         return self.score(change, reference=True)
 

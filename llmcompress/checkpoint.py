@@ -26,7 +26,11 @@ from torch import Tensor
 from llmcompress.errors import ModelError, OutputError
 
 INDEX = "model.safetensors.index.json"
-BESIDE = ("SCB", "weight_format", "weight_scale", "weight_multiplier", "input_scale")  # scales by names without a second dot
+BESIDE = (  # scales by names without a second dot
+    *("SCB", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
+    *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset"),
+)
+PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 CODES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -106,8 +110,7 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Stored weights; a byte of 4-bit codes is two, and what belongs to scales is none."""
-        packed = {name.removesuffix(".quant_map") for name in self.tensors if name.endswith(".quant_map")}
-        packed |= {name.removesuffix("_multiplier") for name in self.tensors if name.endswith(".weight_multiplier")}
+        packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from llmcompress import integer, native, plugin, stored
+from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.checkpoint import Journal
 from llmcompress.recipe import Recipe
@@ -17,7 +17,7 @@ from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, Report
 from llmcompress.report.card import card, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer
 from llmcompress.residency import OnDisk, Resident
-from llmcompress.stages.coding import FourBit, Int8
+from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
 from llmcompress.stages.quantize import OUTER, STAGE, Quantize
 from llmcompress.stored import Stored
 
@@ -31,25 +31,53 @@ def finished(journal: Journal, model: Resident) -> Iterator[dict[str, Tensor]]:
         yield journal.load(OUTER, 0)[0]
 
 
-def read_entry(tensors: Mapping[str, Tensor], stage: Quantize, model: Resident) -> tuple[dict[str, Stored], dict[str, Tensor]]:
+def read_entry(
+    tensors: Mapping[str, Tensor], chosen: Mapping[str, Coding], model: Resident
+) -> tuple[dict[str, Stored], dict[str, Tensor]]:
     """The quantised linears of a journal's entry by full name, and the dense parameters that the stage changed."""
-    coding, shapes = stage.coding(model.weight_dtype), dict(model.linear_maps())
-    linears, parts = {}, set()
+    linears, parts, shapes = {}, set(), dict(model.linear_maps())
     for name in stored.quantized_linears(tensors):
         found = stored.parts_of(name, tensors)
-        linears[name] = coding.read(found, shapes[name][1])
+        linears[name] = chosen[name].read(found, shapes[name][1])
         parts |= {f"{name}.{part}" for part in found}
     return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
 
-def quantization_of(stage: Quantize, model: Resident) -> dict[str, Any]:
-    """config.json's `quantization_config` for a model to which the stage was applied."""
-    (chosen, kept), coding = stage.choose(model), stage.coding(model.weight_dtype)
-    if isinstance(coding, FourBit):
-        return native.quantization_config(coding.format, coding.double_quant, coding.dtype, list(kept))
-    if isinstance(coding, Int8):
-        return integer.int8_config(coding.threshold, list(kept))
-    return plugin.quantization_config([(coding.scheme, chosen)])
+def native_kind(chosen: Mapping[str, Coding]) -> type[FourBit] | type[Int8] | None:
+    """Which native layout the whole model has, if one."""
+    kinds = {type(coding) for coding in chosen.values()}
+    for kind in (FourBit, Int8):
+        if kinds == {kind}:
+            return kind
+    return None
+
+
+def quantization_of(chosen: Mapping[str, Coding], kept: Iterable[str]) -> dict[str, Any]:
+    """config.json's `quantization_config` for a model whose linears are so written."""
+    kind, first = native_kind(chosen), next(iter(chosen.values()))
+    if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
+        return native.quantization_config(first.format, first.double_quant, first.dtype, list(kept))
+    if kind is Int8 and isinstance(first, Int8):
+        return integer.int8_config(first.threshold, list(kept))
+    linears: dict[stored.Layout, list[str]] = {}
+    for name, coding in chosen.items():
+        linears.setdefault(layout_of(coding), []).append(name)
+    return plugin.quantization_config(list(linears.items()))
+
+
+def layout_of(coding: Coding) -> stored.Layout:
+    """What config.json says of a linear in a model that needs our plug-in."""
+    if isinstance(coding, Integer):
+        return coding.scheme
+    assert isinstance(coding, FourBit)  # `together` leaves no Int8 beside others
+    return four_bit.FourBit(coding.format, coding.block, coding.double_quant)
+
+
+def tensors_of(packed: Stored, native_layout: bool) -> dict[str, Tensor]:
+    """The tensors of a linear as they are written, by their names in it."""
+    if isinstance(packed, native.Packed) and not native_layout:
+        return four_bit.tensors(packed)
+    return stored.tensors_of(packed)
 
 
 def write_weights(writer: Writer, model: OnDisk, stage: Quantize, journal: Journal) -> Path:
@@ -57,20 +85,22 @@ def write_weights(writer: Writer, model: OnDisk, stage: Quantize, journal: Journ
 
     What a stage made comes from the journal under the names that the base has for it, everything else as the base stores it.
     """
+    chosen, kept = stage.settled(model, journal)
+    native_layout = native_kind(chosen) is not None
     keys = {target: sources[0] for target, sources in model.sources.items()}
     replaced: set[str] = set()
     for tensors in finished(journal, model):
-        linears, dense = read_entry(tensors, stage, model)
+        linears, dense = read_entry(tensors, chosen, model)
         named = {keys[name]: tensor for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
-            named |= {f"{key}.{part}": tensor for part, tensor in stored.tensors_of(packed).items()}
+            named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
         replaced |= {keys[name] for name in (*dense, *(f"{linear}.weight" for linear in linears))}
         writer.add(named)
     for key in model.checkpoint.tensors:
         if key not in replaced:
             writer.add({key: model.checkpoint.read(key)})
-    return writer.close(model.checkpoint.config | {"quantization_config": quantization_of(stage, model)})
+    return writer.close(model.checkpoint.config | {"quantization_config": quantization_of(chosen, kept)})
 
 
 def ties_of(model: OnDisk) -> dict[str, str]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmcompress import native
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear
+from llmcompress.integer_linear import StoredLinear, hold
 
 NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
@@ -131,3 +131,11 @@ class FourBitLinear(StoredLinear):
         return (
             f"{super().extra_repr()}, {self.scheme.format}, block={self.scheme.block}, double_quant={self.scheme.double_quant}"
         )
+
+
+def linear(packed: native.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
+    """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
+    R, C = packed.codes_RC.shape
+    scheme = FourBit(packed.format, packed.block, packed.double_quant)
+    module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")
+    return hold(module, tensors(packed), bias, device)

@@ -22,12 +22,14 @@ from torch import Tensor
 
 from llmcompress import native
 from llmcompress.errors import ModelError
+from llmcompress.methods import activations
 
-Format = Literal["w8a8", "w4a8", "w4a4"]
+Format = Literal["w8a8", "w4a8", "w4a4", "w8a16", "w4a16"]
 Activations = Literal["dynamic", "static", "none"]
-FORMATS: tuple[Format, ...] = ("w8a8", "w4a8", "w4a4")
+FORMATS: tuple[Format, ...] = ("w8a8", "w4a8", "w4a4", "w8a16", "w4a16")
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "static", "none")
-LARGEST = {8: 127, 4: 7}  # codes are symmetric: the lowest of two's complement is not used
+LARGEST = activations.LARGEST
+HIGH = 256  # a 16-bit code is 256 times one int8 code plus another
 MULTIPLIER = 18  # 7 * 18 = 126, the last that fits int8
 WIDEST = (2**31 - 1) // 127**2  # columns whose products of codes still sum to an int32
 
@@ -62,8 +64,8 @@ class Scheme:
 
     @property
     def activation_bits(self) -> int:
-        """8 or 4."""
-        return int(self.format[3])
+        """16, 8 or 4."""
+        return int(self.format[3:])
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
@@ -186,22 +188,28 @@ def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, block: int | None) ->
 
 
 def quantize_tokens(x: Tensor, bits: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Activations [..., C] to codes int8 [T, C] and scales float32 [T, 1], or to those of a given scale [] or [1].
+    """Activations [..., C] to codes int8 (16 bits: int16) [T, C] and scales float32 [T, 1], or a given scale [] or [1].
 
     Symmetric, round half to even; dynamic scales are absmax / largest code, a row of zeros gets zeros and a finite scale, and a
     row that is not finite gets a scale that is not. A given scale clips. Computed in float32, so bfloat16 keeps its range.
     """
-    largest = LARGEST[bits]
+    largest, whole = LARGEST[bits], torch.int16 if bits > 8 else torch.int8
     x_TC = x.reshape(-1, x.shape[-1])
     if scale is not None:
-        return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(torch.int8), scale
+        return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(whole), scale
     if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # the kernel takes nothing else
         codes, absmax, _ = native.stock.int8_vectorwise_quant(x_TC.contiguous())
         return codes, (absmax / largest)[:, None]
     x_TC = x_TC.float()
     tiny = torch.finfo(torch.float32).tiny  # below it, divisions are no longer exact enough to stay within the codes
     scale = x_TC.abs().amax(dim=1, keepdim=True).div_(largest).clamp_min_(tiny)
-    return (x_TC / scale).round_().to(torch.int8), scale
+    return (x_TC / scale).round_().to(whole), scale
+
+
+def split(codes_TC: Tensor) -> Tensor:
+    """16-bit codes as two int8 codes, int8 [2 T, C]: above those to multiply by HIGH, below those to add."""
+    high = (codes_TC + HIGH // 2) >> 8
+    return torch.cat((high, codes_TC - HIGH * high)).to(torch.int8)
 
 
 @dataclass(frozen=True, eq=False)

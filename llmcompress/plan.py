@@ -16,6 +16,7 @@ import torch
 from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
+from llmcompress.stages.protect import spared
 from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
 from llmcompress.walk import TOKENS_AT_ONCE
 
@@ -33,17 +34,21 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     shapes = dict(model.linear_maps())
     width = model.weight_dtype.itemsize
     parameters = sum(p.numel() for p in model.model.parameters())
-    quantized = sum(math.prod(shapes[name]) for name in chosen)
+    left = {name: stage.protect if spared(coding) is None else 0.0 for name, coding in chosen.items()}
+    bits = {
+        n: math.prod(shapes[n]) * (1 - left[n]) * (coding.bits - 8 * width) for n, coding in chosen.items()
+    }  # over the base's
+    formats = ", ".join(dict.fromkeys(coding.format for coding in chosen.values()))
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     tokens = recipe.data.samples * length
     rows = [
         {"stage": "base", "parameters": parameters, "size_bytes": parameters * width},
         {
-            "stage": f"quantize ({stage.format}, {stage.rounding})",
+            "stage": f"quantize ({formats}, {stage.rounding})",
             "parameters": parameters,
-            "size_bytes": int((parameters - quantized) * width + quantized * stage.bits / 8),
+            "size_bytes": int(parameters * width + sum(bits.values()) / 8),
             "peak_memory_bytes": _memory(model, stage, tokens),
-            "seconds": _work(model, stage, shapes, chosen, tokens) / _rate(model.device),
+            "seconds": _work(model, stage, shapes, list(chosen), tokens) / _rate(model.device),
         },
     ]
     reasons = sorted(set(kept.values()))
@@ -73,8 +78,9 @@ def _work(model: Outline, stage: Quantize, shapes: dict[str, tuple[int, int]], c
     if stage.rounding != "nearest":
         total += 3 * forward  # the moments of one group of linears after another, in two streams; most passes end early
         total += sum(2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in chosen))
-    if stage.rounding == "learned":
+    if stage.rounding == "learned" or stage.protect:
         total += 5 * 2.0 * inner * max(FISHER_TOKENS, 8 * model.config.hidden_size)
+    if stage.rounding == "learned":
         total += 3 * 2.0 * inner * stage.steps * TOKENS_AT_ONCE + 2 * forward
     return total
 

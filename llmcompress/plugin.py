@@ -23,13 +23,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit, FourBitLinear
-from llmcompress.integer import Scheme
 from llmcompress.integer_linear import IntegerLinear, StoredLinear
+from llmcompress.stored import Layout, layouts_of
 
 METHOD = "llmcompress"
 
 
-def quantization_config(schemes: Sequence[tuple[Scheme | FourBit, Sequence[str]]]) -> dict[str, Any]:
+def quantization_config(schemes: Sequence[tuple[Layout, Sequence[str]]]) -> dict[str, Any]:
     """config.json's `quantization_config`: each scheme with the full names of its linears. Errors: ModelError."""
     return CompressedConfig([{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]).to_dict()
 
@@ -46,20 +46,9 @@ class CompressedConfig(QuantizationConfigMixin):
         self.schemes = [dict(entry) for entry in schemes]
         self.assigned()
 
-    def assigned(self) -> dict[str, Scheme | FourBit]:
-        """The scheme of each linear, by full name."""
-        found: dict[str, Scheme | FourBit] = {}
-        for entry in self.schemes:
-            fields = {name: value for name, value in entry.items() if name != "linears"}
-            try:
-                scheme = FourBit(**fields) if fields.get("format") in ("nf4", "fp4") else Scheme(**fields)
-            except (TypeError, ValueError) as error:
-                raise ModelError(f"config.json has a scheme {fields} that this llmcompress doesn't know: {error}") from None
-            for linear in entry.get("linears", ()):
-                if linear in found:
-                    raise ModelError(f"config.json gives {linear} two schemes; name each linear once")
-                found[linear] = scheme
-        return found
+    def assigned(self) -> dict[str, Layout]:
+        """The layout of each linear, by full name."""
+        return layouts_of(self.schemes)
 
 
 class Quantizer(HfQuantizer):
@@ -123,7 +112,7 @@ def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredLinear]]:
     return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredLinear))
 
 
-def _resolved(model: PreTrainedModel, assigned: Mapping[str, Scheme | FourBit]) -> dict[str, Scheme | FourBit]:
+def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[str, Layout]:
     """The names as they are in this model; without its head, a model has shorter names and lacks those outside it."""
     prefix = f"{model.base_model_prefix}."
     if model.base_model is not model or not all(name.startswith(prefix) or name == "lm_head" for name in assigned):
@@ -131,7 +120,7 @@ def _resolved(model: PreTrainedModel, assigned: Mapping[str, Scheme | FourBit]) 
     return {name.removeprefix(prefix): scheme for name, scheme in assigned.items() if name.startswith(prefix)}
 
 
-def _empty_twin(model: PreTrainedModel, name: str, scheme: Scheme | FourBit, dtype: torch.dtype) -> StoredLinear:
+def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.dtype) -> StoredLinear:
     """The module that takes the place of a plain linear, without memory. Errors: ModelError where it can't."""
     modules = dict(model.named_modules())
     module = modules.get(name)

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
+from llmcompress.stages.formats import Override
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
 
@@ -189,6 +190,8 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     for part in path:
         if part == "stages":
             model = Step
+        elif model is Quantize and part == "overrides":
+            model = Override
         elif isinstance(part, str):
             model = {"data": DataSpec, "accept": Accept, "quantize": Quantize, "smooth": Smooth}.get(part, model)
     return list(model.model_fields)

@@ -200,7 +200,7 @@ class OnDisk(Resident):
         if self.quantization is not None:
             del config.quantization_config
         super().__init__(config, device, dtype)
-        self.schemes = stored.schemes_of(self.quantization)
+        self.layouts = stored.layouts_of((self.quantization or {}).get("schemes", ()))
         self.sources = self._sources()
         self._bring_outer()
         self._round_all_inputs()
@@ -233,10 +233,10 @@ class OnDisk(Resident):
         linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
         for name in stored.quantized_linears(self.checkpoint.tensors):
             inputs: Inputs | None = None
-            if linears[name] in self.schemes:
+            if linears[name] in self.layouts:
                 static = self.checkpoint.tensors.get(f"{name}.input_scale")
                 scale = self.checkpoint.read(f"{name}.input_scale").to(self.device) if static else None
-                inputs = stored.scheme_inputs(self.schemes[linears[name]], scale)
+                inputs = stored.layout_inputs(self.layouts[linears[name]], scale)
             elif f"{name}.SCB" in self.checkpoint.tensors:
                 inputs = stored.int8_inputs(float(quantization.get("llm_int8_threshold", 6.0)))
             if inputs is not None:
@@ -251,8 +251,9 @@ class OnDisk(Resident):
             linear = target.removesuffix(".weight")
             parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
             conv1d = isinstance(self.model.get_submodule(linear), Conv1D)
-            columns = self.model.get_parameter(target).shape[0 if conv1d else 1]
-            tensor = stored.dequantize(stored.read(parts, self.schemes.get(linear), columns), self.dtype)
+            parameter = self.model.get_parameter(target)
+            rows, columns = parameter.shape[:: -1 if conv1d else 1]
+            tensor = stored.dequantize(stored.read(parts, self.layouts.get(linear), (rows, columns)), self.dtype)
             tensor = tensor.T if conv1d else tensor  # codes are rows of outputs, whatever way the module is stored
         check_finite(tensor, key)
         return tensor

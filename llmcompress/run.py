@@ -21,10 +21,19 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import integer_linear, native, stored
+from llmcompress import four_bit, integer_linear, native, stored
 from llmcompress.artifact import Writer, partial_folder
 from llmcompress.checkpoint import Journal
-from llmcompress.contents import companions, finished, quantization_of, read_entry, ties_of, write_weights
+from llmcompress.contents import (
+    companions,
+    finished,
+    native_kind,
+    quantization_of,
+    read_entry,
+    tensors_of,
+    ties_of,
+    write_weights,
+)
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.evaluate import speed_of
@@ -34,6 +43,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, environment, fidelity, parameters, peak_memory_bytes
 from llmcompress.residency import Live, OnDisk, Resident
+from llmcompress.stages.coding import Coding, Int8
 from llmcompress.stages.context import Context
 from llmcompress.stages.quantize import STAGE, Quantize
 from llmcompress.stored import Stored
@@ -128,17 +138,17 @@ def apply(
     with tempfile.TemporaryDirectory() as folder:
         journal = Journal(Path(folder) / "journal", "in memory")
         facts = _apply(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track))
+        chosen, kept = stage.settled(source, journal)
         for tensors in finished(journal, source):
-            linears, changed = read_entry(tensors, stage, source)
+            linears, changed = read_entry(tensors, chosen, source)
             packed, dense = packed | linears, dense | changed
     compressed = state | dense
     for name, codes in packed.items():
         weight = stored.dequantize(codes)
         compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
     windows, result = blocks.evaluation, Live(model.config, compressed, where)
-    coding = stage.coding(source.weight_dtype)
     for name, codes in packed.items():
-        if inputs := coding.inputs(getattr(codes, "input_scale", None)):
+        if inputs := chosen[name].inputs(getattr(codes, "input_scale", None)):
             result.round_inputs(name, inputs)
     base_model = Live(model.config, state, where)
     measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
@@ -147,9 +157,9 @@ def apply(
         model=name, parameters=parameters(model), size_bytes=size,
         perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
     )  # fmt: skip
-    smaller = sum(
-        sum(t.nbytes for t in stored.tensors_of(codes).values()) - state[f"{n}.weight"].nbytes for n, codes in packed.items()
-    )
+    native_layout = native_kind(chosen) is not None
+    written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
+    smaller = sum(sum(t.nbytes for t in parts.values()) - state[f"{n}.weight"].nbytes for n, parts in written.items())
     after = before.model_copy(
         update={"size_bytes": size + smaller, "perplexity": measured.perplexity, "perplexity_ci95": measured.perplexity_ci95}
     )
@@ -158,8 +168,8 @@ def apply(
     report.require(**recipe.accept.model_dump())
     for name, tensor in dense.items():
         model.get_parameter(name).data.copy_(tensor)
-    _install(model, packed, stage)
-    model.config.quantization_config = quantization_of(stage, source)
+    _install(model, packed, chosen)
+    model.config.quantization_config = quantization_of(chosen, kept)
     return model, report
 
 
@@ -170,16 +180,18 @@ def _require_sound(model: OnDisk) -> None:
             pass
 
 
-def _install(model: PreTrainedModel, packed: dict[str, Stored], stage: Quantize) -> None:
+def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Coding]) -> None:
     """Put the modules that run on the kernels in place of the linears."""
+    native_layout = native_kind(chosen) is not None
     for name, codes in packed.items():
-        kept = model.get_submodule(name).bias
+        kept, coding = model.get_submodule(name).bias, chosen[name]
         bias = kept if isinstance(kept, nn.Parameter) else None
         module: nn.Module
         if isinstance(codes, native.Packed):
-            module = native.linear(codes, bias, device=model.device)
+            module = (native if native_layout else four_bit).linear(codes, bias, device=model.device)
         elif isinstance(codes, Int8Weight):
-            module = integer_linear.stock(codes, bias, threshold=stage.threshold, device=model.device)
+            threshold = coding.threshold if isinstance(coding, Int8) else 0.0
+            module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
         else:
             module = integer_linear.linear(codes, bias, device=model.device)
         model.set_submodule(name, module)

@@ -6,20 +6,23 @@ checkpoint or a journal asks here and need not know which it is.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from llmcompress import integer, native
+from llmcompress import four_bit, integer, native
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import BESIDE
+from llmcompress.errors import ModelError
+from llmcompress.four_bit import FourBit
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.activations import round_but_outliers, round_static, round_tokens
 
 Stored = native.Packed | Int8Weight | IntegerWeight
-MARKS = (".weight.absmax", ".SCB", ".weight_scale")  # a linear that has one of these is quantised
+Layout = Scheme | FourBit  # of a linear in a model that needs our plug-in, as config.json has it
+MARKS = (".weight.absmax", ".SCB", ".weight_scale", ".weight_absmax")  # a linear that has one of these is quantised
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
@@ -33,10 +36,16 @@ def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return native.parts_of(linear, tensors) if f"{linear}.weight.absmax" in tensors else beside
 
 
-def read(parts: Mapping[str, Tensor], scheme: Scheme | None = None, columns: int | None = None) -> Stored:
-    """The linear that the tensors of `parts_of` are; `scheme` where it is one of ours. Errors: ModelError for damaged ones."""
-    if scheme is not None:
-        return integer.read(parts, scheme, columns)
+def read(parts: Mapping[str, Tensor], layout: Layout | None = None, shape: tuple[int, int] | None = None) -> Stored:
+    """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its shape.
+
+    Errors: ModelError for damaged ones.
+    """
+    if isinstance(layout, FourBit):
+        assert shape is not None
+        return four_bit.read(parts, layout, *shape, torch.float32)
+    if layout is not None:
+        return integer.read(parts, layout, shape[1] if shape else None)
     return Int8Weight.read(parts) if "SCB" in parts else native.unpack(parts)
 
 
@@ -50,12 +59,19 @@ def dequantize(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     return native.dequantize(stored, dtype) if isinstance(stored, native.Packed) else stored.dequantize(dtype)
 
 
-def schemes_of(quantization: Mapping[str, Any] | None) -> dict[str, Scheme]:
-    """The scheme of every linear in one of our formats, from config.json's `quantization_config`."""
-    found: dict[str, Scheme] = {}
-    for entry in (quantization or {}).get("schemes", ()):
-        scheme = Scheme(entry["format"], entry.get("activations", "dynamic"), entry.get("block"))
-        found |= dict.fromkeys(entry["linears"], scheme)
+def layouts_of(schemes: Iterable[Mapping[str, Any]]) -> dict[str, Layout]:
+    """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
+    found: dict[str, Layout] = {}
+    for entry in schemes:
+        fields = {name: value for name, value in entry.items() if name != "linears"}
+        try:
+            layout = FourBit(**fields) if fields.get("format") in ("nf4", "fp4") else Scheme(**fields)
+        except (TypeError, ValueError) as error:
+            raise ModelError(f"config.json has a scheme {fields} that this llmcompress doesn't know: {error}") from None
+        for linear in entry.get("linears", ()):
+            if linear in found:
+                raise ModelError(f"config.json gives {linear} two schemes; name each linear once")
+            found[linear] = layout
     return found
 
 
@@ -69,9 +85,9 @@ def int8_inputs(threshold: float) -> Inputs:
     return rounded
 
 
-def scheme_inputs(scheme: Scheme, input_scale: Tensor | float | None) -> Inputs | None:
-    """How our integer product rounds what a linear reads; None where it doesn't."""
-    if scheme.activations == "none":
+def layout_inputs(layout: Layout, input_scale: Tensor | float | None) -> Inputs | None:
+    """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
+    if isinstance(layout, FourBit) or layout.activations == "none":
         return None
-    bits = scheme.activation_bits
+    bits = layout.activation_bits
     return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))

@@ -27,10 +27,9 @@ from llmcompress.report import Report
 from llmcompress.residency import OnDisk
 from llmcompress.run import compress
 from llmcompress.walk import logits
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
+from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of
+from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 
-CPU = torch.device("cpu")
-TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
 # name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts, qwen2 biases.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("llama", {"format": "int8"}),
@@ -43,11 +42,14 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "w4a8 static": ("qwen2", {"format": "w4a8", "activations": "static", "range": "percentile", "block": 32}),
     "w4a4": ("qwen2", {"format": "w4a4", "block": 32, "smooth": {"method": "awq"}}),
     "w4a4 learned": ("llama", {"format": "w4a4", "rounding": "learned", "steps": 4, "activations": "static"}),
+    "w8a16": ("llama", {"format": "w8a16"}),
+    "w8a16 static": ("phi3", {"format": "w8a16", "activations": "static", "range": "minmax"}),
+    "w4a16": ("gpt2", {"format": "w4a16", "block": 32}),
     "w4a4 none": ("phi3", {"format": "w4a4", "activations": "none"}),
 }
 INT8 = [name for name in RECIPES if name.startswith("int8")]
 OURS = [name for name in RECIPES if name not in INT8]
-BITS = {"int8": 8.0, "w8a8": 8.0, "w4a8": 4 + 8 / 64, "w4a4": 4 + 8 / 64}
+BITS = {"int8": 8.0, "w8a8": 8.0, "w4a8": 4 + 8 / 64, "w4a4": 4 + 8 / 64, "w8a16": 8.0, "w4a16": 4 + 8 / 64}
 # An activation that lies at a half falls on one side or the other by the order of sums: it moves the logits by some 1e-4 with
 # 8 bits and more with 4. The stock int8 kernel takes its inputs through float16, so that one code in thirty does.
 NEAR = {name: 0.03 if name in INT8 else 1e-5 if "none" in name else 0.02 if "w4a4" in name else 3e-3 for name in RECIPES}
@@ -74,30 +76,6 @@ def base_of(name: str, everything: dict[str, Path]) -> Path:
     return everything[name].parent / RECIPES[name][0]
 
 
-def load(folder: Path) -> PreTrainedModel:
-    model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
-    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return cast(PreTrainedModel, model)
-
-
-@torch.no_grad()
-def live(model: PreTrainedModel) -> Tensor:
-    return cast(Tensor, model(TOKENS).logits).float()
-
-
-def measured(folder: Path) -> Tensor:
-    """The logits that a report is made of."""
-    return torch.cat(list(logits(OnDisk(folder, CPU, quantized=True), TOKENS)))
-
-
-def distance(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def weights_of(folder: Path) -> dict[str, Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
 def dequantized(folder: Path) -> dict[str, Tensor]:
     """The quantised linears of an artefact [R, C] by their names in the file."""
     tensors, resident = weights_of(folder), OnDisk(folder, CPU, quantized=True)
@@ -105,7 +83,7 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
     shapes = dict(resident.linear_maps())
     return {
         name: stored.dequantize(
-            stored.read(stored.parts_of(name, tensors), resident.schemes.get(linears[name]), shapes[linears[name]][1])
+            stored.read(stored.parts_of(name, tensors), resident.layouts.get(linears[name]), shapes[linears[name]])
         )
         for name in stored.quantized_linears(tensors)
     }
@@ -389,8 +367,8 @@ def test_a_base_in_half_precision_keeps_its_dtype(dtype: torch.dtype, format: st
         ("format: int8, threshold: -1.0", "threshold: .*greater than or equal to 0, not -1.0"),
         ("format: w8a8, range: minmax", "range is for activations: static, not dynamic"),
         ("format: w8a8, activations: none, range: minmax", "range is for activations: static, not none"),
-        ("format: nf4, activations: static", "activations is for w8a8, w4a8, w4a4, not nf4"),
-        ("format: int8, activations: dynamic", "activations is for w8a8, w4a8, w4a4, not int8"),
+        ("format: nf4, activations: static", "activations is for w8a8, w4a8, w4a4, w8a16, w4a16, not nf4"),
+        ("format: int8, activations: dynamic", "activations is for w8a8, w4a8, w4a4, w8a16, w4a16, not int8"),
         ("format: w4a8, double_quant: true", "double_quant is for nf4 and fp4, not w4a8"),
         ("format: w8a8, rounding: gptq, steps: 5", "steps is for rounding: learned, not gptq"),
         ("format: w8a8, activations: static, range: max", "range: .*'minmax', 'percentile' or 'mse', not 'max'"),

@@ -41,7 +41,9 @@ def one_linear(W_RC: Tensor, H_CC: Tensor, start: Rounded, format: Format, steps
     def loss(rounded: Mapping[str, Tensor], step: int) -> Tensor:
         return wrong(W_RC, rounded["linear"], H_CC)
 
-    return learn({"linear": W_RC}, {"linear": start}, grid(format), loss, steps=steps, rate=rate, scale_rate=1e-3)["linear"]
+    return learn({"linear": W_RC}, {"linear": start}, {"linear": grid(format)}, loss, steps=steps, rate=rate, scale_rate=1e-3)[
+        "linear"
+    ]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -108,7 +110,7 @@ def test_a_step_of_one_goes_one_code_towards_the_loss(sign: float) -> None:
     result = learn(
         {"a": start.weight(levels)},
         {"a": start},
-        levels,
+        {"a": levels},
         lambda rounded, step: (rounded["a"] - target).square().sum(),
         steps=1,
         rate=1.0,
@@ -172,7 +174,7 @@ def test_the_loss_sees_every_step_once_and_the_codes_of_the_start_first() -> Non
         seen.append(step)
         return wrong(W_RC, rounded["linear"], H_CC)
 
-    learn({"linear": W_RC}, {"linear": start}, grid("nf4"), loss, steps=7)
+    learn({"linear": W_RC}, {"linear": start}, {"linear": grid("nf4")}, loss, steps=7)
     assert seen == list(range(7))
 
 
@@ -187,7 +189,7 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Form
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return (X_TC @ (rounded["b"] + rough - A_RC - B_RC).T).square().sum(1).mean()
 
-    result = learn({"b": B_RC}, {"b": start}, grid(format), loss, steps=100, rate=0.01, scale_rate=1e-3)["b"]
+    result = learn({"b": B_RC}, {"b": start}, {"b": grid(format)}, loss, steps=100, rate=0.01, scale_rate=1e-3)["b"]
     before, after = (loss({"b": x.weight(grid(format))}) for x in (start, result))
     assert after < 0.8 * before
 
@@ -207,7 +209,7 @@ def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: Fo
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return ((drifted @ rounded["up"].T).relu() @ rounded["down"].T - target).square().sum(1).mean()
 
-    results = learn(weights, starts, grid(format), loss, steps=100, rate=0.01, scale_rate=1e-3)
+    results = learn(weights, starts, dict.fromkeys(starts, grid(format)), loss, steps=100, rate=0.01, scale_rate=1e-3)
     before, after = (loss({name: x.weight(grid(format)) for name, x in found.items()}) for found in (starts, results))
     assert set(results) == set(weights)
     assert after < 0.85 * before

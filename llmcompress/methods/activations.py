@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
+LARGEST = {4: 7, 8: 127, 16: 127 * 256 + 127}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
-    """x [..., C] rounded under the absolute maximum of each token, on 2^bits - 1 levels."""
+    """x [..., C] rounded under the absolute maximum of each token, on 2 * LARGEST[bits] + 1 levels."""
     top = x.detach().float().abs().amax(-1, keepdim=True) if x.numel() else x.detach().float()[..., :1]
-    return _rounded(x, top / _largest(bits), bits)
+    return _rounded(x, top / LARGEST[bits], bits)
 
 
 def round_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
-    """x rounded to whole multiples of one `scale`, those beyond 2^(bits - 1) - 1 clipped to it."""
+    """x rounded to whole multiples of one `scale`, codes beyond LARGEST[bits] clipped to it."""
     return _rounded(x, torch.as_tensor(scale, dtype=torch.float32, device=x.device), bits)
 
 
@@ -38,12 +39,8 @@ def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
     return torch.where(outlier, x, round_tokens(torch.where(beyond, 0.0, x), 8))
 
 
-def _largest(bits: int) -> int:
-    return (1 << (bits - 1)) - 1
-
-
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
-    largest = _largest(bits)
+    largest = LARGEST[bits]
     value = (x.detach().float() / scale.clamp_min(TINY)).round().clamp_(-largest, largest) * scale
     return value.to(x.dtype) + (x - x.detach()) if x.requires_grad else value.to(x.dtype)
 
@@ -80,7 +77,7 @@ class Magnitudes:
 
 def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
     """One scale for an input: `minmax` reaches the largest, `percentile` 99.99 % of all, `mse` has the least squared error."""
-    largest = _largest(bits)
+    largest = LARGEST[bits]
     if method == "minmax":
         return float(seen.top) / largest
     if method == "percentile":

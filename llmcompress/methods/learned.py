@@ -63,40 +63,40 @@ def start_position(W_RC: Tensor, start: Rounded, grid: Grid) -> Tensor:
 def learn(
     weights: Mapping[str, Tensor],
     starts: Mapping[str, Rounded],
-    grid: Grid,
+    grids: Mapping[str, Grid],
     loss: Loss,
     *,
     steps: int,
-    snap: Snap | None = None,
+    snaps: Mapping[str, Snap] | None = None,
     rate: float = RATE,
     scale_rate: float = SCALE_RATE,
 ) -> dict[str, Rounded]:
     """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
-    With `snap`, the codes are trained under the storable scales nearest to those trained, which are returned before snapping.
+    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained, which are returned
+    before snapping.
     `rate` is the first step's size in code spacings, `scale_rate` that of a scale relative to itself.
 
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven grids, in units of
     the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
     """
-    positions = {name: start_position(weights[name], start, grid).requires_grad_() for name, start in starts.items()}
+    positions = {name: start_position(weights[name], start, grids[name]).requires_grad_() for name, start in starts.items()}
     gains = {name: torch.zeros_like(start.scale_RG).requires_grad_() for name, start in starts.items()}
     optimizer = torch.optim.Adam(
         [{"params": list(positions.values()), "lr": rate}, {"params": list(gains.values()), "lr": scale_rate}],
         betas=(0.9, 0.99),
     )
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    snap = (snaps or {}).get
     for step in range(steps):
-        scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap) for name in starts}
-        rounded = {name: _round(positions[name], scales[name], grid) for name in starts}
+        scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap(name)) for name in starts}
+        rounded = {name: _round(positions[name], scales[name], grids[name]) for name in starts}
         optimizer.zero_grad()
         loss(rounded, step).backward()
         optimizer.step()
         schedule.step()
-    top = len(grid.levels) - 1
-    return {
-        name: Rounded(
-            positions[name].detach().round().long().clamp_(0, top), starts[name].scale_RG * (1 + gains[name].detach())
-        )
-        for name in starts
-    }
+    found = {}
+    for name, start in starts.items():
+        index_RC = positions[name].detach().round().long().clamp_(0, len(grids[name].levels) - 1)
+        found[name] = Rounded(index_RC, start.scale_RG * (1 + gains[name].detach()))
+    return found

@@ -144,6 +144,7 @@ class Integer:
     """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a block besides."""
 
     scheme: Scheme
+    range: str = "mse"  # what a static scale of inputs is chosen by
     signs = (False,)
 
     @property
@@ -200,11 +201,16 @@ class Integer:
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds what a linear reads; None where only weights are rounded."""
-        return stored.scheme_inputs(self.scheme, input_scale)
+        return stored.layout_inputs(self.scheme, input_scale)
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are rounded by one stored scale."""
+        return self.scheme.activations == "static"
 
     def static_scale(self, top: float) -> float | None:
         """The one scale of inputs that reach `top`, where there is such a scale."""
-        return top / integer.LARGEST[self.scheme.activation_bits] if self.scheme.activations == "static" else None
+        return top / integer.LARGEST[self.scheme.activation_bits] if self.static else None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> stored.Stored:
         """Absmax scales, nearest codes."""
@@ -215,7 +221,7 @@ class Integer:
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> stored.Stored:
         """The inverse of what is written."""
-        return stored.read(parts, self.scheme, columns)
+        return integer.read(parts, self.scheme, columns)
 
 
 Coding = FourBit | Int8 | Integer

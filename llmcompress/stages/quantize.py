@@ -1,4 +1,4 @@
-"""Quantise the linears to 4 bits in bitsandbytes' native layout, each block with the inputs that the blocks before it give.
+"""Quantise the linears, each block with the inputs that the blocks before it give.
 
 `nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
 scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
@@ -9,70 +9,71 @@ same bytes. A block that the journal holds is not done again: its codes are read
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 from torch import Tensor
 
 from llmcompress import stored
+from llmcompress.axes import Spelling
 from llmcompress.block import Block
+from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
-from llmcompress.integer import FORMATS, Scheme
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
 from llmcompress.rotate import Rotation
-from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
+from llmcompress.stages.coding import Coding
 from llmcompress.stages.context import Context, Facts
+from llmcompress.stages.formats import Format, Override, together
+from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
 from llmcompress.stages.smooth import Smooth
 from llmcompress.walk import head_input, output_fisher, walk
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
 
-STAGE, FISHER, SMOOTH, OUTER = "quantize", "fisher", "smooth", "outer"  # what the journal calls what is done, and found out
+STAGE, FISHER, SMOOTH, OUTER, PROTECTED = (
+    "quantize",
+    "fisher",
+    "smooth",
+    "outer",
+    "protected",
+)  # what the journal calls what is done, and found out
 FISHER_TOKENS = 32768  # for the output Fisher matrices: more tokens than this change the result by less than its noise
 
 
-class Quantize(BaseModel):
-    """`quantize: {format, block, double_quant, threshold, activations, range, rounding, steps, smooth, rotate, skip, head}`."""
+class Quantize(Format):
+    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head}`: a Format, and the rest."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4"] = Field(
-        default="nf4", description="nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"
+    overrides: dict[str, Override] = Field(
+        default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
     )
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
-    double_quant: bool = Field(default=False, description="store the scales in 8 bits: 4.13 bits a weight at block 64, not 4.5")
-    threshold: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
-    )
-    activations: Literal["dynamic", "static", "none"] = Field(default="dynamic", description="a scale a token, or a stored one")
-    range: Literal["minmax", "percentile", "mse"] = Field(default="mse", description="what a static scale is chosen by")
     rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
     steps: Annotated[int, Field(ge=1)] = Field(default=200, description="steps of learned rounding on each block")
     smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")
     rotate: bool | Literal["heads"] = Field(
         default=False, description="turn the hidden state and each head's values first (heads: these alone); folded, so free"
     )
+    protect: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
+    )
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
     head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
 
     @model_validator(mode="after")
-    def _only_where_it_means_something(self) -> Quantize:
-        belongs = {
-            "steps": (self.rounding == "learned", f"rounding: learned, not {self.rounding}"),
-            "block": (self.format not in ("int8", "w8a8"), f"4-bit formats; {self.format} has one scale a row"),
-            "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
-            "threshold": (self.format == "int8", f"int8, not {self.format}"),
-            "activations": (self.format in FORMATS, f"{', '.join(FORMATS)}, not {self.format}"),
-            "range": (self.activations == "static", f"activations: static, not {self.activations}"),
-        }
-        for name, (fits, where) in belongs.items():
-            if name in self.model_fields_set and not fits:
-                raise ValueError(f"{name} is for {where}")
+    def _fits_together(self) -> Quantize:
+        if "steps" in self.model_fields_set and self.rounding != "learned":
+            raise ValueError(f"steps is for rounding: learned, not {self.rounding}")
+        for name, override in self.overrides.items():
+            try:
+                override.over(self)
+            except ValidationError as error:
+                raise ValueError(f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
         return self
 
     def rotation(self, model: Resident, seed: int) -> Rotation | None:
@@ -83,41 +84,66 @@ class Quantize(BaseModel):
             raise ModelError("rotate can't write experts, which this model stores one by one; leave rotate out")
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
-    def coding(self, dtype: torch.dtype) -> Coding:
-        """How a linear of a model stored in `dtype` is written."""
-        if self.format == "nf4" or self.format == "fp4":
-            return FourBit(self.format, self.block, self.double_quant, dtype)
-        if self.format == "int8":
-            return Int8(self.threshold)
-        return Integer(Scheme(self.format, self.activations, None if self.format == "w8a8" else self.block))
+    def choose(self, model: Resident) -> tuple[dict[str, Coding], dict[str, str]]:
+        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect` left out.
 
-    @property
-    def bits(self) -> float:
-        """Bits a weight on disk, scales of blocks included."""
-        return self.coding(torch.float32).bits
-
-    def choose(self, model: Resident) -> tuple[list[str], dict[str, str]]:
-        """The linears to quantise, by full name, and those to keep with the reason; raises ModelError where none is left."""
-        chosen: list[str] = []
+        Raises ModelError where none is left, or an override can't stand beside the rest.
+        """
+        chosen: dict[str, Coding] = {}
         kept: dict[str, str] = {}
+        rows = {
+            f"{model.block_name(i)}.{name}": row for i in range(len(model.layers)) for name, row in model.anatomy.block.items()
+        }
         ours = {f"{model.block_name(i)}.{linear}" for i in range(len(model.layers)) for linear in model.anatomy.linears}
+        rows |= model.anatomy.outer
+        self._check_names(ours, model)
         for name, shape in model.linear_maps():
-            if why := self._why_not(name, shape, model, ours):
+            coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
+            if why := self._why_not(name, model, ours) or coding.refusal(shape):
                 kept[name] = why
             else:
-                chosen.append(name)
+                chosen[name] = coding
         for i in range(len(model.layers)):
             for experts in model.anatomy.experts:
                 kept[f"{model.block_name(i)}.{experts}"] = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
-        if unknown := [pattern for pattern in self.skip if not any(fnmatchcase(name, pattern) for name in ours)]:
-            raise ModelError(f'skip "{unknown[0]}" matches no linear of this model; they have names like {min(ours)}')
         if not chosen:
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another block or skip"
             )
+        return together(chosen), kept
+
+    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
+        """As `choose`, once `apply` has found which linears to protect."""
+        chosen, kept = self.choose(model)
+        for name in journal.load(PROTECTED, 0)[1]["linears"] if self.protect else ():
+            coding = chosen.pop(name)
+            if wide := spared(coding):
+                chosen[name] = wide
+            else:
+                kept[name] = "protect"
         return chosen, kept
 
-    def _why_not(self, name: str, shape: tuple[int, int], model: Resident, ours: set[str]) -> str | None:
+    def _check_names(self, ours: set[str], model: Resident) -> None:
+        for what, patterns, names, axes in (
+            ("skip", self.skip, ours, set()),
+            ("overrides", self.overrides, ours | {model.anatomy.head}, set(model.sizes)),
+        ):
+            for pattern in patterns:
+                if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
+                    also = f", and axes {', '.join(model.sizes)}" if axes else ""
+                    raise ModelError(
+                        f'{what} "{pattern}" matches no linear of this model; they have names like {min(ours)}{also}'
+                    )
+
+    def _settings(self, name: str, spelling: str) -> Format:
+        """What holds for one linear: of several overrides that match, the last."""
+        found: Format = self
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern) or (spelling and pattern in Spelling.parse(spelling).axes):
+                found = override.over(self)
+        return found
+
+    def _why_not(self, name: str, model: Resident, ours: set[str]) -> str | None:
         if name == model.anatomy.head:
             if self.head == "keep":
                 return "head: keep"
@@ -127,7 +153,7 @@ class Quantize(BaseModel):
             return "outside the blocks"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
             return "skip"
-        return self.coding(torch.float32).refusal(shape)
+        return None
 
     def apply(self, model: Resident, context: Context) -> Facts:
         """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
@@ -137,13 +163,16 @@ class Quantize(BaseModel):
         if model.rotation and not journal.has(OUTER, 0):
             outer = {name: p for name, p in model.model.named_parameters() if name in model.anatomy.outer}  # a tied one once
             journal.save(OUTER, 0, {name: p.data.to(model.weight_dtype).cpu() for name, p in outer.items()}, {})
+        if self.protect and not journal.has(PROTECTED, 0):
+            self._find_hurt(model, context, chosen)
+        chosen, kept = self.settled(model, journal)
         if not all(journal.has(STAGE, index) for index in range(steps)):
-            self._walk(model, context, set(chosen), steps)
+            self._walk(model, context, chosen, steps)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        unsaid = {"threshold", "activations", "range", "smooth", "rotate"} - self.model_fields_set
+        unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect"} - self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
-        unsaid |= {"block"} if self.format in ("int8", "w8a8") else set()
-        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": self.bits}
+        unsaid |= {"block"} if self.format in ("int8", "w8a8", "w8a16") else set()
+        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": bits_of(chosen, model)}
         for index in range(steps):
             block = journal.load(STAGE, index)[1]
             facts.linears += block.pop("linears")
@@ -151,35 +180,34 @@ class Quantize(BaseModel):
         facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
         return facts
 
-    def _walk(self, model: Resident, context: Context, chosen: set[str], steps: int) -> None:
+    def _walk(self, model: Resident, context: Context, chosen: dict[str, Coding], steps: int) -> None:
         journal = context.journal
         if self.rounding == "learned":
             self._find_fisher(model, context)
-        rounding = Rounding(self.coding(model.weight_dtype), model.device, self.range)
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
         blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
         for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
             head = block.index == len(model.layers)
-            linears = [linear for linear in model.anatomy.linears if f"{block.name}.{linear}" in chosen]
-            changed = [] if head else self._smoothed(block, linears, rounding, context, model.weight_dtype)
+            named = {linear: f"{block.name}.{linear}" for linear in model.anatomy.linears}
+            named = {model.anatomy.head: model.anatomy.head} if head else named
+            rounding = Rounding({name: chosen[full] for name, full in named.items() if full in chosen}, model.device)
+            changed = [] if head else self._smoothed(block, rounding.codings, context, model.weight_dtype)
             if not journal.has(STAGE, block.index):
-                entry = self._head(model, block, rounding) if head else self._block(block, linears, rounding, context)
+                entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
                 dense = {name: block.module.get_parameter(name).data.to(model.weight_dtype).cpu() for name in changed}
                 entry[0].update({f"{block.name}.{name}": tensor for name, tensor in dense.items()})
                 journal.save(STAGE, block.index, *entry)
             if not head:
-                self._install(block, linears, rounding.coding, journal.load(STAGE, block.index)[0])
+                _install(block, rounding.codings, journal.load(STAGE, block.index)[0])
 
-    def _smoothed(
-        self, block: Block, linears: list[str], rounding: Rounding, context: Context, dtype: torch.dtype
-    ) -> list[str]:
+    def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
         if self.smooth is None:
-            return self._turned(block, linears)
+            return self._turned(block, codings)
         journal = context.journal
         if not journal.has(SMOOTH, block.index):
             before = {name: parameter.data for name, parameter in block.module.named_parameters()}
-            found = self.smooth.search(block, linears, rounding.coding, dtype)
+            found = self.smooth.search(block, codings, dtype)
             for name, data in before.items():
                 block.module.get_parameter(name).data = data
             journal.save(SMOOTH, block.index, {key: factor.cpu() for key, factor in found.items()}, {})
@@ -187,22 +215,12 @@ class Quantize(BaseModel):
         for key in block.anatomy.feeds:
             if key in factors:
                 changed |= set(block.cross(key, factors[key].to(block.device), dtype))
-        return sorted((changed | set(self._turned(block, linears))) - {f"{linear}.weight" for linear in linears})
+        return sorted((changed | set(self._turned(block, codings))) - {f"{linear}.weight" for linear in codings})
 
-    def _turned(self, block: Block, linears: list[str]) -> list[str]:
+    def _turned(self, block: Block, linears: Iterable[str]) -> list[str]:
         """All parameters that stay dense, where a rotation changed them."""
         inside = {f"{linear}.weight" for linear in linears}
         return [name for name in block.anatomy.block if name not in inside] if self.rotate else []
-
-    def _install(self, block: Block, linears: list[str], coding: Coding, tensors: dict[str, Tensor]) -> None:
-        """What the journal holds in place of the block's weights, with what its kernels do to the inputs."""
-        for linear in linears:
-            parts = stored.parts_of(f"{block.name}.{linear}", tensors)
-            packed = coding.read(parts, block.weight(linear).shape[1])
-            block.set_weight(linear, stored.dequantize(packed))
-            scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
-            if inputs := coding.inputs(scale):
-                block.rounds[linear] = inputs
 
     def _find_fisher(self, model: Resident, context: Context) -> None:
         journal, layers = context.journal, len(model.layers)
@@ -214,13 +232,27 @@ class Quantize(BaseModel):
         for index, F_DD in context.track(found, "find the errors that matter", layers):
             journal.save(FISHER, index, {"F_DD": F_DD}, {})
 
-    def _block(self, block: Block, linears: list[str], rounding: Rounding, context: Context) -> Entry:
-        weights = {linear: block.weight(linear) for linear in linears}
+    def _find_hurt(self, model: Resident, context: Context, chosen: Mapping[str, Coding]) -> None:
+        """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
+        self._find_fisher(model, context)
+        journal, found = context.journal, dict[str, float]()
+        sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
+        for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
+            own = {linear: f"{block.name}.{linear}" for linear in model.anatomy.linears}
+            codings = {linear: chosen[name] for linear, name in own.items() if name in chosen}
+            self._smoothed(block, codings, context, model.weight_dtype)
+            nats = costs(block, codings, journal.load(FISHER, block.index)[0]["F_DD"])
+            found |= {own[linear]: cost for linear, cost in nats.items()}
+        journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
+
+    def _block(self, block: Block, rounding: Rounding, context: Context) -> Entry:
+        codings = rounding.codings
+        weights = {linear: block.weight(linear) for linear in codings}
         notes: dict[str, Any] = {}
         if self.rounding == "nearest":
             scales = rounding.round_inputs(block, block.anatomy.readers, weights)
             moments = block.moments()
-            packed = {linear: rounding.coding.nearest(W_RC, scales.get(linear)) for linear, W_RC in weights.items()}
+            packed = {linear: codings[linear].nearest(W_RC, scales.get(linear)) for linear, W_RC in weights.items()}
         else:
             solved, moments, scales = rounding.in_turn(block, weights)
             if self.rounding == "learned":
@@ -235,28 +267,24 @@ class Quantize(BaseModel):
         for linear, W_RC in weights.items():
             name = f"{block.name}.{linear}"
             tensors |= _named(name, packed[linear])
-            facts.append(self._facts(name, W_RC, packed[linear], moments[linear]))
+            facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
         if block.expert_tokens:
             notes["expert_tokens"] = list(block.expert_tokens.values())
         return tensors, {"name": block.name, "linears": facts, **notes}
 
     def _head(self, model: Resident, block: Block, rounding: Rounding) -> Entry:
-        name, coding = model.anatomy.head, rounding.coding
-        W_RC, moments = head_input(model, block)
+        name = model.anatomy.head
+        coding, (W_RC, moments) = rounding.codings[name], head_input(model, block)
         scale = coding.static_scale(float(moments.top_C.max()))
         nearest = self.rounding == "nearest"
-        packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(W_RC, moments, scale).stored
-        return _named(name, packed), {"name": name, "linears": [self._facts(name, W_RC, packed, moments)]}
+        packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
+        return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
-    def _facts(self, name: str, W_RC: Tensor, packed: stored.Stored, moments: Moments) -> dict[str, Any]:
-        Q_RC = stored.dequantize(packed).to(W_RC.device)
-        return {
-            "name": name,
-            "format": self.format,
-            "bits": self.bits,
-            "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
-            "weight_error": weight_error(W_RC, Q_RC),
-        }
+
+def bits_of(chosen: Mapping[str, Coding], model: Resident) -> float:
+    """Bits a weight on disk in the mean of the linears that are quantised, scales of blocks included."""
+    sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
+    return sum(coding.bits * sizes[name] for name, coding in chosen.items()) / sum(sizes.values())
 
 
 def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
@@ -276,3 +304,25 @@ def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
 def _named(name: str, packed: stored.Stored) -> dict[str, Tensor]:
     """The tensors of a linear under the names they have in a checkpoint."""
     return {f"{name}.{part}": tensor.cpu() for part, tensor in stored.tensors_of(packed).items()}
+
+
+def _facts(name: str, coding: Coding, W_RC: Tensor, packed: stored.Stored, moments: Moments) -> dict[str, Any]:
+    Q_RC = stored.dequantize(packed).to(W_RC.device)
+    return {
+        "name": name,
+        "format": coding.format,
+        "bits": coding.bits,
+        "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
+        "weight_error": weight_error(W_RC, Q_RC),
+    }
+
+
+def _install(block: Block, codings: Mapping[str, Coding], tensors: Mapping[str, Tensor]) -> None:
+    """What the journal holds in place of the block's weights, with what its kernels do to the inputs."""
+    for linear, coding in codings.items():
+        parts = stored.parts_of(f"{block.name}.{linear}", tensors)
+        packed = coding.read(parts, block.weight(linear).shape[1])
+        block.set_weight(linear, stored.dequantize(packed))
+        scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
+        if inputs := coding.inputs(scale):
+            block.rounds[linear] = inputs

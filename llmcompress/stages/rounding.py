@@ -39,24 +39,31 @@ class Solution:
 
 @dataclass(frozen=True)
 class Rounding:
-    """A format, and the device of the weights that go into it."""
+    """How each linear of a block is written, by its name in it, and the device of the weights."""
 
-    coding: Coding
+    codings: Mapping[str, Coding]
     device: torch.device
-    range: str = "mse"  # what a static scale of inputs is chosen by
 
-    def gptq(self, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
+    def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
 
         Where scales may have one sign or both, both are solved for and the smaller error is kept.
         """
         W_RC = retarget(W_RC.float(), moments)
-        found = [self._solve(W_RC, moments.H_CC, signed, input_scale) for signed in self.coding.signs]
-        return min(found, key=lambda solution: output_error(W_RC, self.weight(solution), moments.H_CC))
+        coding, grid = self.codings[linear], self.grid(linear)
+        columns, found = coding.columns(tuple(W_RC.shape)), []
+        for signed in coding.signs:
+            solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
+            found.append(_stored(coding, solved, input_scale))
+        return min(found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC))
 
-    def weight(self, solution: Solution) -> Tensor:
+    def grid(self, linear: str) -> Grid:
+        """The levels of a linear's weights."""
+        return self.codings[linear].grid.to(self.device)
+
+    def weight(self, linear: str, solution: Solution) -> Tensor:
         """The weight [R, C] that a solution stands for."""
-        return solution.rounded.weight(self._grid)
+        return solution.rounded.weight(self.grid(linear))
 
     def in_turn(
         self, block: Block, weights: Mapping[str, Tensor]
@@ -72,23 +79,28 @@ class Rounding:
             scales |= self.round_inputs(block, (readers,), weights)
             moments |= block.moments(readers)
             for linear in [linear for linear in readers if linear in weights]:
-                solved[linear] = self.gptq(weights[linear], moments[linear], scales.get(linear))
-                block.set_weight(linear, self.weight(solved[linear]))
+                solved[linear] = self.gptq(linear, weights[linear], moments[linear], scales.get(linear))
+                block.set_weight(linear, self.weight(linear, solved[linear]))
         return {linear: solved[linear] for linear in weights}, moments, scales
 
     def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:
         """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        static = {
+            linear: coding
+            for linear, coding in self.codings.items()
+            if linear in weights and isinstance(coding, Integer) and coding.static
+        }
+        seen = {readers[0]: Magnitudes(block.device) for readers in groups if static.keys() & set(readers)}
+        for read, _ in block.reads(*(readers for readers in groups if readers[0] in seen)) if seen else ():
+            for name, magnitudes in seen.items():
+                magnitudes.add(read[name])
         scales: dict[str, float] = {}
-        if isinstance(self.coding, Integer) and self.coding.scheme.activations == "static":
-            seen = {readers[0]: Magnitudes(block.device) for readers in groups}
-            for read, _ in block.reads(*groups):
-                for name, magnitudes in seen.items():
-                    magnitudes.add(read[name])
-            for readers in groups:
-                scale = static_scale(seen[readers[0]], self.coding.scheme.activation_bits, self.range)
-                scales |= {linear: scale for linear in readers if linear in weights}
+        for readers in groups:
+            for linear in [linear for linear in readers if linear in static]:
+                bits, range = static[linear].scheme.activation_bits, static[linear].range
+                scales[linear] = static_scale(seen[readers[0]], bits, range)
         for linear in [linear for readers in groups for linear in readers if linear in weights]:
-            if inputs := self.coding.inputs(scales.get(linear)):
+            if inputs := self.codings[linear].inputs(scales.get(linear)):
                 block.rounds[linear] = inputs
         return scales
 
@@ -119,7 +131,7 @@ class Rounding:
 
         @torch.no_grad()
         def whole(solution: Mapping[str, Rounded]) -> float:
-            rounded = {name: result.weight(self._grid) for name, result in solution.items()}
+            rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
             return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(block.inputs)) / sum(map(len, block.inputs))
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
@@ -128,23 +140,15 @@ class Rounding:
         trained = learn(
             weights,
             starts,
-            self._grid,
+            {name: self.grid(name) for name in starts},
             lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
             steps=steps,
-            snap=self.coding.snap,
+            snaps={name: self.codings[name].snap for name in starts},
         )
-        ends = {name: self._stored(result, input_scales.get(name)) for name, result in trained.items()}
+        ends = {name: _stored(self.codings[name], result, input_scales.get(name)) for name, result in trained.items()}
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
         return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
 
-    def _solve(self, W_RC: Tensor, H_CC: Tensor, signed: bool, input_scale: float | None) -> Solution:
-        columns = self.coding.columns(tuple(W_RC.shape))
-        return self._stored(solve(W_RC, H_CC, self._grid, columns, snap=self.coding.snap, signed=signed), input_scale)
 
-    def _stored(self, result: Rounded, input_scale: float | None) -> Solution:
-        rounded = Rounded(result.index_RC, self.coding.snap(result.scale_RG))
-        return Solution(rounded, self.coding.store(result, input_scale))
-
-    @property
-    def _grid(self) -> Grid:
-        return self.coding.grid.to(self.device)
+def _stored(coding: Coding, result: Rounded, input_scale: float | None) -> Solution:
+    return Solution(Rounded(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))

@@ -8,7 +8,7 @@ is never made worse on the sample that decides. The function of the model stays 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import closing
 from typing import Annotated, Literal
 
@@ -16,12 +16,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from llmcompress import stored
 from llmcompress.axes import Spelling, scale
 from llmcompress.block import Block
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.stages.coding import Coding
+from llmcompress.stages.trial import trial
 
 SAMPLE = 2  # batches that decide
 TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weight
@@ -35,20 +35,21 @@ class Smooth(BaseModel):
     method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
 
-    def search(self, block: Block, linears: Sequence[str], coding: Coding, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The factor of each entry of `feeds` with a reader among `linears`; they have crossed when this returns."""
+    def search(self, block: Block, codings: Mapping[str, Coding], dtype: torch.dtype) -> dict[str, Tensor]:
+        """The factor of each entry of `feeds` with a reader among `codings`; they have crossed when this returns."""
         moments, found = block.moments(), {}
         aims = [aim.to(block.device) for aim in block.outputs(block.inputs[:SAMPLE])]  # before anything is rounded
         with closing(block.reads(*block.anatomy.readers)) as reads:
             read = dict(next(reads)[0])  # of the first batch
         for key, readers in block.anatomy.feeds.items():
-            reading = [reader for reader in readers if reader in linears]
+            reading = [reader for reader in readers if reader in codings]
             if not reading:
                 continue
             first = next(group[0] for group in block.anatomy.readers if reading[0] in group)
             X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
-            factors = self._candidates(block, key, reading, moments[first], X_TC, coding)
-            losses = [self._loss(block, key, factor, reading, moments[first], coding, dtype, aims) for factor in factors]
+            factors = self._candidates(block, key, reading, moments[first], X_TC, codings[reading[0]])
+            own = {reader: codings[reader] for reader in reading}
+            losses = [self._loss(block, key, factor, own, moments[first], dtype, aims) for factor in factors]
             found[key] = factors[losses.index(min(losses))]
             block.cross(key, found[key], dtype)
         return found
@@ -78,28 +79,17 @@ class Smooth(BaseModel):
         block: Block,
         key: str,
         factor: Tensor,
-        readers: Sequence[str],
+        codings: Mapping[str, Coding],
         moments: Moments,
-        coding: Coding,
         dtype: torch.dtype,
         aims: Sequence[Tensor],
     ) -> float:
         """Squared error of the block's output over its size, readers rounded once the factor has crossed; the block stays."""
         before = {name: parameter.data for name, parameter in block.module.named_parameters()}
-        unit_C, _ = _units(block, key, readers[0])
+        unit_C, _ = _units(block, key, next(iter(codings)))
         block.cross(key, factor, dtype)
-        scale = coding.static_scale(float((moments.top_C / factor.flatten()[unit_C]).max()))
-        rounded = {}
-        for reader in readers:
-            W_RC = block.weight(reader)
-            codes = stored.dequantize(coding.nearest(W_RC, scale)).to(W_RC)
-            rounded[f"{reader}.weight"] = block.oriented(reader, codes)
-            if inputs := coding.inputs(scale):
-                block.rounds[reader] = inputs
-        with torch.no_grad():
-            outs = [block.run(hidden, rounded) for hidden in block.inputs[: len(aims)]]
-        for reader in readers:
-            block.rounds.pop(reader, None)
+        top = float((moments.top_C / factor.flatten()[unit_C]).max())
+        outs = trial(block, codings, dict.fromkeys(codings, top), block.inputs[: len(aims)])
         for name, data in before.items():
             block.module.get_parameter(name).data = data
         errors = [((out - aim).square().sum(-1) / aim.square().sum(-1)).sum() for out, aim in zip(outs, aims, strict=True)]
