@@ -27,6 +27,7 @@ bench: $(READY) # an hour and a half on two cores
 	$(BIN)/python evaluation/ablation.py
 	$(BIN)/python evaluation/throughput.py
 	$(BIN)/python evaluation/cost.py
+	$(BIN)/python evaluation/speed.py
 	$(BIN)/python evaluation/tables.py
 
 $(READY): pyproject.toml constraints.txt

@@ -36,6 +36,8 @@ STOCK = {  # what stock bitsandbytes offers besides nf4-nearest, and what a reci
     "fp4-nearest": "stages: [{quantize: {format: fp4, rounding: nearest}}]",
     "int8-nearest": "stages: [{quantize: {format: int8, rounding: nearest}}]",
     "int8-nearest-6": "stages: [{quantize: {format: int8, threshold: 6.0, rounding: nearest}}]",
+    "int8-smooth-all": "stages: [{quantize: {format: int8, smooth: {}}}]",  # what protecting wins
+    "w8a8-all": "stages: [{quantize: {format: w8a8, smooth: {}}}]",
     "w4a16": "stages: [{quantize: {format: w4a8, activations: none, smooth: {}}}]",  # what w4a8 loses by its activations
 }
 LENGTH = 256
@@ -54,7 +56,7 @@ def row(name: str, report: Report) -> dict[str, Any]:
     quantize = report.stages[0]
     return {
         "recipe": name,
-        "bits": quantize.linears[0].bits,
+        "bits": quantize.model_dump()["bits"],
         "size_bytes": report.compressed.size_bytes,
         **report.fidelity.model_dump(mode="json"),
         "perplexity": report.compressed.perplexity,

@@ -20,9 +20,10 @@ MODELS = ("demo", "wikilm-8m", "stories260k")
 BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
 BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
 BASELINE |= dict.fromkeys(("nf4-awq-gptq", "nf4-rotate-gptq"), "nf4-nearest")
-BASELINE |= dict.fromkeys(("int8-smooth", "w8a8", "w8a8-static"), "int8-nearest") | {"w4a8": "w4a16"}
+BASELINE |= dict.fromkeys(("int8-smooth", "int8-smooth-all", "w8a8", "w8a8-all", "w8a8-static"), "int8-nearest") | {"w4a8": "w4a16"}
 STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest"), "stock bitsandbytes")
 STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
+STOCK |= {"int8-smooth-all": "nothing spared", "w8a8-all": "nothing spared"}
 
 
 def load(name: str) -> dict[str, Any] | None:
@@ -57,6 +58,7 @@ def fidelity() -> str:
             [
                 name if name not in STOCK else f"{name} ({STOCK[name]})",
                 f"{row['bits']:.3f}",
+                f"{row['size_bytes'] / 1e6:.2f}",
                 f"{row['kl_nats_mean']:.5f}",
                 ratio(rows, name),
                 f"{100 * row['top1_agreement']:.2f} %",
@@ -66,7 +68,7 @@ def fidelity() -> str:
             for name, row in rows.items()
         ]
         base = next(iter(rows.values()))["base_perplexity"]
-        header = ["recipe", "bits a weight", "KL, nats", "of its baseline", "same first token", "perplexity", "seconds"]
+        header = ["recipe", "bits a weight", "MB on disk", "KL, nats", "of its baseline", "same first token", "perplexity", "seconds"]
         where = " / ".join(sorted({row["environment"]["device"] for row in rows.values()}))
         parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}; commits in the file):\n")
         parts.append(table(header, lines) + "\n")
@@ -141,7 +143,8 @@ def head(recipe: str) -> str:
         if recipe in rows:
             row, against = rows[recipe], ratio(rows, recipe)
             baseline = STOCK[BASELINE[recipe]] if against else ""
-            where = " at the same bytes" if baseline == "stock bitsandbytes" else ""
+            bytes_ = row["size_bytes"] / rows[BASELINE[recipe]]["size_bytes"] if against else 1.0
+            where = " at the same bytes" if abs(bytes_ - 1) < 0.01 else f" at {bytes_:.2f} x the bytes"
             times = f" ({against} {baseline}{where})" if against else ""
             ppl = f"perplexity {row['base_perplexity']:.3f} -> {row['perplexity']:.3f}"
             lines.append(f"#   {model}: KL {row['kl_nats_mean']:.5f} nats{times}, {ppl}, {row['seconds']:.0f} s")

@@ -6,8 +6,20 @@ from llmcompress.errors import AcceptError, CompressError
 from llmcompress.evaluate import evaluate
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
+from llmcompress.resave import save_native  # has save_pretrained mend or refuse what forwards did to native models
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize
 
 __version__ = "0.1.0"
-__all__ = ["Accept", "AcceptError", "CompressError", "DataSpec", "Quantize", "Recipe", "Report", "compress", "evaluate"]
+__all__ = [
+    "Accept",
+    "AcceptError",
+    "CompressError",
+    "DataSpec",
+    "Quantize",
+    "Recipe",
+    "Report",
+    "compress",
+    "evaluate",
+    "save_native",
+]

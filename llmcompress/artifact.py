@@ -1,7 +1,8 @@
 """The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole or not at all.
 
-Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds finished blocks. A
-shard is complete on disk before the next begins, so memory is one tensor whatever the model's size.
+Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds the finished blocks of
+the first stage, `journal-1/` those of the second, and so on. A shard is complete on disk before the next begins, so memory is
+one tensor whatever the model's size.
 """
 
 from __future__ import annotations
@@ -75,8 +76,12 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and issubclass(kind, Exception):  # not for Ctrl-C: that run goes on later
             shutil.rmtree(self.artifact, ignore_errors=True)
-            if not (self._replaced.exists() or any((self.partial / "journal").glob("*.safetensors"))):
+            if not (self._replaced.exists() or any(self.partial.glob("journal*/*.safetensors"))):
                 shutil.rmtree(self.partial, ignore_errors=True)
+
+    def journal(self, stage: int) -> Path:
+        """Where the journal of a stage is, by its number in the recipe."""
+        return self.partial / (f"journal-{stage}" if stage else "journal")
 
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()

@@ -107,6 +107,11 @@ def scale(
     return torch.where(reached, tensor * factor, tensor)
 
 
+def units_along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
+    """The unit of `axis` at each position of one dimension of a spelling, int64; -1 where the dimension has none."""
+    return _along(term, sizes, axis)
+
+
 def _fitting(tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int]) -> Spelling:
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if tuple(tensor.shape) != spelling.shape(sizes):

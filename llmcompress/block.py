@@ -40,6 +40,7 @@ class Block:
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
     _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the block
     _targets: list[Tensor] = field(default_factory=list)
+    _whole: nn.Module | None = None  # what the block was, where a stage has put a narrower one in its place
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The block's output [B, L, D], with `parameters` (by name in the block, as stored) in place of its own."""
@@ -48,16 +49,20 @@ class Block:
             for linear, rounded in self.rounds.items()
         ]
         try:
-            return self._run(hidden, parameters)
+            return self._run(self.module, hidden, parameters)
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        call = partial(torch.func.functional_call, self.module, dict(parameters)) if parameters else None
+    def _run(self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+        call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
         arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
-        return call((hidden,), arguments) if call else self.module(hidden, **arguments)  # type: ignore[no-any-return]
+        return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
+
+    def _full(self, hidden: Tensor) -> Tensor:
+        """What the block as it was makes of the full model's states."""
+        return self._run(self._whole or self.module, hidden, self._originals)
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
@@ -69,7 +74,7 @@ class Block:
         """What the block as it was makes of `reference`, on the CPU: found once, by `moments` where it goes that far."""
         if not self._targets:
             with torch.no_grad():
-                self._targets = [self._run(hidden, self._originals).cpu() for hidden in self.reference]
+                self._targets = [self._full(hidden).cpu() for hidden in self.reference]
         return self._targets
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
@@ -86,6 +91,21 @@ class Block:
         if self.reference:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
+
+    def set_bias(self, linear: str, bias_R: Tensor) -> None:
+        """Put another bias in place of a linear's; `reference` goes on with the one that it replaces."""
+        parameter = self.module.get_parameter(f"{linear}.bias")
+        if self.reference:
+            self._originals.setdefault(f"{linear}.bias", parameter.data)
+        parameter.data = bias_R.to(parameter.device, parameter.dtype)
+
+    def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
+        """Go on as a module of other widths, these parameters and else its own; `reference` goes on through what it was."""
+        for name, parameter in list(self.module.named_parameters()):
+            owner, _, leaf = name.rpartition(".")
+            value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
+            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+        self._whole, self.module = self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
         """Divide what a key of `feeds` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
@@ -140,7 +160,7 @@ class Block:
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
-                    out = _until_enough(self._run, self.reference[i], self._originals)
+                    out = _until_enough(self._full, self.reference[i])
                     full = dict(read)
                     targets += [out.cpu()] if out is not None else []
                 _until_enough(self.run, hidden)

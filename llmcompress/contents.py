@@ -12,30 +12,44 @@ from torch import Tensor
 from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.checkpoint import Journal
-from llmcompress.recipe import Recipe
+from llmcompress.recipe import Recipe, Stage
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, Report
 from llmcompress.report.card import card, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer
 from llmcompress.residency import OnDisk, Resident
+from llmcompress.stages import prune, quantize
 from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
-from llmcompress.stages.quantize import OUTER, STAGE, Quantize
+from llmcompress.stages.embedding import OUTER
+from llmcompress.stages.prune import Prune
+from llmcompress.stages.quantize import Quantize
 from llmcompress.stored import Stored
 
+Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # quantised linears by full name, dense parameters by name in the model
 
-def finished(journal: Journal, model: Resident) -> Iterator[dict[str, Tensor]]:
-    """The tensors that the stage made, by their names in the model: block by block, the head, what else a rotation changed."""
+
+def results(stage: Stage, model: Resident, journal: Journal) -> Iterator[Entry]:
+    """What a stage made, a journal's entry at a time: block by block, the head, and what changed outside."""
+    if isinstance(stage, Prune):
+        yield from (({}, journal.load(prune.STAGE, index)[0]) for index in range(len(model.layers)))
+        return
+    chosen, _ = stage.settled(model, journal)
     for index in range(len(model.layers) + 1):
-        if journal.has(STAGE, index):
-            yield journal.load(STAGE, index)[0]
+        if journal.has(quantize.STAGE, index):
+            yield read_entry(journal.load(quantize.STAGE, index)[0], chosen, model)
     if journal.has(OUTER, 0):
-        yield journal.load(OUTER, 0)[0]
+        yield read_entry(journal.load(OUTER, 0)[0], chosen, model)
 
 
-def read_entry(
-    tensors: Mapping[str, Tensor], chosen: Mapping[str, Coding], model: Resident
-) -> tuple[dict[str, Stored], dict[str, Tensor]]:
-    """The quantised linears of a journal's entry by full name, and the dense parameters that the stage changed."""
-    linears, parts, shapes = {}, set(), dict(model.linear_maps())
+def changes(stage: Stage, model: Resident, journal: Journal) -> dict[str, Any]:
+    """What a stage changes in config.json."""
+    if isinstance(stage, Prune):
+        return stage.changes(model)
+    return {"quantization_config": quantization_of(*stage.settled(model, journal))}
+
+
+def read_entry(tensors: Mapping[str, Tensor], chosen: Mapping[str, Coding], model: Resident) -> Entry:
+    """The quantised linears of a journal's entry, and the dense parameters that the stage changed."""
+    linears, parts, shapes = {}, set(), model.matrices()
     for name in stored.quantized_linears(tensors):
         found = stored.parts_of(name, tensors)
         linears[name] = chosen[name].read(found, shapes[name][1])
@@ -80,17 +94,15 @@ def tensors_of(packed: Stored, native_layout: bool) -> dict[str, Tensor]:
     return stored.tensors_of(packed)
 
 
-def write_weights(writer: Writer, model: OnDisk, stage: Quantize, journal: Journal) -> Path:
+def write_weights(writer: Writer, model: OnDisk, stage: Stage, journal: Journal) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
     What a stage made comes from the journal under the names that the base has for it, everything else as the base stores it.
     """
-    chosen, kept = stage.settled(model, journal)
-    native_layout = native_kind(chosen) is not None
+    native_layout = isinstance(stage, Quantize) and native_kind(stage.settled(model, journal)[0]) is not None
     keys = {target: sources[0] for target, sources in model.sources.items()}
     replaced: set[str] = set()
-    for tensors in finished(journal, model):
-        linears, dense = read_entry(tensors, chosen, model)
+    for linears, dense in results(stage, model, journal):
         named = {keys[name]: tensor for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
@@ -100,7 +112,7 @@ def write_weights(writer: Writer, model: OnDisk, stage: Quantize, journal: Journ
     for key in model.checkpoint.tensors:
         if key not in replaced:
             writer.add({key: model.checkpoint.read(key)})
-    return writer.close(model.checkpoint.config | {"quantization_config": quantization_of(chosen, kept)})
+    return writer.close(model.checkpoint.config | changes(stage, model, journal))
 
 
 def ties_of(model: OnDisk) -> dict[str, str]:

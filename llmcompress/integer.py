@@ -187,19 +187,21 @@ def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, block: int | None) ->
     return codes_RC * multiplier_RG.to(torch.int8).repeat_interleave(block, dim=1)[:, :C]
 
 
-def quantize_tokens(x: Tensor, bits: int, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Activations [..., C] to codes int8 (16 bits: int16) [T, C] and scales float32 [T, 1], or a given scale [] or [1].
+def quantize_tokens(
+    x: Tensor, bits: int, scale: Tensor | None = None, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """Activations [..., C] to codes [T, C] int8 (16 bits: int16; or `dtype`) and scales float32 [T, 1], or the given [] or [1].
 
     Symmetric, round half to even; dynamic scales are absmax / largest code, a row of zeros gets zeros and a finite scale, and a
     row that is not finite gets a scale that is not. A given scale clips. Computed in float32, so bfloat16 keeps its range.
     """
-    largest, whole = LARGEST[bits], torch.int16 if bits > 8 else torch.int8
+    largest, whole = LARGEST[bits], dtype or (torch.int16 if bits > 8 else torch.int8)
     x_TC = x.reshape(-1, x.shape[-1])
     if scale is not None:
         return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(whole), scale
     if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # the kernel takes nothing else
         codes, absmax, _ = native.stock.int8_vectorwise_quant(x_TC.contiguous())
-        return codes, (absmax / largest)[:, None]
+        return codes.to(whole), (absmax / largest)[:, None]
     x_TC = x_TC.float()
     tiny = torch.finfo(torch.float32).tiny  # below it, divisions are no longer exact enough to stay within the codes
     scale = x_TC.abs().amax(dim=1, keepdim=True).div_(largest).clamp_min_(tiny)

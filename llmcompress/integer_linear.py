@@ -2,22 +2,29 @@
 
 Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A forward rounds the
 tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes is the product of the dequantised
-factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is bitsandbytes'; where that
-has none (CPUs without AVX512, C % 4 on a GPU) it sums the same integers in float32, which is exact below 2^24 and slower.
+factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is torch's on a CPU with
+AVX512, bitsandbytes' on a GPU. Elsewhere the same integers are summed in float32, which is exact below 2^24: on other CPUs
+piece by piece, about as fast as a float weight (bitsandbytes makes one of the whole in each forward), on a GPU where C % 4.
 int4 weights are expanded to int8 once (`prepare`) and kept beside the packed ones: 1.5 bytes a weight in memory for 0.5 on the
 disk. A module that was not prepared, as when its weights are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Generic, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress import integer, native
 from llmcompress.integer import IntegerWeight, Scheme
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
+PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
 
 
 class Layout(Protocol):
@@ -130,13 +137,10 @@ class IntegerLinear(StoredLinear):
             return nn.functional.linear(input, weight, self.bias if self.bias is None else self.bias.to(input.dtype))
         step = self.input_scale if self.scheme.activations == "static" else None
         bits = self.scheme.activation_bits
-        if torch.is_grad_enabled() and input.requires_grad:
-            out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
-        else:
-            out = _product(input, matrix, self.weight_scale, step, bits)
-        if self.bias is not None:
-            out = out + self.bias
-        return out.to(input.dtype)
+        if not (torch.is_grad_enabled() and input.requires_grad):
+            return _product(input, matrix, self.weight_scale, step, bits, self.bias, input.dtype)
+        out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
+        return (out if self.bias is None else out + self.bias).to(input.dtype)
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
@@ -147,18 +151,84 @@ def _prepare_anew(module: StoredLinear, _: object) -> None:
     module.prepare()
 
 
-def _product(x: Tensor, matrix_RC: Tensor, scale_R: Tensor, step: Tensor | None, bits: int) -> Tensor:
-    """Round the tokens of x [..., C], multiply integers, scale: float32 [..., R]."""
-    R = matrix_RC.shape[0]
+class Fused(Generic[Result]):
+    """A function of tensors that a GPU runs compiled, in few kernels for its many.
+
+    It is compiled at its first use. On a CPU, in a graph that is being compiled anyway, and where it can't be compiled (no
+    Triton, no C compiler: a warning says so) it runs as it is. Triton rounds divisions less exactly: rarely, a code differs by
+    one from the plain function's.
+    """
+
+    def __init__(self, plain: Callable[..., Result]) -> None:
+        self.plain = plain
+        self.compiled: Callable[..., Result] | None = None
+
+    def __call__(self, first: Tensor, *others: Any) -> Result:
+        """What the plain function returns."""
+        if not first.is_cuda or torch.compiler.is_compiling():
+            return self.plain(first, *others)
+        if self.compiled is None:
+            self.compiled = torch.compile(self.plain, dynamic=True)
+        try:
+            return self.compiled(first, *others)
+        except Exception as error:  # of a compiler, of whatever kind
+            logger.warning("%s runs uncompiled: %s", self.plain.__name__, error)
+            self.compiled = self.plain
+            return self.plain(first, *others)
+
+
+def scaled(sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The outputs [T, R], computed in float32, from the sums of products of codes."""
+    out = (sums_TR * scale).mul_(scale_R)
+    if bias is not None:
+        out = out + bias
+    return out if out.dtype == dtype else out.to(dtype)
+
+
+fused_quantize_tokens, fused_scaled = Fused(integer.quantize_tokens), Fused(scaled)
+
+
+def _product(
+    x: Tensor,
+    matrix_RC: Tensor,
+    scale_R: Tensor,
+    step: Tensor | None,
+    bits: int,
+    bias: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Round the tokens of x [..., C], multiply integers, scale: [..., R]."""
+    shape = (*x.shape[:-1], matrix_RC.shape[0])
     if x.numel() == 0:  # the CUDA kernels refuse it
-        return x.new_zeros((*x.shape[:-1], R), dtype=torch.float32)
-    codes_TC, scale = integer.quantize_tokens(x, bits, step)
+        return x.new_zeros(shape, dtype=dtype)
+    multiply, whole = native.stock.int8_linear_matmul, None
+    if x.is_cpu and not torch.compiler.is_compiling():
+        multiply, whole = (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
+    codes_TC, scale = fused_quantize_tokens(x, bits, step, whole)
     if bits == 16:  # two products in one, for twice the tokens
-        high_TR, low_TR = native.stock.int8_linear_matmul(integer.split(codes_TC), matrix_RC).float().chunk(2)
+        high_TR, low_TR = multiply(integer.split(codes_TC), matrix_RC).float().chunk(2)
         sums_TR = high_TR.mul_(integer.HIGH).add_(low_TR)
     else:
-        sums_TR = native.stock.int8_linear_matmul(codes_TC, matrix_RC)
-    return cast(Tensor, (sums_TR * scale).mul_(scale_R).reshape(*x.shape[:-1], R))
+        sums_TR = multiply(codes_TC, matrix_RC)
+    return fused_scaled(sums_TR, scale, scale_R, bias, dtype).reshape(shape)
+
+
+def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
+    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without its way there."""
+    return torch._int_mm(codes_TC, matrix_RC.t())
+
+
+def float_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
+    """The same sums in float32, exact below 2^24, of codes of either type; a piece of the weight at a time becomes floats."""
+    codes_TC, (R, C) = codes_TC.float(), matrix_RC.shape
+    rows = max(1, PIECE // C)
+    if rows >= R:
+        return codes_TC @ matrix_RC.float().t()
+    piece_RC, sums_RT = codes_TC.new_empty(rows, C), codes_TC.new_empty(R, len(codes_TC))
+    for start in range(0, R, rows):
+        part_RC = matrix_RC[start : start + rows]
+        torch.mm(piece_RC[: len(part_RC)].copy_(part_RC), codes_TC.t(), out=sums_RT[start : start + rows])
+    return sums_RT.t().contiguous()
 
 
 class _StraightThrough(torch.autograd.Function):

@@ -30,6 +30,7 @@ from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
 from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 
 stock: Any = bitsandbytes.functional  # typed in part only
+LINEARS = (StockLinear4bit, Linear8bitLt)  # what transformers makes of its layouts
 Format = Literal["nf4", "fp4"]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_BLOCK = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
@@ -242,13 +243,25 @@ def packed_of(module: StockLinear4bit) -> Packed:
     """
     data, state = module.weight.data, cast(Any, module.weight).quant_state
     kept: dict[str, Tensor] | None = getattr(module, "kept", None)
+    if scales_lost(module):
+        raise ModelError("a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it")
     if getattr(state, "packing_format_for_cpu", False):
-        if kept is None:
-            raise ModelError("a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it")
         state = copy.copy(state)  # the inverse writes into it
         state.original_nested = False  # keeps it from quantising the rounded scales again; they are not used
         data, state = stock._convert_weight_packed_for_cpu_inverse(data, state)
     return unpack({"weight": data, **kept}) if kept is not None else _read(data, state)
+
+
+def scales_lost(module: nn.Module) -> bool:
+    """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
+
+    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and transposed, or, where
+    they were in 8 bits, quantised anew, which no dtype gives away.
+    """
+    if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    return state is not None and "packing_format_for_cpu" in vars(state)
 
 
 def quantization_config(format: Format, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]) -> dict[str, Any]:

@@ -16,7 +16,11 @@ import torch
 from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
+from llmcompress.resize import changed
+from llmcompress.stages.coding import FourBit
+from llmcompress.stages.embedding import apart
 from llmcompress.stages.protect import spared
+from llmcompress.stages.prune import Prune, reader_of
 from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
 from llmcompress.walk import TOKENS_AT_ONCE
 
@@ -29,31 +33,63 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     config = config_of(found.folder, base=True)
     model = Outline(config, pick_device(device), torch.float32)
     model.model.tie_weights()  # so that a tied head counts once
-    stage = recipe.stages[0].stage
-    chosen, kept = stage.choose(model)
-    shapes = dict(model.linear_maps())
-    width = model.weight_dtype.itemsize
-    parameters = sum(p.numel() for p in model.model.parameters())
-    left = {name: stage.protect if spared(coding) is None else 0.0 for name, coding in chosen.items()}
-    bits = {
-        n: math.prod(shapes[n]) * (1 - left[n]) * (coding.bits - 8 * width) for n, coding in chosen.items()
-    }  # over the base's
-    formats = ", ".join(dict.fromkeys(coding.format for coding in chosen.values()))
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
-    tokens = recipe.data.samples * length
-    rows = [
-        {"stage": "base", "parameters": parameters, "size_bytes": parameters * width},
-        {
-            "stage": f"quantize ({formats}, {stage.rounding})",
-            "parameters": parameters,
-            "size_bytes": int(parameters * width + sum(bits.values()) / 8),
-            "peak_memory_bytes": _memory(model, stage, tokens),
-            "seconds": _work(model, stage, shapes, list(chosen), tokens) / _rate(model.device),
-        },
-    ]
-    reasons = sorted(set(kept.values()))
-    notes = [f"{len(chosen)} linears are quantised, {len(kept)} kept ({'; '.join(reasons)})"] if kept else []
+    tokens, rate = recipe.data.samples * length, _rate(model.device)
+    size = _parameters(model) * model.weight_dtype.itemsize
+    rows: list[Row] = [{"stage": "base", "parameters": _parameters(model), "size_bytes": size}]
+    notes: list[str] = []
+    for step in recipe.stages:
+        if isinstance(step.stage, Prune):
+            row, model = _prune(model, step.stage, tokens, rate)
+        else:
+            row, notes = _quantize(model, step.stage, tokens, rate)
+        rows.append(row)
     return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
+
+
+def _parameters(model: Outline) -> int:
+    return sum(p.numel() for p in model.model.parameters())
+
+
+def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row, Outline]:
+    """The row of a cut, and the model that it leaves."""
+    left = Outline(changed(model.config, stage.changes(model)), model.device, model.dtype)
+    left.model.tie_weights()
+    layers = len(model.layers)
+    inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    C = dict(model.linear_maps())[f"{model.block_name(0)}.{reader_of(model.anatomy, stage.axis)}"][1]
+    work = 4 * 2.0 * inner * tokens + layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # passes, moments, removal
+    floats = 4 * inner // layers + 4 * tokens * model.config.hidden_size + 8 * C * C
+    row = {
+        "stage": f"prune ({stage.axis}, {stage.count(model)} of {model.sizes[stage.axis]})",
+        "parameters": _parameters(left),
+        "size_bytes": _parameters(left) * model.weight_dtype.itemsize,
+        "peak_memory_bytes": 4 * floats,
+        "seconds": work / rate,
+    }
+    return row, left
+
+
+def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float) -> tuple[Row, list[str]]:
+    """The row of a quantisation, and notes in words."""
+    chosen, kept = stage.choose(model)
+    shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
+    solved = [name for name in shapes if name not in apart(model)]
+    width, parameters = model.weight_dtype.itemsize, _parameters(model)
+    left = {name: stage.protect if name in solved and spared(chosen[name]) is None else 0.0 for name in shapes}
+    bits = {name: math.prod(shape) * (chosen[name].bits - 8 * width) for name, shape in shapes.items()}  # over the base's
+    rows_of = {name: 0 if isinstance(chosen[name], FourBit) else 32 * shape[0] for name, shape in shapes.items()}  # scales
+    saved = -sum((bits[name] + rows_of[name]) * (1 - left[name]) for name in shapes) / 8
+    formats = ", ".join(dict.fromkeys(coding.format for coding in chosen.values()))
+    row = {
+        "stage": f"quantize ({formats}, {stage.rounding})",
+        "parameters": parameters,
+        "size_bytes": int(parameters * width - saved),
+        "peak_memory_bytes": _memory(model, stage, tokens),
+        "seconds": _work(model, stage, shapes, solved, tokens) / rate,
+    }
+    reasons = sorted(set(kept.values()))
+    return row, [f"{len(shapes)} linears are quantised, {len(kept)} kept ({'; '.join(reasons)})"] if kept else []
 
 
 def _memory(model: Outline, stage: Quantize, tokens: int) -> int:

@@ -23,6 +23,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit, FourBitLinear
+from llmcompress.integer import Scheme
+from llmcompress.integer_embedding import IntegerEmbedding, share
 from llmcompress.integer_linear import IntegerLinear, StoredLinear
 from llmcompress.stored import Layout, layouts_of
 
@@ -58,8 +60,10 @@ class Quantizer(HfQuantizer):
     quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
-        for name, scheme in _resolved(model, self.quantization_config.assigned()).items():
-            model.set_submodule(name, _empty_twin(model, name, scheme, dtype or torch.get_default_dtype()))
+        assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
+        done = _put_embeddings(model, assigned, dtype)
+        for name in (name for name in assigned if name not in done):
+            model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name, module in _ours(model):
@@ -80,6 +84,10 @@ class Quantizer(HfQuantizer):
             if any(parameter.device.type == "meta" for parameter in module.parameters()):
                 raise ModelError(f"the weights of {name} are offloaded; load the model in memory to dequantise it")
             model.set_submodule(name, _plain(module, target or torch.float32))
+        for ties in (model._tied_weights_keys or {}, model.all_tied_weights_keys):  # a plain head has no scales to tie
+            for part in [part for part in ties if part.endswith(".weight_scale")]:
+                del ties[part]
+        model.tie_weights(recompute_mapping=False)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -108,12 +116,60 @@ class Quantizer(HfQuantizer):
         return True
 
 
-def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredLinear]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredLinear))
+def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None) -> None:
+    """Put an int8 embedding in its place, and where a head is tied to it, one that multiplies by the same tensors.
+
+    Their scales are tied as the weights are, which loading, saving, moving and `tie_weights()` go by. Errors: ModelError for a
+    tied head with a bias, which transformers would cut to the first axis of our weight.
+    """
+    if head is not None:
+        if getattr(model.get_submodule(head), "bias", None) is not None:
+            raise ModelError(f"{head} is tied to the embedding and has a bias; use embedding: keep")
+        rows, columns = embedding.num_embeddings, embedding.embedding_dim
+        twin = IntegerLinear(columns, rows, embedding.scheme, bias=False, device="meta").train(embedding.training)
+        share(twin, embedding)
+        model.set_submodule(head, _marked(twin))
+        ties = {f"{head}.{part}": f"{name}.{part}" for part in embedding.stored()}
+        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+        model.all_tied_weights_keys.update(ties)
+    model.set_submodule(name, embedding)
+
+
+def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, Layout], dtype: torch.dtype) -> set[str]:
+    """Replace the embeddings among the names of the config, with the heads that are tied to them; all names replaced."""
+    modules, ties, done = dict(model.named_modules()), dict[str, str](model.all_tied_weights_keys), set[str]()
+    for name, scheme in assigned.items():
+        if not isinstance(plain := modules.get(name), nn.Embedding):
+            continue
+        if not isinstance(scheme, Scheme) or scheme.block is not None or scheme.activations == "static":
+            raise ModelError(f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)")
+        heads = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
+        if wrong := [head for head in heads if assigned.get(head) != scheme]:
+            raise ModelError(
+                f"config.json gives {name} a scheme, and {wrong[0]}, tied to it, not the same; they are one matrix"
+            )
+        embedding = _marked(IntegerEmbedding(name, plain, scheme, dtype=dtype, device="meta"))
+        set_embedding(model, name, embedding, heads[0] if heads else None)
+        done |= {name, *heads}
+    return done
+
+
+def _marked(module: Any) -> Any:
+    """As it was, but transformers won't draw random numbers into what will stay on the disk."""
+    for marked in (module, *module.parameters()):
+        marked._is_hf_initialized = True
+    return module
+
+
+def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredLinear | IntegerEmbedding]]:
+    kinds = (StoredLinear, IntegerEmbedding)
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
 
 
 def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[str, Layout]:
     """The names as they are in this model; without its head, a model has shorter names and lacks those outside it."""
+    if model.get_output_embeddings() is None:  # whose head is of another kind, or none
+        assigned = {name: scheme for name, scheme in assigned.items() if name != "lm_head"}
     prefix = f"{model.base_model_prefix}."
     if model.base_model is not model or not all(name.startswith(prefix) or name == "lm_head" for name in assigned):
         return dict(assigned)
@@ -138,14 +194,14 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
     stored: Any = FourBitLinear if isinstance(scheme, FourBit) else IntegerLinear
     twin: StoredLinear = stored(C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
-    for marked in (twin, *twin.parameters()):  # or transformers draws random numbers into what will stay on the disk
-        cast(Any, marked)._is_hf_initialized = True
-    return twin
+    return cast(StoredLinear, _marked(twin))
 
 
-def _check_types(name: str, module: StoredLinear) -> None:
+def _check_types(name: str, module: StoredLinear | IntegerEmbedding) -> None:
     """The loader compares shapes alone. Errors: ModelError."""
-    expected = cast(Any, module).scheme.shapes(module.out_features, module.in_features)
+    embedding = isinstance(module, IntegerEmbedding)
+    shape = (module.num_embeddings, module.embedding_dim) if embedding else (module.out_features, module.in_features)
+    expected = cast(Any, module).scheme.shapes(*shape)
     for part, tensor in module.stored().items():
         if tensor.dtype != expected[part][1]:
             raise ModelError(
@@ -153,8 +209,10 @@ def _check_types(name: str, module: StoredLinear) -> None:
             )
 
 
-def _plain(module: StoredLinear, dtype: torch.dtype) -> nn.Module:
-    """The float linear of one of ours, a Conv1D where it was one."""
+def _plain(module: StoredLinear | IntegerEmbedding, dtype: torch.dtype) -> nn.Module:
+    """The float linear of one of ours, a Conv1D where it was one, or the float embedding."""
+    if isinstance(module, IntegerEmbedding):
+        return module.plain(dtype)
     weight = module.dequantized(dtype)
     if module.transposed:
         plain: Any = Conv1D(*weight.shape)

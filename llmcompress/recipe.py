@@ -10,7 +10,6 @@ import difflib
 import hashlib
 import json
 import reprlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serial
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
 from llmcompress.stages.formats import Override
+from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from llmcompress.report import Report
 
 LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
+Stage = Prune | Quantize
 SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
 SHORT.maxlevel = 2
 
@@ -66,7 +67,8 @@ class Step(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    quantize: Quantize
+    prune: Prune | None = None
+    quantize: Quantize | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -74,16 +76,30 @@ class Step(BaseModel):
         """`- quantize` is the stage with all defaults; `- quantize:` too."""
         if isinstance(entry, str):
             return {entry: {}}
-        return (
-            {name: {} if settings is None else settings for name, settings in entry.items()}
-            if isinstance(entry, dict)
-            else entry
-        )
+        if not isinstance(entry, dict):
+            return entry
+        return {name: {} if settings is None else settings for name, settings in entry.items()}
+
+    @model_validator(mode="after")
+    def _one_stage(self) -> Step:
+        if len(self.model_fields_set) != 1:
+            given = " and ".join(sorted(self.model_fields_set)) or "nothing"
+            raise ValueError(f"an entry is one stage, this one has {given}; use one of {', '.join(STAGES)}")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _only_its_stage(self, handler: Any) -> Any:
+        return {name: settings for name, settings in handler(self).items() if name in self.model_fields_set}
 
     @property
-    def stage(self) -> Quantize:
+    def stage(self) -> Stage:
         """The stage itself."""
-        return self.quantize
+        stage = self.prune or self.quantize
+        assert stage is not None
+        return stage
+
+
+STAGES = tuple(Step.model_fields)
 
 
 class Recipe(BaseModel):
@@ -101,8 +117,8 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _quantize_is_last(self) -> Recipe:
-        if len(self.stages) > 1:
-            raise ValueError("a quantised model can't be quantised again; keep one quantize, as the last stage")
+        if any(step.quantize for step in self.stages[:-1]):
+            raise ValueError("a quantised model can't be changed again; keep one quantize, as the last stage")
         return self
 
     @model_serializer(mode="wrap")
@@ -150,7 +166,7 @@ class Recipe(BaseModel):
 
         `base` and `revision` of the recipe are not looked at. Raises CompressError as `compress` does.
         """
-        from llmcompress.run import apply  # run knows recipes, so a recipe finds it only when asked
+        from llmcompress.live import apply  # it knows recipes, so a recipe finds it only when asked
 
         return apply(self, model, tokenizer)
 
@@ -170,18 +186,20 @@ def _explain(error: ValidationError) -> str:
     place = ".".join(str(part) for part in path if not str(part).startswith(("literal[", "constrained-")))  # kinds, no keys
     if kind == "extra_forbidden":
         known = _known(path[:-1])
+        if path[:-2] == ("stages",):
+            place, wrong = f"stages.{path[1]}", f'"{path[-1]}" is no stage'
+        else:
+            wrong = "unknown key"
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: unknown key; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+        return f"{place}: {wrong}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
     if kind == "missing":
-        if path and path[-1] == "quantize":
-            entry = given if isinstance(given, Mapping) else {}
-            near = difflib.get_close_matches(str(next(iter(entry), "")), ["quantize"], n=1, cutoff=0.4)
-            what = f'"{next(iter(entry))}" is no stage' if entry else "an empty stage"
-            return f"{'.'.join(map(str, path[:-1]))}: {what}; " + (f"did you mean {near[0]}?" if near else "use quantize")
         return f"{place}: is missing; add it"
     message = first["msg"].removeprefix("Value error, ")
     shown = f", not {SHORT.repr(given)[:80]}" if kind != "value_error" else ""
     return f"{place + ': ' if place else ''}{message}{shown}"
+
+
+KEYS = {"data": DataSpec, "accept": Accept, "prune": Prune, "quantize": Quantize, "smooth": Smooth}
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
@@ -193,5 +211,7 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
         elif model is Quantize and part == "overrides":
             model = Override
         elif isinstance(part, str):
-            model = {"data": DataSpec, "accept": Accept, "quantize": Quantize, "smooth": Smooth}.get(part, model)
+            model = {"data": DataSpec, "accept": Accept, "prune": Prune, "quantize": Quantize, "smooth": Smooth}.get(
+                part, model
+            )
     return list(model.model_fields)

@@ -112,6 +112,30 @@ class Resident(ABC):
         """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
         self.model.get_submodule(linear).register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
 
+    def reader(self, name: str) -> str | None:
+        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to it, if one is."""
+        if name != self.anatomy.embedding:
+            return name
+        return self.anatomy.head if self.config.tie_word_embeddings else None
+
+    def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
+        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and reads `inputs`."""
+        weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")  # the very parameter of a tied head
+        weight.data = W_VD.to(self.device, self.dtype)
+        if (head := self.reader(self.anatomy.embedding)) and inputs:
+            self.round_inputs(head, inputs)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the embedding.
+
+        A tied head is left out, as it is the embedding's.
+        """
+        shapes = dict(self.linear_maps())
+        if (shared := self.reader(self.anatomy.embedding)) is not None:
+            del shapes[shared]
+        V, D = self.model.get_parameter(f"{self.anatomy.embedding}.weight").shape
+        return shapes | {self.anatomy.embedding: (V, D)}
+
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
         """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
         for name, module in self.model.named_modules():
@@ -232,15 +256,15 @@ class OnDisk(Resident):
         quantization = self.quantization or {}
         linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
         for name in stored.quantized_linears(self.checkpoint.tensors):
-            inputs: Inputs | None = None
+            inputs, reader = None, self.reader(linears[name])
             if linears[name] in self.layouts:
                 static = self.checkpoint.tensors.get(f"{name}.input_scale")
                 scale = self.checkpoint.read(f"{name}.input_scale").to(self.device) if static else None
                 inputs = stored.layout_inputs(self.layouts[linears[name]], scale)
             elif f"{name}.SCB" in self.checkpoint.tensors:
                 inputs = stored.int8_inputs(float(quantization.get("llm_int8_threshold", 6.0)))
-            if inputs is not None:
-                self.round_inputs(linears[name], inputs)
+            if inputs is not None and reader is not None:
+                self.round_inputs(reader, inputs)
 
     def _read(self, key: str, target: str) -> Tensor:
         """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""

@@ -23,9 +23,9 @@ FOUR_BIT: list[Coding] = [
     FourBit("fp4", 32, False, torch.float32),
 ]
 INTEGER: list[Coding] = [
-    Integer(Scheme(format, activations, None if format == "w8a8" else block))
+    Integer(Scheme(format, activations, None if format.startswith("w8") else block))
     for format, activations, block in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
-    if format != "w8a8" or block == 64
+    if not format.startswith("w8") or block == 64
 ]
 CODINGS: list[Coding] = [*FOUR_BIT, Int8(0.0), Int8(3.0), *INTEGER]
 
@@ -172,7 +172,7 @@ def test_a_scale_for_all_inputs_is_there_for_static_activations_alone() -> None:
         static = isinstance(coding, Integer) and coding.scheme.activations == "static"
         assert (coding.static_scale(1.0) is not None) == static
         if isinstance(coding, Integer) and static:
-            assert coding.static_scale(2.0) == pytest.approx(2.0 / (127 if coding.format != "w4a4" else 7))
+            assert coding.static_scale(2.0) == pytest.approx(2.0 / {"a8": 127, "a4": 7, "16": 32639}[coding.format[-2:]])
 
 
 def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
@@ -181,11 +181,14 @@ def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
 
     assert steps(Int8(0.0)) == (127, 127) and steps(FourBit("nf4", 64, False, torch.float32))[0] is None
     assert [
-        steps(Integer(Scheme(format, "dynamic", block))) for format, block in zip(FORMATS, (None, 64, 64), strict=True)
+        steps(Integer(Scheme(format, "dynamic", block)))
+        for format, block in zip(FORMATS, (None, 64, 64, None, 64), strict=True)
     ] == [
         (127, 127),
         (127, 7),
         (7, 7),
+        (32639, 127),
+        (32639, 7),
     ]
 
 

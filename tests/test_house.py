@@ -18,22 +18,23 @@ LAYERS = (
     ("native", "checkpoint", "hub", "report"),
     ("integer",),
     ("integer_linear",),
-    ("four_bit",),
+    ("four_bit", "integer_embedding"),
     ("stored",),
-    ("plugin", "artifact", "residency"),
+    ("plugin", "resave", "artifact", "residency", "resize"),
     ("walk",),
     ("stages.context", "stages.coding"),
     ("stages.formats", "stages.trial"),
-    ("stages.rounding", "stages.smooth", "stages.protect"),
-    ("stages.quantize",),
+    ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
+    ("stages.quantize", "stages.prune"),
     ("recipe",),
     ("prepare", "contents"),
     ("evaluate", "plan"),
-    ("run",),
+    ("chain",),
+    ("run", "live"),
     ("__init__", "__main__"),
 )
 ROOMS = ("methods", "report")  # folders whose modules see each other
-LATE = {("recipe", "run")}  # an import inside a function, so that Recipe.apply is there without a circle
+LATE = {("recipe", "live")}  # an import inside a function, so that Recipe.apply is there without a circle
 BORDERS = {"bitsandbytes": {"native"}, "datasets": {"data", "texts"}, "huggingface_hub": {"hub"}}
 
 

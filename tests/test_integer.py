@@ -24,7 +24,7 @@ from tests.models import pico
 stock: Any = functional  # typed in part only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = [
-    Scheme(format, activations, None if format == "w8a8" else 8)
+    Scheme(format, activations, None if format.startswith("w8") else 8)
     for format, activations in itertools.product(integer.FORMATS, integer.ACTIVATIONS)
 ]
 SHAPES = [(1, 1), (7, 3), (17, 33), (5, 127), (32, 64)]  # most divide by nothing
@@ -64,7 +64,7 @@ def product(weight: IntegerWeight, bias: Tensor | None, x: Tensor) -> Tensor:
     if weight.multiplier_RG is not None and weight.scheme.block is not None:
         W = W * weight.multiplier_RG.double()[:, columns // weight.scheme.block]
     x_TC = x.double().reshape(-1, x.shape[-1])
-    largest = 2 ** (weight.scheme.activation_bits - 1) - 1
+    largest = {4: 7, 8: 127, 16: 32639}[weight.scheme.activation_bits]
     if weight.scheme.activations != "none":
         own_step = x_TC.float().abs().amax(1, keepdim=True) / largest
         step = own_step if weight.input_scale is None else weight.input_scale
@@ -205,8 +205,9 @@ def test_tiny_rows_keep_codes_in_range_and_rows_that_are_not_finite_say_so() -> 
 def test_the_product_of_integers_is_exact(scheme: Scheme, shape: tuple[int, int]) -> None:
     weight = own(scheme, *shape, unit=True)
     largest = integer.LARGEST[scheme.activation_bits]
+    bound = min(largest, (2**24 // 127 - largest) // shape[1])
     for lead in ((0,), (1,), (3,), (2, 0), (2, 3, 2)):
-        x = torch.randint(-largest, largest + 1, (*lead, shape[1]), generator=torch.Generator().manual_seed(1))
+        x = torch.randint(-bound, bound + 1, (*lead, shape[1]), generator=torch.Generator().manual_seed(1))
         x[..., 0] = largest  # so that the scale of every token is one
         with torch.no_grad():
             found = linear(weight, None)(x.float())
@@ -225,6 +226,12 @@ def test_a_linear_computes_the_dequantised_product(scheme: Scheme, dtype: torch.
     tolerance = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
     assert float((found.double() - exact).abs().max() / exact.abs().max()) < tolerance
     assert torch.equal(weight_of(module).codes_RC, weight.codes_RC)
+
+
+def test_two_int8_codes_hold_every_16_bit_code() -> None:
+    codes = torch.arange(-integer.LARGEST[16], integer.LARGEST[16] + 1, dtype=torch.int16)[None]
+    high, low = integer.split(codes).long()
+    assert torch.equal(integer.HIGH * high + low, codes[0].long())
 
 
 # torch 2.13's own compiler does what the warning is about

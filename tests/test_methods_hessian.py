@@ -221,6 +221,15 @@ def test_the_cross_moments_are_the_mean_outer_product_with_the_full_inputs_howev
     torch.testing.assert_close(seen.H_CC.double(), moments(x.double()), rtol=1e-5, atol=1e-5)
 
 
+def test_the_means_are_those_of_both_inputs_however_the_tokens_are_cut() -> None:
+    (x, full), seen, alone = drifted(60, 6), Moments(6), Moments(6)
+    for start, stop in ((0, 7), (7, 7), (7, 40), (40, 60)):
+        seen.add(x[start:stop], full[start:stop])
+        alone.add(x[start:stop])
+    for found, expected in ((seen.mean_C, x), (seen.full_C, full), (alone.mean_C, x), (alone.full_C, x)):
+        torch.testing.assert_close(found.double(), expected.double().mean(0), rtol=1e-5, atol=1e-5)
+
+
 def test_the_retargeted_weight_is_the_least_squares_one() -> None:
     x, full = drifted(400, 12)
     W_RC, seen = inputs(5, 12, 9), Moments(12)

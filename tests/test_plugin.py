@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -376,3 +377,24 @@ def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
     model(TOKENS, labels=TOKENS).loss.backward()
     grad = model.model.embed_tokens.weight.grad
     assert bool(grad.isfinite().all()) and bool((grad[TOKENS[0, :-1]].abs().sum(1) > 0).all())
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft 0.21 still asks for
+def test_a_lora_adapter_trains_on_top_and_is_loaded_again(tmp_path: Path) -> None:
+    artefact(tmp_path / "model", pico("llama"), [Scheme("w8a8"), Scheme("w4a8", block=32), FourBit("nf4", 64)])
+    model, before = load(tmp_path / "model"), logits(load(tmp_path / "model"))
+    config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
+    adapted = peft.get_peft_model(model, config)
+    assert torch.equal(logits(adapted), before), "a new adapter changes nothing"
+    optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = adapted(TOKENS, labels=TOKENS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
+    adapted.save_pretrained(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(load(tmp_path / "model"), tmp_path / "adapter")
+    assert torch.equal(logits(again), logits(adapted.eval()))

@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress import native
+from llmcompress.artifact import partial_folder
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.errors import ModelError
-from llmcompress.recipe import Recipe
+from llmcompress.errors import AcceptError, ModelError
+from llmcompress.recipe import Accept, Recipe
 from llmcompress.residency import Live, OnDisk, Resident
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize, starved_experts
@@ -93,6 +94,33 @@ def test_calibration_beats_nearest_at_the_same_bytes(
         assert all(p.block == block and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
     assert 0 < kl["gptq"] < 0.9 * kl["nearest"] and 0 < kl["learned"] < 0.9 * kl["nearest"]
     assert max(sizes.values()) - min(sizes.values()) <= 7 * 20  # the offset of double quantisation is spelled in digits
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gpt_neox"])
+def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family, num_hidden_layers=1)
+    compress(small_recipe(text, base, format="w4a4"), tmp_path / "gptq")
+    compress(small_recipe(text, base, format="w4a4", rounding="nearest"), tmp_path / "nearest")
+    before = load_file(base / "model.safetensors")
+    for rounding in ("gptq", "nearest"):
+        after = load_file(tmp_path / rounding / "model.safetensors")
+        moved = {name for name in after if name in before and not torch.equal(after[name], before[name])}
+        linears = {name.removesuffix(".weight_scale") for name in after if name.endswith(".weight_scale")}
+        expected = {f"{name}.bias" for name in linears if f"{name}.bias" in before} if rounding == "gptq" else set()
+        assert moved - {f"{name}.weight" for name in linears} == expected, "nearest rounding is the baseline, as stock has it"
+
+
+@pytest.mark.slow
+def test_corrected_biases_survive_an_interrupted_run(text: Path, tmp_path: Path) -> None:
+    base, settings = save_base(tmp_path / "base", "gpt2"), {"format": "w4a4", "smooth": {}}
+    compress(small_recipe(text, base, **settings), tmp_path / "once")
+    strict = small_recipe(text, base, **settings).model_copy(update={"accept": Accept(kl_nats=1e-12)})
+    with pytest.raises(AcceptError):
+        compress(strict, tmp_path / "again")
+    (partial_folder(tmp_path / "again") / "journal" / "quantize.00001.safetensors").unlink()
+    compress(small_recipe(text, base, **settings), tmp_path / "again")
+    once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))
+    assert once == again
 
 
 def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:

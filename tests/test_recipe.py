@@ -35,7 +35,8 @@ def refusal(text: str | bytes) -> str:
 
 def test_a_recipe_says_everything_in_a_few_lines() -> None:
     recipe = Recipe.parse(FULL)
-    stage = recipe.stages[0].stage
+    stage = recipe.stages[0].quantize
+    assert stage is not None and stage is recipe.stages[0].stage
     assert (recipe.base, recipe.data.samples, recipe.accept.kl_nats) == ("user/model", 4, 0.05)
     assert (stage.format, stage.block, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
 
@@ -44,7 +45,8 @@ def test_a_recipe_says_everything_in_a_few_lines() -> None:
 def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
     recipe = Recipe.parse(f"stages:\n{stage}")
     assert recipe == Recipe.parse("stages: [{quantize: {format: nf4, block: 64, rounding: gptq}}]")
-    assert (recipe.stages[0].stage.format, recipe.stages[0].stage.rounding) == ("nf4", "gptq")
+    stage_ = recipe.stages[0].quantize
+    assert stage_ is not None and (stage_.format, stage_.rounding) == ("nf4", "gptq")
 
 
 @pytest.mark.parametrize(
@@ -74,8 +76,8 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
     [
         ("[quantise]", '"quantise" is no stage; did you mean quantize?'),
         ("[{quantise: {block: 64}}]", '"quantise" is no stage; did you mean quantize?'),
-        ("[{zzz: {}}]", '"zzz" is no stage; use quantize'),
-        ("[{}]", "an empty stage; use quantize"),
+        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, quantize'),
+        ("[{}]", "an entry is one stage, this one has nothing; use one of prune, quantize"),
         ("[]", "stages"),
         ("quantize", "stages"),
         ("[3]", "stages.0"),
@@ -83,11 +85,11 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
         ("[[quantize]]", "stages.0"),
         ("[{1: 2}]", "stages.0"),
         ("[{null: 2}]", "stages.0"),
-        ("[{quantize: {}, prune: {}}]", "stages.0.prune: unknown key"),
+        ("[{quantize: {}, prune: {axis: ffn, keep: 1}}]", "stages.0: an entry is one stage, this one has prune and quantize"),
         ("[{quantize: 3}]", "stages.0.quantize"),
         ("[{quantize: [nf4]}]", "stages.0.quantize"),
         ('[{"a\\nb": 1}]', '"a b" is no stage'),
-        ("[quantize, quantize]", "can't be quantised again"),
+        ("[quantize, quantize]", "can't be changed again"),
     ],
 )
 def test_a_wrong_stage_is_told_so(stages: str, message: str) -> None:

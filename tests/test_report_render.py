@@ -340,6 +340,24 @@ def test_the_card_says_how_to_load_and_to_make_the_model_and_what_it_does_not_sh
     assert "(before_after.png)" in text
 
 
+@pytest.mark.parametrize(
+    ("formats", "packages", "imported"),
+    [
+        ({"nf4", "fp4"}, "transformers accelerate bitsandbytes", False),
+        ({"int8"}, "transformers accelerate bitsandbytes", False),
+        ({"nf4", "w8a8"}, "transformers accelerate bitsandbytes llmcompress", True),
+        (set(), "transformers accelerate", False),
+    ],
+)
+def test_the_card_says_what_loading_takes(formats: set[str], packages: str, imported: bool) -> None:
+    found = report()
+    stage, linear = found.stages[0], found.linears[0]
+    linears = tuple(linear.model_copy(update={"format": format, "name": format}) for format in sorted(formats))
+    text = card(found.model_copy(update={"stages": (stage.model_copy(update={"linears": linears}),)}), "stages: []\n", {})
+    assert f"pip install {packages}\n" in text
+    assert ("```python\nimport llmcompress" in text) == imported
+
+
 def test_a_base_in_a_folder_is_named_by_its_last_name_alone() -> None:
     raw = facts()
     raw["base"] |= {"model": "/home/someone/models/wikilm-8m", "revision": None}

@@ -15,13 +15,13 @@ class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
     `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T; else None.
-    `top_C` is the largest |x| of each column.
+    `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the largest |x| of each column.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
         self.H_CC = torch.zeros(columns, columns, device=device)
         self.X_CC: Tensor | None = None
-        self.top_C = torch.zeros(columns, device=device)
+        self.mean_C, self.full_C, self.top_C = (torch.zeros(columns, device=device) for _ in range(3))
         self.tokens = 0
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
@@ -30,9 +30,11 @@ class Moments:
         total = self.tokens + len(X_TC)
         if total == 0:
             return
+        F_TC = X_TC if full is None else full.reshape(X_TC.shape).float()
+        for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
+            mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
         if full is not None:
             self.X_CC = torch.zeros_like(self.H_CC) if self.X_CC is None else self.X_CC
-            F_TC = full.reshape(X_TC.shape).float()
             self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)

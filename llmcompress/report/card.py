@@ -28,6 +28,7 @@ from llmcompress.report.render import (
 
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
+NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
 
 
 def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any]) -> str:
@@ -111,8 +112,10 @@ def _change(report: Report) -> str:
 
 
 def _loading(report: Report) -> str:
-    packed = {linear.format for linear in report.linears} & FOUR_BIT
-    packages = "transformers accelerate" + (" bitsandbytes" if packed else "")
+    formats = {linear.format for linear in report.linears}
+    ours = bool(formats - NATIVE)  # in our own layout
+    packages = "transformers accelerate" + (" bitsandbytes" if formats else "") + (" llmcompress" if ours else "")
+    also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     return f"""## Load it
 
 ```
@@ -120,7 +123,7 @@ pip install {packages}
 ```
 
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+{also}from transformers import AutoModelForCausalLM, AutoTokenizer
 
 name = "{short_name(report.compressed.model)}"  # this folder, or its id on the Hub
 tokenizer = AutoTokenizer.from_pretrained(name)

@@ -81,6 +81,7 @@ def together(codings: Mapping[str, Coding]) -> dict[str, Coding]:
     for linear, coding in codings.items():
         if isinstance(coding, Int8) and coding.threshold:
             raise ModelError(
-                f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout; set it to 0 beside others"
+                f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout, as LLM.int8 has "
+                "it; set it to 0 beside others, or beside embedding: int8"
             )
     return {name: Integer(Scheme("w8a8")) if isinstance(coding, Int8) else coding for name, coding in codings.items()}

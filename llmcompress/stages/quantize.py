@@ -10,7 +10,7 @@ same bytes. A block that the journal holds is not done again: its codes are read
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
@@ -29,6 +29,7 @@ from llmcompress.residency import Resident
 from llmcompress.rotate import Rotation
 from llmcompress.stages.coding import Coding
 from llmcompress.stages.context import Context, Facts
+from llmcompress.stages.embedding import apart, embedding_codings, settle_outer
 from llmcompress.stages.formats import Format, Override, together
 from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
@@ -37,18 +38,12 @@ from llmcompress.walk import head_input, output_fisher, walk
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
 
-STAGE, FISHER, SMOOTH, OUTER, PROTECTED = (
-    "quantize",
-    "fisher",
-    "smooth",
-    "outer",
-    "protected",
-)  # what the journal calls what is done, and found out
+STAGE, FISHER, SMOOTH, PROTECTED = "quantize", "fisher", "smooth", "protected"  # what is done and found out, in the journal
 FISHER_TOKENS = 32768  # for the output Fisher matrices: more tokens than this change the result by less than its noise
 
 
 class Quantize(Format):
-    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head}`: a Format, and the rest."""
+    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
 
     overrides: dict[str, Override] = Field(
         default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
@@ -64,6 +59,9 @@ class Quantize(Format):
     )
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
     head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
+    embedding: Literal["keep", "int8"] = Field(
+        default="keep", description="the input embedding, and a head tied to it, which is then the same int8 matrix"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> Quantize:
@@ -110,6 +108,9 @@ class Quantize(Format):
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another block or skip"
             )
+        if self.embedding == "int8":
+            chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
+            kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
         return together(chosen), kept
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
@@ -148,7 +149,9 @@ class Quantize(Format):
             if self.head == "keep":
                 return "head: keep"
             if model.config.tie_word_embeddings:
-                raise ModelError("head: quantize needs a head of its own, this one is tied to the embedding; use head: keep")
+                raise ModelError(
+                    "head: quantize needs a head of its own, this one is tied to the embedding; use embedding: int8"
+                )
         elif name not in ours:
             return "outside the blocks"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
@@ -157,22 +160,27 @@ class Quantize(Format):
 
     def apply(self, model: Resident, context: Context) -> Facts:
         """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
+        if rotation := self.rotation(model, context.seed):
+            model.turn(rotation)
         chosen, kept = self.choose(model)
-        steps = len(model.layers) + (model.anatomy.head in chosen)  # the head is the step after the last block
+        solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
+        steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last block
         journal = context.journal
-        if model.rotation and not journal.has(OUTER, 0):
-            outer = {name: p for name, p in model.model.named_parameters() if name in model.anatomy.outer}  # a tied one once
-            journal.save(OUTER, 0, {name: p.data.to(model.weight_dtype).cpu() for name, p in outer.items()}, {})
+        if self.rounding == "learned" or self.protect:
+            self._find_fisher(model, context)  # of the full model, so before its embedding is rounded
+        full, embeddings = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
-            self._find_hurt(model, context, chosen)
+            self._find_hurt(model, context, solved)
         chosen, kept = self.settled(model, journal)
         if not all(journal.has(STAGE, index) for index in range(steps)):
-            self._walk(model, context, chosen, steps)
+            self._walk(model, context, chosen, steps, full)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect"} - self.model_fields_set
+        unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
+        unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
         unsaid |= {"block"} if self.format in ("int8", "w8a8", "w8a16") else set()
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": bits_of(chosen, model)}
+        facts.linears += embeddings
         for index in range(steps):
             block = journal.load(STAGE, index)[1]
             facts.linears += block.pop("linears")
@@ -180,25 +188,27 @@ class Quantize(Format):
         facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
         return facts
 
-    def _walk(self, model: Resident, context: Context, chosen: dict[str, Coding], steps: int) -> None:
+    def _walk(self, model: Resident, context: Context, chosen: dict[str, Coding], steps: int, full: Sequence[Tensor]) -> None:
+        """Do the blocks; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
         journal = context.journal
-        if self.rounding == "learned":
-            self._find_fisher(model, context)
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
         blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
         for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
             head = block.index == len(model.layers)
+            if block.index == 0 and full and calibrated:
+                block.reference = list(full)
             named = {linear: f"{block.name}.{linear}" for linear in model.anatomy.linears}
             named = {model.anatomy.head: model.anatomy.head} if head else named
-            rounding = Rounding({name: chosen[full] for name, full in named.items() if full in chosen}, model.device)
-            changed = [] if head else self._smoothed(block, rounding.codings, context, model.weight_dtype)
+            codings = {linear: chosen[full] for linear, full in named.items() if full in chosen}
+            rounding = Rounding(codings, model.device, model.weight_dtype)
+            changed = [] if head else self._smoothed(block, codings, context, model.weight_dtype)
             if not journal.has(STAGE, block.index):
                 entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
                 dense = {name: block.module.get_parameter(name).data.to(model.weight_dtype).cpu() for name in changed}
                 entry[0].update({f"{block.name}.{name}": tensor for name, tensor in dense.items()})
                 journal.save(STAGE, block.index, *entry)
             if not head:
-                _install(block, rounding.codings, journal.load(STAGE, block.index)[0])
+                _install(block, codings, journal.load(STAGE, block.index)[0])
 
     def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
@@ -234,7 +244,6 @@ class Quantize(Format):
 
     def _find_hurt(self, model: Resident, context: Context, chosen: Mapping[str, Coding]) -> None:
         """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
-        self._find_fisher(model, context)
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
@@ -265,8 +274,10 @@ class Quantize(Format):
         tensors: dict[str, Tensor] = {}
         facts = []
         for linear, W_RC in weights.items():
-            name = f"{block.name}.{linear}"
+            name, bias = f"{block.name}.{linear}", f"{linear}.bias"
             tensors |= _named(name, packed[linear])
+            if self.rounding != "nearest" and bias in block.anatomy.block:
+                tensors[f"{block.name}.{bias}"] = block.module.get_parameter(bias).data.to(rounding.dtype).cpu()
             facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
         if block.expert_tokens:
             notes["expert_tokens"] = list(block.expert_tokens.values())
@@ -283,8 +294,8 @@ class Quantize(Format):
 
 def bits_of(chosen: Mapping[str, Coding], model: Resident) -> float:
     """Bits a weight on disk in the mean of the linears that are quantised, scales of blocks included."""
-    sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
-    return sum(coding.bits * sizes[name] for name, coding in chosen.items()) / sum(sizes.values())
+    sizes = {name: math.prod(shape) for name, shape in model.matrices().items() if name in chosen}
+    return sum(chosen[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
@@ -323,6 +334,8 @@ def _install(block: Block, codings: Mapping[str, Coding], tensors: Mapping[str, 
         parts = stored.parts_of(f"{block.name}.{linear}", tensors)
         packed = coding.read(parts, block.weight(linear).shape[1])
         block.set_weight(linear, stored.dequantize(packed))
+        if (bias := tensors.get(f"{block.name}.{linear}.bias")) is not None:
+            block.set_bias(linear, bias)
         scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
         if inputs := coding.inputs(scale):
             block.rounds[linear] = inputs

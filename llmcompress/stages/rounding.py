@@ -14,6 +14,7 @@ from llmcompress.methods.activations import Magnitudes, static_scale
 from llmcompress.methods.grids import Grid
 from llmcompress.methods.hessian import Moments, metric_factor, retarget
 from llmcompress.methods.learned import learn
+from llmcompress.methods.repair import bias_shift
 from llmcompress.methods.solve import Rounded, output_error, solve
 from llmcompress.stages.coding import Coding, Integer
 from llmcompress.stored import Stored
@@ -43,6 +44,7 @@ class Rounding:
 
     codings: Mapping[str, Coding]
     device: torch.device
+    dtype: torch.dtype = torch.float32  # in which the base stores its weights
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
@@ -68,7 +70,7 @@ class Rounding:
     def in_turn(
         self, block: Block, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
-        """Solve for the linears that read one input, put them in place, and go on to what the next ones read then.
+        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
 
         Returns the solutions for `weights`, the moments of all linears of the block, and the static scales of inputs.
         """
@@ -80,7 +82,11 @@ class Rounding:
             moments |= block.moments(readers)
             for linear in [linear for linear in readers if linear in weights]:
                 solved[linear] = self.gptq(linear, weights[linear], moments[linear], scales.get(linear))
-                block.set_weight(linear, self.weight(linear, solved[linear]))
+                Q_RC = self.weight(linear, solved[linear])
+                block.set_weight(linear, Q_RC)
+                if f"{linear}.bias" in block.anatomy.block:
+                    shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                    block.set_bias(linear, (block.module.get_parameter(f"{linear}.bias").data + shift_R).to(self.dtype))
         return {linear: solved[linear] for linear in weights}, moments, scales
 
     def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:

@@ -1,0 +1,70 @@
+"""The stages of a recipe one after another: what a run on disk and one in memory have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from llmcompress.data import Blocks
+from llmcompress.recipe import Recipe, Stage
+from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
+from llmcompress.report.measure import Fidelity, environment
+from llmcompress.residency import Outline, Resident
+from llmcompress.resize import changed
+from llmcompress.stages import prune, quantize
+from llmcompress.stages.context import Context
+from llmcompress.stages.prune import Prune
+
+
+def require_possible(recipe: Recipe, model: Resident) -> None:
+    """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
+    for step in recipe.stages:
+        if isinstance(step.stage, Prune):
+            model = Outline(changed(model.config, step.stage.changes(model)), model.device, model.dtype)
+        else:
+            step.stage.choose(model)
+            step.stage.rotation(model, recipe.data.seed)
+
+
+def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
+    """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
+    start = time.monotonic()
+    name = prune.STAGE if isinstance(stage, Prune) else quantize.STAGE
+    earlier = sum(context.journal.has(name, index) for index in range(len(model.layers) + 1))
+    facts = stage.apply(model, context)
+    if earlier:
+        facts.notes.append(
+            f"{earlier} blocks were done by an earlier run that was interrupted; the seconds are those of this run"
+        )
+    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "blocks": facts.blocks}
+    return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
+
+
+def report_of(
+    recipe: Recipe,
+    before: ModelFacts,
+    after: ModelFacts,
+    measured: Fidelity,
+    blocks: Blocks,
+    stages: Sequence[StageFacts],
+    cost: CostFacts,
+    device: torch.device,
+) -> Report:
+    """The report of a run."""
+    return Report(
+        recipe_digest=recipe.digest,
+        base=before,
+        compressed=after,
+        fidelity=FidelityFacts.model_validate(measured.facts()),
+        data=DataFacts(
+            source=blocks.source,
+            sha256=blocks.sha256,
+            calibration_tokens=blocks.calibration_tokens,
+            evaluation_tokens=blocks.evaluation_tokens,
+        ),
+        stages=tuple(stages),
+        cost=cost,
+        environment=EnvironmentFacts.model_validate(environment(device)),
+    )

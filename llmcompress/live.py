@@ -1,0 +1,146 @@
+"""apply(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a temporary folder."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, stored
+from llmcompress.chain import done, report_of, require_possible
+from llmcompress.checkpoint import Journal
+from llmcompress.contents import changes, native_kind, quantization_of, results, tensors_of
+from llmcompress.errors import ModelError
+from llmcompress.integer import Int8Weight, IntegerWeight
+from llmcompress.prepare import blocks_for, pick_device
+from llmcompress.recipe import Recipe
+from llmcompress.report import CostFacts, ModelFacts, Report
+from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
+from llmcompress.residency import Live
+from llmcompress.resize import changed
+from llmcompress.stages.coding import Coding, Int8
+from llmcompress.stages.context import Context
+from llmcompress.stages.quantize import Quantize
+from llmcompress.stored import Stored
+from llmcompress.walk import Track, logits, untracked
+
+
+def apply(
+    recipe: Recipe,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    device: str | None = None,
+    track: Track = untracked,
+) -> tuple[PreTrainedModel, Report]:
+    """Compress a model in memory: changed in place and returned with its report; `Recipe.apply` is this.
+
+    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not looked at. Raises
+    CompressError as `compress` does; the model is then as it was.
+    """
+    start = time.monotonic()
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ModelError("the model in memory is quantised already; give the model that it was made from")
+    state, where = dict(model.state_dict()), pick_device(device)
+    source = Live(model.config, state, where)
+    require_possible(recipe, source)
+    blocks, facts = blocks_for(source, recipe.data, tokenizer), []
+    packed: dict[str, Stored] = {}
+    chosen: dict[str, Coding] = {}
+    kept: dict[str, str] = {}
+    dense: dict[str, torch.Tensor] = {}
+    for step in recipe.stages:
+        stage, now = step.stage, source.config
+        with tempfile.TemporaryDirectory() as folder:
+            journal = Journal(Path(folder) / "journal", "in memory")
+            facts.append(done(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track)))
+            for linears, changed_here in results(stage, source, journal):
+                packed, dense = packed | linears, dense | changed_here
+            if isinstance(stage, Quantize):
+                chosen, kept = stage.settled(source, journal)
+            else:
+                now = changed(now, changes(stage, source, journal))
+        if now is not source.config:
+            source = Live(now, state | dense, where)
+    compressed = state | dense
+    for name, codes in packed.items():
+        weight = stored.dequantize(codes)
+        compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
+    windows, result = blocks.evaluation, Live(source.config, compressed, where)
+    for name, codes in packed.items():
+        reader, inputs = result.reader(name), chosen[name].inputs(getattr(codes, "input_scale", None))
+        if reader and inputs:
+            result.round_inputs(reader, inputs)
+    base_model = Live(model.config, state, where)
+    measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
+    name, size = str(model.config._name_or_path or type(model).__name__), sum(t.nbytes for t in _distinct(model))
+    before = ModelFacts(
+        model=name, parameters=parameters(model), size_bytes=size,
+        perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
+    )  # fmt: skip
+    native_layout = native_kind(chosen) is not None
+    written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
+    left = state | dense  # a tied head may have its old shape here; it is not among those that changed
+    smaller = sum(tensor.nbytes - state[name].nbytes for name, tensor in dense.items())
+    smaller += sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
+    after = ModelFacts(
+        model=name,
+        parameters=parameters(model) + sum(tensor.numel() - state[name].numel() for name, tensor in dense.items()),
+        size_bytes=size + smaller,
+        perplexity=measured.perplexity,
+        perplexity_ci95=measured.perplexity_ci95,
+    )
+    cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
+    report = report_of(recipe, before, after, measured, blocks, facts, cost, where)
+    report.require(**recipe.accept.model_dump())
+    if source.config is not model.config:
+        model = _rebuilt(source.config, state | dense, model)
+    for name, tensor in dense.items():
+        model.get_parameter(name).data.copy_(tensor)
+    if packed:
+        _install(model, packed, chosen)
+        model.config.quantization_config = quantization_of(chosen, kept)
+    return model, report
+
+
+def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+    """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    model.load_state_dict(dict(state))
+    model.to(like.device)  # type: ignore[arg-type]  # a decorator hides its signature
+    return cast(PreTrainedModel, model.train(like.training))
+
+
+def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Coding]) -> None:
+    """Put the modules that run on the kernels in place of the linears, and of the embedding."""
+    native_layout = native_kind(chosen) is not None
+    for name, codes in packed.items():
+        plain, coding = model.get_submodule(name), chosen[name]
+        if isinstance(plain, nn.Embedding):
+            assert isinstance(codes, IntegerWeight)
+            shared = [linear for linear in chosen if linear not in packed]  # a tied head, whose codes are these
+            plugin.set_embedding(model, name, integer_embedding.embedding(name, plain, codes), *shared)
+            continue
+        kept = plain.bias
+        bias = kept if isinstance(kept, nn.Parameter) else None
+        module: nn.Module
+        if isinstance(codes, native.Packed):
+            module = (native if native_layout else four_bit).linear(codes, bias, device=model.device)
+        elif isinstance(codes, Int8Weight):
+            threshold = coding.threshold if isinstance(coding, Int8) else 0.0
+            module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
+        else:
+            module = integer_linear.linear(codes, bias, device=model.device)
+        model.set_submodule(name, module)
+
+
+def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:
+    """The tensors that the model's checkpoint would hold, tied ones once."""
+    return list({(t.data_ptr(), t.shape): t for t in model.state_dict().values()}.values())

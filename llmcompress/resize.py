@@ -1,0 +1,57 @@
+"""The config of a model whose axes have other sizes, and proof that it is one that transformers builds.
+
+A table of axes says which field counts an axis; what else a config must then say follows from how heads are counted. Whether
+the numbers may stand together is asked of transformers itself, by building the model without memory. Llama alone wants its
+query heads to divide the hidden width; Mistral is the same model without that rule, so such a Llama becomes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+
+from llmcompress.errors import ModelError
+from llmcompress.family import Anatomy
+
+TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))}  # the same but for these fields
+
+
+def resized(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int]) -> dict[str, Any]:
+    """What changes in the config with `counts` units on some axes in every block. Errors: ModelError where none can."""
+    sizes = {**anatomy.axis_sizes(config), **counts}
+    fields = {anatomy.sizes[axis]: count for axis, count in counts.items() if axis not in ("kv", "q")}
+    if counts.keys() & {"kv", "q"}:
+        if "q" not in anatomy.sizes or "d" not in anatomy.sizes:
+            raise ModelError(
+                f"the heads of a {anatomy.family} model share out its hidden width, so none can be cut; cut ffn or layers"
+            )
+        fields |= {anatomy.sizes["kv"]: sizes["kv"], anatomy.sizes["q"]: sizes["kv"] * sizes["q"]}
+        fields[anatomy.sizes["d"]] = sizes["d"]
+    why = _refusal(config.to_dict() | fields)
+    if why is not None and (twin := TWINS.get(anatomy.family)) and not any(getattr(config, name, False) for name in twin[2]):
+        named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
+        if _refusal(config.to_dict() | fields | named) is None:
+            return fields | named
+    if why is not None:
+        spoken = ", ".join(f"{count} of {axis}" for axis, count in counts.items())
+        raise ModelError(f"a {anatomy.family} model can't have {spoken} ({why}); choose another keep")
+    return fields
+
+
+def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
+    """The config with some fields changed, which may make it one of another family."""
+    found: PretrainedConfig = AutoConfig.for_model(**(config.to_dict() | dict(changes)))
+    return found
+
+
+def _refusal(fields: Mapping[str, Any]) -> str | None:
+    """Why transformers builds no model of these fields, or None."""
+    try:
+        with init_empty_weights():
+            AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    except Exception as error:  # each family checks its fields in its own way
+        return " ".join(str(error).split())[:160]
+    return None

@@ -1,0 +1,215 @@
+"""Pruned models: what is cut, that the rest makes up for it, and that transformers loads what is left."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from llmcompress.artifact import partial_folder
+from llmcompress.errors import AcceptError, ModelError, RecipeError
+from llmcompress.recipe import Accept, Recipe
+from llmcompress.report import Report
+from llmcompress.residency import Live, Resident
+from llmcompress.run import compress
+from llmcompress.stages.prune import Prune, reader_of
+from tests.artefacts import CPU, distance, live, measured
+from tests.bases import byte_tokenizer, save_base, write_text
+from tests.models import FAMILIES, pico
+
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose heads need not fill the hidden width
+KEEP = {"ffn": 192, "kv": 1, "q": 2}  # of 320, 2 and 4
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
+
+
+def recipe(text: Path, base: Path, *stages: dict[str, Any]) -> Recipe:
+    data = {"source": str(text), "samples": 16, "length": 48, "evaluation_samples": 8}
+    return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})
+
+
+def resident(family: str = "llama", **config: Any) -> Resident:
+    model = pico(family, **config)
+    return Live(model.config, model.state_dict(), CPU)
+
+
+def plain(folder: Path) -> PreTrainedModel:
+    model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
+    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return cast(PreTrainedModel, model)
+
+
+CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axis, f) for f in HEADS for axis in ("kv", "q")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("axis", "family"), CUTS)
+def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, family: str, text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family)
+    report = compress(recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
+    model = plain(tmp_path / "out")
+    source = Live(model.config, model.state_dict(), CPU)
+    assert source.sizes[axis] == KEEP[axis]
+    assert distance(live(model), measured(tmp_path / "out")) < 1e-5
+    assert report.compressed.parameters is not None and report.base.parameters is not None
+    assert report.compressed.parameters == sum(p.numel() for p in model.parameters()) < report.base.parameters
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
+    assert report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean > 0
+
+
+def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
+    compress(recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
+    assert distance(live(plain(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
+
+
+def test_units_that_say_nothing_are_cut_for_free(text: Path, tmp_path: Path) -> None:
+    """Half the neurons have zero weights where they are read, one kv head's outputs are not read."""
+    model = pico("llama", vocab_size=256)
+    dead = torch.randperm(320, generator=torch.Generator().manual_seed(0))[:128]
+    for layer in model.get_submodule("model.layers").children():
+        layer.get_parameter("mlp.down_proj.weight").data[:, dead] = 0
+        layer.get_parameter("self_attn.o_proj.weight").data[:, 64:] = 0  # (kv q d) = (2 4 16): the second kv head
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    for score in ("obs", "wanda"):
+        stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in ("ffn", "kv")]
+        report = compress(recipe(text, tmp_path / "base", *stages), tmp_path / score)
+        assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
+        assert distance(live(plain(tmp_path / score)), live(plain(tmp_path / "base"))) < 1e-4
+
+
+@pytest.mark.slow
+def test_obs_with_repair_loses_least(text: Path, tmp_path: Path) -> None:
+    base, kl = save_base(tmp_path / "base"), {}
+    for score in ("obs", "wanda", "activation", "magnitude"):
+        for repair in (True, False):
+            stage = {"prune": {"axis": "ffn", "keep": 192, "score": score, "repair": repair}}
+            kl[score, repair] = compress(recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean or 0.0
+        assert kl[score, True] < kl[score, False], score
+    assert min(kl.values()) == kl["obs", True]
+
+
+@pytest.mark.slow
+def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    stages: list[dict[str, Any]] = [
+        {"prune": {"axis": "ffn", "keep": 256}},
+        {"prune": {"axis": "q", "keep": 2}},
+        {"quantize": {"format": "nf4"}},
+    ]
+    report = compress(recipe(text, base, *stages), tmp_path / "once")
+    assert [stage.name for stage in report.stages] == ["prune", "prune", "quantize"]
+    config = json.loads((tmp_path / "once" / "config.json").read_text())
+    assert (config["intermediate_size"], config["num_attention_heads"]) == (256, 4)
+    assert config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert distance(live(plain(tmp_path / "once")), measured(tmp_path / "once")) < 0.02
+    strict = recipe(text, base, *stages).model_copy(update={"accept": Accept(kl_nats=1e-12)})
+    with pytest.raises(AcceptError):
+        compress(strict, tmp_path / "again")
+    work = partial_folder(tmp_path / "again")
+    for lost in (
+        ["journal-2/quantize.00001"],
+        ["journal-1/joint", "journal-1/prune.00001"],
+        ["journal/prune.00000", "journal/joint"],
+    ):
+        shutil.copytree(work, partial_folder(tmp_path / "other"))
+        for name in lost:
+            path = partial_folder(tmp_path / "other") / name
+            shutil.rmtree(path) if path.is_dir() else path.with_name(f"{path.name}.safetensors").unlink()
+        compress(recipe(text, base, *stages), tmp_path / "other")
+        for file in ("model.safetensors", "config.json"):
+            assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+        shutil.rmtree(tmp_path / "other")
+
+
+@pytest.mark.slow
+def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 256}}, {"quantize": {"format": "w8a8"}}]
+    written = compress(recipe(text, base, *stages), tmp_path / "out")
+    model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
+    before = live(model)
+    result, report = recipe(text, base, *stages).apply(model, byte_tokenizer())
+    assert result is not model and torch.equal(live(model), before), "the model given was changed"
+    assert report.compressed.parameters == written.compressed.parameters
+    assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
+    assert distance(live(result), live(plain(tmp_path / "out"))) < 1e-5
+
+
+def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    compress(recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
+    report = Report.of(tmp_path / "out")
+    facts = report.stages[0].model_dump()
+    assert (facts["axis"], facts["units"], facts["kept_units"]) == ("ffn", 320, 192)
+    assert 0 < facts["blocks"][0]["relative_error"] < 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "192 of 320" in card
+    assert "bitsandbytes" not in card.split("```")[1], "a pruned model needs nothing but transformers"
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "why"),
+    [
+        ("llama", {"axis": "ffn", "keep": 0.95}, 'keep 0.95 of axis "ffn" leaves 320 of 320 units .multiples of 64'),
+        ("llama", {"axis": "ffn", "keep": 100, "multiple": 64}, 'keep 100 of axis "ffn" is no multiple of 64'),
+        ("llama", {"axis": "kv", "keep": 2}, "nothing would be cut"),
+        ("gpt2", {"axis": "q", "keep": 1}, 'axis "q" of this gpt2 model can\'t be cut'),
+        ("gpt2", {"axis": "kv", "keep": 2}, "the heads of a gpt2 model share out its hidden width"),
+        ("qwen3_moe", {"axis": "ffn", "keep": 64}, 'axis "ffn" of this qwen3_moe model can\'t be cut'),
+    ],
+)
+def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, settings: dict[str, Any], why: str) -> None:
+    with pytest.raises(ModelError, match=why):
+        Prune.model_validate(settings).changes(resident(family))
+
+
+@pytest.mark.parametrize(
+    ("stages", "why"),
+    [
+        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv' or 'q', not 'ffm'"),
+        ("[prune: {keep: 0.5}]", "prune.axis: is missing"),
+        ("[prune: {axis: ffn, keep: 1.5}]", "prune.keep"),
+        ("[prune: {axis: ffn, keep: 0}]", "prune.keep"),
+        ("[{prune: {axis: ffn, keep: 0.5}, quantize: {}}]", "stages.0: an entry is one stage, this one has prune and quantize"),
+        ("[quantize: {}, prune: {axis: ffn, keep: 0.5}]", "a quantised model can't be changed again"),
+        ("[prun: {axis: ffn, keep: 0.5}]", 'stages.0: "prun" is no stage; did you mean prune?'),
+    ],
+)
+def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
+    with pytest.raises(RecipeError, match=why) as caught:
+        Recipe.parse(f"stages: {stages}")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_reader_of_an_axis_is_the_linear_whose_columns_run_along_it() -> None:
+    assert reader_of(resident("llama").anatomy, "kv") == "self_attn.o_proj"
+    assert reader_of(resident("gpt2").anatomy, "ffn") == "mlp.c_proj"
+    assert reader_of(resident("qwen3_moe").anatomy, "ffn") is None
+
+
+def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    compress(recipe(text, base, {"prune": {"axis": "ffn", "keep": 64}}), tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+
+    def width(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:
+        return tuple(tensors[f"model.layers.0.mlp.{name}.weight"].shape)
+
+    assert width(after, "gate_proj") == width(after, "up_proj") == (64, 64) and width(after, "down_proj") == (64, 64)
+    gate, kept = before["model.layers.0.mlp.gate_proj.weight"], after["model.layers.0.mlp.gate_proj.weight"]
+    assert all(any(torch.equal(row, other) for other in gate) for row in kept), "rows are taken as they are"
+    assert before.keys() == after.keys()
