@@ -2,9 +2,9 @@
 
     python evaluation/outliers.py [--threads 2]
 
-Four channels of every norm are multiplied by 50 to 100 and the columns that read them divided by as much: the function is the same,
-and each token's largest input is now far above the rest. Each row is a whole `compress` of that model and its own report, whose
-perplexity stands beside that of the model without outliers. The result goes to evaluation/results/outliers.json.
+Four channels of every norm are multiplied by 50 to 100 and the columns that read them divided by as much: the function is the
+same, and each token's largest input is now far above the rest. Each row is a whole `compress` of that model and its own report,
+whose perplexity stands beside that of the model without outliers. The result goes to evaluation/results/outliers.json.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import LENGTH, head
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from bench import LENGTH, head
 from llmcompress.data import DEMO_MODEL
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Live

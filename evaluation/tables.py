@@ -20,7 +20,9 @@ MODELS = ("demo", "wikilm-8m", "stories260k")
 BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
 BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
 BASELINE |= dict.fromkeys(("nf4-awq-gptq", "nf4-rotate-gptq"), "nf4-nearest")
-BASELINE |= dict.fromkeys(("int8-smooth", "int8-smooth-all", "w8a8", "w8a8-all", "w8a8-static"), "int8-nearest") | {"w4a8": "w4a16"}
+BASELINE |= dict.fromkeys(("int8-smooth", "int8-smooth-all", "w8a8", "w8a8-all", "w8a8-static"), "int8-nearest") | {
+    "w4a8": "w4a16"
+}
 STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest"), "stock bitsandbytes")
 STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
 STOCK |= {"int8-smooth-all": "nothing spared", "w8a8-all": "nothing spared"}
@@ -68,7 +70,16 @@ def fidelity() -> str:
             for name, row in rows.items()
         ]
         base = next(iter(rows.values()))["base_perplexity"]
-        header = ["recipe", "bits a weight", "MB on disk", "KL, nats", "of its baseline", "same first token", "perplexity", "seconds"]
+        header = [
+            "recipe",
+            "bits a weight",
+            "MB on disk",
+            "KL, nats",
+            "of its baseline",
+            "same first token",
+            "perplexity",
+            "seconds",
+        ]
         where = " / ".join(sorted({row["environment"]["device"] for row in rows.values()}))
         parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}; commits in the file):\n")
         parts.append(table(header, lines) + "\n")

@@ -13,9 +13,9 @@ from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityF
 from llmcompress.report.measure import Fidelity, environment
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed
-from llmcompress.stages import prune, quantize
 from llmcompress.stages.context import Context
 from llmcompress.stages.prune import Prune
+from llmcompress.stages.quantize import Quantize
 
 
 def require_possible(recipe: Recipe, model: Resident) -> None:
@@ -23,16 +23,16 @@ def require_possible(recipe: Recipe, model: Resident) -> None:
     for step in recipe.stages:
         if isinstance(step.stage, Prune):
             model = Outline(changed(model.config, step.stage.changes(model)), model.device, model.dtype)
-        else:
-            step.stage.choose(model)
+            continue
+        step.stage.choose(model)
+        if isinstance(step.stage, Quantize):
             step.stage.rotation(model, recipe.data.seed)
 
 
 def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
     """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
     start = time.monotonic()
-    name = prune.STAGE if isinstance(stage, Prune) else quantize.STAGE
-    earlier = sum(context.journal.has(name, index) for index in range(len(model.layers) + 1))
+    earlier = sum(context.journal.has(stage.name, index) for index in range(len(model.layers) + 1))
     facts = stage.apply(model, context)
     if earlier:
         facts.notes.append(

@@ -26,8 +26,8 @@ from torch import Tensor
 from llmcompress.errors import ModelError, OutputError
 
 INDEX = "model.safetensors.index.json"
-BESIDE = (  # scales by names without a second dot
-    *("SCB", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
+BESIDE = (  # scales and masks by names without a second dot
+    *("SCB", "weight_mask", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
     *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset"),
 )
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights; a byte of 4-bit codes is two, and what belongs to scales is none."""
+        """Stored weights; a byte of 4-bit codes is two, what belongs to scales is none, nor is a zero that a mask stands for."""
         packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
         count = 0
         for name, entry in self.tensors.items():

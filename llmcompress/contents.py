@@ -17,25 +17,28 @@ from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, Report
 from llmcompress.report.card import card, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer
 from llmcompress.residency import OnDisk, Resident
-from llmcompress.stages import prune, quantize
+from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
+from llmcompress.stages.depth import renumbered
 from llmcompress.stages.embedding import OUTER
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stored import Stored
 
-Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # quantised linears by full name, dense parameters by name in the model
+Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
+Written = Coding | Sparse  # how one linear is written
 
 
 def results(stage: Stage, model: Resident, journal: Journal) -> Iterator[Entry]:
     """What a stage made, a journal's entry at a time: block by block, the head, and what changed outside."""
     if isinstance(stage, Prune):
-        yield from (({}, journal.load(prune.STAGE, index)[0]) for index in range(len(model.layers)))
+        blocks = range(0 if stage.axis == "layer" else len(model.layers))
+        yield from (({}, journal.load(stage.name, index)[0]) for index in blocks)
         return
     chosen, _ = stage.settled(model, journal)
     for index in range(len(model.layers) + 1):
-        if journal.has(quantize.STAGE, index):
-            yield read_entry(journal.load(quantize.STAGE, index)[0], chosen, model)
+        if journal.has(stage.name, index):
+            yield read_entry(journal.load(stage.name, index)[0], chosen, model)
     if journal.has(OUTER, 0):
         yield read_entry(journal.load(OUTER, 0)[0], chosen, model)
 
@@ -43,13 +46,23 @@ def results(stage: Stage, model: Resident, journal: Journal) -> Iterator[Entry]:
 def changes(stage: Stage, model: Resident, journal: Journal) -> dict[str, Any]:
     """What a stage changes in config.json."""
     if isinstance(stage, Prune):
-        return stage.changes(model)
-    return {"quantization_config": quantization_of(*stage.settled(model, journal))}
+        return stage.changes(model, journal)
+    chosen, kept = stage.settled(model, journal)
+    found: dict[str, Any] = {"quantization_config": quantization_of(chosen, kept)}
+    if model.anatomy.embedding in chosen and model.config.dtype is None:  # else a loader takes that of the first scale
+        found["dtype"] = str(model.weight_dtype).removeprefix("torch.")
+    return found
 
 
-def read_entry(tensors: Mapping[str, Tensor], chosen: Mapping[str, Coding], model: Resident) -> Entry:
-    """The quantised linears of a journal's entry, and the dense parameters that the stage changed."""
-    linears, parts, shapes = {}, set(), model.matrices()
+def renamed(stage: Stage, model: Resident, journal: Journal, name: str) -> str | None:
+    """The name of a tensor once the stage is done; None where it goes."""
+    return renumbered(name, model.anatomy.layers, stage.gone(journal)) if isinstance(stage, Prune) else name
+
+
+def read_entry(tensors: Mapping[str, Tensor], chosen: Mapping[str, Written], model: Resident) -> Entry:
+    """The quantised or sparse linears of a journal's entry, and the dense parameters that the stage changed."""
+    linears: dict[str, Stored] = {}
+    parts, shapes = set[str](), model.matrices()
     for name in stored.quantized_linears(tensors):
         found = stored.parts_of(name, tensors)
         linears[name] = chosen[name].read(found, shapes[name][1])
@@ -57,7 +70,7 @@ def read_entry(tensors: Mapping[str, Tensor], chosen: Mapping[str, Coding], mode
     return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
 
-def native_kind(chosen: Mapping[str, Coding]) -> type[FourBit] | type[Int8] | None:
+def native_kind(chosen: Mapping[str, Written]) -> type[FourBit] | type[Int8] | None:
     """Which native layout the whole model has, if one."""
     kinds = {type(coding) for coding in chosen.values()}
     for kind in (FourBit, Int8):
@@ -66,7 +79,7 @@ def native_kind(chosen: Mapping[str, Coding]) -> type[FourBit] | type[Int8] | No
     return None
 
 
-def quantization_of(chosen: Mapping[str, Coding], kept: Iterable[str]) -> dict[str, Any]:
+def quantization_of(chosen: Mapping[str, Written], kept: Iterable[str]) -> dict[str, Any]:
     """config.json's `quantization_config` for a model whose linears are so written."""
     kind, first = native_kind(chosen), next(iter(chosen.values()))
     if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
@@ -79,8 +92,10 @@ def quantization_of(chosen: Mapping[str, Coding], kept: Iterable[str]) -> dict[s
     return plugin.quantization_config(list(linears.items()))
 
 
-def layout_of(coding: Coding) -> stored.Layout:
+def layout_of(coding: Written) -> stored.Layout:
     """What config.json says of a linear in a model that needs our plug-in."""
+    if isinstance(coding, Sparse):
+        return coding
     if isinstance(coding, Integer):
         return coding.scheme
     assert isinstance(coding, FourBit)  # `together` leaves no Int8 beside others
@@ -110,8 +125,8 @@ def write_weights(writer: Writer, model: OnDisk, stage: Stage, journal: Journal)
         replaced |= {keys[name] for name in (*dense, *(f"{linear}.weight" for linear in linears))}
         writer.add(named)
     for key in model.checkpoint.tensors:
-        if key not in replaced:
-            writer.add({key: model.checkpoint.read(key)})
+        if key not in replaced and (name := renamed(stage, model, journal, key)) is not None:
+            writer.add({name: model.checkpoint.read(key)})
     return writer.close(model.checkpoint.config | changes(stage, model, journal))
 
 

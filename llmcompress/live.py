@@ -13,10 +13,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, stored
+from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, sparse_linear, stored
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Journal
-from llmcompress.contents import changes, native_kind, quantization_of, results, tensors_of
+from llmcompress.contents import Written, changes, native_kind, quantization_of, renamed, results, tensors_of
 from llmcompress.errors import ModelError
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.prepare import blocks_for, pick_device
@@ -25,9 +25,10 @@ from llmcompress.report import CostFacts, ModelFacts, Report
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
 from llmcompress.residency import Live
 from llmcompress.resize import changed
-from llmcompress.stages.coding import Coding, Int8
+from llmcompress.sparse_linear import SparseWeight
+from llmcompress.stages.coding import Int8
 from llmcompress.stages.context import Context
-from llmcompress.stages.quantize import Quantize
+from llmcompress.stages.prune import Prune
 from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
 
@@ -53,9 +54,10 @@ def apply(
     require_possible(recipe, source)
     blocks, facts = blocks_for(source, recipe.data, tokenizer), []
     packed: dict[str, Stored] = {}
-    chosen: dict[str, Coding] = {}
+    chosen: dict[str, Written] = {}
     kept: dict[str, str] = {}
     dense: dict[str, torch.Tensor] = {}
+    left = dict(state)
     for step in recipe.stages:
         stage, now = step.stage, source.config
         with tempfile.TemporaryDirectory() as folder:
@@ -63,13 +65,16 @@ def apply(
             facts.append(done(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track)))
             for linears, changed_here in results(stage, source, journal):
                 packed, dense = packed | linears, dense | changed_here
-            if isinstance(stage, Quantize):
-                chosen, kept = stage.settled(source, journal)
-            else:
+            if isinstance(stage, Prune):
                 now = changed(now, changes(stage, source, journal))
+            else:
+                settled, kept = stage.settled(source, journal)
+                chosen = dict(settled)
+            named = {renamed(stage, source, journal, name): tensor for name, tensor in (left | dense).items()}
+            left = {name: tensor for name, tensor in named.items() if name is not None}
         if now is not source.config:
-            source = Live(now, state | dense, where)
-    compressed = state | dense
+            source, dense = Live(now, left, where), {}
+    compressed = dict(left)
     for name, codes in packed.items():
         weight = stored.dequantize(codes)
         compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
@@ -80,20 +85,18 @@ def apply(
             result.round_inputs(reader, inputs)
     base_model = Live(model.config, state, where)
     measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
-    name, size = str(model.config._name_or_path or type(model).__name__), sum(t.nbytes for t in _distinct(model))
+    name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
-        model=name, parameters=parameters(model), size_bytes=size,
+        model=name, parameters=parameters(model), size_bytes=_size(state),
         perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
     )  # fmt: skip
     native_layout = native_kind(chosen) is not None
     written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
-    left = state | dense  # a tied head may have its old shape here; it is not among those that changed
-    smaller = sum(tensor.nbytes - state[name].nbytes for name, tensor in dense.items())
-    smaller += sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
+    smaller = sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
     after = ModelFacts(
         model=name,
-        parameters=parameters(model) + sum(tensor.numel() - state[name].numel() for name, tensor in dense.items()),
-        size_bytes=size + smaller,
+        parameters=sum(p.numel() for p in result.model.parameters()) - sum(getattr(w, "zeros", 0) for w in packed.values()),
+        size_bytes=_size(left) + smaller,
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
     )
@@ -101,7 +104,7 @@ def apply(
     report = report_of(recipe, before, after, measured, blocks, facts, cost, where)
     report.require(**recipe.accept.model_dump())
     if source.config is not model.config:
-        model = _rebuilt(source.config, state | dense, model)
+        model = _rebuilt(source.config, left, model)
     for name, tensor in dense.items():
         model.get_parameter(name).data.copy_(tensor)
     if packed:
@@ -118,7 +121,7 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
     return cast(PreTrainedModel, model.train(like.training))
 
 
-def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Coding]) -> None:
+def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Written]) -> None:
     """Put the modules that run on the kernels in place of the linears, and of the embedding."""
     native_layout = native_kind(chosen) is not None
     for name, codes in packed.items():
@@ -136,11 +139,13 @@ def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str
         elif isinstance(codes, Int8Weight):
             threshold = coding.threshold if isinstance(coding, Int8) else 0.0
             module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
+        elif isinstance(codes, SparseWeight):
+            module = sparse_linear.linear(codes, bias, device=model.device)
         else:
             module = integer_linear.linear(codes, bias, device=model.device)
         model.set_submodule(name, module)
 
 
-def _distinct(model: PreTrainedModel) -> list[torch.Tensor]:
-    """The tensors that the model's checkpoint would hold, tied ones once."""
-    return list({(t.data_ptr(), t.shape): t for t in model.state_dict().values()}.values())
+def _size(state: Mapping[str, torch.Tensor]) -> int:
+    """Bytes of the tensors that a checkpoint would hold, tied ones once."""
+    return sum(tensor.nbytes for tensor in {(t.data_ptr(), t.shape): t for t in state.values()}.values())

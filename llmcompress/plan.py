@@ -18,6 +18,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
 from llmcompress.resize import changed
 from llmcompress.stages.coding import FourBit
+from llmcompress.stages.depth import SAMPLE
 from llmcompress.stages.embedding import apart
 from llmcompress.stages.protect import spared
 from llmcompress.stages.prune import Prune, reader_of
@@ -57,11 +58,15 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
     left.model.tie_weights()
     layers = len(model.layers)
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
-    C = dict(model.linear_maps())[f"{model.block_name(0)}.{reader_of(model.anatomy, stage.axis)}"][1]
-    work = 4 * 2.0 * inner * tokens + layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # passes, moments, removal
-    floats = 4 * inner // layers + 4 * tokens * model.config.hidden_size + 8 * C * C
+    if stage.axis == "layer":
+        work, C = 2.0 * inner * SAMPLE * layers * (layers - stage.count(model)) / 2, 0
+    else:
+        C = dict(model.linear_maps())[f"{model.block_name(0)}.{reader_of(model.anatomy, stage.axis)}"][1]
+        work = 4 * 2.0 * inner * tokens + layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # passes, moments, removal
+    states = (layers * SAMPLE if stage.axis == "layer" else 4 * tokens) * model.config.hidden_size
+    floats = 4 * inner // layers + states + 8 * C * C
     row = {
-        "stage": f"prune ({stage.axis}, {stage.count(model)} of {model.sizes[stage.axis]})",
+        "stage": f"prune ({stage.axis}, {stage.count(model)} of {stage.size(model)})",
         "parameters": _parameters(left),
         "size_bytes": _parameters(left) * model.weight_dtype.itemsize,
         "peak_memory_bytes": 4 * floats,

@@ -1,4 +1,4 @@
-"""The transformers border: `from_pretrained` learns to load models whose linears we quantised, once this module is imported.
+"""The transformers border: `from_pretrained` learns to load the linears that we quantised or thinned, once this is imported.
 
 config.json says which linear has which scheme, by full name, so that one model can mix them; nothing is guessed from patterns.
 Before the weights are read each named linear is replaced by the module that stores and runs its scheme, whose parameters are
@@ -16,6 +16,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_utils import ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -26,9 +27,11 @@ from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
 from llmcompress.integer_linear import IntegerLinear, StoredLinear
+from llmcompress.sparse_linear import Sparse, SparseLinear
 from llmcompress.stored import Layout, layouts_of
 
 METHOD = "llmcompress"
+MODULES: dict[type[Layout], Any] = {Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear}
 
 
 def quantization_config(schemes: Sequence[tuple[Layout, Sequence[str]]]) -> dict[str, Any]:
@@ -96,9 +99,11 @@ class Quantizer(HfQuantizer):
         return wanted if wanted is None or wanted.is_floating_point else None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes an element in memory: a byte of two codes is kept beside their expansion to two bytes, or a copy."""
+        """Bytes an element in memory: a byte of two codes is kept beside their expansion to two bytes or a copy, values beside all."""
         owner, _, part = param_name.rpartition(".")
         module = model.get_submodule(owner)
+        if part == "weight" and isinstance(module, SparseLinear):
+            return param.element_size() * (1 + module.in_features * module.out_features / max(1, param.numel()))
         if part != "weight" or not isinstance(module, StoredLinear) or param.dtype != torch.uint8:
             return param.element_size()
         return 3 if isinstance(module, IntegerLinear) else 2
@@ -191,8 +196,7 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
     bias = cast(Tensor | None, module.bias)
-    stored: Any = FourBitLinear if isinstance(scheme, FourBit) else IntegerLinear
-    twin: StoredLinear = stored(C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
+    twin: StoredLinear = MODULES[type(scheme)](C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
     return cast(StoredLinear, _marked(twin))
 
@@ -225,6 +229,18 @@ def _plain(module: StoredLinear | IntegerEmbedding, dtype: torch.dtype) -> nn.Mo
         plain.bias = nn.Parameter(module.bias.data.to(dtype))
     return cast(nn.Module, plain).train(module.training)
 
+
+def _dtype(model: PreTrainedModel) -> torch.dtype:
+    """The type of a model's activations, where transformers takes that of the first float parameter: of ours, a scale."""
+    try:
+        embedding = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):
+        embedding = None
+    found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
+    return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
+
+
+cast(Any, PreTrainedModel).dtype = property(_dtype)  # a save writes it to config.json, a static cache is made of it
 
 # Not by transformers' decorators, which refuse a second time: a reloaded module takes the place of its former self.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedConfig

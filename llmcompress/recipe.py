@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_serializer, model_validator
 
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
@@ -22,6 +22,7 @@ from llmcompress.stages.formats import Override
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
+from llmcompress.stages.sparsify import Sparsify
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from llmcompress.report import Report
 
 LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
-Stage = Prune | Quantize
+Stage = Prune | Sparsify | Quantize
 SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
 SHORT.maxlevel = 2
 
@@ -62,12 +63,24 @@ class Accept(BaseModel):
     )
 
 
+def _prune_by(entry: Any) -> str:
+    """Which schema of `prune` an entry is meant for: by whole units of an axis, or by a pattern of single weights."""
+    if not isinstance(entry, dict):
+        return PATTERN if isinstance(entry, Sparsify) else AXIS
+    meant = difflib.get_close_matches("pattern", [key for key in entry if isinstance(key, str)], n=1, cutoff=0.7)
+    return PATTERN if "pattern" in entry or (meant and "axis" not in entry) else AXIS
+
+
+AXIS, PATTERN = "<axis>", "<pattern>"  # in the place of an error they are no keys
+Pruning = Annotated[Annotated[Prune, Tag(AXIS)] | Annotated[Sparsify, Tag(PATTERN)], Discriminator(_prune_by)]
+
+
 class Step(BaseModel):
     """One entry of `stages`: the name of a stage and its settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    prune: Prune | None = None
+    prune: Pruning | None = None
     quantize: Quantize | None = None
 
     @model_validator(mode="before")
@@ -116,9 +129,13 @@ class Recipe(BaseModel):
     accept: Accept = Accept()
 
     @model_validator(mode="after")
-    def _quantize_is_last(self) -> Recipe:
-        if any(step.quantize for step in self.stages[:-1]):
-            raise ValueError("a quantised model can't be changed again; keep one quantize, as the last stage")
+    def _what_needs_our_layout_is_last(self) -> Recipe:
+        for step, after in zip(self.stages, self.stages[1:], strict=False):
+            if step.quantize:
+                raise ValueError("a quantised model can't be changed again; keep one quantize, as the last stage")
+            if isinstance(step.prune, Sparsify):
+                why = "rounding would move its zeros" if after.quantize else "its zeros are stored by place"
+                raise ValueError(f"prune with a pattern is the last stage: {why}; cut whole units before it, and quantise none")
         return self
 
     @model_serializer(mode="wrap")
@@ -181,9 +198,9 @@ def _one_line(text: object) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, as `stages.0.quantize.blok: unknown key; did you mean block?`."""
-    first = error.errors(include_url=False)[0]
+    first = min(error.errors(include_url=False), key=lambda one: one["type"] == "missing")  # it may be there, misspelt
     path, kind, given = first["loc"], first["type"], first.get("input")
-    place = ".".join(str(part) for part in path if not str(part).startswith(("literal[", "constrained-")))  # kinds, no keys
+    place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
     if kind == "extra_forbidden":
         known = _known(path[:-1])
         if path[:-2] == ("stages",):
@@ -199,7 +216,8 @@ def _explain(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{message}{shown}"
 
 
-KEYS = {"data": DataSpec, "accept": Accept, "prune": Prune, "quantize": Quantize, "smooth": Smooth}
+KINDS = ("literal[", "constrained-", AXIS, PATTERN)  # what pydantic puts into a place beside the keys
+KEYS = {"data": DataSpec, "accept": Accept, AXIS: Prune, PATTERN: Sparsify, "quantize": Quantize, "smooth": Smooth}
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
@@ -211,7 +229,5 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
         elif model is Quantize and part == "overrides":
             model = Override
         elif isinstance(part, str):
-            model = {"data": DataSpec, "accept": Accept, "prune": Prune, "quantize": Quantize, "smooth": Smooth}.get(
-                part, model
-            )
+            model = KEYS.get(part, model)
     return list(model.model_fields)

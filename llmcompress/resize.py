@@ -7,7 +7,7 @@ query heads to divide the hidden width; Mistral is the same model without that r
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from accelerate import init_empty_weights
@@ -38,6 +38,19 @@ def resized(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int
     if why is not None:
         spoken = ", ".join(f"{count} of {axis}" for axis, count in counts.items())
         raise ModelError(f"a {anatomy.family} model can't have {spoken} ({why}); choose another keep")
+    return fields
+
+
+def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
+    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where none can."""
+    total, whole = config.num_hidden_layers, config.to_dict()
+    name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+    fields: dict[str, Any] = {name: len(layers)}
+    for key, value in whole.items():  # those that say something of each layer
+        if isinstance(value, list) and len(value) == total and key.startswith(("layer", "no_rope_layer", "attention_layer")):
+            fields[key] = [value[index] for index in layers]
+    if (why := _refusal(whole | fields)) is not None:
+        raise ModelError(f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep")
     return fields
 
 

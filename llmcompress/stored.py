@@ -1,6 +1,6 @@
-"""One quantised linear as it lies in a checkpoint, whatever its format: found, read, written, and what it computes.
+"""One quantised or sparse linear as it lies in a checkpoint, whatever its format: found, read, written, what it computes.
 
-Formats differ in their tensors (`native`, `integer`) and in whether the kernel rounds what the linear reads. Whoever reads a
+Formats differ in their tensors (`native`, `integer`, `sparse_linear`) and in whether the kernel rounds what the linear reads. Whoever reads a
 checkpoint or a journal asks here and need not know which it is.
 """
 
@@ -12,21 +12,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress import four_bit, integer, native
+from llmcompress import four_bit, integer, native, sparse_linear
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import BESIDE
 from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.activations import round_but_outliers, round_static, round_tokens
+from llmcompress.sparse_linear import Sparse, SparseWeight
 
-Stored = native.Packed | Int8Weight | IntegerWeight
-Layout = Scheme | FourBit  # of a linear in a model that needs our plug-in, as config.json has it
-MARKS = (".weight.absmax", ".SCB", ".weight_scale", ".weight_absmax")  # a linear that has one of these is quantised
+Stored = native.Packed | Int8Weight | IntegerWeight | SparseWeight
+Layout = Scheme | FourBit | Sparse  # of a linear in a model that needs our plug-in, as config.json has it
+KINDS: dict[Any, type[Layout]] = {"nf4": FourBit, "fp4": FourBit, "sparse": Sparse}  # by format; every other is a Scheme
+MARKS = (
+    ".weight.absmax",
+    ".SCB",
+    ".weight_scale",
+    ".weight_absmax",
+    ".weight_mask",
+)  # a linear with one of these is no plain one
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
-    """The linears among the tensors of a checkpoint that are quantised, by full name, in the order of their tensors."""
+    """The linears among the tensors of a checkpoint that are quantised or sparse, by full name, in the order of their tensors."""
     return [name.removesuffix(mark) for name in names for mark in MARKS if name.endswith(mark)]
 
 
@@ -44,6 +52,9 @@ def read(parts: Mapping[str, Tensor], layout: Layout | None = None, shape: tuple
     if isinstance(layout, FourBit):
         assert shape is not None
         return four_bit.read(parts, layout, *shape, torch.float32)
+    if isinstance(layout, Sparse):
+        assert shape is not None
+        return sparse_linear.read(parts, layout, *shape)
     if layout is not None:
         return integer.read(parts, layout, shape[1] if shape else None)
     return Int8Weight.read(parts) if "SCB" in parts else native.unpack(parts)
@@ -65,7 +76,7 @@ def layouts_of(schemes: Iterable[Mapping[str, Any]]) -> dict[str, Layout]:
     for entry in schemes:
         fields = {name: value for name, value in entry.items() if name != "linears"}
         try:
-            layout = FourBit(**fields) if fields.get("format") in ("nf4", "fp4") else Scheme(**fields)
+            layout = KINDS.get(str(fields.get("format")), Scheme)(**fields)
         except (TypeError, ValueError) as error:
             raise ModelError(f"config.json has a scheme {fields} that this llmcompress doesn't know: {error}") from None
         for linear in entry.get("linears", ()):
@@ -87,7 +98,7 @@ def int8_inputs(threshold: float) -> Inputs:
 
 def layout_inputs(layout: Layout, input_scale: Tensor | float | None) -> Inputs | None:
     """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
-    if isinstance(layout, FourBit) or layout.activations == "none":
+    if isinstance(layout, FourBit | Sparse) or layout.activations == "none":
         return None
     bits = layout.activation_bits
     return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))

@@ -12,7 +12,7 @@ of layers does not matter. Where the blocks come from is the business of `reside
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -110,6 +110,24 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
         yield Block(
             len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
         )
+
+
+@torch.no_grad()
+def without_each(resident: Resident, windows: Tensor, gone: Collection[int] = ()) -> dict[int | None, list[Tensor]]:
+    """The states that leave the last block if a block is passed over, by its index, and under None if no more is.
+
+    Those in `gone` are passed over by all. One pass: each block runs once for every earlier one that could go.
+    """
+    inputs, arguments = enter(resident, batches_of(windows))
+    streams: dict[int | None, list[Tensor]] = {None: inputs}
+    for index in [index for index in range(len(resident.layers)) if index not in gone]:
+        with resident.block(index) as module:
+            own = {size: per_block[index] for size, per_block in arguments.items()}
+            name = resident.block_name(index)
+            block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes, own, [])
+            passed = streams[None]
+            streams = {other: block.outputs(states) for other, states in streams.items()} | {index: passed}
+    return streams
 
 
 def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:

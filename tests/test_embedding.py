@@ -100,7 +100,10 @@ def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(case: Case, a
     V, D = OnDisk(base_of(folder), CPU).matrices()[name]
     assert tensors[f"{name}.weight"].shape == (1, V, D) and tensors[f"{name}.weight"].dtype == torch.int8
     assert tensors[f"{name}.weight_scale"].shape == (V,) and tensors[f"{name}.weight_scale"].dtype == torch.float32
-    assert ("lm_head.weight" in tensors) != tied and "lm_head.weight_scale" not in tensors
+    dense = [part for part, tensor in tensors.items() if tensor.shape == (V, D)]  # the head, as the base calls it
+    assert len(dense) == (not tied) and not any(
+        "lm_head" in part or "embed_out" in part for part in tensors.keys() - set(dense)
+    )
     schemes = json.loads((folder / "config.json").read_text())["quantization_config"]["schemes"]
     (entry,) = [scheme for scheme in schemes if name in scheme["linears"]]
     assert entry["activations"] == ("dynamic" if tied else "none") and ("lm_head" in entry["linears"]) == tied
@@ -233,14 +236,21 @@ def test_a_tied_head_reads_as_the_format_of_the_linears_does(
 def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "gemma3_text", tie_word_embeddings=tied)
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(base)
+    config = json.loads((base / "config.json").read_text())
+    if not tied:
+        del config["dtype"]
+        (base / "config.json").write_text(json.dumps(config))
     compress(small_recipe(text, base, **SETTINGS), tmp_path / "out")
     model = cast(Any, load(tmp_path / "out"))
-    assert model.dtype == torch.bfloat16 and (is_shared(model) or not tied)
+    assert model.dtype == model.model.dtype == model.model.norm.weight.dtype == torch.bfloat16 and (
+        is_shared(model) or not tied
+    )
     rows, read = model.get_input_embeddings()(TOKENS), OnDisk(tmp_path / "out", CPU, quantized=True).model
     assert rows.dtype == torch.bfloat16 and distance(rows.float(), cast(Any, read).get_input_embeddings()(TOKENS)) < 0.01
     assert distance(live(model), measured(tmp_path / "out")) < 0.1
     model.save_pretrained(tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
+    assert load(tmp_path / "again").dtype == torch.bfloat16
 
 
 @pytest.mark.slow
@@ -260,12 +270,12 @@ def test_a_head_of_its_own_is_quantised_beside_it(text: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(("tied", "rotate"), [(True, "heads"), (False, True), (True, False)])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate: Any, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
-    recipe = small_recipe(text, base, format="w4a8", embedding="int8", rotate=rotate)
+    recipe = small_recipe(text, base, format="w8a8", embedding="int8", rotate=rotate)
     compress(recipe, tmp_path / "once")
     out, partial = tmp_path / "out", partial_folder(tmp_path / "out")
     with pytest.raises(AcceptError):
         compress(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
-    shutil.copytree(partial, tmp_path / "kept")
+    shutil.move(partial, tmp_path / "kept")
     for lost in (("quantize.00001",), ("outer.00000", "quantize.00001"), ("quantize.00000", "quantize.00001")):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "kept", partial)
@@ -275,7 +285,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate:
         assert bytes_of(out) == bytes_of(tmp_path / "once") and Report.of(out).linears == Report.of(tmp_path / "once").linears
     assert distance(live(load(out)), measured(out)) < 0.01
     base_logits = torch.cat(list(logits(OnDisk(base, CPU), TOKENS)))
-    assert distance(measured(out), base_logits) < 0.25
+    assert distance(measured(out), base_logits) < 0.1
 
 
 def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
@@ -304,10 +314,9 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
 def test_what_can_not_be_is_refused_in_one_line(text: Path, tmp_path: Path) -> None:
     tied, untied = (save_base(tmp_path / str(tied), tie_word_embeddings=tied) for tied in (True, False))
     for base, settings, why in (
-        (tied, {"head": "quantize"}, "tied to the embedding; use embedding: int8"),
-        (tied, {"head": "quantize", "embedding": "int8"}, "tied to the embedding; use embedding: int8"),
+        (tied, {"head": "quantize"}, "tied to the embedding; use head: keep and embedding: int8"),
+        (tied, {"head": "quantize", "embedding": "int8"}, "tied to the embedding; use head: keep and embedding: int8"),
         (untied, {"format": "int8", "threshold": 6.0, "embedding": "int8"}, "threshold: 6 of .* or beside embedding: int8"),
-        (tied, {"embedding": "int8", "rotate": True}, "untie it first"),
     ):
         for act in (lambda recipe: compress(recipe, tmp_path / "out"), plan):
             with pytest.raises(ModelError, match=why) as caught:

@@ -19,7 +19,9 @@ from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
 from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
+from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune, reader_of
+from llmcompress.walk import without_each
 from tests.artefacts import CPU, distance, live, measured
 from tests.bases import byte_tokenizer, save_base, write_text
 from tests.models import FAMILIES, pico
@@ -136,9 +138,62 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layers_that_go_leave_a_plain_checkpoint_of_the_others(family: str, text: Path, tmp_path: Path) -> None:
+    kinds: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+    base = save_base(tmp_path / "base", family, num_hidden_layers=4, **(kinds if "gemma" in family else {}))
+    report = compress(recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
+    facts = report.stages[0].model_dump()
+    assert len(facts["gone"]) == len(facts["kl_nats"]) == 2 and 0 < facts["kl_nats"][0] < facts["kl_nats"][1]
+    model, whole = plain(tmp_path / "out"), plain(base)
+    stays = [index for index in range(4) if index not in facts["gone"]]
+    layers, all_layers = (x.get_submodule(resident(family).anatomy.layers) for x in (model, whole))
+    for layer, index in zip(layers.children(), stays, strict=True):
+        expected = dict(list(all_layers.children())[index].named_parameters())
+        assert all(torch.equal(p, expected[name]) for name, p in layer.named_parameters())
+    if "gemma" in family:
+        assert model.config.layer_types == [kinds["layer_types"][index] for index in stays]
+    assert distance(live(model), measured(tmp_path / "out")) < 1e-5
+
+
+def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tmp_path: Path) -> None:
+    model = pico("llama", vocab_size=256, num_hidden_layers=4)
+    for name in ("self_attn.o_proj", "mlp.down_proj"):  # the third layer writes nothing
+        model.get_parameter(f"model.layers.2.{name}.weight").data.zero_()
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    for score in ("kl", "influence"):
+        report = compress(
+            recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}), tmp_path / score
+        )
+        assert report.stages[0].model_dump()["gone"] == [2]
+        assert (report.fidelity.kl_nats_mean or 0.0) < 1e-9
+
+
+def test_the_loss_said_is_that_of_the_model_without_the_layer() -> None:
+    model = pico("llama", num_hidden_layers=3)
+    source = Live(model.config, model.state_dict(), CPU)
+    windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = model(windows).logits.log_softmax(-1)
+        for gone in ((), (1,)):
+            streams = without_each(source, windows, gone)
+            full = without_each(source, windows)[None]
+            found = divergences(source, full, {i: states for i, states in streams.items() if i is not None})
+            assert found.keys() == set(range(3)) - set(gone)
+            for index, kl in found.items():
+                less = pico("llama", num_hidden_layers=3)
+                for other in sorted({index, *gone}, reverse=True):
+                    del less.model.layers[other]
+                seen = less(windows, use_cache=False).logits.log_softmax(-1)
+                assert kl == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-4)
+
+
+@pytest.mark.slow
 def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 256}}, {"quantize": {"format": "w8a8"}}]
+    stages: list[dict[str, Any]] = [{"prune": {"axis": "layer", "keep": 1}}, {"prune": {"axis": "ffn", "keep": 256}}]
+    stages.append({"quantize": {"format": "w8a8"}})
     written = compress(recipe(text, base, *stages), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
     before = live(model)
@@ -180,7 +235,9 @@ def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, s
 @pytest.mark.parametrize(
     ("stages", "why"),
     [
-        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv' or 'q', not 'ffm'"),
+        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv', 'q' or 'layer', not 'ffm'"),
+        ("[prune: {axis: ffn, keep: 0.5, score: kl}]", "score kl is not for axis ffn; use obs, wanda, activation or magnitude"),
+        ("[prune: {axis: layer, keep: 0.5, score: obs}]", "score obs is not for axis layer; use kl or influence"),
         ("[prune: {keep: 0.5}]", "prune.axis: is missing"),
         ("[prune: {axis: ffn, keep: 1.5}]", "prune.keep"),
         ("[prune: {axis: ffn, keep: 0}]", "prune.keep"),

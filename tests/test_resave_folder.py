@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,18 @@ def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(kind: str, 
         shutil.copytree(made, tmp_path / "kept")
         damaged(made, part)
         with pytest.raises(ModelError, match=r"14 4-bit linears .* holds other weights than this model; save before the first"):
+            save()
+        shutil.rmtree(made)
+        (tmp_path / "kept").rename(made)
+    sizes: dict[str, Any] = {
+        "hidden_size": 56,
+        "num_attention_heads": 7,
+        "num_key_value_heads": 1,
+    }  # 112 rows, which no repacking takes
+    for other, config in ((kind, sizes), ("int8", {})):
+        made.rename(tmp_path / "kept")
+        artefact(made, other, **config)
+        with pytest.raises(ModelError, match="holds other weights"):
             save()
         shutil.rmtree(made)
         (tmp_path / "kept").rename(made)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -45,6 +45,7 @@ FISHER_TOKENS = 32768  # for the output Fisher matrices: more tokens than this c
 class Quantize(Format):
     """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
 
+    name: ClassVar[str] = STAGE
     overrides: dict[str, Override] = Field(
         default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
     )
@@ -150,7 +151,8 @@ class Quantize(Format):
                 return "head: keep"
             if model.config.tie_word_embeddings:
                 raise ModelError(
-                    "head: quantize needs a head of its own, this one is tied to the embedding; use embedding: int8"
+                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: keep and embedding: "
+                    "int8, which is both"
                 )
         elif name not in ours:
             return "outside the blocks"

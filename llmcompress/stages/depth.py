@@ -1,0 +1,74 @@
+"""Whole blocks taken out: those without which the model's predictions change least.
+
+With `kl`, one block after another goes, each time the one whose loss, measured on the model without it, is the least; what was
+taken out before counts. One pass through the model carries a stream of hidden states for every block that could go, so each
+block is read once for each that goes. `influence` asks in a single pass how far each block turns the hidden states, and takes
+out those that turn them least.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.methods.scores import block_influence
+from llmcompress.residency import Resident
+from llmcompress.stages.context import Context
+from llmcompress.walk import leave, walk, without_each
+
+SAMPLE = 8192  # tokens that decide
+
+
+def find(model: Resident, context: Context, count: int, score: str) -> dict[str, Any]:
+    """Which blocks go so that `count` stay, in the order in which they go, and what is known of the loss after each.
+
+    Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full model in place of
+    the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
+    """
+    layers, windows = len(model.layers), context.data.calibration
+    windows = windows[: -(-SAMPLE // windows.shape[1])]
+    if score == "influence":
+        turned = {}
+        for block in context.track(walk(model, windows), "prune (layer, influence)", layers):
+            with torch.no_grad():
+                pairs = [(hidden, out) for hidden, out in zip(block.inputs, block.outputs(block.inputs), strict=True)]
+            turned[block.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
+        order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
+        return {"gone": order, "influence": [turned[index] for index in order]}
+    gone: list[int] = []
+    kl_nats: list[float] = []
+    full: list[Tensor] = []
+    for _ in context.track(iter(range(layers - count)), "prune (layer, kl)", layers - count):
+        streams = without_each(model, windows, gone)
+        full = full or streams[None]
+        losses = divergences(model, full, {index: states for index, states in streams.items() if index is not None})
+        best = min(losses, key=lambda index: (losses[index], index))
+        gone.append(best)
+        kl_nats.append(losses[best])
+    return {"gone": gone, "kl_nats": kl_nats}
+
+
+@torch.no_grad()
+def divergences(model: Resident, full: list[Tensor], streams: Mapping[int, list[Tensor]]) -> dict[int, float]:
+    """KL in nats a token of the predictions from each stream's last states, from those of the full model."""
+    lost = dict.fromkeys(streams, 0.0)
+    for i, hidden in enumerate(full):
+        expected = leave(model, hidden).float().log_softmax(-1)
+        for index, states in streams.items():
+            found = leave(model, states[i]).float().log_softmax(-1)
+            lost[index] += float((expected.exp() * (expected - found)).sum(-1).mean()) * len(hidden)
+    return {index: total / sum(map(len, full)) for index, total in lost.items()}
+
+
+def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
+    """The name of a tensor, in the model or in a file, once blocks are gone from `layers`; None if it goes with one."""
+    found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
+    if found is None or not gone:
+        return name
+    index = int(found[1])
+    number = index - sum(other < index for other in gone)
+    return None if index in gone else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
