@@ -31,7 +31,7 @@ MODELS = {  # base, text
     "wikilm-8m": (str(SHARED / "models" / "wikilm-8m"), str(SHARED / "data" / "wikitext-2")),
     "stories260k": (str(SHARED / "models" / "stories260K"), str(SHARED / "data" / "tinystories")),
 }
-STOCK = {  # what stock bitsandbytes offers besides nf4-nearest, and what a recipe is to be read against
+STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest, and what a recipe is to be read against
     "nf4-nearest-double": "stages: [{quantize: {format: nf4, double_quant: true, rounding: nearest}}]",
     "fp4-nearest": "stages: [{quantize: {format: fp4, rounding: nearest}}]",
     "int8-nearest": "stages: [{quantize: {format: int8, rounding: nearest}}]",
@@ -39,6 +39,11 @@ STOCK = {  # what stock bitsandbytes offers besides nf4-nearest, and what a reci
     "int8-smooth-all": "stages: [{quantize: {format: int8, smooth: {}}}]",  # what protecting wins
     "w8a8-all": "stages: [{quantize: {format: w8a8, smooth: {}}}]",
     "w4a16": "stages: [{quantize: {format: w4a8, activations: none, smooth: {}}}]",  # what w4a8 loses by its activations
+    "ffn-75-magnitude": "stages: [{prune: {axis: ffn, keep: 0.75, multiple: 32, score: magnitude, repair: false}}]",
+    "kv-half-magnitude": "stages: [{prune: {axis: kv, keep: 0.5, score: magnitude, repair: false}}]",
+    "depth-75-influence": "stages: [{prune: {axis: layer, keep: 0.75, score: influence}}]",
+    "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
+    "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256
 
@@ -53,19 +58,20 @@ def recipes(model: str, names: list[str] | None) -> dict[str, Recipe]:
 
 def row(name: str, report: Report) -> dict[str, Any]:
     """What the tables show of a report."""
-    quantize = report.stages[0]
+    small, last = report.compressed, report.stages[-1].model_dump()
     return {
         "recipe": name,
-        "bits": quantize.model_dump()["bits"],
+        "bits": last["bits"] if "bits" in last else 8 * (small.size_bytes or 0) / (small.parameters or 1),
         "size_bytes": report.compressed.size_bytes,
         **report.fidelity.model_dump(mode="json"),
         "perplexity": report.compressed.perplexity,
         "base_perplexity": report.base.perplexity,
-        "seconds": quantize.seconds,
+        "seconds": sum(stage.seconds for stage in report.stages),
         "peak_memory_bytes": report.cost.peak_memory_bytes,
         "recipe_digest": report.recipe_digest,
         "data_sha256": report.data.sha256,
-        "kept": len(quantize.kept),
+        "parameters": small.parameters,
+        "kept": sum(len(stage.kept) for stage in report.stages),
         "commit": commit(),
         "environment": report.environment.model_dump(mode="json"),
     }
@@ -99,7 +105,7 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
         with tempfile.TemporaryDirectory() as folder:
             report = compress(recipe, Path(folder) / "out", base=base, data=text)
         known[name] = row(name, report)
-        print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {report.stages[0].seconds:.0f} s", flush=True)
+        print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {known[name]['seconds']:.0f} s", flush=True)
     result = {
         "command": f"python evaluation/bench.py --models {model} --threads {torch.get_num_threads()}",
         "model": model,

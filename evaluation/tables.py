@@ -26,6 +26,11 @@ BASELINE |= dict.fromkeys(("int8-smooth", "int8-smooth-all", "w8a8", "w8a8-all",
 STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest"), "stock bitsandbytes")
 STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
 STOCK |= {"int8-smooth-all": "nothing spared", "w8a8-all": "nothing spared"}
+BASELINE |= {"ffn-75-obs": "ffn-75-magnitude", "kv-half": "kv-half-magnitude", "depth-75-kl": "depth-75-influence"}
+BASELINE |= {"wanda-2-4": "magnitude-2-4", "sparsegpt-50": "magnitude-50"}
+STOCK |= dict.fromkeys(("ffn-75-magnitude", "kv-half-magnitude"), "magnitude, nothing repaired")
+STOCK |= {"depth-75-influence": "block influence"}
+STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
 
 
 def load(name: str) -> dict[str, Any] | None:

@@ -109,7 +109,7 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights; a byte of 4-bit codes is two, what belongs to scales is none, nor is a zero that a mask stands for."""
+        """Stored weights; a byte of 4-bit codes is two, what belongs to scales is none, nor are zeros that a mask tells of."""
         packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
         count = 0
         for name, entry in self.tensors.items():

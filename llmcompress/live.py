@@ -93,9 +93,10 @@ def apply(
     native_layout = native_kind(chosen) is not None
     written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
     smaller = sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
+    zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
     after = ModelFacts(
         model=name,
-        parameters=sum(p.numel() for p in result.model.parameters()) - sum(getattr(w, "zeros", 0) for w in packed.values()),
+        parameters=sum(p.numel() for p in result.model.parameters()) - zeros,
         size_bytes=_size(left) + smaller,
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,

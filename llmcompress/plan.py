@@ -23,6 +23,7 @@ from llmcompress.stages.embedding import apart
 from llmcompress.stages.protect import spared
 from llmcompress.stages.prune import Prune, reader_of
 from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
+from llmcompress.stages.sparsify import Sparsify
 from llmcompress.walk import TOKENS_AT_ONCE
 
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
@@ -42,6 +43,8 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     for step in recipe.stages:
         if isinstance(step.stage, Prune):
             row, model = _prune(model, step.stage, tokens, rate)
+        elif isinstance(step.stage, Sparsify):
+            row, notes = _sparsify(model, step.stage, tokens, rate)
         else:
             row, notes = _quantize(model, step.stage, tokens, rate)
         rows.append(row)
@@ -73,6 +76,31 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
         "seconds": work / rate,
     }
     return row, left
+
+
+def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
+    """The row of weights that become zero, and notes in words."""
+    chosen, kept = stage.choose(model)
+    shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+    width, parameters = model.weight_dtype.itemsize, _parameters(model)
+    saved = sum(math.prod(shape) * (8 * width - chosen[name].bits(shape[1])) for name, shape in shapes.items()) / 8
+    layers, calibrated = len(model.layers), stage.score != "magnitude"
+    inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    work = 2.0 * inner * tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
+    work += sum(2.0 * C**2 * tokens for C in {shape[1] for shape in shapes.values()}) * layers
+    if stage.score == "sparsegpt":
+        work += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
+    states = tokens * model.config.hidden_size * (4 if calibrated else 2)
+    outer, widest = parameters - inner, max(C for _, C in shapes.values())
+    row = {
+        "stage": f"prune ({stage.pattern}, {stage.score})",
+        "parameters": parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
+        "size_bytes": int(parameters * width - saved),
+        "peak_memory_bytes": 4 * (4 * inner // layers + outer + states + 4 * widest**2),
+        "seconds": work / rate,
+    }
+    reasons = "; ".join(sorted(set(kept.values())))
+    return row, [f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})"] if kept else []
 
 
 def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float) -> tuple[Row, list[str]]:

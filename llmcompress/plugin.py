@@ -99,7 +99,7 @@ class Quantizer(HfQuantizer):
         return wanted if wanted is None or wanted.is_floating_point else None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes an element in memory: a byte of two codes is kept beside their expansion to two bytes or a copy, values beside all."""
+        """Bytes an element in memory: two codes beside their expansion to two bytes, or a copy; values beside all weights."""
         owner, _, part = param_name.rpartition(".")
         module = model.get_submodule(owner)
         if part == "weight" and isinstance(module, SparseLinear):
@@ -138,6 +138,9 @@ def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding
         model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
         model.all_tied_weights_keys.update(ties)
     model.set_submodule(name, embedding)
+    for kind in {type(owner) for owner in model.modules() if isinstance(owner, PreTrainedModel)}:
+        if kind.dtype is ModuleUtilsMixin.dtype:
+            cast(Any, kind).dtype = property(_dtype)  # a save writes it to config.json, masks of a static cache are of it
 
 
 def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, Layout], dtype: torch.dtype) -> set[str]:
@@ -231,7 +234,7 @@ def _plain(module: StoredLinear | IntegerEmbedding, dtype: torch.dtype) -> nn.Mo
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type of a model's activations, where transformers takes that of the first float parameter: of ours, a scale."""
+    """The type of a model's activations; transformers takes that of the first float parameter, which of ours is a scale."""
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
@@ -239,8 +242,6 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
     found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
     return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
 
-
-cast(Any, PreTrainedModel).dtype = property(_dtype)  # a save writes it to config.json, a static cache is made of it
 
 # Not by transformers' decorators, which refuse a second time: a reloaded module takes the place of its former self.
 AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedConfig

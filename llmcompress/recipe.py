@@ -198,7 +198,9 @@ def _one_line(text: object) -> str:
 
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, as `stages.0.quantize.blok: unknown key; did you mean block?`."""
-    first = min(error.errors(include_url=False), key=lambda one: one["type"] == "missing")  # it may be there, misspelt
+    errors = error.errors(include_url=False)
+    beside = [one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]]
+    first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]  # what is missing may be misspelt
     path, kind, given = first["loc"], first["type"], first.get("input")
     place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
     if kind == "extra_forbidden":

@@ -115,7 +115,7 @@ class SparseWeight:
 
     @classmethod
     def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: Sparse) -> SparseWeight:
-        """What the mask leaves of W [R, C], rounded to the type of the layout. Errors: ValueError for a mask of another kind."""
+        """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of another kind."""
         if not layout.allows(mask_RC):
             raise ValueError(f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves")
         return cls(W_RC[mask_RC].to(DTYPES[layout.dtype]).cpu(), mask_RC.cpu(), layout)
@@ -135,7 +135,7 @@ class SparseWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: Sparse, rows: int, columns: int) -> SparseWeight:
-    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for tensors that can't be those of [rows, columns]."""
+    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
         raise ModelError(f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}")

@@ -1,7 +1,7 @@
 """One quantised or sparse linear as it lies in a checkpoint, whatever its format: found, read, written, what it computes.
 
-Formats differ in their tensors (`native`, `integer`, `sparse_linear`) and in whether the kernel rounds what the linear reads. Whoever reads a
-checkpoint or a journal asks here and need not know which it is.
+Formats differ in their tensors (`native`, `integer`, `sparse_linear`) and in whether the kernel rounds what the linear reads.
+Whoever reads a checkpoint or a journal asks here and need not know which it is.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ MARKS = (
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
-    """The linears among the tensors of a checkpoint that are quantised or sparse, by full name, in the order of their tensors."""
+    """The quantised or sparse linears among the tensors of a checkpoint, by full name, in the order of their tensors."""
     return [name.removesuffix(mark) for name in names for mark in MARKS if name.endswith(mark)]
 
 

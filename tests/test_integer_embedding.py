@@ -177,14 +177,16 @@ def test_a_model_in_half_precision_says_so_and_generates_with_a_static_cache(dty
 
 # torch 2.13's own compiler does what the warning is about
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_a_model_compiles_and_lets_gradients_through_its_head(tmp_path: Path) -> None:
-    artefact(tmp_path, "gemma3_text")
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt2", "opt"])
+def test_a_model_compiles_and_lets_gradients_through_its_head(family: str, tmp_path: Path) -> None:
+    artefact(tmp_path, family)
     model = load(tmp_path)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-3, atol=1e-3)
     model.enable_input_require_grads()
     model(TOKENS, labels=TOKENS).loss.backward()
-    assert float(model.model.norm.weight.grad.abs().sum()) > 0
+    norm = next(p for name, p in model.named_parameters() if "norm" in name or "ln_" in name)
+    assert norm.grad is not None and float(norm.grad.abs().sum()) > 0
 
 
 # What is refused.
@@ -228,5 +230,8 @@ def test_a_tied_head_with_a_bias_is_refused() -> None:
 
 
 def test_the_types_of_other_models_are_as_they_were() -> None:
-    model = cast(Any, pico("llama")).to(torch.bfloat16)
-    assert model.dtype == model.model.dtype == torch.bfloat16 and pico("gpt2").dtype == torch.float32
+    held, other = cast(Any, pico("llama")).to(torch.bfloat16), cast(Any, pico("llama")).to(torch.float16)
+    plain = held.model.embed_tokens
+    plugin.set_embedding(held, "model.embed_tokens", embedding("model.embed_tokens", plain, rounded(plain.weight.float())))
+    assert held.dtype == held.model.dtype == torch.bfloat16
+    assert other.dtype == other.model.dtype == torch.float16 and pico("gpt2").dtype == torch.float32

@@ -29,6 +29,11 @@ from llmcompress.report.render import (
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
+SPARSE = "sparse"
+NO_SPEED = (
+    "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are dense. Parameters "
+    "are counted as stored, zeros left out."
+)
 
 
 def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any]) -> str:
@@ -56,7 +61,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any]:
     stages = {stage.name for stage in report.stages}
-    formats = {linear.format for linear in report.linears}
+    formats = _formats(report)
     front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _plain(base_card.get(key))}
     if report.base.revision is not None:
         front["base_model"] = report.base.model
@@ -69,6 +74,11 @@ def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any
     }
     results = _results(report)
     return front | ({"model-index": [{"name": short_name(report.compressed.model), "results": results}]} if results else {})
+
+
+def _formats(report: Report) -> set[str]:
+    """The formats without what they say in detail, as `sparse` of `sparse 2:4`."""
+    return {linear.format.partition(" ")[0] for linear in report.linears}
 
 
 def _plain(value: Any) -> bool:
@@ -112,9 +122,9 @@ def _change(report: Report) -> str:
 
 
 def _loading(report: Report) -> str:
-    formats = {linear.format for linear in report.linears}
+    formats = _formats(report)
     ours = bool(formats - NATIVE)  # in our own layout
-    packages = "transformers accelerate" + (" bitsandbytes" if formats else "") + (" llmcompress" if ours else "")
+    packages = "transformers accelerate" + (" bitsandbytes" if formats - {SPARSE} else "") + (" llmcompress" if ours else "")
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     return f"""## Load it
 
@@ -163,6 +173,7 @@ def _limits(report: Report) -> str:
         "The mean KL hides rare tokens that changed much more; the 99th percentile shows some of them.",
         f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be otherwise.",
         "Whatever limits the base has, and its licence, hold here too.",
+        *((NO_SPEED,) if SPARSE in _formats(report) else ()),
     )
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
