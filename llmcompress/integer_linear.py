@@ -24,6 +24,7 @@ from llmcompress.integer import IntegerWeight, Scheme
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
+FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
 
 
@@ -133,14 +134,25 @@ class IntegerLinear(StoredLinear):
         """input [..., C] to [..., R] in the type of `input`."""
         matrix = self.matrix()
         if self.scheme.activations == "none":
-            weight = (matrix.float() * self.weight_scale[:, None]).to(input.dtype)
-            return nn.functional.linear(input, weight, self.bias if self.bias is None else self.bias.to(input.dtype))
+            return self._unrounded(input, matrix)
         step = self.input_scale if self.scheme.activations == "static" else None
         bits = self.scheme.activation_bits
         if not (torch.is_grad_enabled() and input.requires_grad):
             return _product(input, matrix, self.weight_scale, step, bits, self.bias, input.dtype)
         out: Tensor = _StraightThrough.apply(input, matrix, self.weight_scale, step, bits)  # type: ignore[no-untyped-call]
         return (out if self.bias is None else out + self.bias).to(input.dtype)
+
+    def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
+        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25 times as long."""
+        few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
+        if few and not (torch.is_grad_enabled() and input.requires_grad):
+            x_TC = input.reshape(-1, self.in_features)
+            whole = torch.compiler.is_compiling()  # a compiler makes no floats of the whole weight where it needs none
+            out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(self.weight_scale)
+            out = out if self.bias is None else out + self.bias
+            return out.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
+        weight = (matrix.float() * self.weight_scale[:, None]).to(input.dtype)
+        return nn.functional.linear(input, weight, self.bias if self.bias is None else self.bias.to(input.dtype))
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
@@ -219,7 +231,10 @@ def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
 
 
 def float_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
-    """The same sums in float32, exact below 2^24, of codes of either type; a piece of the weight at a time becomes floats."""
+    """The same sums in float32, exact below 2^24, of codes of any type, or of inputs as they are.
+
+    A piece of the weight at a time becomes floats.
+    """
     codes_TC, (R, C) = codes_TC.float(), matrix_RC.shape
     rows = max(1, PIECE // C)
     if rows >= R:

@@ -2,9 +2,10 @@
 
 config.json says which linear has which scheme, by full name, so that one model can mix them; nothing is guessed from patterns.
 Before the weights are read each named linear is replaced by the module that stores and runs its scheme, whose parameters are
-the tensors of the file: loading, saving, offloading and sharding are transformers' own. What transformers would do quietly is
-refused here: a name that is no linear, a tied weight, a tensor that the checkpoint lacks. Without the import, transformers
-warns of an unknown method and loads a plain model, which fails at the shapes that `Scheme.shapes` chose for that.
+the tensors of the file: loading, saving, offloading and sharding are transformers' own. An embedding can be among them, and a
+head tied to it, which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
+one of two tied weights, a tensor that the checkpoint lacks. Without the import, transformers warns of an unknown method and
+loads a plain model, which fails at the shapes that `Scheme.shapes` chose for that.
 """
 
 from __future__ import annotations

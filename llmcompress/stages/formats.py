@@ -1,8 +1,8 @@
 """How one linear is to be written: the settings that a recipe gives for all, and the overrides that it gives for some.
 
 An override changes the stage's own settings for the linears it names; one that names another format starts from that format's
-defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their blocks; every other mixture needs our
-plug-in, and there LLM.int8 becomes the same codes in our layout (`alone`).
+defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their blocks; every other mixture, and any
+model whose embedding is int8, needs our plug-in, and there LLM.int8 becomes the same codes in our layout (`alone`).
 """
 
 from __future__ import annotations
