@@ -151,6 +151,25 @@ def cost() -> str:
     )
 
 
+def speed() -> str:
+    """How fast the formats are beside the reference of the same run."""
+    result = load("speed")
+    if result is None:
+        return ""
+    columns = list(dict.fromkeys((row["what"], row["batch"], row["tokens"]) for row in result["rows"]))
+    found = {(row["candidate"], row["what"], row["batch"], row["tokens"]): row["speedup_p10"] for row in result["rows"]}
+    names = dict.fromkeys(row["candidate"] for row in result["rows"])
+    header = [
+        "candidate",
+        *(f"{what}, {f'batch {batch}' if tokens == 1 else f'{tokens} tokens'}" for what, batch, tokens in columns),
+    ]
+    lines = [[name, *(f"{found[(name, *key)]:.2f} x" if (name, *key) in found else "" for key in columns)] for name in names]
+    where = f"{result['hardware']}, {result['cpu_capability']}, commit {result['commit']}"
+    return (
+        f"Times as fast as {result['reference']} in the same run, at the 10th percentile ({where}):\n\n{table(header, lines)}\n"
+    )
+
+
 def head(recipe: str) -> str:
     """The measured lines of a recipe's head."""
     lines = []
@@ -174,7 +193,7 @@ def with_head(text: str, recipe: str) -> str:
 
 def main() -> int:
     wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
-    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost)):
+    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost), ("speed", speed)):
         before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"
