@@ -107,11 +107,6 @@ def scale(
     return torch.where(reached, tensor * factor, tensor)
 
 
-def units_along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
-    """The unit of `axis` at each position of one dimension of a spelling, int64; -1 where the dimension has none."""
-    return _along(term, sizes, axis)
-
-
 def _fitting(tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int]) -> Spelling:
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if tuple(tensor.shape) != spelling.shape(sizes):
@@ -151,16 +146,16 @@ def _positions(term: Term, sizes: Mapping[str, int], axis: str, kept: Tensor) ->
 
 def _coordinates(spelling: Spelling, sizes: Mapping[str, int], axis: str) -> Tensor:
     """The unit of `axis` at each position, -1 where there is none, shaped to broadcast against the tensor."""
-    found = [dim for dim, term in enumerate(spelling.dims) if (_along(term, sizes, axis) >= 0).any()]
+    found = [dim for dim, term in enumerate(spelling.dims) if (units_along(term, sizes, axis) >= 0).any()]
     if len(found) != 1:
         raise ValueError(f'"{axis}" is in {len(found)} dimensions of "{spelling}"; a scale needs it in exactly one')
     shape = [1] * len(spelling.dims)
     shape[found[0]] = -1
-    return _along(spelling.dims[found[0]], sizes, axis).reshape(shape)
+    return units_along(spelling.dims[found[0]], sizes, axis).reshape(shape)
 
 
-def _along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
-    """The unit of `axis` at each position of a term, -1 where there is none."""
+def units_along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
+    """The unit of `axis` at each position of a term, int64; -1 where there is none."""
     if not isinstance(term, Group):
         size = _size(term, sizes)
         return torch.arange(size) if term == axis else torch.full((size,), -1)
@@ -168,7 +163,7 @@ def _along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
     for number, product in enumerate(term.alternatives):
         inside = torch.full((1,), number if axis == _BAR and len(term.alternatives) > 1 else -1)
         for factor in product:
-            inside = torch.maximum(inside[:, None], _along(factor, sizes, axis)).flatten()
+            inside = torch.maximum(inside[:, None], units_along(factor, sizes, axis)).flatten()
         parts.append(inside)
     return torch.cat(parts)
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from llmcompress.axes import Spelling, scale
 from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
 
+Value = TypeVar("Value")
 Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 
 
@@ -91,6 +92,15 @@ class Block:
         if self.reference:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
+
+    def own(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
+        """What there is for linears of this block, by their full names, by their names in it."""
+        names = {linear: f"{self.name}.{linear}" for linear in self.anatomy.linears}
+        return {linear: by_name[name] for linear, name in names.items() if name in by_name}
+
+    def shift_bias(self, linear: str, shift_R: Tensor, dtype: torch.dtype) -> None:
+        """Add to a linear's bias, rounded to the `dtype` in which it is stored; `reference` goes on with what it was."""
+        self.set_bias(linear, (self.module.get_parameter(f"{linear}.bias").data + shift_R).to(dtype))
 
     def set_bias(self, linear: str, bias_R: Tensor) -> None:
         """Put another bias in place of a linear's; `reference` goes on with the one that it replaces."""

@@ -300,13 +300,26 @@ class Journal:
                 folder.mkdir(parents=True)
                 stored.write_text(key)
 
+    def get(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """A finished block's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""
+        if not (file := self._file(stage, block)).is_file():
+            return None
+        try:
+            handle = _open(file)
+            metadata = handle.metadata()
+            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
+            sound = metadata["key"] == self.key and metadata["sha256"] == _digest(tensors, metadata["facts"])
+        except (ModelError, SafetensorError, OSError, KeyError, TypeError):
+            return None
+        return (tensors, json.loads(metadata["facts"])) if sound else None
+
     def has(self, stage: str, block: int) -> bool:
         """Whether a block of a stage is finished and sound; reads the whole file."""
-        return self._load(stage, block) is not None
+        return self.get(stage, block) is not None
 
     def load(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished block's tensors and facts. Errors: KeyError where `has` is False."""
-        if (found := self._load(stage, block)) is None:
+        if (found := self.get(stage, block)) is None:
             raise KeyError(f"{stage} {block}")
         return found
 
@@ -323,18 +336,6 @@ class Journal:
 
     def _file(self, stage: str, block: int) -> Path:
         return self.folder / f"{stage}.{block:05}.safetensors"
-
-    def _load(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        if not (file := self._file(stage, block)).is_file():
-            return None
-        try:
-            handle = _open(file)
-            metadata = handle.metadata()
-            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            sound = metadata["key"] == self.key and metadata["sha256"] == _digest(tensors, metadata["facts"])
-        except (ModelError, SafetensorError, OSError, KeyError, TypeError):
-            return None
-        return (tensors, json.loads(metadata["facts"])) if sound else None
 
 
 def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:

@@ -18,56 +18,60 @@ from llmcompress.report.card import card, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer
 from llmcompress.residency import OnDisk, Resident
 from llmcompress.sparse_linear import Sparse
-from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
+from llmcompress.stages.choice import Written
+from llmcompress.stages.coding import FourBit, Int8, Integer
 from llmcompress.stages.depth import renumbered
 from llmcompress.stages.embedding import OUTER
 from llmcompress.stages.prune import Prune
-from llmcompress.stages.quantize import Quantize
 from llmcompress.stored import Stored
 
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
-Written = Coding | Sparse  # how one linear is written
 
 
-def results(stage: Stage, model: Resident, journal: Journal) -> Iterator[Entry]:
-    """What a stage made, a journal's entry at a time: block by block, the head, and what changed outside."""
-    if isinstance(stage, Prune):
-        blocks = range(0 if stage.axis == "layer" else len(model.layers))
-        yield from (({}, journal.load(stage.name, index)[0]) for index in blocks)
-        return
-    chosen, _ = stage.settled(model, journal)
-    for index in range(len(model.layers) + 1):
-        if journal.has(stage.name, index):
-            yield read_entry(journal.load(stage.name, index)[0], chosen, model)
-    if journal.has(OUTER, 0):
-        yield read_entry(journal.load(OUTER, 0)[0], chosen, model)
+class Outcome:
+    """What a stage made of a model, read from its journal: `chosen` says how linears are written, `kept` why others are not."""
 
+    def __init__(self, stage: Stage, model: Resident, journal: Journal) -> None:
+        self.stage, self.model, self.journal = stage, model, journal
+        self.chosen: dict[str, Written] = {}
+        self.kept: dict[str, str] = {}
+        self.gone: list[int] = []  # layers
+        if isinstance(stage, Prune):
+            self.gone = stage.gone(journal)
+        else:
+            chosen, self.kept = stage.settled(model, journal)
+            self.chosen = dict(chosen)
 
-def changes(stage: Stage, model: Resident, journal: Journal) -> dict[str, Any]:
-    """What a stage changes in config.json."""
-    if isinstance(stage, Prune):
-        return stage.changes(model, journal)
-    chosen, kept = stage.settled(model, journal)
-    found: dict[str, Any] = {"quantization_config": quantization_of(chosen, kept)}
-    if model.anatomy.embedding in chosen and model.config.dtype is None:  # else a loader takes that of the first scale
-        found["dtype"] = str(model.weight_dtype).removeprefix("torch.")
-    return found
+    def entries(self) -> Iterator[Entry]:
+        """A journal's entry at a time: block by block, the head, and what changed outside."""
+        if isinstance(self.stage, Prune) and self.stage.axis == "layer":
+            return  # nothing is changed that stays
+        names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
+        for name, index in [*names, (OUTER, 0)]:
+            if (entry := self.journal.get(name, index)) is not None:
+                yield self._read(entry[0])
 
+    def _read(self, tensors: Mapping[str, Tensor]) -> Entry:
+        linears: dict[str, Stored] = {}
+        parts, shapes = set[str](), self.model.matrices()
+        for name in stored.quantized_linears(tensors):
+            found = stored.parts_of(name, tensors)
+            linears[name] = self.chosen[name].read(found, shapes[name][1])
+            parts |= {f"{name}.{part}" for part in found}
+        return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
-def renamed(stage: Stage, model: Resident, journal: Journal, name: str) -> str | None:
-    """The name of a tensor once the stage is done; None where it goes."""
-    return renumbered(name, model.anatomy.layers, stage.gone(journal)) if isinstance(stage, Prune) else name
+    def changes(self) -> dict[str, Any]:
+        """What changes in config.json."""
+        if isinstance(self.stage, Prune):
+            return self.stage.changes(self.model, self.gone)
+        found: dict[str, Any] = {"quantization_config": quantization_of(self.chosen, self.kept)}
+        if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
+            found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")
+        return found
 
-
-def read_entry(tensors: Mapping[str, Tensor], chosen: Mapping[str, Written], model: Resident) -> Entry:
-    """The quantised or sparse linears of a journal's entry, and the dense parameters that the stage changed."""
-    linears: dict[str, Stored] = {}
-    parts, shapes = set[str](), model.matrices()
-    for name in stored.quantized_linears(tensors):
-        found = stored.parts_of(name, tensors)
-        linears[name] = chosen[name].read(found, shapes[name][1])
-        parts |= {f"{name}.{part}" for part in found}
-    return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
+    def renamed(self, name: str) -> str | None:
+        """The name of a tensor once the stage is done; None where it goes."""
+        return renumbered(name, self.model.anatomy.layers, self.gone)
 
 
 def native_kind(chosen: Mapping[str, Written]) -> type[FourBit] | type[Int8] | None:
@@ -109,15 +113,15 @@ def tensors_of(packed: Stored, native_layout: bool) -> dict[str, Tensor]:
     return stored.tensors_of(packed)
 
 
-def write_weights(writer: Writer, model: OnDisk, stage: Stage, journal: Journal) -> Path:
+def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
-    What a stage made comes from the journal under the names that the base has for it, everything else as the base stores it.
+    What a stage made is written under the names that the base has for it, everything else as the base stores it.
     """
-    native_layout = isinstance(stage, Quantize) and native_kind(stage.settled(model, journal)[0]) is not None
+    native_layout = native_kind(outcome.chosen) is not None
     keys = {target: sources[0] for target, sources in model.sources.items()}
     replaced: set[str] = set()
-    for linears, dense in results(stage, model, journal):
+    for linears, dense in outcome.entries():
         named = {keys[name]: tensor for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
@@ -125,9 +129,9 @@ def write_weights(writer: Writer, model: OnDisk, stage: Stage, journal: Journal)
         replaced |= {keys[name] for name in (*dense, *(f"{linear}.weight" for linear in linears))}
         writer.add(named)
     for key in model.checkpoint.tensors:
-        if key not in replaced and (name := renamed(stage, model, journal, key)) is not None:
+        if key not in replaced and (name := outcome.renamed(key)) is not None:
             writer.add({name: model.checkpoint.read(key)})
-    return writer.close(model.checkpoint.config | changes(stage, model, journal))
+    return writer.close(model.checkpoint.config | outcome.changes())
 
 
 def ties_of(model: OnDisk) -> dict[str, str]:

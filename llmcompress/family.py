@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from llmcompress.axes import Spelling
+from llmcompress.axes import Spelling, Term
 from llmcompress.errors import ModelError
 
 Rows = Mapping[str, str]
@@ -68,6 +68,14 @@ class Anatomy:
                 raise ModelError(f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json")
             sizes["q"] = heads // sizes["kv"]
         return sizes
+
+    def input_of(self, linear: str) -> Term:
+        """What the columns of a linear of a block run along."""
+        return Spelling.parse(self.block[f"{linear}.weight"]).dims[0 if linear in self.conv1d else -1]
+
+    def output_of(self, linear: str) -> Term:
+        """What the rows of a linear of a block run along."""
+        return Spelling.parse(self.block[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
         """A key of `feeds` as a block's module or parameter, the part of it if it is fused, and the axes of its output."""

@@ -81,19 +81,8 @@ def read(tensors: Mapping[str, Tensor], scheme: FourBit, rows: int, columns: int
 class FourBitLinear(StoredLinear):
     """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
 
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        scheme: FourBit,
-        *,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype, device=device)
-        self.scheme, self.dtype = scheme, dtype or torch.float32
-        self.kernel: tuple[native.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
+    scheme: FourBit
+    kernel: tuple[native.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
 
     @torch.no_grad()
     def prepare(self) -> None:

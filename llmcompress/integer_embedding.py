@@ -9,7 +9,6 @@ V vocabulary, D width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from llmcompress import integer
 from llmcompress.errors import ModelError
 from llmcompress.integer import IntegerWeight, Scheme
-from llmcompress.integer_linear import IntegerLinear
+from llmcompress.integer_linear import IntegerLinear, StoredModule
 
 SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")  # rows * embed_scale, in the type of the rows
 
@@ -33,13 +32,14 @@ def factor_of(name: str, plain: nn.Module) -> float | None:
     return None if kind is nn.Embedding else float(cast(Any, plain).scalar_embed_scale)
 
 
-class IntegerEmbedding(nn.Embedding):
-    """An embedding [num_embeddings, embedding_dim] whose parameters are the tensors of the disk; memory is not initialised.
+class IntegerEmbedding(StoredModule, nn.Embedding):
+    """An embedding [num_embeddings, embedding_dim] of a StoredModule's parameters.
 
     It takes the place of `plain` (called `name` in errors) and gives rows in `dtype`, which follows the casts of the model.
     Errors: ModelError for an embedding that does what is not known here.
     """
 
+    scheme: Scheme
     weight_scale: Tensor
     like: Tensor
 
@@ -53,12 +53,11 @@ class IntegerEmbedding(nn.Embedding):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # past nn.Embedding's, which allocates a float weight
-        self.factor, self.kind, self.scheme = factor_of(name, plain), cast("type[nn.Embedding]", type(plain)), scheme
+        self.factor, self.kind = factor_of(name, plain), cast("type[nn.Embedding]", type(plain))
         known = cast(nn.Embedding, plain)
         self.num_embeddings, self.embedding_dim, self.padding_idx = known.num_embeddings, known.embedding_dim, known.padding_idx
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
-        for part, (shape, stored) in scheme.shapes(self.num_embeddings, self.embedding_dim).items():
-            self.register_parameter(part, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False))
+        self._store(scheme, self.num_embeddings, self.embedding_dim, device)
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # the type of the rows
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,10 +69,6 @@ class IntegerEmbedding(nn.Embedding):
 
     def prepare(self) -> None:
         """Nothing is kept beside the stored tensors."""
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors of the disk by name."""
-        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False)}
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [V, D]. Errors: ModelError where the stored tensors are nonsense."""
@@ -88,16 +83,6 @@ class IntegerEmbedding(nn.Embedding):
         if self.factor is not None:
             cast(Any, plain).embed_scale = torch.tensor(self.factor, device=self.weight.device)
         return plain.train(self.training)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> IntegerEmbedding:
-        """Scales stay float32 where a model is cast, as codes stay integers."""
-        exact = self.stored()
-        cast(Any, super())._apply(fn, recurse)
-        for name, data in exact.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        return self
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""

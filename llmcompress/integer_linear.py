@@ -35,13 +35,48 @@ class Layout(Protocol):
         """Those of a linear [rows, columns], bias apart."""
 
 
-class StoredLinear(nn.Linear):
-    """A linear [in_features -> out_features] whose parameters are the tensors of the disk; their memory is not initialised.
+class StoredModule(nn.Module):
+    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not initialised.
 
-    `scheme.shapes` says which tensors these are; the bias comes on top.
+    `scheme.shapes` says which tensors these are; a bias comes on top.
     """
 
+    scheme: Layout
+
+    def _store(self, scheme: Layout, rows: int, columns: int, device: torch.device | str | None) -> None:
+        """Register the parameters; called once, at construction."""
+        self.scheme, self.rows, self.columns = scheme, rows, columns
+        for name, (shape, stored) in scheme.shapes(rows, columns).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False))
+
+    def prepare(self) -> None:
+        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
+        raise NotImplementedError
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, columns]. Errors: ModelError where the stored tensors are nonsense."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the disk by name, without the bias."""
+        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
+        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
+        exact = self.stored()
+        cast(Any, super())._apply(fn, recurse)
+        for name, data in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+class StoredLinear(StoredModule, nn.Linear):
+    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model, and of the bias."""
+
     transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
+    beside: str | None = None  # the buffer that `prepare` fills, if it has one
 
     def __init__(
         self,
@@ -54,34 +89,13 @@ class StoredLinear(nn.Linear):
         device: torch.device | str | None = None,
     ) -> None:
         nn.Module.__init__(self)  # past nn.Linear's, which allocates a float weight
-        self.in_features, self.out_features = in_features, out_features
-        for name, (shape, stored) in scheme.shapes(out_features, in_features).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False))
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype or torch.float32
+        self._store(scheme, out_features, in_features, device)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        if self.beside is not None:
+            self.register_buffer(self.beside, None, persistent=False)
         cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
-
-    def prepare(self) -> None:
-        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
-        raise NotImplementedError
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
-        raise NotImplementedError
-
-    def stored(self) -> dict[str, Tensor]:
-        """The tensors of the disk by name, without the bias."""
-        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredLinear:
-        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
-        exact = self.stored()
-        cast(Any, super())._apply(fn, recurse)
-        for name, data in exact.items():
-            parameter = getattr(self, name)
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        return self
 
 
 class IntegerLinear(StoredLinear):
@@ -90,24 +104,12 @@ class IntegerLinear(StoredLinear):
     Gradients go straight through the rounding of the activations, to the input and the bias; the weight has none.
     """
 
+    scheme: Scheme
     weight_scale: Tensor
     weight_multiplier: Tensor
     input_scale: Tensor
     expanded: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        scheme: Scheme,
-        *,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype, device=device)
-        self.scheme = scheme
-        self.register_buffer("expanded", None, persistent=False)
+    beside = "expanded"
 
     @torch.no_grad()
     def prepare(self) -> None:

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, sparse_linear, stored
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Journal
-from llmcompress.contents import Written, changes, native_kind, quantization_of, renamed, results, tensors_of
+from llmcompress.contents import Outcome, native_kind, quantization_of, tensors_of
 from llmcompress.errors import ModelError
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.prepare import blocks_for, pick_device
@@ -26,6 +26,7 @@ from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
 from llmcompress.residency import Live
 from llmcompress.resize import changed
 from llmcompress.sparse_linear import SparseWeight
+from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import Int8
 from llmcompress.stages.context import Context
 from llmcompress.stages.prune import Prune
@@ -54,8 +55,6 @@ def apply(
     require_possible(recipe, source)
     blocks, facts = blocks_for(source, recipe.data, tokenizer), []
     packed: dict[str, Stored] = {}
-    chosen: dict[str, Written] = {}
-    kept: dict[str, str] = {}
     dense: dict[str, torch.Tensor] = {}
     left = dict(state)
     for step in recipe.stages:
@@ -63,18 +62,16 @@ def apply(
         with tempfile.TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal", "in memory")
             facts.append(done(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track)))
-            for linears, changed_here in results(stage, source, journal):
+            outcome = Outcome(stage, source, journal)
+            for linears, changed_here in outcome.entries():
                 packed, dense = packed | linears, dense | changed_here
             if isinstance(stage, Prune):
-                now = changed(now, changes(stage, source, journal))
-            else:
-                settled, kept = stage.settled(source, journal)
-                chosen = dict(settled)
-            named = {renamed(stage, source, journal, name): tensor for name, tensor in (left | dense).items()}
+                now = changed(now, outcome.changes())
+            named = {outcome.renamed(name): tensor for name, tensor in (left | dense).items()}
             left = {name: tensor for name, tensor in named.items() if name is not None}
         if now is not source.config:
             source, dense = Live(now, left, where), {}
-    compressed = dict(left)
+    compressed, chosen = dict(left), outcome.chosen
     for name, codes in packed.items():
         weight = stored.dequantize(codes)
         compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
@@ -110,7 +107,7 @@ def apply(
         model.get_parameter(name).data.copy_(tensor)
     if packed:
         _install(model, packed, chosen)
-        model.config.quantization_config = quantization_of(chosen, kept)
+        model.config.quantization_config = quantization_of(chosen, outcome.kept)
     return model, report
 
 

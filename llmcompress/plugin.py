@@ -27,7 +27,7 @@ from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
-from llmcompress.integer_linear import IntegerLinear, StoredLinear
+from llmcompress.integer_linear import IntegerLinear, StoredLinear, StoredModule
 from llmcompress.sparse_linear import Sparse, SparseLinear
 from llmcompress.stored import Layout, layouts_of
 
@@ -170,9 +170,8 @@ def _marked(module: Any) -> Any:
     return module
 
 
-def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredLinear | IntegerEmbedding]]:
-    kinds = (StoredLinear, IntegerEmbedding)
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredModule]]:
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredModule))
 
 
 def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[str, Layout]:
@@ -205,11 +204,9 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
     return cast(StoredLinear, _marked(twin))
 
 
-def _check_types(name: str, module: StoredLinear | IntegerEmbedding) -> None:
+def _check_types(name: str, module: StoredModule) -> None:
     """The loader compares shapes alone. Errors: ModelError."""
-    embedding = isinstance(module, IntegerEmbedding)
-    shape = (module.num_embeddings, module.embedding_dim) if embedding else (module.out_features, module.in_features)
-    expected = cast(Any, module).scheme.shapes(*shape)
+    expected = module.scheme.shapes(module.rows, module.columns)
     for part, tensor in module.stored().items():
         if tensor.dtype != expected[part][1]:
             raise ModelError(
@@ -217,10 +214,11 @@ def _check_types(name: str, module: StoredLinear | IntegerEmbedding) -> None:
             )
 
 
-def _plain(module: StoredLinear | IntegerEmbedding, dtype: torch.dtype) -> nn.Module:
+def _plain(module: StoredModule, dtype: torch.dtype) -> nn.Module:
     """The float linear of one of ours, a Conv1D where it was one, or the float embedding."""
     if isinstance(module, IntegerEmbedding):
         return module.plain(dtype)
+    assert isinstance(module, StoredLinear)
     weight = module.dequantized(dtype)
     if module.transposed:
         plain: Any = Conv1D(*weight.shape)

@@ -20,11 +20,11 @@ import torch
 from llmcompress.artifact import Writer
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Journal
-from llmcompress.contents import companions, ties_of, write_weights
+from llmcompress.contents import Outcome, companions, ties_of, write_weights
 from llmcompress.data import Blocks
 from llmcompress.evaluate import speed_of
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
-from llmcompress.recipe import Recipe, Stage
+from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report
 from llmcompress.report.measure import fidelity, peak_memory_bytes
 from llmcompress.residency import OnDisk
@@ -62,9 +62,10 @@ def compress(
             journal = Journal(writer.journal(number), _key(recipe, number, fingerprint, blocks))
             with tempfile.TemporaryDirectory(dir=writer.partial) as scratch:
                 facts.append(done(step.stage, model, Context(blocks, journal, Path(scratch), spec.seed, track)))
+            outcome = Outcome(step.stage, model, journal)
             if number < len(recipe.stages) - 1:
-                model = OnDisk(_joint(journal, model, step.stage, found.folder), model.device)
-        folder = write_weights(writer, model, step.stage, journal)
+                model = OnDisk(_joint(journal, model, outcome, found.folder), model.device)
+        folder = write_weights(writer, model, outcome)
         written = OnDisk(folder, model.device, quantized=True)
         base_model = OnDisk(found.folder, model.device)  # as it is on disk, whatever the stage did to the other
         measured = fidelity(
@@ -95,12 +96,12 @@ def compress(
         return report
 
 
-def _joint(journal: Journal, model: OnDisk, stage: Stage, base: Path) -> Path:
+def _joint(journal: Journal, model: OnDisk, outcome: Outcome, base: Path) -> Path:
     """The model between two stages, as a plain checkpoint in the journal of the first: it goes when that one does."""
     folder = journal.folder / "joint"
     if not folder.is_dir():
         with Writer(folder, base, size_bytes=model.checkpoint.size_bytes, ties=ties_of(model)) as writer:
-            write_weights(writer, model, stage, journal)
+            write_weights(writer, model, outcome)
             writer.publish({})
     return folder
 

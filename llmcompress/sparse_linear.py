@@ -152,23 +152,11 @@ class SparseLinear(StoredLinear):
     is filled in at every forward.
     """
 
+    scheme: Sparse
     weight_mask: Tensor
     dense: Tensor | None
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        scheme: Sparse,
-        *,
-        bias: bool,
-        dtype: torch.dtype | None = None,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(in_features, out_features, scheme, bias=bias, dtype=dtype, device=device)
-        self.scheme, self.dtype = scheme, dtype or DTYPES[scheme.dtype]
-        self.register_buffer("dense", None, persistent=False)
-        self.kernel: tuple[Tensor, ...] = ()  # torch's own form of a 2:4 weight, where there is a kernel for it
+    beside = "dense"
+    kernel: tuple[Tensor, ...] = ()  # torch's own form of a 2:4 weight, where there is a kernel for it
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -217,5 +205,6 @@ def has_kernel(W_RC: Tensor) -> bool:
 
 def linear(weight: SparseWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> SparseLinear:
     """A live module, in eval mode and prepared, that holds copies of our values and mask."""
-    R, C = weight.mask_RC.shape
-    return hold(SparseLinear(C, R, weight.layout, bias=bias is not None, device="meta"), weight.tensors(), bias, device)
+    (R, C), dtype = weight.mask_RC.shape, DTYPES[weight.layout.dtype]
+    module = SparseLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
+    return hold(module, weight.tensors(), bias, device)

@@ -8,6 +8,7 @@ too, and large enough that each has a say in the logits. They cost some millisec
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "qwen3_moe")
@@ -74,3 +75,8 @@ def _randomise(name: str, parameter: torch.Tensor, centre: float) -> None:
         parameter.normal_(centre if name.endswith("weight") else 0.0, 0.3)
     else:
         parameter.normal_(0.0, parameter.shape[-1] ** -0.5)
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    """Normal numbers, float32, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))

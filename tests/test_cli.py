@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmcompress.__main__ import main
+from llmcompress.__main__ import err, main, out
 from tests.bases import save_base, small_recipe, write_text
 
 EVALUATION = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
@@ -34,7 +34,8 @@ Cli = Callable[..., Result]
 @pytest.fixture
 def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
     """Run a command in this process as the shell would."""
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(out, "width", 200)
+    monkeypatch.setattr(err, "width", 200)
 
     def run(*arguments: object) -> Result:
         monkeypatch.setattr(sys, "argv", ["llmcompress", *map(str, arguments)])
@@ -349,7 +350,7 @@ def test_a_shell_sees_the_exit_codes(shelf: Path, tmp_path: Path) -> None:
 
 FULL_DISK = """
 import resource, signal, sys
-from llmcompress.__main__ import main
+from llmcompress.__main__ import err, main, out
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2)
 main()

@@ -14,6 +14,7 @@ from llmcompress.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerWeight,
 from llmcompress.integer_linear import linear, stock
 from llmcompress.methods.solve import Rounded
 from llmcompress.stages.coding import Coding, FourBit, Int8, Integer
+from tests.models import noise
 
 R, C = 64, 192
 FOUR_BIT: list[Coding] = [
@@ -37,10 +38,6 @@ def name_of(coding: Coding) -> str:
 
 
 every_coding = pytest.mark.parametrize("coding", CODINGS, ids=name_of)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def input_scale(coding: Coding) -> float | None:

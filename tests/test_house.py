@@ -23,7 +23,7 @@ LAYERS = (
     ("plugin", "resave", "artifact", "residency", "resize"),
     ("walk",),
     ("stages.context", "stages.coding"),
-    ("stages.formats", "stages.trial"),
+    ("stages.formats", "stages.trial", "stages.choice"),
     ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
     ("stages.depth",),
     ("stages.quantize", "stages.prune", "stages.sparsify"),

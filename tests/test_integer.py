@@ -3,7 +3,6 @@
 import copy
 import itertools
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -19,7 +18,7 @@ from llmcompress import integer
 from llmcompress.errors import ModelError
 from llmcompress.integer import IntegerWeight, Scheme
 from llmcompress.integer_linear import IntegerLinear, linear, weight_of
-from tests.models import pico
+from tests.models import noise, pico
 
 stock: Any = functional  # typed in part only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -31,14 +30,7 @@ SHAPES = [(1, 1), (7, 3), (17, 33), (5, 127), (32, 64)]  # most divide by nothin
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.format}-{scheme.activations}")
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def own(scheme: Scheme, R: int, C: int, *, unit: bool = False) -> IntegerWeight:

@@ -1,7 +1,6 @@
 """The ways an integer linear multiplies and the steps that a GPU runs compiled, against the plain arithmetic."""
 
 import itertools
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -10,18 +9,12 @@ from torch import Tensor
 from llmcompress import integer, integer_linear
 from llmcompress.integer import IntegerWeight, Scheme
 from llmcompress.integer_linear import PIECE, float_sums, fused_quantize_tokens, fused_scaled, integer_sums, linear, scaled
+from tests.models import noise
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(autouse=True)
-def fresh_compiler() -> Iterator[None]:
-    yield
-    torch.compiler.reset()
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
 def codes(*shape: int, seed: int = 0) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from llmcompress import integer
 from llmcompress.methods.activations import Magnitudes, round_but_outliers, round_static, round_tokens, static_scale
+from tests.models import noise
 
 stock: Any = functional  # typed in part only
 BITS = (4, 8)
@@ -28,10 +29,6 @@ ROUNDINGS: dict[str, Callable[[Tensor], Tensor]] = {
     "threshold 0": lambda x: round_but_outliers(x, 0.0),
 }
 by_rounding = pytest.mark.parametrize("name", ROUNDINGS)
-
-
-def noise(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
 def largest(bits: int) -> int:

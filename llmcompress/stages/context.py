@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,3 +33,9 @@ class Facts:
     notes: list[str] = field(default_factory=list)
     blocks: list[dict[str, Any]] = field(default_factory=list)  # one entry a block
     details: dict[str, Any] = field(default_factory=dict)  # how the stage was set
+
+    def add(self, entries: Iterable[dict[str, Any]]) -> None:
+        """Take in what the journal says of blocks, and of the linears in each."""
+        for entry in entries:
+            self.linears += entry.pop("linears")
+            self.blocks.append(entry)

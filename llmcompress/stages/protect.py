@@ -34,10 +34,11 @@ def spared(coding: Coding) -> Coding | None:
 @torch.no_grad()
 def costs(block: Block, codings: Mapping[str, Coding], F_DD: Tensor) -> dict[str, float]:
     """KL in nats a token that sparing each linear would save, by its name in the block."""
-    moments, sample = block.moments(), block.inputs[:SAMPLE]
+    static = any(coding.static_scale(1.0) is not None for coding in codings.values())
+    moments, sample = block.moments() if static else {}, block.inputs[:SAMPLE]
     aims, F_DD, found = block.outputs(sample), F_DD.to(block.device), {}
     for linear, coding in codings.items():
-        tops = {linear: float(moments[linear].top_C.max())}
+        tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
         lost = [_nats(trial(block, {linear: one}, tops, sample), aims, F_DD) for one in (coding, spared(coding)) if one]
         found[linear] = lost[0] - sum(lost[1:])
     return found

@@ -10,14 +10,14 @@ itself. A block that the journal holds is not cut again. Layers are another matt
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
-from llmcompress.axes import Spelling, Term, take, units_along
+from llmcompress.axes import Spelling, take, units_along
 from llmcompress.block import Block
 from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
@@ -92,15 +92,15 @@ class Prune(BaseModel):
             )
         return count
 
-    def changes(self, model: Resident, journal: Journal | None = None) -> dict[str, Any]:
-        """What changes in the config; before it is known which layers go, as if it were the last ones.
+    def changes(self, model: Resident, gone: Collection[int] | None = None) -> dict[str, Any]:
+        """What changes in the config; before it is known which layers go (None), as if it were the last ones.
 
         Errors: ModelError where transformers has no such model.
         """
         if self.axis != "layer":
             return resized(model.config, model.anatomy, {self.axis: self.count(model)})
         total = len(model.layers)
-        gone = self.gone(journal) if journal else list(range(self.count(model), total))
+        gone = range(self.count(model), total) if gone is None else gone
         return shortened(model.config, [index for index in range(total) if index not in gone])
 
     def gone(self, journal: Journal) -> list[int]:
@@ -138,7 +138,7 @@ class Prune(BaseModel):
         assert reader is not None
         moments = block.moments(next(group for group in anatomy.readers if reader in group))[reader]
         W_RC = block.weight(reader)
-        term = input_of(anatomy, reader)
+        term = anatomy.input_of(reader)
         unit_C = units_along(term, block.sizes, self.axis).to(block.device)
         aim_RC = retarget(W_RC, moments) if self.repair else W_RC
         kept = self._kept(block, aim_RC, moments, unit_C, count)
@@ -169,21 +169,14 @@ class Prune(BaseModel):
             worth_U = scores.activation(moments.H_CC.diagonal().sqrt(), unit_C, units)
         else:
             worth_U = scores.magnitude(W_RC, unit_C, units)
-            for name, row in block.anatomy.block.items():  # what writes the axis is part of the unit
-                dims = Spelling.parse(row).dims
-                if len(dims) == 2 and (linear := name.removesuffix(".weight")) != reader_of(block.anatomy, self.axis):
-                    unit_R = units_along(dims[-1 if linear in block.anatomy.conv1d else 0], block.sizes, self.axis)
-                    if bool((unit_R >= 0).any()):
-                        worth_U = worth_U + scores.magnitude(block.weight(linear).T, unit_R.to(block.device), units)
+            for linear in block.anatomy.linears:  # what writes the axis is part of the unit
+                unit_R = units_along(block.anatomy.output_of(linear), block.sizes, self.axis)
+                if bool((unit_R >= 0).any()):
+                    worth_U = worth_U + scores.magnitude(block.weight(linear).T, unit_R.to(block.device), units)
         return worth_U.argsort(descending=True, stable=True)[:count].sort().values
-
-
-def input_of(anatomy: Anatomy, linear: str) -> Term:
-    """What the columns of a linear run along."""
-    return Spelling.parse(anatomy.block[f"{linear}.weight"]).dims[0 if linear in anatomy.conv1d else -1]
 
 
 def reader_of(anatomy: Anatomy, axis: str) -> str | None:
     """The linear whose columns run along an axis inside the block; None where there is no such one, as for experts."""
-    inside = [linear for linear in anatomy.linears if axis in Spelling((input_of(anatomy, linear),)).axes]
+    inside = [linear for linear in anatomy.linears if axis in Spelling((anatomy.input_of(linear),)).axes]
     return inside[0] if len(inside) == 1 else None

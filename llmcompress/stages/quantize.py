@@ -2,15 +2,15 @@
 
 `nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
 scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
-the full model. `learned` goes on from there and trains the codes and scales of a whole block
-at once, so that its output comes closest to the full model's where the full model's predictions feel it. All three write the
-same bytes. A block that the journal holds is not done again: its codes are read, and the walk goes on through them.
+the full model. `learned` goes on from there and trains the codes and scales of a whole block at once, so that its output
+comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A block that the
+journal holds is not done again: its codes are read, and the walk goes on through them.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from llmcompress.methods.hessian import Moments
 from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
 from llmcompress.rotate import Rotation
+from llmcompress.stages.choice import inner, install, mean_bits, require_known
 from llmcompress.stages.coding import Coding
 from llmcompress.stages.context import Context, Facts
 from llmcompress.stages.embedding import apart, embedding_codings, settle_outer
@@ -90,21 +91,17 @@ class Quantize(Format):
         """
         chosen: dict[str, Coding] = {}
         kept: dict[str, str] = {}
-        rows = {
-            f"{model.block_name(i)}.{name}": row for i in range(len(model.layers)) for name, row in model.anatomy.block.items()
-        }
-        ours = {f"{model.block_name(i)}.{linear}" for i in range(len(model.layers)) for linear in model.anatomy.linears}
-        rows |= model.anatomy.outer
-        self._check_names(ours, model)
+        rows, ours = model.anatomy.rows(model.config), inner(model, model.anatomy.linears)
+        require_known("skip", self.skip, ours)
+        require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
         for name, shape in model.linear_maps():
             coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
             if why := self._why_not(name, model, ours) or coding.refusal(shape):
                 kept[name] = why
             else:
                 chosen[name] = coding
-        for i in range(len(model.layers)):
-            for experts in model.anatomy.experts:
-                kept[f"{model.block_name(i)}.{experts}"] = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
+        experts = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
         if not chosen:
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another block or skip"
@@ -125,18 +122,6 @@ class Quantize(Format):
                 kept[name] = "protect"
         return chosen, kept
 
-    def _check_names(self, ours: set[str], model: Resident) -> None:
-        for what, patterns, names, axes in (
-            ("skip", self.skip, ours, set()),
-            ("overrides", self.overrides, ours | {model.anatomy.head}, set(model.sizes)),
-        ):
-            for pattern in patterns:
-                if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
-                    also = f", and axes {', '.join(model.sizes)}" if axes else ""
-                    raise ModelError(
-                        f'{what} "{pattern}" matches no linear of this model; they have names like {min(ours)}{also}'
-                    )
-
     def _settings(self, name: str, spelling: str) -> Format:
         """What holds for one linear: of several overrides that match, the last."""
         found: Format = self
@@ -145,7 +130,7 @@ class Quantize(Format):
                 found = override.over(self)
         return found
 
-    def _why_not(self, name: str, model: Resident, ours: set[str]) -> str | None:
+    def _why_not(self, name: str, model: Resident, ours: Collection[str]) -> str | None:
         if name == model.anatomy.head:
             if self.head == "keep":
                 return "head: keep"
@@ -164,7 +149,7 @@ class Quantize(Format):
         """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
         if rotation := self.rotation(model, context.seed):
             model.turn(rotation)
-        chosen, kept = self.choose(model)
+        chosen, _ = self.choose(model)
         solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
         steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last block
         journal = context.journal
@@ -177,16 +162,15 @@ class Quantize(Format):
         if not all(journal.has(STAGE, index) for index in range(steps)):
             self._walk(model, context, chosen, steps, full)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
+        shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
+        bits = {name: chosen[name].bits for name in shapes}
         unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
         unsaid |= {"block"} if self.format in ("int8", "w8a8", "w8a16") else set()
-        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": bits_of(chosen, model)}
+        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": mean_bits(bits, shapes)}
         facts.linears += embeddings
-        for index in range(steps):
-            block = journal.load(STAGE, index)[1]
-            facts.linears += block.pop("linears")
-            facts.blocks.append(block)
+        facts.add(journal.load(STAGE, index)[1] for index in range(steps))
         facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
         return facts
 
@@ -199,9 +183,7 @@ class Quantize(Format):
             head = block.index == len(model.layers)
             if block.index == 0 and full and calibrated:
                 block.reference = list(full)
-            named = {linear: f"{block.name}.{linear}" for linear in model.anatomy.linears}
-            named = {model.anatomy.head: model.anatomy.head} if head else named
-            codings = {linear: chosen[full] for linear, full in named.items() if full in chosen}
+            codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else block.own(chosen)
             rounding = Rounding(codings, model.device, model.weight_dtype)
             changed = [] if head else self._smoothed(block, codings, context, model.weight_dtype)
             if not journal.has(STAGE, block.index):
@@ -210,7 +192,7 @@ class Quantize(Format):
                 entry[0].update({f"{block.name}.{name}": tensor for name, tensor in dense.items()})
                 journal.save(STAGE, block.index, *entry)
             if not head:
-                _install(block, codings, journal.load(STAGE, block.index)[0])
+                install(block, codings, journal.load(STAGE, block.index)[0])
 
     def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
@@ -249,11 +231,10 @@ class Quantize(Format):
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
-            own = {linear: f"{block.name}.{linear}" for linear in model.anatomy.linears}
-            codings = {linear: chosen[name] for linear, name in own.items() if name in chosen}
+            codings = block.own(chosen)
             self._smoothed(block, codings, context, model.weight_dtype)
             nats = costs(block, codings, journal.load(FISHER, block.index)[0]["F_DD"])
-            found |= {own[linear]: cost for linear, cost in nats.items()}
+            found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
         journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
 
     def _block(self, block: Block, rounding: Rounding, context: Context) -> Entry:
@@ -294,12 +275,6 @@ class Quantize(Format):
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
 
-def bits_of(chosen: Mapping[str, Coding], model: Resident) -> float:
-    """Bits a weight on disk in the mean of the linears that are quantised, scales of blocks included."""
-    sizes = {name: math.prod(shape) for name, shape in model.matrices().items() if name in chosen}
-    return sum(chosen[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
-
-
 def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
     """A line for each block some of whose experts saw fewer calibration tokens than `few`, with those experts.
 
@@ -328,16 +303,3 @@ def _facts(name: str, coding: Coding, W_RC: Tensor, packed: stored.Stored, momen
         "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
         "weight_error": weight_error(W_RC, Q_RC),
     }
-
-
-def _install(block: Block, codings: Mapping[str, Coding], tensors: Mapping[str, Tensor]) -> None:
-    """What the journal holds in place of the block's weights, with what its kernels do to the inputs."""
-    for linear, coding in codings.items():
-        parts = stored.parts_of(f"{block.name}.{linear}", tensors)
-        packed = coding.read(parts, block.weight(linear).shape[1])
-        block.set_weight(linear, stored.dequantize(packed))
-        if (bias := tensors.get(f"{block.name}.{linear}.bias")) is not None:
-            block.set_bias(linear, bias)
-        scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
-        if inputs := coding.inputs(scale):
-            block.rounds[linear] = inputs

@@ -86,7 +86,7 @@ class Rounding:
                 block.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in block.anatomy.block:
                     shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
-                    block.set_bias(linear, (block.module.get_parameter(f"{linear}.bias").data + shift_R).to(self.dtype))
+                    block.shift_bias(linear, shift_R, self.dtype)
         return {linear: solved[linear] for linear in weights}, moments, scales
 
     def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:

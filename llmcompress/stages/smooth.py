@@ -99,8 +99,7 @@ class Smooth(BaseModel):
 def _units(block: Block, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
     """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape of those units."""
     _, _, axes = block.anatomy.producer(key)
-    dims = Spelling.parse(block.anatomy.block[f"{reader}.weight"]).dims
-    term = Spelling((dims[0 if reader in block.anatomy.conv1d else -1],))
+    term = Spelling((block.anatomy.input_of(reader),))
     shape = tuple(block.sizes[axis] for axis in axes)
     count = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
     columns = torch.ones(term.shape(block.sizes), dtype=torch.float64)

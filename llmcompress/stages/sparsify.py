@@ -9,7 +9,7 @@ where there is one. A block that the journal holds is not done again.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Collection
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -27,6 +27,7 @@ from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.methods.sparse import keep_mask, sparsegpt
 from llmcompress.residency import Resident
 from llmcompress.sparse_linear import DTYPES, Sparse, SparseWeight
+from llmcompress.stages.choice import inner, install, mean_bits, require_known
 from llmcompress.stages.context import Context, Facts
 from llmcompress.walk import walk
 
@@ -74,11 +75,8 @@ class Sparsify(BaseModel):
 
         Raises ModelError where none is left.
         """
-        layers = [model.block_name(index) for index in range(len(model.layers))]
-        ours = {f"{block}.{linear}" for block in layers for linear in model.anatomy.linears}
-        for pattern in self.skip:
-            if not any(fnmatchcase(name, pattern) for name in ours):
-                raise ModelError(f'skip "{pattern}" matches no linear of this model; they have names like {min(ours)}')
+        ours = inner(model, model.anatomy.linears)
+        require_known("skip", self.skip, ours)
         dtype = str(model.weight_dtype).removeprefix("torch.")
         layout = Sparse(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
         chosen: dict[str, Sparse] = {}
@@ -88,9 +86,7 @@ class Sparsify(BaseModel):
                 kept[name] = why
             else:
                 chosen[name] = layout
-        kept |= {
-            f"{block}.{experts}": "3-D experts, which are stored whole" for block in layers for experts in model.anatomy.experts
-        }
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
         if not chosen:
             raise ModelError(
                 f"no linear of this model can lose weights ({next(iter(kept.values()))}); try another keep or skip"
@@ -101,7 +97,7 @@ class Sparsify(BaseModel):
         """As `choose`: there is nothing that only `apply` finds out."""
         return self.choose(model)
 
-    def _why_not(self, name: str, model: Resident, ours: set[str]) -> str | None:
+    def _why_not(self, name: str, model: Resident, ours: Collection[str]) -> str | None:
         if name == model.anatomy.head:
             return "the head stays"
         if name not in ours:
@@ -114,18 +110,16 @@ class Sparsify(BaseModel):
         if not all(journal.has(STAGE, index) for index in range(layers)):
             blocks = walk(model, context.data.calibration, reference=self.score != "magnitude")
             for block in context.track(blocks, f"prune ({self.pattern}, {self.score})", layers):
-                own = {linear: f"{block.name}.{linear}" for linear in block.anatomy.linears}
-                layouts = {linear: chosen[name] for linear, name in own.items() if name in chosen}
+                layouts = block.own(chosen)
                 if journal.has(STAGE, block.index):
-                    _install(block, layouts, journal.load(STAGE, block.index)[0])
+                    install(block, layouts, journal.load(STAGE, block.index)[0])
                 else:
                     journal.save(STAGE, block.index, *self._block(block, layouts, model.weight_dtype))
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | {"bits": bits_of(chosen, model)}
-        for index in range(layers):
-            entry = journal.load(STAGE, index)[1]
-            facts.linears += entry.pop("linears")
-            facts.blocks.append(entry)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        bits = {name: chosen[name].bits(shape[1]) for name, shape in shapes.items()}
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | {"bits": mean_bits(bits, shapes)}
+        facts.add(journal.load(STAGE, index)[1] for index in range(layers))
         return facts
 
     def _block(self, block: Block, layouts: dict[str, Sparse], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,9 +136,8 @@ class Sparsify(BaseModel):
                 tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
                 if self.score != "magnitude" and (bias := f"{linear}.bias") in block.anatomy.block:
                     shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
-                    moved_R = (block.module.get_parameter(bias).data + shift_R).to(dtype)
-                    block.set_bias(linear, moved_R)
-                    tensors[f"{name}.bias"] = moved_R.cpu()
+                    block.shift_bias(linear, shift_R, dtype)
+                    tensors[f"{name}.bias"] = block.module.get_parameter(bias).data.to(dtype).cpu()
                 lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
                 errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
                 facts.append({"name": name, "format": layout.name, "bits": layout.bits(W_RC.shape[1]), **errors})
@@ -166,20 +159,3 @@ def stays(W_RC: Tensor, layout: Sparse) -> Tensor:
         return mask_RC
     keep = layout.choice(W_RC.shape[1])
     return keep_mask(W_RC.abs() if layout.keep is None else W_RC.abs().reshape(1, -1), keep).view_as(W_RC)
-
-
-def bits_of(chosen: dict[str, Sparse], model: Resident) -> float:
-    """Bits a weight on disk in the mean of the linears that lose some, zeros and masks included."""
-    shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-    whole = sum(math.prod(shape) for shape in shapes.values())
-    return sum(chosen[name].bits(shape[1]) * math.prod(shape) for name, shape in shapes.items()) / whole
-
-
-def _install(block: Block, layouts: dict[str, Sparse], tensors: dict[str, Tensor]) -> None:
-    """What the journal holds in place of the block's weights and biases."""
-    for linear, layout in layouts.items():
-        name = f"{block.name}.{linear}"
-        parts = {part: tensors[f"{name}.{part}"] for part in ("weight", "weight_mask")}
-        block.set_weight(linear, layout.read(parts, block.weight(linear).shape[1]).dequantize())
-        if (bias := tensors.get(f"{name}.bias")) is not None:
-            block.set_bias(linear, bias)
