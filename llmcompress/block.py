@@ -89,7 +89,7 @@ class Block:
     def set_weight(self, linear: str, W_RC: Tensor) -> None:
         """Put W [R, C] in place of the weight of a linear; `reference` goes on through the one that it replaces."""
         parameter = self.module.get_parameter(f"{linear}.weight")
-        if self.reference:
+        if self.reference and not self._whole:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
 
@@ -105,7 +105,7 @@ class Block:
     def set_bias(self, linear: str, bias_R: Tensor) -> None:
         """Put another bias in place of a linear's; `reference` goes on with the one that it replaces."""
         parameter = self.module.get_parameter(f"{linear}.bias")
-        if self.reference:
+        if self.reference and not self._whole:
             self._originals.setdefault(f"{linear}.bias", parameter.data)
         parameter.data = bias_R.to(parameter.device, parameter.dtype)
 
@@ -115,7 +115,7 @@ class Block:
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
             module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
-        self._whole, self.module = self.module, module
+        self._whole, self.module = self._whole or self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
         """Divide what a key of `feeds` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
@@ -152,7 +152,11 @@ class Block:
         there is taken against what is read here.
         """
         wanted = groups or self.anatomy.readers
-        found = {readers[0]: Moments(self.weight(readers[0]).shape[1], self.device) for readers in wanted}
+        found = {}
+        for linear in (readers[0] for readers in wanted):
+            whole = self._whole.get_parameter(f"{linear}.weight") if self._whole else None
+            wide = None if whole is None else self.oriented(linear, whole).shape[1]
+            found[linear] = Moments(self.weight(linear).shape[1], self.device, wide)
         for read, full in self.reads(*wanted):
             for name, moments in found.items():
                 moments.add(read[name], full.get(name))
@@ -193,9 +197,11 @@ class Block:
                 raise _Enough
 
         places = dict.fromkeys(linears, 0) | ({self._experts: 1} if self._experts else {})
+        modules = [self.module, self._whole] if self._whole else [self.module]
         hooks = [
-            self.module.get_submodule(name).register_forward_pre_hook(partial(keep, name, place))
+            module.get_submodule(name).register_forward_pre_hook(partial(keep, name, place))
             for name, place in places.items()
+            for module in modules
         ]
         try:
             yield read

@@ -154,7 +154,8 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
-        raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
+        if not isinstance(codes, dict) or codes.get("schemes") != []:  # a pruned model of ours with nothing quantised
+            raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
     kind, architectures = str(config.get("model_type")), config.get("architectures") or []
     if architectures:
         causal = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
@@ -20,10 +21,11 @@ from llmcompress.residency import OnDisk, Resident
 from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
+from llmcompress.stages.context import OUTER
 from llmcompress.stages.depth import renumbered
-from llmcompress.stages.embedding import OUTER
-from llmcompress.stages.prune import Prune
+from llmcompress.stages.prune import Cut, Prune
 from llmcompress.stored import Stored
+from llmcompress.widths import SCHEMA, mixed
 
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
@@ -35,16 +37,15 @@ class Outcome:
         self.stage, self.model, self.journal = stage, model, journal
         self.chosen: dict[str, Written] = {}
         self.kept: dict[str, str] = {}
-        self.gone: list[int] = []  # layers
+        self.cut = stage.cut(model, journal) if isinstance(stage, Prune) else Cut()
         if isinstance(stage, Prune):
-            self.gone = stage.gone(journal)
-        else:
-            chosen, self.kept = stage.settled(model, journal)
-            self.chosen = dict(chosen)
+            return
+        chosen, self.kept = stage.settled(model, journal)
+        self.chosen = dict(chosen)
 
     def entries(self) -> Iterator[Entry]:
         """A journal's entry at a time: block by block, the head, and what changed outside."""
-        if isinstance(self.stage, Prune) and self.stage.axis == "layer":
+        if isinstance(self.stage, Prune) and self.stage.of_layers:
             return  # nothing is changed that stays
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
         for name, index in [*names, (OUTER, 0)]:
@@ -62,20 +63,26 @@ class Outcome:
 
     def changes(self) -> dict[str, Any]:
         """What changes in config.json."""
+        found: dict[str, Any]
         if isinstance(self.stage, Prune):
-            return self.stage.changes(self.model, self.gone)
-        found: dict[str, Any] = {"quantization_config": quantization_of(self.chosen, self.kept)}
+            found = self.stage.changes(self.model, self.cut)
+            if SCHEMA in found:  # loading it is to ask for our plug-in
+                found["quantization_config"] = plugin.quantization_config([])
+            return found
+        found = {"quantization_config": quantization_of(self.chosen, self.kept, self.model.config)}
         if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
             found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")
         return found
 
     def renamed(self, name: str) -> str | None:
         """The name of a tensor once the stage is done; None where it goes."""
-        return renumbered(name, self.model.anatomy.layers, self.gone)
+        return renumbered(name, self.model.anatomy.layers, self.cut.gone)
 
 
-def native_kind(chosen: Mapping[str, Written]) -> type[FourBit] | type[Int8] | None:
-    """Which native layout the whole model has, if one."""
+def native_kind(chosen: Mapping[str, Written], config: PretrainedConfig) -> type[FourBit] | type[Int8] | None:
+    """Which native layout the whole model has, if one; none where layers differ in width, which needs our plug-in anyway."""
+    if mixed(config):
+        return None
     kinds = {type(coding) for coding in chosen.values()}
     for kind in (FourBit, Int8):
         if kinds == {kind}:
@@ -83,9 +90,9 @@ def native_kind(chosen: Mapping[str, Written]) -> type[FourBit] | type[Int8] | N
     return None
 
 
-def quantization_of(chosen: Mapping[str, Written], kept: Iterable[str]) -> dict[str, Any]:
+def quantization_of(chosen: Mapping[str, Written], kept: Iterable[str], config: PretrainedConfig) -> dict[str, Any]:
     """config.json's `quantization_config` for a model whose linears are so written."""
-    kind, first = native_kind(chosen), next(iter(chosen.values()))
+    kind, first = native_kind(chosen, config), next(iter(chosen.values()), None)
     if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
         return native.quantization_config(first.format, first.double_quant, first.dtype, list(kept))
     if kind is Int8 and isinstance(first, Int8):
@@ -118,15 +125,16 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
 
     What a stage made is written under the names that the base has for it, everything else as the base stores it.
     """
-    native_layout = native_kind(outcome.chosen) is not None
-    keys = {target: sources[0] for target, sources in model.sources.items()}
+    native_layout = native_kind(outcome.chosen, model.config) is not None
+    # several keys that become one parameter, as experts do, are written as that parameter
+    keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     replaced: set[str] = set()
     for linears, dense in outcome.entries():
         named = {keys[name]: tensor for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
             named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
-        replaced |= {keys[name] for name in (*dense, *(f"{linear}.weight" for linear in linears))}
+        replaced |= {key for name in (*dense, *(f"{linear}.weight" for linear in linears)) for key in model.sources[name]}
         writer.add(named)
     for key in model.checkpoint.tensors:
         if key not in replaced and (name := outcome.renamed(key)) is not None:

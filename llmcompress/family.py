@@ -47,6 +47,11 @@ class Anatomy:
         """The 3-D parameters of a block: one linear map [out, in] for each expert."""
         return tuple(name for name, spelling in self.block.items() if len(Spelling.parse(spelling).dims) == 3)
 
+    @property
+    def outer_axes(self) -> frozenset[str]:
+        """The axes that have one size in the whole model."""
+        return frozenset(axis for row in self.outer.values() for axis in Spelling.parse(row).axes)
+
     def rows(self, config: Any) -> dict[str, str]:
         """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
         inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.block.items()}

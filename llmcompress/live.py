@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, sparse_linear, stored
+from llmcompress.anatomy import anatomy_of
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Journal
 from llmcompress.contents import Outcome, native_kind, quantization_of, tensors_of
@@ -32,6 +33,7 @@ from llmcompress.stages.context import Context
 from llmcompress.stages.prune import Prune
 from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
+from llmcompress.widths import build_layers, mixed
 
 
 def apply(
@@ -66,9 +68,11 @@ def apply(
             for linears, changed_here in outcome.entries():
                 packed, dense = packed | linears, dense | changed_here
             if isinstance(stage, Prune):
-                now = changed(now, outcome.changes())
+                now = changed(now, stage.changes(source, outcome.cut))
             named = {outcome.renamed(name): tensor for name, tensor in (left | dense).items()}
             left = {name: tensor for name, tensor in named.items() if name is not None}
+        if now.tie_word_embeddings:
+            left[f"{source.anatomy.head}.weight"] = left[f"{source.anatomy.embedding}.weight"]
         if now is not source.config:
             source, dense = Live(now, left, where), {}
     compressed, chosen = dict(left), outcome.chosen
@@ -87,7 +91,7 @@ def apply(
         model=name, parameters=parameters(model), size_bytes=_size(state),
         perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
     )  # fmt: skip
-    native_layout = native_kind(chosen) is not None
+    native_layout = native_kind(chosen, source.config) is not None
     written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
     smaller = sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
     zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
@@ -107,13 +111,15 @@ def apply(
         model.get_parameter(name).data.copy_(tensor)
     if packed:
         _install(model, packed, chosen)
-        model.config.quantization_config = quantization_of(chosen, outcome.kept)
+    if packed or mixed(source.config):
+        model.config.quantization_config = quantization_of(chosen, outcome.kept, source.config)
     return model, report
 
 
 def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
     """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
+    build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy_of(config).layers)))
     model.load_state_dict(dict(state))
     model.to(like.device)  # type: ignore[arg-type]  # a decorator hides its signature
     return cast(PreTrainedModel, model.train(like.training))
@@ -121,7 +127,7 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
 
 def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Written]) -> None:
     """Put the modules that run on the kernels in place of the linears, and of the embedding."""
-    native_layout = native_kind(chosen) is not None
+    native_layout = native_kind(chosen, model.config) is not None
     for name, codes in packed.items():
         plain, coding = model.get_submodule(name), chosen[name]
         if isinstance(plain, nn.Embedding):

@@ -20,10 +20,12 @@ from llmcompress.resize import changed
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.depth import SAMPLE
 from llmcompress.stages.embedding import apart
+from llmcompress.stages.fisher import tokens_for
 from llmcompress.stages.protect import spared
-from llmcompress.stages.prune import Prune, reader_of
-from llmcompress.stages.quantize import FISHER_TOKENS, Quantize
+from llmcompress.stages.prune import Prune
+from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.sparsify import Sparsify
+from llmcompress.stages.units import reader_of
 from llmcompress.walk import TOKENS_AT_ONCE
 
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
@@ -38,16 +40,19 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     tokens, rate = recipe.data.samples * length, _rate(model.device)
     size = _parameters(model) * model.weight_dtype.itemsize
-    rows: list[Row] = [{"stage": "base", "parameters": _parameters(model), "size_bytes": size}]
+    rows: list[Row] = [{"stage": "base", "parameters": _parameters(model), "size_bytes": size, **per_token(model)}]
     notes: list[str] = []
     for step in recipe.stages:
         if isinstance(step.stage, Prune):
-            row, model = _prune(model, step.stage, tokens, rate)
+            row, model, said = _prune(model, step.stage, tokens, rate)
+            notes += said
         elif isinstance(step.stage, Sparsify):
-            row, notes = _sparsify(model, step.stage, tokens, rate)
+            row, said = _sparsify(model, step.stage, tokens, rate)
+            notes += said
         else:
-            row, notes = _quantize(model, step.stage, tokens, rate)
-        rows.append(row)
+            row, said = _quantize(model, step.stage, tokens, rate)
+            notes += said
+        rows.append(row | per_token(model))
     return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
 
 
@@ -55,27 +60,54 @@ def _parameters(model: Outline) -> int:
     return sum(p.numel() for p in model.model.parameters())
 
 
-def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row, Outline]:
-    """The row of a cut, and the model that it leaves."""
-    left = Outline(changed(model.config, stage.changes(model)), model.device, model.dtype)
+def per_token(model: Outline) -> Row:
+    """Operations of the matrices for one token, and the bytes that it adds to the cache of keys and values.
+
+    Operations of attention among tokens are not in it: they grow with the text.
+    """
+    weights = sum(R * C for _, (R, C) in model.linear_maps())
+    for index, layer in enumerate(model.layers):
+        for name in model.anatomy.experts:
+            share = model.config.num_experts_per_tok / model.sizes_of(index)["expert"]
+            weights += int(layer.get_parameter(name).numel() * share)
+    sizes = [model.sizes_of(index) for index in range(len(model.layers))]
+    cached = sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
+    return {"flops_per_token": 2 * weights, "kv_cache_bytes_per_token": cached}
+
+
+def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row, Outline, list[str]]:
+    """The row of a cut, the model that it leaves, and notes in words."""
+    cut = stage.cut(model)
+    left = Outline(changed(model.config, stage.changes(model, cut)), model.device, model.dtype)
     left.model.tie_weights()
-    layers = len(model.layers)
+    layers, notes = len(model.layers), list[str]()
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
-    if stage.axis == "layer":
-        work, C = 2.0 * inner * SAMPLE * layers * (layers - stage.count(model)) / 2, 0
+    C = 0
+    if stage.of_layers:
+        spoken = f"layer, {layers - len(cut.gone)} of {layers}"
+        work = 2.0 * inner * SAMPLE * layers * len(cut.gone) / 2
     else:
-        C = dict(model.linear_maps())[f"{model.block_name(0)}.{reader_of(model.anatomy, stage.axis)}"][1]
-        work = 4 * 2.0 * inner * tokens + layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # passes, moments, removal
-    states = (layers * SAMPLE if stage.axis == "layer" else 4 * tokens) * model.config.hidden_size
+        maps, sizes = dict(model.linear_maps()), stage.sizes(model)
+        C = max(maps[f"{model.block_name(0)}.{reader_of(model.anatomy, axis)}"][1] for axis in stage.axes)
+        solved = layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # moments and removal
+        work = 4 * 2.0 * inner * tokens + solved
+        if stage.sensitive or stage.worth in ("obs", "taylor"):
+            work += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
+        spoken = "; ".join(f"{axis}, {cut.widths[axis][0]} of {sizes[axis][0]}" for axis in stage.axes)
+        if stage.sensitive:
+            work += 2 * 2.0 * inner * tokens + solved
+            spoken += " in the mean"
+            notes.append("the run finds a width for each layer, where it loses least; what stands here is for layers all alike")
+    states = (layers * SAMPLE if stage.of_layers else 4 * tokens) * model.config.hidden_size
     floats = 4 * inner // layers + states + 8 * C * C
     row = {
-        "stage": f"prune ({stage.axis}, {stage.count(model)} of {stage.size(model)})",
+        "stage": f"prune ({spoken})",
         "parameters": _parameters(left),
         "size_bytes": _parameters(left) * model.weight_dtype.itemsize,
         "peak_memory_bytes": 4 * floats,
         "seconds": work / rate,
     }
-    return row, left
+    return row, left, notes
 
 
 def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
@@ -148,7 +180,7 @@ def _work(model: Outline, stage: Quantize, shapes: dict[str, tuple[int, int]], c
         total += 3 * forward  # the moments of one group of linears after another, in two streams; most passes end early
         total += sum(2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in chosen))
     if stage.rounding == "learned" or stage.protect:
-        total += 5 * 2.0 * inner * max(FISHER_TOKENS, 8 * model.config.hidden_size)
+        total += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
     if stage.rounding == "learned":
         total += 3 * 2.0 * inner * stage.steps * TOKENS_AT_ONCE + 2 * forward
     return total

@@ -23,6 +23,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from llmcompress.anatomy import anatomy_of
 from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
@@ -30,6 +31,7 @@ from llmcompress.integer_embedding import IntegerEmbedding, share
 from llmcompress.integer_linear import IntegerLinear, StoredLinear, StoredModule
 from llmcompress.sparse_linear import Sparse, SparseLinear
 from llmcompress.stored import Layout, layouts_of
+from llmcompress.widths import build_layers
 
 METHOD = "llmcompress"
 MODULES: dict[type[Layout], Any] = {Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear}
@@ -64,6 +66,9 @@ class Quantizer(HfQuantizer):
     quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
+        path = anatomy_of(model.config).layers
+        layers = model.get_submodule(path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path)
+        build_layers(model, cast(nn.ModuleList, layers))
         assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):

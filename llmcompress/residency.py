@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,12 @@ from transformers.utils import logging
 
 from llmcompress import stored
 from llmcompress.anatomy import anatomy_of
+from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import BESIDE, Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from llmcompress.rotate import Rotation
+from llmcompress.widths import build_layers, config_of_layer
 
 TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
 
@@ -53,10 +57,12 @@ class Resident(ABC):
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
-        self.sizes = self.anatomy.axis_sizes(config)
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
+        with init_empty_weights(include_buffers=False):
+            build_layers(self.model, layers)
         self.layers = layers
+        self.sizes = self.sizes_of(0)
         self.rotation: Rotation | None = None
         self._freed = 0  # bytes since the heap was last given back
 
@@ -75,6 +81,20 @@ class Resident(ABC):
         """`model.layers.3`."""
         return f"{self.anatomy.layers}.{index}"
 
+    def sizes_of(self, index: int) -> dict[str, int]:
+        """The units on each axis in one block; only the widths inside blocks can differ between them."""
+        return self.anatomy.axis_sizes(config_of_layer(self.config, index))
+
+    def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Parameters of the whole model, tied ones once; with so many units of some axes in each block, if given."""
+        counts, tied = widths or {}, f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
+        sizes = self.sizes | {axis: each[0] for axis, each in counts.items()}
+        total = sum(math.prod(Spelling.parse(row).shape(sizes)) for name, row in self.anatomy.outer.items() if name != tied)
+        for index in range(len(self.layers)):
+            sizes = self.sizes_of(index) | {axis: each[index] for axis, each in counts.items()}
+            total += sum(math.prod(Spelling.parse(row).shape(sizes)) for row in self.anatomy.block.values())
+        return total
+
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights, for as long as the context lasts."""
@@ -83,7 +103,7 @@ class Resident(ABC):
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self._check(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
-                self._rewrite(self.rotation.inner, module, self.anatomy.block)
+                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.block)
             yield module
         finally:
             for owner in module.modules():

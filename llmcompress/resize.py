@@ -13,32 +13,53 @@ from typing import Any
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
+from llmcompress.anatomy import anatomy_of
 from llmcompress.errors import ModelError
 from llmcompress.family import Anatomy
+from llmcompress.widths import build_layers, config_of_layer, fields_for, mixed, overrides
 
 TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))}  # the same but for these fields
 
 
-def resized(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int]) -> dict[str, Any]:
-    """What changes in the config with `counts` units on some axes in every block. Errors: ModelError where none can."""
-    sizes = {**anatomy.axis_sizes(config), **counts}
-    fields = {anatomy.sizes[axis]: count for axis, count in counts.items() if axis not in ("kv", "q")}
-    if counts.keys() & {"kv", "q"}:
-        if "q" not in anatomy.sizes or "d" not in anatomy.sizes:
-            raise ModelError(
-                f"the heads of a {anatomy.family} model share out its hidden width, so none can be cut; cut ffn or layers"
-            )
-        fields |= {anatomy.sizes["kv"]: sizes["kv"], anatomy.sizes["q"]: sizes["kv"] * sizes["q"]}
-        fields[anatomy.sizes["d"]] = sizes["d"]
-    why = _refusal(config.to_dict() | fields)
+def resized(config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """What changes in the config when each block keeps so many units of some axes. Errors: ModelError where none can."""
+    layers, different = config.num_hidden_layers, [axis for axis, counts in widths.items() if len(set(counts)) > 1]
+    if inseparable := [axis for axis in different if axis in anatomy.outer_axes]:
+        raise ModelError(f'axis "{inseparable[0]}" has one size in the whole model; keep as many of it in every block')
+    if mixed(config) or different:
+        said = overrides(config)
+        for index, fields in enumerate(said):
+            own, counts = config_of_layer(config, index), {axis: each[index] for axis, each in widths.items()}
+            fields |= {name: getattr(own, name) for other in said for name in other if name not in fields}
+            fields |= _fields(own, anatomy, counts)
+        changes = fields_for(said)
+    else:
+        changes = _fields(config, anatomy, {axis: each[0] for axis, each in widths.items()})
+    why = _refusal(config.to_dict() | changes)
     if why is not None and (twin := TWINS.get(anatomy.family)) and not any(getattr(config, name, False) for name in twin[2]):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
-        if _refusal(config.to_dict() | fields | named) is None:
-            return fields | named
+        if _refusal(config.to_dict() | changes | named) is None:
+            return changes | named
     if why is not None:
-        spoken = ", ".join(f"{count} of {axis}" for axis, count in counts.items())
-        raise ModelError(f"a {anatomy.family} model can't have {spoken} ({why}); choose another keep")
-    return fields
+        spoken = ", ".join(
+            f"{'-'.join(str(n) for n in sorted({min(each), max(each)}))} of {axis}" for axis, each in widths.items()
+        )
+        raise ModelError(f"a {anatomy.family} model can't have {spoken} in its {layers} layers ({why}); choose another keep")
+    return changes
+
+
+def _fields(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int]) -> dict[str, Any]:
+    """The fields that tell how many units there are, in a config whose layers are all alike."""
+    names = {axis: config.attribute_map.get(name, name) for axis, name in anatomy.sizes.items()}
+    fields: dict[str, Any] = {names[axis]: count for axis, count in counts.items() if axis not in ("kv", "q")}
+    if not counts.keys() & {"kv", "q", "hidden"}:
+        return fields
+    if "q" not in anatomy.sizes or "d" not in anatomy.sizes:
+        raise ModelError(
+            f"the heads of a {anatomy.family} model share out its hidden width, so neither can be cut; cut ffn or layers"
+        )
+    sizes = {**anatomy.axis_sizes(config), **counts}
+    return fields | {names["kv"]: sizes["kv"], names["q"]: sizes["kv"] * sizes["q"], names["d"]: sizes["d"]}
 
 
 def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
@@ -49,6 +70,9 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
     for key, value in whole.items():  # those that say something of each layer
         if isinstance(value, list) and len(value) == total and key.startswith(("layer", "no_rope_layer", "attention_layer")):
             fields[key] = [value[index] for index in layers]
+    if mixed(config):
+        said = overrides(config)
+        fields |= fields_for([said[index] for index in layers])
     if (why := _refusal(whole | fields)) is not None:
         raise ModelError(f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep")
     return fields
@@ -64,7 +88,8 @@ def _refusal(fields: Mapping[str, Any]) -> str | None:
     """Why transformers builds no model of these fields, or None."""
     try:
         with init_empty_weights():
-            AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+            build_layers(model, model.get_submodule(anatomy_of(model.config).layers))
     except Exception as error:  # each family checks its fields in its own way
         return " ".join(str(error).split())[:160]
     return None

@@ -24,6 +24,7 @@ from llmcompress.axes import Group, Spelling, Term
 from llmcompress.errors import ModelError
 from llmcompress.family import Anatomy
 from llmcompress.methods.rotation import hadamard, turn
+from llmcompress.widths import config_of_layer
 
 HIDDEN, HEAD_DIM = "hidden", "d"
 Turn = tuple[str, Tensor, int | None]  # the axis, the matrix, the part of a fused weight if not the whole
@@ -33,14 +34,15 @@ class Rotation:
     """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed` draws them.
 
     Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is learned here, and R2
-    is the same in all blocks. Raises ModelError where `refusal` says why not.
+    is the same in all blocks. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
     """
 
-    def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool = True, r2: bool = True) -> None:
-        if why := refusal(anatomy, config, r1=r1, r2=r2):
+    def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True) -> None:
+        if why := refusal(anatomy, config, r1=r1 is not False, r2=r2):
             raise ModelError(f"this {anatomy.family} model can't be rotated: {why}")
-        self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config)
-        self.R1_DD = hadamard(self.sizes[HIDDEN], seed) if r1 else None  # [hidden, hidden]
+        self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config_of_layer(config, 0))
+        drawn = r1.double().cpu() if isinstance(r1, Tensor) else hadamard(self.sizes[HIDDEN], seed) if r1 else None
+        self.R1_DD = drawn  # [hidden, hidden]
         self.R2_DD = hadamard(self.sizes[HEAD_DIM], seed + 1) if r2 else None  # [d, d]
         self._tied = bool(config.tie_word_embeddings)
 
@@ -54,13 +56,13 @@ class Rotation:
         norms = {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
         return self._rewrite(tensors, anatomy.outer, norms, {})
 
-    def inner(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def inner(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
         """All weights of one block, any of them, after the rotation: new, float32, by their names in the block.
 
-        Raises ValueError unless the names are those of the anatomy.
+        `sizes` are those of its axes, where blocks differ in them. Raises ValueError unless the names are those of the anatomy.
         """
         _require(tensors, self.anatomy.block, set())
-        return self._rewrite(tensors, self.anatomy.block, _norms(self.anatomy), _values(self.anatomy))
+        return self._rewrite(tensors, self.anatomy.block, _norms(self.anatomy), _values(self.anatomy), sizes)
 
     @torch.no_grad()
     def _rewrite(
@@ -69,6 +71,7 @@ class Rotation:
         rows: Mapping[str, str],
         norms: Mapping[str, tuple[str, ...]],
         values: Mapping[str, int | None],
+        sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
         """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and parts) `values`."""
         if self.R1_DD is None:
@@ -88,7 +91,7 @@ class Rotation:
             turns = self._turns(name, rows[name], folded.get(name), values)
             turned = tensor.to(torch.float64 if len(turns) > 1 else torch.float32)  # rounded once, at the end
             for axis, M_DD, part in turns:
-                turned = rotate(turned, rows[name], self.sizes, axis, M_DD.to(tensor.device), part)
+                turned = rotate(turned, rows[name], sizes or self.sizes, axis, M_DD.to(tensor.device), part)
             rewritten[name] = turned.float().contiguous() if turns else turned.clone()
         return rewritten
 

@@ -29,6 +29,7 @@ from llmcompress.methods.hessian import Moments
 from llmcompress.residency import Resident
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
+NO_LABEL = -100  # as torch has it
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
 
@@ -101,11 +102,19 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
         with resident.block(index) as module:
             own = {size: per_block[index] for size, per_block in arguments.items()}
             block = Block(
-                index, resident.block_name(index), module, resident.anatomy, resident.device, resident.sizes, own, inputs, full
+                index,
+                resident.block_name(index),
+                module,
+                resident.anatomy,
+                resident.device,
+                resident.sizes_of(index),
+                own,
+                inputs,
+                full,
             )
             yield block
             if through or not last:
-                full, inputs = block.targets, block.outputs(inputs)
+                full, inputs = block.targets, block.outputs(block.inputs)
     if through:
         yield Block(
             len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
@@ -124,7 +133,7 @@ def without_each(resident: Resident, windows: Tensor, gone: Collection[int] = ()
         with resident.block(index) as module:
             own = {size: per_block[index] for size, per_block in arguments.items()}
             name = resident.block_name(index)
-            block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes, own, [])
+            block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes_of(index), own, [])
             passed = streams[None]
             streams = {other: block.outputs(states) for other, states in streams.items()} | {index: passed}
     return streams
@@ -164,44 +173,78 @@ def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int)
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
     the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels.
+    """
+    generator = torch.Generator(resident.device).manual_seed(seed)
+
+    def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
+        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
+
+    for index, grads, _ in gradients(resident, windows, scratch, drawn):
+        found = Moments(grads[0].shape[-1], resident.device)
+        for grad in grads:
+            found.add(grad.to(resident.device))
+        yield index, found.H_CC.cpu()
+
+
+def following(scores: Tensor, tokens: Tensor) -> Tensor:
+    """The labels that a text has: after each token the next, after the last none."""
+    return F.pad(tokens[:, 1:], (0, 1), value=NO_LABEL)
+
+
+def gradients(
+    resident: Resident, windows: Tensor, scratch: Path, labels: Callable[[Tensor, Tensor], Tensor], watched: Sequence[str] = ()
+) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
+    """For each block, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
+
+    They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
+    change of sign. `watched` are parameters by their names in the block.
 
     The pass back goes block by block as the pass forward does; the states in between wait in the folder `scratch`.
     """
-    generator = torch.Generator(resident.device).manual_seed(seed)
-    grads = []
+    batches, grads = batches_of(windows), list[Tensor]()
     for block in walk(resident, windows, through=True):
         last = block
         with writing(scratch):
             save_file({str(i): hidden for i, hidden in enumerate(block.inputs)}, scratch / f"states-{block.index}.safetensors")
-    for hidden in last.inputs:
+    for tokens, hidden in zip(batches, last.inputs, strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
-        scores = leave(resident, hidden).float().flatten(0, 1)
-        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).flatten()
-        F.cross_entropy(scores, labels, reduction="sum").backward()
+        scores = leave(resident, hidden).float()
+        wanted = labels(scores, tokens.to(resident.device)).flatten()
+        F.cross_entropy(scores.flatten(0, 1), wanted, reduction="sum", ignore_index=NO_LABEL).backward()
         assert hidden.grad is not None
         grads.append(hidden.grad.cpu())
-    _, arguments = enter(resident, batches_of(windows))
+    _, arguments = enter(resident, batches)
     (scratch / f"states-{last.index}.safetensors").unlink()
     for index in range(last.index - 1, -1, -1):
-        fisher = Moments(grads[0].shape[-1], resident.device)
-        for grad in grads:
-            fisher.add(grad.to(resident.device))
-        yield index, fisher.H_CC.cpu()
-        grads = _back(resident, index, arguments, scratch, grads) if index else []
+        found: dict[str, Tensor] = {}
+        entering = _back(resident, index, arguments, scratch, grads, watched, found) if index or watched else []
+        yield index, grads, found
+        grads = entering
         (scratch / f"states-{index}.safetensors").unlink()
 
 
-def _back(resident: Resident, index: int, arguments: Arguments, scratch: Path, grads: Sequence[Tensor]) -> list[Tensor]:
-    """Gradients of the states that enter block `index`, from those of the states that leave it."""
+def _back(
+    resident: Resident,
+    index: int,
+    arguments: Arguments,
+    scratch: Path,
+    grads: Sequence[Tensor],
+    watched: Sequence[str],
+    found: dict[str, Tensor],
+) -> list[Tensor]:
+    """Gradients of the states that enter block `index`, from those of the states that leave it; those watched into `found`."""
     states = load_file(scratch / f"states-{index}.safetensors")
     own = {size: per_block[index] for size, per_block in arguments.items()}
     out = []
     with resident.block(index) as module:
-        name = resident.block_name(index)
-        block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes, own, [])
+        block = Block(
+            index, resident.block_name(index), module, resident.anatomy, resident.device, resident.sizes_of(index), own, []
+        )
+        parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):
             hidden = states[str(i)].to(resident.device).requires_grad_()
             block.run(hidden).backward(grad.to(resident.device))
             assert hidden.grad is not None
             out.append(hidden.grad.cpu())
+        found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
     return out

@@ -12,7 +12,7 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods"),
+    ("errors", "axes", "widths", "methods"),
     ("family", "pydocs", "texts"),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "hub", "report"),
@@ -23,9 +23,9 @@ LAYERS = (
     ("plugin", "resave", "artifact", "residency", "resize"),
     ("walk",),
     ("stages.context", "stages.coding"),
-    ("stages.formats", "stages.trial", "stages.choice"),
+    ("stages.formats", "stages.trial", "stages.choice", "stages.fisher", "stages.units", "stages.budget"),
     ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
-    ("stages.depth",),
+    ("stages.depth", "stages.allocation", "stages.experts", "stages.hidden"),
     ("stages.quantize", "stages.prune", "stages.sparsify"),
     ("recipe",),
     ("prepare", "contents"),

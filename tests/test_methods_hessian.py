@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcompress.methods.hessian import Moments, damped, inverse_factor, metric_factor, retarget
+from llmcompress.methods.hessian import Moments, damped, inverse_factor, metric_factor, retarget, translate
 
 DAMP = 0.01
 
@@ -262,3 +262,25 @@ def test_few_tokens_and_dead_channels_retarget_to_finite_weights(tokens: int) ->
     seen = Moments(24)
     seen.add(x, full)
     assert torch.isfinite(retarget(inputs(5, 24, 9), seen)).all()
+
+
+def test_translate_is_the_least_squares_fit_from_one_width_to_another() -> None:
+    full, here = inputs(400, 24), inputs(400, 10, seed=3)
+    here = here + full[:, :10]
+    seen = Moments(10, full=24)
+    seen.add(here[:150], full[:150])
+    seen.add(here[150:], full[150:])
+    assert seen.X_CC is not None and seen.X_CC.shape == (24, 10)
+    W_RF = inputs(8, 24, seed=1)
+    found = translate(W_RF, torch.zeros(8, 10), seen, damp=1e-9)
+    expected = torch.linalg.lstsq(here.double(), (full @ W_RF.T).double()).solution.T
+    torch.testing.assert_close(found.double(), expected, rtol=2e-3, atol=2e-3)
+
+
+def test_translate_keeps_what_is_exact_already() -> None:
+    x = inputs(300, 16)
+    seen = Moments(8, full=16)
+    x[:, 8:] = 0
+    seen.add(x[:, :8], x)
+    W_RF = inputs(5, 16, seed=2)
+    torch.testing.assert_close(translate(W_RF, W_RF[:, :8], seen), W_RF[:, :8], rtol=1e-4, atol=1e-4)

@@ -20,7 +20,8 @@ from llmcompress.report import Report
 from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
 from llmcompress.stages.depth import divergences
-from llmcompress.stages.prune import Prune, reader_of
+from llmcompress.stages.prune import Prune
+from llmcompress.stages.units import reader_of
 from llmcompress.walk import without_each
 from tests.artefacts import CPU, distance, live, measured
 from tests.bases import byte_tokenizer, save_base, write_text
@@ -223,7 +224,7 @@ def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> No
         ("llama", {"axis": "ffn", "keep": 100, "multiple": 64}, 'keep 100 of axis "ffn" is no multiple of 64'),
         ("llama", {"axis": "kv", "keep": 2}, "nothing would be cut"),
         ("gpt2", {"axis": "q", "keep": 1}, 'axis "q" of this gpt2 model can\'t be cut'),
-        ("gpt2", {"axis": "kv", "keep": 2}, "the heads of a gpt2 model share out its hidden width"),
+        ("gpt2", {"axis": "kv", "keep": 2}, "the heads of a gpt2 model share out its hidden width, so neither can be cut"),
         ("qwen3_moe", {"axis": "ffn", "keep": 64}, 'axis "ffn" of this qwen3_moe model can\'t be cut'),
     ],
 )
@@ -235,8 +236,11 @@ def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, s
 @pytest.mark.parametrize(
     ("stages", "why"),
     [
-        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv', 'q' or 'layer', not 'ffm'"),
-        ("[prune: {axis: ffn, keep: 0.5, score: kl}]", "score kl is not for axis ffn; use obs, wanda, activation or magnitude"),
+        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv', 'q', 'expert', 'hidden' or 'layer', not 'ffm'"),
+        (
+            "[prune: {axis: ffn, keep: 0.5, score: kl}]",
+            "score kl is not for axis ffn; use obs or taylor or wanda or activation or magnitude",
+        ),
         ("[prune: {axis: layer, keep: 0.5, score: obs}]", "score obs is not for axis layer; use kl or influence"),
         ("[prune: {keep: 0.5}]", "prune.axis: is missing"),
         ("[prune: {axis: ffn, keep: 1.5}]", "prune.keep"),

@@ -10,7 +10,9 @@ import json
 import os
 import resource
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -19,15 +21,20 @@ PATHS = ("base", "calibration", "out", "facts")
 
 
 class Job:
-    """One quantisation: folders `base` in, `out` out, `windows` int64 [S, L], `group` weights a scale, loading `dtype`."""
+    """One quantisation: folders `base` in, `out` out, `windows` int64 [S, L], `group` weights a scale, loading `dtype`.
 
-    def __init__(self) -> None:
+    `more` are arguments that one script alone takes, by name and type; `given` holds all arguments.
+    """
+
+    def __init__(self, **more: Callable[[str], Any]) -> None:
         parser = argparse.ArgumentParser()
+        for name, kind in more.items():
+            parser.add_argument(f"--{name}", type=kind, required=True)
         for name in PATHS:
             parser.add_argument(f"--{name}", type=Path, required=True)
         parser.add_argument("--group", type=int, default=128)
         parser.add_argument("--dtype", default="auto", help="what the base is loaded in: auto (as on disk), float32")
-        given = parser.parse_args()
+        self.given = given = parser.parse_args()
         self.base, self.out, self.facts, self.group = str(given.base), str(given.out), given.facts, given.group
         self.dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
         self.windows = load_file(given.calibration)["windows"]

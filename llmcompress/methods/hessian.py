@@ -15,13 +15,15 @@ class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
     `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T; else None.
-    `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the largest |x| of each column.
+    `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the largest |x| of each column. The
+    full model may have more columns, `full` of them.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
         self.H_CC = torch.zeros(columns, columns, device=device)
         self.X_CC: Tensor | None = None
-        self.mean_C, self.full_C, self.top_C = (torch.zeros(columns, device=device) for _ in range(3))
+        self.mean_C, self.top_C = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
+        self.full_C = torch.zeros(full or columns, device=device)
         self.tokens = 0
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
@@ -30,11 +32,11 @@ class Moments:
         total = self.tokens + len(X_TC)
         if total == 0:
             return
-        F_TC = X_TC if full is None else full.reshape(X_TC.shape).float()
+        F_TC = X_TC if full is None else full.reshape(-1, full.shape[-1]).float()
         for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
             mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
         if full is not None:
-            self.X_CC = torch.zeros_like(self.H_CC) if self.X_CC is None else self.X_CC
+            self.X_CC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
             self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
@@ -82,6 +84,17 @@ def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
         return W_RC
     U_CC = inverse_factor(moments.H_CC, damp)
     return W_RC + W_RC @ (moments.X_CC - moments.H_CC) @ U_CC.T @ U_CC
+
+
+def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
+    """The weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f: least squares.
+
+    W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. It is `retarget` where the full model's inputs
+    are of another width.
+    """
+    assert moments.X_CC is not None
+    U_CC = inverse_factor(moments.H_CC, damp)
+    return W_RC + (W_RF @ moments.X_CC - W_RC @ moments.H_CC) @ U_CC.T @ U_CC
 
 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:

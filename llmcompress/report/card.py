@@ -123,7 +123,7 @@ def _change(report: Report) -> str:
 
 def _loading(report: Report) -> str:
     formats = _formats(report)
-    ours = bool(formats - NATIVE)  # in our own layout
+    ours = bool(formats - NATIVE) or any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
     packages = "transformers accelerate" + (" bitsandbytes" if formats - {SPARSE} else "") + (" llmcompress" if ours else "")
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     return f"""## Load it
@@ -141,6 +141,11 @@ model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
 prompt = tokenizer("The first", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```"""
+
+
+def _uneven(widths: Mapping[str, Sequence[int]] | None) -> bool:
+    """Whether layers have widths of their own."""
+    return any(len(set(counts)) > 1 for counts in (widths or {}).values())
 
 
 def _recipe(recipe_yaml: str) -> str:

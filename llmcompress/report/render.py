@@ -189,10 +189,13 @@ def print_plan(rows: Sequence[Mapping[str, Any]], notes: Iterable[str], console:
             amount(row.get("size_bytes"), "B"),
             amount(row.get("peak_memory_bytes"), "B"),
             duration(row.get("seconds")),
+            amount(row.get("flops_per_token"), "FLOP"),
+            amount(row.get("kv_cache_bytes_per_token"), "B"),
         )
         for row in rows
     ]
-    _print(console, "to expect", ("stage", "parameters", "bytes on disk", "peak memory", "time"), cells)
+    header = ("stage", "parameters", "bytes on disk", "peak memory", "time", "a token", "its KV cache")
+    _print(console, "to expect", header, cells)
     for note in notes:
         console.print(Text(note, style="dim"))
 

@@ -11,6 +11,8 @@ from llmcompress.checkpoint import Journal
 from llmcompress.data import Blocks
 from llmcompress.walk import Track
 
+OUTER = "outer"  # what the journal calls what lies outside the blocks
+
 
 @dataclass(frozen=True)
 class Context:

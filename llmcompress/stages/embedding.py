@@ -20,11 +20,10 @@ from llmcompress.integer_embedding import factor_of
 from llmcompress.methods.rows import round_rows
 from llmcompress.residency import Resident
 from llmcompress.stages.coding import Coding, Integer
-from llmcompress.stages.context import Context
+from llmcompress.stages.context import OUTER, Context
 from llmcompress.stages.formats import Format
 from llmcompress.walk import batches_of, enter
 
-OUTER = "outer"  # what the journal calls what lies outside the blocks
 PIECE = 1 << 20  # weights at a time, where errors are summed
 
 

@@ -74,9 +74,13 @@ class Override(Format):
         return self  # what an override lacks the stage has: `over` checks the two together
 
 
-def together(codings: Mapping[str, Coding]) -> dict[str, Coding]:
-    """The codings of one model as they can stand beside each other. Errors: ModelError where one can't."""
-    if all(isinstance(coding, FourBit) for coding in codings.values()) or len(set(codings.values())) == 1:
+def together(codings: Mapping[str, Coding], *, native: bool = True) -> dict[str, Coding]:
+    """The codings of one model as they can stand beside each other, and without `native` beside our plug-in.
+
+    Errors: ModelError where one can't.
+    """
+    alike = native and len(set(codings.values())) == 1
+    if alike or all(isinstance(coding, FourBit) for coding in codings.values()):
         return dict(codings)
     for linear, coding in codings.items():
         if isinstance(coding, Int8) and coding.threshold:

@@ -1,182 +1,266 @@
-"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, or whole layers.
+"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what else there is.
 
-Each block is cut with the inputs that the cut blocks before it give. What a unit is worth is read off the linear that reads
-the axis (`score`): with `obs`, the default, units go one after another, each the one whose loss the others make up for best.
-That linear is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of
-the model as it was. All blocks keep the same number of units, so the result is a plain checkpoint that transformers loads by
-itself. A block that the journal holds is not cut again. Layers are another matter: `depth` finds those that can go.
+Each block is cut with the inputs that the cut blocks before it give; `units` says which units go. The linear that reads the
+axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of the
+model as it was. Where all blocks keep the same number of units, the result is a plain checkpoint that transformers loads by
+itself; where `allocation` gives each block a width of its own, it loads once llmcompress is imported. A block that the journal
+holds is not cut again. `experts`, `hidden` and `depth` know what is special about experts, the hidden state and layers.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from llmcompress.axes import Spelling, take, units_along
 from llmcompress.block import Block
 from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
-from llmcompress.family import Anatomy
-from llmcompress.methods import scores
-from llmcompress.methods.hessian import Moments, retarget
-from llmcompress.methods.removal import remove
-from llmcompress.methods.repair import bias_shift, repair
-from llmcompress.methods.solve import output_error
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed, resized, shortened
-from llmcompress.stages import depth
+from llmcompress.stages import allocation, depth, experts, hidden, units
+from llmcompress.stages.allocation import Widths
+from llmcompress.stages.budget import NEAR, Budget
 from llmcompress.stages.context import Context, Facts
-from llmcompress.walk import walk
+from llmcompress.stages.fisher import TOKENS, find_fisher, metric
+from llmcompress.walk import following, gradients, walk
 
-STAGE = "prune"
+STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
 KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit blocks after it need that
+INNER = ("kv", "q", "ffn")  # axes that a linear of the block reads, in order of computation
+Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer"]
+SCORES = {  # of an axis, the default first
+    **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
+    "expert": ("activation",),
+    "hidden": ("pca", "activation"),
+    "layer": ("kl", "influence"),
+}
 
 
-class Prune(BaseModel):
-    """`prune: {axis, keep, score, repair, multiple}`."""
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a model: the units of each axis in each block, or all layers but some."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    widths: Widths = field(default_factory=dict)
+    gone: tuple[int, ...] = ()
+
+
+class Prune(Budget):
+    """`prune: {axis, keep or parameters or size, allocation, score, repair, multiple}`."""
+
     name: ClassVar[str] = STAGE
 
-    axis: Literal["ffn", "kv", "q", "layer"] = Field(
-        description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, whole layers"
+    axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
+        description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, experts, "
+        "channels of the hidden state, whole layers; or a list of ffn with kv or q"
     )
-    keep: Annotated[float, Field(gt=0, lt=1)] | Annotated[int, Field(ge=1)] = Field(
-        description="units that stay (in each block), or layers: a share, or how many"
+    allocation: Literal["uniform", "sensitivity"] | None = Field(
+        default=None, description="as many units in every block, or where they lose least; default uniform with keep, else not"
     )
-    score: Literal["obs", "wanda", "activation", "magnitude", "kl", "influence"] | None = Field(
-        default=None, description="what a unit is worth; default obs, of layers (which have kl and influence) kl"
+    score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = Field(
+        default=None, description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers kl"
     )
     repair: bool = Field(default=True, description="solve the linear that reads the axis anew for what is left")
-    multiple: Annotated[int, Field(ge=1)] | None = Field(default=None, description="of which the count is one; ffn: 64")
 
     @model_validator(mode="after")
     def _of_the_axis(self) -> Prune:
-        if self.score and (self.score in ("kl", "influence")) != (self.axis == "layer"):
-            fitting = "kl or influence" if self.axis == "layer" else "obs, wanda, activation or magnitude"
-            raise ValueError(f"score {self.score} is not for axis {self.axis}; use {fitting}")
-        if self.axis == "layer" and "repair" in self.model_fields_set:
-            raise ValueError("repair is for ffn, kv and q: no linear reads a layer")
+        spoken = " and ".join(self.axes)
+        if len(self.axes) > 1 and (len(set(self.axes)) < len(self.axes) or set(self.axes) not in ({"ffn", "kv"}, {"ffn", "q"})):
+            raise ValueError(f"axis {spoken}: ffn goes with kv or with q, everything else in a stage of its own")
+        if len(self.axes) > 1 and self.keep is None and self.allocation == "uniform":
+            raise ValueError(f"allocation: uniform with a budget is for one axis, not {spoken}")
+        fitting = SCORES[self.axes[0]]
+        if self.score and self.score not in fitting:
+            raise ValueError(f"score {self.score} is not for axis {spoken}; use {' or '.join(fitting)}")
+        for key, fits in (("allocation", set(INNER)), ("repair", {*INNER, "hidden"})):
+            if key in self.model_fields_set and not fits.issuperset(self.axes):
+                raise ValueError(f"{key} is for {', '.join(sorted(fits))}, not for {spoken}")
         return self
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that are cut, in order of computation."""
+        given = (self.axis,) if isinstance(self.axis, str) else self.axis
+        return tuple(sorted(given, key=lambda axis: INNER.index(axis) if axis in INNER else 0))
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether whole layers go."""
+        return self.axes == ("layer",)
 
     @property
     def worth(self) -> str:
         """The score, also where none was given."""
-        return self.score or ("kl" if self.axis == "layer" else "obs")
+        return self.score or SCORES[self.axes[0]][0]
 
-    def size(self, model: Resident) -> int:
-        """How many units there are. Errors: ModelError where the axis can't be cut."""
-        if self.axis == "layer":
-            return len(model.layers)
-        if self.axis not in model.sizes or reader_of(model.anatomy, self.axis) is None:
-            raise ModelError(f'axis "{self.axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
-        return model.sizes[self.axis]
+    @property
+    def sensitive(self) -> bool:
+        """Whether each block gets a width of its own."""
+        return set(INNER).issuperset(self.axes) and (
+            (self.allocation or ("uniform" if self.keep else "sensitivity")) == "sensitivity"
+        )
 
-    def count(self, model: Resident) -> int:
-        """How many units stay in each block, or layers. Errors: ModelError where the axis can't be cut, or nothing would be."""
-        size = self.size(model)
-        multiple = self.multiple or (KERNEL if self.axis == "ffn" and size > KERNEL else 1)
-        share = isinstance(self.keep, float)
-        count = max(multiple, round(self.keep * size / multiple) * multiple) if share else int(self.keep)
-        if not share and self.multiple and count % self.multiple:
-            raise ModelError(f'keep {count} of axis "{self.axis}" is no multiple of {self.multiple}')
-        if count >= size:
-            raise ModelError(
-                f'keep {self.keep:g} of axis "{self.axis}" leaves {count} of {size} units (multiples of {multiple}): nothing '
-                "would be cut; use a smaller keep or multiple"
-            )
-        return count
+    def sizes(self, model: Resident) -> Widths:
+        """How many units there are in each block. Errors: ModelError where an axis can't be cut."""
+        for axis in self.axes:
+            if axis not in model.sizes or (axis in INNER and units.reader_of(model.anatomy, axis) is None):
+                raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
+            if axis == "hidden" and (why := hidden.why_not(model, self.worth)):
+                raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
+        return {axis: tuple(model.sizes_of(index)[axis] for index in range(len(model.layers))) for axis in self.axes}
 
-    def changes(self, model: Resident, gone: Collection[int] | None = None) -> dict[str, Any]:
-        """What changes in the config; before it is known which layers go (None), as if it were the last ones.
+    def cut(self, model: Resident, journal: Journal | None = None) -> Cut:
+        """What the stage leaves; without the journal of what it has found, as if blocks were alike and the last layers went.
 
-        Errors: ModelError where transformers has no such model.
+        Raises ModelError where the axis can't be cut, or not so far.
         """
-        if self.axis != "layer":
-            return resized(model.config, model.anatomy, {self.axis: self.count(model)})
-        total = len(model.layers)
-        gone = range(self.count(model), total) if gone is None else gone
-        return shortened(model.config, [index for index in range(total) if index not in gone])
+        if self.of_layers:
+            total = len(model.layers)
+            return Cut(gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total)))
+        if journal and self.sensitive:
+            return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
+        sizes = self.sizes(model)
+        if self.keep is None and len(self.axes) > 1:
+            return Cut(self._alike(model, sizes))
+        found = {axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes}
+        if "expert" in found:
+            experts.require_enough(model, min(found["expert"]))
+        return Cut(found)
 
-    def gone(self, journal: Journal) -> list[int]:
-        """The layers that were taken out."""
-        found: list[int] = journal.load(STAGE, 0)[1]["gone"] if self.axis == "layer" else []
-        return found
+    def changes(self, model: Resident, cut: Cut | None = None) -> dict[str, Any]:
+        """What changes in the config. Errors: ModelError where transformers has no such model."""
+        cut = cut or self.cut(model)
+        if self.of_layers:
+            return shortened(model.config, [index for index in range(len(model.layers)) if index not in cut.gone])
+        return resized(model.config, model.anatomy, cut.widths)
 
     def apply(self, model: Resident, context: Context) -> Facts:
         """Cut every block that the journal does not hold yet; leave its tensors and facts there."""
-        journal, layers, count = context.journal, len(model.layers), self.count(model)
-        if self.axis == "layer":
-            if not journal.has(STAGE, 0):
-                journal.save(STAGE, 0, {}, depth.find(model, context, count, self.worth))
-            return self._facts(model, count, [], journal.load(STAGE, 0)[1])
-        outline = Outline(changed(model.config, self.changes(model)), model.device, model.dtype)
+        if self.of_layers:
+            return self._shorten(model, context)
+        journal, sizes = context.journal, self.sizes(model)
+        if self.sensitive and not journal.has(WIDTHS, 0):
+            journal.save(WIDTHS, 0, {}, self._allocate(model, context))
+        cut = self.cut(model, journal)
+        if cut.widths != sizes:
+            self._find_out(model, context)
+        outline = Outline(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
+        if self.axis == "hidden":
+            hidden.find_directions(model, context, self.worth)
+            facts = hidden.cut(model, context, outline, self.worth, self.repair)
+        else:
+            facts = self._blocks(model, context, outline, cut)
+        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes]
+        return Facts(STAGE, blocks=facts, notes=notes, details=self._said(sizes, cut))
+
+    def _blocks(self, model: Resident, context: Context, outline: Outline, cut: Cut) -> list[dict[str, Any]]:
+        """Cut block after block; what that cost."""
+        journal, layers = context.journal, len(model.layers)
         if not all(journal.has(STAGE, index) for index in range(layers)):
             blocks = walk(model, context.data.calibration, reference=True)
-            for block in context.track(blocks, f"prune ({self.axis}, {self.worth})", layers):
+            for block in context.track(blocks, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
                 if not journal.has(STAGE, block.index):
-                    journal.save(STAGE, block.index, *self._block(block, count, model.weight_dtype))
+                    self._block(block, model, context, {axis: counts[block.index] for axis, counts in cut.widths.items()})
                 tensors = journal.load(STAGE, block.index)[0]
                 inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
                 block.become(copy.deepcopy(outline.layers[block.index]), inner)
-        return self._facts(model, count, [journal.load(STAGE, index)[1] for index in range(layers)], {})
+        return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
 
-    def _facts(self, model: Resident, count: int, blocks: list[dict[str, Any]], found: Mapping[str, Any]) -> Facts:
-        total = self.size(model)
-        what = "layers stay" if self.axis == "layer" else f"units of {self.axis} stay in each block"
-        details = {"axis": self.axis, "keep": self.keep, "score": self.worth, "units": total, "kept_units": count, **found}
-        return Facts(STAGE, blocks=blocks, notes=[f"{count} of {total} {what}"], details=details)
+    def _block(self, block: Block, model: Resident, context: Context, counts: Mapping[str, int]) -> None:
+        """Cut a block along each axis in turn, and journal what changes in it."""
+        named: dict[str, Tensor] = {}
+        cuts: list[dict[str, Any]] = []
+        for axis in self.axes:
+            if axis == "expert":
+                tensors, lost = experts.cut(block, counts[axis])
+            else:
+                score = self._score(model, context, block.index, axis)
+                tensors, lost = units.cut(block, axis, counts[axis], score, self.repair)
+            named |= {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in tensors.items()}
+            cuts.append({"name": block.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
+        context.journal.save(STAGE, block.index, named, {"cuts": cuts})
 
-    def _block(self, block: Block, count: int, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the block that change, by their full names, and what that cost."""
-        anatomy, reader = block.anatomy, reader_of(block.anatomy, self.axis)
-        assert reader is not None
-        moments = block.moments(next(group for group in anatomy.readers if reader in group))[reader]
-        W_RC = block.weight(reader)
-        term = anatomy.input_of(reader)
-        unit_C = units_along(term, block.sizes, self.axis).to(block.device)
-        aim_RC = retarget(W_RC, moments) if self.repair else W_RC
-        kept = self._kept(block, aim_RC, moments, unit_C, count)
-        place = torch.arange(len(unit_C), device=block.device)
-        columns = take(place, Spelling((term,)), block.sizes, self.axis, kept)
-        left_RP = repair(aim_RC, moments.H_CC, columns) if self.repair else W_RC[:, columns]
-        tensors = {
-            name: take(block.module.get_parameter(name).data, row, block.sizes, self.axis, kept)
-            for name, row in anatomy.block.items()
-            if self.axis in Spelling.parse(row).axes
+    def _shorten(self, model: Resident, context: Context) -> Facts:
+        journal, total = context.journal, len(model.layers)
+        if not journal.has(STAGE, 0):
+            journal.save(STAGE, 0, {}, depth.find(model, context, self.layers(model), self.worth))
+        found = journal.load(STAGE, 0)[1]
+        count = total - len(found["gone"])
+        details = {"axis": "layer", "score": self.worth, "units": total, "kept_units": count}
+        return Facts(STAGE, notes=[f"{count} of {total} layers stay"], details=self._asked() | details | found)
+
+    def _asked(self) -> dict[str, Any]:
+        return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
+
+    def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
+        """How the stage was set and what it left, for the report."""
+        details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.worth}
+        if len(self.axes) == 1 and not self.sensitive:
+            return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
+        return details | {
+            "units": {axis: list(n) for axis, n in sizes.items()},
+            "widths": {axis: list(n) for axis, n in cut.widths.items()},
         }
-        tensors[f"{reader}.weight"] = block.oriented(reader, left_RP)
-        if self.repair and (bias := f"{reader}.bias") in anatomy.block:
-            shift_R = bias_shift(W_RC, moments.full_C, left_RP, moments.mean_C[columns])
-            tensors[bias] = block.module.get_parameter(bias).data + shift_R
-        lost = output_error(W_RC, torch.zeros_like(W_RC).index_copy(1, columns, left_RP), moments.H_CC)
-        facts = {"name": block.name, "kept_units": count, "relative_error": lost}
-        return {f"{block.name}.{name}": tensor.to(dtype).cpu() for name, tensor in tensors.items()}, facts
 
-    def _kept(self, block: Block, W_RC: Tensor, moments: Moments, unit_C: Tensor, count: int) -> Tensor:
-        """The units that stay, int64 in rising order."""
-        units = block.sizes[self.axis]
+    def _multiple(self, model: Resident, axis: str) -> int:
+        return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
+
+    def _alike(self, model: Resident, sizes: Widths) -> Widths:
+        """Widths that are the same share of every axis and within the budget, for a plan."""
+        allowed = self.allowed(model)
+        shares = [share / 64 for share in range(64, 0, -1)]
+        for share in shares:
+            found = {axis: tuple(max(1, int(share * size)) for size in sizes[axis]) for axis in self.axes}
+            if (reached := model.parameters(found)) <= allowed:
+                return found
+        raise self.refuse(model, reached)
+
+    def _allocate(self, model: Resident, context: Context) -> dict[str, Any]:
+        """The widths of all blocks, and what they are expected to lose."""
+        unit = {axis: allocation.unit_parameters(model, axis) for axis in self.axes}
+        none = model.parameters({axis: [0] * len(model.layers) for axis in self.axes})
+        within = (
+            model.parameters(self.cut(model).widths) if self.keep is not None else min(self.allowed(model), model.parameters())
+        )
+        multiples = {axis: self._multiple(model, axis) for axis in self.axes}
+        for axis in self.axes:
+            while not self.multiple and multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:
+                multiples[axis] //= 2
+        least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
+        if within < least:
+            raise self.refuse(model, least)
+        curves = allocation.curves(model, context, self.axes)
+        found = allocation.widths(curves, unit, within - none, multiples)
+        nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
+        return {"widths": found, "expected_nats": nats}
+
+    def _find_out(self, model: Resident, context: Context) -> None:
+        """Have the journal hold what the score asks of the whole model, as it is now."""
+        journal, layers = context.journal, len(model.layers)
         if self.worth == "obs":
-            return remove(W_RC, moments.H_CC, unit_C, units, least=count).kept(count)
-        if self.worth == "wanda":
-            worth_U = scores.wanda(W_RC, moments.H_CC.diagonal().sqrt(), unit_C, units)
-        elif self.worth == "activation":
-            worth_U = scores.activation(moments.H_CC.diagonal().sqrt(), unit_C, units)
-        else:
-            worth_U = scores.magnitude(W_RC, unit_C, units)
-            for linear in block.anatomy.linears:  # what writes the axis is part of the unit
-                unit_R = units_along(block.anatomy.output_of(linear), block.sizes, self.axis)
-                if bool((unit_R >= 0).any()):
-                    worth_U = worth_U + scores.magnitude(block.weight(linear).T, unit_R.to(block.device), units)
-        return worth_U.argsort(descending=True, stable=True)[:count].sort().values
+            find_fisher(model, context)
+        if self.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
+            return
+        windows = context.data.calibration
+        windows = windows[: -(-TOKENS // windows.shape[1])]
+        readers = {axis: f"{units.reader_of(model.anatomy, axis)}.weight" for axis in self.axes}
+        found = gradients(model, windows, context.scratch, following, tuple(readers.values()))
+        for index, _, by_name in context.track(found, "gradients of the loss", layers):
+            worth = {axis: units.taylor(model, index, axis, by_name[name]).cpu() for axis, name in readers.items()}
+            journal.save(TAYLOR, index, worth, {})
+
+    def _score(self, model: Resident, context: Context, index: int, axis: str) -> units.Score:
+        """The score, with what was found out about a block."""
+        M_DD = metric(model, context, index) if self.worth == "obs" else None
+        found = context.journal.get(TAYLOR, index) if self.worth == "taylor" else None
+        return units.Score(self.worth, M_DD, found[0][axis] if found else None)
 
 
-def reader_of(anatomy: Anatomy, axis: str) -> str | None:
-    """The linear whose columns run along an axis inside the block; None where there is no such one, as for experts."""
-    inside = [linear for linear in anatomy.linears if axis in Spelling((anatomy.input_of(linear),)).axes]
-    return inside[0] if len(inside) == 1 else None
+def _spoken(axis: str, counts: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    if len(set(counts)) == len(set(sizes)) == 1:
+        return f"{counts[0]} of {sizes[0]} units of {axis} stay in each block"
+    return f"{sum(counts)} of {sum(sizes)} units of {axis} stay, {min(counts)} to {max(counts)} in a block"

@@ -31,16 +31,17 @@ from llmcompress.stages.choice import inner, install, mean_bits, require_known
 from llmcompress.stages.coding import Coding
 from llmcompress.stages.context import Context, Facts
 from llmcompress.stages.embedding import apart, embedding_codings, settle_outer
+from llmcompress.stages.fisher import find_fisher, fisher
 from llmcompress.stages.formats import Format, Override, together
 from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
 from llmcompress.stages.smooth import Smooth
-from llmcompress.walk import head_input, output_fisher, walk
+from llmcompress.walk import head_input, walk
+from llmcompress.widths import mixed
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
 
-STAGE, FISHER, SMOOTH, PROTECTED = "quantize", "fisher", "smooth", "protected"  # what is done and found out, in the journal
-FISHER_TOKENS = 32768  # for the output Fisher matrices: more tokens than this change the result by less than its noise
+STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 
 class Quantize(Format):
@@ -109,7 +110,7 @@ class Quantize(Format):
         if self.embedding == "int8":
             chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
             kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
-        return together(chosen), kept
+        return together(chosen, native=not mixed(model.config)), kept
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
@@ -154,7 +155,7 @@ class Quantize(Format):
         steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last block
         journal = context.journal
         if self.rounding == "learned" or self.protect:
-            self._find_fisher(model, context)  # of the full model, so before its embedding is rounded
+            find_fisher(model, context)  # of the full model, so before its embedding is rounded
         full, embeddings = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
             self._find_hurt(model, context, solved)
@@ -216,16 +217,6 @@ class Quantize(Format):
         inside = {f"{linear}.weight" for linear in linears}
         return [name for name in block.anatomy.block if name not in inside] if self.rotate else []
 
-    def _find_fisher(self, model: Resident, context: Context) -> None:
-        journal, layers = context.journal, len(model.layers)
-        if all(journal.has(FISHER, index) for index in range(layers)):
-            return
-        windows = context.data.calibration
-        windows = windows[: -(-max(FISHER_TOKENS, 8 * model.config.hidden_size) // windows.shape[1])]
-        found = output_fisher(model, windows, context.scratch, context.seed)
-        for index, F_DD in context.track(found, "find the errors that matter", layers):
-            journal.save(FISHER, index, {"F_DD": F_DD}, {})
-
     def _find_hurt(self, model: Resident, context: Context, chosen: Mapping[str, Coding]) -> None:
         """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
@@ -233,7 +224,7 @@ class Quantize(Format):
         for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
             codings = block.own(chosen)
             self._smoothed(block, codings, context, model.weight_dtype)
-            nats = costs(block, codings, journal.load(FISHER, block.index)[0]["F_DD"])
+            nats = costs(block, codings, fisher(context, block.index))
             found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
         journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
 
@@ -248,7 +239,7 @@ class Quantize(Format):
         else:
             solved, moments, scales = rounding.in_turn(block, weights)
             if self.rounding == "learned":
-                F_DD = context.journal.load(FISHER, block.index)[0]["F_DD"]
+                F_DD = fisher(context, block.index)
                 trained = rounding.learned(
                     block, weights, solved, F_DD, input_scales=scales, steps=self.steps, seed=context.seed
                 )

@@ -1,0 +1,49 @@
+"""Which errors of a block the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from llmcompress.methods.hessian import metric_factor
+from llmcompress.residency import Resident
+from llmcompress.stages.context import Context
+from llmcompress.walk import output_fisher
+
+FISHER = "fisher"  # in the journal
+TOKENS = 32768  # more than these change what is made of them by less than its noise
+DAMP = 0.01  # of a matrix, when it is factored
+
+
+def tokens_for(width: int) -> int:
+    """Tokens that matrices of hidden width `width` are taken over."""
+    return max(TOKENS, 8 * width)
+
+
+def find_fisher(model: Resident, context: Context) -> None:
+    """Have the journal hold the matrix of each block, for the model as it is now."""
+    journal, layers = context.journal, len(model.layers)
+    if all(journal.has(FISHER, index) for index in range(layers)):
+        return
+    windows = context.data.calibration
+    windows = windows[: -(-tokens_for(model.config.hidden_size) // windows.shape[1])]
+    found = output_fisher(model, windows, context.scratch, context.seed)
+    for index, F_DD in context.track(found, "find the errors that matter", layers):
+        journal.save(FISHER, index, {"F_DD": F_DD}, {})
+
+
+def fisher(context: Context, index: int) -> Tensor:
+    """The matrix [D, D] of a block: an error e of the states that leave it costs e F e^T / 2 nats a token."""
+    return context.journal.load(FISHER, index)[0]["F_DD"]
+
+
+def metric(model: Resident, context: Context, index: int) -> Tensor | None:
+    """M [D, D], such that an error e of what a sublayer adds in a block costs |e M|^2 nats a token; None where none is known.
+
+    That is where a norm follows the sublayer, which the matrix of the block does not reach through.
+    """
+    rows, feeds = model.anatomy.block, model.anatomy.feeds
+    gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
+    if gains - feeds.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
+        return None
+    F_DD = fisher(context, index).to(model.device)
+    return metric_factor(F_DD, DAMP) * (F_DD.diagonal().mean() / 2).sqrt()
