@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from llmcompress.errors import ModelError
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.report.measure import environment
@@ -42,6 +43,8 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "ffn-75-magnitude": "stages: [{prune: {axis: ffn, keep: 0.75, multiple: 32, score: magnitude, repair: false}}]",
     "kv-half-magnitude": "stages: [{prune: {axis: kv, keep: 0.5, score: magnitude, repair: false}}]",
     "depth-75-influence": "stages: [{prune: {axis: layer, keep: 0.75, score: influence}}]",
+    "ffn-budget-uniform": "stages: [{prune: {axis: ffn, parameters: 0.8, allocation: uniform}}]",  # what the allocation wins
+    "hidden-75-plain": "stages: [{prune: {axis: hidden, keep: 0.75, repair: false}}]",
     "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
     "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
@@ -103,7 +106,12 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
         print(f"{model}: {name} ...", file=sys.stderr, flush=True)
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"length": LENGTH})})
         with tempfile.TemporaryDirectory() as folder:
-            report = compress(recipe, Path(folder) / "out", base=base, data=text)
+            try:
+                report = compress(recipe, Path(folder) / "out", base=base, data=text)
+            except ModelError as error:  # what a recipe asks of a model that this one is not
+                print(f"{model}: {name}: {error}", file=sys.stderr, flush=True)
+                known.pop(name, None)
+                continue
         known[name] = row(name, report)
         print(f"{model}: {name}: KL {report.fidelity.kl_nats_mean:.6f} nats, {known[name]['seconds']:.0f} s", flush=True)
     result = {

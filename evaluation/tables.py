@@ -27,9 +27,11 @@ STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8
 STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
 STOCK |= {"int8-smooth-all": "nothing spared", "w8a8-all": "nothing spared"}
 BASELINE |= {"ffn-75-obs": "ffn-75-magnitude", "kv-half": "kv-half-magnitude", "depth-75-kl": "depth-75-influence"}
+BASELINE |= {"ffn-budget": "ffn-budget-uniform", "hidden-75": "hidden-75-plain"}
 BASELINE |= {"wanda-2-4": "magnitude-2-4", "sparsegpt-2-4": "magnitude-2-4", "sparsegpt-50": "magnitude-50"}
 STOCK |= dict.fromkeys(("ffn-75-magnitude", "kv-half-magnitude"), "magnitude, nothing repaired")
-STOCK |= {"depth-75-influence": "block influence"}
+STOCK |= {"depth-75-influence": "block influence", "ffn-budget-uniform": "as many in every layer"}
+STOCK |= {"hidden-75-plain": "nothing repaired"}
 STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
 
 

@@ -88,7 +88,8 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
         work = 2.0 * inner * SAMPLE * layers * len(cut.gone) / 2
     else:
         maps, sizes = dict(model.linear_maps()), stage.sizes(model)
-        C = max(maps[f"{model.block_name(0)}.{reader_of(model.anatomy, axis)}"][1] for axis in stage.axes)
+        readers = [f"{model.block_name(0)}.{reader_of(model.anatomy, axis)}" for axis in stage.axes]
+        C = max(maps[reader][1] if reader in maps else model.config.hidden_size for reader in readers)
         solved = layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # moments and removal
         work = 4 * 2.0 * inner * tokens + solved
         if stage.sensitive or stage.worth in ("obs", "taylor"):

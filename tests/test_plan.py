@@ -7,13 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import CompressError, ModelError, RecipeError
-from llmcompress.plan import plan
+from llmcompress.plan import per_token, plan
+from llmcompress.residency import Outline
 from llmcompress.run import compress
 from tests.bases import save_base, small_recipe, write_text
-from tests.models import FAMILIES
+from tests.models import FAMILIES, pico
 
 
 @pytest.fixture(scope="module")
@@ -124,3 +128,47 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"has no config.json"):
         plan(small_recipe(text, tmp_path / "empty"))
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: str) -> None:
+    model: Any = pico(family)
+    row = per_token(Outline(model.config, torch.device("cpu"), torch.float32))
+    cache: Any = DynamicCache(config=model.config)
+    multiplied = 0
+
+    def count(module: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+        nonlocal multiplied
+        multiplied += args[0].numel() // args[0].shape[-1] * module.weight.numel()
+
+    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    with torch.no_grad():
+        model(torch.tensor([[3, 4, 5, 6, 7]]), past_key_values=cache)
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert row["kv_cache_bytes_per_token"] == held // 5
+    routed = 2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0  # layers, experts a token, matrices, weights, tokens
+    router = 2 * 5 * 64 if family == "qwen3_moe" else 0  # is no linear module
+    assert row["flops_per_token"] in (2 * (multiplied + routed) // 5, 2 * ((multiplied + routed) // 5 + router))
+    for hook in hooks:
+        hook.remove()
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [
+        {"axis": "kv", "keep": 1},
+        {"axis": "ffn", "parameters": 0.8},
+        {"axis": "hidden", "keep": 48, "multiple": 16},
+        {"axis": "layer", "parameters": 0.8},
+        {"axis": ["ffn", "kv"], "size": "330kB"},
+    ],
+)
+def test_a_cut_is_priced_before_it_is_made(stage: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", tie_word_embeddings=False)
+    whole, cut = plan(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]}))[0]
+    assert all(cut[key] <= whole[key] for key in ("parameters", "size_bytes", "flops_per_token", "kv_cache_bytes_per_token"))
+    assert cut["flops_per_token"] < whole["flops_per_token"]
+    if stage["axis"] == "kv":
+        assert cut["kv_cache_bytes_per_token"] == whole["kv_cache_bytes_per_token"] // 2
+    if "parameters" in stage:
+        assert cut["parameters"] <= 0.8 * whole["parameters"]
