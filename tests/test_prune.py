@@ -23,7 +23,7 @@ from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.units import reader_of
 from llmcompress.walk import without_each
-from tests.artefacts import CPU, distance, live, measured
+from tests.artefacts import CPU, TOKENS, distance, live, measured
 from tests.bases import byte_tokenizer, save_base, write_text
 from tests.models import FAMILIES, pico
 
@@ -64,6 +64,9 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, f
     source = Live(model.config, model.state_dict(), CPU)
     assert source.sizes[axis] == KEEP[axis]
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
+    told: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    cached, slow = (cast(Any, model).generate(TOKENS, use_cache=cache, **told) for cache in (True, False))
+    assert torch.equal(cached, slow)
     assert report.compressed.parameters is not None and report.base.parameters is not None
     assert report.compressed.parameters == sum(p.numel() for p in model.parameters()) < report.base.parameters
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
@@ -78,20 +81,45 @@ def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral
     assert distance(live(plain(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
 
 
-def test_units_that_say_nothing_are_cut_for_free(text: Path, tmp_path: Path) -> None:
-    """Half the neurons have zero weights where they are read, one kv head's outputs are not read."""
-    model = pico("llama", vocab_size=256)
+@pytest.mark.slow
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "qwen3_moe"])
+def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_path: Path) -> None:
+    """Some neurons have zero weights where they are read, one kv head's outputs are not read."""
+    model = pico(family, vocab_size=256)
     dead = torch.randperm(320, generator=torch.Generator().manual_seed(0))[:128]
-    for layer in model.get_submodule("model.layers").children():
-        layer.get_parameter("mlp.down_proj.weight").data[:, dead] = 0
-        layer.get_parameter("self_attn.o_proj.weight").data[:, 64:] = 0  # (kv q d) = (2 4 16): the second kv head
+    anatomy = resident(family).anatomy
+    for layer in model.get_submodule(anatomy.layers).children():
+        for axis, units in (("ffn", dead), ("kv", torch.arange(64, 128))):  # (kv q d) = (2 4 16): the second kv head
+            reader = reader_of(anatomy, axis)
+            if reader and (axis == "ffn" or family in HEADS):
+                weight = layer.get_parameter(f"{reader}.weight").data
+                (weight.T if reader in anatomy.conv1d else weight)[:, units] = 0
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    for score in ("obs", "wanda"):
-        stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in ("ffn", "kv")]
+    for score in ("obs", "wanda") if family == "llama" else ("obs",):
+        axes = ("ffn", "kv") if family in HEADS else ("ffn",)
+        stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in axes]
         report = compress(recipe(text, tmp_path / "base", *stages), tmp_path / score)
         assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
-        assert distance(live(plain(tmp_path / score)), live(plain(tmp_path / "base"))) < 1e-4
+        read = byte_tokenizer()(text.read_text()[:90], return_tensors="pt").input_ids
+        with torch.no_grad():
+            before, after = (plain(tmp_path / name)(read).logits for name in ("base", score))
+        assert distance(after, before) < 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_keeps_all_leaves_every_bit(family: str, text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family)
+    axes = ["layer", *(["expert"] if family == "qwen3_moe" else ["ffn"]), *(["kv", "q"] if family in HEADS else [])]
+    stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": 1.0}} for axis in axes]
+    stages += (
+        [{"prune": {"axis": "hidden", "keep": 1.0, "score": "activation"}}] if family in ("llama", "qwen3", "phi3") else []
+    )
+    report = compress(recipe(text, base, *stages), tmp_path / "out")
+    before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+    assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
 
 
 @pytest.mark.slow

@@ -146,15 +146,16 @@ class Prune(Budget):
         if self.sensitive and not journal.has(WIDTHS, 0):
             journal.save(WIDTHS, 0, {}, self._allocate(model, context))
         cut = self.cut(model, journal)
-        if cut.widths != sizes:
-            self._find_out(model, context)
+        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes]
+        if cut.widths == sizes:  # the model is left as it is, to the bit
+            return Facts(STAGE, notes=notes, details=self._said(sizes, cut))
+        self._find_out(model, context)
         outline = Outline(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
         if self.axis == "hidden":
             hidden.find_directions(model, context, self.worth)
             facts = hidden.cut(model, context, outline, self.worth, self.repair)
         else:
             facts = self._blocks(model, context, outline, cut)
-        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes]
         return Facts(STAGE, blocks=facts, notes=notes, details=self._said(sizes, cut))
 
     def _blocks(self, model: Resident, context: Context, outline: Outline, cut: Cut) -> list[dict[str, Any]]:
