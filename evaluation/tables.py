@@ -172,6 +172,35 @@ def speed() -> str:
     )
 
 
+def pruning() -> str:
+    """What structured pruning loses at the same share of the blocks, ours and Torch-Pruning's."""
+    ours, theirs, parts = load("pruning"), load("rivals-pruning"), []
+    for model, share in dict.fromkeys((row["model"], row["share"]) for row in (ours or {"rows": []})["rows"]):
+        lines = []
+        for row in [*ours["rows"], *(theirs or {"rows": []})["rows"]]:
+            if (row["model"], row["share"]) == (model, share):
+                what = row["row"] if "row" in row else f"{row['rival']}: {row['importance']}, {row['scope']}"
+                sizes = [f"{row[key] / 1e6:.3f}" for key in ("block_parameters", "parameters")]
+                lines.append([what, *sizes, f"{row['kl_nats_mean']:.4f}", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}"])
+        lines.sort(key=lambda cells: float(cells[3]))
+        base = next(row["base_perplexity"] for row in ours["rows"] if row["model"] == model)
+        parts.append(f"**{model}**, {100 * share:.0f} % of the parameters of its blocks (base perplexity {base:.2f}):\n")
+        parts.append(table(["what", "M in blocks", "M in all", "KL, nats", "perplexity", "seconds"], lines) + "\n")
+    return "\n".join(parts)
+
+
+def pruned_speed() -> str:
+    """How fast models of fewer parameters are."""
+    result = load("pruned_speed")
+    if result is None:
+        return ""
+    keys = ("block_parameters", "flops", "reading_time", "decoding_time")
+    lines = [[row["cut"], *(f"{row[key]:.3f}" for key in keys), str(row["kv_cache_bytes_per_token"])] for row in result["rows"]]
+    header = ["cut", "block parameters", "operations", "time to read", "time to decode", "cache, bytes a token"]
+    where = f"{result['hardware']}, commit {result['commit']}"
+    return f"As shares of the whole model's, in the same run ({where}):\n\n{table(header, lines)}\n"
+
+
 def head(recipe: str) -> str:
     """The measured lines of a recipe's head."""
     lines = []
@@ -193,9 +222,12 @@ def with_head(text: str, recipe: str) -> str:
     return re.sub(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?", lambda found: found[1] + head(recipe), text)
 
 
+PRUNING = (("pruning", pruning), ("pruned speed", pruned_speed))
+
+
 def main() -> int:
     wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
-    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost), ("speed", speed)):
+    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost), ("speed", speed), *PRUNING):
         before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"

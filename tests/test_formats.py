@@ -38,6 +38,7 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8": ("llama", {"format": "w8a8"}),
     "w8a8 static": ("phi3", {"format": "w8a8", "activations": "static", "smooth": {}, "rounding": "nearest"}),
     "w8a8 none": ("qwen2", {"format": "w8a8", "activations": "none", "rounding": "nearest"}),
+    "w8a8 none, rotated experts": ("qwen3_moe", {"format": "w8a8", "activations": "none", "rotate": True}),
     "w4a8": ("gpt2", {"format": "w4a8", "smooth": {}}),
     "w4a8 static": ("qwen2", {"format": "w4a8", "activations": "static", "range": "percentile", "block": 32}),
     "w4a4": ("qwen2", {"format": "w4a4", "block": 32, "smooth": {"method": "awq"}}),
@@ -67,7 +68,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str
     outs = {}
     for name, (family, settings) in RECIPES.items():
         base = folder / family if (folder / family).exists() else save_base(folder / family, family, num_hidden_layers=1)
-        outs[name] = folder / name.replace(" ", "-")
+        outs[name] = folder / name.replace(", ", "-").replace(" ", "-")
         compress(small_recipe(text, base, **settings), outs[name])
     return outs
 

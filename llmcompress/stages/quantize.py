@@ -81,8 +81,6 @@ class Quantize(Format):
         """The rotation that is to come first, if one is; raises ModelError where the model can't be rotated."""
         if not self.rotate:
             return None
-        if model.anatomy.experts:
-            raise ModelError("rotate can't write experts, which this model stores one by one; leave rotate out")
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
     def choose(self, model: Resident) -> tuple[dict[str, Coding], dict[str, str]]:
