@@ -43,3 +43,9 @@ def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recip
     data = {"source": str(text), "samples": 8, "length": 24, "evaluation_samples": 4}
     entries: dict[str, Any] = {"data": data, "stages": [{"quantize": quantize}]}
     return Recipe.model_validate(entries | ({"base": str(base)} if base else {}))
+
+
+def staged_recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 32) -> Recipe:
+    """Several stages; `samples` windows of `length` tokens calibrate, 4 evaluate."""
+    data = {"source": str(text), "samples": samples, "length": length, "evaluation_samples": 4}
+    return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})

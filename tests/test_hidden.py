@@ -12,16 +12,15 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.artifact import partial_folder
 from llmcompress.errors import AcceptError, ModelError
-from llmcompress.recipe import Accept, Recipe
+from llmcompress.recipe import Accept
 from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
 from llmcompress.stages import experts, hidden
 from llmcompress.stages.prune import Prune
 from llmcompress.walk import walk
-from tests.artefacts import CPU, TOKENS, distance, live, measured
-from tests.bases import byte_tokenizer, save_base, write_text
+from tests.artefacts import CPU, TOKENS, distance, live, load, measured
+from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import pico
-from tests.test_prune import plain
 
 WITH_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 
@@ -29,11 +28,6 @@ WITH_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
-
-
-def recipe(text: Path, base: Path, *stages: dict[str, Any]) -> Recipe:
-    data = {"source": str(text), "samples": 16, "length": 32, "evaluation_samples": 4}
-    return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})
 
 
 def resident(family: str, **config: Any) -> Resident:
@@ -70,12 +64,14 @@ def test_directions_that_are_never_used_are_cut_for_free(family: str, text: Path
     base = save_flat(tmp_path / "base", family, 32)
     for mend in (True, False):
         out = tmp_path / f"out-{mend}"
-        report = compress(recipe(text, base, {"prune": {"axis": "hidden", "keep": 32, "multiple": 1, "repair": mend}}), out)
+        report = compress(
+            staged_recipe(text, base, {"prune": {"axis": "hidden", "keep": 32, "multiple": 1, "repair": mend}}), out
+        )
         config = json.loads((out / "config.json").read_text())
         assert config["hidden_size"] == 32 and config["head_dim"] == 16
         assert (report.fidelity.kl_nats_mean or 0) < 1e-5, mend
-        assert distance(live(plain(out)), measured(out)) < 1e-5
-        assert distance(live(plain(out)), live(plain(base))) < 0.01
+        assert distance(live(load(out)), measured(out)) < 1e-5
+        assert distance(live(load(out)), live(load(base))) < 0.01
 
 
 @pytest.mark.slow
@@ -84,7 +80,9 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
     for score in ("pca", "activation"):
         for mend in (True, False):
             stage = {"prune": {"axis": "hidden", "keep": 48, "multiple": 16, "score": score, "repair": mend}}
-            kl[score, mend] = compress(recipe(text, base, stage), tmp_path / f"{score}-{mend}").fidelity.kl_nats_mean or 0
+            kl[score, mend] = (
+                compress(staged_recipe(text, base, stage), tmp_path / f"{score}-{mend}").fidelity.kl_nats_mean or 0
+            )
     assert min(kl.values()) == kl["pca", True]
     assert kl["pca", True] < kl["pca", False] and kl["activation", True] < kl["activation", False]
 
@@ -93,17 +91,17 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
 def test_a_tied_model_loses_channels_and_generates_the_same_with_a_cache(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", tie_word_embeddings=True)
     stages: list[dict[str, Any]] = [{"prune": {"axis": "hidden", "keep": 32, "multiple": 16, "score": "activation"}}]
-    compress(recipe(text, base, *stages), tmp_path / "out")
-    model = plain(tmp_path / "out")
+    compress(staged_recipe(text, base, *stages), tmp_path / "out")
+    model = load(tmp_path / "out")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.no_grad():
         cached = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[operator]
         slow = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)  # type: ignore[operator]
     assert torch.equal(cached, slow)
-    result, report = recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}).apply(
+    result, report = staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}).apply(
         AutoModelForCausalLM.from_pretrained(base), byte_tokenizer()
     )
-    written = compress(recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}), tmp_path / "nf4")
+    written = compress(staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}), tmp_path / "nf4")
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert result.config.hidden_size == 32
 
@@ -117,7 +115,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     family: str, stage: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, tie_word_embeddings=False)
-    told = recipe(text, base, {"prune": stage})
+    told = staged_recipe(text, base, {"prune": stage})
     compress(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000"], ["outer.00000"], ["directions.00000", "prune.00001"]):
         with pytest.raises(AcceptError):
@@ -162,9 +160,9 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
         assert lost == 0 and torch.equal(
             tensors["mlp.gate.weight"], block.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
         )
-    report = compress(recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
-    assert plain(tmp_path / "out").config.num_experts == 4
-    assert distance(live(plain(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
+    report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
+    assert load(tmp_path / "out").config.num_experts == 4
+    assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
     assert report.stages[0].model_dump()["kept_units"] == 4
 
 

@@ -23,8 +23,8 @@ from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.units import reader_of
 from llmcompress.walk import without_each
-from tests.artefacts import CPU, TOKENS, distance, live, measured
-from tests.bases import byte_tokenizer, save_base, write_text
+from tests.artefacts import CPU, TOKENS, distance, live, load, measured
+from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose heads need not fill the hidden width
@@ -36,20 +36,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def recipe(text: Path, base: Path, *stages: dict[str, Any]) -> Recipe:
-    data = {"source": str(text), "samples": 16, "length": 48, "evaluation_samples": 8}
-    return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})
-
-
 def resident(family: str = "llama", **config: Any) -> Resident:
     model = pico(family, **config)
     return Live(model.config, model.state_dict(), CPU)
-
-
-def plain(folder: Path) -> PreTrainedModel:
-    model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
-    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    return cast(PreTrainedModel, model)
 
 
 CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axis, f) for f in HEADS for axis in ("kv", "q")]
@@ -59,8 +48,8 @@ CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axi
 @pytest.mark.parametrize(("axis", "family"), CUTS)
 def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
-    report = compress(recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
-    model = plain(tmp_path / "out")
+    report = compress(staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
+    model = load(tmp_path / "out")
     source = Live(model.config, model.state_dict(), CPU)
     assert source.sizes[axis] == KEEP[axis]
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
@@ -75,10 +64,10 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, f
 
 def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
-    compress(recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
+    compress(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
-    assert distance(live(plain(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
+    assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
 
 
 @pytest.mark.slow
@@ -99,11 +88,11 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     for score in ("obs", "wanda") if family == "llama" else ("obs",):
         axes = ("ffn", "kv") if family in HEADS else ("ffn",)
         stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in axes]
-        report = compress(recipe(text, tmp_path / "base", *stages), tmp_path / score)
+        report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / score)
         assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
         read = byte_tokenizer()(text.read_text()[:90], return_tensors="pt").input_ids
         with torch.no_grad():
-            before, after = (plain(tmp_path / name)(read).logits for name in ("base", score))
+            before, after = (load(tmp_path / name)(read).logits for name in ("base", score))
         assert distance(after, before) < 1e-4
 
 
@@ -116,7 +105,7 @@ def test_what_keeps_all_leaves_every_bit(family: str, text: Path, tmp_path: Path
     stages += (
         [{"prune": {"axis": "hidden", "keep": 1.0, "score": "activation"}}] if family in ("llama", "qwen3", "phi3") else []
     )
-    report = compress(recipe(text, base, *stages), tmp_path / "out")
+    report = compress(staged_recipe(text, base, *stages), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
@@ -128,7 +117,9 @@ def test_obs_with_repair_loses_least(text: Path, tmp_path: Path) -> None:
     for score in ("obs", "wanda", "activation", "magnitude"):
         for repair in (True, False):
             stage = {"prune": {"axis": "ffn", "keep": 192, "score": score, "repair": repair}}
-            kl[score, repair] = compress(recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean or 0.0
+            kl[score, repair] = (
+                compress(staged_recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean or 0.0
+            )
         assert kl[score, True] < kl[score, False], score
     assert min(kl.values()) == kl["obs", True]
 
@@ -141,13 +132,13 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
         {"prune": {"axis": "q", "keep": 2}},
         {"quantize": {"format": "nf4"}},
     ]
-    report = compress(recipe(text, base, *stages), tmp_path / "once")
+    report = compress(staged_recipe(text, base, *stages), tmp_path / "once")
     assert [stage.name for stage in report.stages] == ["prune", "prune", "quantize"]
     config = json.loads((tmp_path / "once" / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"]) == (256, 4)
     assert config["quantization_config"]["quant_method"] == "bitsandbytes"
-    assert distance(live(plain(tmp_path / "once")), measured(tmp_path / "once")) < 0.02
-    strict = recipe(text, base, *stages).model_copy(update={"accept": Accept(kl_nats=1e-12)})
+    assert distance(live(load(tmp_path / "once")), measured(tmp_path / "once")) < 0.02
+    strict = staged_recipe(text, base, *stages).model_copy(update={"accept": Accept(kl_nats=1e-12)})
     with pytest.raises(AcceptError):
         compress(strict, tmp_path / "again")
     work = partial_folder(tmp_path / "again")
@@ -160,7 +151,7 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
         for name in lost:
             path = partial_folder(tmp_path / "other") / name
             shutil.rmtree(path) if path.is_dir() else path.with_name(f"{path.name}.safetensors").unlink()
-        compress(recipe(text, base, *stages), tmp_path / "other")
+        compress(staged_recipe(text, base, *stages), tmp_path / "other")
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
         shutil.rmtree(tmp_path / "other")
@@ -171,10 +162,10 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
 def test_layers_that_go_leave_a_plain_checkpoint_of_the_others(family: str, text: Path, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
     base = save_base(tmp_path / "base", family, num_hidden_layers=4, **(kinds if "gemma" in family else {}))
-    report = compress(recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
+    report = compress(staged_recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert len(facts["gone"]) == len(facts["kl_nats"]) == 2 and 0 < facts["kl_nats"][0] < facts["kl_nats"][1]
-    model, whole = plain(tmp_path / "out"), plain(base)
+    model, whole = load(tmp_path / "out"), load(base)
     stays = [index for index in range(4) if index not in facts["gone"]]
     layers, all_layers = (x.get_submodule(resident(family).anatomy.layers) for x in (model, whole))
     for layer, index in zip(layers.children(), stays, strict=True):
@@ -193,7 +184,7 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tm
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("kl", "influence"):
         report = compress(
-            recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}), tmp_path / score
+            staged_recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}), tmp_path / score
         )
         assert report.stages[0].model_dump()["gone"] == [2]
         assert (report.fidelity.kl_nats_mean or 0.0) < 1e-9
@@ -223,19 +214,19 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_pat
     base = save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [{"prune": {"axis": "layer", "keep": 1}}, {"prune": {"axis": "ffn", "keep": 256}}]
     stages.append({"quantize": {"format": "w8a8"}})
-    written = compress(recipe(text, base, *stages), tmp_path / "out")
+    written = compress(staged_recipe(text, base, *stages), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
     before = live(model)
-    result, report = recipe(text, base, *stages).apply(model, byte_tokenizer())
+    result, report = staged_recipe(text, base, *stages).apply(model, byte_tokenizer())
     assert result is not model and torch.equal(live(model), before), "the model given was changed"
     assert report.compressed.parameters == written.compressed.parameters
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
-    assert distance(live(result), live(plain(tmp_path / "out"))) < 1e-5
+    assert distance(live(result), live(load(tmp_path / "out"))) < 1e-5
 
 
 def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
+    compress(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["axis"], facts["units"], facts["kept_units"]) == ("ffn", 320, 192)
@@ -292,7 +283,7 @@ def test_the_reader_of_an_axis_is_the_linear_whose_columns_run_along_it() -> Non
 
 def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(recipe(text, base, {"prune": {"axis": "ffn", "keep": 64}}), tmp_path / "out")
+    compress(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 64}}), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
 
     def width(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:

@@ -17,14 +17,14 @@ from llmcompress.artifact import partial_folder
 from llmcompress.axes import Spelling
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.prepare import config_of
-from llmcompress.recipe import Accept, Recipe
+from llmcompress.recipe import Accept
 from llmcompress.residency import Live, OnDisk, Outline
 from llmcompress.resize import changed, resized
 from llmcompress.run import compress
 from llmcompress.stages.prune import Prune
 from llmcompress.widths import config_of_layer, mixed
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
-from tests.bases import byte_tokenizer, save_base, write_text
+from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 DENSE = tuple(family for family in FAMILIES if family != "qwen3_moe")
@@ -34,11 +34,6 @@ HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
-
-
-def recipe(text: Path, base: Path, *stages: dict[str, Any]) -> Recipe:
-    data = {"source": str(text), "samples": 8, "length": 32, "evaluation_samples": 4}
-    return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})
 
 
 def outline(family: str, **config: Any) -> Outline:
@@ -91,7 +86,7 @@ def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(family: s
     base = save_base(tmp_path / "base", family)
     axes = ["ffn", "kv"] if family in HEADS else "ffn"
     stage = {"prune": {"axis": axes, "parameters": 0.7, "allocation": "sensitivity", "multiple": 1}}
-    report = compress(recipe(text, base, stage), tmp_path / "out")
+    report = compress(staged_recipe(text, base, stage), tmp_path / "out")
     before, after = report.base.parameters, report.compressed.parameters
     assert before and after and 0.69 * before <= after <= 0.7 * before
     widths = report.stages[0].model_dump()["widths"]
@@ -121,15 +116,15 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
     }
     for name, after in followers.items():
         out = tmp_path / name.replace(":", "-")
-        report = compress(recipe(text, base, uneven, after), out)
+        report = compress(staged_recipe(text, base, uneven, after), out)
         config = json.loads((out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "llmcompress", name
         model = load(out)
         assert distance(live(model), measured(out)) < 0.02, name
         assert report.stages[0].name == "prune"
         assert "import llmcompress" in (out / "README.md").read_text(), name
-    compress(recipe(text, base, uneven), tmp_path / "alone")
-    second = compress(recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second")
+    compress(staged_recipe(text, base, uneven), tmp_path / "alone")
+    second = compress(staged_recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second")
     assert second.base.parameters == second.compressed.parameters
     assert distance(live(load(tmp_path / "second")), measured(tmp_path / "second")) < 0.02
     base_model = AutoModel.from_pretrained(tmp_path / "alone")
@@ -141,7 +136,7 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    told = recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}})
+    told = staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}})
     compress(told, tmp_path / "out")
     model, report = told.apply(AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())
     assert distance(live(model), live(load(tmp_path / "out"))) < 1e-5
@@ -154,7 +149,7 @@ def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Pat
 def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     compress(
-        recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}),
+        staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}),
         tmp_path / "out",
     )
     script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
@@ -165,7 +160,7 @@ def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_pat
 @pytest.mark.slow
 def test_an_interrupted_allocation_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    told = recipe(text, base, {"prune": {"axis": ["ffn", "kv"], "parameters": 0.7}})
+    told = staged_recipe(text, base, {"prune": {"axis": ["ffn", "kv"], "parameters": 0.7}})
     compress(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000", "widths.00000"], ["fisher.00000", "widths.00000"]):
         with pytest.raises(AcceptError):
