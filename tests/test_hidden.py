@@ -115,6 +115,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     family: str, stage: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, tie_word_embeddings=False)
+    AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     told = staged_recipe(text, base, {"prune": stage})
     compress(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000"], ["outer.00000"], ["directions.00000", "prune.00001"]):

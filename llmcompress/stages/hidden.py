@@ -72,17 +72,15 @@ def cut(model: Resident, context: Context, outline: Outline, score: str, mend: b
             if block.index == layers:
                 journal.save(OUTER, 0, _outer(model, outline, block, kept, mend), {})
                 continue
-            narrow, done = copy.deepcopy(outline.layers[block.index]), journal.get(STAGE, block.index)
-            if done is not None:
-                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in done[0].items()}
-                block.become(narrow, inner)
-                continue
-            lost = _block(block, narrow, kept, mend)
-            changed = {name: block.module.get_parameter(name).data for name in block.anatomy.block}
-            named = {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in changed.items()}
-            journal.save(
-                STAGE, block.index, named, {"name": block.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
-            )
+            if not journal.has(STAGE, block.index):
+                lost = _block(block, copy.deepcopy(outline.layers[block.index]), kept, mend)
+                changed = {name: block.module.get_parameter(name).data for name in block.anatomy.block}
+                named = {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in changed.items()}
+                facts = {"name": block.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
+                journal.save(STAGE, block.index, named, facts)
+            tensors = journal.load(STAGE, block.index)[0]  # what goes on is what is written
+            inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
+            block.become(copy.deepcopy(outline.layers[block.index]), inner)
     return [journal.load(STAGE, index)[1] for index in range(layers)]
 
 
