@@ -2,41 +2,73 @@
 
 Every block is asked, in the full model, what it would lose at every width: the squared error of the linear that reads the axis
 as its units go one after another, all others solved for, weighed by the output Fisher matrix of the block, which makes nats of
-it. The widths are then a knapsack. It costs one pass back for the Fisher matrices, one forward, and the removal of all units.
+it. That is right for small losses; so at one width it is measured, with that block alone cut. The widths are then a knapsack.
+It costs one pass back for the Fisher matrices, one forward, the removal of all units, and half a pass a layer on a few tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from torch import Tensor
+
+from llmcompress.block import Block
 from llmcompress.methods.budget import Option, allocate
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
+from llmcompress.stages.depth import divergences
 from llmcompress.stages.fisher import find_fisher, metric
-from llmcompress.stages.units import Reading
-from llmcompress.walk import walk
+from llmcompress.stages.units import Reading, Score, cut
+from llmcompress.walk import batches_of, walk
+
+SAMPLE = 4096  # tokens that are measured on
 
 Curves = Mapping[str, Sequence[Sequence[float]]]  # axis -> for each block, the loss where it keeps 0, 1, 2 ... units
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each block keeps
 
 
-def curves(model: Resident, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
-    """The nats a token that each block loses by what it keeps of each axis.
+def curves(model: Resident, context: Context, at: Widths) -> dict[str, list[list[float]]]:
+    """The nats a token that each block loses by what it keeps of each axis of `at`, as far as they add up.
 
-    Where there is no metric, because a norm follows the sublayer, the loss is the relative error instead.
+    A block alone is cut to its width in `at`, and what the model loses by that is measured: its curve is multiplied so that it
+    goes through there. Where there is no metric, because a norm follows the sublayer, it is one of relative errors before.
     """
-    layers = len(model.layers)
-    found: dict[str, list[list[float]]] = {axis: [] for axis in axes}
+    layers, sample = len(model.layers), context.data.calibration[:1].shape[1]
+    few = max(1, -(-SAMPLE // (sample * len(batches_of(context.data.calibration)[0]))))  # batches
+    found: dict[str, list[list[float]]] = {axis: [] for axis in at}
+    streams: dict[tuple[str, int], list[Tensor]] = {}
     find_fisher(model, context)
-    for block in context.track(walk(model, context.data.calibration), f"what each width of {' and '.join(axes)} costs", layers):
+    blocks = walk(model, context.data.calibration, through=True)
+    for block in context.track(blocks, f"what each width of {' and '.join(at)} costs", layers + 1):
+        last = block
+        if block.index == layers:
+            continue
+        streams = {key: block.outputs(states) for key, states in streams.items()}
         M_DD = metric(model, context, block.index)
-        for axis in axes:
+        for axis, counts in at.items():
             read = Reading.of(block, axis)
             losses = read.removal(read.W_RC, M_DD, 0).losses
             if M_DD is None:
                 losses = losses / max(float(((read.W_RC @ read.moments.H_CC) * read.W_RC).sum()), 1e-30)
             found[axis].append([*reversed(losses.tolist()), 0.0])
+            if counts[block.index] < read.units:
+                streams[axis, block.index] = without(block, axis, counts[block.index], M_DD, few)
+    measured = divergences(model, last.inputs[:few], streams)
+    for (axis, index), nats in measured.items():
+        losses_here = found[axis][index]
+        foretold = losses_here[at[axis][index]]
+        found[axis][index] = [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
     return found
+
+
+def without(block: Block, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:
+    """What leaves a block for its first inputs where `count` units of an axis stay; the block is then as it was."""
+    before = {name: parameter.data for name, parameter in block.module.named_parameters()}
+    cut(block, axis, count, Score("obs", metric_RR), mend=True)
+    out = block.outputs(block.inputs[:batches])
+    for name, data in before.items():
+        block.module.get_parameter(name).data = data
+    return out
 
 
 def unit_parameters(model: Resident, axis: str) -> list[int]:

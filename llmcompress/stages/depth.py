@@ -9,8 +9,8 @@ out those that turn them least.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import Collection, Hashable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
 from llmcompress.walk import leave, walk, without_each
 
+Key = TypeVar("Key", bound=Hashable)
 SAMPLE = 8192  # tokens that decide
 
 
@@ -53,7 +54,7 @@ def find(model: Resident, context: Context, count: int, score: str) -> dict[str,
 
 
 @torch.no_grad()
-def divergences(model: Resident, full: list[Tensor], streams: Mapping[int, list[Tensor]]) -> dict[int, float]:
+def divergences(model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]]) -> dict[Key, float]:
     """KL in nats a token of the predictions from each stream's last states, from those of the full model."""
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):

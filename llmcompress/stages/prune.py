@@ -123,13 +123,7 @@ class Prune(Budget):
             return Cut(gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total)))
         if journal and self.sensitive:
             return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
-        sizes = self.sizes(model)
-        if self.keep is None and len(self.axes) > 1:
-            return Cut(self._alike(model, sizes))
-        found = {axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes}
-        if "expert" in found:
-            experts.require_enough(model, min(found["expert"]))
-        return Cut(found)
+        return Cut(self._plain(model))
 
     def changes(self, model: Resident, cut: Cut | None = None) -> dict[str, Any]:
         """What changes in the config. Errors: ModelError where transformers has no such model."""
@@ -210,6 +204,16 @@ class Prune(Budget):
     def _multiple(self, model: Resident, axis: str) -> int:
         return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
 
+    def _plain(self, model: Resident) -> Widths:
+        """Widths as if all blocks were to lose alike."""
+        sizes = self.sizes(model)
+        if self.keep is None and len(self.axes) > 1:
+            return self._alike(model, sizes)
+        found = {axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes}
+        if "expert" in found:
+            experts.require_enough(model, min(found["expert"]))
+        return found
+
     def _alike(self, model: Resident, sizes: Widths) -> Widths:
         """Widths that are the same share of every axis and within the budget, for a plan."""
         allowed = self.allowed(model)
@@ -224,9 +228,7 @@ class Prune(Budget):
         """The widths of all blocks, and what they are expected to lose."""
         unit = {axis: allocation.unit_parameters(model, axis) for axis in self.axes}
         none = model.parameters({axis: [0] * len(model.layers) for axis in self.axes})
-        within = (
-            model.parameters(self.cut(model).widths) if self.keep is not None else min(self.allowed(model), model.parameters())
-        )
+        within = model.parameters(self._plain(model)) if self.keep is not None else min(self.allowed(model), model.parameters())
         multiples = {axis: self._multiple(model, axis) for axis in self.axes}
         for axis in self.axes:
             while not self.multiple and multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:
@@ -234,7 +236,7 @@ class Prune(Budget):
         least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
         if within < least:
             raise self.refuse(model, least)
-        curves = allocation.curves(model, context, self.axes)
+        curves = allocation.curves(model, context, self._plain(model))
         found = allocation.widths(curves, unit, within - none, multiples)
         nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
         return {"widths": found, "expected_nats": nats}
