@@ -45,7 +45,7 @@ def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recip
     return Recipe.model_validate(entries | ({"base": str(base)} if base else {}))
 
 
-def staged_recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 32) -> Recipe:
-    """Several stages; `samples` windows of `length` tokens calibrate, 4 evaluate."""
-    data = {"source": str(text), "samples": samples, "length": length, "evaluation_samples": 4}
+def staged_recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 48) -> Recipe:
+    """Several stages; `samples` windows of `length` tokens calibrate, 8 evaluate."""
+    data = {"source": str(text), "samples": samples, "length": length, "evaluation_samples": 8}
     return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})

@@ -27,38 +27,42 @@ Curves = Mapping[str, Sequence[Sequence[float]]]  # axis -> for each block, the 
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each block keeps
 
 
-def curves(model: Resident, context: Context, at: Widths) -> dict[str, list[list[float]]]:
-    """The nats a token that each block loses by what it keeps of each axis of `at`, as far as they add up.
+def curves(model: Resident, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
+    """The nats a token that each block loses by what it keeps of each axis, as far as they add up.
 
-    A block alone is cut to its width in `at`, and what the model loses by that is measured: its curve is multiplied so that it
+    A block alone is cut to three quarters, and what the model loses by that is measured: its curve is multiplied so that it
     goes through there. Where there is no metric, because a norm follows the sublayer, it is one of relative errors before.
     """
     layers, sample = len(model.layers), context.data.calibration[:1].shape[1]
     few = max(1, -(-SAMPLE // (sample * len(batches_of(context.data.calibration)[0]))))  # batches
-    found: dict[str, list[list[float]]] = {axis: [] for axis in at}
+    found: dict[str, list[list[float]]] = {axis: [] for axis in axes}
     streams: dict[tuple[str, int], list[Tensor]] = {}
     find_fisher(model, context)
     blocks = walk(model, context.data.calibration, through=True)
-    for block in context.track(blocks, f"what each width of {' and '.join(at)} costs", layers + 1):
+    for block in context.track(blocks, f"what each width of {' and '.join(axes)} costs", layers + 1):
         last = block
         if block.index == layers:
             continue
         streams = {key: block.outputs(states) for key, states in streams.items()}
         M_DD = metric(model, context, block.index)
-        for axis, counts in at.items():
+        for axis in axes:
             read = Reading.of(block, axis)
             losses = read.removal(read.W_RC, M_DD, 0).losses
             if M_DD is None:
                 losses = losses / max(float(((read.W_RC @ read.moments.H_CC) * read.W_RC).sum()), 1e-30)
             found[axis].append([*reversed(losses.tolist()), 0.0])
-            if counts[block.index] < read.units:
-                streams[axis, block.index] = without(block, axis, counts[block.index], M_DD, few)
+            if (width := _measured_at(read.units)) < read.units:
+                streams[axis, block.index] = without(block, axis, width, M_DD, few)
     measured = divergences(model, last.inputs[:few], streams)
     for (axis, index), nats in measured.items():
         losses_here = found[axis][index]
-        foretold = losses_here[at[axis][index]]
+        foretold = losses_here[_measured_at(len(losses_here) - 1)]
         found[axis][index] = [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
     return found
+
+
+def _measured_at(units: int) -> int:
+    return max(1, min(units - 1, round(0.75 * units)))
 
 
 def without(block: Block, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:

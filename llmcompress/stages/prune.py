@@ -236,7 +236,7 @@ class Prune(Budget):
         least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
         if within < least:
             raise self.refuse(model, least)
-        curves = allocation.curves(model, context, self._plain(model))
+        curves = allocation.curves(model, context, self.axes)
         found = allocation.widths(curves, unit, within - none, multiples)
         nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
         return {"widths": found, "expected_nats": nats}
