@@ -1,6 +1,6 @@
 """How fast are the formats? Single linears and a whole model, decoding and reading a prompt, beside floats and the rivals.
 
-    python evaluation/speed.py [--threads 2] [--quick] [--eight-billion] [--out FILE]
+    python evaluation/speed.py [--threads 2] [--quick] [--eight-billion] [--candidates w8a8 ...] [--pace 1] [--out FILE]
 
 On a CPU everything is held against float32; on a GPU against bfloat16, in which the activations of the other candidates are
 then too. Weights are random and rounded to nearest: what a weight is does not change what its product costs. A model of Llama's
@@ -10,11 +10,12 @@ after 128 others. Everything runs eagerly, as transformers runs it. Random input
 The candidates take turns in short bursts in one process, so that a busy machine slows all of them; the 10th percentile and the
 median of each one's calls are held against the reference's of the same run. Slow ones take part in fewer turns, spread over the
 whole. Which kernels run depends on the processor: on a CPU torch and bitsandbytes have products of int8 for AVX512, of 4 bits
-for AVX512-BF16, and go through float32 elsewhere. `cpu_capability` says what torch found. torchao is measured where installed.
+for AVX512-BF16, and go through float32 elsewhere. `cpu_capability` says what torch found. torchao is measured where installed,
+2:4 sparsity on a GPU. What a candidate can't do on a device is said under `absent`.
 
-Six minutes on two cores; the result goes to evaluation/results/speed.json. With --quick (half a minute, numbers that mean
-nothing) only --out is written. With --eight-billion a GPU also runs a model of Llama-3-8B's shape, built linear by linear in
-the format it has, each candidate beside the reference alone. Nothing here has run on a GPU yet.
+Six minutes on two cores, with --pace 0.2 a fifth of the calls; the result goes to evaluation/results/speed.json, or for a GPU
+to speed-cuda.json. With --quick (half a minute, numbers that mean nothing) only --out is written. With --eight-billion a GPU
+also runs a model of Llama-3-8B's shape, built linear by linear in the format it has, each candidate beside the reference alone.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from llmcompress import integer, integer_linear, native
+from llmcompress import integer, integer_linear, native, sparse_linear
 from llmcompress.integer import Scheme
+from llmcompress.methods.sparse import keep_mask
 from llmcompress.report.measure import environment
 from llmcompress.stages.coding import Integer
 
@@ -50,11 +52,13 @@ HERE = Path(__file__).parent
 SHAPES = ((256, 768), (2048, 2048), (4096, 11008))  # rows x columns; the last comes from memory each time, even in int8
 CASES = {"cpu": ((1, 1), (1, 128)), "cuda": ((1, 1), (8, 1), (32, 1), (1, 2048))}  # batch, tokens; one token is decoded
 PAST = 128  # tokens before the one that is decoded
+FILES = {"cpu": "speed.json", "cuda": "speed-cuda.json"}
 BLOCK = 64
 STEP = 4 / 127  # the static scale: a unit normal, clipped at four
 TURNS, FEWEST = 24, 4  # turns of a candidate, and of the slowest
 LINEAR_S, MODEL_S = 15.0, 60.0  # for all calls of a case
 FAR = 0.3  # relative error of an output that is not that of the linear; 4 bits are off by 0.1
+HALF = 0.5  # the same where half of all weights are zeros: random ones are off by 0.32
 TORCHAO = util.find_spec("torchao") is not None
 Shapes = tuple[tuple[int, int], ...]
 Row = dict[str, Any]
@@ -84,6 +88,7 @@ class Candidate:
     name: str
     dtype: torch.dtype
     make: Make
+    far: float = FAR
 
 
 def plain(weight: Tensor) -> nn.Linear:
@@ -123,6 +128,13 @@ def torchao_int8(weight: Tensor) -> nn.Linear:
     return linear
 
 
+def two_of_four(dtype: torch.dtype, weight: Tensor) -> Callable[[], Any]:
+    """Our linear with two zeros in each four."""
+    layout = sparse_linear.Sparse("2:4", str(dtype).removeprefix("torch."))
+    found = sparse_linear.SparseWeight.of(weight, keep_mask(weight.abs(), (2, 4)), layout)
+    return partial(sparse_linear.linear, found, None, device=weight.device)
+
+
 def candidates(device: torch.device) -> list[Candidate]:
     """All that is measured, the reference first."""
     floats = [Candidate(name, getattr(torch, name), lambda W: partial(plain, W)) for name in ("float32", "bfloat16")]
@@ -142,7 +154,10 @@ def candidates(device: torch.device) -> list[Candidate]:
     }
     if TORCHAO:
         others["torchao int8"] = lambda W: partial(torchao_int8, W)
-    return [*floats, *(Candidate(name, floats[0].dtype, make) for name, make in others.items())]
+    found = [*floats, *(Candidate(name, floats[0].dtype, make) for name, make in others.items())]
+    if device.type == "cuda":
+        found.append(Candidate("2:4", floats[0].dtype, partial(two_of_four, floats[0].dtype), HALF))
+    return found
 
 
 def random(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -178,9 +193,10 @@ def forward_of(model: Any, batch: int, tokens: int) -> Callable[[], Tensor]:
     if tokens > 1:
         return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
     cache = DynamicCache(config=model.config)
-    model(input_ids=ids[:, :PAST], past_key_values=cache, logits_to_keep=1)
 
     def decode() -> Tensor:
+        if not cache.get_seq_length():
+            model(input_ids=ids[:, :PAST], past_key_values=cache, logits_to_keep=1)
         logits: Tensor = model(input_ids=ids[:, PAST:], past_key_values=cache).logits
         cache.crop(-1)
         return logits
@@ -224,31 +240,51 @@ def race(case: Row, runs: dict[str, Callable[[], Tensor]], budget_s: float) -> l
     return rows
 
 
-def linears(shapes: Shapes, chosen: list[Candidate], device: torch.device, budget_s: float) -> Iterator[Row]:
+def working(case: Row, runs: dict[str, Callable[[], Tensor]], absent: list[Row]) -> dict[str, Callable[[], Tensor]]:
+    """Those that run on this device; what the others say is added to `absent`."""
+    left = {}
+    for name, run in runs.items():
+        try:
+            run()
+            left[name] = run
+        except Exception as error:  # of a kernel, of whatever kind
+            absent.append({**case, "candidate": name, "error": f"{type(error).__name__}: {error}".splitlines()[0]})
+    return left
+
+
+def linears(shapes: Shapes, chosen: list[Candidate], device: torch.device, budget_s: float, absent: list[Row]) -> Iterator[Row]:
     """Every shape in every case. Errors: SystemExit where a candidate's output is not that of the linear."""
     for R, C in shapes:
-        modules = {one.name: (one.make(random(R, C, one.dtype, device))(), one.dtype) for one in chosen}
+        modules = {one: one.make(random(R, C, one.dtype, device))() for one in chosen}
         for batch, tokens in CASES[device.type]:
+            case = {"what": f"linear {R} x {C}", "batch": batch, "tokens": tokens}
             x = random(batch * tokens, C, torch.float32, device).mul_(C**0.5).view(batch, tokens, C)  # a unit normal
-            runs = {name: partial(module, x.to(dtype)) for name, (module, dtype) in modules.items()}
+            runs = working(case, {one.name: partial(module, x.to(one.dtype)) for one, module in modules.items()}, absent)
             exact = runs[chosen[0].name]().float()
             errors = {name: float((run().float() - exact).norm() / exact.norm()) for name, run in runs.items()}
-            if wrong := {name: error for name, error in errors.items() if not error < FAR}:
+            if wrong := {one.name: errors[one.name] for one in chosen if one.name in runs and not errors[one.name] < one.far}:
                 raise SystemExit(f"not the products of this linear, by relative error: {wrong}")
-            for row in race({"what": f"linear {R} x {C}", "batch": batch, "tokens": tokens}, runs, budget_s):
+            for row in race(case, runs, budget_s):
                 yield row | {"relative_error": errors[row["candidate"]]}
 
 
 def models(
-    what: str, config: LlamaConfig, chosen: list[Candidate], device: torch.device, budget_s: float, pairs: bool = False
+    what: str,
+    config: LlamaConfig,
+    chosen: list[Candidate],
+    device: torch.device,
+    budget_s: float,
+    absent: list[Row],
+    pairs: bool = False,
 ) -> Iterator[Row]:
     """A model in every case, all candidates in memory at once; or in pairs, of which the first tells about the reference."""
     groups = [[chosen[0], other] for other in chosen[1:]] if pairs else [chosen]
     for group in groups:
         made = {one.name: model_of(config, one, device) for one in group}
         for batch, tokens in CASES[device.type]:
-            runs = {name: forward_of(model, batch, tokens) for name, model in made.items()}
-            rows = race({"what": what, "batch": batch, "tokens": tokens}, runs, budget_s / len(groups))
+            case = {"what": what, "batch": batch, "tokens": tokens}
+            runs = working(case, {name: forward_of(model, batch, tokens) for name, model in made.items()}, absent)
+            rows = race(case, runs, budget_s / len(groups))
             yield from rows if group is groups[0] else rows[1:]
         del made, runs
         gc.collect()
@@ -262,8 +298,10 @@ def show(rows: list[Row]) -> None:
         cases = list(dict.fromkeys(key[1:] for key in found))
         table = Table("candidate", *(f"batch {batch}, {tokens} tokens" for batch, tokens in cases), title=what)
         for name in dict.fromkeys(key[0] for key in found):
-            cells = [found[(name, *case)] for case in cases]
-            table.add_row(name, *(f"{cell['speedup_p10']:.2f} x ({cell['speedup_median']:.2f})" for cell in cells))
+            cells = [found.get((name, *case)) for case in cases]
+            table.add_row(
+                name, *(f"{cell['speedup_p10']:.2f} x ({cell['speedup_median']:.2f})" if cell else "-" for cell in cells)
+            )
         Console(width=110).print(table)
 
 
@@ -272,6 +310,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result file; default evaluation/results/speed.json, none with --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny model and little time, to see that it runs")
+    parser.add_argument("--pace", type=float, default=1.0, help="how many times the usual number of calls")
+    parser.add_argument("--candidates", nargs="+", help="only these, and the reference")
     parser.add_argument("--eight-billion", action="store_true", help="also Llama-3-8B's shape, on a GPU of 40 GB")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
@@ -279,20 +319,24 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if given.eight_billion and device.type == "cpu":
         parser.error("--eight-billion needs a GPU")
-    chosen = candidates(device)
-    if given.quick:
-        rows = [*linears(SHAPES[:1], chosen, device, 2.0), *models("tiny model", TINY, chosen, device, 2.0)]
-    else:
-        rows = [*linears(SHAPES, chosen, device, LINEAR_S), *models("111M model", SMALL, chosen, device, MODEL_S)]
+    absent: list[Row] = []
+    every = candidates(device)
+    chosen = [every[0], *(one for one in every[1:] if given.candidates is None or one.name in given.candidates)]
+    linear_s, model_s = (2.0, 2.0) if given.quick else (LINEAR_S * given.pace, MODEL_S * given.pace)
+    rows = [*linears(SHAPES[:1] if given.quick else SHAPES, chosen, device, linear_s, absent)]
+    rows += models(*(("tiny model", TINY) if given.quick else ("111M model", SMALL)), chosen, device, model_s, absent)
     if given.eight_billion:
-        rows += models("8B model", EIGHT_BILLION, [one for one in chosen if one.name != "float32"], device, MODEL_S, pairs=True)
+        large = [one for one in chosen if one.name != "float32"]
+        rows += models("8B model", EIGHT_BILLION, large, device, model_s, absent, pairs=True)
     show(rows)
     if not TORCHAO:
-        print("torchao is not installed: its rows are absent", file=sys.stderr)
+        absent.append({"candidate": "torchao int8", "error": "torchao is not installed"})
+    for row in absent:
+        print("absent:", ", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
     result = head() | {"hardware": environment(device)["device"], "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     result["versions"] |= {"torchao": metadata.version("torchao")} if TORCHAO else {}
-    result |= {"reference": chosen[0].name, "absent": [] if TORCHAO else ["torchao int8"], "rows": rows}
-    if out := given.out or (None if given.quick else HERE / "results" / "speed.json"):
+    result |= {"reference": chosen[0].name, "absent": absent, "rows": rows}
+    if out := given.out or (None if given.quick else HERE / "results" / FILES[device.type]):
         out.write_text(json.dumps(result, indent=2) + "\n")
 
 
