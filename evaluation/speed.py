@@ -275,7 +275,7 @@ def models(
     device: torch.device,
     budget_s: float,
     absent: list[Row],
-    pairs: bool = False,
+    pairs: bool,
 ) -> Iterator[Row]:
     """A model in every case, all candidates in memory at once; or in pairs, of which the first tells about the reference."""
     groups = [[chosen[0], other] for other in chosen[1:]] if pairs else [chosen]
@@ -319,25 +319,34 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if given.eight_billion and device.type == "cpu":
         parser.error("--eight-billion needs a GPU")
-    absent: list[Row] = []
     every = candidates(device)
     chosen = [every[0], *(one for one in every[1:] if given.candidates is None or one.name in given.candidates)]
-    linear_s, model_s = (2.0, 2.0) if given.quick else (LINEAR_S * given.pace, MODEL_S * given.pace)
-    rows = [*linears(SHAPES[:1] if given.quick else SHAPES, chosen, device, linear_s, absent)]
-    rows += models(*(("tiny model", TINY) if given.quick else ("111M model", SMALL)), chosen, device, model_s, absent)
-    if given.eight_billion:
-        large = [one for one in chosen if one.name != "float32"]
-        rows += models("8B model", EIGHT_BILLION, large, device, model_s, absent, pairs=True)
-    show(rows)
-    if not TORCHAO:
-        absent.append({"candidate": "torchao int8", "error": "torchao is not installed"})
-    for row in absent:
-        print("absent:", ", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+    rows: list[Row] = []
+    absent: list[Row] = [] if TORCHAO else [{"candidate": "torchao int8", "error": "torchao is not installed"}]
     result = head() | {"hardware": environment(device)["device"], "cpu_capability": torch.backends.cpu.get_cpu_capability()}
     result["versions"] |= {"torchao": metadata.version("torchao")} if TORCHAO else {}
     result |= {"reference": chosen[0].name, "absent": absent, "rows": rows}
-    if out := given.out or (None if given.quick else HERE / "results" / FILES[device.type]):
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    out = given.out or (None if given.quick else HERE / "results" / FILES[device.type])
+    for row in everything(chosen, device, absent, given):
+        rows.append(row)
+        if out:
+            out.write_text(json.dumps(result, indent=2) + "\n")
+    show(rows)
+    for row in absent:
+        print("absent:", ", ".join(f"{key} {value}" for key, value in row.items()), file=sys.stderr)
+
+
+def everything(chosen: list[Candidate], device: torch.device, absent: list[Row], given: argparse.Namespace) -> Iterator[Row]:
+    """All that was asked for, in its order."""
+    if given.quick:
+        yield from linears(SHAPES[:1], chosen, device, 2.0, absent)
+        yield from models("tiny model", TINY, chosen, device, 2.0, absent, False)
+    else:
+        yield from linears(SHAPES, chosen, device, LINEAR_S * given.pace, absent)
+        yield from models("111M model", SMALL, chosen, device, MODEL_S * given.pace, absent, False)
+    if given.eight_billion:
+        large = [one for one in chosen if one.name != "float32"]
+        yield from models("8B model", EIGHT_BILLION, large, device, MODEL_S * given.pace, absent, True)
 
 
 if __name__ == "__main__":

@@ -3,26 +3,24 @@
 Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A forward rounds the
 tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes is the product of the dequantised
 factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is torch's on a CPU with
-AVX512, bitsandbytes' on a GPU. Elsewhere the same integers are summed in float32, which is exact below 2^24: on other CPUs
-piece by piece, about as fast as a float weight (bitsandbytes makes one of the whole in each forward), on a GPU where C % 4.
+AVX512, bitsandbytes' on a GPU, where few tokens take one of ours (kernels.py). Elsewhere the same integers are summed in
+float32, which is exact below 2^24: on other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the
+whole in each forward), on a GPU where C % 4.
 int4 weights are expanded to int8 once (`prepare`) and kept beside the packed ones: 1.5 bytes a weight in memory for 0.5 on the
 disk. A module that was not prepared, as when its weights are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping
-from typing import Any, Generic, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from llmcompress import integer, native
+from llmcompress import integer, kernels, native
 from llmcompress.integer import IntegerWeight, Scheme
 
-logger = logging.getLogger(__name__)
-Result = TypeVar("Result")
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
@@ -165,41 +163,12 @@ def _prepare_anew(module: StoredLinear, _: object) -> None:
     module.prepare()
 
 
-class Fused(Generic[Result]):
-    """A function of tensors that a GPU runs compiled, in few kernels for its many.
-
-    It is compiled at its first use. On a CPU, in a graph that is being compiled anyway, and where it can't be compiled (no
-    Triton, no C compiler: a warning says so) it runs as it is. Triton rounds divisions less exactly: rarely, a code differs by
-    one from the plain function's.
-    """
-
-    def __init__(self, plain: Callable[..., Result]) -> None:
-        self.plain = plain
-        self.compiled: Callable[..., Result] | None = None
-
-    def __call__(self, first: Tensor, *others: Any) -> Result:
-        """What the plain function returns."""
-        if not first.is_cuda or torch.compiler.is_compiling():
-            return self.plain(first, *others)
-        if self.compiled is None:
-            self.compiled = torch.compile(self.plain, dynamic=True)
-        try:
-            return self.compiled(first, *others)
-        except Exception as error:  # of a compiler, of whatever kind
-            logger.warning("%s runs uncompiled: %s", self.plain.__name__, error)
-            self.compiled = self.plain
-            return self.plain(first, *others)
-
-
 def scaled(sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The outputs [T, R], computed in float32, from the sums of products of codes."""
     out = (sums_TR * scale).mul_(scale_R)
     if bias is not None:
         out = out + bias
     return out if out.dtype == dtype else out.to(dtype)
-
-
-fused_quantize_tokens, fused_scaled = Fused(integer.quantize_tokens), Fused(scaled)
 
 
 def _product(
@@ -215,16 +184,23 @@ def _product(
     shape = (*x.shape[:-1], matrix_RC.shape[0])
     if x.numel() == 0:  # the CUDA kernels refuse it
         return x.new_zeros(shape, dtype=dtype)
+    if kernels.usable(x):
+        x_TC = x.reshape(-1, x.shape[-1])
+        codes_TC, scale = kernels.quantize_tokens(x_TC, bits, step)
+        if len(x_TC) <= kernels.FEW:
+            return kernels.few_tokens(codes_TC, scale, matrix_RC, scale_R, bias, dtype, bits).reshape(shape)
+        sums_TR = native.stock.int8_linear_matmul(codes_TC, matrix_RC)
+        return kernels.scaled(sums_TR, scale, scale_R, bias, dtype, bits).reshape(shape)
     multiply, whole = native.stock.int8_linear_matmul, None
     if x.is_cpu and not torch.compiler.is_compiling():
         multiply, whole = (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
-    codes_TC, scale = fused_quantize_tokens(x, bits, step, whole)
+    codes_TC, scale = integer.quantize_tokens(x, bits, step, whole)
     if bits == 16:  # two products in one, for twice the tokens
         high_TR, low_TR = multiply(integer.split(codes_TC), matrix_RC).float().chunk(2)
         sums_TR = high_TR.mul_(integer.HIGH).add_(low_TR)
     else:
         sums_TR = multiply(codes_TC, matrix_RC)
-    return fused_scaled(sums_TR, scale, scale_R, bias, dtype).reshape(shape)
+    return scaled(sums_TR, scale, scale_R, bias, dtype).reshape(shape)
 
 
 def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:

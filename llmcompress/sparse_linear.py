@@ -24,7 +24,8 @@ from llmcompress.integer_linear import StoredLinear, hold
 from llmcompress.methods.sparse import Keep, fill, pack_mask, unpack_mask
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SEMI_STRUCTURED = (32, 64)  # what rows and columns are multiples of, for either of torch's kernels
+SEMI_STRUCTURED = (16, 16)  # what rows and columns are multiples of for cuSPARSELt
+TOKENS = 8  # the same for tokens
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ class SparseLinear(StoredLinear):
     weight_mask: Tensor
     dense: Tensor | None
     beside = "dense"
-    kernel: tuple[Tensor, ...] = ()  # torch's own form of a 2:4 weight, where there is a kernel for it
+    kernel: tuple[Tensor, ...] = ()  # cuSPARSELt's form of a 2:4 weight, where that is at hand
 
     @torch.no_grad()
     def prepare(self) -> None:
@@ -165,7 +166,7 @@ class SparseLinear(StoredLinear):
         if self.weight.device.type != "meta":
             self.dense = self.dequantized(self.dtype)
             if self.scheme.pattern == "2:4" and has_kernel(self.dense):
-                self.kernel = (torch.sparse.to_sparse_semi_structured(self.dense),)
+                self.kernel = (torch._cslt_compress(self.dense),)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
@@ -176,9 +177,17 @@ class SparseLinear(StoredLinear):
         bias = None if self.bias is None else self.bias.to(input.dtype)
         plain = torch.is_grad_enabled() and input.requires_grad
         if self.kernel and self.kernel[0].dtype == input.dtype and input.numel() and not plain:
-            return nn.functional.linear(input, self.kernel[0], bias)
+            return self._sparse(input, bias)
         weight = self.dequantized(input.dtype) if self.dense is None else self.dense.to(input.dtype)
         return nn.functional.linear(input, weight, bias)
+
+    def _sparse(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """The product by cuSPARSELt, asked for directly: torch's tensor for 2:4 weights takes longer to get there."""
+        x_TC = input.reshape(-1, self.in_features)
+        T = len(x_TC)
+        x_TC = nn.functional.pad(x_TC, (0, 0, 0, -T % TOKENS)) if T % TOKENS else x_TC
+        out_TR = torch._cslt_sparse_mm(self.kernel[0], x_TC.t(), bias=bias, transpose_result=True)
+        return out_TR[:T].reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         before = self.dense
@@ -199,6 +208,8 @@ def has_kernel(W_RC: Tensor) -> bool:
     """Whether torch multiplies by this weight faster where it is 2:4: 16 bits on an NVIDIA GPU since Ampere, even shapes."""
     even = all(size % multiple == 0 for size, multiple in zip(W_RC.shape, SEMI_STRUCTURED, strict=True))
     if not W_RC.is_cuda or torch.version.hip or W_RC.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    if not torch.backends.cusparselt.is_available():
         return False
     return even and torch.cuda.get_device_capability(W_RC.device) >= (8, 0)
 
