@@ -42,7 +42,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from llmcompress import integer, integer_linear, native, sparse_linear
+from llmcompress import integer, integer_linear, native
 from llmcompress.integer import Scheme
 from llmcompress.methods.sparse import keep_mask
 from llmcompress.report.measure import environment
@@ -128,11 +128,18 @@ def torchao_int8(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def two_of_four(dtype: torch.dtype, weight: Tensor) -> Callable[[], Any]:
-    """Our linear with two zeros in each four."""
-    layout = sparse_linear.Sparse("2:4", str(dtype).removeprefix("torch."))
-    found = sparse_linear.SparseWeight.of(weight, keep_mask(weight.abs(), (2, 4)), layout)
-    return partial(sparse_linear.linear, found, None, device=weight.device)
+class Semi(nn.Module):
+    """cuSPARSELt's product with a weight of two zeros in each four, asked for without torch's tensor for such weights."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.packed = torch._cslt_compress(torch.where(keep_mask(weight.abs(), (2, 4)), weight, 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to [..., R]; tokens in eights."""
+        flat, tokens = x.flatten(0, -2), x[..., 0].numel()
+        flat = nn.functional.pad(flat, (0, 0, 0, -tokens % 8))
+        return torch._cslt_sparse_mm(self.packed, flat.t(), transpose_result=True)[:tokens].reshape(*x.shape[:-1], -1)
 
 
 def candidates(device: torch.device) -> list[Candidate]:
@@ -156,7 +163,7 @@ def candidates(device: torch.device) -> list[Candidate]:
         others["torchao int8"] = lambda W: partial(torchao_int8, W)
     found = [*floats, *(Candidate(name, floats[0].dtype, make) for name, make in others.items())]
     if device.type == "cuda":
-        found.append(Candidate("2:4", floats[0].dtype, partial(two_of_four, floats[0].dtype), HALF))
+        found.append(Candidate("2:4", floats[0].dtype, lambda W: partial(Semi, W), HALF))
     return found
 
 

@@ -39,7 +39,10 @@ def usable(x: Tensor) -> bool:
 def _compiles(device: torch.device) -> bool:
     """Whether Triton does; a warning says why it doesn't, once."""
     try:
-        quantize_tokens(torch.ones(1, 16, device=device), 8)
+        codes, scale = quantize_tokens(torch.ones(FEW, 256, device=device), 8)
+        for rows in (16, 2**14):
+            scale_R = torch.ones(rows, device=device)
+            few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
     except Exception as error:  # of a compiler, of whatever kind
         logger.warning("Triton compiles nothing for %s, so integer linears run in more and slower steps: %s", device, error)
         return False

@@ -4,9 +4,10 @@ A share of the weights stays (`unstructured`), or n of every m neighbours in a r
 that and from the shape, whatever the rows have each, so a loader knows the shapes before it reads. On the disk a weight of
 16 bits at half its values takes 9. `weight` is one row of values, which no plain linear has, so that a stock loader refuses it.
 
-There is no speed in it without a sparse kernel: the zeros are filled in once (`prepare`) and multiplied like any others, and
-the dense weight is kept beside the values, which is MORE memory than a plain linear takes. On a GPU that knows 2:4, torch's
-semi-structured product takes over for 16-bit inputs that need no gradient. R rows (out), C columns (in).
+There is no speed in it: the zeros are filled in once (`prepare`) and multiplied like any others, and the dense weight is kept
+beside the values, which is MORE memory than a plain linear takes. What torch has for 2:4 on a GPU, cuSPARSELt's product, was
+slower than the dense one for every shape that evaluation/speed.py tried on an H100, so it is not taken.
+R rows (out), C columns (in).
 """
 
 from __future__ import annotations
@@ -24,8 +25,6 @@ from llmcompress.integer_linear import StoredLinear, hold
 from llmcompress.methods.sparse import Keep, fill, pack_mask, unpack_mask
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-SEMI_STRUCTURED = (16, 16)  # what rows and columns are multiples of for cuSPARSELt
-TOKENS = 8  # the same for tokens
 
 
 @dataclass(frozen=True)
@@ -157,16 +156,11 @@ class SparseLinear(StoredLinear):
     weight_mask: Tensor
     dense: Tensor | None
     beside = "dense"
-    kernel: tuple[Tensor, ...] = ()  # cuSPARSELt's form of a 2:4 weight, where that is at hand
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Fill in the dense weight and keep it, unless the values aren't there (meta)."""
-        self.dense, self.kernel = None, ()
-        if self.weight.device.type != "meta":
-            self.dense = self.dequantized(self.dtype)
-            if self.scheme.pattern == "2:4" and has_kernel(self.dense):
-                self.kernel = (torch._cslt_compress(self.dense),)
+        self.dense = None if self.weight.device.type == "meta" else self.dequantized(self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
@@ -175,19 +169,8 @@ class SparseLinear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        plain = torch.is_grad_enabled() and input.requires_grad
-        if self.kernel and self.kernel[0].dtype == input.dtype and input.numel() and not plain:
-            return self._sparse(input, bias)
         weight = self.dequantized(input.dtype) if self.dense is None else self.dense.to(input.dtype)
         return nn.functional.linear(input, weight, bias)
-
-    def _sparse(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """The product by cuSPARSELt, asked for directly: torch's tensor for 2:4 weights takes longer to get there."""
-        x_TC = input.reshape(-1, self.in_features)
-        T = len(x_TC)
-        x_TC = nn.functional.pad(x_TC, (0, 0, 0, -T % TOKENS)) if T % TOKENS else x_TC
-        out_TR = torch._cslt_sparse_mm(self.kernel[0], x_TC.t(), bias=bias, transpose_result=True)
-        return out_TR[:T].reshape(*input.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SparseLinear:
         before = self.dense
@@ -202,16 +185,6 @@ class SparseLinear(StoredLinear):
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
         return f"{super().extra_repr()}, {self.scheme.name}, keep={self.scheme.keep}"
-
-
-def has_kernel(W_RC: Tensor) -> bool:
-    """Whether torch multiplies by this weight faster where it is 2:4: 16 bits on an NVIDIA GPU since Ampere, even shapes."""
-    even = all(size % multiple == 0 for size, multiple in zip(W_RC.shape, SEMI_STRUCTURED, strict=True))
-    if not W_RC.is_cuda or torch.version.hip or W_RC.dtype not in (torch.float16, torch.bfloat16):
-        return False
-    if not torch.backends.cusparselt.is_available():
-        return False
-    return even and torch.cuda.get_device_capability(W_RC.device) >= (8, 0)
 
 
 def linear(weight: SparseWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> SparseLinear:

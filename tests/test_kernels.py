@@ -39,6 +39,12 @@ def whole(largest: int, *shape: int, seed: int = 0, lowest: int | None = None) -
     return torch.randint(lowest, largest + 1, shape, generator=generator).to(DEVICE)
 
 
+def plain(x: Tensor, bits: int, step: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and scales of the plain form on a CPU; torch divides by a number less exactly on a GPU."""
+    codes, scale = integer.quantize_tokens(x.cpu().float(), bits, step)
+    return codes.to(DEVICE), scale.to(DEVICE)
+
+
 def close(found: Tensor, expected: Tensor) -> None:
     """Equal but for the last bits of float32, or the last one of a shorter type."""
     assert found.dtype == expected.dtype
@@ -52,9 +58,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 def test_tokens_get_the_codes_of_the_plain_form(bits: int, tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
     x = noise(tokens, columns).to(dtype)
     x[0, : columns // 2] = 0
-    for step in (None, torch.tensor([0.02], device=DEVICE)):
-        codes, scale = integer.quantize_tokens(x.float(), bits, step)
-        found, same = kernels.quantize_tokens(x, bits, step)
+    for step in (None, torch.tensor([0.02])):
+        codes, scale = plain(x, bits, step)
+        found, same = kernels.quantize_tokens(x, bits, None if step is None else step.to(DEVICE))
         assert torch.equal(found, integer.split(codes) if bits == 16 else codes) and torch.equal(same, scale)
 
 
@@ -90,10 +96,10 @@ def test_sums_are_scaled_as_in_the_plain_form(bits: int, tokens: int, rows: int,
 def test_few_tokens_get_the_plain_product(bits: int, tokens: int, rows: int, columns: int) -> None:
     matrix, scale_R, bias = whole(127, rows, columns).to(torch.int8), noise(rows).abs() * 1e-3, noise(rows, seed=2)
     x = noise(tokens, columns)
-    for step, add, dtype in ((None, bias, torch.float32), (torch.tensor([0.02], device=DEVICE), None, torch.bfloat16)):
-        rounded, scale = integer.quantize_tokens(x, bits, step)
+    for step, add, dtype in ((None, bias, torch.float32), (torch.tensor([0.02]), None, torch.bfloat16)):
+        rounded, scale = plain(x, bits, step)
         expected = integer_linear.scaled((rounded.double() @ matrix.double().t()).float(), scale, scale_R, add, dtype)
-        codes, scale = kernels.quantize_tokens(x, bits, step)
+        codes, scale = kernels.quantize_tokens(x, bits, None if step is None else step.to(DEVICE))
         close(kernels.few_tokens(codes, scale, matrix, scale_R, add, dtype, bits), expected)
 
 

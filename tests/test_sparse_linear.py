@@ -23,7 +23,7 @@ from llmcompress import plugin, sparse_linear
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import ModelError
 from llmcompress.methods.sparse import keep_mask
-from llmcompress.sparse_linear import DTYPES, Sparse, SparseLinear, SparseWeight, has_kernel, read
+from llmcompress.sparse_linear import DTYPES, Sparse, SparseLinear, SparseWeight, read
 from llmcompress.stored import dequantize, layouts_of, parts_of, quantized_linears
 from tests.models import FAMILIES, pico
 from tests.test_plugin import LOADER, TOKENS, distance, linears, load, logits
@@ -193,28 +193,6 @@ def test_a_module_that_gets_other_values_computes_with_them() -> None:
     assert torch.equal(twin(torch.eye(24)).T, other.dequantize()) and not torch.equal(
         module(torch.eye(24)).T, other.dequantize()
     )
-
-
-def test_a_cpu_has_no_kernel_for_zeros() -> None:
-    assert not has_kernel(torch.zeros(64, 64, dtype=torch.bfloat16))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_gpu_multiplies_2_of_4_in_half_the_work_and_to_the_same_numbers(dtype: str) -> None:
-    made = weight(96, 128, Sparse("2:4", dtype))
-    module, bias_R = sparse_linear.linear(made, None, device="cuda"), torch.randn(96, device="cuda", dtype=DTYPES[dtype])
-    able = torch.cuda.get_device_capability() >= (8, 0) and torch.backends.cusparselt.is_available()
-    assert (len(module.kernel) == 1) == able
-    module.bias = nn.Parameter(bias_R)
-    for shape in ((128,), (3, 128), (2, 5, 128), (0, 128), (1, 64, 128)):
-        x = torch.randn(*shape, device="cuda", dtype=DTYPES[dtype])
-        expected = nn.functional.linear(x, made.dequantize(DTYPES[dtype]).cuda(), bias_R)
-        with torch.no_grad():
-            torch.testing.assert_close(module(x), expected, rtol=1e-2, atol=1e-2)
-        torch.testing.assert_close(module(x.requires_grad_()), expected, rtol=1e-2, atol=1e-2)
-    assert not sparse_linear.linear(weight(40, 128, Sparse("2:4", dtype)), None, device="cuda").kernel, "40 rows are no 16s"
 
 
 # In a model.
