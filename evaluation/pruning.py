@@ -3,7 +3,7 @@
     python evaluation/pruning.py [--models demo wikilm-8m] [--shares 0.8 0.6] [--rows obs ...] [--threads 2]
 
 A share is that of the parameters of the decoder blocks that stay. Scores and allocations cut the feed-forward width until it is
-reached, exactly where its units allow; layers as many as come nearest from below. `hidden` narrows embedding and head too, so
+reached, exactly where its units allow; layers and sublayers go until it is. `hidden` narrows embedding and head too, so
 its models are smaller than the others at the same share. Each row is a whole `compress` from disk to disk and its own report,
 on windows of 256 tokens, 64 of which calibrate. The result goes to evaluation/results/pruning.json.
 """
@@ -45,6 +45,7 @@ def stages(model: Outline, share: float) -> dict[str, list[dict[str, Any]]]:
     rows["obs, sensitivity, ffn and kv"] = [{"axis": ["ffn", "kv"], "parameters": target}]
     rows["layers by kl"] = [{"axis": "layer", "keep": max(1, int(share * layers))}]
     rows["layers by influence"] = [{"axis": "layer", "keep": max(1, int(share * layers)), "score": "influence"}]
+    rows["sublayers by kl"] = [{"axis": "sublayer", "parameters": target}]
     rows["hidden"] = [{**narrow, "keep": share}]
     rows["hidden, no repair"] = [{**narrow, "keep": share, "repair": False}]
     rows["hidden, then ffn by sensitivity"] = [{**narrow, "keep": (1 + share) / 2}, {"axis": "ffn", "parameters": target}]

@@ -59,8 +59,12 @@ class Anatomy:
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
         """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
-        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))
-        implied = {"kv": heads, "d": config.hidden_size // heads, "ffn": 4 * config.hidden_size}  # where a field is left None
+        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a block that lost them
+        implied = {
+            "kv": heads,
+            "d": config.hidden_size // max(heads, 1),
+            "ffn": 4 * config.hidden_size,
+        }  # for a field left None
         sizes = {}
         for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.block.values()) for a in Spelling.parse(row).axes):
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
@@ -69,10 +73,25 @@ class Anatomy:
                 raise ModelError(f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json')
             sizes[axis] = int(size)
         if "q" in sizes:
-            if heads % sizes["kv"]:
+            if heads and (not sizes["kv"] or heads % sizes["kv"]):
                 raise ModelError(f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json")
-            sizes["q"] = heads // sizes["kv"]
+            sizes["q"] = heads // max(sizes["kv"], 1)
         return sizes
+
+    def reader_of(self, axis: str) -> str | None:
+        """The linear whose columns run along an axis inside a block; None where there is no such one, as for experts."""
+        inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
+        return inside[0] if len(inside) == 1 else None
+
+    def left(self, sizes: Mapping[str, int]) -> Anatomy:
+        """The facts of one block in which an axis may have no units: without the linears and feeds that are empty there."""
+        empty = {name for name, row in self.block.items() if not all(Spelling.parse(row).shape(sizes))}
+        if not empty:
+            return self
+        readers = tuple(group for group in self.readers if f"{group[0]}.weight" not in empty)
+        there = {linear for group in readers for linear in group}
+        feeds = {key: kept for key, old in self.feeds.items() if (kept := tuple(name for name in old if name in there))}
+        return replace(self, readers=readers, feeds=feeds)
 
     def input_of(self, linear: str) -> Term:
         """What the columns of a linear of a block run along."""

@@ -119,7 +119,8 @@ def apply(
 def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
     """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
-    build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy_of(config).layers)))
+    anatomy = anatomy_of(config)
+    build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy.layers)), anatomy)
     model.load_state_dict(dict(state))
     model.to(like.device)  # type: ignore[arg-type]  # a decorator hides its signature
     return cast(PreTrainedModel, model.train(like.training))

@@ -17,6 +17,7 @@ from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
 from llmcompress.resize import changed
+from llmcompress.stages import sublayers
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.depth import SAMPLE
 from llmcompress.stages.embedding import apart
@@ -25,7 +26,6 @@ from llmcompress.stages.protect import spared
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.sparsify import Sparsify
-from llmcompress.stages.units import reader_of
 from llmcompress.walk import TOKENS_AT_ONCE
 
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
@@ -86,9 +86,14 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
     if stage.of_layers:
         spoken = f"layer, {layers - len(cut.gone)} of {layers}"
         work = 2.0 * inner * SAMPLE * layers * len(cut.gone) / 2
+    elif stage.of_parts:
+        every, gone = sublayers.candidates(model), sublayers.guess(model, stage)
+        spoken = f"sublayer, {len(every) - len(gone)} of {len(every)}"
+        work = 2.0 * inner * SAMPLE * len(every) * len(gone) / 2
+        notes.append("the run finds the sublayers that lose least; what stands here is without the last ones")
     else:
         maps, sizes = dict(model.linear_maps()), stage.sizes(model)
-        readers = [f"{model.block_name(0)}.{reader_of(model.anatomy, axis)}" for axis in stage.axes]
+        readers = [f"{model.block_name(0)}.{model.anatomy.reader_of(axis)}" for axis in stage.axes]
         C = max(maps[reader][1] if reader in maps else model.config.hidden_size for reader in readers)
         solved = layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # moments and removal
         work = 4 * 2.0 * inner * tokens + solved
@@ -99,7 +104,9 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
             work += 2 * 2.0 * inner * tokens + solved
             spoken += " in the mean"
             notes.append("the run finds a width for each layer, where it loses least; what stands here is for layers all alike")
-    states = (layers * SAMPLE if stage.of_layers else 4 * tokens) * model.config.hidden_size
+    states = (
+        layers * SAMPLE if stage.of_layers else 2 * layers * SAMPLE if stage.of_parts else 4 * tokens
+    ) * model.config.hidden_size
     floats = 4 * inner // layers + states + 8 * C * C
     row = {
         "stage": f"prune ({spoken})",

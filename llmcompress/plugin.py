@@ -66,9 +66,10 @@ class Quantizer(HfQuantizer):
     quantization_config: CompressedConfig
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
-        path = anatomy_of(model.config).layers
+        anatomy = anatomy_of(model.config)
+        path = anatomy.layers
         layers = model.get_submodule(path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path)
-        build_layers(model, cast(nn.ModuleList, layers))
+        build_layers(model, cast(nn.ModuleList, layers), anatomy)
         assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):

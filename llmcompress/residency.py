@@ -43,6 +43,7 @@ from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import BESIDE, Checkpoint, check_finite
 from llmcompress.errors import ModelError
+from llmcompress.family import Anatomy
 from llmcompress.rotate import Rotation
 from llmcompress.widths import build_layers, config_of_layer
 
@@ -60,7 +61,7 @@ class Resident(ABC):
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
         with init_empty_weights(include_buffers=False):
-            build_layers(self.model, layers)
+            build_layers(self.model, layers, self.anatomy)
         self.layers = layers
         self.sizes = self.sizes_of(0)
         self.rotation: Rotation | None = None
@@ -80,6 +81,10 @@ class Resident(ABC):
     def block_name(self, index: int) -> str:
         """`model.layers.3`."""
         return f"{self.anatomy.layers}.{index}"
+
+    def anatomy_of_block(self, index: int) -> Anatomy:
+        """The table as it is for one block, without linears that are empty there."""
+        return self.anatomy.left(self.sizes_of(index))
 
     def sizes_of(self, index: int) -> dict[str, int]:
         """The units on each axis in one block; only the widths inside blocks can differ between them."""
@@ -157,8 +162,10 @@ class Resident(ABC):
         return shapes | {self.anatomy.embedding: (V, D)}
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every nn.Linear or Conv1D of the whole model, by full name, with its shape (outputs, inputs)."""
+        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape (outputs, inputs)."""
         for name, module in self.model.named_modules():
+            if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
+                continue
             if isinstance(module, Conv1D):
                 yield name, (module.weight.shape[1], module.weight.shape[0])
             elif isinstance(module, nn.Linear):

@@ -89,7 +89,8 @@ def _refusal(fields: Mapping[str, Any]) -> str | None:
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-            build_layers(model, model.get_submodule(anatomy_of(model.config).layers))
+            anatomy = anatomy_of(model.config)
+            build_layers(model, model.get_submodule(anatomy.layers), anatomy)
     except Exception as error:  # each family checks its fields in its own way
         return " ".join(str(error).split())[:160]
     return None

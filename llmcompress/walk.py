@@ -31,6 +31,7 @@ from llmcompress.residency import Resident
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
 NO_LABEL = -100  # as torch has it
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
+Part = tuple[int, str | None]  # a block, or a linear of it
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
 
 
@@ -105,7 +106,7 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
                 index,
                 resident.block_name(index),
                 module,
-                resident.anatomy,
+                resident.anatomy_of_block(index),
                 resident.device,
                 resident.sizes_of(index),
                 own,
@@ -122,20 +123,29 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
 
 
 @torch.no_grad()
-def without_each(resident: Resident, windows: Tensor, gone: Collection[int] = ()) -> dict[int | None, list[Tensor]]:
-    """The states that leave the last block if a block is passed over, by its index, and under None if no more is.
+def without_each(
+    resident: Resident, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
+) -> dict[Part | None, list[Tensor]]:
+    """The states that leave the last block without each of the candidates, and under None with all of them.
 
-    Those in `gone` are passed over by all. One pass: each block runs once for every earlier one that could go.
+    A part is a block, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
+    out by all. One pass: each block runs once for every earlier candidate, and for its own.
     """
     inputs, arguments = enter(resident, batches_of(windows))
-    streams: dict[int | None, list[Tensor]] = {None: inputs}
-    for index in [index for index in range(len(resident.layers)) if index not in gone]:
+    streams: dict[Part | None, list[Tensor]] = {None: inputs}
+    for index in [index for index in range(len(resident.layers)) if (index, None) not in gone]:
         with resident.block(index) as module:
             own = {size: per_block[index] for size, per_block in arguments.items()}
-            name = resident.block_name(index)
-            block = Block(index, name, module, resident.anatomy, resident.device, resident.sizes_of(index), own, [])
-            passed = streams[None]
-            streams = {other: block.outputs(states) for other, states in streams.items()} | {index: passed}
+            anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
+            block = Block(index, resident.block_name(index), module, anatomy, resident.device, sizes, own, [])
+            names = {part: f"{part[1]}.weight" for part in (*candidates, *gone) if part[0] == index and part[1]}
+            zeros = {part: {name: torch.zeros_like(module.get_parameter(name))} for part, name in names.items()}
+            all_gone = {name: zero for part in zeros if part in gone for name, zero in zeros[part].items()}
+            entered = streams[None]
+            streams = {other: [block.run(x, all_gone).cpu() for x in states] for other, states in streams.items()}
+            for part in [part for part in candidates if part[0] == index and part not in gone]:
+                out = part[1] is None
+                streams[part] = entered if out else [block.run(x, all_gone | zeros[part]).cpu() for x in entered]
     return streams
 
 
@@ -238,7 +248,14 @@ def _back(
     out = []
     with resident.block(index) as module:
         block = Block(
-            index, resident.block_name(index), module, resident.anatomy, resident.device, resident.sizes_of(index), own, []
+            index,
+            resident.block_name(index),
+            module,
+            resident.anatomy_of_block(index),
+            resident.device,
+            resident.sizes_of(index),
+            own,
+            [],
         )
         parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):

@@ -2,16 +2,22 @@
 
 transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by that, but most of
 its families build every block from what is said for all. So their blocks are built again here, each from a config of its own.
-Where that is not done the shapes of the checkpoint fit no block, and loading fails, as it should.
+A block may have nothing left of its attention or of its feed-forward part: no heads, or no neurons. Its weights are then empty,
+and stand in the checkpoint as such. Where blocks are not built anew no shape there fits, and loading fails, as it should.
 """
 
 from __future__ import annotations
 
+import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
+
+from llmcompress.axes import Spelling
+from llmcompress.family import Anatomy
 
 SCHEMA = "per_layer_config"
 ALLOW = "allow_global_per_layer_attribute_access"  # or a model can't even be built for its blocks to be replaced
@@ -43,7 +49,24 @@ def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return same | ({SCHEMA: different, ALLOW: True} if different else {SCHEMA: None})
 
 
-def build_layers(model: PreTrainedModel, layers: nn.ModuleList) -> None:
+class Absent(nn.Module):
+    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of `reader`.
+
+    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that one's must stay.
+    """
+
+    def __init__(self, attention: nn.Module, reader: str) -> None:
+        super().__init__()
+        for name, child in attention.named_children():
+            self.add_module(name, child)
+        self.reader = reader
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+        """What the block adds for hidden states [B, L, D], and no attention map."""
+        return self.get_submodule(self.reader)(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), None
+
+
+def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy) -> None:
     """Build the blocks of a model anew where its config says that they differ; their weights are to come."""
     config = model.config
     if not mixed(config):
@@ -51,8 +74,31 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList) -> None:
     for index, layer in enumerate(list(layers)):
         like = next(layer.parameters())
         own = config.per_layer_config[index]
-        built: nn.Module = type(layer)(own, index)  # so are the blocks of all families
+        sizes = anatomy.axis_sizes(own)
+        if not sizes["kv"]:  # which no family builds
+            own = copy.deepcopy(own)
+            for axis in ("kv", "q"):
+                setattr(own, own.attribute_map.get(anatomy.sizes[axis], anatomy.sizes[axis]), 1)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+            built: nn.Module = type(layer)(own, index)  # so are the blocks of all families
         for module in built.modules():
             if getattr(module, "config", None) is own:
                 module.config = config  # type: ignore[assignment]  # what is set for the model reaches its blocks
+        if not sizes["kv"]:
+            _empty(built, anatomy, sizes)
         layers[index] = built.to(like.dtype).train(layer.training)
+
+
+def _empty(block: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """Leave a block without attention, and its weights without what runs along the heads."""
+    for name, row in anatomy.block.items():
+        if "kv" in Spelling.parse(row).axes:
+            owner, _, leaf = name.rpartition(".")
+            linear: Any = block.get_submodule(owner)
+            old = linear.get_parameter(leaf)
+            setattr(linear, leaf, nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False))
+            if leaf == "weight":
+                linear.out_features, linear.in_features = linear.weight.shape
+    attention, _, reader = str(anatomy.reader_of("kv")).rpartition(".")
+    block.set_submodule(attention, Absent(block.get_submodule(attention), reader))

@@ -12,8 +12,9 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "widths", "methods"),
+    ("errors", "axes", "methods"),
     ("family", "pydocs", "texts"),
+    ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "hub", "report", "triton_kernels"),
     ("integer", "kernels"),
@@ -27,6 +28,7 @@ LAYERS = (
     ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
     ("stages.depth", "stages.experts", "stages.hidden"),
     ("stages.allocation",),
+    ("stages.sublayers",),
     ("stages.quantize", "stages.prune", "stages.sparsify"),
     ("recipe",),
     ("prepare", "contents"),

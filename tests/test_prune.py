@@ -21,7 +21,6 @@ from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
 from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
-from llmcompress.stages.units import reader_of
 from llmcompress.walk import without_each
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
@@ -79,7 +78,7 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     anatomy = resident(family).anatomy
     for layer in model.get_submodule(anatomy.layers).children():
         for axis, units in (("ffn", dead), ("kv", torch.arange(64, 128))):  # (kv q d) = (2 4 16): the second kv head
-            reader = reader_of(anatomy, axis)
+            reader = anatomy.reader_of(axis)
             if reader and (axis == "ffn" or family in HEADS):
                 weight = layer.get_parameter(f"{reader}.weight").data
                 (weight.T if reader in anatomy.conv1d else weight)[:, units] = 0
@@ -197,9 +196,10 @@ def test_the_loss_said_is_that_of_the_model_without_the_layer() -> None:
     with torch.no_grad():
         expected = model(windows).logits.log_softmax(-1)
         for gone in ((), (1,)):
-            streams = without_each(source, windows, gone)
-            full = without_each(source, windows)[None]
-            found = divergences(source, full, {i: states for i, states in streams.items() if i is not None})
+            every: list[tuple[int, str | None]] = [(index, None) for index in range(len(source.layers))]
+            streams = without_each(source, windows, every, [(index, None) for index in gone])
+            full = without_each(source, windows, every)[None]
+            found = divergences(source, full, {part[0]: states for part, states in streams.items() if part})
             assert found.keys() == set(range(3)) - set(gone)
             for index, kl in found.items():
                 less = pico("llama", num_hidden_layers=3)
@@ -276,9 +276,9 @@ def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
 
 
 def test_the_reader_of_an_axis_is_the_linear_whose_columns_run_along_it() -> None:
-    assert reader_of(resident("llama").anatomy, "kv") == "self_attn.o_proj"
-    assert reader_of(resident("gpt2").anatomy, "ffn") == "mlp.c_proj"
-    assert reader_of(resident("qwen3_moe").anatomy, "ffn") is None
+    assert resident("llama").anatomy.reader_of("kv") == "self_attn.o_proj"
+    assert resident("gpt2").anatomy.reader_of("ffn") == "mlp.c_proj"
+    assert resident("qwen3_moe").anatomy.reader_of("ffn") is None
 
 
 def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, tmp_path: Path) -> None:

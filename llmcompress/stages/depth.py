@@ -9,7 +9,7 @@ out those that turn them least.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 from llmcompress.methods.scores import block_influence
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
-from llmcompress.walk import leave, walk, without_each
+from llmcompress.walk import Part, leave, walk, without_each
 
 Key = TypeVar("Key", bound=Hashable)
 SAMPLE = 8192  # tokens that decide
@@ -30,27 +30,51 @@ def find(model: Resident, context: Context, count: int, score: str) -> dict[str,
     Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full model in place of
     the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
     """
-    layers, windows = len(model.layers), context.data.calibration
-    windows = windows[: -(-SAMPLE // windows.shape[1])]
+    layers = len(model.layers)
     if score == "influence":
-        turned = {}
+        windows, turned = context.data.calibration[: -(-SAMPLE // context.data.calibration.shape[1])], {}
         for block in context.track(walk(model, windows), "prune (layer, influence)", layers):
             with torch.no_grad():
                 pairs = [(hidden, out) for hidden, out in zip(block.inputs, block.outputs(block.inputs), strict=True)]
             turned[block.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
         order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
         return {"gone": order, "influence": [turned[index] for index in order]}
-    gone: list[int] = []
+    every, least = [(index, None) for index in range(layers)], layers - count
+    order, kl_nats = greedy(model, context, every, lambda gone: len(gone) < least, least)
+    return {"gone": [index for index, _ in order], "kl_nats": kl_nats}
+
+
+def greedy(
+    model: Resident,
+    context: Context,
+    candidates: Sequence[Part],
+    more: Callable[[Sequence[Part]], bool],
+    steps: int,
+    cost: Callable[[Part], float] = lambda part: 1.0,
+) -> tuple[list[Part], list[float]]:
+    """Parts that go while `more` of them are wanted, in about so many steps, and the KL in nats a token after each.
+
+    Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
+    """
+    windows = context.data.calibration
+    windows = windows[: -(-SAMPLE // windows.shape[1])]
+    gone: list[Part] = []
     kl_nats: list[float] = []
     full: list[Tensor] = []
-    for _ in context.track(iter(range(layers - count)), "prune (layer, kl)", layers - count):
-        streams = without_each(model, windows, gone)
+    for _ in context.track(_while(lambda: more(gone)), "prune (kl)", steps):
+        streams = without_each(model, windows, candidates, gone)
         full = full or streams[None]
-        losses = divergences(model, full, {index: states for index, states in streams.items() if index is not None})
-        best = min(losses, key=lambda index: (losses[index], index))
+        losses = divergences(model, full, {part: states for part, states in streams.items() if part is not None})
+        before = kl_nats[-1] if kl_nats else 0.0
+        best = min(losses, key=lambda part: ((losses[part] - before) / cost(part), part))
         gone.append(best)
         kl_nats.append(losses[best])
-    return {"gone": gone, "kl_nats": kl_nats}
+    return gone, kl_nats
+
+
+def _while(condition: Callable[[], bool]) -> Iterator[None]:
+    while condition():
+        yield
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed, resized, shortened
-from llmcompress.stages import allocation, depth, experts, hidden, units
+from llmcompress.stages import allocation, depth, experts, hidden, sublayers, units
 from llmcompress.stages.allocation import Widths
 from llmcompress.stages.budget import NEAR, Budget
 from llmcompress.stages.context import Context, Facts
@@ -32,12 +32,13 @@ from llmcompress.walk import following, gradients, walk
 STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
 KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit blocks after it need that
 INNER = ("kv", "q", "ffn")  # axes that a linear of the block reads, in order of computation
-Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer"]
+Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
 SCORES = {  # of an axis, the default first
     **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
     "expert": ("activation",),
     "hidden": ("pca", "activation"),
     "layer": ("kl", "influence"),
+    "sublayer": ("kl",),
 }
 
 
@@ -56,13 +57,14 @@ class Prune(Budget):
 
     axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
         description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, experts, "
-        "channels of the hidden state, whole layers; or a list of ffn with kv or q"
+        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of ffn with kv or q"
     )
     allocation: Literal["uniform", "sensitivity"] | None = Field(
         default=None, description="as many units in every block, or where they lose least; default uniform with keep, else not"
     )
     score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = Field(
-        default=None, description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers kl"
+        default=None,
+        description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers and sublayers kl",
     )
     repair: bool = Field(default=True, description="solve the linear that reads the axis anew for what is left")
 
@@ -93,6 +95,11 @@ class Prune(Budget):
         return self.axes == ("layer",)
 
     @property
+    def of_parts(self) -> bool:
+        """Whether the attention or ffn of layers goes."""
+        return self.axes == ("sublayer",)
+
+    @property
     def worth(self) -> str:
         """The score, also where none was given."""
         return self.score or SCORES[self.axes[0]][0]
@@ -106,12 +113,17 @@ class Prune(Budget):
 
     def sizes(self, model: Resident) -> Widths:
         """How many units there are in each block. Errors: ModelError where an axis can't be cut."""
+        if self.of_parts:
+            return sublayers.sizes(model)
         for axis in self.axes:
-            if axis not in model.sizes or (axis in INNER and units.reader_of(model.anatomy, axis) is None):
+            if axis not in model.sizes or (axis in INNER and model.anatomy.reader_of(axis) is None):
                 raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
             if axis == "hidden" and (why := hidden.why_not(model, self.worth)):
                 raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
-        return {axis: tuple(model.sizes_of(index)[axis] for index in range(len(model.layers))) for axis in self.axes}
+        found = {axis: tuple(model.sizes_of(index)[axis] for index in range(len(model.layers))) for axis in self.axes}
+        if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
+            raise ModelError(f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers")
+        return found
 
     def cut(self, model: Resident, journal: Journal | None = None) -> Cut:
         """What the stage leaves; without the journal of what it has found, as if blocks were alike and the last layers went.
@@ -121,6 +133,9 @@ class Prune(Budget):
         if self.of_layers:
             total = len(model.layers)
             return Cut(gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total)))
+        if self.of_parts:
+            gone = journal.load(WIDTHS, 0)[1]["gone"] if journal else sublayers.guess(model, self)
+            return Cut(sublayers.widths(model, [(index, axis) for index, axis in gone]))
         if journal and self.sensitive:
             return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
         return Cut(self._plain(model))
@@ -137,12 +152,17 @@ class Prune(Budget):
         if self.of_layers:
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
-        if self.sensitive and not journal.has(WIDTHS, 0):
-            journal.save(WIDTHS, 0, {}, self._allocate(model, context))
+        if (self.sensitive or self.of_parts) and not journal.has(WIDTHS, 0):
+            found = sublayers.find(model, context, self) if self.of_parts else self._allocate(model, context)
+            journal.save(WIDTHS, 0, {}, found)
         cut = self.cut(model, journal)
-        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes]
+        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
+        details = self._said(sizes, cut)
+        if self.of_parts:
+            found = journal.load(WIDTHS, 0)[1]
+            notes, details = [sublayers.spoken(found["gone"], model)], details | found
         if cut.widths == sizes:  # the model is left as it is, to the bit
-            return Facts(STAGE, notes=notes, details=self._said(sizes, cut))
+            return Facts(STAGE, notes=notes, details=details)
         self._find_out(model, context)
         outline = Outline(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
         if self.axis == "hidden":
@@ -150,7 +170,7 @@ class Prune(Budget):
             facts = hidden.cut(model, context, outline, self.worth, self.repair)
         else:
             facts = self._blocks(model, context, outline, cut)
-        return Facts(STAGE, blocks=facts, notes=notes, details=self._said(sizes, cut))
+        return Facts(STAGE, blocks=facts, notes=notes, details=details)
 
     def _blocks(self, model: Resident, context: Context, outline: Outline, cut: Cut) -> list[dict[str, Any]]:
         """Cut block after block; what that cost."""
@@ -169,7 +189,10 @@ class Prune(Budget):
         """Cut a block along each axis in turn, and journal what changes in it."""
         named: dict[str, Tensor] = {}
         cuts: list[dict[str, Any]] = []
-        for axis in self.axes:
+        if self.of_parts:
+            tensors = sublayers.cut(block, dict(counts))
+            named = {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in tensors.items()}
+        for axis in () if self.of_parts else self.axes:
             if axis == "expert":
                 tensors, lost = experts.cut(block, counts[axis])
             else:
@@ -194,7 +217,7 @@ class Prune(Budget):
     def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
         """How the stage was set and what it left, for the report."""
         details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.worth}
-        if len(self.axes) == 1 and not self.sensitive:
+        if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
             return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
         return details | {
             "units": {axis: list(n) for axis, n in sizes.items()},
@@ -250,7 +273,7 @@ class Prune(Budget):
             return
         windows = context.data.calibration
         windows = windows[: -(-TOKENS // windows.shape[1])]
-        readers = {axis: f"{units.reader_of(model.anatomy, axis)}.weight" for axis in self.axes}
+        readers = {axis: f"{model.anatomy.reader_of(axis)}.weight" for axis in self.axes}
         found = gradients(model, windows, context.scratch, following, tuple(readers.values()))
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
             worth = {axis: units.taylor(model, index, axis, by_name[name]).cpu() for axis, name in readers.items()}

@@ -13,19 +13,12 @@ from torch import Tensor
 
 from llmcompress.axes import Spelling, take, units_along
 from llmcompress.block import Block
-from llmcompress.family import Anatomy
 from llmcompress.methods import scores
 from llmcompress.methods.hessian import Moments, retarget
 from llmcompress.methods.removal import Removal, remove
 from llmcompress.methods.repair import bias_shift, repair
 from llmcompress.methods.solve import output_error
 from llmcompress.residency import Resident
-
-
-def reader_of(anatomy: Anatomy, axis: str) -> str | None:
-    """The linear whose columns run along an axis inside the block; None where there is no such one, as for experts."""
-    inside = [linear for linear in anatomy.linears if axis in Spelling((anatomy.input_of(linear),)).axes]
-    return inside[0] if len(inside) == 1 else None
 
 
 @dataclass(frozen=True)
@@ -41,7 +34,7 @@ class Reading:
     @classmethod
     def of(cls, block: Block, axis: str) -> Reading:
         """Runs the calibration text through the block as far as the linear."""
-        linear = reader_of(block.anatomy, axis)
+        linear = block.anatomy.reader_of(axis)
         assert linear is not None
         moments = block.moments(next(group for group in block.anatomy.readers if linear in group))[linear]
         unit_C = units_along(block.anatomy.input_of(linear), block.sizes, axis).to(block.device)
@@ -90,7 +83,7 @@ def kept(block: Block, axis: str, read: Reading, aim_RC: Tensor, score: Score, c
 
 def taylor(model: Resident, index: int, axis: str, gradient: Tensor) -> Tensor:
     """What each unit of an axis in a block is worth to first order, by the gradient of the linear that reads it, as stored."""
-    reader = reader_of(model.anatomy, axis)
+    reader = model.anatomy.reader_of(axis)
     assert reader is not None
     with model.block(index) as module:
         weight = module.get_parameter(f"{reader}.weight").data
