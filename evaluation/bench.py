@@ -46,6 +46,7 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "ffn-budget-uniform": "stages: [{prune: {axis: ffn, parameters: 0.8, allocation: uniform}}]",  # what the allocation wins
     "hidden-75-plain": "stages: [{prune: {axis: hidden, keep: 0.75, repair: false}}]",
     "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
+    "wanda-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: wanda}}]",
     "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256

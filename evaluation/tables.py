@@ -154,11 +154,16 @@ def cost() -> str:
 
 
 def speed() -> str:
-    """How fast the formats are beside the reference of the same run."""
-    result = load("speed")
-    if result is None:
-        return ""
+    """How fast the formats are beside the reference of the same run, on a CPU and on a GPU."""
+    return "\n".join(_speed(result) for name in ("speed", "speed-cuda") if (result := load(name)) is not None)
+
+
+def _speed(result: Any) -> str:
     columns = list(dict.fromkeys((row["what"], row["batch"], row["tokens"]) for row in result["rows"]))
+    if len(columns) > WIDEST:  # of the single linears the largest, and not every batch
+        largest = [what for what, *_ in columns if what.startswith("linear")][-1]
+        columns = [key for key in columns if key[0] == largest or not key[0].startswith("linear")]
+        columns = [key for key in columns if key[1] in (1, max(batch for _, batch, _ in columns))]
     found = {(row["candidate"], row["what"], row["batch"], row["tokens"]): row["speedup_p10"] for row in result["rows"]}
     names = dict.fromkeys(row["candidate"] for row in result["rows"])
     header = [
