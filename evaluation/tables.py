@@ -33,6 +33,8 @@ STOCK |= dict.fromkeys(("ffn-75-magnitude", "kv-half-magnitude"), "magnitude, no
 STOCK |= {"depth-75-influence": "block influence", "ffn-budget-uniform": "as many in every layer"}
 STOCK |= {"hidden-75-plain": "nothing repaired"}
 STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
+STOCK["wanda-50"] = "wanda, one shot"
+WIDEST = 10  # columns of a table of speeds
 
 
 def load(name: str) -> dict[str, Any] | None:
