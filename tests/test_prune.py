@@ -255,7 +255,10 @@ def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, s
 @pytest.mark.parametrize(
     ("stages", "why"),
     [
-        ("[prune: {axis: ffm, keep: 0.5}]", "prune.axis: .*'ffn', 'kv', 'q', 'expert', 'hidden', 'layer' or 'sublayer', not 'ffm'"),
+        (
+            "[prune: {axis: ffm, keep: 0.5}]",
+            "prune.axis: .*'ffn', 'kv', 'q', 'expert', 'hidden', 'layer' or 'sublayer', not 'ffm'",
+        ),
         (
             "[prune: {axis: ffn, keep: 0.5, score: kl}]",
             "score kl is not for axis ffn; use obs or taylor or wanda or activation or magnitude",
