@@ -14,6 +14,7 @@ from llmcompress.report.measure import Fidelity, environment
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed
 from llmcompress.stages.context import Context
+from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 
@@ -23,6 +24,8 @@ def require_possible(recipe: Recipe, model: Resident) -> None:
     for step in recipe.stages:
         if isinstance(step.stage, Prune):
             model = Outline(changed(model.config, step.stage.changes(model)), model.device, model.dtype)
+            continue
+        if isinstance(step.stage, Distill):
             continue
         step.stage.choose(model)
         if isinstance(step.stage, Quantize):

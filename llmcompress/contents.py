@@ -23,6 +23,7 @@ from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
 from llmcompress.stages.context import OUTER
 from llmcompress.stages.depth import renumbered
+from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Cut, Prune
 from llmcompress.stored import Stored
 from llmcompress.widths import SCHEMA, mixed
@@ -38,7 +39,7 @@ class Outcome:
         self.chosen: dict[str, Written] = {}
         self.kept: dict[str, str] = {}
         self.cut = stage.cut(model, journal) if isinstance(stage, Prune) else Cut()
-        if isinstance(stage, Prune):
+        if isinstance(stage, Prune | Distill):
             return
         chosen, self.kept = stage.settled(model, journal)
         self.chosen = dict(chosen)
@@ -69,6 +70,8 @@ class Outcome:
             if SCHEMA in found:  # loading it is to ask for our plug-in
                 found["quantization_config"] = plugin.quantization_config([])
             return found
+        if isinstance(self.stage, Distill):
+            return {}
         found = {"quantization_config": quantization_of(self.chosen, self.kept, self.model.config)}
         if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
             found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")

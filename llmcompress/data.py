@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -57,13 +57,20 @@ class DataSpec(BaseModel):
 class Blocks:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
-    `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first.
+    `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
+    what the calibration text has besides, where a stage trains.
     """
 
     calibration: Tensor
     evaluation: Tensor
     source: str
     sha256: str
+    training: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+
+    @property
+    def training_sha256(self) -> str:
+        """The hash of what is trained on."""
+        return _sha256(self.training)
 
     @property
     def calibration_tokens(self) -> int:
@@ -76,8 +83,16 @@ class Blocks:
         return self.evaluation.numel()
 
 
-def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int, max_length: int | None) -> Blocks:
+def load_data(
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase | None,
+    vocab_size: int,
+    max_length: int | None,
+    training: Callable[[int], int] = lambda length: 0,
+) -> Blocks:
     """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions (None: no limit).
+
+    `training` says how many tokens to train on where windows have a length; fewer are given where the text has no more.
 
     Equal spec, text and tokenizer give equal blocks. Errors: DataError for text that is missing, too short, the same on both
     sides, or not what the model reads.
@@ -89,19 +104,26 @@ def load_data(spec: DataSpec, tokenizer: PreTrainedTokenizerBase | None, vocab_s
     lengths = [spec.length] if spec.length else _lengths(max_length)
     texts = _texts(spec)
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0])
-    calibration = _tokenise(texts.calibration, tokenizer, POOL * spec.samples * lengths[0])
+    trained = spec.samples * lengths[0] + training(lengths[0])
+    calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained))
     _refuse_foreign(torch.cat([calibration, evaluation]), vocab_size)
     asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
     length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
-    for field, want, have in asked:
-        _require(spec.source, field, want, have.numel(), length)
-    pool = calibration[: calibration.numel() // length * length].view(-1, length)[: POOL * spec.samples]
+    for name, want, have in asked:
+        _require(spec.source, name, want, have.numel(), length)
+    every = calibration[: calibration.numel() // length * length].view(-1, length)
+    pool = every[: POOL * spec.samples]
     ahead = evaluation[: spec.evaluation_samples * length].view(-1, length)
-    _refuse_overlap(spec.source, pool, ahead)
+    _refuse_overlap(spec.source, every if training(length) else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
     blocks = pool[drawn]
-    digest = hashlib.sha256(b"".join(side.numpy().astype("<i8").tobytes() for side in (blocks, ahead)))
-    return Blocks(blocks, ahead.clone(), spec.source, digest.hexdigest())
+    others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)
+    rest = every[others].flatten()[: training(length)].clone()
+    return Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead), rest)
+
+
+def _sha256(*sides: Tensor) -> str:
+    return hashlib.sha256(b"".join(side.numpy().astype("<i8").tobytes() for side in sides)).hexdigest()
 
 
 def _lengths(max_length: int | None) -> list[int]:

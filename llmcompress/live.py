@@ -30,6 +30,7 @@ from llmcompress.sparse_linear import SparseWeight
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import Int8
 from llmcompress.stages.context import Context
+from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Prune
 from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
@@ -55,7 +56,7 @@ def apply(
     state, where = dict(model.state_dict()), pick_device(device)
     source = Live(model.config, state, where)
     require_possible(recipe, source)
-    blocks, facts = blocks_for(source, recipe.data, tokenizer), []
+    blocks, facts = blocks_for(source, recipe.data, tokenizer, recipe.training_tokens), []
     packed: dict[str, Stored] = {}
     dense: dict[str, torch.Tensor] = {}
     left = dict(state)
@@ -63,7 +64,13 @@ def apply(
         stage, now = step.stage, source.config
         with tempfile.TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal", "in memory")
-            facts.append(done(stage, source, Context(blocks, journal, Path(folder), recipe.data.seed, track)))
+            facts.append(
+                done(
+                    stage,
+                    source,
+                    Context(lambda: Live(model.config, state, where), blocks, journal, Path(folder), recipe.data.seed, track),
+                )
+            )
             outcome = Outcome(stage, source, journal)
             for linears, changed_here in outcome.entries():
                 packed, dense = packed | linears, dense | changed_here
@@ -75,6 +82,8 @@ def apply(
             left[f"{source.anatomy.head}.weight"] = left[f"{source.anatomy.embedding}.weight"]
         if now is not source.config:
             source, dense = Live(now, left, where), {}
+        elif isinstance(stage, Distill):
+            source = Live(now, left, where)
     compressed, chosen = dict(left), outcome.chosen
     for name, codes in packed.items():
         weight = stored.dequantize(codes)

@@ -20,6 +20,7 @@ from llmcompress.resize import changed
 from llmcompress.stages import sublayers
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.depth import SAMPLE
+from llmcompress.stages.distill import Distill
 from llmcompress.stages.embedding import apart
 from llmcompress.stages.fisher import tokens_for
 from llmcompress.stages.protect import spared
@@ -49,6 +50,8 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
         elif isinstance(step.stage, Sparsify):
             row, said = _sparsify(model, step.stage, tokens, rate)
             notes += said
+        elif isinstance(step.stage, Distill):
+            row = _distill(model, step.stage, length, rate)
         else:
             row, said = _quantize(model, step.stage, tokens, rate)
             notes += said
@@ -141,6 +144,19 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     }
     reasons = "; ".join(sorted(set(kept.values())))
     return row, [f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})"] if kept else []
+
+
+def _distill(model: Outline, stage: Distill, length: int, rate: float) -> Row:
+    """The row of a training; the teacher is taken to be as large as the student."""
+    parameters, tokens = _parameters(model), stage.tokens(length)
+    kept = 4 * parameters * (2 + 3)  # both models; a gradient and two moments
+    return {
+        "stage": f"distill ({stage.loss}, {stage.steps} steps of {stage.batch} x {stage.length or length} tokens)",
+        "parameters": parameters,
+        "size_bytes": parameters * model.weight_dtype.itemsize,
+        "peak_memory_bytes": kept + 4 * TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers),
+        "seconds": tokens * 2.0 * parameters * 4 / rate,  # forward and backward of the one, forward of the other
+    }
 
 
 def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float) -> tuple[Row, list[str]]:

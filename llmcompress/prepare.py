@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
-def blocks_for(model: Resident, spec: DataSpec, tokenizer: PreTrainedTokenizerBase) -> Blocks:
-    """The token windows of a recipe's data for this model."""
+def blocks_for(
+    model: Resident, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, training: Callable[[int], int] = lambda length: 0
+) -> Blocks:
+    """The token windows of a recipe's data for this model, and so many tokens to train on where windows have a length."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    return load_data(spec, tokenizer, model.config.vocab_size, positions)
+    return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

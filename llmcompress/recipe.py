@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
+from llmcompress.stages.distill import Distill
 from llmcompress.stages.formats import Override
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from llmcompress.report import Report
 
 LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
-Stage = Prune | Sparsify | Quantize
+Stage = Prune | Sparsify | Distill | Quantize
 SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
 SHORT.maxlevel = 2
 
@@ -81,6 +82,7 @@ class Step(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prune: Pruning | None = None
+    distill: Distill | None = None
     quantize: Quantize | None = None
 
     @model_validator(mode="before")
@@ -107,7 +109,7 @@ class Step(BaseModel):
     @property
     def stage(self) -> Stage:
         """The stage itself."""
-        stage = self.prune or self.quantize
+        stage = self.prune or self.distill or self.quantize
         assert stage is not None
         return stage
 
@@ -141,6 +143,10 @@ class Recipe(BaseModel):
     @model_serializer(mode="wrap")
     def _only_what_was_set(self, handler: Any) -> Any:
         return {key: value for key, value in handler(self).items() if value not in (None, {})}
+
+    def training_tokens(self, length: int) -> int:
+        """How many tokens the stages that train ask for, where windows of the data have `length`."""
+        return max((step.distill.tokens(length) for step in self.stages if step.distill), default=0)
 
     @property
     def digest(self) -> str:
@@ -220,6 +226,7 @@ def _explain(error: ValidationError) -> str:
 
 KINDS = ("literal[", "constrained-", AXIS, PATTERN)  # what pydantic puts into a place beside the keys
 KEYS = {"data": DataSpec, "accept": Accept, AXIS: Prune, PATTERN: Sparsify, "quantize": Quantize, "smooth": Smooth}
+KEYS["distill"] = Distill
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import tempfile
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -56,12 +57,13 @@ def compress(
     checkpoint = model.checkpoint
     with Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model)) as writer:
         spec = recipe.data.model_copy(update={"source": data}) if data else recipe.data
-        blocks = blocks_for(model, spec, tokenizer_of(found.folder))
+        blocks = blocks_for(model, spec, tokenizer_of(found.folder), recipe.training_tokens)
+        full = partial(OnDisk, found.folder, model.device)
         fingerprint, facts = checkpoint.fingerprint(), []
         for number, step in enumerate(recipe.stages):
             journal = Journal(writer.journal(number), _key(recipe, number, fingerprint, blocks))
             with tempfile.TemporaryDirectory(dir=writer.partial) as scratch:
-                facts.append(done(step.stage, model, Context(blocks, journal, Path(scratch), spec.seed, track)))
+                facts.append(done(step.stage, model, Context(full, blocks, journal, Path(scratch), spec.seed, track)))
             outcome = Outcome(step.stage, model, journal)
             if number < len(recipe.stages) - 1:
                 model = OnDisk(_joint(journal, model, outcome, found.folder), model.device)
@@ -117,7 +119,7 @@ def _key(recipe: Recipe, number: int, fingerprint: str, blocks: Blocks) -> str:
     """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    text = json.dumps([stages, recipe.data.seed, fingerprint, blocks.sha256, versions], sort_keys=True)
+    text = json.dumps([stages, recipe.data.seed, fingerprint, blocks.sha256, blocks.training_sha256, versions], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from llmcompress.checkpoint import Journal
 from llmcompress.data import Blocks
+from llmcompress.residency import Resident
 from llmcompress.walk import Track
 
 OUTER = "outer"  # what the journal calls what lies outside the blocks
@@ -18,6 +19,7 @@ OUTER = "outer"  # what the journal calls what lies outside the blocks
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
+    base: Callable[[], Resident]  # the model that the run began with
     data: Blocks
     journal: Journal
     scratch: Path  # a folder for files that only this run reads

@@ -1,0 +1,249 @@
+"""Distillation as a stage: what learns, from whom, on what, and that it can be interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Trainer
+
+from llmcompress.data import DataSpec, load_data
+from llmcompress.errors import DataError, RecipeError
+from llmcompress.plan import plan
+from llmcompress.recipe import Recipe
+from llmcompress.report import Report
+from llmcompress.run import compress
+from llmcompress.stages import distill
+from llmcompress.stages.training import DistillTrainer, Windows, last_checkpoint, scores, still
+from tests.artefacts import load
+from tests.bases import byte_tokenizer, staged_recipe, write_text
+from tests.models import FAMILIES, pico
+
+TRAINED = {"steps": 6, "batch": 4, "learning_rate": 1e-4}
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
+
+
+def base_of(folder: Path, family: str = "llama", **config: Any) -> Any:
+    model = pico(family, vocab_size=256, **config)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return model
+
+
+def facts(report: Report, stage: int = -1) -> dict[str, Any]:
+    return report.stages[stage].model_dump()
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_scores_are_those_of_the_model(family: str) -> None:
+    model, ids = pico(family).eval(), torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = scores(model, model, ids)
+        assert torch.equal(found.logits(found.product(torch.arange(18))), model(ids).logits.flatten(0, 1))
+
+
+def test_windows_come_once_each_in_an_order_of_the_seed_and_then_again() -> None:
+    tokens = torch.arange(50)
+    windows = Windows(tokens, 8, 9, seed=1)
+    assert len(windows) == 9 and windows.windows_NL.shape == (6, 8)
+    first = torch.stack([windows[i]["input_ids"] for i in range(6)])
+    assert torch.equal(first.flatten().sort().values, tokens[:48])
+    again, other = Windows(tokens, 8, 9, seed=1), Windows(tokens, 8, 9, seed=2)
+    assert torch.equal(again.order, windows.order) and not torch.equal(other.order, windows.order)
+
+
+def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
+    spec = DataSpec(source=str(text), samples=8, length=16, evaluation_samples=4)
+    plain = load_data(spec, byte_tokenizer(), 256, None)
+    blocks = load_data(spec, byte_tokenizer(), 256, None, lambda length: 200 * length)
+    assert torch.equal(blocks.calibration, plain.calibration) and torch.equal(blocks.evaluation, plain.evaluation)
+    assert len(plain.training) == 0 and len(blocks.training) == 200 * 16
+    trained = {tuple(window.tolist()) for window in blocks.training.view(-1, 16)}
+    assert not trained & {tuple(window.tolist()) for side in (blocks.calibration, blocks.evaluation) for window in side}
+
+
+def test_dropout_is_off() -> None:
+    model = pico("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
+    still(model)
+    ids = torch.randint(3, 100, (1, 9))
+    assert torch.equal(model(ids).logits, model(ids).logits)
+
+
+def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    report = compress(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
+    found = facts(report)
+    assert found["kl_before"] == found["kl_after"] == 0 and "stays as it came" in found["notes"][0]
+    base, out = weights(tmp_path / "base"), weights(tmp_path / "out")
+    assert base.keys() == out.keys() and all(torch.equal(out[name], base[name]) for name in base)
+
+
+@pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "cross_entropy"])
+def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    stages = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": {**TRAINED, "loss": loss, "steps": 20}}]
+    report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    found = facts(report)
+    if loss != "cross_entropy":  # a text is not what a random model predicts
+        assert found["kl_after"] < 0.9 * found["kl_before"] and not found["notes"]
+        assert found["kl_after"] == min(kl for _, kl in found["curve"]) and found["curve"][-1][0] == 20
+    cut = compress(staged_recipe(text, tmp_path / "base", stages[0]), tmp_path / "cut")
+    assert loss == "cross_entropy" or (report.fidelity.kl_nats_mean or 1) < 0.9 * (cut.fidelity.kl_nats_mean or 0)
+    assert report.compressed.parameters == cut.compressed.parameters
+    assert load(tmp_path / "out").config.intermediate_size == 64
+
+
+def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
+    compress(staged_recipe(text, tmp_path / "base", cut), tmp_path / "cut")
+    settings = {**TRAINED, "train": "norms", "learning_rate": 1e-2}
+    compress(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
+    before, after = weights(tmp_path / "cut"), weights(tmp_path / "out")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed and all("norm" in name for name in changed)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
+def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base", family)
+    cut = {"axis": "expert", "keep": 2} if family == "qwen3_moe" else {"axis": "ffn", "keep": 64, "repair": False}
+    stages = {"prune": cut}, {"distill": {**TRAINED, "steps": 3}}, {"quantize": {"format": "nf4", "rounding": "nearest"}}
+    report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    assert [stage.name for stage in report.stages] == ["prune", "distill", "quantize"]
+    assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__
+
+
+def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
+    for micro in (4, 1):
+        compress(
+            staged_recipe(text, tmp_path / "base", cut, {"distill": {**TRAINED, "micro_batch": micro}}), tmp_path / str(micro)
+        )
+    whole, parts = weights(tmp_path / "4"), weights(tmp_path / "1")
+    assert all(torch.allclose(parts[name], whole[name], atol=1e-5) for name in whole)
+
+
+def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": TRAINED}]
+    written = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    result, report = staged_recipe(text, tmp_path / "base", *stages).apply(model, byte_tokenizer())
+    assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-4)
+    out = weights(tmp_path / "out")
+    assert all(torch.allclose(result.state_dict()[name], out[name], atol=1e-6) for name in out)
+
+
+KILLED = """
+import sys
+from llmcompress import Recipe, compress
+compress(Recipe.from_file(sys.argv[1]), sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    settings = {**TRAINED, "steps": 30, "evaluate_every": 3}
+    recipe = staged_recipe(
+        text, tmp_path / "base", {"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": settings}
+    )
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+
+    def start(out: str) -> subprocess.Popen[bytes]:
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", KILLED, str(tmp_path / "recipe.yaml"), str(tmp_path / out)]
+        return subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.DEVNULL)
+
+    killed = start("killed")
+    for _ in range(2400):
+        if any(path.parent.name >= "checkpoint-12" for path in tmp_path.glob("**/checkpoint-1*/trainer_state.json")):
+            break
+        assert killed.poll() is None, "it ended before it could be killed"
+        time.sleep(0.05)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "killed").exists()
+    assert start("killed").wait() == 0 and start("whole").wait() == 0
+    again, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
+    assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
+    for step, text in ((2, "{}"), (10, "{}"), (30, '{"a": '), (40, None)):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if text is not None:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert last_checkpoint(tmp_path / "none") is None
+
+
+def test_training_that_leaves_the_numbers_keeps_what_was_good(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base_of(tmp_path / "base")
+
+    class Breaking(DistillTrainer):
+        def training_step(self, model: Any, *given: Any, **named: Any) -> Tensor:
+            if self.state.global_step == 4:
+                next(model.parameters()).data.fill_(torch.nan)
+            return Trainer.training_step(self, model, *given, **named)
+
+    monkeypatch.setattr(distill, "DistillTrainer", Breaking)
+    cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
+    settings = {**TRAINED, "steps": 10, "evaluate_every": 2}
+    report = compress(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
+    found = facts(report)
+    assert "left the numbers at step 5" in found["notes"][0] and found["kl_after"] < found["kl_before"]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
+
+
+def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    long = staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, "steps": 2, "batch": 4000}})
+    with pytest.raises(DataError, match="not one batch of 4000"):
+        compress(long, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ("learning_rate: 0", "learning_rate: Input should be greater than 0"),
+        ("learning_rate: -0.1", "learning_rate: Input should be greater than 0"),
+        ("steps: 0", "steps: Input should be greater than or equal to 1"),
+        ("batch: 16, micro_batch: 5", "micro_batch 5 is no divisor of batch 16"),
+        ("loss: forward_kl, skew: 0.5", "skew is for jensen_shannon"),
+        ("loss: kl", "loss: Input should be"),
+        ("label_share: 2", "label_share: Input should be less than or equal to 1"),
+        ("stepz: 10", "unknown key; did you mean steps"),
+    ],
+)
+def test_a_wrong_setting_is_told_in_one_line(settings: str, why: str) -> None:
+    with pytest.raises(RecipeError, match=why) as told:
+        Recipe.parse(f"stages: [{{distill: {{{settings}}}}}]")
+    assert "\n" not in str(told.value)
+
+
+def test_a_plan_prices_it(text: Path, tmp_path: Path) -> None:
+    base_of(tmp_path / "base")
+    rows, _ = plan(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}))
+    assert rows[1]["stage"] == "distill (forward_kl, 6 steps of 4 x 48 tokens)" and rows[1]["seconds"] > 0
