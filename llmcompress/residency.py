@@ -121,19 +121,6 @@ class Resident(ABC):
                 _trim()
                 self._freed = 0
 
-    def whole(self) -> PreTrainedModel:
-        """The model with all its weights at once, in the working precision: another one, whose changes are not seen here."""
-        model = copy.deepcopy(self.model)
-        for index in range(len(self.layers)):
-            with self.block(index) as module:
-                block = model.get_submodule(self.block_name(index))
-                for name, parameter in module.named_parameters():
-                    owner, _, leaf = name.rpartition(".")
-                    value = nn.Parameter(parameter.data.clone(), requires_grad=False)
-                    block.get_submodule(owner)._parameters[leaf] = value
-        model.tie_weights()
-        return model
-
     def turn(self, rotation: Rotation) -> None:
         """From now on all weights are those of the rotated model, which computes the same."""
         self.rotation = rotation

@@ -23,7 +23,7 @@ from llmcompress.errors import DataError
 from llmcompress.methods.losses import SKEW, Kind
 from llmcompress.residency import Resident, no_progress_bar
 from llmcompress.stages.context import OUTER, Context, Facts
-from llmcompress.stages.training import DistillTrainer, Held, Watch, Windows, last_checkpoint, still
+from llmcompress.stages.training import DistillTrainer, Held, Watch, Windows, last_checkpoint, still, whole
 
 STAGE, DONE = "distill", "distilled"
 HELD = 32  # windows that measure
@@ -88,7 +88,7 @@ class Distill(BaseModel):
             raise DataError(
                 f"{context.data.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
             )
-        student, teacher = model.whole(), context.base().whole()
+        student, teacher = whole(model), whole(context.base())
         still(student)
         self._choose(student)
         if student.config.tie_word_embeddings:  # or transformers warns that a checkpoint has no head

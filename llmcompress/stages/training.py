@@ -6,6 +6,7 @@ neither model are ever made whole: the loss takes hidden states and head (`metho
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterator, Sized
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from llmcompress.methods.losses import IGNORED, Kind, Scores, token_loss
+from llmcompress.residency import Resident
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -46,6 +48,20 @@ class Held(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.windows_NL[index]}
+
+
+def whole(resident: Resident) -> PreTrainedModel:
+    """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see."""
+    model = copy.deepcopy(resident.model)
+    for index in range(len(resident.layers)):
+        with resident.block(index) as module:
+            block = model.get_submodule(resident.block_name(index))
+            for name, parameter in module.named_parameters():
+                owner, _, leaf = name.rpartition(".")
+                value = nn.Parameter(parameter.data.clone(), requires_grad=False)
+                block.get_submodule(owner)._parameters[leaf] = value
+    model.tie_weights()
+    return model
 
 
 def scores(model: nn.Module, plain: PreTrainedModel, ids_BL: Tensor) -> Scores:
