@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -114,12 +114,15 @@ def load_data(
     every = calibration[: calibration.numel() // length * length].view(-1, length)
     pool = every[: POOL * spec.samples]
     ahead = evaluation[: spec.evaluation_samples * length].view(-1, length)
-    _refuse_overlap(spec.source, every if training(length) else pool, ahead)
+    trains = training(length)
+    _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
     blocks = pool[drawn]
+    found = Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead))
+    if not trains:
+        return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)
-    rest = every[others].flatten()[: training(length)].clone()
-    return Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead), rest)
+    return replace(found, training=every[others].flatten()[:trains].clone())
 
 
 def _sha256(*sides: Tensor) -> str:

@@ -60,11 +60,8 @@ class Anatomy:
     def axis_sizes(self, config: Any) -> dict[str, int]:
         """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
         heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a block that lost them
-        implied = {
-            "kv": heads,
-            "d": config.hidden_size // max(heads, 1),
-            "ffn": 4 * config.hidden_size,
-        }  # for a field left None
+        hidden = config.hidden_size
+        implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
         sizes = {}
         for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.block.values()) for a in Spelling.parse(row).axes):
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from llmcompress.block import Block
 from llmcompress.checkpoint import writing
 from llmcompress.methods.hessian import Moments
+from llmcompress.methods.losses import IGNORED
 from llmcompress.residency import Resident
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
-NO_LABEL = -100  # as torch has it
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a block, or a linear of it
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
@@ -101,18 +101,7 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.block(index) as module:
-            own = {size: per_block[index] for size, per_block in arguments.items()}
-            block = Block(
-                index,
-                resident.block_name(index),
-                module,
-                resident.anatomy_of_block(index),
-                resident.device,
-                resident.sizes_of(index),
-                own,
-                inputs,
-                full,
-            )
+            block = _block(resident, index, module, arguments, inputs, full)
             yield block
             if through or not last:
                 full, inputs = block.targets, block.outputs(block.inputs)
@@ -120,6 +109,15 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
         yield Block(
             len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
         )
+
+
+def _block(
+    resident: Resident, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
+) -> Block:
+    """Block `index`, which is in memory, with the states that enter it."""
+    own = {size: per_block[index] for size, per_block in arguments.items()}
+    anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
+    return Block(index, resident.block_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
 
 
 @torch.no_grad()
@@ -135,9 +133,7 @@ def without_each(
     streams: dict[Part | None, list[Tensor]] = {None: inputs}
     for index in [index for index in range(len(resident.layers)) if (index, None) not in gone]:
         with resident.block(index) as module:
-            own = {size: per_block[index] for size, per_block in arguments.items()}
-            anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
-            block = Block(index, resident.block_name(index), module, anatomy, resident.device, sizes, own, [])
+            block = _block(resident, index, module, arguments, [], [])
             names = {part: f"{part[1]}.weight" for part in (*candidates, *gone) if part[0] == index and part[1]}
             zeros = {part: {name: torch.zeros_like(module.get_parameter(name))} for part, name in names.items()}
             all_gone = {name: zero for part in zeros if part in gone for name, zero in zeros[part].items()}
@@ -196,9 +192,14 @@ def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int)
         yield index, found.H_CC.cpu()
 
 
+def next_tokens(tokens: Tensor) -> Tensor:
+    """After each token [B, L] the next, after the last none that counts."""
+    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+
+
 def following(scores: Tensor, tokens: Tensor) -> Tensor:
-    """The labels that a text has: after each token the next, after the last none."""
-    return F.pad(tokens[:, 1:], (0, 1), value=NO_LABEL)
+    """The labels that a text has, whatever the scores."""
+    return next_tokens(tokens)
 
 
 def gradients(
@@ -220,7 +221,7 @@ def gradients(
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
         wanted = labels(scores, tokens.to(resident.device)).flatten()
-        F.cross_entropy(scores.flatten(0, 1), wanted, reduction="sum", ignore_index=NO_LABEL).backward()
+        F.cross_entropy(scores.flatten(0, 1), wanted, reduction="sum", ignore_index=IGNORED).backward()
         assert hidden.grad is not None
         grads.append(hidden.grad.cpu())
     _, arguments = enter(resident, batches)
@@ -244,19 +245,9 @@ def _back(
 ) -> list[Tensor]:
     """Gradients of the states that enter block `index`, from those of the states that leave it; those watched into `found`."""
     states = load_file(scratch / f"states-{index}.safetensors")
-    own = {size: per_block[index] for size, per_block in arguments.items()}
     out = []
     with resident.block(index) as module:
-        block = Block(
-            index,
-            resident.block_name(index),
-            module,
-            resident.anatomy_of_block(index),
-            resident.device,
-            resident.sizes_of(index),
-            own,
-            [],
-        )
+        block = _block(resident, index, module, arguments, [], [])
         parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):
             hidden = states[str(i)].to(resident.device).requires_grad_()

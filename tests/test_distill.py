@@ -25,7 +25,7 @@ from llmcompress.run import compress
 from llmcompress.stages import distill
 from llmcompress.stages.training import DistillTrainer, Windows, last_checkpoint, scores, still
 from tests.artefacts import load
-from tests.bases import byte_tokenizer, staged_recipe, write_text
+from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 TRAINED = {"steps": 6, "batch": 4, "learning_rate": 1e-4}
@@ -34,13 +34,6 @@ TRAINED = {"steps": 6, "batch": 4, "learning_rate": 1e-4}
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
-
-
-def base_of(folder: Path, family: str = "llama", **config: Any) -> Any:
-    model = pico(family, vocab_size=256, **config)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return model
 
 
 def facts(report: Report, stage: int = -1) -> dict[str, Any]:
@@ -87,7 +80,7 @@ def test_dropout_is_off() -> None:
 
 
 def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     report = compress(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
     found = facts(report)
     assert found["kl_before"] == found["kl_after"] == 0 and "stays as it came" in found["notes"][0]
@@ -97,7 +90,7 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path
 
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "cross_entropy"])
 def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     stages = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": {**TRAINED, "loss": loss, "steps": 20}}]
     report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     found = facts(report)
@@ -111,7 +104,7 @@ def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
 
 
 def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     compress(staged_recipe(text, tmp_path / "base", cut), tmp_path / "cut")
     settings = {**TRAINED, "train": "norms", "learning_rate": 1e-2}
@@ -123,7 +116,7 @@ def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
 def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", family)
+    save_base(tmp_path / "base", family)
     cut = {"axis": "expert", "keep": 2} if family == "qwen3_moe" else {"axis": "ffn", "keep": 64, "repair": False}
     stages = {"prune": cut}, {"distill": {**TRAINED, "steps": 3}}, {"quantize": {"format": "nf4", "rounding": "nearest"}}
     report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
@@ -132,7 +125,7 @@ def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -
 
 
 def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     for micro in (4, 1):
         compress(
@@ -143,7 +136,7 @@ def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: P
 
 
 def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": TRAINED}]
     written = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
@@ -162,7 +155,7 @@ compress(Recipe.from_file(sys.argv[1]), sys.argv[2])
 
 @pytest.mark.slow
 def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     settings = {**TRAINED, "steps": 30, "evaluate_every": 3}
     recipe = staged_recipe(
         text, tmp_path / "base", {"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": settings}
@@ -200,7 +193,7 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
 def test_training_that_leaves_the_numbers_keeps_what_was_good(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
 
     class Breaking(DistillTrainer):
         def training_step(self, model: Any, *given: Any, **named: Any) -> Tensor:
@@ -218,7 +211,7 @@ def test_training_that_leaves_the_numbers_keeps_what_was_good(
 
 
 def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     long = staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, "steps": 2, "batch": 4000}})
     with pytest.raises(DataError, match="not one batch of 4000"):
         compress(long, tmp_path / "out")
@@ -244,6 +237,6 @@ def test_a_wrong_setting_is_told_in_one_line(settings: str, why: str) -> None:
 
 
 def test_a_plan_prices_it(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base")
+    save_base(tmp_path / "base")
     rows, _ = plan(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}))
     assert rows[1]["stage"] == "distill (forward_kl, 6 steps of 4 x 48 tokens)" and rows[1]["seconds"] > 0

@@ -22,7 +22,7 @@ from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
 from llmcompress.walk import without_each
 from tests.artefacts import CPU, distance, live, load
-from tests.bases import byte_tokenizer, staged_recipe, write_text
+from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 FITTING = tuple(family for family in FAMILIES if family not in ("gpt2", "qwen3_moe"))
@@ -32,13 +32,6 @@ HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
-
-
-def base_of(folder: Path, family: str = "llama", **config: Any) -> Any:
-    model = pico(family, vocab_size=256, **config)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return model
 
 
 def gone(report: Report) -> list[tuple[int, str]]:
@@ -61,7 +54,8 @@ def generated(model: Any, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("family", FITTING)
 def test_what_is_left_is_the_model_whose_part_says_nothing(family: str, text: Path, tmp_path: Path) -> None:
-    model = base_of(tmp_path / "base", family, **deeper(family, 3))
+    save_base(tmp_path / "base", family, **deeper(family, 3))
+    model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
     report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out")
     anatomy = Live(model.config, model.state_dict(), CPU).anatomy
     for index, axis in gone(report):
@@ -77,7 +71,8 @@ def test_what_is_left_is_the_model_whose_part_says_nothing(family: str, text: Pa
 
 @pytest.mark.parametrize("family", HEADS)
 def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path: Path) -> None:
-    model = base_of(tmp_path / "base", family, **deeper(family, 3))
+    save_base(tmp_path / "base", family, **deeper(family, 3))
+    model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
     silence(model, 2, "self_attn.o_proj")
     model.save_pretrained(tmp_path / "base")
     keep = 2 if "gemma" in family else 3  # all but one: of two kinds of attention the first of each stays
@@ -120,7 +115,7 @@ def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
     ids=str,
 )
 def test_other_stages_can_follow(after: dict[str, Any], text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", num_hidden_layers=3, tie_word_embeddings=False)
+    save_base(tmp_path / "base", num_hidden_layers=3, tie_word_embeddings=False)
     stages = {"prune": {"axis": "sublayer", "keep": 2}}, after
     report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     assert len(gone(report)) == 2 and 0 < (report.fidelity.kl_nats_mean or 0.0) < 1
@@ -129,9 +124,9 @@ def test_other_stages_can_follow(after: dict[str, Any], text: Path, tmp_path: Pa
 
 
 def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", num_hidden_layers=3)
+    save_base(tmp_path / "base", num_hidden_layers=3)
     for part in ("kv", "ffn"):
-        model = pico("llama", vocab_size=256, num_hidden_layers=3)
+        model = pico("llama", vocab_size=VOCABULARY, num_hidden_layers=3)
         linear = "self_attn.o_proj" if part == "kv" else "mlp.down_proj"
         silence(model, 1, linear)
         model.save_pretrained(tmp_path / "base")
@@ -154,7 +149,7 @@ for folder in sys.argv[1:]:
 
 @pytest.mark.parametrize("asked", [{"parameters": 0.8}, {"parameters": 0.75}, {"size": "700KB"}], ids=str)
 def test_a_budget_is_kept(asked: dict[str, Any], text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", num_hidden_layers=3)
+    save_base(tmp_path / "base", num_hidden_layers=3)
     report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", **asked}}), tmp_path / "out")
     if "parameters" in asked:
         assert (report.compressed.parameters or 0) <= asked["parameters"] * (report.base.parameters or 0)
@@ -166,7 +161,7 @@ def test_a_budget_is_kept(asked: dict[str, Any], text: Path, tmp_path: Path) -> 
 
 
 def test_a_plan_says_how_many_go(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", num_hidden_layers=3)
+    save_base(tmp_path / "base", num_hidden_layers=3)
     rows = plan(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}))
     assert "sublayer, 3 of 4" in str(rows)
 
@@ -187,7 +182,7 @@ def test_what_can_not_go_is_refused(family: str, settings: dict[str, Any], why: 
 
 
 def test_an_axis_that_a_layer_has_lost_is_not_cut_again(text: Path, tmp_path: Path) -> None:
-    base_of(tmp_path / "base", num_hidden_layers=3)
+    save_base(tmp_path / "base", num_hidden_layers=3)
     stages: list[dict[str, Any]] = [
         {"prune": {"axis": "sublayer", "keep": 1}},
         {"prune": {"axis": "ffn", "keep": 0.5, "multiple": 32}},

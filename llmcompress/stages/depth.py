@@ -32,8 +32,8 @@ def find(model: Resident, context: Context, count: int, score: str) -> dict[str,
     """
     layers = len(model.layers)
     if score == "influence":
-        windows, turned = context.data.calibration[: -(-SAMPLE // context.data.calibration.shape[1])], {}
-        for block in context.track(walk(model, windows), "prune (layer, influence)", layers):
+        turned = {}
+        for block in context.track(walk(model, _sample(context)), "prune (layer, influence)", layers):
             with torch.no_grad():
                 pairs = [(hidden, out) for hidden, out in zip(block.inputs, block.outputs(block.inputs), strict=True)]
             turned[block.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
@@ -56,8 +56,7 @@ def greedy(
 
     Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
     """
-    windows = context.data.calibration
-    windows = windows[: -(-SAMPLE // windows.shape[1])]
+    windows = _sample(context)
     gone: list[Part] = []
     kl_nats: list[float] = []
     full: list[Tensor] = []
@@ -70,6 +69,12 @@ def greedy(
         gone.append(best)
         kl_nats.append(losses[best])
     return gone, kl_nats
+
+
+def _sample(context: Context) -> Tensor:
+    """The windows that decide."""
+    windows = context.data.calibration
+    return windows[: -(-SAMPLE // windows.shape[1])]
 
 
 def _while(condition: Callable[[], bool]) -> Iterator[None]:

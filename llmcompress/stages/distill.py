@@ -23,7 +23,7 @@ from llmcompress.errors import DataError
 from llmcompress.methods.losses import SKEW, Kind
 from llmcompress.residency import Resident, no_progress_bar
 from llmcompress.stages.context import OUTER, Context, Facts
-from llmcompress.stages.training import DistillTrainer, Held, Watch, Windows, last_checkpoint, still, whole
+from llmcompress.stages.training import DistillTrainer, Watch, Windows, last_checkpoint, still, whole
 
 STAGE, DONE = "distill", "distilled"
 HELD = 32  # windows that measure
@@ -100,7 +100,7 @@ class Distill(BaseModel):
             teacher=teacher, kind=self.loss, label_share=self.label_share, temperature=self.temperature, skew=self.skew,
             model=student, args=self._arguments(folder, model.device, length, context.seed),
             train_dataset=Windows(text, length, self.steps * self.batch, context.seed),
-            eval_dataset=Held(context.data.calibration[:HELD]),
+            eval_dataset=[{"input_ids": window} for window in context.data.calibration[:HELD]],
             callbacks=[watch, *([EarlyStoppingCallback(self.patience)] if self.patience else [])],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)

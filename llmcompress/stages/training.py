@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from llmcompress.methods.losses import IGNORED, Kind, Scores, token_loss
+from llmcompress.methods.losses import Kind, Scores, token_loss
 from llmcompress.residency import Resident
+from llmcompress.walk import next_tokens
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -35,19 +36,6 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"input_ids": self.windows_NL[self.order[index]]}
-
-
-class Held(Dataset[dict[str, Tensor]]):
-    """Windows [N, L] that measure what training has reached."""
-
-    def __init__(self, windows_NL: Tensor) -> None:
-        self.windows_NL = windows_NL
-
-    def __len__(self) -> int:
-        return len(self.windows_NL)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows_NL[index]}
 
 
 def whole(resident: Resident) -> PreTrainedModel:
@@ -111,8 +99,8 @@ class DistillTrainer(Trainer):
     ) -> Any:
         """The loss of a batch {input_ids [B, L]}, a scalar with gradient."""
         ids = inputs["input_ids"]
-        labels = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], IGNORED)], 1).flatten()
-        loss = token_loss(self.kind, scores(model, self.student, ids), self._taught(ids), labels_T=labels, **self.options)
+        labels_T = next_tokens(ids).flatten()
+        loss = token_loss(self.kind, scores(model, self.student, ids), self._taught(ids), labels_T=labels_T, **self.options)
         return (loss, {}) if return_outputs else loss
 
     def prediction_step(
