@@ -28,9 +28,9 @@ from llmcompress.methods.grids import Grid, grid
 from llmcompress.methods.hessian import retarget
 from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
 from llmcompress.methods.solve import Rounded
+from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
 from llmcompress.report.measure import fidelity
-from llmcompress.residency import OnDisk
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.rounding import Rounding

@@ -27,9 +27,9 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from llmcompress.data import DataSpec
+from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
 from llmcompress.report.measure import fidelity
-from llmcompress.residency import OnDisk
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of, logits
 
 HERE = Path(__file__).parent

@@ -38,6 +38,11 @@ def partial_folder(out: str | Path) -> Path:
     return out.with_name(f".{out.name}.partial")
 
 
+def journal_folder(partial: Path, stage: int) -> Path:
+    """Where in that folder the journal of a stage is, by its number in the recipe."""
+    return partial / (f"journal-{stage}" if stage else "journal")
+
+
 class Writer:
     """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
 
@@ -76,12 +81,12 @@ class Writer:
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is not None and issubclass(kind, Exception):  # not for Ctrl-C: that run goes on later
             shutil.rmtree(self.artifact, ignore_errors=True)
-            if not (self._replaced.exists() or any(self.partial.glob("journal*/*.safetensors"))):
+            if not (self._replaced.exists() or any(self.partial.glob("journal*/**/*.safetensors"))):
                 shutil.rmtree(self.partial, ignore_errors=True)
 
     def journal(self, stage: int) -> Path:
         """Where the journal of a stage is, by its number in the recipe."""
-        return self.partial / (f"journal-{stage}" if stage else "journal")
+        return journal_folder(self.partial, stage)
 
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()

@@ -303,13 +303,13 @@ class Journal:
 
     def get(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A finished block's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""
-        if not (file := self._file(stage, block)).is_file():
+        if not (file := self.file(stage, block)).is_file():
             return None
         try:
             handle = _open(file)
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            sound = metadata["key"] == self.key and metadata["sha256"] == _digest(tensors, metadata["facts"])
+            sound = metadata["key"] == self.key and metadata["sha256"] == tensors_digest(tensors, metadata["facts"])
         except (ModelError, SafetensorError, OSError, KeyError, TypeError):
             return None
         return (tensors, json.loads(metadata["facts"])) if sound else None
@@ -327,20 +327,22 @@ class Journal:
     def save(self, stage: str, block: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a finished block, whole or not at all; facts must be JSON values."""
         with writing(self.folder):
-            shard = Shard(self.folder / "writing")
+            shard = Shard(self.folder / f"writing-{os.getpid()}")
             for name, tensor in sorted(tensors.items()):
                 shard.add(name, tensor)
             text = json.dumps(dict(facts), sort_keys=True)
-            shard.close({"key": self.key, "facts": text, "sha256": _digest(tensors, text)})
-            shard.file.replace(self._file(stage, block))
+            shard.close({"key": self.key, "facts": text, "sha256": tensors_digest(tensors, text)})
+            shard.file.replace(self.file(stage, block))
             sync_folder(self.folder)
 
-    def _file(self, stage: str, block: int) -> Path:
+    def file(self, stage: str, block: int) -> Path:
+        """Where a finished block is."""
         return self.folder / f"{stage}.{block:05}.safetensors"
 
 
-def _digest(tensors: Mapping[str, Tensor], facts: str) -> str:
-    digest = hashlib.sha256(facts.encode())
+def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
+    """sha256 of names, dtypes, shapes and bytes of tensors, after that of a text."""
+    digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(_bytes(tensor))

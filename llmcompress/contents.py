@@ -13,11 +13,12 @@ from transformers import PretrainedConfig
 from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.checkpoint import Journal
+from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Recipe, Stage
-from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, Report
+from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, TRAINING_PICTURE, Report
 from llmcompress.report.card import card, front_matter
-from llmcompress.report.pictures import before_after, error_per_layer
-from llmcompress.residency import OnDisk, Resident
+from llmcompress.report.pictures import before_after, error_per_layer, training_curves
+from llmcompress.residency import Resident
 from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
@@ -58,7 +59,7 @@ class Outcome:
         parts, shapes = set[str](), self.model.matrices()
         for name in stored.quantized_linears(tensors):
             found = stored.parts_of(name, tensors)
-            linears[name] = self.chosen[name].read(found, shapes[name][1])
+            linears[name] = self.chosen[name].read(found, shapes[name][1]) if name in self.chosen else stored.read(found)
             parts |= {f"{name}.{part}" for part in found}
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
@@ -128,7 +129,8 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
 
     What a stage made is written under the names that the base has for it, everything else as the base stores it.
     """
-    native_layout = native_kind(outcome.chosen, model.config) is not None
+    writer.ties = ties_of(model)
+    native_layout = model.native_codes if model.quantization else native_kind(outcome.chosen, model.config) is not None
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     replaced: set[str] = set()
@@ -137,7 +139,8 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
             named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
-        replaced |= {key for name in (*dense, *(f"{linear}.weight" for linear in linears)) for key in model.sources[name]}
+        names = (*dense, *(f"{linear}.weight" for linear in linears))
+        replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
         writer.add(named)
     for key in model.checkpoint.tensors:
         if key not in replaced and (name := outcome.renamed(key)) is not None:
@@ -156,8 +159,11 @@ def companions(report: Report, recipe: Recipe, base: Path) -> dict[str, str | by
     readme, text = base / "README.md", recipe.to_yaml()
     inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() else {}
     files: dict[str, str | bytes] = {FILE: report.to_json(), "recipe.yaml": text, "README.md": card(report, text, inherited)}
+    pictures = {ERROR_PICTURE: error_per_layer, CHANGE_PICTURE: before_after}
+    if report.trainings:
+        pictures[TRAINING_PICTURE] = training_curves
     with tempfile.TemporaryDirectory() as folder:
-        for name, draw in ((ERROR_PICTURE, error_per_layer), (CHANGE_PICTURE, before_after)):
+        for name, draw in pictures.items():
             draw(report, Path(folder) / name)
             files[name] = (Path(folder) / name).read_bytes()
     return files

@@ -20,7 +20,8 @@ from llmcompress.checkpoint import Journal
 from llmcompress.contents import Outcome, native_kind, quantization_of, tensors_of
 from llmcompress.errors import ModelError
 from llmcompress.integer import Int8Weight, IntegerWeight
-from llmcompress.prepare import blocks_for, pick_device
+from llmcompress.ondisk import no_progress_bar
+from llmcompress.prepare import blocks_for, cache_folder, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
@@ -29,8 +30,7 @@ from llmcompress.resize import changed
 from llmcompress.sparse_linear import SparseWeight
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import Int8
-from llmcompress.stages.context import Context
-from llmcompress.stages.distill import Distill
+from llmcompress.stages.context import Context, Source
 from llmcompress.stages.prune import Prune
 from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
@@ -56,24 +56,33 @@ def apply(
     state, where = dict(model.state_dict()), pick_device(device)
     source = Live(model.config, state, where)
     require_possible(recipe, source)
+    require_kin(recipe, model.config, tokenizer)
     blocks, facts = blocks_for(source, recipe.data, tokenizer, recipe.training_tokens), []
     packed: dict[str, Stored] = {}
+    chosen: dict[str, Written] = {}
+    kept: dict[str, str] = {}
     dense: dict[str, torch.Tensor] = {}
-    left = dict(state)
+    left, origin = dict(state), list(range(len(source.layers)))
+
+    def teacher(name: str | None) -> Source:
+        base = Live(model.config, state, where)
+        return source_of(name, where) if name else Source(lambda: base, base.fingerprint)
+
+    if recipe.student:
+        source, origin = _student(recipe.student, recipe.data.seed, where), []
+        left = dict(source.source)
     for step in recipe.stages:
         stage, now = step.stage, source.config
         with tempfile.TemporaryDirectory() as folder:
             journal = Journal(Path(folder) / "journal", "in memory")
-            facts.append(
-                done(
-                    stage,
-                    source,
-                    Context(lambda: Live(model.config, state, where), blocks, journal, Path(folder), recipe.data.seed, track),
-                )
-            )
+            context = Context(teacher, origin, blocks, journal, Path(folder), cache_folder(), recipe.data.seed, track)
+            facts.append(done(stage, source, context))
             outcome = Outcome(stage, source, journal)
+            if outcome.chosen:
+                chosen, kept = outcome.chosen, outcome.kept
             for linears, changed_here in outcome.entries():
                 packed, dense = packed | linears, dense | changed_here
+            origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
             if isinstance(stage, Prune):
                 now = changed(now, stage.changes(source, outcome.cut))
             named = {outcome.renamed(name): tensor for name, tensor in (left | dense).items()}
@@ -81,18 +90,9 @@ def apply(
         if now.tie_word_embeddings:
             left[f"{source.anatomy.head}.weight"] = left[f"{source.anatomy.embedding}.weight"]
         if now is not source.config:
-            source, dense = Live(now, left, where), {}
-        elif isinstance(stage, Distill):
-            source = Live(now, left, where)
-    compressed, chosen = dict(left), outcome.chosen
-    for name, codes in packed.items():
-        weight = stored.dequantize(codes)
-        compressed[f"{name}.weight"] = weight.T if isinstance(model.get_submodule(name), Conv1D) else weight
-    windows, result = blocks.evaluation, Live(source.config, compressed, where)
-    for name, codes in packed.items():
-        reader, inputs = result.reader(name), chosen[name].inputs(getattr(codes, "input_scale", None))
-        if reader and inputs:
-            result.round_inputs(reader, inputs)
+            dense = {}
+        source = _quantized(Live(now, left, where), packed, chosen)
+    windows, result = blocks.evaluation, source
     base_model = Live(model.config, state, where)
     measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
     name = str(model.config._name_or_path or type(model).__name__)
@@ -121,8 +121,31 @@ def apply(
     if packed:
         _install(model, packed, chosen)
     if packed or mixed(source.config):
-        model.config.quantization_config = quantization_of(chosen, outcome.kept, source.config)
+        model.config.quantization_config = quantization_of(chosen, kept, source.config)
     return model, report
+
+
+def _student(name: str, seed: int, device: torch.device) -> Live:
+    """The model that takes the place of the base."""
+    with tempfile.TemporaryDirectory() as folder, no_progress_bar():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(fresh_student(name, Path(folder), seed))
+    return Live(model.config, dict(model.state_dict()), device)
+
+
+def _quantized(plain: Live, packed: Mapping[str, Stored], chosen: Mapping[str, Written]) -> Live:
+    """The model with codes in place of some weights, which read what their kernels make of their inputs."""
+    if not packed:
+        return plain
+    weights = dict(plain.source)
+    for name, codes in packed.items():
+        weight = stored.dequantize(codes)
+        weights[f"{name}.weight"] = weight.T if isinstance(plain.model.get_submodule(name), Conv1D) else weight
+    found = Live(plain.config, weights, plain.device, quantized=packed)
+    for name, codes in packed.items():
+        reader, inputs = found.reader(name), chosen[name].inputs(getattr(codes, "input_scale", None))
+        if reader and inputs:
+            found.round_inputs(reader, inputs)
+    return found
 
 
 def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:

@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from llmcompress import hub
-from llmcompress.checkpoint import read_json, require_base
+from llmcompress.checkpoint import Checkpoint, read_json, require_base, writing
 from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
+from llmcompress.ondisk import OnDisk, no_progress_bar
+from llmcompress.recipe import Recipe
 from llmcompress.residency import Resident
+from llmcompress.stages.context import Source
 
 DEMO = "demo"  # the base that llmcompress carries itself
 
@@ -79,6 +91,56 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
+
+
+def cache_folder() -> Path:
+    """Where what other runs may read too is kept: $LLMCOMPRESS_CACHE, else ~/.cache/llmcompress."""
+    return Path(os.environ.get("LLMCOMPRESS_CACHE") or Path.home() / ".cache" / "llmcompress")
+
+
+def source_of(name: str, device: torch.device) -> Source:
+    """A model by folder, Hub id or `demo`, not read yet."""
+    folder = find_base(name).folder
+    return Source(partial(OnDisk, folder, device), Checkpoint.open(folder).fingerprint)
+
+
+def require_kin(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
+    for step in recipe.stages:
+        for role in ("teacher", "student"):
+            if (name := getattr(step.distill, role, None)) is None:
+                continue
+            folder = find_base(name, weights=False).folder
+            theirs = config_of(folder, base=True).vocab_size
+            if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):
+                raise ModelError(
+                    f"{role} {name} predicts {theirs} tokens and the base {config.vocab_size}; give one of the same vocabulary"
+                )
+            if wrong := _other_words(tokenizer, tokenizer_of(folder)):
+                raise ModelError(f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same")
+
+
+def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """A token that stands for something else in another tokenizer, if one does."""
+    mine, yours = ours.get_vocab(), theirs.get_vocab()
+    for word in sorted(mine.keys() | yours.keys(), key=lambda word: mine.get(word, len(mine))):
+        if mine.get(word) != yours.get(word):
+            return f"{word!r} is {mine.get(word, 'no token')} there and {yours.get(word, 'no token')} here"
+    return None
+
+
+def fresh_student(name: str, folder: Path, seed: int) -> Path:
+    """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed."""
+    found = find_base(name).folder
+    if any(found.glob("*.safetensors")):
+        return found
+    config = config_of(found, base=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    with writing(folder), no_progress_bar():
+        model.save_pretrained(folder)
+    return folder
 
 
 def blocks_for(

@@ -131,10 +131,21 @@ class Recipe(BaseModel):
     accept: Accept = Accept()
 
     @model_validator(mode="after")
-    def _what_needs_our_layout_is_last(self) -> Recipe:
+    def _stages_can_follow_each_other(self) -> Recipe:
+        quantized = False
+        for number, step in enumerate(self.stages):
+            lesson = step.distill
+            if quantized and (lesson is None or lesson.train not in ("scales", "norms")):
+                raise ValueError(
+                    "a quantised model can't be changed again, but for its scales and norms: after the one quantize comes "
+                    "nothing, or distill with train: scales or norms"
+                )
+            if lesson and lesson.train == "scales" and not quantized:
+                raise ValueError("train: scales is for what quantize left; put quantize before it")
+            if lesson and lesson.student and number:
+                raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
+            quantized = quantized or step.quantize is not None
         for step, after in zip(self.stages, self.stages[1:], strict=False):
-            if step.quantize:
-                raise ValueError("a quantised model can't be changed again; keep one quantize, as the last stage")
             if isinstance(step.prune, Sparsify):
                 why = "rounding would move its zeros" if after.quantize else "its zeros are stored by place"
                 raise ValueError(f"prune with a pattern is the last stage: {why}; cut whole units before it, and quantise none")
@@ -147,6 +158,17 @@ class Recipe(BaseModel):
     def training_tokens(self, length: int) -> int:
         """How many tokens the stages that train ask for, where windows of the data have `length`."""
         return max((step.distill.tokens(length) for step in self.stages if step.distill), default=0)
+
+    @property
+    def student(self) -> str | None:
+        """The model that takes the place of the base, if one does."""
+        first = self.stages[0].distill
+        return first.student if first else None
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """The models that teach besides the base."""
+        return tuple(step.distill.teacher for step in self.stages if step.distill and step.distill.teacher)
 
     @property
     def digest(self) -> str:

@@ -4,47 +4,34 @@ A `Resident` is a model skeleton: buffers are real, parameters stay on the meta 
 outside the blocks are loaded once; those of a block while it is visited, always as a copy in the working precision on the
 working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
 model in memory give the same numbers. The price is that each visit to a block reads it again.
-
-The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
 """
 
 from __future__ import annotations
 
 import copy
 import ctypes
+import hashlib
 import math
 import sys
 from abc import ABC, abstractmethod
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
-from llmcompress import stored
 from llmcompress.anatomy import anatomy_of
 from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
-from llmcompress.checkpoint import BESIDE, Checkpoint, check_finite
+from llmcompress.checkpoint import check_finite, tensors_digest
 from llmcompress.errors import ModelError
 from llmcompress.family import Anatomy
 from llmcompress.rotate import Rotation
+from llmcompress.stored import Stored
 from llmcompress.widths import build_layers, config_of_layer
 
 TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
@@ -188,6 +175,14 @@ class Resident(ABC):
         """The dtype in which the model's weights are stored."""
 
     @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of the weights, which no other training shares."""
+
+    def codes(self, name: str) -> Stored | None:
+        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        return None
+
+    @abstractmethod
     def _bring(self, names: Iterable[str]) -> None:
         """Put the weights `names` of the skeleton in place, in the working dtype, on the working device."""
 
@@ -203,18 +198,30 @@ class Outline(Resident):
     def weight_dtype(self) -> torch.dtype:
         return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
 
+    def fingerprint(self) -> str:
+        """That of the config: there are no weights."""
+        return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+
     def _bring(self, names: Iterable[str]) -> None:
         raise ModelError("a config has no weights; give a folder that holds safetensors")
 
 
 class Live(Resident):
-    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed."""
+    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed.
+
+    `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
+    """
 
     def __init__(
-        self, config: PretrainedConfig, source: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype = torch.float32
+        self,
+        config: PretrainedConfig,
+        source: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        quantized: Mapping[str, Stored] | None = None,
     ) -> None:
         super().__init__(config, device, dtype)
-        self.source = source
+        self.source, self.quantized = source, dict(quantized or {})
         self._bring_outer()
 
     @property
@@ -224,6 +231,14 @@ class Live(Resident):
     @property
     def weight_dtype(self) -> torch.dtype:
         return self.source[f"{self.anatomy.embedding}.weight"].dtype
+
+    def fingerprint(self) -> str:
+        """A digest of every tensor."""
+        return tensors_digest(self.source)
+
+    def codes(self, name: str) -> Stored | None:
+        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        return self.quantized.get(name)
 
     def _bring(self, names: Iterable[str]) -> None:
         for name in names:
@@ -238,94 +253,6 @@ class Live(Resident):
                 module._buffers[leaf] = value
 
 
-class OnDisk(Resident):
-    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
-
-    def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantized: bool = False
-    ) -> None:
-        self.folder = folder
-        self.checkpoint = Checkpoint.open(folder, base=not quantized)
-        config = AutoConfig.from_pretrained(folder)
-        self.quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
-        if self.quantization is not None:
-            del config.quantization_config
-        super().__init__(config, device, dtype)
-        self.layouts = stored.layouts_of((self.quantization or {}).get("schemes", ()))
-        self.sources = self._sources()
-        self._bring_outer()
-        self._round_all_inputs()
-
-    @property
-    def where(self) -> str:
-        return str(self.folder)
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        dtypes = [tensor.dtype for tensor in self.checkpoint.tensors.values() if tensor.dtype.is_floating_point]
-        return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
-
-    def _sources(self) -> dict[str, list[str]]:
-        """For each parameter of the skeleton, the keys of the checkpoint that it is made of."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        sources: dict[str, list[str]] = defaultdict(list)
-        for key in self.checkpoint.tensors:
-            if ".weight." not in key and not key.endswith(BESIDE):  # scales belong to the weight beside them
-                target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
-                sources[target].append(key)
-        return dict(sources)
-
-    def _round_all_inputs(self) -> None:
-        """Have the linears read what their kernels will, where these round it."""
-        quantization = self.quantization or {}
-        linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
-        for name in stored.quantized_linears(self.checkpoint.tensors):
-            inputs, reader = None, self.reader(linears[name])
-            if linears[name] in self.layouts:
-                static = self.checkpoint.tensors.get(f"{name}.input_scale")
-                scale = self.checkpoint.read(f"{name}.input_scale").to(self.device) if static else None
-                inputs = stored.layout_inputs(self.layouts[linears[name]], scale)
-            elif f"{name}.SCB" in self.checkpoint.tensors:
-                inputs = stored.int8_inputs(float(quantization.get("llm_int8_threshold", 6.0)))
-            if inputs is not None and reader is not None:
-                self.round_inputs(reader, inputs)
-
-    def _read(self, key: str, target: str) -> Tensor:
-        """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
-        names = stored.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
-        if len(names) < 2:
-            tensor = self.checkpoint.read(key)
-        else:
-            linear = target.removesuffix(".weight")
-            parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
-            conv1d = isinstance(self.model.get_submodule(linear), Conv1D)
-            parameter = self.model.get_parameter(target)
-            rows, columns = parameter.shape[:: -1 if conv1d else 1]
-            tensor = stored.dequantize(stored.read(parts, self.layouts.get(linear), (rows, columns)), self.dtype)
-            tensor = tensor.T if conv1d else tensor  # codes are rows of outputs, whatever way the module is stored
-        check_finite(tensor, key)
-        return tensor
-
-    def _bring(self, names: Iterable[str]) -> None:
-        keys = [(key, name) for name in names for key in self.sources.get(name, [])]
-        config = LoadStateDictConfig(
-            dtype=self.dtype,
-            device_map={"": str(self.device)},
-            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
-        )
-        with no_progress_bar():
-            info, _ = convert_and_load_state_dict_in_model(
-                self.model, {key: self._read(key, name) for key, name in keys}, config
-            )
-        if info.mismatched_keys or info.conversion_errors:
-            wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
-            raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
-        self.model.requires_grad_(False)
-
-
 def _trim() -> None:
     """Have glibc give back what is free on its heap; other C libraries are left alone.
 
@@ -333,15 +260,3 @@ def _trim() -> None:
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)
-
-
-@contextmanager
-def no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar at each load; here one load is one block."""
-    was = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if was:
-            logging.enable_progress_bar()

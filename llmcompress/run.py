@@ -11,26 +11,43 @@ import hashlib
 import json
 import tempfile
 import time
-from functools import partial
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from llmcompress.artifact import Writer
+from llmcompress import processes
+from llmcompress.artifact import Writer, journal_folder, partial_folder
 from llmcompress.chain import done, report_of, require_possible
-from llmcompress.checkpoint import Journal
-from llmcompress.contents import Outcome, companions, ties_of, write_weights
+from llmcompress.checkpoint import Checkpoint, Journal
+from llmcompress.contents import Outcome, companions, write_weights
 from llmcompress.data import Blocks
 from llmcompress.evaluate import speed_of
-from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
+from llmcompress.ondisk import OnDisk
+from llmcompress.prepare import (
+    Base,
+    blocks_for,
+    cache_folder,
+    config_of,
+    find_base,
+    fresh_student,
+    pick_device,
+    require_kin,
+    source_of,
+    tokenizer_of,
+)
 from llmcompress.recipe import Recipe
-from llmcompress.report import CostFacts, ModelFacts, Report
-from llmcompress.report.measure import fidelity, peak_memory_bytes
-from llmcompress.residency import OnDisk
-from llmcompress.stages.context import Context
+from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
+from llmcompress.report.measure import Fidelity, fidelity, peak_memory_bytes
+from llmcompress.stages.context import Context, Source
+from llmcompress.stages.distill import Distill
 from llmcompress.walk import Track, logits, untracked
+
+JOINT = "joint"  # in a stage's journal: the model that it left
 
 
 def compress(
@@ -49,63 +66,117 @@ def compress(
     where the result misses the recipe's bounds: then nothing is published, and the finished blocks are kept.
     """
     start = time.monotonic()
+    processes.join()
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
-    config_of(found.folder, base=True)
-    model = OnDisk(found.folder, pick_device(device))
-    require_possible(recipe, model)
-    _require_sound(model)
-    checkpoint = model.checkpoint
-    with Writer(out, found.folder, size_bytes=checkpoint.size_bytes, overwrite=overwrite, ties=ties_of(model)) as writer:
-        spec = recipe.data.model_copy(update={"source": data}) if data else recipe.data
-        blocks = blocks_for(model, spec, tokenizer_of(found.folder), recipe.training_tokens)
-        full = partial(OnDisk, found.folder, model.device)
-        fingerprint, facts = checkpoint.fingerprint(), []
-        for number, step in enumerate(recipe.stages):
-            journal = Journal(writer.journal(number), _key(recipe, number, fingerprint, blocks))
-            with tempfile.TemporaryDirectory(dir=writer.partial) as scratch:
-                facts.append(done(step.stage, model, Context(full, blocks, journal, Path(scratch), spec.seed, track)))
-            outcome = Outcome(step.stage, model, journal)
-            if number < len(recipe.stages) - 1:
-                model = OnDisk(_joint(journal, model, outcome, found.folder), model.device)
-        folder = write_weights(writer, model, outcome)
-        written = OnDisk(folder, model.device, quantized=True)
-        base_model = OnDisk(found.folder, model.device)  # as it is on disk, whatever the stage did to the other
-        measured = fidelity(
-            logits(written, blocks.evaluation, track), blocks.evaluation, logits(base_model, blocks.evaluation, track)
-        )
-        peak = peak_memory_bytes(model.device)
-        before = ModelFacts(
-            model=found.name,
-            revision=found.revision,
-            parameters=checkpoint.parameters,
-            size_bytes=checkpoint.size_bytes,
-            perplexity=measured.base_perplexity,
-            perplexity_ci95=measured.base_perplexity_ci95,
-            **_speed(found.folder, blocks, model.device),
-        )
-        after = ModelFacts(
-            model=str(out),
-            parameters=written.checkpoint.parameters,
-            size_bytes=written.checkpoint.size_bytes,
-            perplexity=measured.perplexity,
-            perplexity_ci95=measured.perplexity_ci95,
-            **_speed(folder, blocks, model.device),
-        )
-        cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak)
-        report = report_of(recipe, before, after, measured, blocks, facts, cost, model.device)
-        report.require(**recipe.accept.model_dump())
-        writer.publish(companions(report, recipe, found.folder))
-        return report
+    config = config_of(found.folder, base=True)
+    spec = recipe.data.model_copy(update={"source": data} if data else {})
+    where, place, tokenizer = pick_device(device), partial_folder(out), tokenizer_of(found.folder)
+    require_kin(recipe, config, tokenizer)
+    base_size = Checkpoint.open(found.folder).size_bytes
+    with Writer(out, found.folder, size_bytes=base_size, overwrite=overwrite) if processes.first() else nullcontext() as writer:
+        processes.wait()
+        model = OnDisk(_student(recipe, place, spec.seed) or found.folder, where)
+        require_possible(recipe, model)
+        _require_sound(model)
+        blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
+        chained = _chain(recipe, model, found, blocks, place, track)
+        if writer is not None:
+            folder = write_weights(writer, chained.model, chained.outcome)
+            before, after, measured = _measure(found, folder, str(out), where, blocks, track)
+            cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
+            report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
+            report.require(**recipe.accept.model_dump())
+            writer.publish(companions(report, recipe, found.folder))
+    processes.wait()
+    return Report.of(out)
 
 
-def _joint(journal: Journal, model: OnDisk, outcome: Outcome, base: Path) -> Path:
-    """The model between two stages, as a plain checkpoint in the journal of the first: it goes when that one does."""
-    folder = journal.folder / "joint"
+@dataclass(frozen=True)
+class Chained:
+    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
+
+    model: OnDisk
+    outcome: Outcome
+    facts: list[StageFacts]
+
+
+def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
+    """The folder of the model that takes the place of the base, if one does."""
+    if recipe.student is None:
+        return None
+    with processes.first_alone() as writes:
+        if writes:
+            fresh_student(recipe.student, place / "student", seed)
+    return fresh_student(recipe.student, place / "student", seed)
+
+
+def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Path, track: Track) -> Chained:
+    """Do the stages.
+
+    Of several processes the first does them, and the others come in where there is training.
+    """
+
+    def teacher(name: str | None) -> Source:
+        return source_of(name or str(base.folder), model.device)
+
+    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in (None, *recipe.teachers))]
+    origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
+    for number, step in enumerate(recipe.stages):
+        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, blocks)
+        with processes.first_alone() as writes:
+            journal = Journal(folder, key) if writes else None
+        journal = journal or Journal(folder, key)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            context = Context(teacher, origin, blocks, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            if processes.first() or isinstance(step.stage, Distill):
+                facts.append(done(step.stage, model, context))
+        processes.wait()
+        outcome = Outcome(step.stage, model, journal)
+        origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
+        if number < len(recipe.stages) - 1:
+            with processes.first_alone() as writes:
+                if writes:
+                    _joint(journal, model, outcome, base.folder)
+            quantized = bool(outcome.chosen or model.quantization)
+            model = OnDisk(journal.folder / JOINT, model.device, quantized=quantized)
+    return Chained(model, outcome, facts)
+
+
+def _measure(
+    base: Base, folder: Path, out: str, device: torch.device, blocks: Blocks, track: Track
+) -> tuple[ModelFacts, ModelFacts, Fidelity]:
+    """Base and artefact as they lie on the disk, and how far they are apart."""
+    written, base_model = OnDisk(folder, device, quantized=True), OnDisk(base.folder, device)
+    measured = fidelity(
+        logits(written, blocks.evaluation, track), blocks.evaluation, logits(base_model, blocks.evaluation, track)
+    )
+    before = ModelFacts(
+        model=base.name,
+        revision=base.revision,
+        parameters=base_model.checkpoint.parameters,
+        size_bytes=base_model.checkpoint.size_bytes,
+        perplexity=measured.base_perplexity,
+        perplexity_ci95=measured.base_perplexity_ci95,
+        **_speed(base.folder, blocks, device),
+    )
+    after = ModelFacts(
+        model=out,
+        parameters=written.checkpoint.parameters,
+        size_bytes=written.checkpoint.size_bytes,
+        perplexity=measured.perplexity,
+        perplexity_ci95=measured.perplexity_ci95,
+        **_speed(folder, blocks, device),
+    )
+    return before, after, measured
+
+
+def _joint(journal: Journal, model: OnDisk, outcome: Outcome, base: Path) -> None:
+    """Write the model between two stages, a checkpoint in the journal of the first: it goes when that one does."""
+    folder = journal.folder / JOINT
     if not folder.is_dir():
-        with Writer(folder, base, size_bytes=model.checkpoint.size_bytes, ties=ties_of(model)) as writer:
+        with Writer(folder, base, size_bytes=model.checkpoint.size_bytes) as writer:
             write_weights(writer, model, outcome)
             writer.publish({})
-    return folder
 
 
 def _require_sound(model: OnDisk) -> None:
@@ -115,11 +186,12 @@ def _require_sound(model: OnDisk) -> None:
             pass
 
 
-def _key(recipe: Recipe, number: int, fingerprint: str, blocks: Blocks) -> str:
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Blocks) -> str:
     """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    text = json.dumps([stages, recipe.data.seed, fingerprint, blocks.sha256, blocks.training_sha256, versions], sort_keys=True)
+    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions]
+    text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 

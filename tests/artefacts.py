@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress  # noqa: F401  (teaches from_pretrained our formats)
-from llmcompress.residency import OnDisk
+from llmcompress.ondisk import OnDisk
 from llmcompress.walk import logits
 from tests.bases import VOCABULARY
 

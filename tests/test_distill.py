@@ -23,7 +23,9 @@ from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.run import compress
 from llmcompress.stages import distill
-from llmcompress.stages.training import DistillTrainer, Windows, last_checkpoint, scores, still
+from llmcompress.stages.student import still
+from llmcompress.stages.teacher import asked, said
+from llmcompress.stages.training import DistillTrainer, Windows, last_checkpoint
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -48,7 +50,7 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_scores_are_those_of_the_model(family: str) -> None:
     model, ids = pico(family).eval(), torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = scores(model, model, ids)
+        found = said(model, model(**asked(ids))).scores
         assert torch.equal(found.logits(found.product(torch.arange(18))), model(ids).logits.flatten(0, 1))
 
 

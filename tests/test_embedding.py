@@ -20,10 +20,11 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.integer_embedding import IntegerEmbedding
 from llmcompress.integer_linear import IntegerLinear
+from llmcompress.ondisk import OnDisk
 from llmcompress.plan import plan
 from llmcompress.recipe import Accept
 from llmcompress.report import Report
-from llmcompress.residency import Live, OnDisk
+from llmcompress.residency import Live
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize
 from llmcompress.walk import enter, logits

@@ -22,9 +22,9 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import AcceptError, RecipeError
 from llmcompress.integer_linear import IntegerLinear
 from llmcompress.methods.activations import round_but_outliers
+from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
-from llmcompress.residency import OnDisk
 from llmcompress.run import compress
 from llmcompress.walk import logits
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of

@@ -12,7 +12,7 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods"),
+    ("errors", "axes", "methods", "processes"),
     ("family", "pydocs", "texts"),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
@@ -22,13 +22,16 @@ LAYERS = (
     ("four_bit", "integer_embedding", "sparse_linear"),
     ("stored",),
     ("plugin", "resave", "artifact", "residency", "resize"),
-    ("walk",),
+    ("ondisk", "walk"),
     ("stages.context", "stages.coding"),
     ("stages.formats", "stages.trial", "stages.choice", "stages.fisher", "stages.units", "stages.budget"),
     ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
     ("stages.depth", "stages.experts", "stages.hidden"),
     ("stages.allocation",),
     ("stages.sublayers",),
+    ("stages.student",),
+    ("stages.teacher", "stages.lesson"),
+    ("stages.matching",),
     ("stages.training",),
     ("stages.quantize", "stages.prune", "stages.sparsify", "stages.distill"),
     ("recipe",),

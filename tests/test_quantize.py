@@ -14,8 +14,9 @@ from llmcompress import native
 from llmcompress.artifact import partial_folder
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import AcceptError, ModelError
+from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Accept, Recipe
-from llmcompress.residency import Live, OnDisk, Resident
+from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize, starved_experts
 from tests.bases import VOCABULARY, save_base, small_recipe, write_text

@@ -15,11 +15,14 @@ from matplotlib.image import imread
 from pydantic import ValidationError
 from rich.console import Console
 
+from llmcompress.contents import companions
 from llmcompress.errors import AcceptError, CompressError
+from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.report.card import card
-from llmcompress.report.pictures import before_after, error_per_layer
+from llmcompress.report.pictures import before_after, error_per_layer, training_curves
 from llmcompress.report.render import amount, change, duration, number, print_evaluation, print_plan, print_report
+from llmcompress.stages.distill import Distill
 
 RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the block\n"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
@@ -91,6 +94,19 @@ def bare() -> Report:
     return report(base=unmeasured, compressed=unmeasured, fidelity={}, stages=[], cost=cost)
 
 
+def distilled(before: float, *curve: list[float | None], length: int = 512, **settings: Any) -> dict[str, Any]:
+    """What a `distill` stage of these settings tells after this training."""
+    after = min([before, *(kl for _, kl in curve if kl is not None)])
+    found = {"name": "distill", "seconds": 9.5, "kl_before": before, "kl_after": after, "curve": list(curve)}
+    return Distill(length=length, **settings).model_dump(mode="json", exclude_none=True) | found
+
+
+def trained() -> Report:
+    """A report of two trainings: one until the end, one that left the numbers."""
+    healed = distilled(0.4, [50, 0.2], [100, 0.1], steps=100, batch=16, learning_rate=5e-4)
+    return report(stages=[healed, distilled(0.125, [10, 0.25], [20, None], steps=90, loss="reverse_kl"), facts()["stages"][0]])
+
+
 def printed(*lines: Any, width: int = 120) -> str:
     console = Console(file=StringIO(), width=width)
     lines[0](*lines[1:], console)
@@ -132,6 +148,8 @@ def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None
         (("fidelity", "kl_nats"), 0.1, "fidelity.kl_nats: Extra inputs are not permitted"),
         (("stages",), {}, "stages: Input should be a valid tuple"),
         (("stages", 0, "linears", 0, "name"), 3, "stages.0.linears.0.name: Input should be a valid string"),
+        (("stages", 0), distilled(0.4, [50.5, 0.2]), "stages.0.curve.0.0: Input should be a valid integer"),
+        (("stages", 0), {"name": "distill", "seconds": 1.0}, "stages.0.loss: Field required"),
         (("cost",), [], "cost: Input should be a valid dictionary"),
     ],
 )
@@ -263,6 +281,19 @@ def test_the_last_stage_that_touched_a_linear_tells_its_error() -> None:
     assert found[0].relative_error == 0.5
 
 
+def test_a_training_is_printed_with_its_steps_and_what_it_won() -> None:
+    lines = [line.split() for line in printed(print_report, trained()).splitlines()]
+    assert ["forward_kl", "100", "0.4000", "nats/token", "0.1000", "nats/token", "75.00", "%"] in lines
+    assert ["reverse_kl", "20", "of", "90", "0.1250", "nats/token", "0.1250", "nats/token", "0.00", "%"] in lines
+    assert "held-out" not in printed(print_report, report())
+
+
+def test_a_training_that_had_nothing_to_win_shows_no_share() -> None:
+    found = report(stages=[distilled(0.0, [10, 0.5], steps=10)])
+    assert found.trainings[0].won_back is None
+    assert "0.000 nats/token   0.000 nats/token          -" in printed(print_report, found)
+
+
 def test_an_evaluation_is_printed_without_what_it_lacks() -> None:
     evaluation = {"model": "a[3]", "perplexity": 31.4, "perplexity_ci95": (30, 33), "tokens": 262144, "size_bytes": 16794064}
     alone = printed(print_evaluation, evaluation | {"tokens_per_s": 5700.0})
@@ -380,6 +411,18 @@ def test_a_card_without_stages_or_measurements_is_valid() -> None:
     assert "error_per_layer" not in found.text
 
 
+def test_the_card_tells_each_training_in_a_sentence_with_a_picture() -> None:
+    text = card(trained(), RECIPE, {})
+    assert (
+        "## Training\n\n"
+        "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || student) on held-out "
+        "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % won back.\n\n"
+        "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was better than "
+        "the start, KL 0.1250 nats/token on held-out text, which stays.\n\n"
+        "![KL on held-out text over the steps of training](training.png)\n\n## Limits" in text
+    )
+
+
 def test_the_front_matter_is_plain_yaml_that_any_name_leaves_whole() -> None:
     raw = facts()
     raw["compressed"]["model"] = "a: b #c 'ü'"
@@ -403,12 +446,50 @@ def test_pictures_are_drawn_and_equal_reports_give_equal_bytes(draw: Any, make: 
     assert pixels.std() > 0.01  # something is drawn on the white
 
 
+@pytest.mark.parametrize(
+    "stages",
+    [
+        trained().stages,
+        [distilled(4.0, [10, 0.5], [20, 0.1])],  # far apart
+        [distilled(0.0, [10, 0.0])],
+        [distilled(0.5)],  # not one evaluation
+        [distilled(0.5, [10, None])],
+    ],
+)
+def test_training_curves_are_drawn_and_equal_reports_give_equal_bytes(stages: Any, tmp_path: Path) -> None:
+    training_curves(report(stages=stages), tmp_path / "a.png")
+    training_curves(report(stages=copy.deepcopy(stages)), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    pixels = imread(tmp_path / "a.png")
+    assert pixels.shape[1] > 1000
+    assert pixels.std() > 0.01
+
+
+def test_an_evaluation_that_gave_no_number_is_left_out_of_the_line(tmp_path: Path) -> None:
+    gap, whole = [distilled(0.5, [10, 0.3], [20, None], [30, 0.2])], [distilled(0.5, [10, 0.3], [30, 0.2])]
+    found = report(stages=gap)
+    assert found.trainings[0].points == ((0, 0.5), (10, 0.3), (30, 0.2))
+    assert found.trainings[0].best == (30, 0.2)
+    training_curves(found, tmp_path / "a.png")
+    training_curves(report(stages=whole), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_only_what_was_trained_has_a_section_and_a_picture(tmp_path: Path) -> None:
+    recipe = Recipe.model_validate(yaml.safe_load(RECIPE))
+    plain, taught = companions(report(), recipe, tmp_path), companions(trained(), recipe, tmp_path)
+    assert taught.keys() - plain.keys() == {"training.png"}
+    assert "Training" not in str(plain["README.md"])
+    assert "training.png" in str(taught["README.md"])
+
+
 def test_rendering_changes_nothing(tmp_path: Path) -> None:
-    one, base_card = report(), {"license": "mit"}
+    one, base_card = trained(), {"license": "mit"}
     before = one.to_json()
     printed(print_report, one)
     card(one, RECIPE, base_card)
     error_per_layer(one, tmp_path / "a.png")
     before_after(one, tmp_path / "b.png")
+    training_curves(one, tmp_path / "c.png")
     assert one.to_json() == before
     assert base_card == {"license": "mit"}

@@ -22,9 +22,9 @@ from llmcompress import native
 from llmcompress.artifact import partial_folder
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import AcceptError, ModelError, OutputError
+from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
-from llmcompress.residency import OnDisk
 from llmcompress.run import compress
 from llmcompress.walk import logits
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text

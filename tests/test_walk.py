@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from llmcompress import walk as walking
 from llmcompress.block import Block
 from llmcompress.errors import ModelError
-from llmcompress.residency import Live, OnDisk, Resident
+from llmcompress.ondisk import OnDisk
+from llmcompress.residency import Live, Resident
 from llmcompress.walk import head_input, logits, output_fisher, walk
 from tests.models import FAMILIES, pico
 

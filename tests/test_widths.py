@@ -16,9 +16,10 @@ from transformers import AutoModel, AutoModelForCausalLM
 from llmcompress.artifact import partial_folder
 from llmcompress.axes import Spelling
 from llmcompress.errors import AcceptError, ModelError
+from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import config_of
 from llmcompress.recipe import Accept
-from llmcompress.residency import Live, OnDisk, Outline
+from llmcompress.residency import Live, Outline
 from llmcompress.resize import changed, resized
 from llmcompress.run import compress
 from llmcompress.stages.prune import Prune

@@ -10,13 +10,14 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError, model_validator
 
 from llmcompress.errors import AcceptError, CompressError
 
 SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
 FILE = "report.json"
-ERROR_PICTURE, CHANGE_PICTURE = "error_per_layer.png", "before_after.png"
+ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
+TRAINS = "distill"  # the stage whose facts are those of a training
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
 Amount = Annotated[FiniteFloat, Field(ge=0)]
@@ -90,6 +91,53 @@ class StageFacts(_OpenFacts):
     kept: Annotated[tuple[KeptFacts, ...], Field(strict=False)] = ()
     notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
 
+    @model_validator(mode="after")
+    def _tells_its_training(self) -> "StageFacts":
+        if self.name == TRAINS:
+            TrainingFacts.of(self)
+        return self
+
+
+class TrainingFacts(_OpenFacts):
+    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at best and by step.
+
+    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null is no number.
+    """
+
+    loss: str
+    steps: NonNegativeInt
+    learning_rate: Amount
+    batch: NonNegativeInt
+    length: NonNegativeInt
+    kl_before: FiniteFloat
+    kl_after: FiniteFloat
+    curve: Annotated[tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...], Field(strict=False)]
+
+    @classmethod
+    def of(cls, stage: StageFacts) -> "TrainingFacts":
+        """Read them among the facts of a stage that trained."""
+        return cls.model_validate(stage.model_extra)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps until the last evaluation, fewer than `steps` where the training ended early."""
+        return self.curve[-1][0] if self.curve else 0
+
+    @property
+    def points(self) -> tuple[tuple[int, float], ...]:
+        """(step, KL) of the start and of every evaluation that gave a number."""
+        return ((0, self.kl_before), *((step, kl) for step, kl in self.curve if kl is not None))
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """(step, KL) of the student that stayed: step 0 where training made nothing better."""
+        return min(self.points, key=lambda point: point[1])
+
+    @property
+    def won_back(self) -> float | None:
+        """The share of the KL that training took away; None where there was nothing to win."""
+        return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
+
 
 class CostFacts(_Facts):
     """Of the whole run."""
@@ -127,6 +175,11 @@ class Report(_Facts):
     def kept(self) -> tuple[KeptFacts, ...]:
         """Every linear that a stage kept, with the reason of the last."""
         return tuple({kept.name: kept for stage in self.stages for kept in stage.kept}.values())
+
+    @property
+    def trainings(self) -> tuple[TrainingFacts, ...]:
+        """What each stage that trained tells of it, in the order of the run."""
+        return tuple(TrainingFacts.of(stage) for stage in self.stages if stage.name == TRAINS)
 
     def to_json(self) -> str:
         """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, Report
+from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 from llmcompress.report.render import (
     Rows,
     amount,
@@ -21,7 +21,9 @@ from llmcompress.report.render import (
     kept_rows,
     nats,
     number,
+    percent,
     short_name,
+    steps,
     time_rows,
     worst_rows,
 )
@@ -43,7 +45,7 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any]) -> str:
     """
     front = yaml.safe_dump(_front_matter(report, base_card), sort_keys=False, allow_unicode=True)
     parts = [_opening(report), _change(report), _loading(report), _recipe(recipe_yaml), _errors(report)]
-    parts += [_limits(report), _reproduction(report, recipe_yaml)]
+    parts += [_training(report), _limits(report), _reproduction(report, recipe_yaml)]
     return f"---\n{front}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -166,6 +168,27 @@ def _errors(report: Report) -> str:
         parts += ["Kept as they were:", _table(("linear", "why"), kept_rows(report))]
     notes = [f"- {stage.name}: {note}" for stage in report.stages for note in stage.notes]
     return "\n\n".join([*parts, "\n".join(notes)]) if notes else "\n\n".join(parts)
+
+
+def _training(report: Report) -> str:
+    if not report.trainings:
+        return ""
+    picture = f"![KL on held-out text over the steps of training]({TRAINING_PICTURE})"
+    return "\n\n".join(["## Training", *map(_trained, report.trainings), picture])
+
+
+def _trained(training: TrainingFacts) -> str:
+    tokens = training.steps_done * training.batch * training.length
+    settings = (
+        f"`{training.loss}`, {steps(training)} steps of {training.batch:,} x {training.length:,} tokens "
+        f"({amount(tokens)} in all), learning rate {training.learning_rate:g}"
+    )
+    if training.best[0] == 0:
+        return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
+    return (
+        f"{settings}: KL(teacher || student) on held-out text went from {number(training.kl_before)} to "
+        f"{nats(training.kl_after)} at step {training.best[0]:,}, {percent(training.won_back)} won back."
+    )
 
 
 def _limits(report: Report) -> str:

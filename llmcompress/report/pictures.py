@@ -1,4 +1,4 @@
-"""Two pictures for the model card: where the error sits, and what the compression changed.
+"""Pictures for the model card: where the error sits, what the compression changed, and how a training went.
 
 Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left alone and no display
 is needed; the files carry no date or version, so equal reports give equal bytes. Half a second each, most of it text layout.
@@ -11,14 +11,15 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-from llmcompress.report import Interval, Report
+from llmcompress.report import Interval, Report, TrainingFacts
 from llmcompress.report.render import amount, change, number, short_name
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")  # safe for the colour-blind
 MARKERS = "os^Dv<>P"
-BEFORE, AFTER, INK, RULE = "#9AA5B1", "#0072B2", "#222222", "#E3E3E3"
+BEFORE, AFTER, BEST, INK, RULE = "#9AA5B1", "#0072B2", "#D55E00", "#222222", "#E3E3E3"
+WIDE = 20  # times the least value, from which on an axis is logarithmic
 
 Points = dict[str, dict[int, float]]  # kind of linear -> layer -> value
 
@@ -140,6 +141,46 @@ def _panel(axes: Axes, title: str, before: float | None, after: float | None) ->
         axes.spines["left"].set_visible(False)
         return False
     return True
+
+
+def training_curves(report: Report, path: Path) -> None:
+    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError without any.
+
+    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All panels share one
+    axis of nats a token, logarithmic where values are far apart.
+    """
+    trainings = report.trainings
+    figure = Figure(figsize=(max(9.0, 3.2 * len(trainings)), 3.8), dpi=150, layout="constrained")
+    panels = figure.subplots(1, len(trainings), sharey=True, squeeze=False)[0]
+    for axes, training in zip(panels, trainings, strict=True):
+        _curve(axes, training)
+    values = [kl for training in trainings for _, kl in training.points]
+    if 0 < WIDE * min(values) < max(values):
+        panels[0].set_yscale("log")
+        panels[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panels[0].minorticks_off()
+    else:
+        panels[0].set_ylim(0, 1.1 * max(0.0, *values) or 1)
+    panels[0].yaxis.set_major_formatter("{x:g}")
+    panels[0].set_ylabel("KL on held-out text, nats/token")
+    figure.suptitle(f"Training: {short_name(report.compressed.model)}", x=0.01, ha="left", color=INK)
+    _save(figure, path)
+
+
+def _curve(axes: Axes, training: TrainingFacts) -> None:
+    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the legend."""
+    points, best = training.points, training.best
+    axes.plot(*zip(*points, strict=True), color=AFTER, marker="o", markersize=4.5, linewidth=1.4)
+    start = "before" if best[0] else "before, which stays"
+    axes.plot(*points[0], "o", color=BEFORE, markersize=9, label=f"{start}: {number(points[0][1])}")
+    if best[0]:
+        axes.plot(*best, "D", color=BEST, markersize=7.5, label=f"step {best[0]:,}, which stays: {number(best[1])}")
+    _plain(axes)
+    axes.set_title(training.loss, fontsize=10, color=INK)
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter("{x:,.0f}")
+    axes.set_xlabel("step")
+    axes.legend(loc="best", frameon=False, fontsize=9)
 
 
 def _plain(axes: Axes) -> None:

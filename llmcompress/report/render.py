@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmcompress.report import Interval, Report
+from llmcompress.report import Interval, Report, TrainingFacts
 
 NONE = "-"  # what was not measured
 WORST = 5
@@ -132,6 +132,20 @@ def worst_rows(report: Report, shown: int = WORST) -> Rows:
     return [(linear.name, linear.format, number(linear.bits), percent(linear.relative_error)) for linear in worst]
 
 
+def training_rows(report: Report) -> Rows:
+    """(loss, steps, KL on held-out text before and after, share won back) of each stage that trained."""
+    return [
+        (training.loss, steps(training), nats(training.kl_before), nats(training.kl_after), percent(training.won_back))
+        for training in report.trainings
+    ]
+
+
+def steps(training: TrainingFacts) -> str:
+    """1,000, or 300 of 1,000 where a training ended early."""
+    asked, done = training.steps, training.steps_done
+    return f"{asked:,}" if done == asked else f"{done:,} of {asked:,}"
+
+
 def time_rows(report: Report) -> Rows:
     """(stage, seconds, share of the run); what no stage took is loading, measuring and writing."""
     whole = report.cost.seconds
@@ -143,11 +157,12 @@ def time_rows(report: Report) -> Rows:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the whole report: before and after, fidelity, time, kept linears, the worst linears, notes, and where it ran."""
+    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and where it ran."""
     revision = f" @ {report.base.revision[:12]}" if report.base.revision else ""
     console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
     _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))
     _print(console, "distance from the base", ("", "value"), fidelity_rows(report))
+    _print(console, "training", ("loss", "steps", "held-out KL before", "after", "won back"), training_rows(report))
     _print(console, "where the time went", ("stage", "time", "share"), time_rows(report))
     _print(console, "kept as they were", ("linear", "why"), kept_rows(report))
     _print(console, "largest errors", ("linear", "format", "bits", "relative error"), worst_rows(report))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,23 @@ OUTER = "outer"  # what the journal calls what lies outside the blocks
 
 
 @dataclass(frozen=True)
+class Source:
+    """A model that is not read yet."""
+
+    open: Callable[[], Resident]
+    fingerprint: Callable[[], str]  # a digest of its weights
+
+
+@dataclass(frozen=True)
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
-    base: Callable[[], Resident]  # the model that the run began with
+    teacher: Callable[[str | None], Source]  # a model by its name; without one, that which the run began with
+    origin: Sequence[int]  # which layers of that one the model's own were
     data: Blocks
     journal: Journal
     scratch: Path  # a folder for files that only this run reads
+    cache: Path  # a folder for what other runs may read too
     seed: int
     track: Track
 

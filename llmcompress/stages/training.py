@@ -1,95 +1,134 @@
 """A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and what it is asked.
 
 Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The logits of
-neither model are ever made whole: the loss takes hidden states and head (`methods.losses`).
+neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside the student's own forward
+pass, where a model whose weights are spread over devices has its head.
 """
 
 from __future__ import annotations
 
-import copy
+import functools
 import json
 import math
-from collections.abc import Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
-from llmcompress.methods.losses import Kind, Scores, token_loss
-from llmcompress.residency import Resident
+from llmcompress.methods.losses import Kind, token_loss
+from llmcompress.stages.matching import PROJECTION, Matching
+from llmcompress.stages.teacher import WINDOW, Recalled, Said, Teacher, asked, said
 from llmcompress.walk import next_tokens
+
+OWN = "own"  # in a batch: which windows the student is to go on with by itself
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another."""
+    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
 
-    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int) -> None:
+    So large a share `own` of them, drawn too, is marked for the student to write.
+    """
+
+    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0) -> None:
         self.windows_NL, self.count = tokens_T[: len(tokens_T) // length * length].view(-1, length), count
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
         self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
+        self.own = torch.rand(count, generator=generator) < own
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.windows_NL[self.order[index]]}
+        number = self.order[index]
+        return {"input_ids": self.windows_NL[number], WINDOW: number, OWN: self.own[index]}
 
 
-def whole(resident: Resident) -> PreTrainedModel:
-    """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see."""
-    model = copy.deepcopy(resident.model)
-    for index in range(len(resident.layers)):
-        with resident.block(index) as module:
-            block = model.get_submodule(resident.block_name(index))
-            for name, parameter in module.named_parameters():
-                owner, _, leaf = name.rpartition(".")
-                value = nn.Parameter(parameter.data.clone(), requires_grad=False)
-                block.get_submodule(owner)._parameters[leaf] = value
-    model.tie_weights()
-    return model
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What is to come near, to whom, and how that is told."""
+
+    kind: Kind
+    label_share: float
+    temperature: float
+    skew: float | None
+    teacher: Teacher | None  # of what is trained on; None where the text alone teaches
+    examiner: Teacher  # of what is held out
+    matching: Matching | None = None
+    generator: int | None = None  # the seed of what the student writes itself, if it does
+
+    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled | None, found: Any) -> Tensor:
+        """The loss of a batch, given what a forward pass of the student found."""
+        own, labels_T = said(student, found), next_tokens(ids_BL).flatten()
+        loss = token_loss(
+            self.kind, own.scores, taught.scores if taught else None, labels_T=labels_T,
+            label_share=self.label_share, temperature=self.temperature, skew=self.skew,
+        )  # fmt: skip
+        if self.matching is not None and isinstance(taught, Said):
+            loss = loss + self.matching.loss(own, taught, getattr(student, PROJECTION, None))
+        return loss
 
 
-def scores(model: nn.Module, plain: PreTrainedModel, ids_BL: Tensor) -> Scores:
-    """What a model says of each next token, not made yet; `model` is `plain`, as it may be wrapped to train on many devices."""
-    found = model(input_ids=ids_BL, output_hidden_states=True, logits_to_keep=1, use_cache=False)
-    head = cast(Any, plain.get_output_embeddings())
-    cap = getattr(plain.config, "final_logit_softcapping", None)
-    return Scores(found.hidden_states[-1].flatten(0, 1), head.weight, getattr(head, "bias", None), cap=cap)
+def divergence(student: PreTrainedModel, taught: Said | Recalled, found: Any) -> Tensor:
+    """KL(teacher, student) in nats a token, given what a forward pass of the student found."""
+    return token_loss("forward_kl", said(student, found).scores, taught.scores)
 
 
-def still(model: nn.Module) -> None:
-    """Turn off what makes a model in training another function than in use: all dropout."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "drop" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+def answering(model: PreTrainedModel) -> None:
+    """Have the model's forward pass take `then`, and return what that makes of what it finds."""
+    plain: Callable[..., Any] = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, then: Callable[[Any], Any] | None = None, **named: Any) -> Any:
+        found = plain(*args, **named)
+        return found if then is None else then(found)
+
+    model.forward = forward
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
+    """The first half of each window, and the other half as the model goes on by itself, drawn from what it predicts.
+
+    Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
+    """
+    half, training = ids_BL.shape[1] // 2, model.training
+    drawn: Any = GenerationConfig(
+        max_new_tokens=ids_BL.shape[1] - half, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0
+    )
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        start_BP = ids_BL[:, :half]
+        found: Tensor = cast(Any, model).generate(start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn)
+    model.train(training)
+    return found
 
 
 class DistillTrainer(Trainer):
-    """Trains by a token loss, and evaluates by the KL divergence, whatever the loss."""
+    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence in any case."""
 
+    student: PreTrainedModel
+    objective: Objective
     loss_is_scaled_for_ga = False  # windows are of one length, so the mean of micro-batches' means is the batch's
 
-    def __init__(
-        self,
-        *,
-        teacher: PreTrainedModel,
-        kind: Kind,
-        label_share: float,
-        temperature: float,
-        skew: float | None,
-        **settings: Any,
-    ) -> None:
+    def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
+        answering(student)
         super().__init__(**settings)
-        self.teacher = teacher.requires_grad_(False).eval()
-        self.options: dict[str, Any] = {"label_share": label_share, "temperature": temperature, "skew": skew}
-        self.kind: Kind = kind
-        self.student = cast(PreTrainedModel, settings["model"])
+        self.student, self.objective = student, objective
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
@@ -97,23 +136,30 @@ class DistillTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of a batch {input_ids [B, L]}, a scalar with gradient."""
-        ids = inputs["input_ids"]
-        labels_T = next_tokens(ids).flatten()
-        loss = token_loss(self.kind, scores(model, self.student, ids), self._taught(ids), labels_T=labels_T, **self.options)
+        """The loss of a batch {input_ids [B, L], window [B], own [B]}, a scalar with gradient."""
+        objective, ids = self.objective, self._written(inputs)
+        more = objective.matching.asked if objective.matching else {}
+        taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
+        loss = model(**asked(ids, **more), then=partial(objective.loss, self.student, ids, taught))
         return (loss, {}) if return_outputs else loss
+
+    def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The tokens of a batch, with what the student is to write itself."""
+        ids, own, seed = inputs["input_ids"], inputs[OWN], self.objective.generator
+        if seed is None or not own.any():
+            return ids
+        draw = (seed << 40) + (self.state.global_step << 20) + int(inputs[WINDOW][0])
+        return ids.index_copy(0, own.nonzero()[:, 0], continued(self.student, ids[own], draw % 2**63))
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
         """KL(teacher, student) in nats a token of a batch."""
-        ids = self._prepare_inputs(inputs)["input_ids"]
+        batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad():
-            return token_loss("forward_kl", scores(model, self.student, ids), self._taught(ids)).detach(), None, None
-
-    def _taught(self, ids_BL: Tensor) -> Scores:
-        with torch.no_grad():
-            return scores(self.teacher, self.teacher, ids_BL)
+            taught = self.objective.examiner(batch)
+            loss: Tensor = model(**asked(batch["input_ids"]), then=partial(divergence, self.student, taught))
+        return loss.detach(), None, None
 
 
 class Watch(TrainerCallback):
