@@ -43,6 +43,7 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "ffn-75-magnitude": "stages: [{prune: {axis: ffn, keep: 0.75, multiple: 32, score: magnitude, repair: false}}]",
     "kv-half-magnitude": "stages: [{prune: {axis: kv, keep: 0.5, score: magnitude, repair: false}}]",
     "depth-75-influence": "stages: [{prune: {axis: layer, keep: 0.75, score: influence}}]",
+    "depth-50-kl": "stages: [{prune: {axis: layer, keep: 0.5}}]",
     "ffn-budget-uniform": "stages: [{prune: {axis: ffn, parameters: 0.8, allocation: uniform}}]",  # what the allocation wins
     "hidden-75-plain": "stages: [{prune: {axis: hidden, keep: 0.75, repair: false}}]",
     "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
@@ -62,10 +63,11 @@ def recipes(model: str, names: list[str] | None) -> dict[str, Recipe]:
 
 def row(name: str, report: Report) -> dict[str, Any]:
     """What the tables show of a report."""
-    small, last = report.compressed, report.stages[-1].model_dump()
+    small = report.compressed
+    bits = [stage.model_dump()["bits"] for stage in report.stages if "bits" in stage.model_dump()]
     return {
         "recipe": name,
-        "bits": last["bits"] if "bits" in last else 8 * (small.size_bytes or 0) / (small.parameters or 1),
+        "bits": bits[-1] if bits else 8 * (small.size_bytes or 0) / (small.parameters or 1),
         "size_bytes": report.compressed.size_bytes,
         **report.fidelity.model_dump(mode="json"),
         "perplexity": report.compressed.perplexity,

@@ -34,6 +34,9 @@ STOCK |= {"depth-75-influence": "block influence", "ffn-budget-uniform": "as man
 STOCK |= {"hidden-75-plain": "nothing repaired"}
 STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
 STOCK["wanda-50"] = "wanda, one shot"
+BASELINE |= {"heal-after-prune": "ffn-budget", "prune-heal-quantize": "ffn-75-nf4", "small-student": "depth-50-kl"}
+BASELINE |= {"scale-tuning-nf4": "nf4-gptq", "nf4-learned-tuned": "nf4-gptq"}
+UNTRAINED = {"ffn-budget": "untrained", "ffn-75-nf4": "untrained", "depth-50-kl": "untrained", "nf4-gptq": "gptq alone"}
 WIDEST = 10  # columns of a table of speeds
 
 
@@ -208,6 +211,30 @@ def pruned_speed() -> str:
     return f"As shares of the whole model's, in the same run ({where}):\n\n{table(header, lines)}\n"
 
 
+def healing() -> str:
+    """What training wins back of what pruning lost."""
+    result, parts = load("healing"), []
+    for model in dict.fromkeys(row["model"] for row in (result or {"rows": []})["rows"]):
+        rows = [row for row in result["rows"] if row["model"] == model]
+        lines = [
+            [
+                row["row"],
+                f"{row['steps']} x {row['batch'] * 256 / 1000:.0f} k",
+                f"{row['learning_rate']:g}",
+                f"{row['kl_nats_mean']:.4f}",
+                f"{100 * row['won_back']:.0f} %",
+                f"{row['perplexity']:.2f}",
+                f"{row['seconds']:.0f}",
+            ]
+            for row in sorted(rows, key=lambda row: float(row["kl_nats_mean"]))
+        ]
+        first = rows[0]
+        what = f"**{model}**, cut to 60 % of the parameters of its blocks ({first['cut']}; KL {first['kl_cut']:.4f} untrained, "
+        parts.append(f"{what}base perplexity {first['base_perplexity']:.2f}; {result['hardware']}):\n")
+        parts.append(table(["training", "tokens", "rate", "KL, nats", "won back", "perplexity", "seconds"], lines) + "\n")
+    return "\n".join(parts)
+
+
 def head(recipe: str) -> str:
     """The measured lines of a recipe's head."""
     lines = []
@@ -215,7 +242,7 @@ def head(recipe: str) -> str:
         rows = rows_of(model)
         if recipe in rows:
             row, against = rows[recipe], ratio(rows, recipe)
-            baseline = STOCK[BASELINE[recipe]] if against else ""
+            baseline = (STOCK | UNTRAINED)[BASELINE[recipe]] if against else ""
             bytes_ = row["size_bytes"] / rows[BASELINE[recipe]]["size_bytes"] if against else 1.0
             where = " at the same bytes" if abs(bytes_ - 1) < 0.01 else f" at {bytes_:.2f} x the bytes"
             times = f" ({against} {baseline}{where})" if against else ""
@@ -229,12 +256,19 @@ def with_head(text: str, recipe: str) -> str:
     return re.sub(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?", lambda found: found[1] + head(recipe), text)
 
 
-PRUNING = (("pruning", pruning), ("pruned speed", pruned_speed))
+PRUNING = (("pruning", pruning), ("pruned speed", pruned_speed), ("healing", healing))
 
 
 def main() -> int:
     wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
-    for name, make in (("fidelity", fidelity), ("rivals", rivals), ("cost", cost), ("speed", speed), *PRUNING):
+    for name, make in (
+        ("fidelity", fidelity),
+        ("rivals", rivals),
+        ("cost", cost),
+        ("speed", speed),
+        ("healing", healing),
+        *PRUNING,
+    ):
         before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"

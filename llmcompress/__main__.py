@@ -51,12 +51,16 @@ def run(
     device: Device = None,
 ) -> None:
     """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
+    from llmcompress import processes
     from llmcompress.recipe import Recipe
     from llmcompress.report.render import print_report
     from llmcompress.run import compress
+    from llmcompress.walk import untracked
 
-    steps = Recipe.from_file(recipe)
-    report = compress(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=track)
+    steps, shown = Recipe.from_file(recipe), track if processes.first() else untracked
+    report = compress(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
+    if not processes.first():
+        return
     print_report(report, out)
     out.print(f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r}).")
 

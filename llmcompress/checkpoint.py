@@ -295,11 +295,12 @@ class Journal:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         with writing(folder):
-            stored = folder / "key"
+            stored, made = folder / "key", folder / f"key-{os.getpid()}"
             if not stored.is_file() or stored.read_text() != key:
                 shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                stored.write_text(key)
+                folder.mkdir(parents=True, exist_ok=True)
+                made.write_text(key)
+                made.replace(stored)
 
     def get(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A finished block's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""

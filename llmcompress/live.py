@@ -66,7 +66,7 @@ def apply(
 
     def teacher(name: str | None) -> Source:
         base = Live(model.config, state, where)
-        return source_of(name, where) if name else Source(lambda: base, base.fingerprint)
+        return source_of(name, where) if name else Source(lambda: base, base.fingerprint, base.fingerprint)
 
     if recipe.student:
         source, origin = _student(recipe.student, recipe.data.seed, where), []

@@ -51,7 +51,11 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
             row, said = _sparsify(model, step.stage, tokens, rate)
             notes += said
         elif isinstance(step.stage, Distill):
-            row = _distill(model, step.stage, length, rate)
+            if step.stage.student:
+                student = config_of(find_base(step.stage.student, weights=False).folder, base=True)
+                model = Outline(student, model.device, torch.float32)
+                model.model.tie_weights()
+            row = _distill(model, step.stage, length, rate, rows[-1]["size_bytes"])
         else:
             row, said = _quantize(model, step.stage, tokens, rate)
             notes += said
@@ -146,14 +150,15 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     return row, [f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})"] if kept else []
 
 
-def _distill(model: Outline, stage: Distill, length: int, rate: float) -> Row:
-    """The row of a training; the teacher is taken to be as large as the student."""
+def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int) -> Row:
+    """The row of a training that begins at `size` bytes; the teacher is taken to be as large as the student."""
     parameters, tokens = _parameters(model), stage.tokens(length)
-    kept = 4 * parameters * (2 + 3)  # both models; a gradient and two moments
+    learning = 3 if stage.train == "all" else 0  # a gradient and two moments of every weight, or of next to none
+    kept = 4 * parameters * ((1 if stage.cache else 2) + learning)
     return {
         "stage": f"distill ({stage.loss}, {stage.steps} steps of {stage.batch} x {stage.length or length} tokens)",
         "parameters": parameters,
-        "size_bytes": parameters * model.weight_dtype.itemsize,
+        "size_bytes": parameters * model.weight_dtype.itemsize if stage.student else size,
         "peak_memory_bytes": kept + 4 * TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers),
         "seconds": tokens * 2.0 * parameters * 4 / rate,  # forward and backward of the one, forward of the other
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from transformers import (
 )
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint, read_json, require_base, writing
+from llmcompress.checkpoint import Checkpoint, read_json, require_base, tensors_digest, writing
 from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
@@ -101,7 +102,13 @@ def cache_folder() -> Path:
 def source_of(name: str, device: torch.device) -> Source:
     """A model by folder, Hub id or `demo`, not read yet."""
     folder = find_base(name).folder
-    return Source(partial(OnDisk, folder, device), Checkpoint.open(folder).fingerprint)
+    checkpoint = Checkpoint.open(folder)
+
+    def digest() -> str:
+        every = (tensors_digest({name: checkpoint.read(name)}) for name in sorted(checkpoint.tensors))
+        return hashlib.sha256("".join(every).encode()).hexdigest()
+
+    return Source(partial(OnDisk, folder, device), checkpoint.fingerprint, digest)
 
 
 def require_kin(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
 
 PATIENCE = timedelta(days=7)  # that the others wait for what only the first does
@@ -21,10 +22,10 @@ def count() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def join() -> None:
-    """Meet the others, once, before anything else of the kind is set up."""
+def join(device: str | None) -> None:
+    """Meet the others, once, before anything else of the kind is set up; over gloo where there is no GPU or none is wanted."""
     if count() > 1:
-        PartialState(timeout=PATIENCE)
+        PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
 
 
 def first() -> bool:

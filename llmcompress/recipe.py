@@ -135,10 +135,10 @@ class Recipe(BaseModel):
         quantized = False
         for number, step in enumerate(self.stages):
             lesson = step.distill
-            if quantized and (lesson is None or lesson.train not in ("scales", "norms")):
+            if quantized and (lesson is None or lesson.train == "lora"):
                 raise ValueError(
-                    "a quantised model can't be changed again, but for its scales and norms: after the one quantize comes "
-                    "nothing, or distill with train: scales or norms"
+                    "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
+                    "nothing, or distill with train: scales, norms or all"
                 )
             if lesson and lesson.train == "scales" and not quantized:
                 raise ValueError("train: scales is for what quantize left; put quantize before it")

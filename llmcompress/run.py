@@ -66,7 +66,7 @@ def compress(
     where the result misses the recipe's bounds: then nothing is published, and the finished blocks are kept.
     """
     start = time.monotonic()
-    processes.join()
+    processes.join(device)
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
     spec = recipe.data.model_copy(update={"source": data} if data else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -17,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
 
 from llmcompress.data import DataSpec, load_data
-from llmcompress.errors import DataError, RecipeError
+from llmcompress.errors import DataError, ModelError, RecipeError
 from llmcompress.plan import plan
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
@@ -25,7 +26,7 @@ from llmcompress.run import compress
 from llmcompress.stages import distill
 from llmcompress.stages.student import still
 from llmcompress.stages.teacher import asked, said
-from llmcompress.stages.training import DistillTrainer, Windows, last_checkpoint
+from llmcompress.stages.training import DistillTrainer, Windows, answering, continued, last_checkpoint
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -212,6 +213,166 @@ def test_training_that_leaves_the_numbers_keeps_what_was_good(
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
 
 
+CUT = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"train": "lora", "rank": 4, "learning_rate": 1e-2},
+        {"cache": True, "top_k": 200},
+        {"on_policy": 0.5},
+        {"hidden": 1.0},
+        {"hidden": 1.0, "hidden_loss": "cosine"},
+        {"attention": 1.0},
+        {"teacher_format": "nf4"},
+        {"gradient_checkpointing": True},
+        {"optimizer": "adamw_8bit"},
+    ],
+    ids=str,
+)
+def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    cut = compress(staged_recipe(text, tmp_path / "base", CUT), tmp_path / "cut").fidelity.kl_nats_mean
+    distilled = {"distill": {**TRAINED, "learning_rate": 5e-4, "steps": 12, **settings}}
+    report = compress(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / "out")
+    assert cut is not None and report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean < cut
+    assert weights(tmp_path / "out").keys() == weights(tmp_path / "cut").keys()
+    assert Report.of(tmp_path / "out").trainings[0].steps == 12
+
+
+def test_what_is_written_by_the_student_is_drawn_the_same_again() -> None:
+    model, ids = pico("llama").eval(), torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0))
+    answering(model)
+    first, again, other = (continued(model, ids, seed) for seed in (5, 5, 6))
+    assert first.shape == ids.shape and torch.equal(first[:, :6], ids[:, :6])
+    assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, ids)
+
+
+def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    notes = []
+    for loss in ("forward_kl", "reverse_kl"):
+        distilled = {"distill": {**TRAINED, "cache": True, "top_k": 8, "loss": loss}}
+        notes.append(facts(compress(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / loss))["notes"][0])
+    assert notes[0].startswith("the teacher was asked for 40 of 40 windows, 34 bytes a token")
+    assert notes[1].startswith("the teacher was asked for 0 of 40 windows")
+
+
+@pytest.mark.parametrize("train", ["scales", "norms", "all"])
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_a_quantised_model_learns_at_the_same_bytes(train: str, double_quant: bool, text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    quantize = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}}
+    plain = compress(staged_recipe(text, tmp_path / "base", quantize), tmp_path / "plain")
+    distilled = {"distill": {**TRAINED, "train": train, "learning_rate": 1e-3, "steps": 12}}
+    report = compress(staged_recipe(text, tmp_path / "base", quantize, distilled), tmp_path / "out")
+    assert (report.fidelity.kl_nats_mean or 1) < (plain.fidelity.kl_nats_mean or 0)
+    before, after = weights(tmp_path / "plain"), weights(tmp_path / "out")
+    assert before.keys() == after.keys()  # bitsandbytes keeps the offset of double quantisation as text, of any length
+    assert all(after[name].shape == before[name].shape for name in before if "quant_state" not in name)
+    changed = {name for name in before if after[name].shape != before[name].shape or not torch.equal(before[name], after[name])}
+    changed = {name for name in changed if "quant_state" not in name}
+    scales = {name for name in before if name.endswith((".absmax", ".nested_absmax"))}
+    assert changed and not {name for name in changed if before[name].dtype == torch.uint8} - scales
+    assert bool(changed & scales) == (train != "norms") and ("lm_head.weight" in changed) == (train == "all")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.quantization_config.bnb_4bit_use_double_quant == double_quant
+
+
+def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    mixed = {"format": "nf4", "block": 32, "rounding": "nearest", "overrides": {"*.down_proj": {"format": "w8a8"}}}
+    plain = compress(staged_recipe(text, tmp_path / "base", {"quantize": mixed}), tmp_path / "plain")
+    distilled = {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3, "steps": 12}}
+    report = compress(staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out")
+    assert (report.fidelity.kl_nats_mean or 1) < (plain.fidelity.kl_nats_mean or 0)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(weights(tmp_path / "out")[name], weights(tmp_path / "plain")[name])
+
+
+def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    stages = (
+        {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}},
+        {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3}},
+    )
+    written = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    result, report = staged_recipe(text, tmp_path / "base", *stages).apply(model, byte_tokenizer())
+    assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-4)
+    assert report.compressed.size_bytes == pytest.approx(written.compressed.size_bytes, rel=0.05)
+    state, out = result.state_dict(), weights(tmp_path / "out")
+    assert all(torch.allclose(state[name].float(), out[name].float(), atol=1e-5) for name in out)
+
+
+def test_another_model_teaches(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    save_base(tmp_path / "other", hidden_size=128)
+    save_base(tmp_path / "wide", vocab_size=300)
+    for other in ("other", "wide"):
+        settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "teacher": str(tmp_path / other)}
+        found = facts(compress(staged_recipe(text, tmp_path / "base", CUT, {"distill": settings}), tmp_path / "out" / other))
+        assert found["kl_after"] < found["kl_before"]
+
+
+@pytest.mark.parametrize("weights_too", [True, False])
+def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    if weights_too:
+        save_base(tmp_path / "other", "gpt2")
+    else:
+        save_base(tmp_path / "other", hidden_size=32)
+    if not weights_too:
+        (tmp_path / "other" / "model.safetensors").unlink()
+    settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "student": str(tmp_path / "other"), "hidden": 0.1}
+    report = compress(staged_recipe(text, tmp_path / "base", {"distill": settings}), tmp_path / "out")
+    found = facts(report)
+    assert found["kl_after"] < found["kl_before"]
+    student = load(tmp_path / "out")
+    assert student.config.model_type == ("gpt2" if weights_too else "llama")
+    assert sum(p.numel() for p in student.parameters()) == report.compressed.parameters
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    result, live = staged_recipe(text, tmp_path / "base", {"distill": settings}).apply(base, byte_tokenizer())
+    assert type(result) is type(student)
+    assert live.fidelity.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3)
+
+
+def test_kin_that_speaks_otherwise_is_refused(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    save_base(tmp_path / "narrow", vocab_size=200)
+    save_base(tmp_path / "wide", vocab_size=300)
+    save_base(tmp_path / "other")
+    tokenizer = tmp_path / "other" / "tokenizer.json"
+    words = json.loads(tokenizer.read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    tokenizer.write_text(json.dumps(words))
+    for settings, why in (
+        ({"teacher": "narrow"}, "predicts 200 tokens and the base 256"),
+        ({"student": "narrow"}, "predicts 200 tokens and the base 256"),
+        ({"student": "wide"}, "predicts 300 tokens and the base 256"),
+        ({"teacher": "other"}, "another tokenizer than the base"),
+        ({"student": "other"}, "another tokenizer than the base"),
+    ):
+        named = {role: str(tmp_path / name) for role, name in settings.items()}
+        with pytest.raises(ModelError, match=why):
+            compress(staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, **named}}), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
+
+
+def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_path: Path) -> None:
+    save_base(tmp_path / "base")
+    stages = {"quantize": {"format": "int8", "rounding": "nearest"}}, {"distill": {**TRAINED, "train": "scales"}}
+    with pytest.raises(ModelError, match="scales of nf4 and fp4 blocks"):
+        compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+
+
 def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     long = staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, "steps": 2, "batch": 4000}})
@@ -230,12 +391,32 @@ def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
         ("loss: kl", "loss: Input should be"),
         ("label_share: 2", "label_share: Input should be less than or equal to 1"),
         ("stepz: 10", "unknown key; did you mean steps"),
+        ("rank: 8", "rank is for train: lora, not all"),
+        ("top_k: 8", "top_k is for cache: true"),
+        ("cache: true, on_policy: 0.5", "on_policy needs the teacher in memory"),
+        ("cache: true, hidden: 1.0", "hidden needs the teacher in memory"),
+        ("train: scales", "put quantize before it"),
+        ("train: scales, student: a/b", "leave student"),
+        ("trackers: [tensorbored]", "trackers are .*, not tensorbored"),
     ],
 )
 def test_a_wrong_setting_is_told_in_one_line(settings: str, why: str) -> None:
     with pytest.raises(RecipeError, match=why) as told:
         Recipe.parse(f"stages: [{{distill: {{{settings}}}}}]")
     assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("stages", "why"),
+    [
+        (["quantize", "prune: {axis: ffn, keep: 0.5}"], "but for what is not in codes"),
+        (["quantize", "distill: {train: lora}"], "but for what is not in codes"),
+        (["prune: {axis: ffn, keep: 0.5}", "distill: {student: a/b}"], "let its distill be the first"),
+    ],
+)
+def test_stages_that_cannot_follow_each_other_are_told(stages: list[str], why: str) -> None:
+    with pytest.raises(RecipeError, match=why):
+        Recipe.parse("stages:\n" + "".join(f"  - {entry}\n" for entry in stages))
 
 
 def test_a_plan_prices_it(text: Path, tmp_path: Path) -> None:

@@ -8,7 +8,6 @@ student as it came if it never was better. An interrupted training goes on from 
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -20,7 +19,6 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from llmcompress import processes
-from llmcompress.checkpoint import writing
 from llmcompress.errors import DataError, ModelError
 from llmcompress.ondisk import no_progress_bar
 from llmcompress.residency import Resident
@@ -68,22 +66,15 @@ class Distill(Lesson):
         watch = Watch(iter(context.track(range(left), f"distill ({self.loss})", left)))
         trainer = DistillTrainer(
             student=student.model, objective=objective,
-            model=student.trained, args=self.arguments(folder, model.device, length, context.seed),
+            model=student.trained, args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
             train_dataset=windows,
             eval_dataset=[{"input_ids": window, WINDOW: torch.tensor(n)} for n, window in enumerate(held)],
             callbacks=[watch, *([EarlyStoppingCallback(self.patience)] if self.patience else [])],
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
-        start = folder / "start.json"
-        if earlier is None:
-            first = trainer.evaluate()["eval_loss"]
-            with processes.first_alone() as writes, writing(folder):
-                if writes:
-                    folder.mkdir(parents=True, exist_ok=True)
-                    start.write_text(json.dumps(first))
-        before = float(json.loads(start.read_text()))
         trainer.train(resume_from_checkpoint=str(earlier) if earlier else None)
-        curve = [[row["step"], row["eval_loss"]] for row in trainer.state.log_history if "eval_loss" in row]
+        measured = {row["step"]: float(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row}
+        before, curve = measured.pop(0), list(measured.items())
         best = min((kl for _, kl in curve if math.isfinite(kl)), default=before)
         if watch.broken_at is not None:
             notes.append(
@@ -118,7 +109,7 @@ class Distill(Lesson):
             return Present(teacher, model.config.vocab_size)
 
         def kept() -> list[Kept]:
-            key = f"{source.fingerprint()} {self.teacher_format} {model.dtype} {model.config.vocab_size}"
+            key = f"{source.digest()} {self.teacher_format} {model.dtype} {model.config.vocab_size}"
             wanted = ((windows.windows_NL, self.temperature), (held_NL, 1.0))
             return [Kept(context.cache, key, present, asked_NL, self.top_k, t, context.track) for asked_NL, t in wanted]
 
@@ -133,7 +124,8 @@ class Distill(Lesson):
             teacher = examiner = present()
         matching = None
         if any(getattr(self, name) for name in WITHIN):
-            matching = self._matching(student, present(), held_NL[:4].to(model.device), context.origin)
+            origin = () if self.teacher else context.origin
+            matching = self._matching(student, present(), held_NL[:4].to(model.device), origin)
         taught = self.loss != "cross_entropy" or matching is not None
         generator = context.seed if self.on_policy else None
         options = self.loss, self.label_share, self.temperature, self.skew
@@ -150,6 +142,9 @@ class Distill(Lesson):
         layers, teachers = len(own.hidden_BLD) - 1, len(taught.hidden_BLD) - 1
         if self.attention and (len(own.attention_BHLL) < layers or len(taught.attention_BHLL) < teachers):
             raise ModelError("this family does not show where its attention goes; leave attention, and use hidden")
+        widths = {one.hidden_BLD[-1].shape[-1] for one in (own, taught)}
+        if self.hidden and len(widths) > 1 and len({states.shape[-1] for states in own.hidden_BLD[1:]}) > 1:
+            raise ModelError("the hidden states of this student have several widths; leave hidden")
         if self.hidden and (projection := projection_of(own.hidden_BLD[-1], taught.hidden_BLD[-1])) is not None:
             student.model.add_module(PROJECTION, projection)
         return Matching.of(layers, teachers, origin, self.hidden_loss, self.hidden, self.attention)

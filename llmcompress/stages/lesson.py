@@ -101,8 +101,8 @@ class Lesson(BaseModel):
         fitting = max(1, AT_ONCE // length)
         return self.micro_batch or max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
 
-    def arguments(self, folder: Path, device: torch.device, length: int, seed: int) -> TrainingArguments:
-        """For the Trainer, which writes its checkpoints to `folder`."""
+    def arguments(self, folder: Path, device: torch.device, length: int, seed: int, *, begins: bool) -> TrainingArguments:
+        """For the Trainer, which writes its checkpoints to `folder`; one that begins is measured first."""
         cuda, micro = device.type == "cuda", self.micro(length)
         every = min(self.evaluate_every or max(1, self.steps // 10), self.steps)
         eight_bit = "paged_adamw_8bit" if cuda else "adamw_bnb_8bit"
@@ -124,6 +124,7 @@ class Lesson(BaseModel):
             logging_steps=1,
             logging_nan_inf_filter=False,
             eval_strategy="steps",
+            eval_on_start=begins,
             eval_steps=every,
             save_strategy="steps",
             save_steps=every,

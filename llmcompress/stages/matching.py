@@ -17,6 +17,7 @@ from llmcompress.errors import ModelError
 from llmcompress.methods.losses import HiddenKind, attention_kl, hidden_loss, layer_map
 from llmcompress.stages.teacher import Said
 
+RCOND = 1e-5  # of the largest singular value: less is what float32 makes of nothing
 PROJECTION = "distill_projection"  # what it is called in the student, so that it is saved and resumed with it
 
 
@@ -55,7 +56,7 @@ class Matching:
         if self.hidden:
             W_ED = None if projection is None else projection.weight
             for mine, yours in zip(student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True):
-                size = yours.float().square().mean() if self.kind == "mse" else 1.0
+                size = yours.detach().float().square().mean() if self.kind == "mse" else 1.0
                 parts.append(self.hidden * hidden_loss(self.kind, mine, yours, W_ED) / size)
         if self.attention:
             for mine, yours in zip(student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True):
@@ -69,6 +70,7 @@ def projection_of(student: Tensor, teacher: Tensor) -> nn.Linear | None:
     if D == E:
         return None
     linear = nn.Linear(D, E, bias=False, device=student.device)
-    found_DE = torch.linalg.lstsq(student.flatten(0, -2).double().cpu(), teacher.flatten(0, -2).double().cpu()).solution
+    x_TD, y_TE = (states.flatten(0, -2).double().cpu() for states in (student, teacher))
+    found_DE = torch.linalg.lstsq(x_TD, y_TE, rcond=RCOND).solution
     linear.weight.data.copy_(found_DE.T)
     return linear

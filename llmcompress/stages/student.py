@@ -2,15 +2,15 @@
 
 `all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged when training is
 over. `scales` is for a model in 4 bits: the codes stay, the scale of each block learns as a factor of what it was, and so do
-norms and biases; scales that are stored in 8 bits and norms in half precision are rounded in every step as they will be
-stored. R rows (out), C columns (in), G blocks of a row.
+norms and biases; `all` is that and the weights that were kept. Scales that are stored in 8 bits and norms in half precision
+are rounded in every step as they will be stored. R rows (out), C columns (in), G blocks of a row.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -56,14 +56,6 @@ def still(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-def scaled_linears(resident: Resident) -> list[str]:
-    """The linears in 4 bits, by full name. Errors: ModelError where there is none."""
-    found = [name for name, _ in resident.linear_maps() if isinstance(resident.codes(name), native.Packed)]
-    if not found:
-        raise ModelError("train: scales is for scales of nf4 and fp4 blocks, and this model has none; use all, norms or lora")
-    return found
-
-
 class _Scaled(nn.Module):
     """A weight whose levels stay: each block's are multiplied by a scale, a factor [R, G] times what it was."""
 
@@ -77,8 +69,11 @@ class _Scaled(nn.Module):
 
     def scale(self, factor_RG: Tensor) -> Tensor:
         """The scales [R, G] as they will be read back, with the gradient of the factor."""
-        scale_RG = cast(Tensor, self.absmax_RG) * factor_RG
-        return _as_stored(scale_RG, lambda x: native.double_quantize(x).decode()) if self.double_quant else scale_RG
+        absmax_RG = cast(Tensor, self.absmax_RG)
+        scale_RG = absmax_RG * factor_RG
+        if not self.double_quant or torch.equal(scale_RG, absmax_RG):  # in 8 bits already: rounded again they would move
+            return scale_RG
+        return _as_stored(scale_RG, lambda x: native.double_quantize(x).decode())
 
     def forward(self, factor_RG: Tensor) -> Tensor:
         weight_RC = (cast(Tensor, self.levels_RGB) * self.scale(factor_RG)[..., None]).flatten(1)
@@ -102,7 +97,7 @@ class _Rounded(nn.Module):
 
 def _as_stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """The value of one, the gradient of the other."""
-    return x + (rounded(x.detach()) - x.detach())
+    return rounded(x.detach()) + (x - x.detach())  # in this order the value is exact
 
 
 class Student:
@@ -115,12 +110,21 @@ class Student:
         still(self.model)
         if train == "lora":
             self._adapt(resident, rank, seed)
-        elif train == "scales":
-            self._scale(resident)
         else:
+            coded = [name for name in resident.matrices() if resident.codes(name) is not None]
             for name, parameter in self.model.named_parameters():
-                parameter.requires_grad_(train == "all" or _of_norm(name, parameter))
+                free = name.removesuffix(".weight") not in coded
+                always = _of_norm(name, parameter) or (train == "scales" and name.endswith(".bias"))
+                parameter.requires_grad_(free and (train == "all" or always))
+            if train != "norms":
+                self._scale(resident, coded)
+            if coded:
+                self._round()
+        if train == "scales" and not self.packed:
+            raise ModelError("train: scales is for scales of nf4 and fp4 blocks, and here are none; use all, norms or lora")
         self.learning = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
+        if not self.learning:
+            raise ModelError(f"train: {train} finds nothing in this model that could learn; use all or lora")
         if self.model.config.tie_word_embeddings:  # or transformers warns that a checkpoint has no head
             self.model._keys_to_ignore_on_save = [f"{resident.anatomy.head}.weight"]
 
@@ -137,19 +141,23 @@ class Student:
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
-    def _scale(self, resident: Resident) -> None:
-        for name in scaled_linears(resident):
-            self.packed[name] = packed = cast(native.Packed, resident.codes(name))
+    def _scale(self, resident: Resident, linears: Iterable[str]) -> None:
+        """Let the scales of those in 4 bits learn."""
+        for name in linears:
+            if not isinstance(packed := resident.codes(name), native.Packed):
+                continue
+            self.packed[name] = packed
             linear = self.model.get_submodule(name)
             scaled = _Scaled(packed, isinstance(linear, Conv1D)).to(resident.device)
             parametrize.register_parametrization(linear, "weight", scaled, unsafe=True)
             linear.get_parameter(FACTOR).requires_grad_()
+
+    def _round(self) -> None:
+        """Have the gains and biases that learn be rounded in every step as they will be stored."""
         for name, parameter in list(self.model.named_parameters()):
-            if _of_norm(name, parameter) or name.endswith(".bias"):
-                parameter.requires_grad_()
-                if self.dtype.itemsize < 4:
-                    owner, _, leaf = name.rpartition(".")
-                    parametrize.register_parametrization(self.model.get_submodule(owner), leaf, _Rounded(self.dtype))
+            if parameter.requires_grad and parameter.dim() == 1 and self.dtype.itemsize < 4:
+                owner, _, leaf = name.rpartition(".")
+                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, _Rounded(self.dtype))
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""
@@ -163,8 +171,9 @@ class Student:
             scaled = cast(Any, self.model.get_submodule(name)).parametrizations.weight[0]
             with torch.no_grad():
                 scale_RG = (scaled.absmax_RG * state[f"{name}.{FACTOR}"].to(scaled.absmax_RG)).cpu()
-            nested = native.double_quantize(scale_RG) if packed.double_quant else None
-            packed = replace(packed, absmax_RG=nested.decode() if nested else scale_RG, nested=nested)
+            if not torch.equal(scale_RG, packed.absmax_RG.cpu()):
+                nested = native.double_quantize(scale_RG) if packed.double_quant else None
+                packed = replace(packed, absmax_RG=nested.decode() if nested else scale_RG, nested=nested)
             found |= {f"{name}.{part}": tensor for part, tensor in stored.tensors_of(packed).items()}
         return found
 

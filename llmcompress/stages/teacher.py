@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from llmcompress import native
 from llmcompress.checkpoint import Journal
+from llmcompress.errors import ModelError
 from llmcompress.methods.losses import Scores, TopK, top_k
 from llmcompress.residency import Resident
 from llmcompress.stages.student import whole
@@ -91,7 +92,10 @@ def loaded(resident: Resident, format: str | None) -> PreTrainedModel:
                 bias = None if module.bias is None else module.bias.data.to(torch.bfloat16)
                 block.set_submodule(name, native.linear(packed, bias, device=resident.device))
 
-    return whole(resident, quantized)
+    model = whole(resident, quantized)
+    if format and not any(isinstance(module, native.Linear4bit) for module in model.modules()):
+        raise ModelError("teacher_format: nf4 finds no linear of this teacher that it can hold; leave teacher_format")
+    return model
 
 
 class Kept:
@@ -112,20 +116,24 @@ class Kept:
         self.journal, self.temperature, self.windows_NL = Journal(folder / key[:32], key), temperature, windows_NL
         self.shards: list[dict[str, Tensor]] = []
         names = [_name(shard) for shard in windows_NL.split(SHARD)]
-        lacking = [n for n, name in enumerate(names) if not self.journal.has(name, 0)]
-        self.asked = sum(len(shard) for n, shard in enumerate(windows_NL.split(SHARD)) if n in lacking)
+        lacking = {name: shard for name, shard in zip(names, windows_NL.split(SHARD), strict=True) if not self._has(name)}
+        self.asked = sum(map(len, lacking.values()))
         if lacking:
-            self._ask(teacher(), k, names, lacking, track)
+            self._ask(teacher(), k, lacking, track)
             gc.collect()
         self.shards = [load_file(self.journal.file(name, 0)) for name in names]  # mapped, not read
 
-    def _ask(self, teacher: Present, k: int, names: Sequence[str], lacking: Sequence[int], track: Track) -> None:
-        shards = self.windows_NL.split(SHARD)
-        for number in track(lacking, "ask the teacher", len(lacking)):
-            found = [self._top(teacher, windows, k) for windows in batches_of(shards[number])]
+    def _has(self, name: str) -> bool:
+        """Whether what was said of a shard is there, under its own name."""
+        found = self.journal.get(name, 0)
+        return found is not None and found[1] == {"name": name}
+
+    def _ask(self, teacher: Present, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
+        for name in track(lacking, "ask the teacher", len(lacking)):
+            found = [self._top(teacher, windows, k) for windows in batches_of(lacking[name])]
             index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             small = index.to(torch.uint16).view(torch.int16) if teacher.vocabulary <= 1 << 16 else index.to(torch.int32)
-            self.journal.save(names[number], 0, {"index": small, "log_p": log_p.to(torch.float16)}, {})
+            self.journal.save(name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, {"name": name})
 
     def _top(self, teacher: Present, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
         scores = teacher({"input_ids": ids_BL.to(teacher.model.device)}).scores
@@ -144,7 +152,7 @@ class Kept:
             torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device) for part in ("index", "log_p")
         )
         index = index.view(torch.uint16) if index.dtype == torch.int16 else index
-        return Recalled(TopK(index.long(), log_p.float(), self.temperature))
+        return Recalled(TopK(index.long(), log_p.float().log_softmax(-1), self.temperature))  # rounded, they sum to one no more
 
 
 def _name(windows_NL: Tensor) -> str:
