@@ -5,6 +5,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -18,12 +20,13 @@ from llmcompress.anatomy import anatomy_of
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Journal
 from llmcompress.contents import Outcome, native_kind, quantization_of, tensors_of
+from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.ondisk import no_progress_bar
 from llmcompress.prepare import blocks_for, cache_folder, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
-from llmcompress.report import CostFacts, ModelFacts, Report
+from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
 from llmcompress.residency import Live
 from llmcompress.resize import changed
@@ -54,47 +57,15 @@ def apply(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
     state, where = dict(model.state_dict()), pick_device(device)
-    source = Live(model.config, state, where)
-    require_possible(recipe, source)
+    base = Live(model.config, state, where)
+    require_possible(recipe, base)
     require_kin(recipe, model.config, tokenizer)
-    blocks, facts = blocks_for(source, recipe.data, tokenizer, recipe.training_tokens), []
-    packed: dict[str, Stored] = {}
-    chosen: dict[str, Written] = {}
-    kept: dict[str, str] = {}
-    dense: dict[str, torch.Tensor] = {}
-    left, origin = dict(state), list(range(len(source.layers)))
-
-    def teacher(name: str | None) -> Source:
-        base = Live(model.config, state, where)
-        return source_of(name, where) if name else Source(lambda: base, base.fingerprint, base.fingerprint)
-
-    if recipe.student:
-        source, origin = _student(recipe.student, recipe.data.seed, where), []
-        left = dict(source.source)
-    for step in recipe.stages:
-        stage, now = step.stage, source.config
-        with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder) / "journal", "in memory")
-            context = Context(teacher, origin, blocks, journal, Path(folder), cache_folder(), recipe.data.seed, track)
-            facts.append(done(stage, source, context))
-            outcome = Outcome(stage, source, journal)
-            if outcome.chosen:
-                chosen, kept = outcome.chosen, outcome.kept
-            for linears, changed_here in outcome.entries():
-                packed, dense = packed | linears, dense | changed_here
-            origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
-            if isinstance(stage, Prune):
-                now = changed(now, stage.changes(source, outcome.cut))
-            named = {outcome.renamed(name): tensor for name, tensor in (left | dense).items()}
-            left = {name: tensor for name, tensor in named.items() if name is not None}
-        if now.tie_word_embeddings:
-            left[f"{source.anatomy.head}.weight"] = left[f"{source.anatomy.embedding}.weight"]
-        if now is not source.config:
-            dense = {}
-        source = _quantized(Live(now, left, where), packed, chosen)
-    windows, result = blocks.evaluation, source
-    base_model = Live(model.config, state, where)
-    measured = fidelity(logits(result, windows, track), windows, logits(base_model, windows, track))
+    blocks = blocks_for(base, recipe.data, tokenizer, recipe.training_tokens)
+    chained = _chain(recipe, base, blocks, track)
+    source, left, packed, chosen = chained.source, chained.left, chained.packed, chained.chosen
+    windows = blocks.evaluation
+    base_model = Live(model.config, state, where)  # as it was, whatever a stage did to the other
+    measured = fidelity(logits(source, windows, track), windows, logits(base_model, windows, track))
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
         model=name, parameters=parameters(model), size_bytes=_size(state),
@@ -106,23 +77,77 @@ def apply(
     zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
     after = ModelFacts(
         model=name,
-        parameters=sum(p.numel() for p in result.model.parameters()) - zeros,
+        parameters=sum(p.numel() for p in source.model.parameters()) - zeros,
         size_bytes=_size(left) + smaller,
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-    report = report_of(recipe, before, after, measured, blocks, facts, cost, where)
+    report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
     report.require(**recipe.accept.model_dump())
     if source.config is not model.config:
         model = _rebuilt(source.config, left, model)
-    for name, tensor in dense.items():
+    for name, tensor in chained.dense.items():
         model.get_parameter(name).data.copy_(tensor)
     if packed:
         _install(model, packed, chosen)
     if packed or mixed(source.config):
-        model.config.quantization_config = quantization_of(chosen, kept, source.config)
+        model.config.quantization_config = quantization_of(chosen, chained.kept, source.config)
     return model, report
+
+
+@dataclass
+class Chained:
+    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of the dense ones."""
+
+    source: Live
+    left: dict[str, torch.Tensor]
+    packed: dict[str, Stored] = field(default_factory=dict)
+    chosen: dict[str, Written] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    dense: dict[str, torch.Tensor] = field(default_factory=dict)
+    facts: list[StageFacts] = field(default_factory=list)
+
+
+def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
+    """Do the stages, each journal in a folder that goes with it."""
+
+    def teacher(name: str | None) -> Source:
+        if name is not None:
+            return source_of(name, base.device)
+        return Source(partial(Live, base.config, base.source, base.device), base.fingerprint, base.fingerprint)
+
+    now = Chained(base, dict(base.source))
+    origin = list(range(len(base.layers)))
+    if recipe.student:
+        now.source, origin = _student(recipe.student, recipe.data.seed, base.device), []
+        now.left = dict(now.source.source)
+    for step in recipe.stages:
+        with tempfile.TemporaryDirectory() as folder:
+            journal = Journal(Path(folder) / "journal", "in memory")
+            context = Context(teacher, origin, blocks, journal, Path(folder), cache_folder(), recipe.data.seed, track)
+            now.facts.append(done(step.stage, now.source, context))
+            outcome = Outcome(step.stage, now.source, journal)
+            origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
+            _take_in(now, outcome)
+    return now
+
+
+def _take_in(now: Chained, outcome: Outcome) -> None:
+    """What a stage made of the model becomes the model."""
+    stage, source = outcome.stage, now.source
+    if outcome.chosen:
+        now.chosen, now.kept = outcome.chosen, outcome.kept
+    for linears, dense in outcome.entries():
+        now.packed, now.dense = now.packed | linears, now.dense | dense
+    config = changed(source.config, stage.changes(source, outcome.cut)) if isinstance(stage, Prune) else source.config
+    named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
+    now.left = {name: tensor for name, tensor in named.items() if name is not None}
+    if config.tie_word_embeddings:
+        now.left[f"{source.anatomy.head}.weight"] = now.left[f"{source.anatomy.embedding}.weight"]
+    if config is not source.config:
+        now.dense = {}
+    now.source = _quantized(Live(config, now.left, source.device), now.packed, now.chosen)
 
 
 def _student(name: str, seed: int, device: torch.device) -> Live:

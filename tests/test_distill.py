@@ -26,7 +26,7 @@ from llmcompress.run import compress
 from llmcompress.stages import distill
 from llmcompress.stages.student import still
 from llmcompress.stages.teacher import asked, said
-from llmcompress.stages.training import DistillTrainer, Windows, answering, continued, last_checkpoint
+from llmcompress.stages.training import DistillTrainer, Watch, Windows, answering, continued, last_checkpoint
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -182,6 +182,48 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
     assert start("killed").wait() == 0 and start("whole").wait() == 0
     again, whole = weights(tmp_path / "killed"), weights(tmp_path / "whole")
     assert all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings"),
+    [
+        ("gpt2", {}),
+        ("qwen3_moe", {}),
+        ("llama", {"train": "lora", "rank": 4}),
+        ("llama", {"train": "scales"}),
+        ("gpt2", {"train": "scales"}),
+        ("llama", {"hidden": 1.0, "on_policy": 0.5}),
+        ("llama", {"cache": True, "optimizer": "adamw_8bit"}),
+    ],
+    ids=str,
+)
+def test_one_that_was_interrupted_goes_on_and_ends_the_same(
+    family: str, settings: dict[str, Any], text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_base(tmp_path / "base", family)
+    before: dict[str, Any] = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
+    if family == "qwen3_moe":
+        before = {"prune": {"axis": "expert", "keep": 2}}
+    if settings.get("train") == "scales":
+        before = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}}
+    lesson = {**TRAINED, "learning_rate": 1e-3, "evaluate_every": 2, **settings}
+    recipe = staged_recipe(text, tmp_path / "base", before, {"distill": lesson})
+    compress(recipe, tmp_path / "whole")
+    step_end = Watch.on_step_end
+
+    def interrupted(self: Watch, args: Any, state: Any, control: Any, **named: Any) -> None:
+        step_end(self, args, state, control, **named)
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Watch, "on_step_end", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compress(recipe, tmp_path / "again")
+    monkeypatch.setattr(Watch, "on_step_end", step_end)
+    report = compress(recipe, tmp_path / "again")
+    assert facts(report)["kl_after"] < facts(report)["kl_before"]
+    again, whole = weights(tmp_path / "again"), weights(tmp_path / "whole")
+    assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
 
 
 def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path: Path) -> None:

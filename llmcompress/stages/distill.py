@@ -76,15 +76,7 @@ class Distill(Lesson):
         measured = {row["step"]: float(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row}
         before, curve = measured.pop(0), list(measured.items())
         best = min((kl for _, kl in curve if math.isfinite(kl)), default=before)
-        if watch.broken_at is not None:
-            notes.append(
-                f"training left the numbers at step {watch.broken_at}, and the best step before stays; lower learning_rate"
-            )
-        if best >= before:
-            notes.append("training made nothing better on held-out text, so the student stays as it came")
-        rounds = self.steps * self.batch * length / len(text)
-        if rounds > 1:
-            notes.append(f"the text was gone through {rounds:.1f} times: {len(text)} tokens are left to train on")
+        notes += self._told(watch.broken_at, best < before, len(text), length)
         learned = student.learned(_state(trainer, student)) if best < before else {}
         finite = [[step, kl if math.isfinite(kl) else None] for step, kl in curve]
         with processes.first_alone() as writes:
@@ -94,11 +86,21 @@ class Distill(Lesson):
                 context.journal.save(DONE, 0, {}, found)
                 shutil.rmtree(folder, ignore_errors=True)
 
+    def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
+        """What is to be known of a training that came to its end, with so many tokens of text."""
+        notes = []
+        if broken_at is not None:
+            notes.append(f"training left the numbers at step {broken_at}, and the best step before stays; lower learning_rate")
+        if not better:
+            notes.append("training made nothing better on held-out text, so the student stays as it came")
+        if (rounds := self.tokens(length) / tokens) > 1:
+            notes.append(f"the text was gone through {rounds:.1f} times: {tokens} tokens are left to train on")
+        return notes
+
     def _objective(
         self, model: Resident, student: Student, context: Context, windows: Windows, held_NL: Tensor, notes: list[str]
     ) -> Objective:
         """What the student is to come near; the teacher is read only if something is to be asked of it."""
-
         source = context.teacher(self.teacher)
 
         @functools.cache
