@@ -100,6 +100,8 @@ def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
     if loss != "cross_entropy":  # a text is not what a random model predicts
         assert found["kl_after"] < 0.9 * found["kl_before"] and not found["notes"]
         assert found["kl_after"] == min(kl for _, kl in found["curve"]) and found["curve"][-1][0] == 20
+        assert [step for step, _ in found["losses"]] == list(range(1, 21)) and found["losses"][-1][1] < found["losses"][0][1]
+        assert [step for step, _ in found["perplexities"]] == [0] + [step for step, _ in found["curve"]]
     cut = compress(staged_recipe(text, tmp_path / "base", stages[0]), tmp_path / "cut")
     assert loss == "cross_entropy" or (report.fidelity.kl_nats_mean or 1) < 0.9 * (cut.fidelity.kl_nats_mean or 0)
     assert report.compressed.parameters == cut.compressed.parameters

@@ -31,6 +31,7 @@ from llmcompress.stages.training import DistillTrainer, Objective, Watch, Window
 
 STAGE, DONE = "distill", "distilled"
 HELD = 32  # windows that measure
+POINTS = 200  # of a curve in the report
 
 
 class Distill(Lesson):
@@ -73,17 +74,18 @@ class Distill(Lesson):
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(earlier) if earlier else None)
-        measured = {row["step"]: float(row["eval_loss"]) for row in trainer.state.log_history if "eval_loss" in row}
+        measured = _logged(trainer, "eval_loss")
         before, curve = measured.pop(0), list(measured.items())
         best = min((kl for _, kl in curve if math.isfinite(kl)), default=before)
         notes += self._told(watch.broken_at, best < before, len(text), length)
         learned = student.learned(_state(trainer, student)) if best < before else {}
-        finite = [[step, kl if math.isfinite(kl) else None] for step, kl in curve]
+        curves = {"curve": dict(curve), "perplexities": _logged(trainer, "eval_perplexity"), "losses": _logged(trainer, "loss")}
+        found = {name: _thinned(values) for name, values in curves.items()}
         with processes.first_alone() as writes:
             if writes:
                 _leave(model, context, learned)
-                found = {"kl_before": before, "kl_after": min(best, before), "curve": finite, "notes": notes}
-                context.journal.save(DONE, 0, {}, found)
+                kl = {"kl_before": before, "kl_after": min(best, before)}
+                context.journal.save(DONE, 0, {}, {**kl, **found, "notes": notes})
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
@@ -157,6 +159,19 @@ def _said_of(kept: Sequence[Kept], folder: Path) -> str:
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in {folder}"
+
+
+def _logged(trainer: DistillTrainer, what: str) -> dict[int, float]:
+    """What was logged of a quantity, by step."""
+    return {int(row["step"]): float(row[what]) for row in trainer.state.log_history if what in row}
+
+
+def _thinned(values: Mapping[int, float]) -> list[list[float | None]]:
+    """Pairs of a step and a value, null where it is no number; of more than POINTS, the means between as many steps."""
+    pairs, every = list(values.items()), max(1, -(-len(values) // POINTS))
+    groups = [pairs[i : i + every] for i in range(0, len(pairs), every)]
+    means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
+    return [[step, mean if math.isfinite(mean) else None] for step, mean in means]
 
 
 def _state(trainer: DistillTrainer, student: Student) -> Mapping[str, Tensor]:

@@ -82,9 +82,11 @@ class Objective:
         return loss
 
 
-def divergence(student: PreTrainedModel, taught: Said | Recalled, found: Any) -> Tensor:
-    """KL(teacher, student) in nats a token, given what a forward pass of the student found."""
-    return token_loss("forward_kl", said(student, found).scores, taught.scores)
+def measured(student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled, found: Any) -> tuple[Tensor, Tensor]:
+    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found."""
+    scores = said(student, found).scores
+    nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL).flatten())
+    return token_loss("forward_kl", scores, taught.scores), nll
 
 
 def answering(model: PreTrainedModel) -> None:
@@ -128,7 +130,7 @@ class DistillTrainer(Trainer):
     def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
         answering(student)
         super().__init__(**settings)
-        self.student, self.objective = student, objective
+        self.student, self.objective, self.nll = student, objective, list[Tensor]()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
@@ -154,12 +156,21 @@ class DistillTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """KL(teacher, student) in nats a token of a batch."""
+        """KL(teacher, student) in nats a token of a batch; how well it is predicted is kept aside."""
         batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad():
             taught = self.objective.examiner(batch)
-            loss: Tensor = model(**asked(batch["input_ids"]), then=partial(divergence, self.student, taught))
-        return loss.detach(), None, None
+            kl, nll = model(**asked(batch["input_ids"]), then=partial(measured, self.student, batch["input_ids"], taught))
+        self.nll.append(nll)
+        return kl.detach(), None, None
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        """As the Trainer does it, and the perplexity of the held-out text besides."""
+        self.nll = []
+        output = super().evaluation_loop(*given, **named)
+        mean = cast(Tensor, self.accelerator.gather(torch.stack(self.nll).mean()[None])).mean()
+        cast(Any, output).metrics["eval_perplexity"] = float(mean.exp())
+        return output
 
 
 class Watch(TrainerCallback):
