@@ -260,6 +260,18 @@ def test_training_that_leaves_the_numbers_keeps_what_was_good(
 CUT = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
 
 
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """A base, what is left of it once cut and once quantised, and the KL of the first."""
+    folder = tmp_path_factory.mktemp("bases")
+    save_base(folder / "base")
+    compress(staged_recipe(text, folder / "base", CUT), folder / "cut")
+    for double_quant in (False, True):
+        quantize = {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}
+        compress(staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}")
+    return folder
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
@@ -280,13 +292,12 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
-    save_base(tmp_path / "base")
-    cut = compress(staged_recipe(text, tmp_path / "base", CUT), tmp_path / "cut").fidelity.kl_nats_mean
+def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], bases: Path, text: Path, tmp_path: Path) -> None:
+    cut = Report.of(bases / "cut").fidelity.kl_nats_mean
     distilled = {"distill": {**TRAINED, "learning_rate": 5e-4, "steps": 12, **settings}}
-    report = compress(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / "out")
+    report = compress(staged_recipe(text, bases / "base", CUT, distilled), tmp_path / "out")
     assert cut is not None and report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean < cut
-    assert weights(tmp_path / "out").keys() == weights(tmp_path / "cut").keys()
+    assert weights(tmp_path / "out").keys() == weights(bases / "cut").keys()
     assert Report.of(tmp_path / "out").trainings[0].steps == 12
 
 
@@ -310,14 +321,15 @@ def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("train", ["scales", "norms", "all"])
 @pytest.mark.parametrize("double_quant", [False, True])
-def test_a_quantised_model_learns_at_the_same_bytes(train: str, double_quant: bool, text: Path, tmp_path: Path) -> None:
-    save_base(tmp_path / "base")
+def test_a_quantised_model_learns_at_the_same_bytes(
+    train: str, double_quant: bool, bases: Path, text: Path, tmp_path: Path
+) -> None:
     quantize = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}}
-    plain = compress(staged_recipe(text, tmp_path / "base", quantize), tmp_path / "plain")
+    plain = Report.of(bases / f"nf4-{double_quant}")
     distilled = {"distill": {**TRAINED, "train": train, "learning_rate": 1e-3, "steps": 12}}
-    report = compress(staged_recipe(text, tmp_path / "base", quantize, distilled), tmp_path / "out")
+    report = compress(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
     assert (report.fidelity.kl_nats_mean or 1) < (plain.fidelity.kl_nats_mean or 0)
-    before, after = weights(tmp_path / "plain"), weights(tmp_path / "out")
+    before, after = weights(bases / f"nf4-{double_quant}"), weights(tmp_path / "out")
     assert before.keys() == after.keys()  # bitsandbytes keeps the offset of double quantisation as text, of any length
     assert all(after[name].shape == before[name].shape for name in before if "quant_state" not in name)
     changed = {name for name in before if after[name].shape != before[name].shape or not torch.equal(before[name], after[name])}

@@ -64,3 +64,46 @@ def test_one_process_waits_for_no_other() -> None:
     processes.wait()
     with processes.first_alone() as writes:
         assert writes
+
+
+SHARDED = """
+import sys
+from functools import partial
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from llmcompress.stages.teacher import Present, asked
+from llmcompress.stages.training import Objective, answering
+from tests.models import pico
+
+dist.init_process_group("gloo")
+student, plain, other = pico("llama"), pico("llama"), pico("llama", num_hidden_layers=1)
+teacher = Present(other, student.config.vocab_size)
+objective = Objective("forward_kl", 0.5, 1.0, None, teacher, teacher)
+ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+taught = teacher({"input_ids": ids})
+for model in (student, plain):
+    answering(model.requires_grad_().train())
+for layer in student.model.layers:
+    fully_shard(layer)
+fully_shard(student)
+for model in (student, plain):
+    model(**asked(ids), then=partial(objective.loss, model, ids, taught)).backward()
+for (name, mine), yours in zip(student.named_parameters(), plain.parameters(), strict=True):
+    assert mine.numel() == yours.numel() and mine.to_local().numel() < yours.numel(), name
+    assert torch.allclose(mine.grad.full_tensor(), yours.grad, atol=1e-6), name
+print("equal", flush=True)
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_a_student_spread_over_processes_has_the_gradients_of_a_whole_one(tmp_path: Path) -> None:
+    (tmp_path / "sharded.py").write_text(SHARDED)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        [*launcher, str(tmp_path / "sharded.py")], capture_output=True, text=True, env=environment, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("equal") == 2
