@@ -153,10 +153,11 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
 def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int) -> Row:
     """The row of a training that begins at `size` bytes; the teacher is taken to be as large as the student."""
     parameters, tokens = _parameters(model), stage.tokens(length)
+    what = stage.loss if stage.train == "all" else f"{stage.train}, {stage.loss}"
     learning = 3 if stage.train == "all" else 0  # a gradient and two moments of every weight, or of next to none
     kept = 4 * parameters * ((1 if stage.cache else 2) + learning)
     return {
-        "stage": f"distill ({stage.loss}, {stage.steps} steps of {stage.batch} x {stage.length or length} tokens)",
+        "stage": f"distill ({what}, {stage.steps} steps of {stage.batch} x {stage.length or length} tokens)",
         "parameters": parameters,
         "size_bytes": parameters * model.weight_dtype.itemsize if stage.student else size,
         "peak_memory_bytes": kept + 4 * TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers),
