@@ -1,11 +1,12 @@
 """What does the Trainer around a distillation cost, and what does a kept teacher save? Steps per second, side by side.
 
-    python evaluation/distill_speed.py [--model wikilm-8m] [--steps 12] [--rounds 3] [--threads 2]
+    python evaluation/distill_speed.py [--model wikilm-8m] [--keep 1.0 0.625] [--steps 12] [--rounds 3] [--threads 2]
 
 The bare loop is the least that the job takes: the teacher's forward pass, the student's forward and backward pass with KL over
 plain logits, and AdamW. Beside it stand `distill` with the teacher in memory, and with what it said kept on disk. The student
-is the model itself, uncut, so that teacher and student cost the same. All three take turns in one process; a ratio is the
-median over the rounds. The result goes to evaluation/results/distill_speed.json.
+is the model with a share of its layers: uncut it costs as much as its teacher, whose forward pass is then a quarter of all, so
+that keeping it can save no more than a third of the rest. All three take turns in one process; a ratio is the median over the
+rounds. The result goes to evaluation/results/distill_speed.json.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from llmcompress.checkpoint import Journal
 from llmcompress.data import DataSpec
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, source_of, tokenizer_of
+from llmcompress.recipe import Recipe
+from llmcompress.run import compress
 from llmcompress.stages import distill
 from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
@@ -61,12 +64,12 @@ class Timed(distill.DistillTrainer):
         super().__init__(**{**settings, "callbacks": [*settings["callbacks"], Timed.last]})
 
 
-def staged(model: OnDisk, blocks: Any, folder: Path, steps: int, **settings: Any) -> float:
+def staged(model: OnDisk, base: OnDisk, blocks: Any, folder: Path, steps: int, **settings: Any) -> float:
     """Steps per second of the stage, its evaluations apart: they come after the last step."""
     lesson = Distill(steps=steps, batch=BATCH, micro_batch=MICRO, learning_rate=1e-5, evaluate_every=steps, **settings)
     with tempfile.TemporaryDirectory() as scratch:
         journal = Journal(Path(scratch) / "journal", "timed")
-        source = source_of(str(model.folder), model.device)
+        source = source_of(str(base.folder), base.device)
         lesson.apply(
             model, Context(lambda name: source, range(len(model.layers)), blocks, journal, Path(scratch), folder, 0, untracked)
         )
@@ -74,9 +77,9 @@ def staged(model: OnDisk, blocks: Any, folder: Path, steps: int, **settings: Any
     return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
-def bare(model: OnDisk, windows: Tensor, steps: int) -> float:
+def bare(model: OnDisk, base: OnDisk, windows: Tensor, steps: int) -> float:
     """Steps per second of the loop that anyone would write."""
-    student, teacher = whole(model).requires_grad_().train(), whole(model).eval()
+    student, teacher = whole(model).requires_grad_().train(), whole(base).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
     ends = []
     for step in range(steps):
@@ -92,9 +95,40 @@ def bare(model: OnDisk, windows: Tensor, steps: int) -> float:
     return (steps - 1) / (ends[-1] - ends[0])
 
 
+def measure(base: OnDisk, text: str, keep: float, steps: int, rounds: int) -> dict[str, Any]:
+    """All ways beside each other, for a student of a share of the layers."""
+    spec = DataSpec(source=text, samples=32, length=LENGTH)
+    blocks = blocks_for(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
+    windows = blocks.training.view(-1, LENGTH)
+    with tempfile.TemporaryDirectory() as folder:
+        model, cache = base, Path(folder) / "cache"
+        if keep < 1:
+            cut = {"prune": {"axis": "layer", "keep": keep, "score": "influence"}}
+            recipe = Recipe.model_validate({"data": spec.model_dump(exclude_unset=True), "stages": [cut]})
+            compress(recipe, Path(folder) / "cut", base=str(base.folder))
+            model = OnDisk(Path(folder) / "cut", base.device)
+        ways: dict[str, Callable[[], float]] = {
+            "bare loop": lambda: bare(model, base, windows, steps),
+            "distill": lambda: staged(model, base, blocks, cache, steps),
+            "distill, kept teacher": lambda: staged(model, base, blocks, cache, steps, cache=True),
+        }
+        found: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(rounds):
+            for name, way in ways.items():
+                found[name].append(way())
+                print(f"{keep:g} of the layers, {name}: {found[name][-1]:.3f} steps/s", flush=True)
+    rows = []
+    for name, rates in found.items():
+        ratios = [rate / first for rate, first in zip(rates, found["bare loop"], strict=True)]
+        rows.append({"what": name, "steps_per_s": median(rates), "of_bare_loop": median(ratios), "all": rates})
+    saved = [kept / live for kept, live in zip(found["distill, kept teacher"], found["distill"], strict=True)]
+    return {"layers": keep, "rows": rows, "kept_over_live": median(saved)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=MODELS, default="wikilm-8m")
+    parser.add_argument("--keep", type=float, nargs="+", default=[1.0, 0.625])
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -103,28 +137,11 @@ def main() -> None:
     distill.DistillTrainer = Timed  # type: ignore[misc]
     base, text = MODELS[given.model]
     model = OnDisk(find_base(base).folder, torch.device("cpu"))
-    spec = DataSpec(source=text, samples=32, length=LENGTH)
-    blocks = blocks_for(model, spec, tokenizer_of(model.folder), lambda length: given.steps * BATCH * length)
-    windows = blocks.training.view(-1, LENGTH)
-    rows = []
-    with tempfile.TemporaryDirectory() as cache:
-        ways: dict[str, Callable[[], float]] = {
-            "bare loop": lambda: bare(model, windows, given.steps),
-            "distill": lambda: staged(model, blocks, Path(cache), given.steps),
-            "distill, kept teacher": lambda: staged(model, blocks, Path(cache), given.steps, cache=True),
-        }
-        found: dict[str, list[float]] = {name: [] for name in ways}
-        for _ in range(given.rounds):
-            for name, way in ways.items():
-                found[name].append(way())
-                print(f"{name}: {found[name][-1]:.3f} steps/s", flush=True)
-    for name, rates in found.items():
-        ratios = [rate / first for rate, first in zip(rates, found["bare loop"], strict=True)]
-        rows.append({"what": name, "steps_per_s": median(rates), "of_bare_loop": median(ratios), "all": rates})
-    saved = [kept / live for kept, live in zip(found["distill, kept teacher"], found["distill"], strict=True)]
+    students = [measure(model, text, keep, given.steps, given.rounds) for keep in given.keep]
     shape = {"model": given.model, "batch": BATCH, "length": LENGTH, "steps": given.steps}
-    FILE.write_text(json.dumps({**head(), **shape, "rows": rows, "kept_over_live": median(saved)}, indent=2) + "\n")
-    print(f"kept over live: {median(saved):.2f}")
+    FILE.write_text(json.dumps({**head(), **shape, "students": students}, indent=2) + "\n")
+    for student in students:
+        print(f"{student['layers']:g} of the layers: kept over live {student['kept_over_live']:.2f}")
 
 
 if __name__ == "__main__":
