@@ -23,11 +23,13 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(READY) # an hour and a half on two cores
+bench: $(READY) # three hours on two cores
 	$(BIN)/python evaluation/bench.py
 	$(BIN)/python evaluation/ablation.py
 	$(BIN)/python evaluation/throughput.py
 	$(BIN)/python evaluation/cost.py
+	$(BIN)/python evaluation/healing.py
+	$(BIN)/python evaluation/distill_speed.py
 	$(BIN)/python evaluation/speed.py
 	$(BIN)/python evaluation/tables.py
 
