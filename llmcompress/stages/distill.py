@@ -158,7 +158,10 @@ def _said_of(kept: Sequence[Kept], folder: Path) -> str:
     """What was kept, in words."""
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
-    return f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in {folder}"
+    return (
+        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in {folder}. KL on "
+        "held-out windows counts all but the likeliest tokens as one, so it is never more than in full"
+    )
 
 
 def _logged(trainer: DistillTrainer, what: str) -> dict[int, float]:
