@@ -130,7 +130,7 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
     What a stage made is written under the names that the base has for it, everything else as the base stores it.
     """
     writer.ties = ties_of(model)
-    native_layout = model.native_codes if model.quantization else native_kind(outcome.chosen, model.config) is not None
+    native_layout = not model.layouts if model.has_codes else native_kind(outcome.chosen, model.config) is not None
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     replaced: set[str] = set()

@@ -64,9 +64,9 @@ class OnDisk(Resident):
         return self.checkpoint.fingerprint()
 
     @property
-    def native_codes(self) -> bool:
-        """Whether codes are in a layout that plain transformers loads."""
-        return self.quantization is not None and not self.layouts
+    def has_codes(self) -> bool:
+        """Whether any matrix is quantised or sparse; one that was only pruned can ask for our plug-in too."""
+        return bool(stored.quantized_linears(self.checkpoint.tensors))
 
     def with_codes(self, key: str) -> list[str]:
         """A weight's key in the checkpoint, with those of the scales beside it."""

@@ -137,8 +137,7 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
             with processes.first_alone() as writes:
                 if writes:
                     _joint(journal, model, outcome, base.folder)
-            quantized = bool(outcome.chosen or model.quantization)
-            model = OnDisk(journal.folder / JOINT, model.device, quantized=quantized)
+            model = OnDisk(journal.folder / JOINT, model.device, quantized=bool(outcome.chosen) or model.has_codes)
     return Chained(model, outcome, facts)
 
 
