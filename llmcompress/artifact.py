@@ -46,8 +46,8 @@ def journal_folder(partial: Path, stage: int) -> Path:
 class Writer:
     """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
 
-    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, `journal/` is the run's. As a
-    context it drops what an error leaves behind; only a journal that holds a finished block stays, to go on from.
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals are the run's. As
+    a context it drops what an error leaves behind; only a journal that holds a finished block stays, to go on from.
     Errors: OutputError where `out` exists (unless overwrite), is or holds the base, or lacks `size_bytes` of space.
     """
 
@@ -58,13 +58,13 @@ class Writer:
         *,
         size_bytes: int,
         overwrite: bool = False,
-        ties: Mapping[str, str] | None = None,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.partial = partial_folder(out)
         self.out, self.base, self.overwrite = Path(out).resolve(), Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
-        self.ties, self.shard_bytes = dict(ties or {}), shard_bytes
+        self.ties: dict[str, str] = {}  # tensor -> the one that it is tied to; known before the first is added
+        self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._weights: dict[str, int] = {}  # name -> number of its shard
         with writing(self.out):
@@ -83,10 +83,6 @@ class Writer:
             shutil.rmtree(self.artifact, ignore_errors=True)
             if not (self._replaced.exists() or any(self.partial.glob("journal*/**/*.safetensors"))):
                 shutil.rmtree(self.partial, ignore_errors=True)
-
-    def journal(self, stage: int) -> Path:
-        """Where the journal of a stage is, by its number in the recipe."""
-        return journal_folder(self.partial, stage)
 
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()

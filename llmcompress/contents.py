@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,10 @@ class Outcome:
         if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
             found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")
         return found
+
+    def left_of(self, layers: Sequence[int]) -> list[int]:
+        """Of something that each layer has, what the layers have that stay."""
+        return [layer for index, layer in enumerate(layers) if index not in self.cut.gone]
 
     def renamed(self, name: str) -> str | None:
         """The name of a tensor once the stage is done; None where it goes."""

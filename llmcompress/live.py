@@ -128,7 +128,7 @@ def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
             context = Context(teacher, origin, blocks, journal, Path(folder), cache_folder(), recipe.data.seed, track)
             now.facts.append(done(step.stage, now.source, context))
             outcome = Outcome(step.stage, now.source, journal)
-            origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
+            origin = outcome.left_of(origin)
             _take_in(now, outcome)
     return now
 
@@ -147,7 +147,15 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
         now.left[f"{source.anatomy.head}.weight"] = now.left[f"{source.anatomy.embedding}.weight"]
     if config is not source.config:
         now.dense = {}
-    now.source = _quantized(Live(config, now.left, source.device), now.packed, now.chosen)
+    weights = dict(now.left)
+    for name, codes in now.packed.items():
+        weight = stored.dequantize(codes)
+        weights[f"{name}.weight"] = weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+    now.source = Live(config, weights, source.device, quantized=now.packed)
+    for name, codes in now.packed.items():
+        reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
+        if reader and inputs:
+            now.source.round_inputs(reader, inputs)
 
 
 def _student(name: str, seed: int, device: torch.device) -> Live:
@@ -155,22 +163,6 @@ def _student(name: str, seed: int, device: torch.device) -> Live:
     with tempfile.TemporaryDirectory() as folder, no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(fresh_student(name, Path(folder), seed))
     return Live(model.config, dict(model.state_dict()), device)
-
-
-def _quantized(plain: Live, packed: Mapping[str, Stored], chosen: Mapping[str, Written]) -> Live:
-    """The model with codes in place of some weights, which read what their kernels make of their inputs."""
-    if not packed:
-        return plain
-    weights = dict(plain.source)
-    for name, codes in packed.items():
-        weight = stored.dequantize(codes)
-        weights[f"{name}.weight"] = weight.T if isinstance(plain.model.get_submodule(name), Conv1D) else weight
-    found = Live(plain.config, weights, plain.device, quantized=packed)
-    for name, codes in packed.items():
-        reader, inputs = found.reader(name), chosen[name].inputs(getattr(codes, "input_scale", None))
-        if reader and inputs:
-            found.round_inputs(reader, inputs)
-    return found
 
 
 def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:

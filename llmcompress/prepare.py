@@ -136,11 +136,16 @@ def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase)
     return None
 
 
-def fresh_student(name: str, folder: Path, seed: int) -> Path:
-    """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed."""
+def fresh_student(name: str, folder: Path, seed: int, *, write: bool = True) -> Path:
+    """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed.
+
+    With `write=False` another process is taken to write them.
+    """
     found = find_base(name).folder
     if any(found.glob("*.safetensors")):
         return found
+    if not write:
+        return folder
     config = config_of(found, base=True)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

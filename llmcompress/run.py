@@ -105,9 +105,7 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
     if recipe.student is None:
         return None
     with processes.first_alone() as writes:
-        if writes:
-            fresh_student(recipe.student, place / "student", seed)
-    return fresh_student(recipe.student, place / "student", seed)
+        return fresh_student(recipe.student, place / "student", seed, write=writes)
 
 
 def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Path, track: Track) -> Chained:
@@ -119,7 +117,8 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
     def teacher(name: str | None) -> Source:
         return source_of(name or str(base.folder), model.device)
 
-    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in (None, *recipe.teachers))]
+    others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
+    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
     origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
     for number, step in enumerate(recipe.stages):
         folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, blocks)
@@ -132,7 +131,7 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
                 facts.append(done(step.stage, model, context))
         processes.wait()
         outcome = Outcome(step.stage, model, journal)
-        origin = [layer for index, layer in enumerate(origin) if index not in outcome.cut.gone]
+        origin = outcome.left_of(origin)
         if number < len(recipe.stages) - 1:
             with processes.first_alone() as writes:
                 if writes:

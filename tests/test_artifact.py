@@ -122,7 +122,8 @@ def test_the_same_tensors_give_the_same_bytes_in_whatever_order_of_a_dictionary(
 
 def test_a_tied_weight_is_written_once(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
     ties = {"lm_head.weight": "model.embed_tokens.weight"}
-    writer = Writer(tmp_path / "out", base, size_bytes=10**6, ties=ties)
+    writer = Writer(tmp_path / "out", base, size_bytes=10**6)
+    writer.ties = ties
     writer.add(state)
     writer.close({**Checkpoint.open(base).config, "tie_word_embeddings": True})
     out = writer.publish({})
@@ -132,7 +133,8 @@ def test_a_tied_weight_is_written_once(tmp_path: Path, base: Path, state: dict[s
 
 
 def test_a_tie_without_its_source_and_a_weight_written_twice_are_our_mistakes(tmp_path: Path, base: Path) -> None:
-    writer = Writer(tmp_path / "out", base, size_bytes=1, ties={"a": "b"})
+    writer = Writer(tmp_path / "out", base, size_bytes=1)
+    writer.ties = {"a": "b"}
     writer.add({"c": torch.ones(2)})
     with pytest.raises(ValueError, match="b, the source of a tie"):
         writer.close({})

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, Literal, cast
 
@@ -111,13 +111,14 @@ class Student:
         if train == "lora":
             self._adapt(resident, rank, seed)
         else:
-            coded = [name for name in resident.matrices() if resident.codes(name) is not None]
+            every = ((name, resident.codes(name)) for name in resident.matrices())
+            coded = {name: codes for name, codes in every if codes is not None}
             for name, parameter in self.model.named_parameters():
                 free = name.removesuffix(".weight") not in coded
                 always = _of_norm(name, parameter) or (train == "scales" and name.endswith(".bias"))
                 parameter.requires_grad_(free and (train == "all" or always))
             if train != "norms":
-                self._scale(resident, coded)
+                self._scale(coded, resident.device)
             if coded:
                 self._round()
         if train == "scales" and not self.packed:
@@ -141,14 +142,12 @@ class Student:
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
-    def _scale(self, resident: Resident, linears: Iterable[str]) -> None:
+    def _scale(self, coded: Mapping[str, stored.Stored], device: torch.device) -> None:
         """Let the scales of those in 4 bits learn."""
-        for name in linears:
-            if not isinstance(packed := resident.codes(name), native.Packed):
-                continue
-            self.packed[name] = packed
+        self.packed = {name: codes for name, codes in coded.items() if isinstance(codes, native.Packed)}
+        for name, packed in self.packed.items():
             linear = self.model.get_submodule(name)
-            scaled = _Scaled(packed, isinstance(linear, Conv1D)).to(resident.device)
+            scaled = _Scaled(packed, isinstance(linear, Conv1D)).to(device)
             parametrize.register_parametrization(linear, "weight", scaled, unsafe=True)
             linear.get_parameter(FACTOR).requires_grad_()
 
