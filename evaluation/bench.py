@@ -48,6 +48,10 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "hidden-75-plain": "stages: [{prune: {axis: hidden, keep: 0.75, repair: false}}]",
     "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
     "wanda-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: wanda}}]",
+    "tie-plain": "stages: [{tie: {weights: [embedding, head]}}]",
+    "share-ffn": "stages: [{tie: {layers: auto, parts: [ffn], groups: 3}}]",
+    "basis-75": "stages: [{tie: {basis: 2, keep: 0.75}}]",
+    "nf4-gptq-32": "stages: [{quantize: {format: nf4, block: 32}}]",  # about the bytes of codebook-16
     "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256

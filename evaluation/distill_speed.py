@@ -26,8 +26,8 @@ from bench import LENGTH, MODELS, head
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llmcompress.checkpoint import Journal
 from llmcompress.data import DataSpec
+from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, source_of, tokenizer_of
 from llmcompress.recipe import Recipe

@@ -37,6 +37,9 @@ STOCK["wanda-50"] = "wanda, one shot"
 BASELINE |= {"heal-after-prune": "ffn-budget", "prune-heal-quantize": "ffn-75-nf4", "small-student": "depth-50-kl"}
 BASELINE |= {"scale-tuning-nf4": "nf4-gptq", "nf4-learned-tuned": "nf4-gptq"}
 UNTRAINED = {"ffn-budget": "untrained", "ffn-75-nf4": "untrained", "depth-50-kl": "untrained", "nf4-gptq": "gptq alone"}
+BASELINE |= {"tie-head": "tie-plain", "share-ffn-heal": "share-ffn", "basis-heal": "basis-75", "codebook-16": "nf4-gptq-32"}
+UNTRAINED |= dict.fromkeys(("tie-plain", "share-ffn", "basis-75"), "untrained") | {"nf4-gptq-32": "nf4 in blocks of 32"}
+RATIOS = ("over_nf4", "over_plain")
 WIDEST = 10  # columns of a table of speeds
 
 
@@ -235,6 +238,64 @@ def healing() -> str:
     return "\n".join(parts)
 
 
+def sharing() -> str:
+    """What each way of making a model smaller loses at the same bytes, and how what is shared is best found."""
+    parts = []
+    for model in MODELS:
+        if (result := load(f"sharing-{model}")) is None:
+            continue
+        rows = {row["row"]: row for row in result["rows"]}
+        base = next(iter(rows.values()))["base_perplexity"]
+        parts.append(f"**{model}** (base perplexity {base:.2f}; {result['hardware']}), KL in nats alone -> healed:\n")
+        parts.append(_ways(rows) + "\n")
+        for kind, what in (("tied", "embedding and head as one"), ("grouping", "how layers that share are found")):
+            if lines := [_lost(rows, name) for name in rows if name.startswith(f"{kind}: ") and not name.endswith("healed")]:
+                if kind == "tied":
+                    lines.append(["least squares", *_lost(rows, "ways: tie embedding and head")[1:]])
+                lines.sort(key=lambda cells: float(cells[2].split()[0]))
+                parts.append(table([what, "bytes", "KL, nats", "perplexity"], lines) + "\n")
+    return "\n".join(parts)
+
+
+def _ways(rows: dict[str, Any]) -> str:
+    """By way and share of the parameters; codes in one line each, with the bytes that they have."""
+    shares = ("90 %", "75 %", "60 %", "50 %")
+    ways = list(dict.fromkeys(name.split(", ")[1] for name in rows if name.startswith(tuple(f"ways: {s}" for s in shares))))
+    lines = [[way, *(_lost(rows, f"ways: {share}, {way}")[2] for share in shares)] for way in ways]
+    codes = [name for name in rows if name.startswith("ways: ") and not name.startswith(tuple(f"ways: {s}" for s in shares))]
+    for name in [name for name in codes if not name.endswith("healed")]:
+        way, size, lost, _ = _lost(rows, name)
+        lines.append(
+            [f"{way} ({size} of the bytes)", *(lost if float(size[:-2]) <= float(s[:-2]) + 0.5 else "" for s in shares)]
+        )
+    return table(["of the parameters", *shares], lines)
+
+
+def _lost(rows: dict[str, Any], name: str) -> list[str]:
+    """What was done, its share of the bytes, KL alone and healed, and perplexity likewise."""
+    alone, healed = rows.get(name), rows.get(f"{name}, healed")
+    found = [row for row in (alone, healed) if row]
+    if not found:
+        return [name, "", "", ""]
+    size = f"{100 * found[0]['share_of_bytes']:.0f} %"
+    lost, perplexity = (" -> ".join(f"{row[k]:.{n}f}" for row in found) for k, n in (("kl_nats_mean", 4), ("perplexity", 2)))
+    return [name.partition(": ")[2], size, lost, perplexity]
+
+
+def lookup_speed() -> str:
+    """How fast a codebook is looked up beside stock nf4 and a plain linear."""
+    result = load("lookup_speed")
+    if result is None:
+        return ""
+    lines = [
+        [str(row[key]) for key in ("shape", "tokens", "dtype")] + [f"{row[key]:.2f}" for key in RATIOS]
+        for row in result["rows"]
+    ]
+    where = f"{result['hardware']}, commit {result['commit']}"
+    header = ["linear", "tokens", "inputs", *(f"time over {key.removeprefix('over_')}" for key in RATIOS)]
+    return f"A codebook of 16 a row, by look-up, in the same run ({where}):\n\n{table(header, lines)}\n"
+
+
 def head(recipe: str) -> str:
     """The measured lines of a recipe's head."""
     lines = []
@@ -256,7 +317,10 @@ def with_head(text: str, recipe: str) -> str:
     return re.sub(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?", lambda found: found[1] + head(recipe), text)
 
 
-PRUNING = (("pruning", pruning), ("pruned speed", pruned_speed), ("healing", healing))
+MORE = (
+    *(("pruning", pruning), ("pruned speed", pruned_speed), ("healing", healing)),
+    *(("sharing", sharing), ("lookup speed", lookup_speed)),
+)
 
 
 def main() -> int:
@@ -266,8 +330,7 @@ def main() -> int:
         ("rivals", rivals),
         ("cost", cost),
         ("speed", speed),
-        ("healing", healing),
-        *PRUNING,
+        *MORE,
     ):
         before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")

@@ -7,35 +7,38 @@ from collections.abc import Sequence
 
 import torch
 
+from llmcompress.contents import left_by
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.recipe import Recipe, Stage
 from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, environment
-from llmcompress.residency import Outline, Resident
-from llmcompress.resize import changed
+from llmcompress.residency import Resident
+from llmcompress.stages.cluster import Cluster
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
-from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
 
 
 def require_possible(recipe: Recipe, model: Resident) -> None:
     """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
-    four_bit = False
+    scaled = False
     for step in recipe.stages:
-        if isinstance(step.stage, Prune):
-            model = Outline(changed(model.config, step.stage.changes(model)), model.device, model.dtype)
-        elif isinstance(step.stage, Distill):
-            step.stage.micro(step.stage.length or 1)
-            if step.stage.train == "scales" and not four_bit:
-                raise ModelError("train: scales is for scales of nf4 and fp4 blocks, and quantize leaves none; train norms")
-        else:
-            chosen, _ = step.stage.choose(model)
-            if isinstance(step.stage, Quantize):
-                step.stage.rotation(model, recipe.data.seed)
-                four_bit = any(isinstance(coding, FourBit) for coding in chosen.values())
+        stage = step.stage
+        if isinstance(stage, Distill):
+            stage.micro(stage.length or 1)
+            if stage.train == "scales" and not scaled:
+                raise ModelError(
+                    "train: scales is for nf4 and fp4 blocks and for codebooks, and the stages before leave none; train norms"
+                )
+            if stage.train == "lora" and model.layouts:
+                raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
+        elif isinstance(stage, Quantize):
+            stage.rotation(model, recipe.data.seed)
+            scaled = scaled or any(isinstance(coding, FourBit) for coding in stage.choose(model)[0].values())
+        scaled = scaled or isinstance(stage, Cluster)
+        model = left_by(stage, model)
 
 
 def done(stage: Stage, model: Resident, context: Context) -> StageFacts:

@@ -1,4 +1,4 @@
-"""Safetensors in and out: a base read lazily, a file written tensor by tensor, a journal of finished blocks to resume from.
+"""Safetensors in and out: a base read lazily, a file written tensor by tensor.
 
 Reading opens headers only and reads one tensor at a time with `pread`, so no file page counts as ours and peak memory is the
 largest tensor. Writing spools each tensor to disk at once and puts the header in front when the file is complete: memory is
@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -28,8 +28,9 @@ from llmcompress.errors import ModelError, OutputError
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # scales and masks by names without a second dot
     *("SCB", "weight_mask", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
-    *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset"),
+    *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset", "weight_levels"),
 )
+FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 CODES = {
     torch.float64: "F64",
@@ -63,11 +64,15 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of files and names."""
+    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of files and names.
+
+    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is whose.
+    """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Entry]
+    aliases: dict[str, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
@@ -89,18 +94,19 @@ class Checkpoint:
         lost = sorted(name for name in listed if name and name not in tensors)
         if lost:
             raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
-        return cls(folder, config, tensors)
+        aliases = _aliases(folder, config, tensors)
+        return cls(folder, config, tensors | {name: tensors[source] for name, source in aliases.items()}, aliases)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Errors: ModelError for a name that isn't stored."""
         if name not in self.tensors:
             raise ModelError(f"{self.folder} has no tensor {name}; its files are not those of its config.json")
-        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(name)
+        tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(self.aliases.get(name, name))
         return tensor
 
     @cached_property
     def _handles(self) -> dict[str, Any]:
-        return {file: _open(self.folder / file) for file in {entry.file for entry in self.tensors.values()}}
+        return {file: opened(self.folder / file) for file in {entry.file for entry in self.tensors.values()}}
 
     @property
     def size_bytes(self) -> int:
@@ -109,13 +115,20 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights; a byte of 4-bit codes is two, what belongs to scales is none, nor are zeros that a mask tells of."""
+        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none, nor are zeros."""
         packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")
-            if not (dot and f"{weight}.weight" in packed) and name.rpartition(".")[2] not in BESIDE:
-                count += torch.Size(entry.shape).numel() * (2 if name in packed else 1)
+            if (
+                name not in self.aliases
+                and not (dot and f"{weight}.weight" in packed)
+                and name.rpartition(".")[2] not in BESIDE
+            ):
+                number = torch.Size(entry.shape).numel()
+                if (levels := self.tensors.get(f"{name}_levels")) is not None:  # an index of so many bits a weight
+                    number = number * 8 // (levels.shape[-1] - 1).bit_length()
+                count += number * (2 if name in packed else 1)
         return count
 
     def fingerprint(self) -> str:
@@ -123,7 +136,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
         for name, entry in sorted(self.tensors.items()):
             digest.update(f"{name} {entry.shape} {entry.dtype}".encode())
-            rows = self._handles[entry.file].get_slice(name) if entry.shape else None
+            rows = self._handles[entry.file].get_slice(self.aliases.get(name, name)) if entry.shape else None
             width = torch.Size(entry.shape[1:]).numel() * entry.dtype.itemsize
             head = self.read(name) if rows is None else rows[: min(entry.shape[0], max(1, 4096 // max(1, width)))]
             digest.update(_bytes(head)[:4096])
@@ -189,7 +202,25 @@ def _files(folder: Path) -> dict[str, str]:
     raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
 
 
-def _open(file: Path) -> Any:
+def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
+    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for both."""
+    codes = config.get("quantization_config")
+    ties = codes.get("ties", {}) if isinstance(codes, dict) else {}
+    if not isinstance(ties, dict) or not all(isinstance(source, str) for source in ties.values()):
+        raise ModelError(f"{folder / 'config.json'} has ties that are no names of tensors; download it again")
+    found = {}
+    for target, source in ties.items():
+        stored = source in tensors  # else the files may leave out the first part of what the model calls it
+        own, other = (name if stored else name.partition(".")[2] for name in (target, source))
+        if other not in tensors:
+            raise ModelError(f"{folder} has no tensor {source}, to which config.json ties {target}; download it again")
+        if own not in tensors:
+            found[own] = other
+    return found
+
+
+def opened(file: Path) -> Any:
+    """A safetensors file of which nothing is read yet but the header. Errors: ModelError."""
     try:
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:
@@ -197,7 +228,7 @@ def _open(file: Path) -> Any:
 
 
 def _entries(file: Path) -> dict[str, Entry]:
-    handle, entries = _open(file), {}
+    handle, entries = opened(file), {}
     for name in sorted(handle.keys()):
         stored = handle.get_slice(name)
         if stored.get_dtype() not in DTYPES:
@@ -284,61 +315,6 @@ def sync_folder(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-class Journal:
-    """What a run has finished, one file a block, under the digest of everything that decides the result.
-
-    Another key discards what is there. A file that is cut short, damaged or of another key counts as not done.
-    """
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
-        with writing(folder):
-            stored, made = folder / "key", folder / f"key-{os.getpid()}"
-            if not stored.is_file() or stored.read_text() != key:
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True, exist_ok=True)
-                made.write_text(key)
-                made.replace(stored)
-
-    def get(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished block's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""
-        if not (file := self.file(stage, block)).is_file():
-            return None
-        try:
-            handle = _open(file)
-            metadata = handle.metadata()
-            tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            sound = metadata["key"] == self.key and metadata["sha256"] == tensors_digest(tensors, metadata["facts"])
-        except (ModelError, SafetensorError, OSError, KeyError, TypeError):
-            return None
-        return (tensors, json.loads(metadata["facts"])) if sound else None
-
-    def has(self, stage: str, block: int) -> bool:
-        """Whether a block of a stage is finished and sound; reads the whole file."""
-        return self.get(stage, block) is not None
-
-    def load(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A finished block's tensors and facts. Errors: KeyError where `has` is False."""
-        if (found := self.get(stage, block)) is None:
-            raise KeyError(f"{stage} {block}")
-        return found
-
-    def save(self, stage: str, block: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a finished block, whole or not at all; facts must be JSON values."""
-        with writing(self.folder):
-            shard = Shard(self.folder / f"writing-{os.getpid()}")
-            for name, tensor in sorted(tensors.items()):
-                shard.add(name, tensor)
-            text = json.dumps(dict(facts), sort_keys=True)
-            shard.close({"key": self.key, "facts": text, "sha256": tensors_digest(tensors, text)})
-            shard.file.replace(self.file(stage, block))
-            sync_folder(self.folder)
-
-    def file(self, stage: str, block: int) -> Path:
-        """Where a finished block is."""
-        return self.folder / f"{stage}.{block:05}.safetensors"
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:

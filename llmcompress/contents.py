@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
-from llmcompress.checkpoint import Journal
+from llmcompress.factored import Factored
+from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Recipe, Stage
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, TRAINING_PICTURE, Report
 from llmcompress.report.card import card, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer, training_curves
-from llmcompress.residency import Resident
-from llmcompress.sparse_linear import Sparse
+from llmcompress.residency import Outline, Resident
+from llmcompress.resize import changed
+from llmcompress.stages.basis import Basis
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
 from llmcompress.stages.context import OUTER
 from llmcompress.stages.depth import renumbered
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Cut, Prune
-from llmcompress.stored import Stored
-from llmcompress.widths import SCHEMA, mixed
+from llmcompress.stages.share import Share
+from llmcompress.stages.tie import Tie
+from llmcompress.stored import Layout, Made, Stored
+from llmcompress.widths import SCHEMA
 
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
@@ -40,10 +44,31 @@ class Outcome:
         self.chosen: dict[str, Written] = {}
         self.kept: dict[str, str] = {}
         self.cut = stage.cut(model, journal) if isinstance(stage, Prune) else Cut()
-        if isinstance(stage, Prune | Distill):
+        if isinstance(stage, Prune | Distill | Tie):
             return
         chosen, self.kept = stage.settled(model, journal)
         self.chosen = dict(chosen)
+
+    @property
+    def layouts(self) -> dict[str, Layout]:
+        """How the linears that need our plug-in are written, by full name."""
+        if native_kind(self.chosen, self.model) is not None:
+            return {}
+        return self.model.layouts | {name: layout_of(how) for name, how in self.chosen.items()}
+
+    @property
+    def ties(self) -> dict[str, str]:
+        """Tensors that are others, by their names in the model; those of a tied head apart, which its config tells of."""
+        stage, shapes = self.stage, self.model.matrices()
+        found = stage.ties(self.model, self.journal) if isinstance(stage, Share | Basis) else {}
+        for target, source in self.model.ties.items():
+            linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
+            if linear in self.chosen:  # which is written anew, and is still the other
+                parts = layout_of(self.chosen[linear]).shapes(*shapes[linear])
+                found |= {f"{linear}.{part}": f"{other}.{part}" for part in parts if part != "input_scale"}
+            else:
+                found[target] = source
+        return found
 
     def entries(self) -> Iterator[Entry]:
         """A journal's entry at a time: block by block, the head, and what changed outside."""
@@ -56,10 +81,15 @@ class Outcome:
 
     def _read(self, tensors: Mapping[str, Tensor]) -> Entry:
         linears: dict[str, Stored] = {}
-        parts, shapes = set[str](), self.model.matrices()
-        for name in stored.quantized_linears(tensors):
+        parts, shapes, layouts = set[str](), self.model.matrices(), self.model.layouts
+        ours = [name for name in (self.chosen | layouts) if f"{name}.weight" in tensors]
+        for name in dict.fromkeys([*stored.quantized_linears(tensors), *ours]):
             found = stored.parts_of(name, tensors)
-            linears[name] = self.chosen[name].read(found, shapes[name][1]) if name in self.chosen else stored.read(found)
+            if name in self.chosen:
+                linears[name] = self.chosen[name].read(found, shapes[name][1])
+            else:  # has learned: 4-bit codes come in the native layout, whatever the model's
+                layout = layouts.get(name)
+                linears[name] = stored.read(found, layout if isinstance(layout, Made) else None, shapes[name])
             parts |= {f"{name}.{part}" for part in found}
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
@@ -73,7 +103,9 @@ class Outcome:
             return found
         if isinstance(self.stage, Distill):
             return {}
-        found = {"quantization_config": quantization_of(self.chosen, self.kept, self.model.config)}
+        if isinstance(self.stage, Tie):
+            return {"tie_word_embeddings": True}
+        found = {"quantization_config": quantization_of(self)}
         if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
             found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")
         return found
@@ -84,12 +116,43 @@ class Outcome:
 
     def renamed(self, name: str) -> str | None:
         """The name of a tensor once the stage is done; None where it goes."""
+        if isinstance(self.stage, Tie) and name == f"{self.model.anatomy.head}.weight":
+            return None
         return renumbered(name, self.model.anatomy.layers, self.cut.gone)
 
 
-def native_kind(chosen: Mapping[str, Written], config: PretrainedConfig) -> type[FourBit] | type[Int8] | None:
-    """Which native layout the whole model has, if one; none where layers differ in width, which needs our plug-in anyway."""
-    if mixed(config):
+def left_by(stage: Stage, model: Resident) -> Outline:
+    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
+    config, layouts, ties = model.config, model.layouts, model.ties
+    if isinstance(stage, Prune):
+        config = changed(config, stage.changes(model))
+    elif isinstance(stage, Tie):
+        stage.require_possible(model)
+        config = changed(config, {"tie_word_embeddings": True})
+    elif not isinstance(stage, Distill):
+        chosen: Mapping[str, Written] = stage.choose(model)[0]
+        if native_kind(chosen, model) is None:
+            layouts = layouts | {name: layout_of(how) for name, how in chosen.items()}
+        if isinstance(stage, Share | Basis):
+            ties = ties | stage.ties(model)
+    return Outline(config, model.device, model.dtype, layouts, ties)
+
+
+def fewer(model: Resident) -> int:
+    """By how many parameters what is stored is fewer than the whole weights: what is shared, and what is a product."""
+    found, tied = 0, {name.rpartition(".")[0] for name in model.ties}
+    for name, shape in model.linear_maps():
+        layout = model.layouts.get(name)
+        if isinstance(layout, Factored):
+            found += math.prod(shape) - layout.parameters(shape, common=name not in tied)
+        elif name in tied:
+            found += math.prod(shape)
+    return found
+
+
+def native_kind(chosen: Mapping[str, Written], model: Resident) -> type[FourBit] | type[Int8] | None:
+    """Which native layout the whole model has, if one; none where something else in it needs our plug-in anyway."""
+    if not model.plain:
         return None
     kinds = {type(coding) for coding in chosen.values()}
     for kind in (FourBit, Int8):
@@ -98,22 +161,22 @@ def native_kind(chosen: Mapping[str, Written], config: PretrainedConfig) -> type
     return None
 
 
-def quantization_of(chosen: Mapping[str, Written], kept: Iterable[str], config: PretrainedConfig) -> dict[str, Any]:
-    """config.json's `quantization_config` for a model whose linears are so written."""
-    kind, first = native_kind(chosen, config), next(iter(chosen.values()), None)
+def quantization_of(outcome: Outcome) -> dict[str, Any]:
+    """config.json's `quantization_config` for what a stage left."""
+    kind, first = native_kind(outcome.chosen, outcome.model), next(iter(outcome.chosen.values()), None)
     if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
-        return native.quantization_config(first.format, first.double_quant, first.dtype, list(kept))
+        return native.quantization_config(first.format, first.double_quant, first.dtype, list(outcome.kept))
     if kind is Int8 and isinstance(first, Int8):
-        return integer.int8_config(first.threshold, list(kept))
-    linears: dict[stored.Layout, list[str]] = {}
-    for name, coding in chosen.items():
-        linears.setdefault(layout_of(coding), []).append(name)
-    return plugin.quantization_config(list(linears.items()))
+        return integer.int8_config(first.threshold, list(outcome.kept))
+    linears: dict[Layout, list[str]] = {}
+    for name, layout in outcome.layouts.items():
+        linears.setdefault(layout, []).append(name)
+    return plugin.quantization_config(list(linears.items()), outcome.ties)
 
 
 def layout_of(coding: Written) -> stored.Layout:
     """What config.json says of a linear in a model that needs our plug-in."""
-    if isinstance(coding, Sparse):
+    if isinstance(coding, Made):
         return coding
     if isinstance(coding, Integer):
         return coding.scheme
@@ -133,10 +196,11 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
 
     What a stage made is written under the names that the base has for it, everything else as the base stores it.
     """
-    writer.ties = ties_of(model)
-    native_layout = not model.layouts if model.has_codes else native_kind(outcome.chosen, model.config) is not None
+    layouts, native_kinds = outcome.layouts, native_kind(outcome.chosen, model) is not None
+    native_layout = native_kinds or (model.has_codes and not layouts)
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
+    writer.ties = ties_of(model) | {_key(keys, name): _key(keys, source) for name, source in outcome.ties.items()}
     replaced: set[str] = set()
     for linears, dense in outcome.entries():
         named = {keys[name]: tensor for name, tensor in dense.items()}
@@ -150,6 +214,12 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
         if key not in replaced and (name := outcome.renamed(key)) is not None:
             writer.add({name: model.checkpoint.read(key)})
     return writer.close(model.checkpoint.config | outcome.changes())
+
+
+def _key(keys: Mapping[str, str], name: str) -> str:
+    """What the files call a tensor of a linear."""
+    linear, _, part = name.rpartition(".")
+    return f"{keys[f'{linear}.weight'].removesuffix('.weight')}.{part}"
 
 
 def ties_of(model: OnDisk) -> dict[str, str]:

@@ -90,7 +90,7 @@ class FourBitLinear(StoredLinear):
         self.kernel = ()
         refused = native.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.block)
         if self.weight.device.type != "meta" and refused is None:
-            self.kernel = (native.linear(self.packed(), None, device=self.weight.device),)
+            self.kernel = (self.beside_weight(lambda: native.linear(self.packed(), None, device=self.weight.device)),)
 
     def packed(self) -> native.Packed:
         """The codes and scales. Errors: ModelError where the stored tensors are nonsense."""

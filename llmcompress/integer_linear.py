@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from llmcompress import integer, kernels, native
 from llmcompress.integer import IntegerWeight, Scheme
 
+Made = TypeVar("Made")
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
@@ -40,12 +41,16 @@ class StoredModule(nn.Module):
     """
 
     scheme: Layout
+    exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
 
-    def _store(self, scheme: Layout, rows: int, columns: int, device: torch.device | str | None) -> None:
+    def _store(
+        self, scheme: Layout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
+    ) -> None:
         """Register the parameters; called once, at construction."""
         self.scheme, self.rows, self.columns = scheme, rows, columns
         for name, (shape, stored) in scheme.shapes(rows, columns).items():
-            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=stored, device=device), requires_grad=False))
+            empty = torch.empty(shape, dtype=stored if self.exact else dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def prepare(self) -> None:
         """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
@@ -61,7 +66,7 @@ class StoredModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
         """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
-        exact = self.stored()
+        exact = self.stored() if self.exact else {}
         cast(Any, super())._apply(fn, recurse)
         for name, data in exact.items():
             parameter = getattr(self, name)
@@ -88,12 +93,20 @@ class StoredLinear(StoredModule, nn.Linear):
     ) -> None:
         nn.Module.__init__(self)  # past nn.Linear's, which allocates a float weight
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype or torch.float32
-        self._store(scheme, out_features, in_features, device)
+        self._store(scheme, out_features, in_features, device, dtype)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
         self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
         if self.beside is not None:
             self.register_buffer(self.beside, None, persistent=False)
         cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
+
+    def beside_weight(self, make: Callable[[], Made]) -> Made:
+        """What `make` makes of the weight, once for all linears that have this very weight."""
+        weight: Any = self.weight
+        made_of = weight.device, weight.data_ptr(), weight._version
+        if getattr(weight, "prepared", (None,))[0] != made_of:
+            weight.prepared = made_of, make()
+        return cast(Made, weight.prepared[1])
 
 
 class IntegerLinear(StoredLinear):
@@ -114,7 +127,7 @@ class IntegerLinear(StoredLinear):
         """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there (meta)."""
         self.expanded = None
         if self.scheme.block is not None and self.weight.device.type != "meta":
-            self.expanded = self._expand()
+            self.expanded = self.beside_weight(self._expand)
 
     def _expand(self) -> Tensor:
         codes = integer.unpack(self.weight, self.in_features)

@@ -8,21 +8,33 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import four_bit, integer_embedding, integer_linear, native, plugin, sparse_linear, stored
+from llmcompress import (
+    codebook_linear,
+    factored,
+    four_bit,
+    integer_embedding,
+    integer_linear,
+    native,
+    plugin,
+    sparse_linear,
+    stored,
+)
 from llmcompress.anatomy import anatomy_of
 from llmcompress.chain import done, report_of, require_possible
-from llmcompress.checkpoint import Journal
-from llmcompress.contents import Outcome, native_kind, quantization_of, tensors_of
+from llmcompress.codebook_linear import CodebookWeight
+from llmcompress.contents import Outcome, fewer, tensors_of
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
+from llmcompress.factored import FactoredWeight
 from llmcompress.integer import Int8Weight, IntegerWeight
+from llmcompress.journal import Journal
 from llmcompress.ondisk import no_progress_bar
 from llmcompress.prepare import blocks_for, cache_folder, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
@@ -35,9 +47,10 @@ from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import Int8
 from llmcompress.stages.context import Context, Source
 from llmcompress.stages.prune import Prune
+from llmcompress.stages.tie import Tie
 from llmcompress.stored import Stored
 from llmcompress.walk import Track, logits, untracked
-from llmcompress.widths import build_layers, mixed
+from llmcompress.widths import build_layers
 
 
 def apply(
@@ -62,7 +75,7 @@ def apply(
     require_kin(recipe, model.config, tokenizer)
     blocks = blocks_for(base, recipe.data, tokenizer, recipe.training_tokens)
     chained = _chain(recipe, base, blocks, track)
-    source, left, packed, chosen = chained.source, chained.left, chained.packed, chained.chosen
+    source, left, packed = chained.source, chained.left, chained.packed
     windows = blocks.evaluation
     base_model = Live(model.config, state, where)  # as it was, whatever a stage did to the other
     measured = fidelity(logits(source, windows, track), windows, logits(base_model, windows, track))
@@ -71,14 +84,18 @@ def apply(
         model=name, parameters=parameters(model), size_bytes=_size(state),
         perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
     )  # fmt: skip
-    native_layout = native_kind(chosen, source.config) is not None
-    written = {name: tensors_of(codes, native_layout) for name, codes in packed.items()}
-    smaller = sum(sum(t.nbytes for t in parts.values()) - left[f"{n}.weight"].nbytes for n, parts in written.items())
+    written = {
+        f"{linear}.{part}": tensor
+        for linear, codes in packed.items()
+        for part, tensor in tensors_of(codes, source.plain).items()
+        if f"{linear}.{part}" not in source.ties
+    }
     zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
+    dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in packed}
     after = ModelFacts(
         model=name,
-        parameters=sum(p.numel() for p in source.model.parameters()) - zeros,
-        size_bytes=_size(left) + smaller,
+        parameters=sum(p.numel() for p in source.model.parameters()) - zeros - fewer(source),
+        size_bytes=_size(dense) + sum(tensor.nbytes for tensor in written.values()),
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
     )
@@ -90,9 +107,9 @@ def apply(
     for name, tensor in chained.dense.items():
         model.get_parameter(name).data.copy_(tensor)
     if packed:
-        _install(model, packed, chosen)
-    if packed or mixed(source.config):
-        model.config.quantization_config = quantization_of(chosen, chained.kept, source.config)
+        _install(model, packed, chained)
+    if chained.quantization:
+        model.config.quantization_config = chained.quantization
     return model, report
 
 
@@ -104,7 +121,7 @@ class Chained:
     left: dict[str, torch.Tensor]
     packed: dict[str, Stored] = field(default_factory=dict)
     chosen: dict[str, Written] = field(default_factory=dict)
-    kept: dict[str, str] = field(default_factory=dict)
+    quantization: dict[str, Any] | None = None  # of config.json
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[StageFacts] = field(default_factory=list)
 
@@ -135,12 +152,12 @@ def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
 
 def _take_in(now: Chained, outcome: Outcome) -> None:
     """What a stage made of the model becomes the model."""
-    stage, source = outcome.stage, now.source
-    if outcome.chosen:
-        now.chosen, now.kept = outcome.chosen, outcome.kept
+    source, changes = now.source, outcome.changes()
+    now.chosen = now.chosen | outcome.chosen
+    now.quantization = changes.pop("quantization_config", now.quantization)
     for linears, dense in outcome.entries():
         now.packed, now.dense = now.packed | linears, now.dense | dense
-    config = changed(source.config, stage.changes(source, outcome.cut)) if isinstance(stage, Prune) else source.config
+    config = changed(source.config, changes) if isinstance(outcome.stage, Prune | Tie) else source.config
     named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
     now.left = {name: tensor for name, tensor in named.items() if name is not None}
     if config.tie_word_embeddings:
@@ -151,7 +168,7 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
     for name, codes in now.packed.items():
         weight = stored.dequantize(codes)
         weights[f"{name}.weight"] = weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
-    now.source = Live(config, weights, source.device, quantized=now.packed)
+    now.source = Live(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
     for name, codes in now.packed.items():
         reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
         if reader and inputs:
@@ -175,9 +192,9 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
     return cast(PreTrainedModel, model.train(like.training))
 
 
-def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str, Written]) -> None:
-    """Put the modules that run on the kernels in place of the linears, and of the embedding."""
-    native_layout = native_kind(chosen, model.config) is not None
+def _install(model: PreTrainedModel, packed: dict[str, Stored], chained: Chained) -> None:
+    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared is one tensor."""
+    chosen, native_layout = chained.chosen, chained.source.plain
     for name, codes in packed.items():
         plain, coding = model.get_submodule(name), chosen[name]
         if isinstance(plain, nn.Embedding):
@@ -195,9 +212,15 @@ def _install(model: PreTrainedModel, packed: dict[str, Stored], chosen: dict[str
             module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
         elif isinstance(codes, SparseWeight):
             module = sparse_linear.linear(codes, bias, device=model.device)
+        elif isinstance(codes, FactoredWeight):
+            module = factored.linear(codes, bias, device=model.device)
+        elif isinstance(codes, CodebookWeight):
+            module = codebook_linear.linear(codes, bias, device=model.device)
         else:
             module = integer_linear.linear(codes, bias, device=model.device)
         model.set_submodule(name, module)
+    plugin.declare_ties(model, chained.source.ties)
+    plugin.unite(model, chained.source.ties)
 
 
 def _size(state: Mapping[str, torch.Tensor]) -> int:

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from llmcompress import stored
-from llmcompress.checkpoint import BESIDE, Checkpoint, check_finite
+from llmcompress.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from llmcompress.residency import Resident
 
@@ -43,8 +43,8 @@ class OnDisk(Resident):
         self.quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
         if self.quantization is not None:
             del config.quantization_config
-        super().__init__(config, device, dtype)
-        self.layouts = stored.layouts_of((self.quantization or {}).get("schemes", ()))
+        said = self.quantization or {}
+        super().__init__(config, device, dtype, stored.layouts_of(said.get("schemes", ())), said.get("ties"))
         self.sources = self._sources()
         self._bring_outer()
         self._round_all_inputs()
@@ -65,8 +65,8 @@ class OnDisk(Resident):
 
     @property
     def has_codes(self) -> bool:
-        """Whether any matrix is quantised or sparse; one that was only pruned can ask for our plug-in too."""
-        return bool(stored.quantized_linears(self.checkpoint.tensors))
+        """Whether any matrix is no plain one; a model that was only pruned can ask for our plug-in too."""
+        return bool(self.layouts or stored.quantized_linears(self.checkpoint.tensors))
 
     def with_codes(self, key: str) -> list[str]:
         """A weight's key in the checkpoint, with those of the scales beside it."""
@@ -78,7 +78,7 @@ class OnDisk(Resident):
         target = f"{name}.weight"
         key = self.sources.get(target, [""])[0]
         names = stored.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
-        return self._stored(key, target, names) if len(names) > 1 else None
+        return self._stored(key, target, names) if len(names) > 1 or name in self.layouts else None
 
     def _sources(self) -> dict[str, list[str]]:
         """For each parameter of the skeleton, the keys of the checkpoint that it is made of."""
@@ -88,7 +88,7 @@ class OnDisk(Resident):
         known = self.model.state_dict()
         sources: dict[str, list[str]] = defaultdict(list)
         for key in self.checkpoint.tensors:
-            if ".weight." not in key and not key.endswith(BESIDE):  # scales belong to the weight beside them
+            if ".weight." not in key and not key.endswith((*BESIDE, *FACTORS)):  # scales belong to the weight beside them
                 target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
                 sources[target].append(key)
         return dict(sources)
@@ -111,7 +111,7 @@ class OnDisk(Resident):
     def _read(self, key: str, target: str) -> Tensor:
         """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
         names = stored.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
-        if len(names) < 2:
+        if len(names) < 2 and target.removesuffix(".weight") not in self.layouts:
             tensor = self.checkpoint.read(key)
         else:
             tensor = stored.dequantize(self._stored(key, target, names), self.dtype)

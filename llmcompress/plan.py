@@ -13,20 +13,27 @@ from typing import Any
 
 import torch
 
+from llmcompress.contents import fewer, left_by
+from llmcompress.factored import Factored
 from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
-from llmcompress.resize import changed
 from llmcompress.stages import sublayers
+from llmcompress.stages.basis import Basis
+from llmcompress.stages.cluster import Cluster
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.depth import SAMPLE
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.embedding import apart
 from llmcompress.stages.fisher import tokens_for
+from llmcompress.stages.grouping import NEAR
 from llmcompress.stages.protect import spared
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
+from llmcompress.stages.share import TOKENS, Share
 from llmcompress.stages.sparsify import Sparsify
+from llmcompress.stages.tie import Tie
+from llmcompress.stored import Layout
 from llmcompress.walk import TOKENS_AT_ONCE
 
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
@@ -44,27 +51,34 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     rows: list[Row] = [{"stage": "base", "parameters": _parameters(model), "size_bytes": size, **per_token(model)}]
     notes: list[str] = []
     for step in recipe.stages:
-        if isinstance(step.stage, Prune):
-            row, model, said = _prune(model, step.stage, tokens, rate)
-            notes += said
-        elif isinstance(step.stage, Sparsify):
-            row, said = _sparsify(model, step.stage, tokens, rate)
-            notes += said
-        elif isinstance(step.stage, Distill):
-            if step.stage.student:
-                student = config_of(find_base(step.stage.student, weights=False).folder, base=True)
+        stage, said = step.stage, list[str]()
+        if isinstance(stage, Distill):
+            if stage.student:
+                student = config_of(find_base(stage.student, weights=False).folder, base=True)
                 model = Outline(student, model.device, torch.float32)
                 model.model.tie_weights()
-            row = _distill(model, step.stage, length, rate, rows[-1]["size_bytes"])
+            row = _distill(model, stage, length, rate, rows[-1]["size_bytes"])
         else:
-            row, said = _quantize(model, step.stage, tokens, rate)
-            notes += said
+            left = left_by(stage, model)
+            left.model.tie_weights()
+            if isinstance(stage, Prune):
+                row, said = _prune(model, stage, left, tokens, rate)
+            elif isinstance(stage, Sparsify):
+                row, said = _sparsify(model, stage, tokens, rate)
+            elif isinstance(stage, Quantize):
+                row, said = _quantize(model, stage, tokens, rate)
+            else:
+                row, said = _tie(model, stage, left, tokens, rate)
+            model = left
+        notes += said
         rows.append(row | per_token(model))
     return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
 
 
 def _parameters(model: Outline) -> int:
-    return sum(p.numel() for p in model.model.parameters())
+    """What is stored, tied weights once."""
+    whole = sum(p.numel() for p in model.model.parameters())
+    return whole - fewer(model)
 
 
 def per_token(model: Outline) -> Row:
@@ -72,7 +86,7 @@ def per_token(model: Outline) -> Row:
 
     Operations of attention among tokens are not in it: they grow with the text.
     """
-    weights = sum(R * C for _, (R, C) in model.linear_maps())
+    weights = sum(_multiplied(model.layouts.get(name), shape) for name, shape in model.linear_maps())
     for index, layer in enumerate(model.layers):
         for name in model.anatomy.experts:
             share = model.config.num_experts_per_tok / model.sizes_of(index)["expert"]
@@ -82,11 +96,17 @@ def per_token(model: Outline) -> Row:
     return {"flops_per_token": 2 * weights, "kv_cache_bytes_per_token": cached}
 
 
-def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row, Outline, list[str]]:
-    """The row of a cut, the model that it leaves, and notes in words."""
+def _multiplied(layout: Layout | None, shape: tuple[int, int]) -> int:
+    """Weights that one token is multiplied by; those of a product are two matrices."""
+    whole = math.prod(shape)
+    if not isinstance(layout, Factored):
+        return whole
+    return layout.rank * sum(shape) + (whole if layout.format == "shared" else 0)
+
+
+def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float) -> tuple[Row, list[str]]:
+    """The row of a cut that leaves `left`, and notes in words."""
     cut = stage.cut(model)
-    left = Outline(changed(model.config, stage.changes(model, cut)), model.device, model.dtype)
-    left.model.tie_weights()
     layers, notes = len(model.layers), list[str]()
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
     C = 0
@@ -122,7 +142,52 @@ def _prune(model: Outline, stage: Prune, tokens: int, rate: float) -> tuple[Row,
         "peak_memory_bytes": 4 * floats,
         "seconds": work / rate,
     }
-    return row, left, notes
+    return row, notes
+
+
+def _tie(
+    model: Outline, stage: Tie | Share | Cluster | Basis, left: Outline, tokens: int, rate: float
+) -> tuple[Row, list[str]]:
+    """The row of what is shared, and notes in words."""
+    inner, layers = sum(p.numel() for layer in model.layers for p in layer.parameters()), len(model.layers)
+    D, widest = model.config.hidden_size, max(C for _, (_, C) in model.linear_maps())
+    width, parameters = model.weight_dtype.itemsize, _parameters(left)
+    size, notes, floats = parameters * width, list[str](), 4 * inner // layers + 4 * tokens * D + 6 * widest**2
+    if isinstance(stage, Tie):
+        spoken, work = "embedding and head", (2 * tokens + 12 * SAMPLE) * 2.0 * (inner + model.config.vocab_size * D)
+        floats = 4 * model.config.vocab_size * D + inner // layers + 2 * tokens * D
+    elif isinstance(stage, Share):
+        groups = stage.groups_of(model)
+        spoken = f"{' and '.join(stage.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored"
+        members, searched = max(map(len, groups)), stage.layers in ("auto", "kl")
+        swaps = (layers - (stage.groups or layers)) * layers * min(layers - 1, 2 * NEAR) if searched else 0
+        work = 2.0 * inner * (2 * tokens + 5 * TOKENS) + inner * SAMPLE * swaps
+        work += 6.0 * inner / layers * TOKENS_AT_ONCE * stage.steps * sum(map(len, groups))
+        floats = (members + 5) * inner // layers + 2 * tokens * D
+        notes = ["the run finds the layers that share with least loss; what stands here is for neighbours"] if searched else []
+    else:
+        chosen, kept = stage.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        work = 2.0 * inner * tokens * (7 if isinstance(stage, Basis) and stage.basis > 1 else 5)
+        if isinstance(stage, Cluster):
+            spoken = f"codebook of {stage.codebook}"
+            bits = {name: layout.bits(shapes[name]) for name, layout in stage.choose(model)[0].items()}
+            size = int(
+                _parameters(model) * width - sum(math.prod(shapes[name]) * (8 * width - bits[name]) for name in shapes) / 8
+            )
+            work += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
+        else:
+            spoken, work = f"basis of {stage.basis}", work + sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
+        if kept:
+            notes = [f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})"]
+    row = {
+        "stage": f"tie ({spoken})",
+        "parameters": parameters,
+        "size_bytes": size,
+        "peak_memory_bytes": 4 * floats,
+        "seconds": work / rate,
+    }
+    return row, notes
 
 
 def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
@@ -130,7 +195,7 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     chosen, kept = stage.choose(model)
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
     width, parameters = model.weight_dtype.itemsize, _parameters(model)
-    saved = sum(math.prod(shape) * (8 * width - chosen[name].bits(shape[1])) for name, shape in shapes.items()) / 8
+    saved = sum(math.prod(shape) * (8 * width - chosen[name].bits(shape)) for name, shape in shapes.items()) / 8
     layers, calibrated = len(model.layers), stage.score != "magnitude"
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
     work = 2.0 * inner * tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on

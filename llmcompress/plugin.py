@@ -1,6 +1,7 @@
 """The transformers border: `from_pretrained` learns to load the linears that we quantised or thinned, once this is imported.
 
-config.json says which linear has which scheme, by full name, so that one model can mix them; nothing is guessed from patterns.
+config.json says which linear has which scheme, by full name, so that one model can mix them, and which tensors are one
+(`ties`); nothing is guessed from patterns.
 Before the weights are read each named linear is replaced by the module that stores and runs its scheme, whose parameters are
 the tensors of the file: loading, saving, offloading and sharding are transformers' own. An embedding can be among them, and a
 head tied to it, which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,7 +26,9 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.anatomy import anatomy_of
+from llmcompress.codebook_linear import Codebook, CodebookLinear
 from llmcompress.errors import ModelError
+from llmcompress.factored import Factored, FactoredLinear
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
@@ -34,24 +38,40 @@ from llmcompress.stored import Layout, layouts_of
 from llmcompress.widths import build_layers
 
 METHOD = "llmcompress"
-MODULES: dict[type[Layout], Any] = {Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear}
+MODULES: dict[type[Layout], Any] = {
+    **{Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear},
+    **{Factored: FactoredLinear, Codebook: CodebookLinear},
+}
 
 
-def quantization_config(schemes: Sequence[tuple[Layout, Sequence[str]]]) -> dict[str, Any]:
-    """config.json's `quantization_config`: each scheme with the full names of its linears. Errors: ModelError."""
-    return CompressedConfig([{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]).to_dict()
+def quantization_config(
+    schemes: Sequence[tuple[Layout, Sequence[str]]], ties: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors: ModelError."""
+    entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
+    return CompressedConfig(entries, ties).to_dict()
 
 
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`. Errors: ModelError."""
+    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors: ModelError."""
 
-    def __init__(self, schemes: Sequence[Mapping[str, Any]] = (), quant_method: str = METHOD, **unknown: Any) -> None:
+    ties: Mapping[str, str] = {}  # tensor -> the one that it is
+
+    def __init__(
+        self,
+        schemes: Sequence[Mapping[str, Any]] = (),
+        ties: Mapping[str, str] | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
         if unknown:
             raise ModelError(
                 f"config.json's quantization_config has {sorted(unknown)}, which this llmcompress doesn't know: update it"
             )
         self.quant_method = cast(Any, quant_method)
         self.schemes = [dict(entry) for entry in schemes]
+        if ties:
+            self.ties = dict(ties)
         self.assigned()
 
     def assigned(self) -> dict[str, Layout]:
@@ -74,6 +94,7 @@ class Quantizer(HfQuantizer):
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):
             model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
+        declare_ties(model, _known(model, self.quantization_config.ties))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name, module in _ours(model):
@@ -94,8 +115,9 @@ class Quantizer(HfQuantizer):
             if any(parameter.device.type == "meta" for parameter in module.parameters()):
                 raise ModelError(f"the weights of {name} are offloaded; load the model in memory to dequantise it")
             model.set_submodule(name, _plain(module, target or torch.float32))
-        for ties in (model._tied_weights_keys or {}, model.all_tied_weights_keys):  # a plain head has no scales to tie
-            for part in [part for part in ties if part.endswith(".weight_scale")]:
+        own = _known(model, self.quantization_config.ties)  # a plain model can't say that layers share
+        for ties in (model._tied_weights_keys or {}, model.all_tied_weights_keys):
+            for part in [part for part in ties if part in own or part.endswith(".weight_scale")]:
                 del ties[part]
         model.tie_weights(recompute_mapping=False)
         return model
@@ -126,6 +148,44 @@ class Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
+    """Have loading, saving, moving and `tie_weights()` take tensors for the ones that they are, by their names in the model.
+
+    Errors: ModelError where the model has no such tensors, or not of one shape.
+    """
+    if not ties:
+        return
+    known = dict(model.named_parameters(remove_duplicate=False))
+    for target, source in ties.items():
+        if lost := [name for name in (target, source) if name not in known]:
+            raise ModelError(f"config.json ties {target} to {source}, and the model has no {lost[0]}; the config is of another")
+        if known[target].shape != known[source].shape:
+            raise ModelError(
+                f"config.json ties {target} {tuple(known[target].shape)} to {source} {tuple(known[source].shape)}; they "
+                "can't be one"
+            )
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+    model.all_tied_weights_keys.update(ties)
+    cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
+
+
+def unite(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
+    """Have tied tensors of a model in memory be one, with what modules keep beside them."""
+    for target, source in ties.items():
+        owner, _, part = target.rpartition(".")
+        setattr(model.get_submodule(owner), part, model.get_parameter(source))
+    for owner in {target.rpartition(".")[0] for target in ties}:
+        module = model.get_submodule(owner)
+        if isinstance(module, StoredModule):
+            module.prepare()
+
+
+def _adjust_bias(model: PreTrainedModel, module: nn.Module, source: Tensor) -> None:
+    """What transformers does to the bias of a tied head, but not of linears whose weight has the shape of the disk."""
+    if not isinstance(module, StoredModule):
+        cast(Any, type(model))._adjust_bias(model, module, source)
 
 
 def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None) -> None:
@@ -167,6 +227,15 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, Layout], dtyp
         set_embedding(model, name, embedding, heads[0] if heads else None)
         done |= {name, *heads}
     return done
+
+
+def _known(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
+    """The ties by the names that the tensors have in this model, as `_resolved`."""
+    prefix = f"{model.base_model_prefix}."
+    shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
+    return (
+        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()} if shorter else dict(ties)
+    )
 
 
 def _marked(module: Any) -> Any:
@@ -214,7 +283,7 @@ def _check_types(name: str, module: StoredModule) -> None:
     """The loader compares shapes alone. Errors: ModelError."""
     expected = module.scheme.shapes(module.rows, module.columns)
     for part, tensor in module.stored().items():
-        if tensor.dtype != expected[part][1]:
+        if tensor.dtype != expected[part][1] and (module.exact or not tensor.is_floating_point()):
             raise ModelError(
                 f"{name}.{part} is {tensor.dtype} in the checkpoint, not {expected[part][1]}; take it again from its source"
             )

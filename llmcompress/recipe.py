@@ -18,12 +18,16 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, Validatio
 
 from llmcompress.data import DataSpec
 from llmcompress.errors import RecipeError
+from llmcompress.stages.basis import Basis
+from llmcompress.stages.cluster import Cluster
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.formats import Override
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
+from llmcompress.stages.share import Share
 from llmcompress.stages.smooth import Smooth
 from llmcompress.stages.sparsify import Sparsify
+from llmcompress.stages.tie import Tie
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -31,7 +35,7 @@ if TYPE_CHECKING:
     from llmcompress.report import Report
 
 LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
-Stage = Prune | Sparsify | Distill | Quantize
+Stage = Prune | Sparsify | Tie | Share | Cluster | Basis | Distill | Quantize
 SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
 SHORT.maxlevel = 2
 
@@ -76,12 +80,34 @@ AXIS, PATTERN = "<axis>", "<pattern>"  # in the place of an error they are no ke
 Pruning = Annotated[Annotated[Prune, Tag(AXIS)] | Annotated[Sparsify, Tag(PATTERN)], Discriminator(_prune_by)]
 
 
+def _tie_by(entry: Any) -> str:
+    """Which schema of `tie` an entry is meant for, by the key that only that one has."""
+    if not isinstance(entry, dict):
+        return next((tag for tag, schema in TIES.items() if isinstance(entry, schema)), "<weights>")
+    for key, tag in TIE_KEYS.items():
+        if key in entry or difflib.get_close_matches(key, [k for k in entry if isinstance(k, str)], n=1, cutoff=0.8):
+            return tag
+    return "<weights>"
+
+
+TIES: dict[str, Any] = {"<weights>": Tie, "<layers>": Share, "<codebook>": Cluster, "<basis>": Basis}
+TIE_KEYS = {"weights": "<weights>", "codebook": "<codebook>", "basis": "<basis>", "layers": "<layers>", "pairs": "<layers>"}
+Tying = Annotated[
+    Annotated[Tie, Tag("<weights>")]
+    | Annotated[Share, Tag("<layers>")]
+    | Annotated[Cluster, Tag("<codebook>")]
+    | Annotated[Basis, Tag("<basis>")],
+    Discriminator(_tie_by),
+]
+
+
 class Step(BaseModel):
     """One entry of `stages`: the name of a stage and its settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prune: Pruning | None = None
+    tie: Tying | None = None
     distill: Distill | None = None
     quantize: Quantize | None = None
 
@@ -109,7 +135,7 @@ class Step(BaseModel):
     @property
     def stage(self) -> Stage:
         """The stage itself."""
-        stage = self.prune or self.distill or self.quantize
+        stage = self.prune or self.tie or self.distill or self.quantize
         assert stage is not None
         return stage
 
@@ -132,19 +158,37 @@ class Recipe(BaseModel):
 
     @model_validator(mode="after")
     def _stages_can_follow_each_other(self) -> Recipe:
-        quantized = False
+        quantized = shared = False
+        coded: Cluster | None = None
         for number, step in enumerate(self.stages):
             lesson = step.distill
+            if shared and step.prune:
+                raise ValueError("prune comes before tie: weights that are shared, products or codes can't be cut any more")
+            healed = any(before.distill for before in self.stages[:number])
+            if healed and isinstance(step.tie, Tie | Share | Basis) and not any(s.distill for s in self.stages[number:]):
+                raise ValueError("distill heals what comes before it, and tie comes after the last one; put distill after tie")
+            if (
+                coded
+                and step.quantize
+                and coded.skip == ()
+                and (step.quantize.head, step.quantize.embedding) == ("keep", "keep")
+            ):
+                raise ValueError(
+                    "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave "
+                    "one"
+                )
             if quantized and (lesson is None or lesson.train == "lora"):
                 raise ValueError(
                     "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
                     "nothing, or distill with train: scales, norms or all"
                 )
-            if lesson and lesson.train == "scales" and not quantized:
-                raise ValueError("train: scales is for what quantize left; put quantize before it")
+            if lesson and lesson.train == "scales" and not (quantized or coded):
+                raise ValueError("train: scales is for what quantize or a codebook left; put one of them before it")
             if lesson and lesson.student and number:
                 raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
             quantized = quantized or step.quantize is not None
+            coded = step.tie if isinstance(step.tie, Cluster) else coded
+            shared = shared or isinstance(step.tie, Share | Cluster | Basis)
         for step, after in zip(self.stages, self.stages[1:], strict=False):
             if isinstance(step.prune, Sparsify):
                 why = "rounding would move its zeros" if after.quantize else "its zeros are stored by place"
@@ -246,9 +290,9 @@ def _explain(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{message}{shown}"
 
 
-KINDS = ("literal[", "constrained-", AXIS, PATTERN)  # what pydantic puts into a place beside the keys
+KINDS = ("literal[", "constrained-", AXIS, PATTERN, *TIES)  # what pydantic puts into a place beside the keys
 KEYS = {"data": DataSpec, "accept": Accept, AXIS: Prune, PATTERN: Sparsify, "quantize": Quantize, "smooth": Smooth}
-KEYS["distill"] = Distill
+KEYS |= {"distill": Distill, **TIES}
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:

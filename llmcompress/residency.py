@@ -29,10 +29,11 @@ from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import check_finite, tensors_digest
 from llmcompress.errors import ModelError
+from llmcompress.factored import Factored
 from llmcompress.family import Anatomy
 from llmcompress.rotate import Rotation
-from llmcompress.stored import Stored
-from llmcompress.widths import build_layers, config_of_layer
+from llmcompress.stored import Layout, Stored
+from llmcompress.widths import build_layers, config_of_layer, mixed
 
 TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
 
@@ -40,8 +41,17 @@ TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed
 class Resident(ABC):
     """A causal language model of which one decoder block at a time is in memory."""
 
-    def __init__(self, config: PretrainedConfig, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        layouts: Mapping[str, Layout] | None = None,
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
+        self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
+        self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
         with init_empty_weights(include_buffers=False):
             self.model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
@@ -64,6 +74,17 @@ class Resident(ABC):
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
         self._check(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+
+    @property
+    def plain(self) -> bool:
+        """Whether transformers loads the model without our plug-in, but for codes in a native layout."""
+        return not (mixed(self.config) or self.layouts or self.ties)
+
+    @property
+    def twins(self) -> dict[str, str]:
+        """The linears that are wholly another's weight, by full name: shared, and nothing added."""
+        linears = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()}
+        return {name: source for name, source in linears.items() if self.layouts.get(name) == Factored("shared")}
 
     def block_name(self, index: int) -> str:
         """`model.layers.3`."""
@@ -188,7 +209,7 @@ class Resident(ABC):
 
 
 class Outline(Resident):
-    """A model known by its config alone: shapes and names, no weights."""
+    """A model known by its config alone: shapes, names, what is shared, no weights."""
 
     @property
     def where(self) -> str:
@@ -219,8 +240,10 @@ class Live(Resident):
         device: torch.device,
         dtype: torch.dtype = torch.float32,
         quantized: Mapping[str, Stored] | None = None,
+        layouts: Mapping[str, Layout] | None = None,
+        ties: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(config, device, dtype)
+        super().__init__(config, device, dtype, layouts, ties)
         self.source, self.quantized = source, dict(quantized or {})
         self._bring_outer()
 

@@ -23,10 +23,11 @@ import torch
 from llmcompress import processes
 from llmcompress.artifact import Writer, journal_folder, partial_folder
 from llmcompress.chain import done, report_of, require_possible
-from llmcompress.checkpoint import Checkpoint, Journal
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.contents import Outcome, companions, write_weights
 from llmcompress.data import Blocks
 from llmcompress.evaluate import speed_of
+from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import (
     Base,

@@ -80,9 +80,9 @@ class Sparse:
         n, m = map(int, self.pattern.split(":"))
         return int(nn.functional.pad(mask_RC, (0, -C % m)).unflatten(1, (-1, m)).sum(-1).max()) <= n
 
-    def bits(self, columns: int) -> float:
-        """Bits a weight on disk, zeros and their mask included."""
-        return 8 * (DTYPES[self.dtype].itemsize * self.kept(columns) + -(-columns // 8)) / columns
+    def bits(self, shape: tuple[int, int]) -> float:
+        """Bits a weight on disk of a linear [R, C], zeros and their mask included."""
+        return 8 * (DTYPES[self.dtype].itemsize * self.kept(shape[1]) + -(-shape[1] // 8)) / shape[1]
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] is not stored so, or None."""

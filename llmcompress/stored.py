@@ -1,6 +1,7 @@
-"""One quantised or sparse linear as it lies in a checkpoint, whatever its format: found, read, written, what it computes.
+"""One linear as it lies in a checkpoint, whatever its format: found, read, written, what it computes.
 
-Formats differ in their tensors (`native`, `integer`, `sparse_linear`) and in whether the kernel rounds what the linear reads.
+Formats differ in their tensors (`native`, `integer`, `sparse_linear`, `factored`, `codebook_linear`) and in whether the kernel
+rounds what the linear reads.
 Whoever reads a checkpoint or a journal asks here and need not know which it is.
 """
 
@@ -12,35 +13,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from llmcompress import four_bit, integer, native, sparse_linear
+from llmcompress import codebook_linear, factored, four_bit, integer, native, sparse_linear
 from llmcompress.block import Inputs
-from llmcompress.checkpoint import BESIDE
+from llmcompress.checkpoint import BESIDE, FACTORS
+from llmcompress.codebook_linear import Codebook, CodebookWeight
 from llmcompress.errors import ModelError
+from llmcompress.factored import Factored, FactoredWeight
 from llmcompress.four_bit import FourBit
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.activations import round_but_outliers, round_static, round_tokens
 from llmcompress.sparse_linear import Sparse, SparseWeight
 
-Stored = native.Packed | Int8Weight | IntegerWeight | SparseWeight
-Layout = Scheme | FourBit | Sparse  # of a linear in a model that needs our plug-in, as config.json has it
-KINDS: dict[Any, type[Layout]] = {"nf4": FourBit, "fp4": FourBit, "sparse": Sparse}  # by format; every other is a Scheme
+Stored = native.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+Made = Sparse | Factored | Codebook  # the layouts that are not of quantised linears
+Layout = Scheme | FourBit | Made  # of a linear in a model that needs our plug-in, as config.json has it
+KINDS: dict[Any, type[Layout]] = {  # by format; every other is a Scheme
+    **{"nf4": FourBit, "fp4": FourBit, "sparse": Sparse},
+    **{"shared": Factored, "basis": Factored, "codebook": Codebook},
+}
 MARKS = (
     ".weight.absmax",
     ".SCB",
     ".weight_scale",
     ".weight_absmax",
     ".weight_mask",
+    ".weight_right",
+    ".weight_levels",
 )  # a linear with one of these is no plain one
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
-    """The quantised or sparse linears among the tensors of a checkpoint, by full name, in the order of their tensors."""
+    """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared has no mark."""
     return [name.removesuffix(mark) for name in names for mark in MARKS if name.endswith(mark)]
 
 
 def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
-    beside = {name: tensors[f"{linear}.{name}"] for name in ("weight", *BESIDE) if f"{linear}.{name}" in tensors}
+    beside = {name: tensors[f"{linear}.{name}"] for name in ("weight", *BESIDE, *FACTORS) if f"{linear}.{name}" in tensors}
     return native.parts_of(linear, tensors) if f"{linear}.weight.absmax" in tensors else beside
 
 
@@ -55,6 +64,12 @@ def read(parts: Mapping[str, Tensor], layout: Layout | None = None, shape: tuple
     if isinstance(layout, Sparse):
         assert shape is not None
         return sparse_linear.read(parts, layout, *shape)
+    if isinstance(layout, Factored):
+        assert shape is not None
+        return factored.read(parts, layout, *shape)
+    if isinstance(layout, Codebook):
+        assert shape is not None
+        return codebook_linear.read(parts, layout, *shape)
     if layout is not None:
         return integer.read(parts, layout, shape[1] if shape else None)
     return Int8Weight.read(parts) if "SCB" in parts else native.unpack(parts)
@@ -98,7 +113,7 @@ def int8_inputs(threshold: float) -> Inputs:
 
 def layout_inputs(layout: Layout, input_scale: Tensor | float | None) -> Inputs | None:
     """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
-    if isinstance(layout, FourBit | Sparse) or layout.activations == "none":
+    if not isinstance(layout, Scheme) or layout.activations == "none":
         return None
     bits = layout.activation_bits
     return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))

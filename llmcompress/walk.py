@@ -12,11 +12,11 @@ of layers does not matter. Where the blocks come from is the business of `reside
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +32,9 @@ from llmcompress.residency import Resident
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a block, or a linear of it
+Key = TypeVar("Key", bound=Hashable)
+Edit = Callable[[Block], Mapping[str, Tensor]]  # a block in memory -> the parameters that it is to run with in place of its own
+Edits = Mapping[int, Edit | None]  # by block; None: it is passed over
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
 
 
@@ -120,29 +123,74 @@ def _block(
     return Block(index, resident.block_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
 
 
+@contextmanager
+def together(resident: Resident, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[Block]]:
+    """Several blocks in memory at once, with the states of `windows` that enter each of them."""
+    _, arguments = enter(resident, batches_of(windows))
+    with ExitStack() as stack:
+        modules = {index: stack.enter_context(resident.block(index)) for index in entering}
+        yield [_block(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
+
+
 @torch.no_grad()
+def variants(
+    resident: Resident, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
+) -> dict[Key | None, list[Tensor]]:
+    """The states that leave the last block under each set of edits on top of those of `base`, and under None with these alone.
+
+    One pass: each block runs once for every set that began before it or begins there.
+    """
+    inputs, arguments = enter(resident, batches_of(windows))
+    base = base or {}
+    streams: dict[Key | None, list[Tensor]] = {None: inputs}
+    starts = {key: min(own) for key, own in edits.items()}
+    for index in range(len(resident.layers)):
+        entered = streams[None]
+        streams |= {key: entered for key, start in starts.items() if start == index}
+        wanted = {key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is)) for key in streams}
+        if all(edit is None for edit in wanted.values()):
+            continue
+        with resident.block(index) as module:
+            block = _block(resident, index, module, arguments, [], [])
+            changed = {edit: edit(block) for edit in wanted.values() if edit is not None}
+            for key, edit in wanted.items():
+                if edit is not None:
+                    streams[key] = [block.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
+    return streams
+
+
+def _as_it_is(block: Block) -> dict[str, Tensor]:
+    return {}
+
+
 def without_each(
     resident: Resident, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
 ) -> dict[Part | None, list[Tensor]]:
     """The states that leave the last block without each of the candidates, and under None with all of them.
 
     A part is a block, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
-    out by all. One pass: each block runs once for every earlier candidate, and for its own.
+    out by all.
     """
-    inputs, arguments = enter(resident, batches_of(windows))
-    streams: dict[Part | None, list[Tensor]] = {None: inputs}
-    for index in [index for index in range(len(resident.layers)) if (index, None) not in gone]:
-        with resident.block(index) as module:
-            block = _block(resident, index, module, arguments, [], [])
-            names = {part: f"{part[1]}.weight" for part in (*candidates, *gone) if part[0] == index and part[1]}
-            zeros = {part: {name: torch.zeros_like(module.get_parameter(name))} for part, name in names.items()}
-            all_gone = {name: zero for part in zeros if part in gone for name, zero in zeros[part].items()}
-            entered = streams[None]
-            streams = {other: [block.run(x, all_gone).cpu() for x in states] for other, states in streams.items()}
-            for part in [part for part in candidates if part[0] == index and part not in gone]:
-                out = part[1] is None
-                streams[part] = entered if out else [block.run(x, all_gone | zeros[part]).cpu() for x in entered]
-    return streams
+
+    def without(index: int, linears: Collection[str | None]) -> Edit | None:
+        if None in linears:
+            return None
+        names = [f"{linear}.weight" for linear in linears]
+        return lambda block: {name: torch.zeros_like(block.module.get_parameter(name)) for name in names}
+
+    lost: dict[int, list[str | None]] = {}
+    for index, linear in gone:
+        lost.setdefault(index, []).append(linear)
+    base = {index: without(index, linears) for index, linears in lost.items()}
+    left = [part for part in candidates if part not in gone and None not in lost.get(part[0], [])]
+    edits = {part: {part[0]: without(part[0], [part[1], *lost.get(part[0], [])])} for part in left}
+    return variants(resident, windows, edits, base)
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """KL in nats a token of scores [B, L, V] from those expected, in the mean."""
+    wanted, had = expected.float().log_softmax(-1), found.float().log_softmax(-1)
+    return float((wanted.exp() * (wanted - had)).sum(-1).mean())
 
 
 def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:
@@ -174,8 +222,12 @@ def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
     return W_RC, moments
 
 
-def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int) -> Iterator[tuple[int, Tensor]]:
+def output_fisher(
+    resident: Resident, windows: Tensor, scratch: Path, seed: int, *, first: bool = False
+) -> Iterator[tuple[int, Tensor]]:
     """For each block, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
+
+    With `first`, at last -1 and that of the states that enter the first block.
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
     the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels.
@@ -185,7 +237,7 @@ def output_fisher(resident: Resident, windows: Tensor, scratch: Path, seed: int)
     def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
         return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
 
-    for index, grads, _ in gradients(resident, windows, scratch, drawn):
+    for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first):
         found = Moments(grads[0].shape[-1], resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
@@ -203,12 +255,19 @@ def following(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 def gradients(
-    resident: Resident, windows: Tensor, scratch: Path, labels: Callable[[Tensor, Tensor], Tensor], watched: Sequence[str] = ()
+    resident: Resident,
+    windows: Tensor,
+    scratch: Path,
+    labels: Callable[[Tensor, Tensor], Tensor],
+    watched: Sequence[str] = (),
+    *,
+    first: bool = False,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
     """For each block, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
 
     They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
-    change of sign. `watched` are parameters by their names in the block.
+    change of sign. `watched` are parameters by their names in the block. With `first`, at last -1 and the gradients of the
+    states that enter the first block.
 
     The pass back goes block by block as the pass forward does; the states in between wait in the folder `scratch`.
     """
@@ -228,10 +287,13 @@ def gradients(
     (scratch / f"states-{last.index}.safetensors").unlink()
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
-        entering = _back(resident, index, arguments, scratch, grads, watched, found) if index or watched else []
+        on = bool(index or watched or first)
+        entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
         yield index, grads, found
         grads = entering
         (scratch / f"states-{index}.safetensors").unlink()
+    if first:
+        yield -1, grads, {}
 
 
 def _back(

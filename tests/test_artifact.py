@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress import native
 from llmcompress.artifact import Writer, partial_folder, require_space
-from llmcompress.checkpoint import Checkpoint, Journal
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import OutputError
+from llmcompress.journal import Journal
 from tests.models import pico
 
 SMALL = {
@@ -203,7 +204,7 @@ import sys
 from pathlib import Path
 import torch
 from llmcompress.artifact import Writer, partial_folder
-from llmcompress.checkpoint import Journal
+from llmcompress.journal import Journal
 out, base = sys.argv[1:]
 Journal(partial_folder(out) / "journal", "key").save("quantize", 0, {"w": torch.ones(3)}, {})
 writer = Writer(out, base, size_bytes=1, shard_bytes=3_000_000, overwrite=True)

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmcompress import native
-from llmcompress.checkpoint import CODES, Checkpoint, Journal, Shard, check_finite
-from llmcompress.errors import CompressError, ModelError, OutputError
+from llmcompress.checkpoint import CODES, Checkpoint, Shard, check_finite
+from llmcompress.errors import ModelError
 from tests.models import pico
 
 
@@ -188,49 +188,3 @@ def test_a_shard_reads_back_through_safetensors(tmp_path: Path, backend: str) ->
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
         assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
-
-
-def test_a_journal_returns_what_was_saved_also_to_the_next_run(tmp_path: Path) -> None:
-    tensors = some_tensors()
-    Journal(tmp_path / "journal", "key").save("quantize", 3, tensors, {"error": 0.25, "kept": ["a"]})
-    journal = Journal(tmp_path / "journal", "key")
-    assert journal.has("quantize", 3)
-    assert not journal.has("quantize", 4)
-    assert not journal.has("prune", 3)
-    found, facts = journal.load("quantize", 3)
-    assert facts == {"error": 0.25, "kept": ["a"]}
-    assert found.keys() == tensors.keys()
-    assert all(torch.equal(found[name].float(), tensors[name].float()) for name in tensors)
-    with pytest.raises(KeyError):
-        journal.load("quantize", 4)
-
-
-def test_a_journal_of_another_run_is_discarded(tmp_path: Path) -> None:
-    Journal(tmp_path / "journal", "one").save("quantize", 0, some_tensors(), {})
-    assert not Journal(tmp_path / "journal", "two").has("quantize", 0)
-    assert not Journal(tmp_path / "journal", "one").has("quantize", 0)
-
-
-def test_a_block_file_cut_anywhere_or_changed_anywhere_is_not_done(tmp_path: Path) -> None:
-    journal = Journal(tmp_path / "journal", "key")
-    journal.save("quantize", 0, {"w": torch.randn(20, 20)}, {"error": 1.0})
-    file = next((tmp_path / "journal").glob("*.safetensors"))
-    sound = file.read_bytes()
-    for size in (0, 3, 8, 100, len(sound) // 2, len(sound) - 1):
-        file.write_bytes(sound[:size])
-        assert not journal.has("quantize", 0)
-    for place in range(0, len(sound), 37):
-        file.write_bytes(sound[:place] + bytes([sound[place] ^ 1]) + sound[place + 1 :])
-        if journal.has("quantize", 0):  # then the change was one of white space
-            assert sound[place : place + 1] == b" "
-    file.write_bytes(sound)
-    assert journal.has("quantize", 0)
-    journal.save("quantize", 0, {"w": torch.zeros(2)}, {})
-    assert torch.equal(journal.load("quantize", 0)[0]["w"], torch.zeros(2))
-
-
-def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(OutputError, match="can't write") as caught:
-        Journal(tmp_path / "file" / "journal", "key")
-    assert isinstance(caught.value, CompressError)

@@ -17,23 +17,24 @@ LAYERS = (
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "hub", "report", "triton_kernels"),
-    ("integer", "kernels"),
-    ("integer_linear",),
-    ("four_bit", "integer_embedding", "sparse_linear"),
+    ("integer", "kernels", "journal"),
+    ("integer_linear", "lookup"),
+    ("four_bit", "integer_embedding", "sparse_linear", "factored", "codebook_linear"),
     ("stored",),
     ("plugin", "resave", "artifact", "residency", "resize"),
     ("ondisk", "walk"),
     ("stages.context", "stages.coding"),
-    ("stages.formats", "stages.trial", "stages.choice", "stages.fisher", "stages.units", "stages.budget"),
+    ("stages.formats", "stages.trial", "stages.choice", "stages.fisher", "stages.units", "stages.budget", "stages.making"),
     ("stages.rounding", "stages.smooth", "stages.protect", "stages.embedding"),
     ("stages.depth", "stages.experts", "stages.hidden"),
-    ("stages.allocation",),
+    ("stages.allocation", "stages.grouping"),
     ("stages.sublayers",),
     ("stages.student",),
     ("stages.teacher", "stages.lesson"),
     ("stages.matching",),
     ("stages.training",),
     ("stages.quantize", "stages.prune", "stages.sparsify", "stages.distill"),
+    ("stages.tie", "stages.share", "stages.cluster", "stages.basis"),
     ("recipe",),
     ("prepare", "contents"),
     ("evaluate", "plan"),
@@ -108,7 +109,7 @@ def test_every_place_in_the_list_is_taken() -> None:
 
 
 def test_methods_see_torch_and_each_other() -> None:
-    allowed = {"__future__", "collections", "dataclasses", "functools", "math", "typing", "torch"}
+    allowed = {"__future__", "collections", "dataclasses", "functools", "itertools", "math", "typing", "torch"}
     for module in (name for name in MODULES if name.startswith("methods")):
         found = set(imports(ast.parse(MODULES[module].read_text())))
         outside = {name.partition(".")[0] for name in found if not name.startswith("llmcompress.methods")}

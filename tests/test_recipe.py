@@ -76,8 +76,8 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
     [
         ("[quantise]", '"quantise" is no stage; did you mean quantize?'),
         ("[{quantise: {block: 64}}]", '"quantise" is no stage; did you mean quantize?'),
-        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, distill, quantize'),
-        ("[{}]", "an entry is one stage, this one has nothing; use one of prune, distill, quantize"),
+        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, tie, distill, quantize'),
+        ("[{}]", "an entry is one stage, this one has nothing; use one of prune, tie, distill, quantize"),
         ("[]", "stages"),
         ("quantize", "stages"),
         ("[3]", "stages.0"),

@@ -20,7 +20,8 @@ from llmcompress.ondisk import OnDisk
 from llmcompress.residency import Live, Outline
 from llmcompress.resize import changed, resized
 from llmcompress.rotate import Rotation
-from llmcompress.stages.student import FACTOR, Student, Train, still, whole
+from llmcompress.stages.making import Scaled
+from llmcompress.stages.student import Student, Train, still, whole
 from llmcompress.walk import logits as streamed
 from llmcompress.widths import build_layers
 from tests.artefacts import CPU
@@ -32,6 +33,13 @@ EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FA
 CODED = ("llama", "gpt2", "opt", "qwen3_moe")  # plain linears, Conv1D, biases everywhere, experts that stay plain
 FORMATS: tuple[tuple[native.Format, bool], ...] = (("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True))
 CODINGS = [("llama", *coding) for coding in FORMATS] + [(family, *coding) for family in CODED[1:] for coding in FORMATS[:2]]
+
+FACTOR = "parametrizations.weight.original"  # where torch keeps what a parametrised weight is made of
+
+
+def packed_of(student: Student) -> dict[str, native.Packed]:
+    """The codes whose scales learn, by linear."""
+    return {name: making.packed for name, making in student.makings.items() if isinstance(making, Scaled)}
 
 
 def live(model: PreTrainedModel) -> Live:
@@ -251,9 +259,9 @@ def test_what_was_learned_has_the_type_that_the_model_is_stored_in(train: Train)
     assert {parameter.dtype for parameter in student.model.parameters()} == {torch.float32}
     move(student)
     learned = student.learned(state(student))
-    plain = {name: tensor for name, tensor in learned.items() if name.rpartition(".")[0] not in student.packed}
+    plain = {name: tensor for name, tensor in learned.items() if name.rpartition(".")[0] not in packed_of(student)}
     assert plain and {t.dtype for name, t in plain.items() if ".weight." not in name} == {torch.bfloat16}
-    for name in student.packed:
+    for name in packed_of(student):
         assert cast(native.Packed, stored.read(stored.parts_of(name, learned))).dtype is torch.bfloat16
 
 
@@ -295,8 +303,8 @@ def weight_of(student: Student, name: str) -> Tensor:
 def test_factors_of_one_leave_the_weights_as_the_codes_say(family: str, format: native.Format, double_quant: bool) -> None:
     resident = coded(family, format, double_quant, dtype=torch.bfloat16 if family == "opt" else torch.float32)
     student = Student(resident, "scales", rank=16, seed=0)
-    assert set(student.packed) == set(resident.quantized) and len(student.packed) >= 8
-    for name, packed in student.packed.items():
+    assert set(packed_of(student)) == set(resident.quantized) and len(packed_of(student)) >= 8
+    for name, packed in packed_of(student).items():
         assert torch.equal(weight_of(student, name), native.dequantize(packed, torch.float32)), name
     assert torch.equal(logits(student.model), logits(whole(resident)))
 
@@ -306,7 +314,7 @@ def test_scales_that_did_not_learn_are_written_as_they_were(format: native.Forma
     resident = coded("llama", format, double_quant)
     student = Student(resident, "scales", rank=16, seed=0)
     learned = student.learned(state(student))
-    for name, packed in student.packed.items():
+    for name, packed in packed_of(student).items():
         found = stored.parts_of(name, learned)
         assert all(torch.equal(found[part], tensor) for part, tensor in stored.tensors_of(packed).items()), name
 
@@ -319,7 +327,7 @@ def test_scales_norms_and_biases_learn_and_nothing_else(family: str) -> None:
     biases = {name for name, _ in model.named_parameters() if name.endswith(".bias")}
     student = Student(resident, "scales", rank=16, seed=0)
     assert set(student.learning) == gains | biases | {f"{name}.{FACTOR}" for name in resident.quantized}
-    for name, packed in student.packed.items():
+    for name, packed in packed_of(student).items():
         assert student.model.get_parameter(f"{name}.{FACTOR}").shape == packed.absmax_RG.shape
 
 
@@ -332,7 +340,7 @@ def test_the_gradient_of_a_factor_is_that_of_a_plain_model_summed_over_its_block
     (student.model(IDS).logits * upstream).sum().backward()
     plain = again(resident, student.learned(state(student))).double().requires_grad_()
     (plain(IDS).logits * upstream.double()).sum().backward()
-    for name, packed in student.packed.items():
+    for name, packed in packed_of(student).items():
         module = plain.get_submodule(name)
         dW_RC = turned(module, cast(Tensor, cast(Tensor, module.weight).grad))
         levels_RC = native.grid(packed.format).double()[packed.codes_RC.int()]
@@ -348,7 +356,7 @@ def test_scales_in_eight_bits_have_the_gradient_of_exact_ones() -> None:
     resident = coded("llama", "nf4", double_quant=True)
     student = Student(resident, "scales", rank=16, seed=0)
     move(student)
-    name, packed = next(iter(student.packed.items()))
+    name, packed = next(iter(packed_of(student).items()))
     upstream = noise(*packed.codes_RC.shape)
     (cast(Tensor, student.model.get_submodule(name).weight) * upstream).sum().backward()
     levels_RC = native.grid("nf4").double()[packed.codes_RC.int()]
@@ -366,8 +374,8 @@ def test_learned_scales_are_read_back_as_the_student_used_them(
     student = Student(resident, "scales", rank=16, seed=0)
     move(student)
     learned = student.learned(state(student))
-    assert sorted(stored.quantized_linears(learned)) == sorted(student.packed)
-    for name, before in student.packed.items():
+    assert sorted(stored.quantized_linears(learned)) == sorted(packed_of(student))
+    for name, before in packed_of(student).items():
         found = stored.read(stored.parts_of(name, learned))
         assert isinstance(found, native.Packed) and torch.equal(found.codes_RC, before.codes_RC)
         assert (found.format, found.block, found.dtype) == (before.format, before.block, before.dtype)
@@ -375,7 +383,7 @@ def test_learned_scales_are_read_back_as_the_student_used_them(
         expected_RG = native.double_quantize(exact_RG).decode() if double_quant else exact_RG
         assert torch.equal(found.absmax_RG, expected_RG) and found.double_quant == double_quant
         assert torch.equal(native.dequantize(found, torch.float32), weight_of(student, name)), name
-    plain = {name for name in learned if not any(name.startswith(f"{linear}.weight") for linear in student.packed)}
+    plain = {name for name in learned if not any(name.startswith(f"{linear}.weight") for linear in packed_of(student))}
     assert plain == {name for name in student.learning if not name.endswith(FACTOR)}
     assert torch.equal(logits(again(resident, learned)), logits(student.model))
 
@@ -384,7 +392,7 @@ def test_learned_scales_are_read_back_as_the_student_used_them(
 def test_a_factor_may_be_zero_or_turn_a_block_around(factor: float) -> None:
     resident = coded("llama")
     student = Student(resident, "scales", rank=16, seed=0)
-    name, packed = next(iter(student.packed.items()))
+    name, packed = next(iter(packed_of(student).items()))
     student.model.get_parameter(f"{name}.{FACTOR}").data[3, 0] = factor
     found = stored.read(stored.parts_of(name, student.learned(state(student))))
     expected = native.dequantize(packed, torch.float32)
@@ -400,7 +408,7 @@ def test_norms_and_biases_of_a_model_in_half_precision_are_computed_rounded(dtyp
     made, learned = {}, student.learned(state(student))
     for name in student.learning:
         plain = name.replace("parametrizations.", "").removesuffix(".original")
-        if plain.rpartition(".")[0] not in student.packed or plain.endswith("bias"):
+        if plain.rpartition(".")[0] not in packed_of(student) or plain.endswith("bias"):
             owner, _, leaf = plain.rpartition(".")
             computed = cast(Tensor, getattr(student.model.get_submodule(owner), leaf))
             exact = student.model.get_parameter(name)

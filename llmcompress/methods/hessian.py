@@ -42,6 +42,16 @@ class Moments:
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
         self.tokens = total
 
+    def joined(self, other: Moments) -> Moments:
+        """Those of the tokens of both; what the full model has in their place is left out, for two have two such places."""
+        both = Moments(len(self.H_CC), self.H_CC.device)
+        both.tokens = self.tokens + other.tokens
+        for name in ("H_CC", "mean_C", "full_C"):
+            parts = [getattr(one, name) * (one.tokens / max(1, both.tokens)) for one in (self, other)]
+            setattr(both, name, parts[0] + parts[1])
+        both.top_C = torch.maximum(self.top_C, other.top_C)
+        return both
+
 
 def damped(H_CC: Tensor, damp: float) -> Tensor:
     """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets that mean."""

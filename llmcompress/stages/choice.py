@@ -1,21 +1,33 @@
-"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, and putting them in place."""
+"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in place, the order.
+
+The order is that of the computation: each block with the inputs that the blocks before it give as they have become, and in it
+the linears that read one input after another, so that each makes good what those before it lost against the full model.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress import stored
 from llmcompress.block import Block
 from llmcompress.errors import ModelError
+from llmcompress.methods.hessian import Moments
+from llmcompress.methods.repair import bias_shift
+from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
-from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.coding import Coding
+from llmcompress.stages.context import Context, Facts
+from llmcompress.stored import Made, Stored
+from llmcompress.walk import walk
 
-Written = Coding | Sparse  # how one linear is written
+Written = Coding | Made  # how one linear is written
 
 
 def inner(model: Resident, parts: Sequence[str]) -> dict[str, None]:
@@ -49,3 +61,68 @@ def install(block: Block, written: Mapping[str, Written], tensors: Mapping[str, 
         scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
         if inputs := how.inputs(scale):
             block.rounds[linear] = inputs
+
+
+def refused(name: str, model: Resident, ours: Collection[str], skip: Iterable[str]) -> str | None:
+    """Why a stage that rewrites the linears of blocks leaves this one as it is, or None."""
+    if name == model.anatomy.head:
+        return "the head stays"
+    if name not in ours:
+        return "outside the blocks"
+    if (layout := model.layouts.get(name)) is not None:
+        return f"is stored as {layout.format} already"
+    return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """Linears written anew one after another: the stage's name in the journal, what to call the work, who does one linear.
+
+    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout. Uncalibrated, it only looks
+    at the weight, and no full model runs beside.
+    """
+
+    stage: str
+    what: str
+    solve: Callable[[str, Tensor, Moments, Any], Stored]
+    calibrated: bool = True
+
+    def done(self, model: Resident, context: Context, chosen: Mapping[str, Made], kept: Mapping[str, str]) -> Facts:
+        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        journal, layers = context.journal, len(model.layers)
+        if not all(journal.has(self.stage, index) for index in range(layers)):
+            blocks = walk(model, context.data.calibration, reference=self.calibrated)
+            for block in context.track(blocks, self.what, layers):
+                layouts = block.own(chosen)
+                if journal.has(self.stage, block.index):
+                    install(block, layouts, journal.load(self.stage, block.index)[0])
+                else:
+                    journal.save(self.stage, block.index, *self._block(block, layouts, model.weight_dtype))
+        facts = Facts(self.stage, kept=[{"name": name, "why": why} for name, why in kept.items()])
+        facts.add(journal.load(self.stage, index)[1] for index in range(layers))
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        facts.details = {"bits": mean_bits({entry["name"]: entry["bits"] for entry in facts.linears}, shapes)}
+        return facts
+
+    def _block(self, block: Block, layouts: Mapping[str, Made], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of the block that change, by their full names, and what that cost; they are put in place."""
+        tensors: dict[str, Tensor] = {}
+        facts = []
+        for readers in [group for group in block.anatomy.readers if layouts.keys() & set(group)]:
+            moments = block.moments(readers)
+            for linear in [linear for linear in readers if linear in layouts]:
+                W_RC, layout, name = block.weight(linear), layouts[linear], f"{block.name}.{linear}"
+                packed = self.solve(name, W_RC, moments[linear], layout)
+                S_RC = stored.dequantize(packed).to(W_RC.device)
+                block.set_weight(linear, S_RC)
+                parts = stored.tensors_of(packed)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+                if self.calibrated and (bias := f"{linear}.bias") in block.anatomy.block:
+                    shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
+                    block.shift_bias(linear, shift_R, dtype)
+                    tensors[f"{name}.bias"] = block.module.get_parameter(bias).data.to(dtype).cpu()
+                lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
+                errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
+                bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
+                facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
+        return tensors, {"name": block.name, "linears": facts}

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from llmcompress.checkpoint import Journal
 from llmcompress.data import Blocks
+from llmcompress.journal import Journal
 from llmcompress.residency import Resident
 from llmcompress.walk import Track
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from llmcompress.methods.scores import block_influence
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
-from llmcompress.walk import Part, leave, walk, without_each
+from llmcompress.walk import Part, divergence, leave, walk, without_each
 
 Key = TypeVar("Key", bound=Hashable)
 SAMPLE = 8192  # tokens that decide
@@ -87,10 +87,9 @@ def divergences(model: Resident, full: list[Tensor], streams: Mapping[Key, list[
     """KL in nats a token of the predictions from each stream's last states, from those of the full model."""
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
-        expected = leave(model, hidden).float().log_softmax(-1)
+        expected = leave(model, hidden)
         for index, states in streams.items():
-            found = leave(model, states[i]).float().log_softmax(-1)
-            lost[index] += float((expected.exp() * (expected - found)).sum(-1).mean()) * len(hidden)
+            lost[index] += divergence(expected, leave(model, states[i])) * len(hidden)
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 

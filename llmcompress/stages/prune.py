@@ -18,8 +18,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.block import Block
-from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
+from llmcompress.journal import Journal
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed, resized, shortened
 from llmcompress.stages import allocation, depth, experts, hidden, sublayers, units

@@ -21,8 +21,9 @@ from torch import Tensor
 from llmcompress import stored
 from llmcompress.axes import Spelling
 from llmcompress.block import Block
-from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
+from llmcompress.factored import Factored
+from llmcompress.journal import Journal
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
@@ -37,10 +38,10 @@ from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
 from llmcompress.stages.smooth import Smooth
 from llmcompress.walk import head_input, walk
-from llmcompress.widths import mixed
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
 
+ALONE = ("smooth", "rotate", "protect", "rounding")  # what one weight for several layers does not go with, but for gptq
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 
@@ -93,6 +94,10 @@ class Quantize(Format):
         rows, ours = model.anatomy.rows(model.config), inner(model, model.anatomy.linears)
         require_known("skip", self.skip, ours)
         require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
+        if model.twins and (
+            alone := [name for name in ALONE if getattr(self, name) not in (None, False, 0.0, "gptq", "nearest")]
+        ):
+            raise ModelError(f"{alone[0]} is for layers by themselves, and some of this model share weights; leave {alone[0]}")
         for name, shape in model.linear_maps():
             coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
             if why := self._why_not(name, model, ours) or coding.refusal(shape):
@@ -108,7 +113,14 @@ class Quantize(Format):
         if self.embedding == "int8":
             chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
             kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
-        return together(chosen, native=not mixed(model.config)), kept
+        for name, source in model.twins.items():  # one weight, one code
+            chosen.pop(name, None)
+            kept.pop(name, None)
+            if source in chosen:
+                chosen[name] = chosen[source]
+            else:
+                kept[name] = kept[source]
+        return together(chosen, native=model.plain), kept
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
@@ -140,6 +152,8 @@ class Quantize(Format):
                 )
         elif name not in ours:
             return "outside the blocks"
+        elif (layout := model.layouts.get(name)) is not None and layout != Factored("shared"):
+            return f"is stored as {layout.format} already"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
             return "skip"
         return None
@@ -177,13 +191,15 @@ class Quantize(Format):
         """Do the blocks; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
         journal = context.journal
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
+        pooled = self._pooled(model, context, chosen) if calibrated and model.twins else {}
         blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
         for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
             head = block.index == len(model.layers)
             if block.index == 0 and full and calibrated:
                 block.reference = list(full)
             codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else block.own(chosen)
-            rounding = Rounding(codings, model.device, model.weight_dtype)
+            known = {} if head else block.own(self._known(model, block, chosen, journal))
+            rounding = Rounding(codings, model.device, model.weight_dtype, block.own(pooled), known)
             changed = [] if head else self._smoothed(block, codings, context, model.weight_dtype)
             if not journal.has(STAGE, block.index):
                 entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
@@ -192,6 +208,29 @@ class Quantize(Format):
                 journal.save(STAGE, block.index, *entry)
             if not head:
                 install(block, codings, journal.load(STAGE, block.index)[0])
+
+    def _pooled(self, model: Resident, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
+        """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
+        twins, found = model.twins, dict[str, Moments]()
+        wanted = {name for pair in twins.items() for name in pair if pair[0] in chosen}
+        for block in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
+            here = [name for name in block.anatomy.linears if f"{block.name}.{name}" in wanted]
+            groups = [group for group in block.anatomy.readers if set(group) & set(here)]
+            moments = block.moments(*groups) if groups else {}
+            for linear in here:
+                source = twins.get(name := f"{block.name}.{linear}", name)
+                found[source] = found[source].joined(moments[linear]) if source in found else moments[linear]
+        return found
+
+    def _known(self, model: Resident, block: Block, chosen: Mapping[str, Coding], journal: Journal) -> dict[str, stored.Stored]:
+        """The codes of a block's linears that are those of earlier layers, by full name."""
+        found = {}
+        for name, source in model.twins.items():
+            if name in chosen and name.startswith(f"{block.name}."):
+                index = int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0])
+                tensors = journal.load(STAGE, index)[0]
+                found[name] = chosen[name].read(stored.parts_of(source, tensors), model.matrices()[source][1])
+        return found
 
     def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
@@ -242,7 +281,7 @@ class Quantize(Format):
                     block, weights, solved, F_DD, input_scales=scales, steps=self.steps, seed=context.seed
                 )
                 solved, notes = trained
-            packed = {linear: solution.stored for linear, solution in solved.items()}
+            packed = {linear: solution.stored for linear, solution in solved.items()} | rounding.given(scales)
         tensors: dict[str, Tensor] = {}
         facts = []
         for linear, W_RC in weights.items():

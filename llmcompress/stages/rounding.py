@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from llmcompress import stored
 from llmcompress.block import Block
+from llmcompress.integer import IntegerWeight
 from llmcompress.methods.activations import Magnitudes, static_scale
 from llmcompress.methods.grids import Grid
 from llmcompress.methods.hessian import Moments, metric_factor, retarget
@@ -45,6 +47,8 @@ class Rounding:
     codings: Mapping[str, Coding]
     device: torch.device
     dtype: torch.dtype = torch.float32  # in which the base stores its weights
+    pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
+    known: Mapping[str, Stored] = field(default_factory=dict)  # of one that an earlier layer has, its codes
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
@@ -81,13 +85,26 @@ class Rounding:
             scales |= self.round_inputs(block, (readers,), weights)
             moments |= block.moments(readers)
             for linear in [linear for linear in readers if linear in weights]:
-                solved[linear] = self.gptq(linear, weights[linear], moments[linear], scales.get(linear))
-                Q_RC = self.weight(linear, solved[linear])
+                read = self.pooled.get(linear, moments[linear])
+                if linear in self.known:
+                    Q_RC = stored.dequantize(self.known[linear]).to(self.device)
+                else:
+                    solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
+                    Q_RC = self.weight(linear, solved[linear])
                 block.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in block.anatomy.block:
                     shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
                     block.shift_bias(linear, shift_R, self.dtype)
-        return {linear: solved[linear] for linear in weights}, moments, scales
+        return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
+
+    def given(self, scales: Mapping[str, float]) -> dict[str, Stored]:
+        """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
+        found = dict(self.known)
+        for linear in found.keys() & scales.keys():
+            weight = found[linear]
+            assert isinstance(weight, IntegerWeight)
+            found[linear] = replace(weight, input_scale=torch.tensor(scales[linear]))
+        return found
 
     def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:
         """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""

@@ -9,27 +9,20 @@ where there is one. A block that the journal holds is not done again.
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from llmcompress.block import Block
-from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
+from llmcompress.journal import Journal
 from llmcompress.methods.hessian import Moments, retarget
-from llmcompress.methods.repair import bias_shift
 from llmcompress.methods.scores import wanda_weights
-from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.methods.sparse import keep_mask, sparsegpt
 from llmcompress.residency import Resident
 from llmcompress.sparse_linear import DTYPES, Sparse, SparseWeight
-from llmcompress.stages.choice import inner, install, mean_bits, require_known
+from llmcompress.stages.choice import Rewriting, inner, refused, require_known
 from llmcompress.stages.context import Context, Facts
-from llmcompress.walk import walk
 
 STAGE = "sparsify"
 BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML takes 2:4 and 4:8 for, where they are not quoted
@@ -82,7 +75,7 @@ class Sparsify(BaseModel):
         chosen: dict[str, Sparse] = {}
         kept: dict[str, str] = {}
         for name, shape in model.linear_maps():
-            if why := self._why_not(name, model, ours) or layout.refusal(shape):
+            if why := refused(name, model, ours, self.skip) or layout.refusal(shape):
                 kept[name] = why
             else:
                 chosen[name] = layout
@@ -97,53 +90,15 @@ class Sparsify(BaseModel):
         """As `choose`: there is nothing that only `apply` finds out."""
         return self.choose(model)
 
-    def _why_not(self, name: str, model: Resident, ours: Collection[str]) -> str | None:
-        if name == model.anatomy.head:
-            return "the head stays"
-        if name not in ours:
-            return "outside the blocks"
-        return "skip" if any(fnmatchcase(name, pattern) for pattern in self.skip) else None
-
     def apply(self, model: Resident, context: Context) -> Facts:
         """Do every block that the journal does not hold yet; leave its tensors and facts there."""
-        (chosen, kept), journal, layers = self.choose(model), context.journal, len(model.layers)
-        if not all(journal.has(STAGE, index) for index in range(layers)):
-            blocks = walk(model, context.data.calibration, reference=self.score != "magnitude")
-            for block in context.track(blocks, f"prune ({self.pattern}, {self.score})", layers):
-                layouts = block.own(chosen)
-                if journal.has(STAGE, block.index):
-                    install(block, layouts, journal.load(STAGE, block.index)[0])
-                else:
-                    journal.save(STAGE, block.index, *self._block(block, layouts, model.weight_dtype))
-        facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-        bits = {name: chosen[name].bits(shape[1]) for name, shape in shapes.items()}
-        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | {"bits": mean_bits(bits, shapes)}
-        facts.add(journal.load(STAGE, index)[1] for index in range(layers))
+        chosen, kept = self.choose(model)
+        rewriting = Rewriting(STAGE, f"prune ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
+        facts = rewriting.done(model, context, chosen, kept)
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
 
-    def _block(self, block: Block, layouts: dict[str, Sparse], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the block that change, by their full names, and what that cost; they are put in place."""
-        tensors: dict[str, Tensor] = {}
-        facts = []
-        for readers in [group for group in block.anatomy.readers if layouts.keys() & set(group)]:
-            moments = block.moments(readers)
-            for linear in [linear for linear in readers if linear in layouts]:
-                W_RC, layout, name = block.weight(linear), layouts[linear], f"{block.name}.{linear}"
-                packed = self._solve(W_RC, moments[linear], layout)
-                S_RC = packed.dequantize().to(W_RC.device)
-                block.set_weight(linear, S_RC)
-                tensors |= {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
-                if self.score != "magnitude" and (bias := f"{linear}.bias") in block.anatomy.block:
-                    shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
-                    block.shift_bias(linear, shift_R, dtype)
-                    tensors[f"{name}.bias"] = block.module.get_parameter(bias).data.to(dtype).cpu()
-                lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
-                errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
-                facts.append({"name": name, "format": layout.name, "bits": layout.bits(W_RC.shape[1]), **errors})
-        return tensors, {"name": block.name, "linears": facts}
-
-    def _solve(self, W_RC: Tensor, moments: Moments, layout: Sparse) -> SparseWeight:
+    def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: Sparse) -> SparseWeight:
         """What stays of a linear."""
         keep = layout.choice(W_RC.shape[1])
         if self.score == "sparsegpt":

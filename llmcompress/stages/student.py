@@ -1,9 +1,10 @@
 """The student of a distillation: a model whole in memory, which of its weights learn, and what they are once they have.
 
 `all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged when training is
-over. `scales` is for a model in 4 bits: the codes stay, the scale of each block learns as a factor of what it was, and so do
-norms and biases; `all` is that and the weights that were kept. Scales that are stored in 8 bits and norms in half precision
-are rounded in every step as they will be stored. R rows (out), C columns (in), G blocks of a row.
+over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each block learns as a factor of what it
+was, the levels of a codebook as they are, and so do norms and biases; `all` is that and the weights that were kept. Scales that
+are stored in 8 bits, levels, and norms in half precision are rounded in every step as they will be stored. What layers share is
+one parameter for them all. How weights are made of parameters is told in `making`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -20,12 +20,12 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import native, stored
+from llmcompress import stored
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.residency import Resident
+from llmcompress.stages.making import Making, Rounded, make, making_of, parameters_of
 
 Train = Literal["all", "norms", "scales", "lora"]
-FACTOR = "parametrizations.weight.original"  # where torch keeps what a parametrised weight is made of
 
 
 def whole(resident: Resident, ready: Callable[[nn.Module], None] = lambda block: None) -> PreTrainedModel:
@@ -56,57 +56,14 @@ def still(model: nn.Module) -> None:
                 setattr(module, name, 0.0)
 
 
-class _Scaled(nn.Module):
-    """A weight whose levels stay: each block's are multiplied by a scale, a factor [R, G] times what it was."""
-
-    def __init__(self, packed: native.Packed, transposed: bool) -> None:
-        super().__init__()
-        R, G = packed.absmax_RG.shape
-        levels = native.grid(packed.format)[packed.codes_RC.int()].reshape(R, G, packed.block)
-        self.register_buffer("levels_RGB", levels, persistent=False)
-        self.register_buffer("absmax_RG", packed.absmax_RG, persistent=False)
-        self.double_quant, self.transposed = packed.double_quant, transposed
-
-    def scale(self, factor_RG: Tensor) -> Tensor:
-        """The scales [R, G] as they will be read back, with the gradient of the factor."""
-        absmax_RG = cast(Tensor, self.absmax_RG)
-        scale_RG = absmax_RG * factor_RG
-        if not self.double_quant or torch.equal(scale_RG, absmax_RG):  # in 8 bits already: rounded again they would move
-            return scale_RG
-        return _as_stored(scale_RG, lambda x: native.double_quantize(x).decode())
-
-    def forward(self, factor_RG: Tensor) -> Tensor:
-        weight_RC = (cast(Tensor, self.levels_RGB) * self.scale(factor_RG)[..., None]).flatten(1)
-        return weight_RC.T if self.transposed else weight_RC
-
-    def right_inverse(self, weight: Tensor) -> Tensor:
-        """What the weight is made of to begin with."""
-        return torch.ones_like(cast(Tensor, self.absmax_RG))
-
-
-class _Rounded(nn.Module):
-    """A parameter that is rounded to the type in which it will be stored."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        return _as_stored(x, lambda exact: exact.to(self.dtype).to(exact.dtype))
-
-
-def _as_stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of one, the gradient of the other."""
-    return rounded(x.detach()) + (x - x.detach())  # in this order the value is exact
-
-
 class Student:
     """A model in training: `model` itself, and `trained`, what a Trainer is to be given of it."""
 
     def __init__(self, resident: Resident, train: Train, rank: int, seed: int) -> None:
         self.model, self.train, self.dtype = whole(resident), train, resident.weight_dtype
         self.trained: nn.Module = self.model
-        self.packed: dict[str, native.Packed] = {}
+        self.makings: dict[str, Making] = {}  # of linears that are no plain weights
+        self.same: dict[str, str] = {}  # a parameter that is another one -> that one
         still(self.model)
         if train == "lora":
             self._adapt(resident, rank, seed)
@@ -117,17 +74,20 @@ class Student:
                 free = name.removesuffix(".weight") not in coded
                 always = _of_norm(name, parameter) or (train == "scales" and name.endswith(".bias"))
                 parameter.requires_grad_(free and (train == "all" or always))
-            if train != "norms":
-                self._scale(coded, resident.device)
+            self._make(coded, resident)
             if coded:
                 self._round()
-        if train == "scales" and not self.packed:
-            raise ModelError("train: scales is for scales of nf4 and fp4 blocks, and here are none; use all, norms or lora")
+        if train == "scales" and not any(making.codes for making in self.makings.values()):
+            raise ModelError(
+                "train: scales is for scales of nf4 and fp4 blocks and levels of codebooks, and here are none; use all, norms "
+                "or lora"
+            )
         self.learning = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.learning:
             raise ModelError(f"train: {train} finds nothing in this model that could learn; use all or lora")
-        if self.model.config.tie_word_embeddings:  # or transformers warns that a checkpoint has no head
-            self.model._keys_to_ignore_on_save = [f"{resident.anatomy.head}.weight"]
+        tied = {f"{resident.anatomy.head}.weight"} if self.model.config.tie_word_embeddings else set[str]()
+        if tied | self.same.keys():  # or transformers warns that a checkpoint lacks them
+            self.model._keys_to_ignore_on_save = sorted(tied | self.same.keys())
 
     def _adapt(self, resident: Resident, rank: int, seed: int) -> None:
         try:
@@ -142,38 +102,50 @@ class Student:
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
-    def _scale(self, coded: Mapping[str, stored.Stored], device: torch.device) -> None:
-        """Let the scales of those in 4 bits learn."""
-        self.packed = {name: codes for name, codes in coded.items() if isinstance(codes, native.Packed)}
-        for name, packed in self.packed.items():
-            linear = self.model.get_submodule(name)
-            scaled = _Scaled(packed, isinstance(linear, Conv1D)).to(device)
-            parametrize.register_parametrization(linear, "weight", scaled, unsafe=True)
-            linear.get_parameter(FACTOR).requires_grad_()
+    def _make(self, coded: Mapping[str, stored.Stored], resident: Resident) -> None:
+        """Let what weights are made of learn, where it is to; what layers share is one parameter."""
+        for name, codes in coded.items():
+            module = self.model.get_submodule(name)
+            if (making := making_of(codes, isinstance(module, Conv1D))) is not None:
+                self.makings[name] = making
+                make(module, making, resident.device)
+        for target, source in resident.ties.items():
+            linear, other = (name.rpartition(".")[0] for name in (target, source))
+            part = target.rpartition(".")[2]
+            if linear in self.makings and part in self.makings[linear].parts:
+                own, others = (parameters_of(name, self.makings[name])[part] for name in (linear, other))
+                owner, _, leaf = own.rpartition(".")
+                setattr(self.model.get_submodule(owner), leaf, self.model.get_parameter(others))
+                self.same[own] = others
+        for name, making in self.makings.items():
+            for parameter in parameters_of(name, making).values():
+                self.model.get_parameter(parameter).requires_grad_(
+                    self.train == "all" or (making.codes and self.train == "scales")
+                )
 
     def _round(self) -> None:
         """Have the gains and biases that learn be rounded in every step as they will be stored."""
         for name, parameter in list(self.model.named_parameters()):
             if parameter.requires_grad and parameter.dim() == 1 and self.dtype.itemsize < 4:
                 owner, _, leaf = name.rpartition(".")
-                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, _Rounded(self.dtype))
+                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, Rounded(self.dtype))
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""
         if self.train == "lora":
             return self._merged()
+        made_of = {name: parameters_of(name, making) for name, making in self.makings.items()}
+        parameters = {parameter for parts in made_of.values() for parameter in parts.values()}
         found = {}
         for name in self.learning:
-            if name.removesuffix(f".{FACTOR}") not in self.packed:
+            if name not in parameters:
                 found[name.replace(".parametrizations", "").removesuffix(".original")] = state[name].to(self.dtype).cpu()
-        for name, packed in self.packed.items():
-            scaled = cast(Any, self.model.get_submodule(name)).parametrizations.weight[0]
-            with torch.no_grad():
-                scale_RG = (scaled.absmax_RG * state[f"{name}.{FACTOR}"].to(scaled.absmax_RG)).cpu()
-            if not torch.equal(scale_RG, packed.absmax_RG.cpu()):
-                nested = native.double_quantize(scale_RG) if packed.double_quant else None
-                packed = replace(packed, absmax_RG=nested.decode() if nested else scale_RG, nested=nested)
-            found |= {f"{name}.{part}": tensor for part, tensor in stored.tensors_of(packed).items()}
+        for name, parts in made_of.items():
+            own = [self.same.get(parameter, parameter) for parameter in parts.values()]
+            if set(own) & set(self.learning):
+                with torch.no_grad():
+                    weight = self.makings[name].stored([state[parameter] for parameter in own], self.dtype)
+                found |= {f"{name}.{part}": tensor for part, tensor in stored.tensors_of(weight).items()}
         return found
 
     def _merged(self) -> dict[str, Tensor]:

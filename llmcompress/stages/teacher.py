@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress import native
-from llmcompress.checkpoint import Journal
 from llmcompress.errors import ModelError
+from llmcompress.journal import Journal
 from llmcompress.methods.losses import Scores, TopK, top_k
 from llmcompress.residency import Resident
 from llmcompress.stages.student import whole

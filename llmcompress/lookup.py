@@ -1,0 +1,186 @@
+"""Products of inputs and packed indices on a CPU, by a small C kernel (lookup.c, lookup_wide.h) that is compiled when it is first wanted.
+
+It is built by the system's C compiler for this very processor, against the libgomp that torch brought along, so that there is
+one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other processes to load. Where
+anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no kernel and nobody is told: the caller has another way.
+R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("lookup.c", "lookup_wide.h"))
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+COMPILERS = ("cc", "gcc", "clang")
+SMALL = 2**16  # weights that are not worth a second thread
+FEW = 16  # tokens up to which a product by look-up is about as fast as looking the weights up for one of torch's
+PIECE = 2**22  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a kernel; the first call may compile it, which takes seconds."""
+    return _kernel() is not None
+
+
+def form() -> str | None:
+    """What the kernel was compiled for: avx512, avx2, or plain; None where there is none."""
+    kernel = _kernel()
+    return None if kernel is None else str(kernel.lookup_form().decode())
+
+
+def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T [T, R] in the type of x, of any floats: few tokens by `matmul`, more by a piece of the weight at a time.
+
+    Sums are float32's, or bfloat16's where x is that and the processor multiplies it.
+    """
+    (T, C), R = x_TC.shape, len(packed_RB)
+    if T <= FEW:
+        return matmul(x_TC.float().contiguous(), packed_RB, levels_GL.float(), rows, bits).to(x_TC.dtype)
+    dtype = torch.bfloat16 if x_TC.dtype == torch.bfloat16 and BFLOAT16 else torch.float32
+    x_CT, levels_GL = x_TC.to(dtype).t(), levels_GL.to(dtype)
+    height = min(R, max(1, PIECE // C))
+    piece_RC, out_RT = torch.empty(height, C, dtype=dtype), torch.empty(R, T, dtype=dtype)
+    for start in range(0, R, height):
+        part_RT = out_RT[start : start + height]
+        part_RC = expand(packed_RB, levels_GL, rows, bits, C, start=start, out=piece_RC[: len(part_RT)])
+        torch.mm(part_RC, x_CT, out=part_RT)
+    return out_RT.t().to(x_TC.dtype).contiguous()
+
+
+def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G, 2^bits].
+
+    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. Errors: ValueError, MemoryError.
+    """
+    T, C = x_TC.shape
+    R = _checked(packed_RB, levels_GL, C, rows, bits)
+    if x_TC.dtype != torch.float32 or levels_GL.dtype != torch.float32 or not _plain(x_TC, packed_RB, levels_GL):
+        raise ValueError(f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}")
+    out_TR = torch.empty(T, R)
+    done = _loaded().lookup_matmul(
+        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, _threads(R * C)
+    )
+    if not done:
+        raise MemoryError(f"no memory for the inputs of a product of {T} tokens")
+    return out_TR
+
+
+def expand(
+    packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int, columns: int, *, start: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has from `start` on.
+
+    Errors: ValueError, MemoryError.
+    """
+    R = _checked(packed_RB, levels_GL, columns, rows, bits)
+    out_RC = torch.empty(R - start, columns, dtype=levels_GL.dtype) if out is None else out
+    fits = out_RC.dtype == levels_GL.dtype and 0 <= start <= start + len(out_RC) <= R and out_RC.shape[1] == columns
+    if not fits or levels_GL.dtype.itemsize not in (2, 4) or not _plain(packed_RB, levels_GL, out_RC):
+        raise ValueError(f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}")
+    done = _loaded().lookup_expand(
+        packed_RB.data_ptr(), levels_GL.data_ptr(), out_RC.data_ptr(), start, len(out_RC), columns, rows, bits,
+        levels_GL.dtype.itemsize, _threads(out_RC.numel()),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for a row of {columns} indices")
+    return out_RC
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of indices: each begins with a byte of its own, and eight of 3 bits fill three."""
+    return -(-columns // 8) * 3 if bits == 3 else -(-columns * bits // 8)
+
+
+def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits: int) -> int:
+    """The rows. Errors: ValueError for what the kernel would read past the end of."""
+    R = len(packed_RB)
+    fits = bits in (2, 3, 4, 8) and rows > 0 and packed_RB.dtype == torch.uint8 and min(R, columns) > 0
+    if not fits or packed_RB.shape[1] != row_bytes(columns, bits) or levels_GL.shape != (-(-R // rows), 2**bits):
+        raise ValueError(
+            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} rows each are "
+            f"no weight of {columns} columns"
+        )
+    return R
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _threads(weights: int) -> int:
+    return 1 if weights <= SMALL else torch.get_num_threads()
+
+
+def _loaded() -> ctypes.CDLL:
+    kernel = _kernel()
+    if kernel is None:
+        raise ValueError("there is no kernel here; ask `available` first")
+    return kernel
+
+
+@functools.cache
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, from the cache or new; None where it can't be had."""
+    if os.environ.get("LLMCOMPRESS_KERNELS") == "0":
+        return None
+    try:
+        folder = Path(os.environ.get("LLMCOMPRESS_CACHE") or Path.home() / ".cache" / "llmcompress") / "kernels"
+        return _load(folder)
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):  # no home, no room, no such symbol
+        return None
+
+
+def _load(folder: Path) -> ctypes.CDLL | None:
+    """The kernel in a folder, compiled into it where it isn't there."""
+    file = folder / f"lookup-{_digest()}.so"
+    if not file.is_file():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not any(_compile(found, file) for found in filter(None, map(shutil.which, COMPILERS))):
+            return None
+    kernel = ctypes.CDLL(str(file))
+    pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    kernel.lookup_form.restype, kernel.lookup_form.argtypes = ctypes.c_char_p, ()
+    kernel.lookup_matmul.argtypes = (*4 * (pointer,), *4 * (long,), small, small)
+    kernel.lookup_expand.argtypes = (*3 * (pointer,), *4 * (long,), small, small, small)
+    return kernel
+
+
+def _digest() -> str:
+    """What the compiled file depends on: source, flags, torch and the processor."""
+    parts = [SOURCE.read_text(), HEADER.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        parts += [next((line for line in lines if line.startswith(kind)), "") for kind in ("model name", "flags", "Features")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, file: Path) -> bool:
+    """Whether a compiler makes the file, which appears whole or not at all, however many processes try."""
+    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    if not threads:
+        return False
+    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+        object_file, made = Path(folder) / "lookup.o", Path(folder) / "lookup.so"
+        for step in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
+            [compiler, "-shared", str(object_file), str(threads[0]), f"-Wl,-rpath,{threads[0].parent}", "-o", str(made)],
+        ):
+            if subprocess.run(step, capture_output=True, timeout=120, check=False).returncode:
+                return False
+        made.replace(file)
+    return True

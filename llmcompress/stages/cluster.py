@@ -1,0 +1,79 @@
+"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole linear.
+
+Which values, and which of them a weight takes, is solved for as codes of a quantisation are (`methods.codebook`), under the
+second moments of the inputs and against the full model. Stored are packed indices and the codebooks; a product looks them up.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from llmcompress.codebook_linear import Codebook, CodebookWeight
+from llmcompress.errors import ModelError
+from llmcompress.journal import Journal
+from llmcompress.methods.codebook import solve_codebook
+from llmcompress.methods.hessian import Moments, retarget
+from llmcompress.residency import Resident
+from llmcompress.stages.choice import Rewriting, inner, refused, require_known
+from llmcompress.stages.context import Context, Facts
+
+STAGE = "codebook"
+
+
+class Cluster(BaseModel):
+    """`tie: {codebook, per, rows, skip}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str] = STAGE
+
+    codebook: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
+    per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
+    rows: Annotated[int, Field(ge=2)] | None = Field(default=None, description="per: group: how many adjacent rows share one")
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+
+    @model_validator(mode="after")
+    def _rows_of_groups(self) -> Cluster:
+        if self.rows is not None and self.per != "group":
+            raise ValueError(f"rows is for per: group, not {self.per}")
+        if self.rows is None and self.per == "group":
+            raise ValueError("per: group needs rows, how many adjacent rows share a codebook, as 4")
+        return self
+
+    def choose(self, model: Resident) -> tuple[dict[str, Codebook], dict[str, str]]:
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        ours = inner(model, model.anatomy.linears)
+        require_known("skip", self.skip, ours)
+        dtype = "bfloat16" if str(model.weight_dtype) == "torch.bfloat16" else "float16"
+        layout = Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
+        chosen: dict[str, Codebook] = {}
+        kept: dict[str, str] = {}
+        for name, shape in model.linear_maps():
+            if why := refused(name, model, ours, self.skip) or layout.refusal(shape):
+                kept[name] = why
+            else:
+                chosen[name] = layout
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+        if not chosen:
+            raise ModelError(f"no linear of this model can have a codebook ({next(iter(kept.values()))}); leave the stage")
+        return chosen, kept
+
+    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Codebook], dict[str, str]]:
+        """As `choose`: there is nothing that only `apply` finds out."""
+        return self.choose(model)
+
+    def apply(self, model: Resident, context: Context) -> Facts:
+        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        chosen, kept = self.choose(model)
+        facts = Rewriting(STAGE, f"tie (codebook of {self.codebook})", _solve).done(model, context, chosen, kept)
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
+        return facts
+
+
+def _solve(name: str, W_RC: Tensor, moments: Moments, layout: Codebook) -> CodebookWeight:
+    """Codes and levels of a linear against the full model's outputs."""
+    rows = layout.sharing(len(W_RC))
+    palette = solve_codebook(retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap)
+    return CodebookWeight.of(palette, layout)
