@@ -34,10 +34,7 @@ from llmcompress.stages.share import Share
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.9, 0.75, 0.6, 0.5)
-HEAL = {  # the rates of healing.py
-    "demo": {"steps": 150, "batch": 4, "learning_rate": 1e-3},
-    "wikilm-8m": {"steps": 150, "batch": 4, "learning_rate": 2e-4},
-}
+HEAL = {name: {"steps": 150, "batch": 4, "learning_rate": rate} for name, rate in (("demo", 3e-4), ("wikilm-8m", 2e-4))}
 SCALES = {"train": "scales", "learning_rate": 1e-3}
 TIE = {"tie": {"weights": ["embedding", "head"]}}
 Stages = list[dict[str, Any]]

@@ -33,7 +33,7 @@ static size_t row_bytes(long columns, int bits) {
 /* 4-bit indices of a row of 2- or 3-bit ones; `out` has room for columns / 2 + 8 bytes. */
 static void widen(const uint8_t *row, long columns, int bits, uint8_t *out) {
     const uint8_t *end = row + row_bytes(columns, bits);
-#ifdef __BMI2__
+#if WIDE && defined(__BMI2__)
     const uint64_t places = bits == 2 ? 0x3333333333333333u : 0x7777777777777777u; /* of sixteen indices */
     for (; end - row >= 8; row += 2 * bits, out += 8) {
         uint64_t word;
@@ -175,12 +175,12 @@ int lookup_matmul(const float *x, const uint8_t *packed, const float *levels, fl
 #if WIDE
     const long stride = (C + BLOCK - 1) / BLOCK * BLOCK;
     float *inputs = bits == 8 ? NULL : calloc((size_t)T * stride, sizeof(float));
-    if (bits != 8 && inputs)
-        for (long t = 0; t < T; t++)
-            for (long c = 0; c < stride; c++) {
-                long column = c / BLOCK * BLOCK + from(c % BLOCK);
-                if (column < C) inputs[t * stride + c] = x[t * C + column];
-            }
+    long order[BLOCK];
+    for (long i = 0; i < BLOCK; i++) order[i] = from(i);
+    for (long t = 0; inputs && t < T; t++)
+        for (long start = 0; start < stride; start += BLOCK)
+            for (long i = 0; i < BLOCK; i++)
+                if (start + order[i] < C) inputs[t * stride + start + i] = x[t * C + start + order[i]];
     if (!rooms || (bits != 8 && !inputs)) {
         free(rooms), free(inputs);
         return 0;

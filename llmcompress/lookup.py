@@ -1,8 +1,9 @@
-"""Products of inputs and packed indices on a CPU, by a small C kernel (lookup.c, lookup_wide.h) that is compiled when it is first wanted.
+"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first wanted.
 
-It is built by the system's C compiler for this very processor, against the libgomp that torch brought along, so that there is
-one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other processes to load. Where
-anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no kernel and nobody is told: the caller has another way.
+It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp that torch brought
+along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other
+processes to load. Where anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no kernel and nobody is told: the caller
+has another way.
 R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 

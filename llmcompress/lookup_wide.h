@@ -1,8 +1,8 @@
 /* Sixteen levels looked up in registers: the part of lookup.c that depends on the processor, where WIDE is 512 or 256 bits.
 
-   BLOCK columns are looked up at a time and multiplied by up to TOKENS tokens. `from` is the column, within a block, of input i;
-   `dots` has y [T, R] of one row, whose last block lies at `end`; `expand_blocks` writes the levels of whole blocks in the order
-   of columns, as elements of 4 or 2 bytes, and says up to which column. */
+   BLOCK columns are looked up at a time and multiplied by up to TOKENS tokens. `from` is the column, within a block, of input
+   i; `dots` has y [T, R] of one row, whose last block lies at `end`; `expand_blocks` writes the levels of whole blocks in the
+   order of columns, as elements of 4 or 2 bytes, and says up to which column. */
 
 #include <immintrin.h>
 #include <stdint.h>

@@ -66,9 +66,9 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
             elif isinstance(stage, Sparsify):
                 row, said = _sparsify(model, stage, tokens, rate)
             elif isinstance(stage, Quantize):
-                row, said = _quantize(model, stage, tokens, rate)
+                row, said = _quantize(model, stage, tokens, rate, rows[-1]["size_bytes"])
             else:
-                row, said = _tie(model, stage, left, tokens, rate)
+                row, said = _tie(model, stage, left, tokens, rate, rows[-1]["size_bytes"])
             model = left
         notes += said
         rows.append(row | per_token(model))
@@ -146,13 +146,14 @@ def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float
 
 
 def _tie(
-    model: Outline, stage: Tie | Share | Cluster | Basis, left: Outline, tokens: int, rate: float
+    model: Outline, stage: Tie | Share | Cluster | Basis, left: Outline, tokens: int, rate: float, size: int
 ) -> tuple[Row, list[str]]:
-    """The row of what is shared, and notes in words."""
+    """The row of what is shared, which begins at `size` bytes, and notes in words."""
     inner, layers = sum(p.numel() for layer in model.layers for p in layer.parameters()), len(model.layers)
     D, widest = model.config.hidden_size, max(C for _, (_, C) in model.linear_maps())
     width, parameters = model.weight_dtype.itemsize, _parameters(left)
-    size, notes, floats = parameters * width, list[str](), 4 * inner // layers + 4 * tokens * D + 6 * widest**2
+    size -= (_parameters(model) - parameters) * width
+    notes, floats = list[str](), 4 * inner // layers + 4 * tokens * D + 6 * widest**2
     if isinstance(stage, Tie):
         spoken, work = "embedding and head", (2 * tokens + 12 * SAMPLE) * 2.0 * (inner + model.config.vocab_size * D)
         floats = 4 * model.config.vocab_size * D + inner // layers + 2 * tokens * D
@@ -172,9 +173,7 @@ def _tie(
         if isinstance(stage, Cluster):
             spoken = f"codebook of {stage.codebook}"
             bits = {name: layout.bits(shapes[name]) for name, layout in stage.choose(model)[0].items()}
-            size = int(
-                _parameters(model) * width - sum(math.prod(shapes[name]) * (8 * width - bits[name]) for name in shapes) / 8
-            )
+            size -= int(sum(math.prod(shapes[name]) * (8 * width - bits[name]) for name in shapes) / 8)
             work += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
         else:
             spoken, work = f"basis of {stage.basis}", work + sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
@@ -230,9 +229,10 @@ def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int
     }
 
 
-def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float) -> tuple[Row, list[str]]:
-    """The row of a quantisation, and notes in words."""
+def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: int) -> tuple[Row, list[str]]:
+    """The row of a quantisation that begins at `size` bytes, and notes in words."""
     chosen, kept = stage.choose(model)
+    chosen = {name: coding for name, coding in chosen.items() if name not in model.twins}  # what is shared is stored once
     shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
     solved = [name for name in shapes if name not in apart(model)]
     width, parameters = model.weight_dtype.itemsize, _parameters(model)
@@ -244,7 +244,7 @@ def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float) -> tupl
     row = {
         "stage": f"quantize ({formats}, {stage.rounding})",
         "parameters": parameters,
-        "size_bytes": int(parameters * width - saved),
+        "size_bytes": int(size - saved),
         "peak_memory_bytes": _memory(model, stage, tokens),
         "seconds": _work(model, stage, shapes, solved, tokens) / rate,
     }

@@ -425,7 +425,7 @@ def test_kin_that_speaks_otherwise_is_refused(text: Path, tmp_path: Path) -> Non
 def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = {"quantize": {"format": "int8", "rounding": "nearest"}}, {"distill": {**TRAINED, "train": "scales"}}
-    with pytest.raises(ModelError, match="scales of nf4 and fp4 blocks"):
+    with pytest.raises(ModelError, match="nf4 and fp4 blocks and for codebooks"):
         compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 
 
@@ -451,7 +451,7 @@ def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
         ("top_k: 8", "top_k is for cache: true"),
         ("cache: true, on_policy: 0.5", "on_policy needs the teacher in memory"),
         ("cache: true, hidden: 1.0", "hidden needs the teacher in memory"),
-        ("train: scales", "put quantize before it"),
+        ("train: scales", "put one of them before it"),
         ("train: scales, student: a/b", "leave student"),
         ("trackers: [tensorbored]", "trackers are .*, not tensorbored"),
     ],

@@ -32,6 +32,10 @@ INHERITED = ("license", "license_name", "license_link", "language")  # what a co
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
 SPARSE = "sparse"
+PLAIN = {SPARSE, "shared", "basis", "codebook"}  # that no kernel of bitsandbytes runs
+CODES = {"quantize", "codebook"}  # stages after which the Hub calls a model quantised
+OURS = {"share", "basis", "codebook"}  # stages after which a model needs our plug-in
+SHARED = "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by them anew."
 NO_SPEED = (
     "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are dense. Parameters "
     "are counted as stored, zeros left out."
@@ -67,7 +71,7 @@ def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any
     front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _plain(base_card.get(key))}
     if report.base.revision is not None:
         front["base_model"] = report.base.model
-        front["base_model_relation"] = "quantized" if "quantize" in stages else "finetune"
+        front["base_model_relation"] = "quantized" if stages & CODES else "finetune"
     bits = {"4-bit", "bitsandbytes"} if formats & FOUR_BIT else set()
     front |= {
         "library_name": "transformers",
@@ -125,8 +129,10 @@ def _change(report: Report) -> str:
 
 def _loading(report: Report) -> str:
     formats = _formats(report)
-    ours = bool(formats - NATIVE) or any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
-    packages = "transformers accelerate" + (" bitsandbytes" if formats - {SPARSE} else "") + (" llmcompress" if ours else "")
+    stages = {stage.name for stage in report.stages}
+    uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
+    ours = bool(formats - NATIVE or stages & OURS) or uneven
+    packages = "transformers accelerate" + (" bitsandbytes" if formats - PLAIN else "") + (" llmcompress" if ours else "")
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     return f"""## Load it
 
@@ -202,6 +208,7 @@ def _limits(report: Report) -> str:
         f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be otherwise.",
         "Whatever limits the base has, and its licence, hold here too.",
         *((NO_SPEED,) if SPARSE in _formats(report) else ()),
+        *((SHARED,) if any(stage.name == "share" for stage in report.stages) else ()),
     )
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 

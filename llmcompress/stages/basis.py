@@ -82,7 +82,8 @@ class Basis(BaseModel):
                     kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
         if not chosen:
-            raise ModelError(f"no linear of this model becomes smaller ({next(iter(kept.values()))}); use another rank or keep")
+            why = next(why for name, why in kept.items() if name in ours)
+            raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
         return chosen, kept
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Factored], dict[str, str]]:
