@@ -39,7 +39,6 @@ BASELINE |= {"scale-tuning-nf4": "nf4-gptq", "nf4-learned-tuned": "nf4-gptq"}
 UNTRAINED = {"ffn-budget": "untrained", "ffn-75-nf4": "untrained", "depth-50-kl": "untrained", "nf4-gptq": "gptq alone"}
 BASELINE |= {"tie-head": "tie-plain", "share-ffn-heal": "share-ffn", "basis-heal": "basis-75", "codebook-16": "nf4-gptq-32"}
 UNTRAINED |= dict.fromkeys(("tie-plain", "share-ffn", "basis-75"), "untrained") | {"nf4-gptq-32": "nf4 in blocks of 32"}
-RATIOS = ("over_nf4", "over_plain")
 WIDEST = 10  # columns of a table of speeds
 
 
@@ -283,17 +282,21 @@ def _lost(rows: dict[str, Any], name: str) -> list[str]:
 
 
 def lookup_speed() -> str:
-    """How fast a codebook is looked up beside stock nf4 and a plain linear."""
+    """How long a codebook that is looked up takes, and a plain linear, beside stock nf4."""
     result = load("lookup_speed")
     if result is None:
         return ""
+    found = {(row["what"], row["dtype"], row["tokens"], row["candidate"]): row["time_of_nf4_p10"] for row in result["rows"]}
+    names = [name for name in dict.fromkeys(key[3] for key in found) if "nf4" not in name]
+    tokens = list(dict.fromkeys(key[2] for key in found))
     lines = [
-        [str(row[key]) for key in ("shape", "tokens", "dtype")] + [f"{row[key]:.2f}" for key in RATIOS]
-        for row in result["rows"]
+        [what.removeprefix("linear "), dtype, name, *(f"{found[what, dtype, count, name]:.2f}" for count in tokens)]
+        for what, dtype in dict.fromkeys(key[:2] for key in found)
+        for name in names
     ]
-    where = f"{result['hardware']}, commit {result['commit']}"
-    header = ["linear", "tokens", "inputs", *(f"time over {key.removeprefix('over_')}" for key in RATIOS)]
-    return f"A codebook of 16 a row, by look-up, in the same run ({where}):\n\n{table(header, lines)}\n"
+    header = ["linear", "inputs", "candidate", *(f"{count} token{'s' * (count > 1)}" for count in tokens)]
+    where = f"{result['hardware']}, {result['cpu_capability']}, commit {result['commit']}"
+    return f"Time over that of bitsandbytes' nf4 in the same run, at the 10th percentile ({where}):\n\n{table(header, lines)}\n"
 
 
 def head(recipe: str) -> str:

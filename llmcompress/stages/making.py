@@ -89,7 +89,7 @@ class Scaled(Making):
 
 
 class Levels(Making):
-    """Indices that stay, and the levels [G, L] of their codebooks."""
+    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at first by none."""
 
     codes = True
     parts = ("weight_levels",)
@@ -97,18 +97,25 @@ class Levels(Making):
     def __init__(self, weight: CodebookWeight, transposed: bool) -> None:
         super().__init__(transposed)
         self.weight = weight
-        self.register_buffer("codes_RC", weight.codes_RC.int(), persistent=False)
+        levels_GL = weight.levels_GL.float()
+        sizes = {"codes_RC": weight.codes_RC.int(), "levels_GL": levels_GL, "size_G1": levels_GL.square().mean(1, True).sqrt()}
+        for name, tensor in sizes.items():
+            self.register_buffer(name, tensor, persistent=False)
+
+    def moved(self, by_GL: Tensor) -> Tensor:
+        """The levels as they will be read back, with the gradient of what moves them."""
+        levels_GL = cast(Tensor, self.levels_GL) + by_GL * cast(Tensor, self.size_G1)
+        return as_stored(levels_GL, self.weight.layout.snap)
 
     def made(self, *parameters: Tensor) -> Tensor:
-        (levels_GL,) = parameters
-        layout, codes_RC = self.weight.layout, cast(Tensor, self.codes_RC)
-        return look_up(codes_RC, as_stored(levels_GL, layout.snap), layout.sharing(len(codes_RC)))
+        codes_RC = cast(Tensor, self.codes_RC)
+        return look_up(codes_RC, self.moved(parameters[0]), self.weight.layout.sharing(len(codes_RC)))
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return self.weight.levels_GL.to(weight)
+        return torch.zeros_like(cast(Tensor, self.levels_GL))
 
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> stored.Stored:
-        levels_GL = self.weight.layout.snap(parameters[0].float().cpu()).to(self.weight.levels_GL.dtype)
+        levels_GL = self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
         return replace(self.weight, levels_GL=levels_GL)
 
 
