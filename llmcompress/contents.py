@@ -116,9 +116,15 @@ class Outcome:
 
     def renamed(self, name: str) -> str | None:
         """The name of a tensor once the stage is done; None where it goes."""
-        if isinstance(self.stage, Tie) and name == f"{self.model.anatomy.head}.weight":
+        if isinstance(self.stage, Tie) and name in head_names(self.model):
             return None
         return renumbered(name, self.model.anatomy.layers, self.cut.gone)
+
+
+def head_names(model: Resident) -> set[str]:
+    """What the model and its files call the head's matrix."""
+    head = f"{model.anatomy.head}.weight"
+    return {head, *(model.sources.get(head, []) if isinstance(model, OnDisk) else [])}
 
 
 def left_by(stage: Stage, model: Resident) -> Outline:

@@ -71,6 +71,8 @@ class CompressedConfig(QuantizationConfigMixin):
         self.quant_method = cast(Any, quant_method)
         self.schemes = [dict(entry) for entry in schemes]
         if ties:
+            if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
+                raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again")
             self.ties = dict(ties)
         self.assigned()
 

@@ -85,12 +85,12 @@ def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     assert torch.equal(again.dequantize(DTYPES[dtype]), torch.where(made.mask_RC, W_RC, 0).to(DTYPES[dtype]))
     assert made.zeros == rows * columns - len(tensors["weight"]) == int((~made.mask_RC).sum())
     stored = sum(t.nbytes for t in tensors.values())
-    assert 8 * stored == pytest.approx(layout.bits(columns) * rows * columns)
+    assert 8 * stored == pytest.approx(layout.bits((rows, columns)) * rows * columns)
 
 
 def test_the_bits_of_a_weight_are_those_that_one_counts_by_hand() -> None:
-    assert Sparse("2:4", "bfloat16").bits(64) == 9 and Sparse("unstructured", "float32", 0.25).bits(64) == 9
-    assert Sparse("4:8", "float16").bits(12) == pytest.approx(8 * (2 * 8 + 2) / 12), "the last 4 of 12 all stay"
+    assert Sparse("2:4", "bfloat16").bits((1, 64)) == 9 and Sparse("unstructured", "float32", 0.25).bits((1, 64)) == 9
+    assert Sparse("4:8", "float16").bits((1, 12)) == pytest.approx(8 * (2 * 8 + 2) / 12), "the last 4 of 12 all stay"
 
 
 @by_layout

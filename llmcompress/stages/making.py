@@ -136,7 +136,8 @@ class Parts(Making):
 
     def right_inverse(self, weight: Tensor) -> Tensor | Sequence[Tensor]:
         parts = self._split(self.weight.tensors())
-        return [part.to(weight) for part in parts] if len(parts) > 1 else parts[0].to(weight)
+        own = [part.to(weight, copy=True) for part in parts]  # what is stored stays as it is
+        return own if len(own) > 1 else own[0]
 
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> stored.Stored:
         found = dict(zip(self.parts, parameters, strict=True))

@@ -36,6 +36,7 @@ STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
 TOKENS = 32768  # that are fitted on
 AXES = {"attention": "kv", "ffn": "ffn"}  # what the linears of a part run along
 Part = Literal["attention", "ffn"]
+Group = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, strict=False)]
 
 
 class Share(BaseModel):
@@ -48,8 +49,8 @@ class Share(BaseModel):
         default=None, description="how groups are found; auto is kl, the measured loss of swapping layers"
     )
     groups: Annotated[int, Field(ge=1)] | None = Field(default=None, description="how many different ones are left")
-    pairs: Annotated[tuple[Annotated[tuple[int, ...], Field(min_length=2, strict=False)], ...], Field(strict=False)] | None = (
-        Field(default=None, description="the groups, if they are known: [[2, 3], [4, 5]]; numbers of layers from 0")
+    pairs: Annotated[tuple[Group, ...], Field(min_length=1, strict=False)] | None = Field(
+        default=None, description="the groups, if they are known: [[2, 3], [4, 5]]; numbers of layers from 0"
     )
     parts: Annotated[tuple[Part, ...], Field(min_length=1, strict=False)] = Field(
         default=("ffn",), description="what is shared of the layers of a group"
@@ -92,7 +93,7 @@ class Share(BaseModel):
             found = journal.load(GROUPS, 0)[1]["groups"] if journal else adjacent(layers, self.groups or 1)
         found = sorted(sorted(group) for group in found if len(group) > 1)
         for group in found:
-            if not 0 <= min(group) <= max(group) < layers:
+            if max(group) >= layers:
                 raise ModelError(f"pairs name layer {max(group)}; this model has layers 0 to {layers - 1}")
             self._alike(model, group)
         return found
