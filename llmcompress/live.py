@@ -91,7 +91,7 @@ def apply(
         if f"{linear}.{part}" not in source.ties
     }
     zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
-    dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in packed}
+    dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen}
     after = ModelFacts(
         model=name,
         parameters=sum(p.numel() for p in source.model.parameters()) - zeros - fewer(source),
