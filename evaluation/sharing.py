@@ -23,7 +23,7 @@ from bench import LENGTH, MODELS, head
 from pruning import WINDOWS, outline
 
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.contents import fewer, left_by
+from llmcompress.contents import left_by
 from llmcompress.errors import CompressError
 from llmcompress.prepare import find_base
 from llmcompress.recipe import Recipe
@@ -47,21 +47,15 @@ def smallest(
     found: tuple[int, dict[str, Any] | None] = (0, None)
     for candidate in candidates:
         left = left_by(kind.model_validate(candidate), model)
-        count = parameters(left)
+        count = left.parameters()
         if found[0] < count <= most:
             found = count, candidate
     return found[1]
 
 
-def parameters(model: Outline) -> int:
-    """What is stored, what is shared once."""
-    model.model.tie_weights()
-    return sum(p.numel() for p in model.model.parameters()) - fewer(model)
-
-
 def ways(model: Outline, share: float) -> dict[str, Stages]:
     """What is done to reach a share of the parameters, by way."""
-    layers, whole = len(model.layers), parameters(model)
+    layers, whole = len(model.layers), model.parameters()
     most, tied = int(share * whole), model.config.tie_word_embeddings
     cut = [{"axis": ["ffn", "kv"], "parameters": most}]
     if not tied:

@@ -202,13 +202,17 @@ def _files(folder: Path) -> dict[str, str]:
     raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
 
 
+def named_ties(ties: Any) -> dict[str, str]:
+    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names."""
+    if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
+        raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source")
+    return dict(ties)
+
+
 def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
     """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for both."""
-    codes = config.get("quantization_config")
-    ties = codes.get("ties", {}) if isinstance(codes, dict) else {}
-    if not isinstance(ties, dict) or not all(isinstance(source, str) for source in ties.values()):
-        raise ModelError(f"{folder / 'config.json'} has ties that are no names of tensors; download it again")
-    found = {}
+    codes, found = config.get("quantization_config"), dict[str, str]()
+    ties = named_ties(codes.get("ties", {})) if isinstance(codes, dict) else {}
     for target, source in ties.items():
         stored = source in tensors  # else the files may leave out the first part of what the model calls it
         own, other = (name if stored else name.partition(".")[2] for name in (target, source))

@@ -19,10 +19,8 @@ from torch.nn.functional import pad
 
 from llmcompress import lookup
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear, hold
+from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.codebook import ENTRIES, Palette, look_up
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -79,9 +77,8 @@ class Codebook:
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
-        count, size = unit(self.index_bits)
         return {
-            "weight": ((1, rows, -(-columns // count) * size), torch.uint8),
+            "weight": ((1, rows, lookup.row_bytes(columns, self.index_bits)), torch.uint8),
             "weight_levels": ((-(-rows // self.sharing(rows)), self.entries), DTYPES[self.dtype]),
         }
 

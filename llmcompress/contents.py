@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from llmcompress import four_bit, integer, native, plugin, stored
 from llmcompress.artifact import Writer
-from llmcompress.factored import Factored
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Recipe, Stage
@@ -142,18 +140,6 @@ def left_by(stage: Stage, model: Resident) -> Outline:
         if isinstance(stage, Share | Basis):
             ties = ties | stage.ties(model)
     return Outline(config, model.device, model.dtype, layouts, ties)
-
-
-def fewer(model: Resident) -> int:
-    """By how many parameters what is stored is fewer than the whole weights: what is shared, and what is a product."""
-    found, tied = 0, {name.rpartition(".")[0] for name in model.ties}
-    for name, shape in model.linear_maps():
-        layout = model.layouts.get(name)
-        if isinstance(layout, Factored):
-            found += math.prod(shape) - layout.parameters(shape, common=name not in tied)
-        elif name in tied:
-            found += math.prod(shape)
-    return found
 
 
 def native_kind(chosen: Mapping[str, Written], model: Resident) -> type[FourBit] | type[Int8] | None:

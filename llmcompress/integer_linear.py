@@ -12,16 +12,22 @@ disk. A module that was not prepared, as when its weights are offloaded, expands
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmcompress import integer, kernels, native
 from llmcompress.integer import IntegerWeight, Scheme
 
-Made = TypeVar("Made")
+Made = TypeVar("Made", bound=Tensor | nn.Module)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of values that are stored as floats
+MADE: Any = (
+    WeakTensorKeyDictionary()
+)  # weight -> what it was when something was made of it, and that thing for as long as it is
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
@@ -102,11 +108,14 @@ class StoredLinear(StoredModule, nn.Linear):
 
     def beside_weight(self, make: Callable[[], Made]) -> Made:
         """What `make` makes of the weight, once for all linears that have this very weight."""
-        weight: Any = self.weight
-        made_of = weight.device, weight.data_ptr(), weight._version
-        if getattr(weight, "prepared", (None,))[0] != made_of:
-            weight.prepared = made_of, make()
-        return cast(Made, weight.prepared[1])
+        weight = self.weight
+        now = weight.device, weight.data_ptr(), weight._version
+        before, held = MADE.get(weight, (None, lambda: None))
+        if before == now and (found := held()) is not None:
+            return cast(Made, found)
+        made = make()
+        MADE[weight] = now, weakref.ref(made)
+        return made
 
 
 class IntegerLinear(StoredLinear):

@@ -27,16 +27,17 @@ from llmcompress import (
     stored,
 )
 from llmcompress.anatomy import anatomy_of
+from llmcompress.cache import cache_folder
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.codebook_linear import CodebookWeight
-from llmcompress.contents import Outcome, fewer, tensors_of
+from llmcompress.contents import Outcome, tensors_of
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.factored import FactoredWeight
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.journal import Journal
 from llmcompress.ondisk import no_progress_bar
-from llmcompress.prepare import blocks_for, cache_folder, fresh_student, pick_device, require_kin, source_of
+from llmcompress.prepare import blocks_for, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
@@ -94,7 +95,7 @@ def apply(
     dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen}
     after = ModelFacts(
         model=name,
-        parameters=sum(p.numel() for p in source.model.parameters()) - zeros - fewer(source),
+        parameters=source.parameters() - zeros,
         size_bytes=_size(dense) + sum(tensor.nbytes for tensor in written.values()),
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,

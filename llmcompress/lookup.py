@@ -23,6 +23,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from llmcompress.cache import cache_folder
+
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("lookup.c", "lookup_wide.h"))
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -140,8 +142,7 @@ def _kernel() -> ctypes.CDLL | None:
     if os.environ.get("LLMCOMPRESS_KERNELS") == "0":
         return None
     try:
-        folder = Path(os.environ.get("LLMCOMPRESS_CACHE") or Path.home() / ".cache" / "llmcompress") / "kernels"
-        return _load(folder)
+        return _load(cache_folder() / "kernels")
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):  # no home, no room, no such symbol
         return None
 

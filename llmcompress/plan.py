@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from llmcompress.contents import fewer, left_by
+from llmcompress.contents import left_by
 from llmcompress.factored import Factored
 from llmcompress.prepare import config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
@@ -47,8 +47,8 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     model.model.tie_weights()  # so that a tied head counts once
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     tokens, rate = recipe.data.samples * length, _rate(model.device)
-    size = _parameters(model) * model.weight_dtype.itemsize
-    rows: list[Row] = [{"stage": "base", "parameters": _parameters(model), "size_bytes": size, **per_token(model)}]
+    size = model.parameters() * model.weight_dtype.itemsize
+    rows: list[Row] = [{"stage": "base", "parameters": model.parameters(), "size_bytes": size, **per_token(model)}]
     notes: list[str] = []
     for step in recipe.stages:
         stage, said = step.stage, list[str]()
@@ -73,12 +73,6 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
         notes += said
         rows.append(row | per_token(model))
     return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
-
-
-def _parameters(model: Outline) -> int:
-    """What is stored, tied weights once."""
-    whole = sum(p.numel() for p in model.model.parameters())
-    return whole - fewer(model)
 
 
 def per_token(model: Outline) -> Row:
@@ -137,8 +131,8 @@ def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float
     floats = 4 * inner // layers + states + 8 * C * C
     row = {
         "stage": f"prune ({spoken})",
-        "parameters": _parameters(left),
-        "size_bytes": _parameters(left) * model.weight_dtype.itemsize,
+        "parameters": left.parameters(),
+        "size_bytes": left.parameters() * model.weight_dtype.itemsize,
         "peak_memory_bytes": 4 * floats,
         "seconds": work / rate,
     }
@@ -149,36 +143,20 @@ def _tie(
     model: Outline, stage: Tie | Share | Cluster | Basis, left: Outline, tokens: int, rate: float, size: int
 ) -> tuple[Row, list[str]]:
     """The row of what is shared, which begins at `size` bytes, and notes in words."""
-    inner, layers = sum(p.numel() for layer in model.layers for p in layer.parameters()), len(model.layers)
-    D, widest = model.config.hidden_size, max(C for _, (_, C) in model.linear_maps())
-    width, parameters = model.weight_dtype.itemsize, _parameters(left)
-    size -= (_parameters(model) - parameters) * width
-    notes, floats = list[str](), 4 * inner // layers + 4 * tokens * D + 6 * widest**2
+    inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
+    parameters, notes = left.parameters(), list[str]()
+    size -= (model.parameters() - parameters) * model.weight_dtype.itemsize
     if isinstance(stage, Tie):
-        spoken, work = "embedding and head", (2 * tokens + 12 * SAMPLE) * 2.0 * (inner + model.config.vocab_size * D)
-        floats = 4 * model.config.vocab_size * D + inner // layers + 2 * tokens * D
+        outer = model.config.vocab_size * model.config.hidden_size
+        spoken, work = "embedding and head", (2 * tokens + 12 * SAMPLE) * 2.0 * (inner + outer)
+        floats = 4 * outer + inner // len(model.layers) + 2 * tokens * model.config.hidden_size
     elif isinstance(stage, Share):
-        groups = stage.groups_of(model)
-        spoken = f"{' and '.join(stage.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored"
-        members, searched = max(map(len, groups)), stage.layers in ("auto", "kl")
-        swaps = (layers - (stage.groups or layers)) * layers * min(layers - 1, 2 * NEAR) if searched else 0
-        work = 2.0 * inner * (2 * tokens + 5 * TOKENS) + inner * SAMPLE * swaps
-        work += 6.0 * inner / layers * TOKENS_AT_ONCE * stage.steps * sum(map(len, groups))
-        floats = (members + 5) * inner // layers + 2 * tokens * D
-        notes = ["the run finds the layers that share with least loss; what stands here is for neighbours"] if searched else []
+        spoken, work, floats, notes = _share(model, stage, inner, tokens)
     else:
-        chosen, kept = stage.choose(model)
-        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-        work = 2.0 * inner * tokens * (7 if isinstance(stage, Basis) and stage.basis > 1 else 5)
-        if isinstance(stage, Cluster):
-            spoken = f"codebook of {stage.codebook}"
-            bits = {name: layout.bits(shapes[name]) for name, layout in stage.choose(model)[0].items()}
-            size -= int(sum(math.prod(shapes[name]) * (8 * width - bits[name]) for name in shapes) / 8)
-            work += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
-        else:
-            spoken, work = f"basis of {stage.basis}", work + sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
-        if kept:
-            notes = [f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})"]
+        spoken, work, saved, notes = _rewrite(model, stage, inner, tokens)
+        size -= saved
+        widest = max(C for _, (_, C) in model.linear_maps())
+        floats = 4 * inner // len(model.layers) + 4 * tokens * model.config.hidden_size + 6 * widest**2
     row = {
         "stage": f"tie ({spoken})",
         "parameters": parameters,
@@ -189,11 +167,39 @@ def _tie(
     return row, notes
 
 
+def _share(model: Outline, stage: Share, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
+    """What layers that share are called, the work, the floats held at once, and notes in words."""
+    groups, layers = stage.groups_of(model), len(model.layers)
+    spoken = f"{' and '.join(stage.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored"
+    searched = stage.layers in ("auto", "kl")
+    swaps = (layers - (stage.groups or layers)) * layers * min(layers - 1, 2 * NEAR) if searched else 0
+    work = 2.0 * inner * (2 * tokens + 5 * TOKENS) + inner * SAMPLE * swaps
+    work += 6.0 * inner / layers * TOKENS_AT_ONCE * stage.steps * sum(map(len, groups))
+    floats = (max(map(len, groups)) + 5) * inner // layers + 2 * tokens * model.config.hidden_size
+    found = ["the run finds the layers that share with least loss; what stands here is for neighbours"]
+    return spoken, work, floats, found if searched else []
+
+
+def _rewrite(model: Outline, stage: Cluster | Basis, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
+    """What linears that are written anew are called, the work, bytes saved by codes, and notes in words."""
+    (chosen, kept), width, saved = stage.choose(model), model.weight_dtype.itemsize, 0
+    shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+    work = 2.0 * inner * tokens * (7 if isinstance(stage, Basis) and stage.basis > 1 else 5)
+    if isinstance(stage, Cluster):
+        spoken, layout = f"codebook of {stage.codebook}", stage.layout(model)
+        saved = int(sum(math.prod(shape) * (8 * width - layout.bits(shape)) for shape in shapes.values()) / 8)
+        work += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
+    else:
+        spoken, work = f"basis of {stage.basis}", work + sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
+    said = f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})"
+    return spoken, work, saved, [said] if kept else []
+
+
 def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
     """The row of weights that become zero, and notes in words."""
     chosen, kept = stage.choose(model)
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-    width, parameters = model.weight_dtype.itemsize, _parameters(model)
+    width, parameters = model.weight_dtype.itemsize, model.parameters()
     saved = sum(math.prod(shape) * (8 * width - chosen[name].bits(shape)) for name, shape in shapes.items()) / 8
     layers, calibrated = len(model.layers), stage.score != "magnitude"
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
@@ -216,7 +222,7 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
 
 def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int) -> Row:
     """The row of a training that begins at `size` bytes; the teacher is taken to be as large as the student."""
-    parameters, tokens = _parameters(model), stage.tokens(length)
+    parameters, tokens = model.parameters(), stage.tokens(length)
     what = stage.loss if stage.train == "all" else f"{stage.train}, {stage.loss}"
     learning = 3 if stage.train == "all" else 0  # a gradient and two moments of every weight, or of next to none
     kept = 4 * parameters * ((1 if stage.cache else 2) + learning)
@@ -235,7 +241,7 @@ def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: i
     chosen = {name: coding for name, coding in chosen.items() if name not in model.twins}  # what is shared is stored once
     shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
     solved = [name for name in shapes if name not in apart(model)]
-    width, parameters = model.weight_dtype.itemsize, _parameters(model)
+    width, parameters = model.weight_dtype.itemsize, model.parameters()
     left = {name: stage.protect if name in solved and spared(chosen[name]) is None else 0.0 for name in shapes}
     bits = {name: math.prod(shape) * (chosen[name].bits - 8 * width) for name, shape in shapes.items()}  # over the base's
     rows_of = {name: 0 if isinstance(chosen[name], FourBit) else 32 * shape[0] for name, shape in shapes.items()}  # scales

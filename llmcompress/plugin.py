@@ -26,6 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.anatomy import anatomy_of
+from llmcompress.checkpoint import named_ties
 from llmcompress.codebook_linear import Codebook, CodebookLinear
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredLinear
@@ -70,10 +71,8 @@ class CompressedConfig(QuantizationConfigMixin):
             )
         self.quant_method = cast(Any, quant_method)
         self.schemes = [dict(entry) for entry in schemes]
-        if ties:
-            if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
-                raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again")
-            self.ties = dict(ties)
+        if ties is not None and (named := named_ties(ties)):
+            self.ties = named
         self.assigned()
 
     def assigned(self) -> dict[str, Layout]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -92,11 +91,6 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
-
-
-def cache_folder() -> Path:
-    """Where what other runs may read too is kept: $LLMCOMPRESS_CACHE, else ~/.cache/llmcompress."""
-    return Path(os.environ.get("LLMCOMPRESS_CACHE") or Path.home() / ".cache" / "llmcompress")
 
 
 def source_of(name: str, device: torch.device) -> Source:

@@ -99,14 +99,25 @@ class Resident(ABC):
         return self.anatomy.axis_sizes(config_of_layer(self.config, index))
 
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Parameters of the whole model, tied ones once; with so many units of some axes in each block, if given."""
+        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each block, if given."""
         counts, tied = widths or {}, f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
         sizes = self.sizes | {axis: each[0] for axis, each in counts.items()}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) for name, row in self.anatomy.outer.items() if name != tied)
         for index in range(len(self.layers)):
             sizes = self.sizes_of(index) | {axis: each[index] for axis, each in counts.items()}
             total += sum(math.prod(Spelling.parse(row).shape(sizes)) for row in self.anatomy.block.values())
-        return total
+        return total - (self._unstored() if self.layouts or self.ties else 0)
+
+    def _unstored(self) -> int:
+        """By how many parameters what is stored is fewer than the whole weights: what is shared, and what is a product."""
+        found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
+        for name, shape in self.linear_maps():
+            layout = self.layouts.get(name)
+            if isinstance(layout, Factored):
+                found += math.prod(shape) - layout.parameters(shape, common=name not in tied)
+            elif name in tied:
+                found += math.prod(shape)
+        return found
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:

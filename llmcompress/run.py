@@ -22,6 +22,7 @@ import torch
 
 from llmcompress import processes
 from llmcompress.artifact import Writer, journal_folder, partial_folder
+from llmcompress.cache import cache_folder
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.contents import Outcome, companions, write_weights
@@ -32,7 +33,6 @@ from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import (
     Base,
     blocks_for,
-    cache_folder,
     config_of,
     find_base,
     fresh_student,

@@ -21,10 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear, hold
+from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.sparse import Keep, fill, pack_mask, unpack_mask
-
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)

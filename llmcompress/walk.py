@@ -152,7 +152,7 @@ def variants(
             continue
         with resident.block(index) as module:
             block = _block(resident, index, module, arguments, [], [])
-            changed = {edit: edit(block) for edit in wanted.values() if edit is not None}
+            changed = {edit: edit(block) for edit in dict.fromkeys(wanted.values()) if edit is not None}
             for key, edit in wanted.items():
                 if edit is not None:
                     streams[key] = [block.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
@@ -188,9 +188,8 @@ def without_each(
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
-    """KL in nats a token of scores [B, L, V] from those expected, in the mean."""
-    wanted, had = expected.float().log_softmax(-1), found.float().log_softmax(-1)
-    return float((wanted.exp() * (wanted - had)).sum(-1).mean())
+    """KL in nats a token of scores [B, L, V] from the log-probabilities expected, in the mean."""
+    return float((expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).mean())
 
 
 def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:
@@ -203,22 +202,29 @@ def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Ite
         yield scores
 
 
+@contextmanager
+def head_reads(resident: Resident) -> Iterator[list[Tensor]]:
+    """A list that the head adds to what it reads, [B, L, D], each time states leave."""
+    read: list[Tensor] = []
+    head = resident.model.get_submodule(resident.anatomy.head)
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
     """The head's weight [V, D], and the second moments of what it reads when the states of the Block after the last leave."""
-    head = resident.model.get_submodule(resident.anatomy.head)
-    W_RC = head.get_parameter("weight").data
+    W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
-    read: list[Tensor] = []
-    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    try:
+    with head_reads(resident) as read:
         for i, hidden in enumerate(block.inputs):
             read.clear()
             for states in (hidden, *block.reference[i : i + 1]):
                 leave(resident, states)
             moments.add(*read)
-    finally:
-        hook.remove()
     return W_RC, moments
 
 

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-import llmcompress  # noqa: F401  (teaches from_pretrained our formats)
+from llmcompress import plugin  # teaches from_pretrained our formats
+from llmcompress.errors import ModelError
 from llmcompress.ondisk import OnDisk
+from llmcompress.plan import plan
+from llmcompress.recipe import Recipe
+from llmcompress.report import Report
+from llmcompress.run import compress
+from llmcompress.stored import Layout, Stored, dequantize, tensors_of
 from llmcompress.walk import logits
-from tests.bases import VOCABULARY
+from tests.bases import VOCABULARY, byte_tokenizer
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -41,3 +51,53 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
+
+
+def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callable[[Tensor], Stored]) -> PreTrainedModel:
+    """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these weights."""
+    state, names = dict(model.state_dict()), []
+    for name, module in linears(model).items():
+        plain = cast(Tensor, module.weight).data
+        turned = isinstance(module, Conv1D)
+        found = made((plain.T if turned else plain).contiguous())
+        del state[f"{name}.weight"]
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found).items()})
+        weight = dequantize(found)
+        plain.copy_(weight.T if turned else weight)
+        names.append(name)
+    if model.config.tie_word_embeddings:
+        state.pop("lm_head.weight", None)
+    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
+    config["quantization_config"] = plugin.quantization_config([(layout, names)])
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return model
+
+
+def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
+    """All but the head, by full name."""
+    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n != "lm_head"}
+
+
+def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTrainedModel, Report, Report]:
+    """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and the written one."""
+    written = compress(told, folder / "out")
+    result, report = told.apply(cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer())
+    assert report.compressed.parameters == written.compressed.parameters
+    assert 0 <= (written.compressed.size_bytes or 0) - (report.compressed.size_bytes or 0) < 10_000  # the header
+    assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
+    assert torch.equal(live(result), live(load(folder / "out")))
+    result.save_pretrained(folder / "saved")
+    once, again = weights_of(folder / "out"), weights_of(folder / "saved")
+    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    return result, report, written
+
+
+def assert_refused(told: Recipe, why: str, out: Path) -> None:
+    """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is written."""
+    for act in cast("list[Callable[[Recipe], Any]]", [plan, lambda given: compress(given, out)]):
+        with pytest.raises(ModelError, match=why) as caught:
+            act(told)
+        assert len(str(caught.value).splitlines()) == 1
+    assert not out.exists()

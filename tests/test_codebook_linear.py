@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress import codebook_linear, plugin
-from llmcompress.codebook_linear import DTYPES, Codebook, CodebookLinear, CodebookWeight, pack, read, unpack
+from llmcompress.codebook_linear import Codebook, CodebookLinear, CodebookWeight, pack, read, unpack
 from llmcompress.errors import ModelError
+from llmcompress.integer_linear import DTYPES
 from llmcompress.methods.codebook import Palette, kmeans, nearest
 from llmcompress.stored import dequantize, layouts_of, parts_of, quantized_linears
+from tests.artefacts import linears, write_in
 from tests.models import FAMILIES, pico
-from tests.test_plugin import LOADER, linears, load, logits
+from tests.test_plugin import LOADER, load, logits
 
 LAYOUTS = (
     Codebook(16, 1, "float16"),
@@ -49,22 +50,7 @@ def weight(R: int, C: int, layout: Codebook, seed: int = 0) -> CodebookWeight:
 
 def artefact(folder: Path, model: PreTrainedModel, layout: Codebook) -> PreTrainedModel:
     """Write a model whose linears are in codebooks, and give the model itself the values of these."""
-    state, names = dict(model.state_dict()), []
-    for name, module in linears(model).items():
-        plain = cast(Tensor, module.weight).data
-        found = clustered((plain.T if isinstance(module, Conv1D) else plain).contiguous(), layout)
-        del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in found.tensors().items()})
-        plain.copy_(found.dequantize().T if isinstance(module, Conv1D) else found.dequantize())
-        names.append(name)
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = plugin.quantization_config([(layout, names)])
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return model
+    return write_in(folder, model, layout, lambda W_RC: clustered(W_RC, layout))
 
 
 def plain_pack(codes: list[int], bits: int) -> list[int]:

@@ -12,7 +12,7 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods", "processes"),
+    ("errors", "axes", "methods", "processes", "cache"),
     ("family", "pydocs", "texts"),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),

@@ -23,6 +23,7 @@ from llmcompress.errors import ModelError
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import IntegerWeight, Scheme
 from llmcompress.integer_linear import IntegerLinear
+from tests.artefacts import linears
 from tests.models import FAMILIES, pico
 
 Any_ = Scheme | FourBit
@@ -79,10 +80,6 @@ class Rounded(nn.Module):
             step = STEP if self.scheme.activations == "static" else x.abs().amax(-1, keepdim=True) / largest
             x = (x / step).round().clamp(-largest, largest) * step
         return nn.functional.linear(x, self.weight, self.bias)
-
-
-def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
-    return {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n != "lm_head"}
 
 
 def artefact(folder: Path, model: PreTrainedModel, schemes: Sequence[Any_]) -> None:

@@ -17,16 +17,17 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress import plugin, sparse_linear
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import ModelError
+from llmcompress.integer_linear import DTYPES
 from llmcompress.methods.sparse import keep_mask
-from llmcompress.sparse_linear import DTYPES, Sparse, SparseLinear, SparseWeight, read
+from llmcompress.sparse_linear import Sparse, SparseLinear, SparseWeight, read
 from llmcompress.stored import dequantize, layouts_of, parts_of, quantized_linears
+from tests.artefacts import linears, write_in
 from tests.models import FAMILIES, pico
-from tests.test_plugin import LOADER, TOKENS, distance, linears, load, logits
+from tests.test_plugin import LOADER, TOKENS, distance, load, logits
 
 LAYOUTS = (
     Sparse("2:4", "float32"),
@@ -45,23 +46,11 @@ def weight(R: int, C: int, layout: Sparse, seed: int = 0) -> SparseWeight:
 
 def artefact(folder: Path, model: PreTrainedModel, layout: Sparse) -> PreTrainedModel:
     """Write a model whose linears lost their smallest weights, and set these to zero in the model itself."""
-    state, names = dict(model.state_dict()), []
-    for name, module in linears(model).items():
-        plain = cast(Tensor, module.weight).data
-        W_RC = plain.T if isinstance(module, Conv1D) else plain
-        found = SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
-        del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in found.tensors().items()})
-        plain.copy_(found.dequantize().T if isinstance(module, Conv1D) else found.dequantize())
-        names.append(name)
-    if model.config.tie_word_embeddings:
-        state.pop("lm_head.weight", None)
-    config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = plugin.quantization_config([(layout, names)])
-    folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config))
-    save_file(state, folder / "model.safetensors", {"format": "pt"})
-    return model
+
+    def thinned(W_RC: Tensor) -> SparseWeight:
+        return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
+
+    return write_in(folder, model, layout, thinned)
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)

@@ -34,7 +34,7 @@ NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are m
 SPARSE = "sparse"
 PLAIN = {SPARSE, "shared", "basis", "codebook"}  # that no kernel of bitsandbytes runs
 CODES = {"quantize", "codebook"}  # stages after which the Hub calls a model quantised
-OURS = {"share", "basis", "codebook"}  # stages after which a model needs our plug-in
+SHARE = "share"  # the stage after which a model needs our plug-in, whatever the formats
 SHARED = "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by them anew."
 NO_SPEED = (
     "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are dense. Parameters "
@@ -131,7 +131,7 @@ def _loading(report: Report) -> str:
     formats = _formats(report)
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
-    ours = bool(formats - NATIVE or stages & OURS) or uneven
+    ours = bool(formats - NATIVE) or SHARE in stages or uneven
     packages = "transformers accelerate" + (" bitsandbytes" if formats - PLAIN else "") + (" llmcompress" if ours else "")
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     return f"""## Load it
@@ -208,7 +208,7 @@ def _limits(report: Report) -> str:
         f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be otherwise.",
         "Whatever limits the base has, and its licence, hold here too.",
         *((NO_SPEED,) if SPARSE in _formats(report) else ()),
-        *((SHARED,) if any(stage.name == "share" for stage in report.stages) else ()),
+        *((SHARED,) if any(stage.name == SHARE for stage in report.stages) else ()),
     )
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 

@@ -8,6 +8,7 @@ as they have become. A product of low rank has fewer operations as well as fewer
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Annotated, ClassVar
 
@@ -108,11 +109,15 @@ class Basis(BaseModel):
             self._find(model, context, groups, chosen)
         number_of = {model.block_name(index): number for number, group in enumerate(groups) for index in group}
 
+        @functools.lru_cache(maxsize=1)  # groups come one after another
+        def found(number: int) -> dict[str, Tensor]:
+            return context.journal.load(FOUND, number)[0]
+
         def solve(name: str, W_RC: Tensor, moments: Moments, layout: Factored) -> FactoredWeight:
             block = next(block for block in number_of if name.startswith(f"{block}."))
             W_RC = retarget(W_RC.float(), moments)
             if self.basis > 1:
-                basis_KC = context.journal.load(FOUND, number_of[block])[0][name.removeprefix(f"{block}.")].to(W_RC)
+                basis_KC = found(number_of[block])[name.removeprefix(f"{block}.")].to(W_RC)
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
             basis_KC = basis_KC.to(model.weight_dtype).to(W_RC)  # as it will be read back

@@ -10,24 +10,27 @@ import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from llmcompress import stored
 from llmcompress.block import Block
+from llmcompress.codebook_linear import Codebook
 from llmcompress.errors import ModelError
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.repair import bias_shift
 from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
+from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.coding import Coding
 from llmcompress.stages.context import Context, Facts
 from llmcompress.stored import Made, Stored
 from llmcompress.walk import walk
 
 Written = Coding | Made  # how one linear is written
+Shaped = TypeVar("Shaped", Sparse, Codebook)  # layouts that look at the shape of a linear alone
 
 
 def inner(model: Resident, parts: Sequence[str]) -> dict[str, None]:
@@ -72,6 +75,23 @@ def refused(name: str, model: Resident, ours: Collection[str], skip: Iterable[st
     if (layout := model.layouts.get(name)) is not None:
         return f"is stored as {layout.format} already"
     return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
+
+
+def rewritable(model: Resident, layout: Shaped, skip: Sequence[str], becomes: str) -> tuple[dict[str, Shaped], dict[str, str]]:
+    """The linears of blocks that a layout takes, by full name, and those to keep with the reason.
+
+    Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
+    """
+    ours = inner(model, model.anatomy.linears)
+    require_known("skip", skip, ours)
+    maps = dict(model.linear_maps())
+    reasons = {name: refused(name, model, ours, skip) or layout.refusal(shape) for name, shape in maps.items()}
+    kept = {name: why for name, why in reasons.items() if why}
+    kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+    chosen = {name: layout for name in maps if name not in kept}
+    if not chosen:
+        raise ModelError(f"no linear of this model can {becomes.format(why=next(iter(kept.values())))}")
+    return chosen, kept
 
 
 @dataclass(frozen=True)

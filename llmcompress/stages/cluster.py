@@ -8,16 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from llmcompress.codebook_linear import Codebook, CodebookWeight
-from llmcompress.errors import ModelError
 from llmcompress.journal import Journal
 from llmcompress.methods.codebook import solve_codebook
 from llmcompress.methods.hessian import Moments, retarget
 from llmcompress.residency import Resident
-from llmcompress.stages.choice import Rewriting, inner, refused, require_known
+from llmcompress.stages.choice import Rewriting, rewritable
 from llmcompress.stages.context import Context, Facts
 
 STAGE = "codebook"
@@ -42,23 +42,14 @@ class Cluster(BaseModel):
             raise ValueError("per: group needs rows, how many adjacent rows share a codebook, as 4")
         return self
 
+    def layout(self, model: Resident) -> Codebook:
+        """How the linears of a model are written."""
+        dtype = "bfloat16" if model.weight_dtype is torch.bfloat16 else "float16"
+        return Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
+
     def choose(self, model: Resident) -> tuple[dict[str, Codebook], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
-        ours = inner(model, model.anatomy.linears)
-        require_known("skip", self.skip, ours)
-        dtype = "bfloat16" if str(model.weight_dtype) == "torch.bfloat16" else "float16"
-        layout = Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
-        chosen: dict[str, Codebook] = {}
-        kept: dict[str, str] = {}
-        for name, shape in model.linear_maps():
-            if why := refused(name, model, ours, self.skip) or layout.refusal(shape):
-                kept[name] = why
-            else:
-                chosen[name] = layout
-        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
-        if not chosen:
-            raise ModelError(f"no linear of this model can have a codebook ({next(iter(kept.values()))}); leave the stage")
-        return chosen, kept
+        return rewritable(model, self.layout(model), self.skip, "have a codebook ({why}); leave the stage")
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Codebook], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""

@@ -87,7 +87,7 @@ def divergences(model: Resident, full: list[Tensor], streams: Mapping[Key, list[
     """KL in nats a token of the predictions from each stream's last states, from those of the full model."""
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
-        expected = leave(model, hidden)
+        expected = leave(model, hidden).float().log_softmax(-1)
         for index, states in streams.items():
             lost[index] += divergence(expected, leave(model, states[i])) * len(hidden)
     return {index: total / sum(map(len, full)) for index, total in lost.items()}

@@ -45,5 +45,9 @@ def metric(model: Resident, context: Context, index: int) -> Tensor | None:
     gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
     if gains - feeds.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None
-    F_DD = fisher(context, index).to(model.device)
+    return nats_factor(fisher(context, index).to(model.device))
+
+
+def nats_factor(F_DD: Tensor) -> Tensor:
+    """M [D, D], such that an error e costs |e M|^2 nats a token where F is the Fisher matrix of what it is an error of."""
     return metric_factor(F_DD, DAMP) * (F_DD.diagonal().mean() / 2).sqrt()

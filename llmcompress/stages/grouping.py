@@ -18,7 +18,7 @@ from llmcompress.methods.sharing import adjacent, agglomerate, cka, cosines
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
 from llmcompress.stages.depth import SAMPLE, divergences
-from llmcompress.walk import Edit, Edits, variants, walk
+from llmcompress.walk import Edit, variants, walk
 
 Likeness = Literal["kl", "cka", "cosine", "adjacent"]
 NEAR = 4  # layers, the likest by each score, that a layer is tried to be given up for
@@ -41,11 +41,12 @@ def find(model: Resident, context: Context, linears: Sequence[str], count: int, 
     windows = context.data.calibration
     windows = windows[: -(-SAMPLE // windows.shape[1])]
     full = variants(model, windows, {})[None]
+    taken = [_with_weights_of(model, linears, source) for source in range(layers)]
     given_up: dict[int, int] = {}  # layer -> the one whose weights it has
     kl_nats: list[float] = []
     for _ in context.track(range(layers - count), "tie (layers, kl)", layers - count):
         swaps = _swaps(likeness, layers, given_up)
-        edits = {pair: _edits(model, linears, moved) for pair, moved in swaps.items()}
+        edits = {pair: {layer: taken[source] for layer, source in moved.items()} for pair, moved in swaps.items()}
         losses: dict[tuple[int, int], float] = {}
         for start in range(0, len(edits), AT_ONCE):
             some = dict(list(edits.items())[start : start + AT_ONCE])
@@ -71,10 +72,6 @@ def _swaps(likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, i
             moved = {layer: other if source == index else source for layer, source in given_up.items()}
             found[index, other] = moved | {index: other}
     return found
-
-
-def _edits(model: Resident, linears: Sequence[str], given_up: Mapping[int, int]) -> Edits:
-    return {layer: _with_weights_of(model, linears, source) for layer, source in given_up.items()}
 
 
 def _with_weights_of(model: Resident, linears: Sequence[str], source: int) -> Edit:

@@ -224,13 +224,12 @@ class Quantize(Format):
 
     def _known(self, model: Resident, block: Block, chosen: Mapping[str, Coding], journal: Journal) -> dict[str, stored.Stored]:
         """The codes of a block's linears that are those of earlier layers, by full name."""
-        found = {}
-        for name, source in model.twins.items():
-            if name in chosen and name.startswith(f"{block.name}."):
-                index = int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0])
-                tensors = journal.load(STAGE, index)[0]
-                found[name] = chosen[name].read(stored.parts_of(source, tensors), model.matrices()[source][1])
-        return found
+        here = {name: source for name, source in model.twins.items() if name in chosen and name.startswith(f"{block.name}.")}
+        tensors: dict[str, Tensor] = {}
+        for index in {int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()}:
+            tensors |= journal.load(STAGE, index)[0]
+        shapes = model.matrices()
+        return {name: chosen[name].read(stored.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
 
     def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""

@@ -8,6 +8,7 @@ What is shared is one tensor on disk and in memory. It is multiplied once for ea
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -22,14 +23,14 @@ from llmcompress.checkpoint import writing
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredWeight
 from llmcompress.journal import Journal
-from llmcompress.methods.hessian import metric_factor
+from llmcompress.methods.hessian import Moments
 from llmcompress.methods.lowrank import shared_basis
 from llmcompress.methods.sharing import adjacent, descend
 from llmcompress.residency import Resident
 from llmcompress.stages import grouping
 from llmcompress.stages.choice import inner
 from llmcompress.stages.context import Context, Facts
-from llmcompress.stages.fisher import DAMP, find_fisher, fisher
+from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 from llmcompress.walk import together, walk
 
 STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
@@ -219,7 +220,7 @@ class Share(BaseModel):
         for member in members:
             tensors |= {f"{member.index}:{name}": tensor.clone() for name, tensor in member.own.items()}
             for linear, W_RC in member.weights.items() if self.residual_rank else ():
-                H_CC = member.moments()[linear].H_CC
+                H_CC = member.moments[linear].H_CC
                 (left,), right = shared_basis([W_RC - source.weights[linear]], [H_CC], self.residual_rank)
                 tensors |= {f"{member.index}:{linear}.left": left, f"{member.index}:{linear}.right": right}
         return tensors
@@ -242,18 +243,16 @@ class _Member:
 
     def __init__(self, block: Block, linears: Sequence[str], F_DD: Tensor) -> None:
         self.block, self.index = block, block.index
-        F_DD = F_DD.to(block.device)
-        self.metric_DD = metric_factor(F_DD, DAMP) * (F_DD.diagonal().mean() / 2).sqrt()
+        self.metric_DD = nats_factor(F_DD.to(block.device))
         self.weights = {linear: block.weight(linear) for linear in linears}
         vectors = [name for name, row in block.anatomy.block.items() if len(Spelling.parse(row).dims) == 1]
         self.own = {name: block.module.get_parameter(name).data for name in vectors}
         self.targets = block.outputs(block.inputs)
-        self._moments: dict[str, Any] = {}
 
-    def moments(self) -> dict[str, Any]:
+    @functools.cached_property
+    def moments(self) -> dict[str, Moments]:
         """Of what its linears read."""
-        self._moments = self._moments or self.block.moments()
-        return self._moments
+        return self.block.moments()
 
     def loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
         """Nats a token of one batch, to second order, with the shared weights and its own of `tensors`."""

@@ -14,14 +14,14 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from llmcompress.errors import ModelError
+from llmcompress.integer_linear import DTYPES
 from llmcompress.journal import Journal
 from llmcompress.methods.hessian import Moments, retarget
 from llmcompress.methods.scores import wanda_weights
 from llmcompress.methods.sparse import keep_mask, sparsegpt
 from llmcompress.residency import Resident
-from llmcompress.sparse_linear import DTYPES, Sparse, SparseWeight
-from llmcompress.stages.choice import Rewriting, inner, refused, require_known
+from llmcompress.sparse_linear import Sparse, SparseWeight
+from llmcompress.stages.choice import Rewriting, rewritable
 from llmcompress.stages.context import Context, Facts
 
 STAGE = "sparsify"
@@ -68,23 +68,9 @@ class Sparsify(BaseModel):
 
         Raises ModelError where none is left.
         """
-        ours = inner(model, model.anatomy.linears)
-        require_known("skip", self.skip, ours)
         dtype = str(model.weight_dtype).removeprefix("torch.")
         layout = Sparse(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
-        chosen: dict[str, Sparse] = {}
-        kept: dict[str, str] = {}
-        for name, shape in model.linear_maps():
-            if why := refused(name, model, ours, self.skip) or layout.refusal(shape):
-                kept[name] = why
-            else:
-                chosen[name] = layout
-        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
-        if not chosen:
-            raise ModelError(
-                f"no linear of this model can lose weights ({next(iter(kept.values()))}); try another keep or skip"
-            )
-        return chosen, kept
+        return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Sparse], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""

@@ -22,7 +22,7 @@ from llmcompress.methods.hessian import Moments
 from llmcompress.methods.tying import tie
 from llmcompress.residency import Resident
 from llmcompress.stages.context import OUTER, Context, Facts
-from llmcompress.walk import divergence, leave, output_fisher, walk
+from llmcompress.walk import divergence, head_reads, leave, output_fisher, walk
 
 STAGE = "tie"
 SAMPLE = 8192  # tokens by which the balance is decided
@@ -128,7 +128,7 @@ class _Trial:
             states = self._states()
         lost = 0.0
         for full, hidden in zip(self.full, states, strict=True):
-            expected = leave(self.model, full)
+            expected = leave(self.model, full).float().log_softmax(-1)
             with _placed(self.model, made):
                 lost += divergence(expected, leave(self.model, hidden)) * len(full)
         kl_nats = lost / sum(map(len, self.full))
@@ -172,13 +172,11 @@ def _statistics(model: Resident, context: Context) -> tuple[Tensor, Tensor, Tens
     V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
     seen_V = torch.bincount(windows.flatten(), minlength=V).to(model.device, torch.float32)
     said_V, moments = torch.zeros(V, device=model.device), Moments(D, model.device)
-    hook = model.model.get_submodule(anatomy.head).register_forward_pre_hook(lambda _, args: moments.add(args[0]))
-    try:
-        *_, last = walk(model, windows, through=True)
+    *_, last = walk(model, windows, through=True)
+    with head_reads(model) as read:
         for hidden in last.inputs:
             said_V += leave(model, hidden).float().softmax(-1).flatten(0, 1).sum(0)
-    finally:
-        hook.remove()
+            moments.add(read.pop())
     sample = windows[: -(-SAMPLE // windows.shape[1])]
     with torch.enable_grad():
         *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True)
