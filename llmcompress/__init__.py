@@ -4,8 +4,10 @@ from llmcompress import plugin as plugin  # teaches from_pretrained our formats
 from llmcompress.data import DataSpec
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.evaluate import evaluate
+from llmcompress.push import push
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
+from llmcompress.reproduce import reproduce
 from llmcompress.resave import save_native  # has save_pretrained mend or refuse what forwards did to native models
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize
@@ -21,5 +23,7 @@ __all__ = [
     "Report",
     "compress",
     "evaluate",
+    "push",
+    "reproduce",
     "save_native",
 ]

@@ -24,9 +24,13 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+MISSED = 3  # exit code: what came out is not what was asked for
 out, err = Console(), Console(stderr=True)
 
-Recipe = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", show_default=False)]
+Recipe = Annotated[
+    str,
+    typer.Argument(help="Recipe file (.yaml), folder with a recipe.yaml, or Hub id.", show_default=False),
+]
 BaseModel = Annotated[str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")]
 Data = Annotated[
     str | None, typer.Option("--data", help="Hub data set, .txt/.jsonl/.parquet file, folder of them, or python-docs.")
@@ -57,7 +61,7 @@ def run(
     from llmcompress.run import compress
     from llmcompress.walk import untracked
 
-    steps, shown = Recipe.from_file(recipe), track if processes.first() else untracked
+    steps, shown = Recipe.from_pretrained(recipe), track if processes.first() else untracked
     report = compress(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
     if not processes.first():
         return
@@ -72,7 +76,7 @@ def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
     from llmcompress.recipe import Recipe
     from llmcompress.report.render import print_plan
 
-    rows, notes = make_plan(Recipe.from_file(recipe), base=base, device=device)
+    rows, notes = make_plan(Recipe.from_pretrained(recipe), base=base, device=device)
     print_plan(rows, notes, out)
 
 
@@ -110,6 +114,47 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `run` wrot
     print_report(Report.of(folder), out)
 
 
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)],
+    repo: Annotated[str, typer.Argument(help="Where it goes: user/name.", show_default=False)],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
+) -> None:
+    """Share a finished run on the Hub: weights, card, report and recipe in one commit. After a broken upload, run it again."""
+    from llmcompress.push import push as send
+
+    pushed = send(folder, repo, private=private, message=message)
+    out.print(f"{folder} is at {pushed.url}, commit {pushed.commit}", soft_wrap=True, highlight=False, markup=False)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[str, typer.Argument(help="A folder that `run` wrote, or user/name@revision.", show_default=False)],
+    base: BaseModel = None,
+    data: Data = None,
+    out_: Annotated[Path | None, typer.Option("--out", help="Keep the second artefact in this folder.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result there.")] = False,
+    device: Device = None,
+) -> None:
+    """Run the recipe of a finished run again and say what came out: bit-equal, equal within tolerance, or what differs."""
+    from llmcompress.report.render import print_reproduction
+    from llmcompress.reproduce import reproduce as run_again
+
+    found = run_again(name, base=base, data=data, out=out_, overwrite=overwrite, device=device, track=track)
+    print_reproduction(found.verdict, found.differences, found.reported, found.again, out)
+    if found.verdict == "different":
+        sys.exit(MISSED)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON Schema of recipes, with which an editor completes and checks them."""
+    from llmcompress.recipe import Recipe
+
+    print(Recipe.json_schema())
+
+
 def main() -> None:
     """The command `llmcompress`."""
     try:
@@ -122,7 +167,7 @@ def main() -> None:
 def _plain(error: CompressError) -> str:
     from rich.markup import escape
 
-    return escape(" ".join(str(error).split()))
+    return escape(str(error))
 
 
 if __name__ == "__main__":

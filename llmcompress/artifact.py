@@ -19,7 +19,16 @@ from llmcompress.checkpoint import INDEX, Shard, sync, sync_folder, writing
 from llmcompress.errors import OutputError
 
 SHARD_BYTES = 5_000_000_000
-KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")
+KEPT = (
+    "*.json",
+    "*.model",
+    "*.txt",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    "NOTICE*",
+)  # of a base's files
+MADE = ("model*.safetensors", "*.png", "README.md", "recipe.yaml", ".eval_results/*.yaml")  # what an artefact has besides
 
 
 def require_space(folder: Path, need: int) -> None:

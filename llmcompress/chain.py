@@ -10,7 +10,7 @@ import torch
 from llmcompress.contents import left_by
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
-from llmcompress.recipe import Recipe, Stage
+from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, environment
 from llmcompress.residency import Resident
@@ -19,6 +19,7 @@ from llmcompress.stages.coding import FourBit
 from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.quantize import Quantize
+from llmcompress.steps import Stage
 
 
 def require_possible(recipe: Recipe, model: Resident) -> None:
@@ -67,11 +68,13 @@ def report_of(
     """The report of a run."""
     return Report(
         recipe_digest=recipe.digest,
+        recipe=recipe.origin,
         base=before,
         compressed=after,
         fidelity=FidelityFacts.model_validate(measured.facts()),
         data=DataFacts(
             source=blocks.source,
+            revision=blocks.revision,
             sha256=blocks.sha256,
             calibration_tokens=blocks.calibration_tokens,
             evaluation_tokens=blocks.evaluation_tokens,

@@ -311,6 +311,15 @@ def sync(file: BinaryIO) -> None:
     os.fsync(file.fileno())
 
 
+def put(file: Path, content: str) -> None:
+    """Write a text file, whole or not at all."""
+    half = file.with_name(f".{file.name}.partial")
+    with half.open("wb") as opened:
+        opened.write(content.encode())
+        sync(opened)
+    half.replace(file)
+
+
 def sync_folder(folder: Path) -> None:
     """Flush the names in a folder, where the system can."""
     with contextlib.suppress(OSError):

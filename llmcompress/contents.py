@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress import four_bit, integer, native, plugin, stored
+from llmcompress import four_bit, hub, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
-from llmcompress.recipe import Recipe, Stage
+from llmcompress.recipe import FILE as RECIPE
+from llmcompress.recipe import Recipe
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, TRAINING_PICTURE, Report
-from llmcompress.report.card import card, front_matter
+from llmcompress.report.card import card, evaluations, front_matter
 from llmcompress.report.pictures import before_after, error_per_layer, training_curves
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed
@@ -28,9 +29,11 @@ from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Cut, Prune
 from llmcompress.stages.share import Share
 from llmcompress.stages.tie import Tie
+from llmcompress.steps import Stage
 from llmcompress.stored import Layout, Made, Stored
 from llmcompress.widths import SCHEMA
 
+EVALUATIONS = ".eval_results/llmcompress.yaml"  # where the Hub looks for them
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
 
@@ -224,8 +227,10 @@ def companions(report: Report, recipe: Recipe, base: Path) -> dict[str, str | by
     """What goes beside the weights: report.json, recipe.yaml, README.md and the pictures, by file name."""
     readme, text = base / "README.md", recipe.to_yaml()
     inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() else {}
-    files: dict[str, str | bytes] = {FILE: report.to_json(), "recipe.yaml": text, "README.md": card(report, text, inherited)}
+    files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: text, "README.md": card(report, text, inherited)}
     pictures = {ERROR_PICTURE: error_per_layer, CHANGE_PICTURE: before_after}
+    if entries := evaluations(report):
+        files[EVALUATIONS] = hub.evaluation_results(entries)
     if report.trainings:
         pictures[TRAINING_PICTURE] = training_curves
     with tempfile.TemporaryDirectory() as folder:

@@ -10,7 +10,6 @@ or rows, and a window found in both is refused. It costs about four seconds of o
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
@@ -21,6 +20,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from llmcompress import hub
 from llmcompress.errors import DataError
 from llmcompress.pydocs import python_docs
 from llmcompress.texts import SUFFIXES, Texts, file_texts, first_line, folder_texts, row_text
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 PYTHON_DOCS = "python-docs"
+DEMO = "demo"  # what a recipe calls the embedded model
 DEMO_MODEL: Path = Path(__file__).parent / "demo"  # the embedded model, trained on the calibration side of python-docs
 
 POOL = 16  # windows read for each calibration window drawn
@@ -58,7 +59,7 @@ class Blocks:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
-    what the calibration text has besides, where a stage trains.
+    what the calibration text has besides, where a stage trains. `revision` is the commit of a Hub data set.
     """
 
     calibration: Tensor
@@ -66,6 +67,7 @@ class Blocks:
     source: str
     sha256: str
     training: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    revision: str | None = None
 
     @property
     def training_sha256(self) -> str:
@@ -118,7 +120,7 @@ def load_data(
     _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
     blocks = pool[drawn]
-    found = Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead))
+    found = Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead), revision=texts.revision)
     if not trains:
         return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)
@@ -199,7 +201,7 @@ def _texts(spec: DataSpec) -> Texts:
     """The two sides of a source. What exists on disk is read from disk; else what is spelled like a Hub id is one."""
     source, path = spec.source, Path(spec.source).expanduser()
     if source != PYTHON_DOCS and not path.exists():
-        if path.suffix in SUFFIXES or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source):
+        if path.suffix in SUFFIXES or not hub.is_id(source):
             raise DataError(
                 f"{source} does not exist; name a .txt, .jsonl or .parquet file, a folder of them, or a Hub data set"
             )
@@ -216,30 +218,56 @@ def _texts(spec: DataSpec) -> Texts:
 def _hub(spec: DataSpec) -> Texts:
     """A Hub data set, streamed: `split` calibrates; `evaluation_split`, else validation, else test evaluates.
 
-    Where there is no other split, the first rows evaluate and the rows after them calibrate.
+    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag is resolved to
+    its commit once, so that all that is read is of one commit. Offline, a data set that `load_dataset` has cached is read.
     """
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
+    if hub.offline():
+        return _cached(spec)
+    commit = hub.dataset_commit(spec.source, spec.revision)
+    spec = spec.model_copy(update={"revision": commit})
     try:
         splits = datasets.get_dataset_split_names(spec.source, config_name=spec.config, revision=spec.revision)
     except Exception as error:  # the Hub client raises a dozen kinds; to the user each says: this data set can't be had
         raise _unreadable(spec.source, error) from error
+
+    def stream(split: str) -> Iterable[dict[str, object]]:
+        yield from datasets.load_dataset(spec.source, spec.config, split=split, revision=spec.revision, streaming=True)
+
+    return _sides(spec, splits, stream)._replace(revision=commit)
+
+
+def _cached(spec: DataSpec) -> Texts:
+    """A Hub data set as `datasets.load_dataset` has left it in its cache."""
+    import datasets  # type: ignore[import-untyped, unused-ignore]
+
+    try:
+        every = datasets.load_dataset(spec.source, spec.config, revision=spec.revision)
+    except Exception as error:  # as above
+        raise DataError(
+            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE is set; fetch it "
+            f"once with a network: datasets.load_dataset({spec.source!r})"
+        ) from None
+    return _sides(spec, list(every), every.__getitem__)
+
+
+def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[dict[str, object]]]) -> Texts:
+    """Which splits of a Hub data set calibrate and evaluate."""
     for split in filter(None, (spec.split, spec.evaluation_split)):
         if split not in splits:
             raise DataError(f"{spec.source} has no split {split!r}; it has {', '.join(splits)}")
     if spec.evaluation_split == spec.split:
         raise DataError(f"{spec.source} can't evaluate on {spec.split!r}, which calibrates; leave evaluation_split out")
     others = [split for split in (spec.evaluation_split, "validation", "test") if split in splits and split != spec.split]
-    rows = _hub_rows(spec, spec.split)
-    return Texts(rows, _hub_rows(spec, others[0]) if others else rows)
+    rows = _hub_rows(spec, spec.split, rows_of)
+    return Texts(rows, _hub_rows(spec, others[0], rows_of) if others else rows)
 
 
-def _hub_rows(spec: DataSpec, split: str | None) -> Iterator[str]:
+def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[dict[str, object]]]) -> Iterator[str]:
     """The rows of one split in order, each followed by an empty line."""
-    import datasets  # type: ignore[import-untyped, unused-ignore]
-
     try:
-        for row in datasets.load_dataset(spec.source, spec.config, split=split, revision=spec.revision, streaming=True):
+        for row in rows_of(split):
             yield from row_text(row, spec.column, spec.source)
     except DataError:
         raise

@@ -6,9 +6,16 @@ message without a traceback and exits with `exit_code`; anything that is not a C
 
 
 class CompressError(Exception):
-    """The input is wrong; the message says what was given, why not, and what to do."""
+    """The input is wrong; the message says what was given, why not, and what to do.
+
+    What was given may be anyone's: it is put into one line, and no character of it can steer a terminal.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        line = " ".join(message.split())
+        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
 class RecipeError(CompressError):

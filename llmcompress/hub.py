@@ -1,50 +1,172 @@
-"""The Hugging Face Hub border: a base by its id, at a commit. Nothing that is fetched is ever executed.
+"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one commit.
 
-Only safetensors, tokenizer and text files are taken, so a repository that holds pickles or code leaves them there. What is in
-the local cache is not fetched again, and works without a network.
+Nothing that is fetched is ever executed. Only safetensors, tokenizer and text files are taken, so a repository that holds
+pickles or code leaves them there; a recipe is read as bytes, of a size that is looked up before it is fetched. What is in the
+local cache is not fetched again, and works without a network. The token is the user's own, as `hf auth login` or HF_TOKEN
+leave it; no function here takes or shows one.
 """
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from huggingface_hub import snapshot_download
+import yaml
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    EvalResultEntry,
+    HfApi,
+    constants,
+    eval_result_entries_to_yaml,
+    hf_hub_download,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
 
-from llmcompress.errors import ModelError
+from llmcompress.errors import CompressError, DataError, ModelError, OutputError
 
-SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "LICENSE*", "NOTICE*"]
+SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "recipe.yaml", "LICENSE*", "NOTICE*"]
 WEIGHTS = ["model*.safetensors"]
+LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
+_PART = r"[A-Za-z0-9_][\w.-]*"
 
 
-def fetch(model: str, revision: str | None, *, weights: bool = True) -> tuple[Path, str]:
+def is_id(name: str) -> bool:
+    """Whether a name is spelled as the Hub spells ids: `name` or `user/name`."""
+    return re.fullmatch(rf"{_PART}(/{_PART})?", name, re.ASCII) is not None
+
+
+def split(name: str) -> tuple[str, str | None]:
+    """`user/name@revision` as id and revision; None where no revision is given."""
+    repo, at, revision = name.partition("@")
+    return repo, revision if at else None
+
+
+def offline() -> bool:
+    """Whether the user has said that there is no network (HF_HUB_OFFLINE)."""
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def fetch(model: str, revision: str | None, *, weights: bool = True, wanted: str = "base") -> tuple[Path, str]:
     """The local folder of a model on the Hub, and the commit that it holds; ModelError where it can't be had.
 
-    With `weights=False` only config, tokenizer and the like are fetched.
+    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the user.
     """
-    try:
+    with _asked(f"{wanted} {model}", revision, ModelError, "check the path or the network"):
         folder = snapshot_download(model, revision=revision, allow_patterns=SMALL + (WEIGHTS if weights else []))
-    except HFValidationError:
-        _refuse(model, "is neither a folder nor a Hub id", "give a folder that exists, or an id like user/name")
-    except GatedRepoError:
-        _refuse(model, "is gated", "accept its terms on the Hub and log in with `hf auth login`")
-    except RepositoryNotFoundError:
-        _refuse(model, "is not on the Hub or is private", "check the id, or log in with `hf auth login`")
-    except RevisionNotFoundError:
-        _refuse(model, f"has no revision {revision}", "give a branch, tag or commit that it has")
-    except (LocalEntryNotFoundError, EntryNotFoundError, HfHubHTTPError, OSError) as error:
-        _refuse(model, f"can't be fetched ({type(error).__name__}) and is not a folder here", "check the path or the network")
     return Path(folder), Path(folder).name
 
 
-def _refuse(model: str, why: str, advice: str) -> NoReturn:
-    raise ModelError(f"base {model} {why}; {advice}") from None
+def read(
+    repo: str, file: str, revision: str | None, *, largest: int, wanted: str, error: type[CompressError]
+) -> tuple[bytes, str]:
+    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't be had.
+
+    A file of more than `largest` bytes is refused before it is fetched.
+    """
+    with _asked(f"{wanted} {repo}", revision, error, "check the id or the network", file):
+        found = hf_hub_download(repo, file, revision=revision, dry_run=True)
+        if (found.file_size or 0) > largest:
+            raise error(f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}")
+        path = hf_hub_download(repo, file, revision=found.commit_hash)
+    with Path(path).open("rb") as opened:
+        return opened.read(largest + 1), found.commit_hash
+
+
+def dataset_commit(source: str, revision: str | None) -> str | None:
+    """The commit that a branch, tag or commit of a data set stands for; None without a network. Errors: DataError."""
+    if offline():
+        return None
+    with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
+        return HfApi().dataset_info(source, revision=revision).sha
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """A commit on the Hub, and where people see it."""
+
+    commit: str
+    url: str
+
+
+def push(repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()) -> Pushed:
+    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError where that fails.
+
+    What is there already is not sent again, nor is what a broken upload had finished: large files are known by their hash.
+    Files of the repository that match one of the patterns `replaced` and are not given are deleted in that commit.
+    """
+    api = HfApi()
+    if offline():
+        raise OutputError(f"{repo} can't be pushed while HF_HUB_OFFLINE is set; unset it")
+    with _asked(f"repository {repo}", None, OutputError, "run the same command again: what arrived is not sent again"):
+        where = api.create_repo(repo, private=private, exist_ok=True)
+        there = set(api.list_repo_files(where.repo_id))
+        stale = [name for name in there - set(files) if any(fnmatch(name, pattern) for pattern in replaced)]
+        made = api.create_commit(
+            where.repo_id,
+            [
+                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())),
+                *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
+            ],
+            commit_message=message,
+        )
+    return Pushed(made.oid, str(where))
+
+
+def evaluation_results(entries: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a file of .eval_results: each entry the fields of huggingface_hub's EvalResultEntry."""
+    known = [EvalResultEntry(**entry) for entry in entries]
+    return yaml.safe_dump(eval_result_entries_to_yaml(known), sort_keys=False, allow_unicode=True)
+
+
+@contextmanager
+def _asked(what: str, revision: str | None, kind: type[CompressError], advice: str, file: str = "a file") -> Iterator[None]:
+    """Say in one line what the Hub, or the way to it, refuses: `what` as `base user/name`."""
+
+    def refuse(why: str, todo: str) -> NoReturn:
+        raise kind(f"{what} {why}; {todo}") from None
+
+    try:
+        yield
+    except CompressError:
+        raise
+    except HFValidationError:
+        refuse("is neither a folder nor a Hub id", "give a folder that exists, or an id like user/name")
+    except GatedRepoError:
+        refuse("is gated", "accept its terms on the Hub and log in with `hf auth login`")
+    except RepositoryNotFoundError:
+        refuse("is not on the Hub or is private", f"check the id, or {LOGIN}")
+    except RevisionNotFoundError:
+        refuse(f"has no revision {revision}", "give a branch, tag or commit that it has")
+    except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+        if offline():
+            refuse("is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it once with a network")
+        refuse(f"can't be fetched ({type(error).__name__}) and is not a folder here", advice)
+    except EntryNotFoundError:
+        refuse(f"lacks {file}", "give one that llmcompress wrote")
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
+        refuse(f"can't be had (HTTP {status})", advice)
+    except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
+        refuse(f"can't be had ({type(error).__name__}: {_first_line(error)})", advice)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -68,6 +68,7 @@ def apply(
     CompressError as `compress` does; the model is then as it was.
     """
     start = time.monotonic()
+    recipe.require_own_names(base="the model given")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
     state, where = dict(model.state_dict()), pick_device(device)

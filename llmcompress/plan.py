@@ -41,6 +41,7 @@ Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, second
 
 def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) -> tuple[list[Row], list[str]]:
     """Rows for the base and for each stage, and notes in words; raises CompressError as `compress` would for the same input."""
+    recipe.require_own_names(base=base)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
     config = config_of(found.folder, base=True)
     model = Outline(config, pick_device(device), torch.float32)

@@ -20,14 +20,12 @@ from transformers import (
 
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint, read_json, require_base, tensors_digest, writing
-from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, load_data
+from llmcompress.data import DEMO, DEMO_MODEL, Blocks, DataSpec, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Source
-
-DEMO = "demo"  # the base that llmcompress carries itself
 
 
 @dataclass(frozen=True)
@@ -53,7 +51,9 @@ def find_base(name: str | None, revision: str | None = None, *, weights: bool = 
         return Base(name, path, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
         raise ModelError(f"base {name} is no folder; give the folder of a model or a Hub id like user/name")
-    return Base(name, *hub.fetch(name, revision, weights=weights))
+    repo, at = hub.split(name)
+    folder, commit = hub.fetch(repo, revision or at, weights=weights)
+    return Base(repo, folder, commit)
 
 
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:

@@ -1,7 +1,8 @@
 """A recipe: base, data, stages, accept, as one frozen value that YAML spells and a digest names.
 
 Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with a recipe is
-said in one line before anything is read: the key and where it stands, why it can't be, and the nearest right word.
+said in one line before anything is read: the key and where it stands, why it can't be, and the nearest right word. A recipe
+from the Hub is data like any other: nothing of it is run, and it can't name a file of this machine.
 """
 
 from __future__ import annotations
@@ -14,42 +15,33 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_serializer, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
 
-from llmcompress.data import DataSpec
+from llmcompress import hub
+from llmcompress.checkpoint import put, writing
+from llmcompress.data import DEMO, PYTHON_DOCS, DataSpec
 from llmcompress.errors import RecipeError
-from llmcompress.stages.basis import Basis
-from llmcompress.stages.cluster import Cluster
+from llmcompress.report import RecipeFacts
+from llmcompress.report.card import recipe_card
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.formats import Override
 from llmcompress.stages.prune import Prune
 from llmcompress.stages.quantize import Quantize
-from llmcompress.stages.share import Share
 from llmcompress.stages.smooth import Smooth
 from llmcompress.stages.sparsify import Sparsify
-from llmcompress.stages.tie import Tie
+from llmcompress.steps import AXIS, PATTERN, TIES, Step, require_order
+from llmcompress.untrusted import Unreadable, yaml_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from llmcompress.report import Report
 
-LARGEST = 1 << 20  # bytes of a recipe file: more is no recipe
-Stage = Prune | Sparsify | Tie | Share | Cluster | Basis | Distill | Quantize
-SHORT = reprlib.Repr()  # of a wrong value: aliases can make a few lines of YAML a list of billions
+SCHEMA = 1  # of recipes: llmcompress 0.N reads up to schema N, so that a newer recipe tells what to install
+FILE = "recipe.yaml"  # what it is called in an artefact, and in a repository on the Hub
+LARGEST = 1 << 15  # bytes of a recipe file: more is no recipe
+SHORT = reprlib.Repr()  # of a wrong value, which may be long
 SHORT.maxlevel = 2
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is given twice; plain YAML would silently take the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
-            seen.add(str(key.value))
-        return super().construct_mapping(node, deep)
 
 
 class Accept(BaseModel):
@@ -68,86 +60,12 @@ class Accept(BaseModel):
     )
 
 
-def _prune_by(entry: Any) -> str:
-    """Which schema of `prune` an entry is meant for: by whole units of an axis, or by a pattern of single weights."""
-    if not isinstance(entry, dict):
-        return PATTERN if isinstance(entry, Sparsify) else AXIS
-    meant = difflib.get_close_matches("pattern", [key for key in entry if isinstance(key, str)], n=1, cutoff=0.7)
-    return PATTERN if "pattern" in entry or (meant and "axis" not in entry) else AXIS
-
-
-AXIS, PATTERN = "<axis>", "<pattern>"  # in the place of an error they are no keys
-Pruning = Annotated[Annotated[Prune, Tag(AXIS)] | Annotated[Sparsify, Tag(PATTERN)], Discriminator(_prune_by)]
-
-
-def _tie_by(entry: Any) -> str:
-    """Which schema of `tie` an entry is meant for, by the key that only that one has."""
-    if not isinstance(entry, dict):
-        return next((tag for tag, schema in TIES.items() if isinstance(entry, schema)), "<weights>")
-    for key, tag in TIE_KEYS.items():
-        if key in entry or difflib.get_close_matches(key, [k for k in entry if isinstance(k, str)], n=1, cutoff=0.8):
-            return tag
-    return "<weights>"
-
-
-TIES: dict[str, Any] = {"<weights>": Tie, "<layers>": Share, "<codebook>": Cluster, "<basis>": Basis}
-TIE_KEYS = {"weights": "<weights>", "codebook": "<codebook>", "basis": "<basis>", "layers": "<layers>", "pairs": "<layers>"}
-Tying = Annotated[
-    Annotated[Tie, Tag("<weights>")]
-    | Annotated[Share, Tag("<layers>")]
-    | Annotated[Cluster, Tag("<codebook>")]
-    | Annotated[Basis, Tag("<basis>")],
-    Discriminator(_tie_by),
-]
-
-
-class Step(BaseModel):
-    """One entry of `stages`: the name of a stage and its settings."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    prune: Pruning | None = None
-    tie: Tying | None = None
-    distill: Distill | None = None
-    quantize: Quantize | None = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _bare_name(cls, entry: Any) -> Any:
-        """`- quantize` is the stage with all defaults; `- quantize:` too."""
-        if isinstance(entry, str):
-            return {entry: {}}
-        if not isinstance(entry, dict):
-            return entry
-        return {name: {} if settings is None else settings for name, settings in entry.items()}
-
-    @model_validator(mode="after")
-    def _one_stage(self) -> Step:
-        if len(self.model_fields_set) != 1:
-            given = " and ".join(sorted(self.model_fields_set)) or "nothing"
-            raise ValueError(f"an entry is one stage, this one has {given}; use one of {', '.join(STAGES)}")
-        return self
-
-    @model_serializer(mode="wrap")
-    def _only_its_stage(self, handler: Any) -> Any:
-        return {name: settings for name, settings in handler(self).items() if name in self.model_fields_set}
-
-    @property
-    def stage(self) -> Stage:
-        """The stage itself."""
-        stage = self.prune or self.tie or self.distill or self.quantize
-        assert stage is not None
-        return stage
-
-
-STAGES = tuple(Step.model_fields)
-
-
 class Recipe(BaseModel):
     """What to do to which model, on which text, and how much it may lose."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
+    version: int = Field(default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe")
     base: str | None = Field(
         default=None, min_length=1, description="Hub id or folder of the model; `demo` is the embedded one"
     )
@@ -155,44 +73,11 @@ class Recipe(BaseModel):
     data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
     stages: Annotated[tuple[Step, ...], Field(min_length=1)]
     accept: Accept = Accept()
+    _origin: RecipeFacts | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
     def _stages_can_follow_each_other(self) -> Recipe:
-        quantized = shared = False
-        coded: Cluster | None = None
-        for number, step in enumerate(self.stages):
-            lesson = step.distill
-            if shared and step.prune:
-                raise ValueError("prune comes before tie: weights that are shared, products or codes can't be cut any more")
-            healed = any(before.distill for before in self.stages[:number])
-            if healed and isinstance(step.tie, Tie | Share | Basis) and not any(s.distill for s in self.stages[number:]):
-                raise ValueError("distill heals what comes before it, and tie comes after the last one; put distill after tie")
-            if (
-                coded
-                and step.quantize
-                and coded.skip == ()
-                and (step.quantize.head, step.quantize.embedding) == ("keep", "keep")
-            ):
-                raise ValueError(
-                    "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave "
-                    "one"
-                )
-            if quantized and (lesson is None or lesson.train == "lora"):
-                raise ValueError(
-                    "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
-                    "nothing, or distill with train: scales, norms or all"
-                )
-            if lesson and lesson.train == "scales" and not (quantized or coded):
-                raise ValueError("train: scales is for what quantize or a codebook left; put one of them before it")
-            if lesson and lesson.student and number:
-                raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
-            quantized = quantized or step.quantize is not None
-            coded = step.tie if isinstance(step.tie, Cluster) else coded
-            shared = shared or isinstance(step.tie, Share | Cluster | Basis)
-        for step, after in zip(self.stages, self.stages[1:], strict=False):
-            if isinstance(step.prune, Sparsify):
-                why = "rounding would move its zeros" if after.quantize else "its zeros are stored by place"
-                raise ValueError(f"prune with a pattern is the last stage: {why}; cut whole units before it, and quantise none")
+        require_order(self.stages)
         return self
 
     @model_serializer(mode="wrap")
@@ -217,24 +102,39 @@ class Recipe(BaseModel):
     @property
     def digest(self) -> str:
         """sha256 of the recipe with every default filled in."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True)
+        text = json.dumps(self.model_dump(mode="json", exclude={"version"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
         """The recipe as YAML, without what is left at its default; reads back to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json", exclude_unset=True), sort_keys=False, allow_unicode=True)
+        entries = {"schema": SCHEMA} | self.model_dump(mode="json", exclude_unset=True, exclude={"version"})
+        return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
+
+    @classmethod
+    def json_schema(cls) -> str:
+        """The JSON Schema of a recipe as text, for editors."""
+        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmcompress recipe"}
+        return json.dumps(head | cls.model_json_schema() | {"title": head["title"]}, indent=1, ensure_ascii=False) + "\n"
+
+    @property
+    def origin(self) -> RecipeFacts | None:
+        """Where on the Hub it comes from; None for one that was written here."""
+        return self._origin
 
     @classmethod
     def parse(cls, text: str | bytes, where: str = "recipe") -> Recipe:
         """A recipe from YAML; raises RecipeError with one line that begins with `where`."""
         try:
-            entries = yaml.load(text, _Loader)
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError) as error:
-            line = getattr(getattr(error, "problem_mark", None), "line", None)
-            place = f" (line {line + 1})" if line is not None else ""
-            raise RecipeError(f"{where} is no YAML{place}: {_one_line(getattr(error, 'problem', None) or error)}") from None
+            entries = yaml_of(text, largest=LARGEST)
+        except Unreadable as error:
+            raise RecipeError(f"{where} {error}; give a recipe file") from None
         if not isinstance(entries, dict):
             raise RecipeError(f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:")
+        if isinstance(newer := entries.get("schema"), int) and newer > SCHEMA:
+            raise RecipeError(
+                f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
+                f'pip install -U "llmcompress>=0.{newer}"'
+            )
         try:
             return cls.model_validate(entries)
         except ValidationError as error:
@@ -245,10 +145,60 @@ class Recipe(BaseModel):
         """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
         path = Path(file)
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}; give the path of a .yaml file")
-        if path.stat().st_size > LARGEST:
-            raise RecipeError(f"{path} has {path.stat().st_size} bytes, a recipe has at most {LARGEST}; give a recipe file")
-        return cls.parse(path.read_bytes(), str(path))
+            raise RecipeError(f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id")
+        with path.open("rb") as opened:
+            return cls.parse(opened.read(LARGEST + 1), str(path))
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Recipe:
+        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact does.
+
+        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is resolved to a commit,
+        which the recipe and the reports of its runs remember. Errors: RecipeError.
+        """
+        path = Path(name).expanduser()
+        if path.is_dir():
+            return cls.from_file(path / FILE)
+        repo, at = hub.split(str(name))
+        if path.is_file() or path.suffix in (".yaml", ".yml") or not (hub.is_id(repo) and "/" in repo):
+            return cls.from_file(path)
+        text, commit = hub.read(repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError)
+        recipe = cls.parse(text, f"recipe {repo}@{commit[:8]}")
+        recipe._origin = RecipeFacts(source=repo, revision=commit)
+        return recipe
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors: OutputError."""
+        with writing(Path(folder)):
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            put(Path(folder) / FILE, self.to_yaml())
+        return Path(folder) / FILE
+
+    def push_to_hub(self, repo: str, *, private: bool = False, message: str | None = None) -> str:
+        """Make `repo` on the Hub a repository of this recipe, with a card; returns the commit. Errors: OutputError."""
+        files = {FILE: self.to_yaml().encode(), "README.md": recipe_card(self.to_yaml(), repo).encode()}
+        return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
+
+    def require_own_names(self, *, base: str | None = None, data: str | None = None) -> None:
+        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place. Errors: RecipeError.
+
+        Its author has no business with the files of this machine, whose words might end up in what is shared later.
+        """
+        if self.origin is None:
+            return
+        named = [("data.source", self.data.source, "--data")] if data is None else []
+        if base is None and self.base is not None:
+            named.append(("base", self.base, "--base"))
+        named += [("teacher", name, "") for name in self.teachers] + [("student", name, "") for name in [self.student] if name]
+        for place, name, option in named:
+            if name == (PYTHON_DOCS if place == "data.source" else DEMO):
+                continue
+            if not hub.is_id(hub.split(name)[0]) or Path(name).expanduser().exists():
+                advice = f"give your own with {option}" if option else "save it to a file and run that, if you trust it"
+                raise RecipeError(
+                    f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "
+                    f"{advice}"
+                )
 
     def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Report]:
         """Compress a model in memory: it is changed in place and returned with its report.
@@ -305,4 +255,4 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
             model = Override
         elif isinstance(part, str):
             model = KEYS.get(part, model)
-    return list(model.model_fields)
+    return [field.alias or name for name, field in model.model_fields.items()]

@@ -67,6 +67,7 @@ def compress(
     where the result misses the recipe's bounds: then nothing is published, and the finished blocks are kept.
     """
     start = time.monotonic()
+    recipe.require_own_names(base=base, data=data)
     processes.join(device)
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
@@ -196,4 +197,10 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Block
 
 def _speed(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
     fast = speed_of(folder, blocks.evaluation, device)
-    return {"tokens_per_s": fast.prefill_tokens_per_s, "decode_tokens_per_s": fast.decode_tokens_per_s} if fast else {}
+    if fast is None:
+        return {}
+    return {
+        "tokens_per_s": fast.prefill_tokens_per_s,
+        "decode_tokens_per_s": fast.decode_tokens_per_s,
+        "memory_bytes": fast.memory_bytes,
+    }

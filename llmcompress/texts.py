@@ -26,6 +26,7 @@ class Texts(NamedTuple):
 
     calibration: Iterable[str]
     evaluation: Iterable[str]
+    revision: str | None = None  # the commit of a Hub data set
 
 
 def file_texts(file: Path, column: str) -> Texts:

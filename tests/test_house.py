@@ -12,11 +12,11 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods", "processes", "cache"),
-    ("family", "pydocs", "texts"),
+    ("errors", "axes", "methods", "processes", "cache", "untrusted"),
+    ("family", "pydocs", "texts", "hub"),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
-    ("native", "checkpoint", "hub", "report", "triton_kernels"),
+    ("native", "checkpoint", "report", "triton_kernels"),
     ("integer", "kernels", "journal"),
     ("integer_linear", "lookup"),
     ("four_bit", "integer_embedding", "sparse_linear", "factored", "codebook_linear"),
@@ -35,11 +35,13 @@ LAYERS = (
     ("stages.training",),
     ("stages.quantize", "stages.prune", "stages.sparsify", "stages.distill"),
     ("stages.tie", "stages.share", "stages.cluster", "stages.basis"),
+    ("steps",),
     ("recipe",),
     ("prepare", "contents"),
     ("evaluate", "plan"),
     ("chain",),
-    ("run", "live"),
+    ("run", "live", "push"),
+    ("reproduce",),
     ("__init__", "__main__"),
 )
 ROOMS = ("methods", "report")  # folders whose modules see each other

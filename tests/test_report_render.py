@@ -19,7 +19,7 @@ from llmcompress.contents import companions
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
-from llmcompress.report.card import card
+from llmcompress.report.card import card, evaluations, for_others, front_matter, recipe_card
 from llmcompress.report.pictures import before_after, error_per_layer, training_curves
 from llmcompress.report.render import amount, change, duration, number, print_evaluation, print_plan, print_report
 from llmcompress.stages.distill import Distill
@@ -126,7 +126,7 @@ def test_json_gives_the_same_report_and_the_same_text_again() -> None:
 
 def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None:
     raw = json.loads(report().to_json())
-    assert raw.keys() == facts().keys()
+    assert raw.keys() == facts().keys() | {"recipe"}
     assert raw["base"].keys() >= {"model", "revision", "parameters", "size_bytes", "perplexity", "tokens_per_s"}
     assert raw["compressed"].keys() == raw["base"].keys()
     assert raw["fidelity"] == facts()["fidelity"]
@@ -364,7 +364,8 @@ def test_the_card_says_how_to_load_and_to_make_the_model_and_what_it_does_not_sh
     text = card(report(), RECIPE, {})
     assert f"````yaml\n{RECIPE.strip()}\n````" in text
     assert "pip install transformers accelerate bitsandbytes\n" in text
-    assert "llmcompress run recipe.yaml --base someone/wikilm-8m --data Salesforce/wikitext --out again/" in text
+    assert "```\nllmcompress reproduce path/to/small-nf4\n```" in text
+    assert '"small-nf4"  # this folder, or its id on the Hub' in text
     assert "172 columns \\| no multiple" in text
     assert "262,144 tokens of one text" in text
     assert "(error_per_layer.png)" in text
@@ -399,9 +400,64 @@ def test_a_base_in_a_folder_is_named_by_its_last_name_alone() -> None:
     assert found.data.base_model is None
     assert found.data.model_name == "out"
     assert {result.dataset_name for result in found.data.eval_results} == {"wikitext-2"}
-    assert "--base path/to/wikilm-8m --data path/to/wikitext-2 --out" in text
+    assert "llmcompress reproduce path/to/out --base path/to/wikilm-8m --data path/to/wikitext-2\n" in text
     assert "/home" not in text
     assert "../text" not in text
+
+
+def test_on_the_hub_the_card_names_the_repository() -> None:
+    text = card(report(), RECIPE, {}, "me/tiny")
+    found: Any = ModelCard(text)
+    assert found.data.model_name == "tiny" and "\n# tiny\n" in text
+    assert 'name = "me/tiny"\n' in text
+    assert "```\nllmcompress reproduce me/tiny\n```" in text
+    assert "small-nf4" not in text
+
+
+def test_the_card_and_the_report_say_where_a_recipe_and_a_text_come_from() -> None:
+    raw = facts() | {"recipe": {"source": "them/recipe", "revision": REVISION}}
+    raw["data"]["revision"] = "cd" * 20
+    found: Any = ModelCard(text := card(made := Report.model_validate(raw), RECIPE, {}))
+    assert f"the recipe below, `them/recipe` at `{REVISION}`:" in text
+    assert {result.dataset_revision for result in found.data.eval_results} == {"cd" * 20}
+    assert Report.from_json(made.to_json()) == made
+    entries = evaluations(made)
+    assert [(entry["task_id"], entry["value"]) for entry in entries] == [
+        ("perplexity", raw["compressed"]["perplexity"]),
+        ("kl_nats_mean", raw["fidelity"]["kl_nats_mean"]),
+    ]
+    assert {(entry["dataset_id"], entry["dataset_revision"]) for entry in entries} == {("Salesforce/wikitext", "cd" * 20)}
+    assert evaluations(report()) == []  # of no known commit
+
+
+def test_what_is_shared_names_no_path_of_this_machine() -> None:
+    raw = facts()
+    raw["base"] |= {"model": "/home/someone/models/wikilm-8m", "revision": None}
+    raw["compressed"]["model"] = "/home/someone/out/"
+    raw["data"]["source"] = "../text/wikitext-2"
+    shared = for_others(Report.model_validate(raw), "me/tiny")
+    assert (shared.base.model, shared.compressed.model, shared.data.source) == ("wikilm-8m", "me/tiny", "wikitext-2")
+    assert for_others(report(), "made/small-nf4") == report()
+
+
+def test_a_student_is_no_version_of_the_model_that_taught_it() -> None:
+    taught = distilled(0.4, [50, 0.2], steps=100) | {"student": "someone/tiny"}
+    found: Any = ModelCard(card(report(stages=[taught]), RECIPE, {}))
+    assert found.data.base_model is None and "base_model_relation" not in found.data
+
+
+def test_a_recipe_that_is_shared_alone_has_a_card() -> None:
+    text = recipe_card(RECIPE, "me/recipe")
+    found: Any = ModelCard(text)
+    assert found.data.tags == ["llmcompress", "recipe"]
+    assert RECIPE.strip() in text and "llmcompress run me/recipe --base" in text
+
+
+def test_the_front_matter_of_a_stranger_is_read_in_bounds() -> None:
+    assert front_matter("---\nlicense: mit\n---\ntext") == {"license": "mit"}
+    bomb = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9))
+    for wrong in (bomb, "[" * 9999, "a: 1\na: 2", "!!python/object/apply:os.system [ls]", "- a", "x" * 70_000, "\x00"):
+        assert front_matter(f"---\n{wrong}\n---\ntext") == {}
 
 
 def test_a_card_without_stages_or_measurements_is_valid() -> None:

@@ -6,16 +6,18 @@ The rooms beside this one: `measure` gets the numbers, `render` prints them, `ca
 """
 
 import json
-import math
+import re
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError, model_validator
 
 from llmcompress.errors import AcceptError, CompressError
+from llmcompress.untrusted import Unreadable, json_of
 
 SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
 FILE = "report.json"
+LARGEST = 1 << 25  # bytes: a linear takes 200 of them
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
 TRAINS = "distill"  # the stage whose facts are those of a training
 
@@ -35,7 +37,10 @@ class _OpenFacts(BaseModel):
 
 
 class ModelFacts(_Facts):
-    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads, decode_ writes."""
+    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads, decode_ writes.
+
+    `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
+    """
 
     model: str
     revision: str | None = None
@@ -45,6 +50,7 @@ class ModelFacts(_Facts):
     perplexity_ci95: Interval | None = None
     tokens_per_s: Amount | None = None
     decode_tokens_per_s: Amount | None = None
+    memory_bytes: NonNegativeInt | None = None
 
 
 class FidelityFacts(_Facts):
@@ -58,12 +64,20 @@ class FidelityFacts(_Facts):
 
 
 class DataFacts(_Facts):
-    """The text: `sha256` is over the calibration and evaluation tokens."""
+    """The text: `sha256` is over the calibration and evaluation tokens; `revision` is the commit of a Hub data set."""
 
     source: str
+    revision: str | None = None
     sha256: str
     calibration_tokens: NonNegativeInt
     evaluation_tokens: NonNegativeInt
+
+
+class RecipeFacts(_Facts):
+    """Where a recipe comes from: a repository on the Hub, at a commit."""
+
+    source: str
+    revision: str
 
 
 class LinearFacts(_OpenFacts):
@@ -147,10 +161,11 @@ class CostFacts(_Facts):
 
 
 class EnvironmentFacts(_Facts):
-    """As `measure.environment` gives it."""
+    """As `measure.environment` gives it; `threads` are torch's, on whose number the last bits of a sum depend."""
 
     versions: dict[str, str]
     device: str
+    threads: NonNegativeInt | None = None
 
 
 class Report(_Facts):
@@ -158,6 +173,7 @@ class Report(_Facts):
 
     version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)] = SCHEMA
     recipe_digest: str
+    recipe: RecipeFacts | None = None
     base: ModelFacts
     compressed: ModelFacts
     fidelity: FidelityFacts
@@ -191,11 +207,9 @@ class Report(_Facts):
     def from_json(cls, text: str | bytes, where: str | Path = FILE) -> "Report":
         """Parse report.json; `where` names it in the CompressError that anything malformed raises."""
         try:
-            raw = json.loads(text, parse_constant=_refuse, parse_float=_finite)
-        except (ValueError, RecursionError) as error:
-            raise CompressError(
-                f"{where} is no JSON ({str(error).splitlines()[0]}): take {FILE} as llmcompress wrote it"
-            ) from None
+            raw = json_of(text, largest=LARGEST)
+        except Unreadable as error:
+            raise CompressError(f"{where} {error}: take {FILE} as llmcompress wrote it") from None
         if not isinstance(raw, dict) or "schema" not in raw:
             raise CompressError(f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote")
         if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
@@ -214,7 +228,8 @@ class Report(_Facts):
         """Read the report inside an artefact; CompressError where there is none."""
         file = Path(folder) / FILE
         try:
-            text = file.read_bytes()
+            with file.open("rb") as opened:
+                text = opened.read(LARGEST + 1)
         except OSError as error:
             reason = error.strerror or type(error).__name__
             raise CompressError(f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote") from None
@@ -262,13 +277,5 @@ def _writer(raw: dict[str, Any]) -> str:
     environment = raw.get("environment")
     versions = environment.get("versions") if isinstance(environment, dict) else None
     version = versions.get("llmcompress") if isinstance(versions, dict) else None
-    return f"llmcompress=={version}, which wrote it" if isinstance(version, str) else "the newest llmcompress"
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no number")
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    return number if math.isfinite(number) else _refuse(digits)
+    known = isinstance(version, str) and re.fullmatch(r"[\w.+!-]{1,32}", version, re.ASCII)
+    return f"llmcompress=={version}, which wrote it" if known else "the newest llmcompress"

@@ -3,6 +3,7 @@
 Every number comes from the report and none is typed here. The front matter carries the results as a `model-index`, in full
 precision, so that the Hub shows them and a script reads them back; the text below it is the same report in words and tables.
 A base that lies in a folder is named by its last name alone: the Hub refuses paths as `base_model`, and nobody needs them.
+A recipe that is shared alone has a card of its own.
 """
 
 import re
@@ -27,7 +28,10 @@ from llmcompress.report.render import (
     time_rows,
     worst_rows,
 )
+from llmcompress.untrusted import Unreadable, yaml_of
 
+LARGEST = 1 << 16  # bytes of front matter
+DEMO = "demo"  # the base that every installation carries
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
@@ -42,34 +46,68 @@ NO_SPEED = (
 )
 
 
-def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any]) -> str:
+def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: str | None = None) -> str:
     """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be empty).
 
-    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`.
+    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`. `repo` is the id that
+    the artefact has on the Hub, once it is there.
     """
-    front = yaml.safe_dump(_front_matter(report, base_card), sort_keys=False, allow_unicode=True)
-    parts = [_opening(report), _change(report), _loading(report), _recipe(recipe_yaml), _errors(report)]
-    parts += [_training(report), _limits(report), _reproduction(report, recipe_yaml)]
-    return f"---\n{front}---\n\n" + "\n\n".join(part for part in parts if part) + "\n"
+    front = _front_of(_front_matter(report, base_card, repo))
+    parts = [_opening(report, repo), _change(report), _loading(report, repo), _recipe(recipe_yaml), _errors(report)]
+    parts += [_training(report), _limits(report), _reproduction(report, repo)]
+    return front + "\n\n".join(part for part in parts if part) + "\n"
+
+
+def recipe_card(recipe_yaml: str, repo: str) -> str:
+    """The text of the README.md of a recipe that is shared alone under the id `repo`."""
+    front = _front_of({"library_name": "llmcompress", "tags": ["llmcompress", "recipe"]})
+    use = f"## Use it\n\n```\npip install llmcompress\nllmcompress run {repo} --base user/model --out small/\n```"
+    what = "A recipe of llmcompress, which makes a causal language model smaller and says what that cost. It holds no weights."
+    return front + "\n\n".join([f"# {short_name(repo)}", what, _recipe(recipe_yaml), use]) + "\n"
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The card data at the head of a README.md; empty where there is none that can be read."""
+    """The card data at the head of a README.md; empty where there is none that can be read, within the bounds of a recipe."""
     parts = text.split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
     try:
-        data = yaml.safe_load(parts[1])
-    except yaml.YAMLError:
+        data = yaml_of(parts[1], largest=LARGEST)
+    except Unreadable:
         return {}
     return data if isinstance(data, dict) else {}
 
 
-def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any]:
+def evaluations(report: Report) -> list[dict[str, Any]]:
+    """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is another."""
+    data, notes = report.data, "not a benchmark of tasks: windows of text; base {base}, by llmcompress"
+    if data.revision is None:
+        return []
+    told = notes.format(base=f"{report.base.model}{f'@{report.base.revision}' if report.base.revision else ''}")
+    measured = {"perplexity": report.compressed.perplexity, "kl_nats_mean": report.fidelity.kl_nats_mean}
+    dataset = {"dataset_id": data.source, "dataset_revision": data.revision}
+    known = {task: value for task, value in measured.items() if value is not None}
+    return [{**dataset, "task_id": task, "value": value, "notes": told} for task, value in known.items()]
+
+
+def for_others(report: Report, repo: str) -> Report:
+    """The report as it is shared under the id `repo`: folders and files of this machine by their last names alone."""
+    base = report.base.model_copy(update={"model": _base(report)})
+    small = report.compressed.model_copy(update={"model": repo})
+    return report.model_copy(
+        update={"base": base, "compressed": small, "data": report.data.model_copy(update={"source": _source(report)})}
+    )
+
+
+def _front_of(entries: Mapping[str, Any]) -> str:
+    return f"---\n{yaml.safe_dump(dict(entries), sort_keys=False, allow_unicode=True)}---\n\n"
+
+
+def _front_matter(report: Report, base_card: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
     stages = {stage.name for stage in report.stages}
     formats = _formats(report)
     front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _plain(base_card.get(key))}
-    if report.base.revision is not None:
+    if report.base.revision is not None and not _others(report):
         front["base_model"] = report.base.model
         front["base_model_relation"] = "quantized" if stages & CODES else "finetune"
     bits = {"4-bit", "bitsandbytes"} if formats & FOUR_BIT else set()
@@ -79,7 +117,13 @@ def _front_matter(report: Report, base_card: Mapping[str, Any]) -> dict[str, Any
         "tags": ["llmcompress", *sorted(stages | formats | bits)],
     }
     results = _results(report)
-    return front | ({"model-index": [{"name": short_name(report.compressed.model), "results": results}]} if results else {})
+    name = short_name(repo or report.compressed.model)
+    return front | ({"model-index": [{"name": name, "results": results}]} if results else {})
+
+
+def _others(report: Report) -> bool:
+    """Whether the weights are those of another model than the base: of a student."""
+    return any(training.model_dump().get("student") for training in report.trainings)
 
 
 def _formats(report: Report) -> set[str]:
@@ -102,17 +146,19 @@ def _results(report: Report) -> list[dict[str, Any]]:
         ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
     )
     measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
-    text = _source(report)
-    result = {"task": {"type": "text-generation"}, "dataset": {"type": text.split()[0], "name": text}, "metrics": measured}
+    text, commit = _source(report), report.data.revision
+    dataset = {"type": text.split()[0], "name": text} | ({"revision": commit} if commit else {})
+    result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}
     return [result] if measured else []
 
 
-def _opening(report: Report) -> str:
-    base, small = report.base, report.compressed
+def _opening(report: Report, repo: str | None) -> str:
+    base, small, recipe = report.base, report.compressed, report.recipe
     revision = f" at revision `{base.revision}`" if base.revision else ""
+    of = f", `{recipe.source}` at `{recipe.revision}`" if recipe else ""
     return (
-        f"# {short_name(small.model)}\n\n"
-        f"`{_base(report)}`{revision}, compressed by llmcompress with the recipe below: "
+        f"# {short_name(repo or small.model)}\n\n"
+        f"`{_base(report)}`{revision}, compressed by llmcompress with the recipe below{of}: "
         f"{amount(base.size_bytes, 'B')} became {amount(small.size_bytes, 'B')} ({change(base.size_bytes, small.size_bytes)}), "
         f"perplexity {number(base.perplexity)} became {number(small.perplexity)}, "
         f"and the KL divergence from the base is {nats(report.fidelity.kl_nats_mean)}."
@@ -127,13 +173,14 @@ def _change(report: Report) -> str:
     )
 
 
-def _loading(report: Report) -> str:
+def _loading(report: Report, repo: str | None) -> str:
     formats = _formats(report)
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
     ours = bool(formats - NATIVE) or SHARE in stages or uneven
     packages = "transformers accelerate" + (" bitsandbytes" if formats - PLAIN else "") + (" llmcompress" if ours else "")
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
+    named = f'"{repo}"' if repo else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
     return f"""## Load it
 
 ```
@@ -143,7 +190,7 @@ pip install {packages}
 ```python
 {also}from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{short_name(report.compressed.model)}"  # this folder, or its id on the Hub
+name = {named}
 tokenizer = AutoTokenizer.from_pretrained(name)
 model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
 prompt = tokenizer("The first", return_tensors="pt").to(model.device)
@@ -213,21 +260,21 @@ def _limits(report: Report) -> str:
     return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in limits)
 
 
-def _reproduction(report: Report, recipe_yaml: str) -> str:
-    base = report.base.model if report.base.revision else f"path/to/{short_name(report.base.model)}"
-    source = report.data.source
-    data = (
-        ""
-        if source in recipe_yaml
-        else f" --data {_source(report) if source == _source(report) else f'path/to/{_source(report)}'}"
-    )
+def _reproduction(report: Report, repo: str | None) -> str:
+    again = f"llmcompress reproduce {repo or 'path/to/' + short_name(report.compressed.model)}"
+    base, source = report.base.model, report.data.source
+    if report.base.revision is None and base != DEMO:
+        again += f" --base path/to/{short_name(base)}"
+    if source != _source(report):
+        again += f" --data path/to/{_source(report)}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
     return f"""## Reproduce it
 
 ```
-llmcompress run recipe.yaml --base {base}{data} --out again/
-llmcompress report again/
+{again}
 ```
+
+It runs the recipe again and says whether the same bytes come out.
 
 Recipe digest `{report.recipe_digest}`, tokens sha256 `{report.data.sha256}`.
 Made with {versions} on {report.environment.device}; peak memory {amount(report.cost.peak_memory_bytes, "B")}.

@@ -238,10 +238,11 @@ def parameters(model: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second at batch size 1: reading a prompt, and writing greedily with the cache."""
+    """Tokens per second at batch size 1: reading a prompt, and writing greedily with the cache; and bytes of the model."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
+    memory_bytes: int
 
 
 @torch.no_grad()
@@ -255,7 +256,7 @@ def speed(
     Gradients are off through `no_grad`, as in `generate`: `inference_mode` could leave buffers in the model that training
     refuses later.
     """
-    window = windows[:1].to(next(model.parameters()).device)
+    window, memory = windows[:1].to(next(model.parameters()).device), _tensor_bytes(model)
     prompt = window[:, : max(1, min(128, window.shape[1] - decode_tokens))]
     steps = min(decode_tokens, window.shape[1] - prompt.shape[1])
     training = model.training
@@ -265,7 +266,20 @@ def speed(
         decode_s = _best(lambda: _decode_s(model, prompt, steps), repeats, budget_s)
     finally:
         model.train(training)
-    return Speed(window.shape[1] / prefill_s, steps / decode_s)
+    return Speed(window.shape[1] / prefill_s, steps / decode_s, memory)
+
+
+def _tensor_bytes(model: torch.nn.Module) -> int:
+    """Bytes of the tensors that a model holds, what is shared once; scales that bitsandbytes keeps beside its codes too."""
+    seen: dict[tuple[str, int], int] = {}
+    for module in model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            state = getattr(tensor, "quant_state", None)
+            holders = (tensor, state, getattr(state, "state2", None), getattr(module, "state", None))
+            beside = (getattr(holder, part, None) for holder in holders for part in ("absmax", "code", "SCB"))
+            for one in (tensor, *(part for part in beside if isinstance(part, Tensor))):
+                seen[str(one.device), one.data_ptr()] = one.nbytes
+    return sum(seen.values())
 
 
 def _best(run: Callable[[], float], repeats: int, budget_s: float) -> float:
@@ -311,7 +325,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """{"versions": {package: version}, "device": words}: what a number in a report depends on besides the recipe.
+    """{"versions": {package: version}, "device": words, "threads": number}: what a number depends on besides the recipe.
 
     `device` is where the work was done; without it, the first GPU if torch sees one.
     """
@@ -324,7 +338,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     words = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda"):
         words = f"{torch.cuda.get_device_name(device)}; {words}"
-    return {"versions": versions, "device": words}
+    return {"versions": versions, "device": words, "threads": torch.get_num_threads()}
 
 
 def _cpu_name() -> str:

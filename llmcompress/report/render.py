@@ -99,6 +99,12 @@ def before_after(report: Report) -> Rows:
         ("parameters", amount(base.parameters), amount(small.parameters), change(base.parameters, small.parameters)),
         ("bits per parameter", number(bits[0]), number(bits[1]), change(*bits)),
         ("perplexity [95 %]", *texts, change(base.perplexity, small.perplexity)),
+        (
+            "bytes in memory",
+            amount(base.memory_bytes, "B"),
+            amount(small.memory_bytes, "B"),
+            change(base.memory_bytes, small.memory_bytes),
+        ),
         ("tokens/s, reading", *_pair(base.tokens_per_s, small.tokens_per_s)),
         ("tokens/s, writing", *_pair(base.decode_tokens_per_s, small.decode_tokens_per_s)),
     ]
@@ -193,6 +199,19 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
         ("same first choice", percent(get("top1_agreement"))),
     ]
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
+
+
+def print_reproduction(verdict: str, differences: Iterable[str], reported: Report, again: Report, console: Console) -> None:
+    """Print what a second run came to beside what the report says."""
+    rows = [
+        ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
+        ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
+        ("same first choice", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
+        ("bytes on disk", amount(reported.compressed.size_bytes, "B"), amount(again.compressed.size_bytes, "B")),
+    ]
+    _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)
+    for line in differences:
+        console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
 
 
 def print_plan(rows: Sequence[Mapping[str, Any]], notes: Iterable[str], console: Console) -> None:

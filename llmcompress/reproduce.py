@@ -1,0 +1,179 @@
+"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it says.
+
+The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the report. What can
+differ without anyone's fault is said first (versions, device), and text that is not the same is refused before the run.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress import hub
+from llmcompress.checkpoint import Checkpoint, read_json
+from llmcompress.data import DEMO, PYTHON_DOCS
+from llmcompress.errors import DataError, ModelError
+from llmcompress.ondisk import OnDisk
+from llmcompress.prepare import blocks_for, find_base, pick_device, tokenizer_of
+from llmcompress.push import require_kin
+from llmcompress.recipe import Accept, Recipe
+from llmcompress.report import Report
+from llmcompress.run import compress
+from llmcompress.walk import Track, untracked
+
+PERPLEXITY, KL = 1e-3, 0.05  # relative: how far numbers may be apart that are equal within tolerance
+KL_NATS = 1e-5  # and this much in any case: nothing is to be seen below it
+SHOWN = 5  # tensors that are named
+
+Verdict = Literal["bit-equal", "equal within tolerance", "different"]
+
+
+@dataclass(frozen=True)
+class Reproduction:
+    """What a second run came to: the verdict, what differs in words, and the two reports."""
+
+    verdict: Verdict
+    differences: tuple[str, ...]
+    reported: Report
+    again: Report
+
+
+def reproduce(
+    name: str,
+    *,
+    base: str | None = None,
+    data: str | None = None,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    track: Track = untracked,
+) -> Reproduction:
+    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and numbers.
+
+    `base` and `data` take the place of those in the report, as they must where it names what only its author has. The second
+    artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or is not the same text.
+    """
+    folder, recipe = _artefact(name)
+    reported = Report.of(folder)
+    require_kin(reported, recipe, folder)
+    base, data = base or _base(reported, recipe), data or _source(reported, recipe)
+    revision = reported.data.revision if data == reported.data.source else None
+    text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
+    recipe = recipe.model_copy(update={"data": text, "accept": Accept()})
+    if torch.device(device or "cpu").type == "cpu" and reported.environment.threads:
+        torch.set_num_threads(reported.environment.threads)  # on whose number the last bits of sums depend
+    _require_same_text(reported, recipe, base, data, device)
+    with tempfile.TemporaryDirectory() as scratch:
+        target = Path(out or Path(scratch) / "again")
+        again = compress(recipe, target, base=base, data=data, overwrite=overwrite, device=device, track=track)
+        shape, values = _structure(folder, target), _values(folder, target)
+    if not shape and not values:
+        verdict: Verdict = "bit-equal"
+    else:
+        verdict = "equal within tolerance" if not shape and _close(reported, again) else "different"
+    about = _surroundings(reported, again) if verdict != "bit-equal" else []
+    return Reproduction(verdict, (*about, *shape, *values), reported, again)
+
+
+def _artefact(name: str) -> tuple[Path, Recipe]:
+    """The folder of an artefact, fetched if need be, and its recipe."""
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser(), Recipe.from_pretrained(name)
+    repo, revision = hub.split(name)
+    if not hub.is_id(repo):
+        raise ModelError(f"{name} is no folder; give one that `llmcompress run` wrote, or a Hub id like user/name")
+    recipe = Recipe.from_pretrained(repo, revision)
+    assert recipe.origin is not None
+    return hub.fetch(repo, recipe.origin.revision, wanted="artefact")[0], recipe
+
+
+def _base(reported: Report, recipe: Recipe) -> str:
+    """The base by its id and commit, or by its folder where the artefact is a folder too."""
+    base = reported.base
+    if base.revision is not None:
+        return f"{base.model}@{base.revision}"
+    if base.model != DEMO and (recipe.origin is not None or not Path(base.model).expanduser().is_dir()):
+        raise ModelError(f"the base {base.model} was a folder of whoever made this model; give yours with --base")
+    return base.model
+
+
+def _source(reported: Report, recipe: Recipe) -> str:
+    """What the text is called; a file or folder only where the artefact is a folder too."""
+    source = reported.data.source
+    path = Path(source).expanduser().exists()
+    if source != PYTHON_DOCS and reported.data.revision is None and (recipe.origin is not None or not path):
+        raise DataError(f"the text {source} was a file or folder of whoever made this model; give yours with --data")
+    return source
+
+
+def _require_same_text(reported: Report, recipe: Recipe, base: str, data: str, device: str | None) -> None:
+    """Refuse text or a tokenizer that gives other tokens, before the time of a run is spent. Errors: DataError."""
+    folder = find_base(base).folder
+    spec = recipe.data.model_copy(update={"source": data})
+    blocks = blocks_for(OnDisk(folder, pick_device(device)), spec, tokenizer_of(folder))
+    if blocks.sha256 != reported.data.sha256:
+        raise DataError(
+            f"{data} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {reported.data.sha256[:16]}; give "
+            "the same text with --data, or the same base with --base"
+        )
+
+
+def _surroundings(reported: Report, again: Report) -> list[str]:
+    """What differs in the base, the versions and the machine."""
+    found = []
+    if reported.base.revision != again.base.revision:
+        found.append(f"base: made from {reported.base.revision}, here {again.base.revision}")
+    then, now = reported.environment, again.environment
+    for package in sorted(then.versions.keys() | now.versions.keys()):
+        before, after = then.versions.get(package, "none"), now.versions.get(package, "none")
+        if before != after:
+            found.append(f"{package}: made with {before}, here {after}")
+    if then.device != now.device:
+        found.append(f"device: made on {then.device}, here {now.device}")
+    return found
+
+
+def _structure(one: Path, other: Path) -> list[str]:
+    """What differs in config.json, and in the names, shapes and dtypes of tensors."""
+    before, after = (read_json(folder / "config.json") for folder in (one, other))
+    differ = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    found = [f"config.json: {key} was {before.get(key)!r:.60}, now {after.get(key)!r:.60}" for key in differ]
+    theirs, ours = (Checkpoint.open(folder, base=False).tensors for folder in (one, other))
+    for name in sorted(theirs.keys() | ours.keys()):
+        was, now = theirs.get(name), ours.get(name)
+        if was is None or now is None:
+            found.append(f"{name}: {'is new' if was is None else 'is missing'}")
+        elif (was.shape, was.dtype) != (now.shape, now.dtype):
+            found.append(f"{name}: was {was.dtype} {list(was.shape)}, now {now.dtype} {list(now.shape)}")
+    return found
+
+
+def _values(one: Path, other: Path) -> list[str]:
+    """Which tensors of the same shape hold other values, those that differ most first."""
+    before, after = (Checkpoint.open(folder, base=False) for folder in (one, other))
+    found = []
+    for name in sorted(before.tensors.keys() & after.tensors.keys()):
+        was, now = before.read(name), after.read(name)
+        if was.shape == now.shape and was.dtype == now.dtype and not _same(was, now):
+            found.append(((was != now).float().mean().item(), name))
+    lines = [f"{name}: {100 * share:.3g} % of its values differ" for share, name in sorted(found, reverse=True)[:SHOWN]]
+    return [*lines, f"and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else lines
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit by bit."""
+    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
+
+
+def _close(reported: Report, again: Report) -> bool:
+    """Whether perplexity and KL are those of the report, within the tolerances above."""
+    kl, kl_now = reported.fidelity.kl_nats_mean, again.fidelity.kl_nats_mean
+    perplexity, perplexity_now = reported.compressed.perplexity, again.compressed.perplexity
+    if kl is None or kl_now is None or perplexity is None or perplexity_now is None:
+        return False
+    return abs(perplexity_now - perplexity) <= PERPLEXITY * perplexity and abs(kl_now - kl) <= max(KL * kl, KL_NATS)
