@@ -276,4 +276,6 @@ def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[dict
 
 
 def _unreadable(source: str, error: Exception) -> DataError:
-    return DataError(f"the Hub data set {source} can't be read ({first_line(error)}); see its id, its config and your network")
+    why = first_line(error)
+    advice = hub.TERMS if "gated" in why else "see its id, its config and your network"
+    return DataError(f"the Hub data set {source} can't be read ({why}); {advice}")

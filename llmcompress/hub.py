@@ -42,6 +42,7 @@ from llmcompress.errors import CompressError, DataError, ModelError, OutputError
 
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "recipe.yaml", "LICENSE*", "NOTICE*"]
 WEIGHTS = ["model*.safetensors"]
+TERMS = "accept its terms on the Hub and log in with `hf auth login`"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _PART = r"[A-Za-z0-9_][\w.-]*"
 
@@ -83,9 +84,9 @@ def read(
         found = hf_hub_download(repo, file, revision=revision, dry_run=True)
         if (found.file_size or 0) > largest:
             raise error(f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}")
-        path = hf_hub_download(repo, file, revision=found.commit_hash)
-    with Path(path).open("rb") as opened:
-        return opened.read(largest + 1), found.commit_hash
+        path = Path(hf_hub_download(repo, file, revision=revision))  # by its name, which the cache remembers for offline use
+    with path.open("rb") as opened:
+        return opened.read(largest + 1), path.parent.name
 
 
 def dataset_commit(source: str, revision: str | None) -> str | None:
@@ -148,7 +149,7 @@ def _asked(what: str, revision: str | None, kind: type[CompressError], advice: s
     except HFValidationError:
         refuse("is neither a folder nor a Hub id", "give a folder that exists, or an id like user/name")
     except GatedRepoError:
-        refuse("is gated", "accept its terms on the Hub and log in with `hf auth login`")
+        refuse("is gated", TERMS)
     except RepositoryNotFoundError:
         refuse("is not on the Hub or is private", f"check the id, or {LOGIN}")
     except RevisionNotFoundError:

@@ -1,0 +1,208 @@
+"""The whole round on a local Hub, each step a process of its own: run a recipe by its id, push, load, evaluate, reproduce."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file
+
+from llmcompress.errors import CompressError, OutputError
+from llmcompress.push import push
+from llmcompress.report import Report
+from tests.bases import save_base
+from tests.clients import shell
+from tests.hub_server import TOKEN, Hub, environment, serve
+
+RECIPE = """
+data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}
+stages:
+  - prune: {axis: ffn, keep: 0.75}
+  - quantize: {format: nf4, block: 32}
+"""
+LOAD = """
+import sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name, revision = sys.argv[1:]
+model = AutoModelForCausalLM.from_pretrained(name, revision=revision)
+tokenizer = AutoTokenizer.from_pretrained(name, revision=revision)
+assert not any(module.startswith("llmcompress") for module in sys.modules)
+assert torch.isfinite(model(**tokenizer("fact 1", return_tensors="pt")).logits).all()
+print(type(model.model.layers[0].mlp.up_proj).__name__)
+"""
+
+
+class World(NamedTuple):
+    hub: Hub
+    env: dict[str, str]
+    place: Path
+    commits: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    """A Hub with a base, a recipe and a text, and `out`, which a run by id made of them and pushed as me/tiny."""
+    place = tmp_path_factory.mktemp("world")
+    base = save_base(place / "base", num_hidden_layers=2)
+    lines = [json.dumps({"text": f"fact {number} is {number * number} and {number**3}"}) for number in range(400)]
+    card = b"---\nlicense: mit\nlanguage: [en]\n---\n# a base\n"
+    with serve() as (hub, endpoint):
+        files = {file.name: file.read_bytes() for file in base.iterdir()} | {"README.md": card}
+        commits = {
+            "base": hub.add("them/base", files),
+            "recipe": hub.add("them/recipe", {"recipe.yaml": RECIPE.encode()}),
+            "texts": hub.add(
+                "them/texts",
+                {"train.jsonl": "\n".join(lines[:300]).encode(), "test.jsonl": "\n".join(lines[300:]).encode()},
+                kind="dataset",
+            ),
+        }
+        hub.tag("them/recipe", "v1", commits["recipe"])
+        hub.add("them/recipe", {"recipe.yaml": b"stages: [prune]"})  # later than v1, and wrong
+        env = environment(endpoint, place / "home", TOKEN) | {"OMP_NUM_THREADS": "1"}
+        code, out, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "out", cwd=place)
+        assert code == 0, err
+        code, out, err = shell(env, "push", "out", "me/tiny", "--message", "first", cwd=place)
+        assert code == 0, err
+        assert f"/me/tiny, commit {hub.commits('me/tiny')[-1]}" in out
+        yield World(hub, env, place, commits)
+
+
+def test_the_report_remembers_every_commit(world: World) -> None:
+    report = Report.of(world.place / "out")
+    assert report.recipe and (report.recipe.source, report.recipe.revision) == ("them/recipe", world.commits["recipe"])
+    assert (report.base.model, report.base.revision) == ("them/base", world.commits["base"])
+    assert (report.data.source, report.data.revision) == ("them/texts", world.commits["texts"])
+
+
+def test_what_is_on_the_hub_is_the_artefact_with_its_card(world: World) -> None:
+    there, here = world.hub.files("me/tiny"), world.place / "out"
+    names = {str(file.relative_to(here)) for file in here.rglob("*") if file.is_file()}
+    assert there.keys() - {".gitattributes"} == names >= {"recipe.yaml", "report.json", "before_after.png", "model.safetensors"}
+    same = names - {"README.md", "report.json"}
+    assert all(there[name] == (here / name).read_bytes() for name in same)
+    report, raw = Report.from_json(there["report.json"]), json.loads((here / "report.json").read_text())
+    assert report.compressed.model == "me/tiny" and raw["compressed"]["model"] == "out"
+    assert report.fidelity == Report.of(here).fidelity
+    card: Any = ModelCard(there["README.md"].decode())
+    assert (card.data.base_model, card.data["base_model_relation"], card.data.license) == ("them/base", "quantized", "mit")
+    assert card.data.model_name == "tiny"
+    measured = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert (
+        measured["perplexity"] == raw["compressed"]["perplexity"]
+        and measured["kl_nats_mean"] == raw["fidelity"]["kl_nats_mean"]
+    )
+    assert 'name = "me/tiny"\n' in card.text and "llmcompress reproduce me/tiny\n" in card.text
+    assert str(world.place) not in "".join(there[name].decode() for name in ("README.md", "report.json", "recipe.yaml"))
+    results = there[".eval_results/llmcompress.yaml"].decode()
+    assert f"revision: {world.commits['texts']}" in results and "id: them/texts" in results
+
+
+def test_a_second_push_sends_nothing_and_commits_nothing(world: World) -> None:
+    commits = world.hub.commits("me/tiny")
+    before = len(world.hub.log)
+    code, out, err = shell(world.env, "push", "out", "me/tiny", cwd=world.place)
+    assert code == 0 and commits[-1] in out, err
+    assert world.hub.commits("me/tiny") == commits
+    assert not [path for method, path in world.hub.log[before:] if method == "PUT" or "/commit/" in path]
+
+
+def test_a_clean_process_loads_it_by_its_id(world: World) -> None:
+    command = [sys.executable, "-c", LOAD, "me/tiny", world.hub.commits("me/tiny")[-1]]
+    done = subprocess.run(command, env={**os.environ, **world.env}, capture_output=True, text=True, timeout=300)
+    assert done.stdout.strip() == "Linear4bit", done.stderr
+
+
+def test_it_is_reproduced_bit_by_bit_from_the_hub_alone(world: World) -> None:
+    shutil.rmtree(world.place / "again", ignore_errors=True)
+    code, out, err = shell(world.env, "reproduce", "me/tiny", "--out", "again", cwd=world.place)
+    assert code == 0, err
+    assert "me/tiny: bit-equal" in out
+    ours, theirs = (load_file(world.place / name / "model.safetensors") for name in ("again", "out"))
+    assert ours.keys() == theirs.keys()
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def test_an_artefact_is_a_recipe_for_another_model_and_is_evaluated_by_its_id(world: World) -> None:
+    save_base(world.place / "other", num_hidden_layers=1)
+    code, _, err = shell(world.env, "run", "me/tiny", "--base", "./other", "--out", "smaller", cwd=world.place)
+    assert code == 0, err
+    report = Report.of(world.place / "smaller")
+    assert report.recipe and (report.recipe.source, report.recipe.revision) == ("me/tiny", world.hub.commits("me/tiny")[-1])
+    data = ("--data", "them/texts", "--length", "24", "--samples", "4", "--json", "numbers.json")
+    code, _, err = shell(world.env, "evaluate", "me/tiny@main", "--against", "them/base", *data, cwd=world.place)
+    assert code == 0, err
+    numbers = json.loads((world.place / "numbers.json").read_text())
+    assert numbers["kl_nats_mean"] == pytest.approx(Report.of(world.place / "out").fidelity.kl_nats_mean, rel=1e-6)
+
+
+def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World) -> None:
+    env = world.env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    (world.place / "text.txt").write_text("".join(f"line {number} of {number**2}\n" for number in range(900)))
+    data = ("--data", "text.txt")
+    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "off", *data, cwd=world.place)
+    assert code == 0, err
+    report = Report.of(world.place / "off")
+    assert (report.base.revision, report.recipe and report.recipe.revision) == (world.commits["base"], world.commits["recipe"])
+    code, _, err = shell(env, "run", "them/unseen", "--base", "them/base", cwd=world.place)
+    assert code == 2 and "recipe them/unseen is not in the cache, and HF_HUB_OFFLINE is set; unset it" in err
+    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "no", cwd=world.place)
+    assert code == 2 and "the Hub data set them/texts is not in the cache" in err
+
+
+def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) -> None:
+    (world.place / "secrets").mkdir(exist_ok=True)
+    (world.place / "secrets" / "train.txt").write_text("my words\n" * 999)
+    for number, (entries, option) in enumerate(
+        (
+            ("base: ./base\nstages: [quantize]", "--base"),
+            ("data: {source: secrets}\nstages: [quantize]", "--data"),
+            ("data: {source: /etc}\nstages: [quantize]", "--data"),
+            ("data: {source: ~/mail.txt}\nstages: [quantize]", "--data"),
+            ("stages: [{distill: {teacher: ../teacher}}]", "save it to a file and run that, if you trust it"),
+        )
+    ):
+        world.hub.add(f"evil/recipe-{number}", {"recipe.yaml": entries.encode()})
+        base = () if option == "--base" else ("--base", "them/base")
+        code, _, err = shell(world.env, "run", f"evil/recipe-{number}", *base, "--out", "evil", cwd=world.place)
+        assert code == 2 and "a path here, and one from the Hub may name none" in err and option in err
+    assert not (world.place / "evil").exists()
+
+
+def test_what_is_no_whole_artefact_is_not_pushed(world: World, tmp_path: Path) -> None:
+    def copy(name: str) -> Path:
+        return Path(shutil.copytree(world.place / "out", tmp_path / name))
+
+    with pytest.raises(OutputError, match="tiny is no id of a repository; give one like user/name"):
+        push(world.place / "out", "tiny")
+    (copy("cut") / "model.safetensors").write_bytes((world.place / "out" / "model.safetensors").read_bytes()[:-9])
+    (copy("other") / "recipe.yaml").write_text("stages: [quantize]")
+    (copy("bare") / "report.json").unlink()
+    for name, why in (
+        ("cut", "truncated or damaged"),
+        ("other", "is not the recipe that"),
+        ("bare", "report.json can't be read"),
+    ):
+        with pytest.raises(CompressError, match=why):
+            push(tmp_path / name, "me/never")
+
+
+def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: World, tmp_path: Path) -> None:
+    mine = Path(shutil.copytree(world.place / "out", tmp_path / "mine"))
+    (mine / "README.md").write_text((mine / "README.md").read_text() + "\nMy own words.\n")
+    (mine / "optimizer.bin").write_bytes(b"a pickle")
+    (mine / "notes.py").write_text("print()")
+    code, _, err = shell(world.env, "push", str(mine), "me/edited", "--private")
+    assert code == 0, err
+    there = world.hub.files("me/edited")
+    assert there["README.md"] == (mine / "README.md").read_bytes()
+    assert not {"optimizer.bin", "notes.py"} & there.keys()
+    assert world.hub.repos["model", "me/edited"].private
