@@ -9,36 +9,15 @@ to the first line that is no comment. With --check nothing is written, and the e
 from __future__ import annotations
 
 import json
-import re
 import sys
 from pathlib import Path
 from typing import Any
 
+from recipe_tables import STOCK, ratio, recipe_texts
+
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "evaluation" / "results"
 MODELS = ("demo", "wikilm-8m", "stories260k")
-BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
-BASELINE |= {f"{name}-double": "nf4-nearest-double" for name in ("nf4-gptq", "nf4-learned")}
-BASELINE |= dict.fromkeys(("nf4-awq-gptq", "nf4-rotate-gptq"), "nf4-nearest")
-BASELINE |= dict.fromkeys(("int8-smooth", "int8-smooth-all", "w8a8", "w8a8-all", "w8a8-static"), "int8-nearest") | {
-    "w4a8": "w4a16"
-}
-STOCK = dict.fromkeys(("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest"), "stock bitsandbytes")
-STOCK |= {"int8-nearest-6": "stock bitsandbytes, outliers in float16", "w4a16": "w4a8 with activations as they are"}
-STOCK |= {"int8-smooth-all": "nothing spared", "w8a8-all": "nothing spared"}
-BASELINE |= {"ffn-75-obs": "ffn-75-magnitude", "kv-half": "kv-half-magnitude", "depth-75-kl": "depth-75-influence"}
-BASELINE |= {"ffn-budget": "ffn-budget-uniform", "hidden-75": "hidden-75-plain"}
-BASELINE |= {"wanda-2-4": "magnitude-2-4", "sparsegpt-2-4": "magnitude-2-4", "sparsegpt-50": "magnitude-50"}
-STOCK |= dict.fromkeys(("ffn-75-magnitude", "kv-half-magnitude"), "magnitude, nothing repaired")
-STOCK |= {"depth-75-influence": "block influence", "ffn-budget-uniform": "as many in every layer"}
-STOCK |= {"hidden-75-plain": "nothing repaired"}
-STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
-STOCK["wanda-50"] = "wanda, one shot"
-BASELINE |= {"heal-after-prune": "ffn-budget", "prune-heal-quantize": "ffn-75-nf4", "small-student": "depth-50-kl"}
-BASELINE |= {"scale-tuning-nf4": "nf4-gptq", "nf4-learned-tuned": "nf4-gptq"}
-UNTRAINED = {"ffn-budget": "untrained", "ffn-75-nf4": "untrained", "depth-50-kl": "untrained", "nf4-gptq": "gptq alone"}
-BASELINE |= {"tie-head": "tie-plain", "share-ffn-heal": "share-ffn", "basis-heal": "basis-75", "codebook-16": "nf4-gptq-32"}
-UNTRAINED |= dict.fromkeys(("tie-plain", "share-ffn", "basis-75"), "untrained") | {"nf4-gptq-32": "nf4 in blocks of 32"}
 WIDEST = 10  # columns of a table of speeds
 
 
@@ -54,13 +33,6 @@ def rows_of(model: str) -> dict[str, dict[str, Any]]:
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
-
-
-def ratio(rows: dict[str, dict[str, Any]], name: str) -> str:
-    base = BASELINE.get(name)
-    if base not in rows:
-        return ""
-    return f"{rows[name]['kl_nats_mean'] / rows[base]['kl_nats_mean']:.3f} x"
 
 
 def fidelity() -> str:
@@ -299,27 +271,6 @@ def lookup_speed() -> str:
     return f"Time over that of bitsandbytes' nf4 in the same run, at the 10th percentile ({where}):\n\n{table(header, lines)}\n"
 
 
-def head(recipe: str) -> str:
-    """The measured lines of a recipe's head."""
-    lines = []
-    for model in MODELS:
-        rows = rows_of(model)
-        if recipe in rows:
-            row, against = rows[recipe], ratio(rows, recipe)
-            baseline = (STOCK | UNTRAINED)[BASELINE[recipe]] if against else ""
-            bytes_ = row["size_bytes"] / rows[BASELINE[recipe]]["size_bytes"] if against else 1.0
-            where = " at the same bytes" if abs(bytes_ - 1) < 0.01 else f" at {bytes_:.2f} x the bytes"
-            times = f" ({against} {baseline}{where})" if against else ""
-            ppl = f"perplexity {row['base_perplexity']:.3f} -> {row['perplexity']:.3f}"
-            lines.append(f"#   {model}: KL {row['kl_nats_mean']:.5f} nats{times}, {ppl}, {row['seconds']:.0f} s")
-    return "\n".join(["# measured (evaluation/results/fidelity-*.json; small models):", *lines]) + "\n" if lines else ""
-
-
-def with_head(text: str, recipe: str) -> str:
-    """A recipe's text with its measured lines made new."""
-    return re.sub(r"\A((?:#(?! measured).*\n)+)(?:# measured.*\n(?:#.*\n)*)?", lambda found: found[1] + head(recipe), text)
-
-
 MORE = (
     *(("pruning", pruning), ("pruned speed", pruned_speed), ("healing", healing)),
     *(("sharing", sharing), ("lookup speed", lookup_speed)),
@@ -338,8 +289,7 @@ def main() -> int:
         before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"
-    for file in sorted((ROOT / "recipes").glob("*.yaml")):
-        wanted[file] = with_head(file.read_text(), file.stem)
+    wanted |= recipe_texts({model: rows_of(model) for model in MODELS})
     stale = [file for file, text in wanted.items() if file.read_text() != text]
     for file in stale:
         print(f"{'stale' if '--check' in sys.argv else 'written'}: {file.relative_to(ROOT)}")

@@ -152,7 +152,7 @@ def schema() -> None:
     """Print the JSON Schema of recipes, with which an editor completes and checks them."""
     from llmcompress.recipe import Recipe
 
-    print(Recipe.json_schema())
+    print(Recipe.json_schema(), end="")
 
 
 def main() -> None:

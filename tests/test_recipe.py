@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from hypothesis import given, settings
@@ -213,6 +215,42 @@ def test_a_recipe_that_is_written_reads_back_the_same(text: str) -> None:
     assert Recipe.parse(written) == recipe and Recipe.parse(written).to_yaml() == written
     assert Recipe.parse(written).digest == recipe.digest
     assert yaml.safe_load(written).keys() == {"schema"} | yaml.safe_load(text).keys()  # what was left out stays out
+
+
+def test_a_newer_schema_names_the_version_to_install() -> None:
+    assert Recipe.parse("schema: 1\nstages: [quantize]") == Recipe.parse("stages: [quantize]")
+    assert Recipe.parse("schema: 1\nstages: [quantize]").digest == Recipe.parse("stages: [quantize]").digest
+    assert (
+        'has schema 7, this llmcompress reads up to 1; install llmcompress 0.7 or newer: pip install -U "llmcompress>=0.7"'
+        in (refusal("schema: 7\nnew_key: 1\nstages: [{grow: {}}]"))
+    )
+    for wrong in ("0", "'1'", "1.0", "true", "[1]"):
+        assert "schema" in refusal(f"schema: {wrong}\nstages: [quantize]")
+
+
+def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship() -> None:
+    text = (RECIPES / "recipe.schema.json").read_text()
+    assert text == Recipe.json_schema(), "run: llmcompress schema > recipes/recipe.schema.json"
+    schema = jsonschema.Draft202012Validator(json.loads(text))
+    schema.check_schema(json.loads(text))
+    for file in RECIPES.glob("*.yaml"):
+        assert not list(schema.iter_errors(yaml.safe_load(file.read_text()))), file
+    for good in ("stages: [quantize]", "schema: 1\nstages: [{quantize: null}]", FULL):
+        assert not list(schema.iter_errors(yaml.safe_load(good))), good
+    for wrong in ("{}", "stages: []", "stages: [quantise]", "stages: [{quantize: {blok: 64}}]", "stages: [{tie: {}}]",
+                  "schema: 2\nstages: [quantize]", "stages: [{prune: {axis: ffn, keep: 0.5}, quantize: {}}]"):  # fmt: skip
+        assert list(schema.iter_errors(yaml.safe_load(wrong))), wrong
+
+
+def test_a_recipe_is_saved_and_read_back_from_file_and_folder(tmp_path: Path) -> None:
+    recipe = Recipe.parse(FULL)
+    file = recipe.save_pretrained(tmp_path / "new" / "folder")
+    assert [path.name for path in file.parent.iterdir()] == ["recipe.yaml"]
+    assert Recipe.from_pretrained(file) == Recipe.from_pretrained(file.parent) == Recipe.from_file(file) == recipe
+    assert recipe.origin is None
+    for name in ("none.yaml", str(tmp_path), "nonesuch", "a/b/c", "../recipe"):
+        with pytest.raises(RecipeError, match=r"no recipe file .*a folder that holds recipe.yaml, or a Hub id"):
+            Recipe.from_pretrained(name)
 
 
 def test_equal_recipes_have_one_digest_and_others_another() -> None:
