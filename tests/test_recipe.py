@@ -237,8 +237,15 @@ def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship(
         assert not list(schema.iter_errors(yaml.safe_load(file.read_text()))), file
     for good in ("stages: [quantize]", "schema: 1\nstages: [{quantize: null}]", FULL):
         assert not list(schema.iter_errors(yaml.safe_load(good))), good
-    for wrong in ("{}", "stages: []", "stages: [quantise]", "stages: [{quantize: {blok: 64}}]", "stages: [{tie: {wheights: []}}]",
-                  "schema: 2\nstages: [quantize]", "stages: [{prune: {axis: ffn, keep: 0.5}, quantize: {}}]"):  # fmt: skip
+    for wrong in (
+        "{}",
+        "stages: []",
+        "stages: [quantise]",
+        "stages: [{quantize: {blok: 64}}]",
+        "stages: [{tie: {wheights: []}}]",
+        "schema: 2\nstages: [quantize]",
+        "stages: [{prune: {axis: ffn, keep: 0.5}, quantize: {}}]",
+    ):
         assert list(schema.iter_errors(yaml.safe_load(wrong))), wrong
 
 
