@@ -206,3 +206,21 @@ def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: Wor
     assert there["README.md"] == (mine / "README.md").read_bytes()
     assert not {"optimizer.bin", "notes.py"} & there.keys()
     assert world.hub.repos["model", "me/edited"].private
+
+
+def test_a_recipe_is_pushed_alone_and_fetched_again(world: World) -> None:
+    script = """
+from llmcompress import Recipe
+recipe = Recipe.from_pretrained("them/recipe", revision="v1")
+commit = recipe.push_to_hub("me/recipe", message="mine")
+again = Recipe.from_pretrained("me/recipe")
+assert again.digest == recipe.digest and again.origin.revision == commit != recipe.origin.revision
+print(commit)
+"""
+    done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **world.env}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[-1] == world.hub.commits("me/recipe")[-1]
+    there = world.hub.files("me/recipe")
+    assert there.keys() - {".gitattributes"} == {"recipe.yaml", "README.md"}
+    card: Any = ModelCard(there["README.md"].decode())
+    assert card.data.tags == ["llmcompress", "recipe"] and "llmcompress run me/recipe --base" in card.text
