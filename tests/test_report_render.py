@@ -126,7 +126,7 @@ def test_json_gives_the_same_report_and_the_same_text_again() -> None:
 
 def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None:
     raw = json.loads(report().to_json())
-    assert raw.keys() == facts().keys() | {"recipe"}
+    assert raw.keys() == facts().keys()
     assert raw["base"].keys() >= {"model", "revision", "parameters", "size_bytes", "perplexity", "tokens_per_s"}
     assert raw["compressed"].keys() == raw["base"].keys()
     assert raw["fidelity"] == facts()["fidelity"]

@@ -192,9 +192,9 @@ def test_the_bounds_are_where_they_are_said_to_be() -> None:
     assert yaml_of(nested(DEEPEST), largest=LARGEST) is not None
     with pytest.raises(Unreadable, match=f"more than {DEEPEST} levels deep"):
         yaml_of(nested(DEEPEST + 1), largest=LARGEST)
-    assert len(yaml_of("[" + "1," * (MOST - 1) + "]", largest=LARGEST)) == MOST - 1
+    assert len(yaml_of("[" + "1," * (MOST - 1) + "]", largest=3 * MOST)) == MOST - 1
     with pytest.raises(Unreadable, match=f"spells more than {MOST} values"):
-        yaml_of("[" + "1," * MOST + "]", largest=LARGEST)
+        yaml_of("[" + "1," * MOST + "]", largest=3 * MOST)
     with pytest.raises(Unreadable, match="has 5 bytes and may have 4"):
         json_of(b"[1,2]", largest=4)
     assert json_of("[1, 2.5]", largest=8) == [1, 2.5]

@@ -201,6 +201,8 @@ class Report(_Facts):
         """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
+        if self.recipe is None:
+            del facts["recipe"]  # there only where a recipe came from the Hub
         return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod
