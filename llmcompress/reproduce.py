@@ -6,6 +6,7 @@ differ without anyone's fault is said first (versions, device), and text that is
 
 from __future__ import annotations
 
+import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,8 +66,8 @@ def reproduce(
     revision = reported.data.revision if data == reported.data.source else None
     text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
     recipe = recipe.model_copy(update={"data": text, "accept": Accept()})
-    if torch.device(device or "cpu").type == "cpu" and reported.environment.threads:
-        torch.set_num_threads(reported.environment.threads)  # on whose number the last bits of sums depend
+    if torch.device(device or "cpu").type == "cpu" and (threads := threads_of(reported.environment.device)):
+        torch.set_num_threads(threads)
     _require_same_text(reported, recipe, base, data, device)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(out or Path(scratch) / "again")
@@ -78,6 +79,12 @@ def reproduce(
         verdict = "equal within tolerance" if not shape and _close(reported, again) else "different"
     about = _surroundings(reported, again) if verdict != "bit-equal" else []
     return Reproduction(verdict, (*about, *shape, *values), reported, again)
+
+
+def threads_of(device: str) -> int | None:
+    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None without them."""
+    found = re.search(r"(\d+) threads$", device)
+    return int(found[1]) if found else None
 
 
 def _artefact(name: str) -> tuple[Path, Recipe]:

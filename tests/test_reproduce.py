@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from llmcompress.__main__ import MISSED
 from llmcompress.errors import CompressError, DataError, ModelError
 from llmcompress.report import Report
-from llmcompress.reproduce import KL, PERPLEXITY, _close, reproduce
+from llmcompress.reproduce import KL, PERPLEXITY, _close, reproduce, threads_of
 from llmcompress.run import compress
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import shell
@@ -53,10 +53,10 @@ def test_the_same_bytes_come_out_again(shelf: Path, tmp_path: Path) -> None:
 
 def test_the_number_of_threads_is_that_of_the_report(shelf: Path, copy: Path) -> None:
     before = torch.get_num_threads()
-    edit_report(copy, "environment", "threads", value=before + 1)
+    edit_report(copy, "environment", "device", value=f"a CPU, {before + 1} threads")
     try:
         found = reproduce(str(copy))
-        assert torch.get_num_threads() == found.again.environment.threads == before + 1
+        assert torch.get_num_threads() == threads_of(found.again.environment.device) == before + 1
     finally:
         torch.set_num_threads(before)
 

@@ -161,11 +161,10 @@ class CostFacts(_Facts):
 
 
 class EnvironmentFacts(_Facts):
-    """As `measure.environment` gives it; `threads` are torch's, on whose number the last bits of a sum depend."""
+    """As `measure.environment` gives it."""
 
     versions: dict[str, str]
     device: str
-    threads: NonNegativeInt | None = None
 
 
 class Report(_Facts):
@@ -201,8 +200,9 @@ class Report(_Facts):
         """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
-        if self.recipe is None:
-            del facts["recipe"]  # there only where a recipe came from the Hub
+        for holder, key in ((facts, "recipe"), (facts["data"], "revision")):  # there only where they came from the Hub
+            if holder[key] is None:
+                del holder[key]
         return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
     @classmethod

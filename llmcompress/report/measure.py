@@ -325,7 +325,7 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """{"versions": {package: version}, "device": words, "threads": number}: what a number depends on besides the recipe.
+    """{"versions": {package: version}, "device": words}: what a number in a report depends on besides the recipe.
 
     `device` is where the work was done; without it, the first GPU if torch sees one.
     """
@@ -338,7 +338,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     words = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda"):
         words = f"{torch.cuda.get_device_name(device)}; {words}"
-    return {"versions": versions, "device": words, "threads": torch.get_num_threads()}
+    return {"versions": versions, "device": words}
 
 
 def _cpu_name() -> str:
