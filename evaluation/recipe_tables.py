@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from markdown import between, table
+
 RECIPES = Path(__file__).parent.parent / "recipes"
 Results = dict[str, dict[str, dict[str, Any]]]  # model -> recipe -> its row
 BASELINE = {"demo": "nf4-nearest", "nf4-gptq": "nf4-nearest", "nf4-learned": "nf4-nearest", "fp4-gptq": "fp4-nearest"}
@@ -66,19 +68,17 @@ def recipe_texts(results: Results) -> dict[Path, str]:
     files = sorted(RECIPES.glob("*.yaml"))
     texts = {file: with_head(file.read_text(), file.stem, results) for file in files}
     index = RECIPES / "README.md"
-    before, _, rest = index.read_text().partition("<!-- recipes -->\n")
-    _, end, after = rest.partition("<!-- end recipes -->")
-    return texts | {index: f"{before}<!-- recipes -->\n{listed(files, results)}{end}{after}"}
+    return texts | {index: between(index.read_text(), "recipes", listed(files, results))}
 
 
 def listed(files: list[Path], results: Results) -> str:
     """A row for each recipe: what it does, and for each model what it costs and brings."""
     header = ["recipe", "what it does", *(f"{model}: KL, nats" for model in results), *(f"{model}: MB" for model in results)]
-    lines = [header, ["---"] * len(header)]
+    lines = []
     for file in files:
         found = [rows.get(file.stem) for rows in results.values()]
         about = file.read_text().splitlines()[0].removeprefix("# ")
         costs = [f"{row['kl_nats_mean']:.5f}" if row else "" for row in found]
         sizes = [f"{row['size_bytes'] / 1e6:.2f}" if row else "" for row in found]
         lines.append([f"[{file.stem}]({file.name})", about, *costs, *sizes])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+    return table(header, lines) + "\n"

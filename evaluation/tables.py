@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from markdown import between, table
 from recipe_tables import STOCK, ratio, recipe_texts
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +30,6 @@ def load(name: str) -> dict[str, Any] | None:
 def rows_of(model: str) -> dict[str, dict[str, Any]]:
     result = load(f"fidelity-{model}")
     return {row["recipe"]: row for row in result["rows"]} if result else {}
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
 
 
 def fidelity() -> str:
@@ -286,9 +283,7 @@ def main() -> int:
         ("speed", speed),
         *MORE,
     ):
-        before, _, rest = wanted[ROOT / "README.md"].partition(f"<!-- {name} -->\n")
-        _, end, after = rest.partition(f"<!-- end {name} -->")
-        wanted[ROOT / "README.md"] = f"{before}<!-- {name} -->\n{make()}{end}{after}"
+        wanted[ROOT / "README.md"] = between(wanted[ROOT / "README.md"], name, make())
     wanted |= recipe_texts({model: rows_of(model) for model in MODELS})
     stale = [file for file, text in wanted.items() if file.read_text() != text]
     for file in stale:

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmcompress.errors import CompressError, OutputError
+from llmcompress.errors import AcceptError, CompressError, OutputError
 
 app = typer.Typer(
     name="llmcompress",
@@ -24,7 +24,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-MISSED = 3  # exit code: what came out is not what was asked for
 out, err = Console(), Console(stderr=True)
 
 Recipe = Annotated[
@@ -144,7 +143,7 @@ def reproduce(
     found = run_again(name, base=base, data=data, out=out_, overwrite=overwrite, device=device, track=track)
     print_reproduction(found.verdict, found.differences, found.reported, found.again, out)
     if found.verdict == "different":
-        sys.exit(MISSED)
+        sys.exit(AcceptError.exit_code)
 
 
 @app.command()

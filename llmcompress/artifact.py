@@ -19,15 +19,7 @@ from llmcompress.checkpoint import INDEX, Shard, sync, sync_folder, writing
 from llmcompress.errors import OutputError
 
 SHARD_BYTES = 5_000_000_000
-KEPT = (
-    "*.json",
-    "*.model",
-    "*.txt",
-    "*.jinja",
-    "additional_chat_templates/*.jinja",
-    "LICENSE*",
-    "NOTICE*",
-)  # of a base's files
+KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")  # of the base
 MADE = ("model*.safetensors", "*.png", "README.md", "recipe.yaml", ".eval_results/*.yaml")  # what an artefact has besides
 
 

@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.errors import DataError
+from llmcompress.errors import DataError, first_line
 from llmcompress.pydocs import python_docs
-from llmcompress.texts import SUFFIXES, Texts, file_texts, first_line, folder_texts, row_text
+from llmcompress.texts import SUFFIXES, Texts, file_texts, folder_texts, row_text
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -18,6 +18,11 @@ class CompressError(Exception):
         super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
 
 
+def first_line(error: BaseException) -> str:
+    """What an error of somebody else says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 class RecipeError(CompressError):
     """The recipe can't be read, or asks for what can't be."""
 

@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llmcompress.errors import CompressError, DataError, ModelError, OutputError
+from llmcompress.errors import CompressError, DataError, ModelError, OutputError, first_line
 
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "recipe.yaml", "LICENSE*", "NOTICE*"]
 WEIGHTS = ["model*.safetensors"]
@@ -50,6 +50,11 @@ _PART = r"[A-Za-z0-9_][\w.-]*"
 def is_id(name: str) -> bool:
     """Whether a name is spelled as the Hub spells ids: `name` or `user/name`."""
     return re.fullmatch(rf"{_PART}(/{_PART})?", name, re.ASCII) is not None
+
+
+def is_repository(name: str) -> bool:
+    """Whether a name is an id of the kind that users give: `user/name`."""
+    return is_id(name) and "/" in name
 
 
 def split(name: str) -> tuple[str, str | None]:
@@ -166,8 +171,4 @@ def _asked(what: str, revision: str | None, kind: type[CompressError], advice: s
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
         refuse(f"can't be had (HTTP {status})", advice)
     except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
-        refuse(f"can't be had ({type(error).__name__}: {_first_line(error)})", advice)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        refuse(f"can't be had ({type(error).__name__}: {first_line(error)[:200]})", advice)

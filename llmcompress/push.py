@@ -28,10 +28,10 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str |
     artefact, OutputError where the Hub refuses.
     """
     folder = Path(folder)
-    if not hub.is_id(repo) or "/" not in repo:
+    if not hub.is_repository(repo):
         raise OutputError(f"{repo} is no id of a repository; give one like user/name")
     report, recipe = Report.of(folder), Recipe.from_file(folder / RECIPE)
-    require_kin(report, recipe, folder)
+    require_own_recipe(report, recipe, folder)
     Checkpoint.open(folder, base=False)  # refuses a folder whose weights are not all there
     files: dict[str, Path | bytes] = {
         str(file.relative_to(folder)): file for pattern in KEPT + MADE for file in folder.glob(pattern) if file.is_file()
@@ -43,7 +43,7 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str |
     return hub.push(repo, files, private=private, message=message, replaced=("model*.safetensors*", *MADE[1:]))
 
 
-def require_kin(report: Report, recipe: Recipe, folder: Path) -> None:
+def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
     """Refuse a folder whose recipe is not the one that its report tells of. Errors: OutputError."""
     if recipe.digest != report.recipe_digest:
         raise OutputError(f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were written")

@@ -63,7 +63,7 @@ class Accept(BaseModel):
 class Recipe(BaseModel):
     """What to do to which model, on which text, and how much it may lose."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, title="llmcompress recipe")
 
     version: int = Field(default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe")
     base: str | None = Field(
@@ -113,8 +113,8 @@ class Recipe(BaseModel):
     @classmethod
     def json_schema(cls) -> str:
         """The JSON Schema of a recipe as text, for editors."""
-        head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "llmcompress recipe"}
-        return json.dumps(head | cls.model_json_schema() | {"title": head["title"]}, indent=1, ensure_ascii=False) + "\n"
+        schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"} | cls.model_json_schema()
+        return json.dumps(schema, indent=1, ensure_ascii=False) + "\n"
 
     @property
     def origin(self) -> RecipeFacts | None:
@@ -138,7 +138,7 @@ class Recipe(BaseModel):
         try:
             return cls.model_validate(entries)
         except ValidationError as error:
-            raise RecipeError(f"{where}: {_one_line(_explain(error))}") from None
+            raise RecipeError(f"{where}: {_explain(error)}") from None
 
     @classmethod
     def from_file(cls, file: str | Path) -> Recipe:
@@ -160,7 +160,7 @@ class Recipe(BaseModel):
         if path.is_dir():
             return cls.from_file(path / FILE)
         repo, at = hub.split(str(name))
-        if path.is_file() or path.suffix in (".yaml", ".yml") or not (hub.is_id(repo) and "/" in repo):
+        if path.is_file() or path.suffix in (".yaml", ".yml") or not hub.is_repository(repo):
             return cls.from_file(path)
         text, commit = hub.read(repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError)
         recipe = cls.parse(text, f"recipe {repo}@{commit[:8]}")
@@ -212,10 +212,6 @@ class Recipe(BaseModel):
 
 def _kind(value: Any) -> str:
     return "nothing" if value is None else f"a {type(value).__name__}"
-
-
-def _one_line(text: object) -> str:
-    return " ".join(str(text).split())
 
 
 def _explain(error: ValidationError) -> str:

@@ -16,12 +16,10 @@ import torch
 from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint, read_json
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.data import DEMO, PYTHON_DOCS
 from llmcompress.errors import DataError, ModelError
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, pick_device, tokenizer_of
-from llmcompress.push import require_kin
+from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
 from llmcompress.run import compress
@@ -61,18 +59,19 @@ def reproduce(
     """
     folder, recipe = _artefact(name)
     reported = Report.of(folder)
-    require_kin(reported, recipe, folder)
+    require_own_recipe(reported, recipe, folder)
     base, data = base or _base(reported, recipe), data or _source(reported, recipe)
     revision = reported.data.revision if data == reported.data.source else None
     text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
     recipe = recipe.model_copy(update={"data": text, "accept": Accept()})
     if torch.device(device or "cpu").type == "cpu" and (threads := threads_of(reported.environment.device)):
         torch.set_num_threads(threads)
-    _require_same_text(reported, recipe, base, data, device)
     with tempfile.TemporaryDirectory() as scratch:
         target = Path(out or Path(scratch) / "again")
-        again = compress(recipe, target, base=base, data=data, overwrite=overwrite, device=device, track=track)
-        shape, values = _structure(folder, target), _values(folder, target)
+        asked = {"base": base, "data": data, "device": device, "tokens_sha256": reported.data.sha256}
+        again = compress(recipe, target, **asked, overwrite=overwrite, track=track)
+        theirs, ours = (Checkpoint.open(each, base=False) for each in (folder, target))
+        shape, values = _structure(theirs, ours), _values(theirs, ours)
     if not shape and not values:
         verdict: Verdict = "bit-equal"
     else:
@@ -89,12 +88,12 @@ def threads_of(device: str) -> int | None:
 
 def _artefact(name: str) -> tuple[Path, Recipe]:
     """The folder of an artefact, fetched if need be, and its recipe."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser(), Recipe.from_pretrained(name)
-    repo, revision = hub.split(name)
-    if not hub.is_id(repo):
+    folder, repo = Path(name).expanduser(), hub.split(name)[0]
+    if folder.is_dir():
+        return folder, Recipe.from_pretrained(name)
+    if folder.exists() or not hub.is_repository(repo):
         raise ModelError(f"{name} is no folder; give one that `llmcompress run` wrote, or a Hub id like user/name")
-    recipe = Recipe.from_pretrained(repo, revision)
+    recipe = Recipe.from_pretrained(name)
     assert recipe.origin is not None
     return hub.fetch(repo, recipe.origin.revision, wanted="artefact")[0], recipe
 
@@ -118,18 +117,6 @@ def _source(reported: Report, recipe: Recipe) -> str:
     return source
 
 
-def _require_same_text(reported: Report, recipe: Recipe, base: str, data: str, device: str | None) -> None:
-    """Refuse text or a tokenizer that gives other tokens, before the time of a run is spent. Errors: DataError."""
-    folder = find_base(base).folder
-    spec = recipe.data.model_copy(update={"source": data})
-    blocks = blocks_for(OnDisk(folder, pick_device(device)), spec, tokenizer_of(folder))
-    if blocks.sha256 != reported.data.sha256:
-        raise DataError(
-            f"{data} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {reported.data.sha256[:16]}; give "
-            "the same text with --data, or the same base with --base"
-        )
-
-
 def _surroundings(reported: Report, again: Report) -> list[str]:
     """What differs in the base, the versions and the machine."""
     found = []
@@ -145,14 +132,13 @@ def _surroundings(reported: Report, again: Report) -> list[str]:
     return found
 
 
-def _structure(one: Path, other: Path) -> list[str]:
+def _structure(one: Checkpoint, other: Checkpoint) -> list[str]:
     """What differs in config.json, and in the names, shapes and dtypes of tensors."""
-    before, after = (read_json(folder / "config.json") for folder in (one, other))
+    before, after = one.config, other.config
     differ = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
     found = [f"config.json: {key} was {before.get(key)!r:.60}, now {after.get(key)!r:.60}" for key in differ]
-    theirs, ours = (Checkpoint.open(folder, base=False).tensors for folder in (one, other))
-    for name in sorted(theirs.keys() | ours.keys()):
-        was, now = theirs.get(name), ours.get(name)
+    for name in sorted(one.tensors.keys() | other.tensors.keys()):
+        was, now = one.tensors.get(name), other.tensors.get(name)
         if was is None or now is None:
             found.append(f"{name}: {'is new' if was is None else 'is missing'}")
         elif (was.shape, was.dtype) != (now.shape, now.dtype):
@@ -160,12 +146,11 @@ def _structure(one: Path, other: Path) -> list[str]:
     return found
 
 
-def _values(one: Path, other: Path) -> list[str]:
+def _values(one: Checkpoint, other: Checkpoint) -> list[str]:
     """Which tensors of the same shape hold other values, those that differ most first."""
-    before, after = (Checkpoint.open(folder, base=False) for folder in (one, other))
     found = []
-    for name in sorted(before.tensors.keys() & after.tensors.keys()):
-        was, now = before.read(name), after.read(name)
+    for name in sorted(one.tensors.keys() & other.tensors.keys()):
+        was, now = one.read(name), other.read(name)
         if was.shape == now.shape and was.dtype == now.dtype and not _same(was, now):
             found.append(((was != now).float().mean().item(), name))
     lines = [f"{name}: {100 * share:.3g} % of its values differ" for share, name in sorted(found, reverse=True)[:SHOWN]]

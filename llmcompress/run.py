@@ -27,6 +27,7 @@ from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.contents import Outcome, companions, write_weights
 from llmcompress.data import Blocks
+from llmcompress.errors import DataError
 from llmcompress.evaluate import speed_of
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
@@ -59,12 +60,14 @@ def compress(
     data: str | None = None,
     overwrite: bool = False,
     device: str | None = None,
+    tokens_sha256: str | None = None,
     track: Track = untracked,
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
 
-    `base` and `data` take the place of the recipe's. Raises CompressError for whatever is wrong with the input, AcceptError
-    where the result misses the recipe's bounds: then nothing is published, and the finished blocks are kept.
+    `base` and `data` take the place of the recipe's; `tokens_sha256` is the hash that the text must have. Raises CompressError
+    for whatever is wrong with the input, AcceptError where the result misses the recipe's bounds: then nothing is published,
+    and the finished blocks are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base, data=data)
@@ -81,6 +84,11 @@ def compress(
         require_possible(recipe, model)
         _require_sound(model)
         blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
+        if tokens_sha256 not in (None, blocks.sha256):
+            raise DataError(
+                f"{spec.source} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                "give the same text with --data, or the same base with --base"
+            )
         chained = _chain(recipe, model, found, blocks, place, track)
         if writer is not None:
             folder = write_weights(writer, chained.model, chained.outcome)

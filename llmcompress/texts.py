@@ -14,7 +14,7 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
-from llmcompress.errors import DataError
+from llmcompress.errors import DataError, first_line
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
@@ -127,8 +127,3 @@ def row_text(row: dict[str, object], column: str, source: str) -> Iterator[str]:
 
 def _no_column(column: str, names: list[str], source: str) -> DataError:
     return DataError(f"{source} has no column {column!r}; it has {', '.join(names)}: set column to one of them")
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llmcompress
 
@@ -37,9 +37,17 @@ def ask(env: Mapping[str, str], script: str, *arguments: str, timeout: int = 180
     return [json.loads(line.removeprefix("TOLD ")) for line in result.stdout.splitlines() if line.startswith("TOLD ")]
 
 
-def shell(env: Mapping[str, str], *arguments: str, cwd: Path | None = None, timeout: int = 300) -> tuple[int, str, str]:
-    """Exit code, standard output and error of `llmcompress ...`."""
-    command = [sys.executable, "-m", "llmcompress", *arguments]
-    every = {**os.environ, "COLUMNS": "200", "TERM": "dumb", **env}
-    result = subprocess.run(command, env=every, cwd=cwd, capture_output=True, text=True, timeout=timeout)
-    return result.returncode, result.stdout, result.stderr
+class Result(NamedTuple):
+    """What a command came to."""
+
+    code: int
+    out: str
+    err: str
+
+
+def shell(env: Mapping[str, str], *arguments: object, cwd: Path | None = None) -> Result:
+    """Run `llmcompress ...` in a process of its own."""
+    command = [sys.executable, "-m", "llmcompress", *map(str, arguments)]
+    every = {**os.environ, "COLUMNS": "200", **env}
+    done = subprocess.run(command, env=every, cwd=cwd, capture_output=True, text=True, timeout=300)
+    return Result(done.returncode, done.stdout, done.stderr)

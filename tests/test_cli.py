@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -17,15 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from llmcompress.__main__ import err, main, out
 from tests.bases import save_base, small_recipe, write_text
+from tests.clients import Result, shell
 
 EVALUATION = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
 AGAINST = ["kl_nats_mean", "kl_nats_p99", "top1_agreement"]
-
-
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
 
 
 Cli = Callable[..., Result]
@@ -51,13 +45,6 @@ def cli(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     return run
 
 
-def shell(*arguments: object, **env: str) -> Result:
-    """Run a command in a process of its own."""
-    command = [sys.executable, "-m", "llmcompress", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env={**os.environ, "COLUMNS": "200", **env})
-    return Result(done.returncode, done.stdout, done.stderr)
-
-
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a text, a recipe, and the artefact that the shell made of them."""
@@ -65,7 +52,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_base(folder / "base", num_hidden_layers=2)
     text = write_text(folder / "facts.txt")
     (folder / "recipe.yaml").write_text(small_recipe(text).to_yaml())
-    done = shell("run", folder / "recipe.yaml", "--base", folder / "base", "--out", folder / "out")
+    done = shell({}, "run", folder / "recipe.yaml", "--base", folder / "base", "--out", folder / "out")
     assert done.code == 0, done.err
     (folder / "printed.txt").write_text(done.out)
     return folder
@@ -338,10 +325,10 @@ def test_what_can_not_be_evaluated_is_one_clear_line(shelf: Path, cli: Cli, tmp_
 @pytest.mark.slow
 def test_a_shell_sees_the_exit_codes(shelf: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("stages: [{quantize: {blok: 64}}]")
-    refused(shell("run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean block?", tmp_path)
+    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean block?", tmp_path)
     strict = (shelf / "recipe.yaml").read_text() + "accept: {kl_nats: 1.0e-9}\n"
     (tmp_path / "strict.yaml").write_text(strict)
-    done = shell("run", tmp_path / "strict.yaml", "--base", shelf / "base", "--out", tmp_path / "out", COLUMNS="40")
+    done = shell({"COLUMNS": "40"}, "run", tmp_path / "strict.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
     assert done.code == 3 and "Traceback" not in done.err
     line = done.err.splitlines()[-1]
     assert line.startswith("error: the result misses accept: kl_nats is ") and "at most 1e-09 was asked" in line

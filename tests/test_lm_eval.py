@@ -6,14 +6,13 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
 from llmcompress.run import compress
 from tests.bases import save_base, small_recipe, write_text
-
-pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install lm_eval", exc_type=ImportError)
 
 TASK = """
 task: facts
@@ -48,6 +47,7 @@ def byte_perplexity(folder: Path, tasks: Path, home: Path) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install lm_eval")
 def test_the_harness_evaluates_an_artefact_as_it_does_its_base(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     compress(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")

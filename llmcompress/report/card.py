@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from llmcompress.data import DEMO
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 from llmcompress.report.render import (
     Rows,
@@ -31,7 +32,6 @@ from llmcompress.report.render import (
 from llmcompress.untrusted import Unreadable, yaml_of
 
 LARGEST = 1 << 16  # bytes of front matter
-DEMO = "demo"  # the base that every installation carries
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
@@ -80,10 +80,11 @@ def front_matter(text: str) -> dict[str, Any]:
 
 def evaluations(report: Report) -> list[dict[str, Any]]:
     """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is another."""
-    data, notes = report.data, "not a benchmark of tasks: windows of text; base {base}, by llmcompress"
+    data, base = report.data, report.base
     if data.revision is None:
         return []
-    told = notes.format(base=f"{report.base.model}{f'@{report.base.revision}' if report.base.revision else ''}")
+    at = f"@{base.revision}" if base.revision else ""
+    told = f"not a benchmark of tasks: windows of text; base {base.model}{at}, by llmcompress"
     measured = {"perplexity": report.compressed.perplexity, "kl_nats_mean": report.fidelity.kl_nats_mean}
     dataset = {"dataset_id": data.source, "dataset_revision": data.revision}
     known = {task: value for task, value in measured.items() if value is not None}
