@@ -197,10 +197,20 @@ class Linear4bit(StockLinear4bit):
 
     On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds its scales to
     bfloat16; a `state_dict()` after it returns those and leaves the module computing with scrambled ones (measured: relative
-    error 1.5). Here all tensors of the layout but the codes lie in `kept`, and the state dict is made of them.
+    error 1.5). Here all tensors of the layout but the codes lie in `kept`, and the state dict is made of them. Nor has the
+    kernel for what was repacked a gradient: a stock module passes back none, without an error; here it is that of the weight.
     """
 
     kept: dict[str, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to [..., R] in the type of x."""
+        repacked = getattr(cast(Any, self.weight).quant_state, "packing_format_for_cpu", False)
+        if repacked and torch.is_grad_enabled() and x.requires_grad:
+            dtype = self.compute_dtype or x.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x.to(dtype), dequantize(packed_of(self), dtype), bias).to(x.dtype)
+        return cast(Tensor, super().forward(x))
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         for name, tensor in tensors(packed_of(self)).items():

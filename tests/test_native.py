@@ -190,6 +190,19 @@ def test_a_live_linear_gives_its_exact_codes_back_after_a_forward(format: native
         assert torch.equal(module(x), before)  # reading the state left the module as it was
 
 
+@pytest.mark.parametrize("format", FORMATS)
+def test_gradients_pass_through_a_live_linear_after_a_forward_repacked_it(format: native.Format) -> None:
+    packed = own(format, 64, double_quant=False)
+    module, bias = native.linear(packed, noise(64)), noise(64)
+    x = noise(3, 256, seed=1).requires_grad_()
+    with torch.no_grad():
+        module(x)  # on a CPU with AVX512-BF16 this is what repacks
+    out = module(x)
+    out.backward(bias.expand(3, 64))
+    torch.testing.assert_close(x.grad, (bias @ native.dequantize(packed)).expand(3, 256), rtol=1e-4, atol=1e-6)
+    assert torch.equal(native.packed_of(module).codes_RC, packed.codes_RC)
+
+
 @repacks
 def test_a_stock_linear_is_read_before_a_forward_and_refused_after() -> None:
     packed = own("nf4", 64, False)

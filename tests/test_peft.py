@@ -22,6 +22,7 @@ def test_an_adapter_on_a_native_artefact_learns_and_is_saved_and_loaded(tmp_path
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     codes = {name: module.weight.clone() for name, module in adapted.named_modules() if isinstance(module, Linear4bit)}
     assert codes
+    adapted.train()  # as every trainer does; bitsandbytes' CPU kernel with AVX512-BF16, which eval mode runs, has no gradient
     learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.02)
     tokens = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))
