@@ -22,7 +22,6 @@ from bench import LENGTH, MODELS, head
 from torch import Tensor
 
 from llmcompress.block import Block
-from llmcompress.data import DataSpec
 from llmcompress.methods.gptq import descend, gptq
 from llmcompress.methods.grids import Grid, grid
 from llmcompress.methods.hessian import retarget
@@ -34,6 +33,7 @@ from llmcompress.report.measure import fidelity
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.rounding import Rounding
+from llmcompress.texts import DataSpec
 from llmcompress.walk import logits, output_fisher, walk
 
 BLOCK, CPU = 64, torch.device("cpu")

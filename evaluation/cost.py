@@ -37,11 +37,12 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmcompress.data import DataSpec, load_data
+from llmcompress.data import load_data
 from llmcompress.prepare import tokenizer_of
 from llmcompress.recipe import Recipe
 from llmcompress.report.measure import peak_memory_bytes
 from llmcompress.run import compress
+from llmcompress.texts import DataSpec
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of
 
 HERE = Path(__file__).parent

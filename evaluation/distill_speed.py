@@ -26,7 +26,6 @@ from bench import LENGTH, MODELS, head
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llmcompress.data import DataSpec
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, source_of, tokenizer_of
@@ -36,6 +35,7 @@ from llmcompress.stages import distill
 from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.student import whole
+from llmcompress.texts import DataSpec
 from llmcompress.walk import untracked
 
 FILE = Path(__file__).parent / "results" / "distill_speed.json"

@@ -26,10 +26,10 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from llmcompress.data import DataSpec
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
 from llmcompress.report.measure import fidelity
+from llmcompress.texts import DataSpec
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of, logits
 
 HERE = Path(__file__).parent

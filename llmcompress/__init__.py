@@ -1,7 +1,6 @@
 """llmcompress makes causal language models of Hugging Face transformers small, and says what that cost."""
 
 from llmcompress import plugin as plugin  # teaches from_pretrained our formats
-from llmcompress.data import DataSpec
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.evaluate import evaluate
 from llmcompress.push import push
@@ -11,6 +10,7 @@ from llmcompress.reproduce import reproduce
 from llmcompress.resave import save_native  # has save_pretrained mend or refuse what forwards did to native models
 from llmcompress.run import compress
 from llmcompress.stages.quantize import Quantize
+from llmcompress.texts import DataSpec
 
 __version__ = "0.1.0"
 __all__ = [

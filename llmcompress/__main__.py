@@ -90,9 +90,9 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure a model: perplexity with its interval, bytes, tokens/s, and the distance from a base."""
-    from llmcompress.data import PYTHON_DOCS, DataSpec
     from llmcompress.evaluate import evaluate as measure
     from llmcompress.report.render import print_evaluation
+    from llmcompress.texts import PYTHON_DOCS, DataSpec
 
     spec = DataSpec(source=data or PYTHON_DOCS, length=length, samples=1, evaluation_samples=samples)
     result = measure(model, against=against, data=spec, device=device, track=track)

@@ -17,41 +17,23 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.errors import DataError, first_line
+from llmcompress.errors import DataError
+from llmcompress.hub_texts import hub_texts
 from llmcompress.pydocs import python_docs
-from llmcompress.texts import SUFFIXES, Texts, file_texts, folder_texts, row_text
+from llmcompress.texts import PYTHON_DOCS, SUFFIXES, DataSpec, Texts, file_texts, folder_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-PYTHON_DOCS = "python-docs"
 DEMO = "demo"  # what a recipe calls the embedded model
 DEMO_MODEL: Path = Path(__file__).parent / "demo"  # the embedded model, trained on the calibration side of python-docs
 
 POOL = 16  # windows read for each calibration window drawn
 CHUNK = 1 << 16  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
 LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
-
-
-class DataSpec(BaseModel):
-    """Which text, and how many windows of it: the `data` entry of a recipe."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
-
-    source: str = Field(default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs")
-    config: str | None = Field(default=None, description="configuration of a Hub data set")
-    split: str = Field(default="train", description="Hub split that calibrates")
-    evaluation_split: str | None = Field(default=None, description="Hub split that evaluates; default validation, else test")
-    column: str = Field(default="text", description="column that holds the text (Hub, .jsonl, .parquet)")
-    revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
-    samples: int = Field(default=256, ge=1, description="calibration windows")
-    length: int | None = Field(default=None, ge=2, description="tokens a window; default up to 2048, as model and text allow")
-    seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
-    evaluation_samples: int = Field(default=64, ge=1, description="evaluation windows")
 
 
 @dataclass(frozen=True)
@@ -205,7 +187,7 @@ def _texts(spec: DataSpec) -> Texts:
             raise DataError(
                 f"{source} does not exist; name a .txt, .jsonl or .parquet file, a folder of them, or a Hub data set"
             )
-        return _hub(spec)
+        return hub_texts(spec)
     given = [name for name in ("config", "revision", "evaluation_split") if getattr(spec, name) is not None]
     if given or spec.split != "train":
         raise DataError(f"{(given or ['split'])[0]} is for Hub data sets and {source} is not one; leave it out")
@@ -213,69 +195,3 @@ def _texts(spec: DataSpec) -> Texts:
         calibration, evaluation = python_docs()
         return Texts(calibration.splitlines(keepends=True), evaluation.splitlines(keepends=True))
     return folder_texts(path, spec.column) if path.is_dir() else file_texts(path, spec.column)
-
-
-def _hub(spec: DataSpec) -> Texts:
-    """A Hub data set, streamed: `split` calibrates; `evaluation_split`, else validation, else test evaluates.
-
-    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag is resolved to
-    its commit once, so that all that is read is of one commit. Offline, a data set that `load_dataset` has cached is read.
-    """
-    import datasets  # type: ignore[import-untyped, unused-ignore]
-
-    if hub.offline():
-        return _cached(spec)
-    commit = hub.dataset_commit(spec.source, spec.revision)
-    spec = spec.model_copy(update={"revision": commit})
-    try:
-        splits = datasets.get_dataset_split_names(spec.source, config_name=spec.config, revision=spec.revision)
-    except Exception as error:  # the Hub client raises a dozen kinds; to the user each says: this data set can't be had
-        raise _unreadable(spec.source, error) from error
-
-    def stream(split: str) -> Iterable[dict[str, object]]:
-        yield from datasets.load_dataset(spec.source, spec.config, split=split, revision=spec.revision, streaming=True)
-
-    return _sides(spec, splits, stream)._replace(revision=commit)
-
-
-def _cached(spec: DataSpec) -> Texts:
-    """A Hub data set as `datasets.load_dataset` has left it in its cache."""
-    import datasets  # type: ignore[import-untyped, unused-ignore]
-
-    try:
-        every = datasets.load_dataset(spec.source, spec.config, revision=spec.revision)
-    except Exception as error:  # as above
-        raise DataError(
-            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE is set; fetch it "
-            f"once with a network: datasets.load_dataset({spec.source!r})"
-        ) from None
-    return _sides(spec, list(every), every.__getitem__)
-
-
-def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[dict[str, object]]]) -> Texts:
-    """Which splits of a Hub data set calibrate and evaluate."""
-    for split in filter(None, (spec.split, spec.evaluation_split)):
-        if split not in splits:
-            raise DataError(f"{spec.source} has no split {split!r}; it has {', '.join(splits)}")
-    if spec.evaluation_split == spec.split:
-        raise DataError(f"{spec.source} can't evaluate on {spec.split!r}, which calibrates; leave evaluation_split out")
-    others = [split for split in (spec.evaluation_split, "validation", "test") if split in splits and split != spec.split]
-    rows = _hub_rows(spec, spec.split, rows_of)
-    return Texts(rows, _hub_rows(spec, others[0], rows_of) if others else rows)
-
-
-def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[dict[str, object]]]) -> Iterator[str]:
-    """The rows of one split in order, each followed by an empty line."""
-    try:
-        for row in rows_of(split):
-            yield from row_text(row, spec.column, spec.source)
-    except DataError:
-        raise
-    except Exception as error:  # as above; a stream can also break in the middle
-        raise _unreadable(spec.source, error) from error
-
-
-def _unreadable(source: str, error: Exception) -> DataError:
-    why = first_line(error)
-    advice = hub.TERMS if "gated" in why else "see its id, its config and your network"
-    return DataError(f"the Hub data set {source} can't be read ({why}); {advice}")

@@ -16,10 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.data import DataSpec
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
 from llmcompress.report.measure import Speed, fidelity, speed
+from llmcompress.texts import DataSpec
 from llmcompress.walk import Track, logits, untracked
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
@@ -59,7 +59,7 @@ def evaluate(
 
 
 def _opened(name: str, device: torch.device) -> OnDisk:
-    folder = find_base(name).folder
+    folder = find_base(name, wanted="model").folder
     config_of(folder)
     return OnDisk(folder, device, quantized=True)
 

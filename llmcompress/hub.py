@@ -94,12 +94,10 @@ def read(
         return opened.read(largest + 1), path.parent.name
 
 
-def dataset_commit(source: str, revision: str | None) -> str | None:
-    """The commit that a branch, tag or commit of a data set stands for; None without a network. Errors: DataError."""
-    if offline():
-        return None
+def dataset_commit(source: str, revision: str | None) -> str:
+    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network too."""
     with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
-        return HfApi().dataset_info(source, revision=revision).sha
+        return str(HfApi().dataset_info(source, revision=revision).sha)
 
 
 @dataclass(frozen=True)

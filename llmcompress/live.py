@@ -37,7 +37,7 @@ from llmcompress.factored import FactoredWeight
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.journal import Journal
 from llmcompress.ondisk import no_progress_bar
-from llmcompress.prepare import blocks_for, fresh_student, pick_device, require_kin, source_of
+from llmcompress.prepare import at_commits, blocks_for, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
@@ -74,9 +74,10 @@ def apply(
     state, where = dict(model.state_dict()), pick_device(device)
     base = Live(model.config, state, where)
     require_possible(recipe, base)
-    require_kin(recipe, model.config, tokenizer)
+    pinned = at_commits(recipe)
+    require_kin(pinned, model.config, tokenizer)
     blocks = blocks_for(base, recipe.data, tokenizer, recipe.training_tokens)
-    chained = _chain(recipe, base, blocks, track)
+    chained = _chain(pinned, base, blocks, track)
     source, left, packed = chained.source, chained.left, chained.packed
     windows = blocks.evaluation
     base_model = Live(model.config, state, where)  # as it was, whatever a stage did to the other

@@ -55,7 +55,7 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
         stage, said = step.stage, list[str]()
         if isinstance(stage, Distill):
             if stage.student:
-                student = config_of(find_base(stage.student, weights=False).folder, base=True)
+                student = config_of(find_base(stage.student, weights=False, wanted="student").folder, base=True)
                 model = Outline(student, model.device, torch.float32)
                 model.model.tie_weights()
             row = _distill(model, stage, length, rate, rows[-1]["size_bytes"])

@@ -20,12 +20,13 @@ from transformers import (
 
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint, read_json, require_base, tensors_digest, writing
-from llmcompress.data import DEMO, DEMO_MODEL, Blocks, DataSpec, load_data
+from llmcompress.data import DEMO, DEMO_MODEL, Blocks, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Source
+from llmcompress.texts import DataSpec
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,10 @@ class Base:
     revision: str | None
 
 
-def find_base(name: str | None, revision: str | None = None, *, weights: bool = True) -> Base:
+def find_base(name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base") -> Base:
     """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where there is none.
 
-    With `weights=False` only its small files are fetched.
+    With `weights=False` only its small files are fetched. `wanted` is what the model is to the user.
     """
     if name is None:
         raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
@@ -50,9 +51,9 @@ def find_base(name: str | None, revision: str | None = None, *, weights: bool = 
     if path.is_dir():
         return Base(name, path, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ModelError(f"base {name} is no folder; give the folder of a model or a Hub id like user/name")
+        raise ModelError(f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name")
     repo, at = hub.split(name)
-    folder, commit = hub.fetch(repo, revision or at, weights=weights)
+    folder, commit = hub.fetch(repo, revision or at, weights=weights, wanted=wanted)
     return Base(repo, folder, commit)
 
 
@@ -93,9 +94,22 @@ def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
+def at_commits(recipe: Recipe) -> Recipe:
+    """The recipe with its teachers and students at the commits that their names stand for now; those in folders stay.
+
+    So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say which.
+    """
+
+    def at_commit(_: int, role: str, name: str) -> str:
+        found = find_base(name, weights=False, wanted=role)
+        return f"{found.name}@{found.revision}" if found.revision else name
+
+    return recipe.renamed(at_commit)
+
+
 def source_of(name: str, device: torch.device) -> Source:
     """A model by folder, Hub id or `demo`, not read yet."""
-    folder = find_base(name).folder
+    folder = find_base(name, wanted="teacher").folder
     checkpoint = Checkpoint.open(folder)
 
     def digest() -> str:
@@ -108,10 +122,8 @@ def source_of(name: str, device: torch.device) -> Source:
 def require_kin(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
     for step in recipe.stages:
-        for role in ("teacher", "student"):
-            if (name := getattr(step.distill, role, None)) is None:
-                continue
-            folder = find_base(name, weights=False).folder
+        for role, name in step.others.items():
+            folder = find_base(name, weights=False, wanted=role).folder
             theirs = config_of(folder, base=True).vocab_size
             if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):
                 raise ModelError(
@@ -135,7 +147,7 @@ def fresh_student(name: str, folder: Path, seed: int, *, write: bool = True) -> 
 
     With `write=False` another process is taken to write them.
     """
-    found = find_base(name).folder
+    found = find_base(name, wanted="student").folder
     if any(found.glob("*.safetensors")):
         return found
     if not write:

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import reprlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 
 from llmcompress import hub
 from llmcompress.checkpoint import put, writing
-from llmcompress.data import DEMO, PYTHON_DOCS, DataSpec
+from llmcompress.data import DEMO
 from llmcompress.errors import RecipeError
 from llmcompress.report import RecipeFacts
 from llmcompress.report.card import recipe_card
@@ -30,6 +31,7 @@ from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
 from llmcompress.stages.sparsify import Sparsify
 from llmcompress.steps import AXIS, PATTERN, TIES, Step, require_order
+from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.untrusted import Unreadable, yaml_of
 
 if TYPE_CHECKING:
@@ -91,13 +93,21 @@ class Recipe(BaseModel):
     @property
     def student(self) -> str | None:
         """The model that takes the place of the base, if one does."""
-        first = self.stages[0].distill
-        return first.student if first else None
+        return self.stages[0].others.get("student")
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """The models that teach besides the base."""
-        return tuple(step.distill.teacher for step in self.stages if step.distill and step.distill.teacher)
+        return tuple(step.others["teacher"] for step in self.stages if "teacher" in step.others)
+
+    def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
+        """The recipe with other names for its teachers and students: `name_of` is given the stage's number, role and name."""
+        steps = list(self.stages)
+        for number, step in enumerate(steps):
+            names = {role: name_of(number, role, name) for role, name in step.others.items()}
+            if step.distill and names:
+                steps[number] = step.model_copy(update={"distill": step.distill.model_copy(update=names)})
+        return self.model_copy(update={"stages": tuple(steps)})
 
     @property
     def digest(self) -> str:
@@ -189,7 +199,7 @@ class Recipe(BaseModel):
         named = [("data.source", self.data.source, "--data")] if data is None else []
         if base is None and self.base is not None:
             named.append(("base", self.base, "--base"))
-        named += [("teacher", name, "") for name in self.teachers] + [("student", name, "") for name in [self.student] if name]
+        named += [(role, name, "") for step in self.stages for role, name in step.others.items()]
         for place, name, option in named:
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):
                 continue

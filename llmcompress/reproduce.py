@@ -17,12 +17,13 @@ from torch import Tensor
 
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.data import DEMO, PYTHON_DOCS
+from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError
 from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
 from llmcompress.run import compress
+from llmcompress.texts import PYTHON_DOCS
 from llmcompress.walk import Track, untracked
 
 PERPLEXITY, KL = 1e-3, 0.05  # relative: how far numbers may be apart that are equal within tolerance
@@ -63,7 +64,7 @@ def reproduce(
     base, data = base or _base(reported, recipe), data or _source(reported, recipe)
     revision = reported.data.revision if data == reported.data.source else None
     text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
-    recipe = recipe.model_copy(update={"data": text, "accept": Accept()})
+    recipe = _as_reported(recipe, reported).model_copy(update={"data": text, "accept": Accept()})
     if torch.device(device or "cpu").type == "cpu" and (threads := threads_of(reported.environment.device)):
         torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as scratch:
@@ -115,6 +116,16 @@ def _source(reported: Report, recipe: Recipe) -> str:
     if source != PYTHON_DOCS and reported.data.revision is None and (recipe.origin is not None or not path):
         raise DataError(f"the text {source} was a file or folder of whoever made this model; give yours with --data")
     return source
+
+
+def _as_reported(recipe: Recipe, reported: Report) -> Recipe:
+    """The recipe with teachers and students from the Hub at the commits that the report tells of."""
+
+    def at_commit(number: int, role: str, name: str) -> str:
+        told = reported.stages[number].model_dump().get(role) if number < len(reported.stages) else None
+        return told if isinstance(told, str) and hub.split(told)[0] == hub.split(name)[0] else name
+
+    return recipe.renamed(at_commit)
 
 
 def _surroundings(reported: Report, again: Report) -> list[str]:

@@ -33,6 +33,7 @@ from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import (
     Base,
+    at_commits,
     blocks_for,
     config_of,
     find_base,
@@ -76,12 +77,13 @@ def compress(
     config = config_of(found.folder, base=True)
     spec = recipe.data.model_copy(update={"source": data} if data else {})
     where, place, tokenizer = pick_device(device), partial_folder(out), tokenizer_of(found.folder)
-    require_kin(recipe, config, tokenizer)
+    pinned = at_commits(recipe)
+    require_kin(pinned, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
     with Writer(out, found.folder, size_bytes=base_size, overwrite=overwrite) if processes.first() else nullcontext() as writer:
         processes.wait()
-        model = OnDisk(_student(recipe, place, spec.seed) or found.folder, where)
-        require_possible(recipe, model)
+        model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
+        require_possible(pinned, model)
         _require_sound(model)
         blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, blocks.sha256):
@@ -89,7 +91,7 @@ def compress(
                 f"{spec.source} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
                 "give the same text with --data, or the same base with --base"
             )
-        chained = _chain(recipe, model, found, blocks, place, track)
+        chained = _chain(pinned, model, found, blocks, place, track)
         if writer is not None:
             folder = write_weights(writer, chained.model, chained.outcome)
             before, after, measured = _measure(found, folder, str(out), where, blocks, track)

@@ -113,7 +113,14 @@ class Step(BaseModel):
         assert stage is not None
         return stage
 
+    @property
+    def others(self) -> dict[str, str]:
+        """The models beside the base that the stage names, by their roles."""
+        named = {role: getattr(self.distill, role, None) for role in ROLES}
+        return {role: name for role, name in named.items() if name}
 
+
+ROLES = ("teacher", "student")
 STAGES = tuple(Step.model_fields)
 
 

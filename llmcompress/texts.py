@@ -1,4 +1,4 @@
-"""Text in local files: what a file or a folder gives to calibrate on and to evaluate on.
+"""Which text a user can name, and what a local file or folder gives to calibrate on and to evaluate on.
 
 A side is a stream of pieces of text that are joined as they are, read lazily, so that no more of a file is read than is used. A
 row of a table (.jsonl, .parquet, Hub) becomes its text and an empty line, as the GPTQ papers join WikiText-2.
@@ -14,11 +14,31 @@ from itertools import chain, islice, product
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import BaseModel, ConfigDict, Field
+
 from llmcompress.errors import DataError, first_line
 
+PYTHON_DOCS = "python-docs"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
 EVALUATES = (("valid", "validation", "val"), ("test",), ("heldout",))  # the first kind that is there
+
+
+class DataSpec(BaseModel):
+    """Which text, and how many windows of it: the `data` entry of a recipe."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    source: str = Field(default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs")
+    config: str | None = Field(default=None, description="configuration of a Hub data set")
+    split: str = Field(default="train", description="Hub split that calibrates")
+    evaluation_split: str | None = Field(default=None, description="Hub split that evaluates; default validation, else test")
+    column: str = Field(default="text", description="column that holds the text (Hub, .jsonl, .parquet)")
+    revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
+    samples: int = Field(default=256, ge=1, description="calibration windows")
+    length: int | None = Field(default=None, ge=2, description="tokens a window; default up to 2048, as model and text allow")
+    seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
+    evaluation_samples: int = Field(default=64, ge=1, description="evaluation windows")
 
 
 class Texts(NamedTuple):

@@ -432,6 +432,7 @@ def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str
         "no_proxy": "*",
     }
     places = {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_DATASETS_CACHE": f"{home}/datasets"}
+    places["LLMCOMPRESS_CACHE"] = f"{home}/llmcompress"
     on = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
     off = dict.fromkeys(("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0")  # the second else asks a server of Amazon
     return {**given, **places, **on, **off, "HUGGING_FACE_HUB_TOKEN": ""}

@@ -16,9 +16,10 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from llmcompress.data import DEMO_MODEL, Blocks, DataSpec, _chunks, _tokenise, load_data
+from llmcompress.data import DEMO_MODEL, Blocks, _chunks, _tokenise, load_data
 from llmcompress.errors import DataError
 from llmcompress.pydocs import python_docs
+from llmcompress.texts import DataSpec
 
 SHARED = Path(__file__).parents[1].parent / "shared"
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Trainer
 
-from llmcompress.data import DataSpec, load_data
+from llmcompress.data import load_data
 from llmcompress.errors import DataError, ModelError, RecipeError
 from llmcompress.plan import plan
 from llmcompress.recipe import Recipe
@@ -27,6 +27,7 @@ from llmcompress.stages import distill
 from llmcompress.stages.student import still
 from llmcompress.stages.teacher import asked, said
 from llmcompress.stages.training import DistillTrainer, Watch, Windows, answering, continued, last_checkpoint
+from llmcompress.texts import DataSpec
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico

@@ -13,10 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress import native
-from llmcompress.data import DataSpec, load_data
+from llmcompress.data import load_data
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.evaluate import evaluate
 from llmcompress.run import compress
+from llmcompress.texts import DataSpec
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
 
 KEYS = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]

@@ -13,7 +13,8 @@ LONGEST = 350  # lines
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
     ("errors", "axes", "methods", "processes", "cache", "untrusted"),
-    ("family", "pydocs", "texts", "hub"),
+    ("family", "pydocs", "texts", "hub", "shelf"),
+    ("hub_texts",),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "report", "triton_kernels"),
@@ -46,7 +47,7 @@ LAYERS = (
 )
 ROOMS = ("methods", "report")  # folders whose modules see each other
 LATE = {("recipe", "live")}  # an import inside a function, so that Recipe.apply is there without a circle
-BORDERS = {"bitsandbytes": {"native"}, "datasets": {"data", "texts"}, "huggingface_hub": {"hub"}}
+BORDERS = {"bitsandbytes": {"native"}, "datasets": {"hub_texts"}, "huggingface_hub": {"hub"}}
 
 
 def module_of(file: Path) -> str:

@@ -17,12 +17,16 @@ from tests.hub_server import STRANGER, TOKEN, Hub, environment, serve
 
 READ = """
 from itertools import islice
-from llmcompress.data import DataSpec, _texts
+from llmcompress.data import _texts
+from llmcompress.texts import DataSpec
 def sides(**spec):
     found = _texts(DataSpec(source=spec.pop("source", "user/texts"), **spec))
     evaluation = "".join(found.evaluation).split()
     return "".join(found.calibration).split(), evaluation, found.revision
 """
+
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 @pytest.fixture
@@ -109,10 +113,43 @@ def test_private_and_gated_data_sets_want_the_users_token(served: tuple[Hub, str
 
 def test_offline_what_is_cached_is_read_and_what_is_not_says_so(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
-    hub.add("user/texts", {"train.jsonl": jsonl("a"), "test.jsonl": jsonl("b")}, kind="dataset")
+    commit = hub.add("user/texts", {"train.jsonl": jsonl("a"), "test.jsonl": jsonl("b")}, kind="dataset")
     env = environment(endpoint, tmp_path)
     load = 'import datasets\ntold(lambda: list(datasets.load_dataset("user/texts")))'
     assert ask(env, load) == [["train", "test"]]
-    cached, other = told(env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}, "", "source='user/other'")
-    assert cached == [["a"], ["b"], None]
+    cached, other = told(env | OFFLINE, "", "source='user/other'")
+    assert cached == [["a"], ["b"], commit]
     assert other.startswith("DataError: the Hub data set user/other is not in the cache (") and "HF_HUB_OFFLINE is set" in other
+
+
+def test_what_was_streamed_is_there_offline_as_far_as_it_was_read(served: tuple[Hub, str], tmp_path: Path) -> None:
+    hub, endpoint = served
+    words = [f"word{number}" for number in range(10)]
+    files = {"train.jsonl": jsonl(*words), "test.jsonl": jsonl("b"), "other.txt": b"no data"}
+    old = hub.add("user/texts", files, kind="dataset")
+    hub.tag("user/texts", "v1", old, kind="dataset")
+    env = environment(endpoint, tmp_path)
+    some = """
+def some(count, **spec):
+    found = _texts(DataSpec(source="user/texts", **spec))
+    first = "".join(islice(found.calibration, count)).split()
+    return first, "".join(found.evaluation).split(), found.revision
+"""
+    asked = 'told(some, 4, revision="v1")\n'
+    assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
+    before = len(hub.log)
+    assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
+    assert not [path for _, path in hub.log[before:] if path.endswith((".jsonl", ".txt"))]  # no row comes twice
+    before, more = len(hub.log), f"told(some, 4, revision={old!r})\ntold(some, 5, revision='v1')\ntold(some, 1)"
+    answers = ask(env | OFFLINE, READ + some + asked + more)
+    assert len(hub.log) == before
+    assert answers[:2] == [[words[:4], ["b"], old]] * 2
+    assert answers[2].startswith(
+        "DataError: 4 rows of train of user/texts are in the cache, more are asked for, and HF_HUB_OFFLINE is set; unset it, "
+    )
+    assert answers[3].startswith("DataError: the Hub data set user/texts is not in the cache (")
+    assert ask(env, READ + some + "told(some, 99)") == [[words, ["b"], old]]  # goes on after the fourth, to the end
+    assert ask(env | OFFLINE, READ + some + "told(some, 99)") == [[words, ["b"], old]]
+    new = hub.add("user/texts", files | {"train.jsonl": jsonl("new")}, kind="dataset")
+    assert ask(env, READ + some + "told(some, 9)") == [[["new"], ["b"], new]]
+    assert ask(env | OFFLINE, READ + some + asked + "told(some, 9)") == [[words[:4], ["b"], old], [["new"], ["b"], new]]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
@@ -146,16 +147,16 @@ def test_an_artefact_is_a_recipe_for_another_model_and_is_evaluated_by_its_id(wo
 
 def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World) -> None:
     env = world.env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
-    (world.place / "text.txt").write_text("".join(f"line {number} of {number**2}\n" for number in range(900)))
-    data = ("--data", "text.txt")
-    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "off", *data, cwd=world.place)
+    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "off", cwd=world.place)
     assert code == 0, err
-    report = Report.of(world.place / "off")
-    assert (report.base.revision, report.recipe and report.recipe.revision) == (world.commits["base"], world.commits["recipe"])
+    report, online = Report.of(world.place / "off"), Report.of(world.place / "out")
+    assert (report.recipe, report.data, report.fidelity) == (online.recipe, online.data, online.fidelity)
+    assert report.base.revision == world.commits["base"]
     code, _, err = shell(env, "run", "them/unseen", "--base", "them/base", cwd=world.place)
     assert code == 2 and "recipe them/unseen is not in the cache, and HF_HUB_OFFLINE is set; unset it" in err
-    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "no", cwd=world.place)
-    assert code == 2 and "the Hub data set them/texts is not in the cache" in err
+    unseen = ("--data", "them/unseen", "--out", "no")
+    code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", *unseen, cwd=world.place)
+    assert code == 2 and "the Hub data set them/unseen is not in the cache" in err
 
 
 def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) -> None:
@@ -193,6 +194,32 @@ def test_what_is_no_whole_artefact_is_not_pushed(world: World, tmp_path: Path) -
     ):
         with pytest.raises(CompressError, match=why):
             push(tmp_path / name, "me/never")
+
+
+def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(world: World) -> None:
+    def files(name: str, layers: int, *kinds: str) -> dict[str, bytes]:
+        folder = save_base(world.place / name, num_hidden_layers=layers)
+        return {file.name: file.read_bytes() for file in folder.iterdir() if file.suffix in kinds}
+
+    commits = {
+        "teacher": world.hub.add("them/teacher", files("teacher", 1, ".json", ".safetensors")),
+        "student": world.hub.add("them/student", files("student", 1, ".json")),  # no weights: they are drawn
+    }
+    recipe = yaml.safe_load(RECIPE)
+    lesson = {"teacher": "them/teacher@main", "student": "them/student", "steps": 2, "batch": 2}
+    (world.place / "lesson.yaml").write_text(yaml.safe_dump(recipe | {"stages": [{"distill": lesson}]}))
+    code, _, err = shell(world.env, "run", "lesson.yaml", "--base", "them/base", "--out", "taught", cwd=world.place)
+    assert code == 0, err
+    facts = Report.of(world.place / "taught").stages[0].model_dump()
+    assert {role: facts[role] for role in commits} == {role: f"them/{role}@{commit}" for role, commit in commits.items()}
+    card = (world.place / "taught" / "README.md").read_text()
+    assert all(f", {role} `them/{role}` at revision `{commit}`" in card for role, commit in commits.items())
+    assert commits["teacher"] not in (world.place / "taught" / "recipe.yaml").read_text()
+    world.hub.add("them/teacher", files("other", 2, ".json", ".safetensors"))
+    code, out, err = shell(world.env, "reproduce", "taught", "--out", "taught-again", cwd=world.place)
+    assert code == 0 and "taught: bit-equal" in out, out + err
+    again = Report.of(world.place / "taught-again").stages[0].model_dump()
+    assert {role: again[role] for role in commits} == {role: facts[role] for role in commits}
 
 
 def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: World, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import LENGTH, MODELS
 
-from llmcompress.data import DataSpec
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import blocks_for, find_base, tokenizer_of
+from llmcompress.texts import DataSpec
 
 
 def main() -> None:

@@ -235,7 +235,7 @@ def _trained(training: TrainingFacts) -> str:
     tokens = training.steps_done * training.batch * training.length
     settings = (
         f"`{training.loss}`, {steps(training)} steps of {training.batch:,} x {training.length:,} tokens "
-        f"({amount(tokens)} in all), learning rate {training.learning_rate:g}"
+        f"({amount(tokens)} in all), learning rate {training.learning_rate:g}{_named(training)}"
     )
     if training.best[0] == 0:
         return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
@@ -243,6 +243,17 @@ def _trained(training: TrainingFacts) -> str:
         f"{settings}: KL(teacher || student) on held-out text went from {number(training.kl_before)} to "
         f"{nats(training.kl_after)} at step {training.best[0]:,}, {percent(training.won_back)} won back."
     )
+
+
+def _named(training: TrainingFacts) -> str:
+    """The teacher and the student that the recipe names, each at its commit if it came from the Hub."""
+    facts, said = training.model_dump(), ""
+    for role in ("teacher", "student"):
+        name = facts.get(role)
+        if isinstance(name, str):
+            there = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
+            said += f", {role} " + (f"`{there[1]}` at revision `{there[2]}`" if there else f"`{short_name(name)}`")
+    return said
 
 
 def _limits(report: Report) -> str:
