@@ -43,6 +43,7 @@ from llmcompress.errors import CompressError, DataError, ModelError, OutputError
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "recipe.yaml", "LICENSE*", "NOTICE*"]
 WEIGHTS = ["model*.safetensors"]
 TERMS = "accept its terms on the Hub and log in with `hf auth login`"
+MEND = "correct the head of README.md beside the weights, which is then pushed as it is"
 LOGIN = "log in with `hf auth login`, or set HF_TOKEN"
 _PART = r"[A-Za-z0-9_][\w.-]*"
 
@@ -121,14 +122,14 @@ def push(repo: str, files: Mapping[str, Path | bytes], *, private: bool, message
         where = api.create_repo(repo, private=private, exist_ok=True)
         there = set(api.list_repo_files(where.repo_id))
         stale = [name for name in there - set(files) if any(fnmatch(name, pattern) for pattern in replaced)]
-        made = api.create_commit(
-            where.repo_id,
-            [
-                *(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())),
-                *(CommitOperationDelete(path_in_repo=name) for name in sorted(stale)),
-            ],
-            commit_message=message,
-        )
+        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())]
+        gone = [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
+        try:
+            made = api.create_commit(where.repo_id, [*added, *gone], commit_message=message)
+        except HfHubHTTPError:
+            raise
+        except ValueError as error:  # of the client's own: before it sends anything it has the Hub look at the card
+            raise OutputError(f"the Hub refuses the card: {error}; {MEND}") from None
     return Pushed(made.oid, str(where))
 
 
@@ -167,6 +168,6 @@ def _asked(what: str, revision: str | None, kind: type[CompressError], advice: s
         status = error.response.status_code
         if status in (401, 403):
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
-        refuse(f"can't be had (HTTP {status})", advice)
+        refuse(f"can't be had (HTTP {status}{': ' + error.server_message[:200] if error.server_message else ''})", advice)
     except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
         refuse(f"can't be had ({type(error).__name__}: {first_line(error)[:200]})", advice)

@@ -5,8 +5,8 @@ the variables of `environment`, since the client reads its settings when it is i
 `hub.commits` and `hub.log`. `hub.faults` breaks answers on purpose.
 
 What it can't show, because it is not the Hub: uploads and downloads through Xet; redirects to a CDN and signed links (large
-files come from this server itself); rate limits, quotas and sizes that the Hub refuses; its check of cards and of file names
-(here every card is fine and every name is taken); real logins, roles and scopes of tokens (a token is the owner's or a
+files come from this server itself); rate limits, quotas and sizes that the Hub refuses; its check of file names, and all of its
+check of cards (here it is what hub_cards.py knows of it); real logins, roles and scopes of tokens (a token is the owner's or a
 stranger's, no more); TLS; pull requests, paged listings, the dataset viewer and its Parquet copies. It answers what the client
 at hand (huggingface_hub 2.4) reads, and says nothing of a Hub that has changed since.
 """
@@ -25,6 +25,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import parse_qs, unquote
+
+from tests.hub_cards import wrong_with
 
 TOKEN = "hf_test"  # the owner's: sees and writes everything
 STRANGER = "hf_stranger"  # valid, but sees no private repository, has accepted no terms, and writes nothing
@@ -282,6 +284,10 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(401, "Invalid username or password.")
         return Answer({"type": "user", "name": OWNER if self.owner else "stranger", "orgs": [], "auth": {}})
 
+    def validate(self) -> Answer:
+        wrong = wrong_with(json.loads(self.body)["content"])
+        return Answer({"errors": [{"message": one} for one in wrong], "warnings": []}, 400 if wrong else 200)
+
     def create(self) -> Answer:
         wanted = json.loads(self.body)
         kind, repo_id = wanted.get("type") or "model", f"{wanted.get('organization') or OWNER}/{wanted['name']}"
@@ -355,6 +361,8 @@ class Handler(BaseHTTPRequestHandler):
                 raise RefusedError(412, "A commit has happened since. Please refresh and try again.")
             if key == "file":
                 files[path] = File(base64.b64decode(value["content"]), False)
+                if path == "README.md" and (wrong := wrong_with(files[path].content.decode())):
+                    raise RefusedError(400, f"Your push was rejected during YAML metadata verification: {'; '.join(wrong)}")
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.objects:
                     raise RefusedError(400, f"The LFS object of {path} has not been uploaded")
@@ -392,7 +400,7 @@ WEB = r"/(?P<kind>datasets/)?(?P<repo>[^/]+?(?:/[^/]+?)??)"
 AT = r"/(?P<revision>[^/]+)"
 ROUTES = [
     ("GET /api/whoami-v2", Handler.whoami),
-    ("POST /api/validate-yaml", lambda _: Answer({"errors": [], "warnings": []})),
+    ("POST /api/validate-yaml", Handler.validate),
     ("POST /api/repos/create", Handler.create),
     (f"GET {API}/refs", Handler.refs),
     (f"GET {API}/tree{AT}(?:/(?P<rest>.*))?", Handler.tree),

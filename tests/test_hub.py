@@ -222,6 +222,17 @@ def test_a_push_without_the_right_to_is_one_clear_line(
     assert hub.files("user/mine") == {"README.md": b""}
 
 
+def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(served: tuple[Hub, str], tmp_path: Path, folder: Path) -> None:
+    hub, endpoint = served
+    (folder / "README.md").write_text("---\nlicense: my own\nbase_model: /home/me/base\n---\n# a card\n")
+    (answer,) = ask(environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/new", {str(folder)!r})')
+    assert answer == (
+        "OutputError: the Hub refuses the card: Invalid metadata in README.md. - \"base_model\" '/home/me/base' is not right - "
+        "\"license\" 'my own' is not right; correct the head of README.md beside the weights, which is then pushed as it is"
+    )
+    assert not [path for method, path in hub.log if method == "PUT"]  # said before anything is sent
+
+
 def test_offline_nothing_is_pushed(tmp_path: Path, folder: Path) -> None:
     env = environment("http://127.0.0.1:9", tmp_path / "home", TOKEN) | {"HF_HUB_OFFLINE": "1"}
     (answer,) = ask(env, PUSH + f'told(push, "user/new", {str(folder)!r})')
