@@ -7,7 +7,8 @@ float16, those of nf4 in blocks of 64. What a weight is does not change what its
 in float32 and in bfloat16, and take turns in short bursts in one process, as in speed.py; the 10th percentile and the median of
 their calls are held against nf4's. Every output is held against the product of the weight that the linear stands for. Which
 kernels run depends on the processor: bitsandbytes has a product of 4 bits for AVX512-BF16 and dequantises elsewhere; ours says
-which form it was compiled in. Five minutes on two cores; the result goes to evaluation/results/lookup_speed.json.
+which form it was compiled in. Five minutes on two cores; the result goes to evaluation/results/lookup_speed-avx512.json, or to
+-avx2.json where the processor has no more.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from llmcompress import codebook_linear, lookup, native
 from llmcompress.codebook_linear import Codebook, CodebookWeight
 from llmcompress.methods.codebook import Palette, nearest
 
-FILE = Path(__file__).parent / "results" / "lookup_speed.json"
+FILE = Path(__file__).parent / "results" / f"lookup_speed-{torch.backends.cpu.get_cpu_capability().lower()}.json"
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))  # rows x columns
 TOKENS = (1, 4, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16)

@@ -13,8 +13,8 @@ whole. Which kernels run depends on the processor: on a CPU torch and bitsandbyt
 for AVX512-BF16, and go through float32 elsewhere. `cpu_capability` says what torch found. torchao is measured where installed,
 2:4 sparsity on a GPU. What a candidate can't do on a device is said under `absent`.
 
-Six minutes on two cores, with --pace 0.2 a fifth of the calls; the result goes to evaluation/results/speed.json, or for a GPU
-to speed-cuda.json. With --quick (half a minute, numbers that mean nothing) only --out is written. With --eight-billion a GPU
+Six minutes on two cores, with --pace 0.2 a fifth of the calls; the result goes to evaluation/results/speed-avx2.json,
+speed-avx512.json or for a GPU speed-cuda.json. With --quick (half a minute, numbers that mean nothing) only --out is written. With --eight-billion a GPU
 also runs a model of Llama-3-8B's shape, built linear by linear in the format it has, each candidate beside the reference alone.
 """
 
@@ -52,7 +52,7 @@ HERE = Path(__file__).parent
 SHAPES = ((256, 768), (2048, 2048), (4096, 11008))  # rows x columns; the last comes from memory each time, even in int8
 CASES = {"cpu": ((1, 1), (1, 128)), "cuda": ((1, 1), (8, 1), (32, 1), (1, 2048))}  # batch, tokens; one token is decoded
 PAST = 128  # tokens before the one that is decoded
-FILES = {"cpu": "speed.json", "cuda": "speed-cuda.json"}
+FILES = {"cpu": f"speed-{torch.backends.cpu.get_cpu_capability().lower()}.json", "cuda": "speed-cuda.json"}
 BLOCK = 64
 STEP = 4 / 127  # the static scale: a unit normal, clipped at four
 TURNS, FEWEST = 24, 4  # turns of a candidate, and of the slowest
@@ -315,7 +315,7 @@ def show(rows: list[Row]) -> None:
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="result file; default evaluation/results/speed.json, none with --quick")
+    parser.add_argument("--out", type=Path, help="result file; default in evaluation/results, none with --quick")
     parser.add_argument("--quick", action="store_true", help="a tiny model and little time, to see that it runs")
     parser.add_argument("--pace", type=float, default=1.0, help="how many times the usual number of calls")
     parser.add_argument("--candidates", nargs="+", help="only these, and the reference")

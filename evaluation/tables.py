@@ -131,7 +131,9 @@ def cost() -> str:
 
 def speed() -> str:
     """How fast the formats are beside the reference of the same run, on a CPU and on a GPU."""
-    return "\n".join(_speed(result) for name in ("speed", "speed-cuda") if (result := load(name)) is not None)
+    return "\n".join(
+        _speed(result) for name in ("speed-avx2", "speed-avx512", "speed-cuda") if (result := load(name)) is not None
+    )
 
 
 def _speed(result: Any) -> str:
@@ -251,10 +253,11 @@ def _lost(rows: dict[str, Any], name: str) -> list[str]:
 
 
 def lookup_speed() -> str:
-    """How long a codebook that is looked up takes, and a plain linear, beside stock nf4."""
-    result = load("lookup_speed")
-    if result is None:
-        return ""
+    """How long a codebook that is looked up takes, and a plain linear, beside stock nf4, on each kind of CPU."""
+    return "\n".join(_lookup(result) for kind in ("avx2", "avx512") if (result := load(f"lookup_speed-{kind}")) is not None)
+
+
+def _lookup(result: Any) -> str:
     found = {(row["what"], row["dtype"], row["tokens"], row["candidate"]): row["time_of_nf4_p10"] for row in result["rows"]}
     names = [name for name in dict.fromkeys(key[3] for key in found) if "nf4" not in name]
     tokens = list(dict.fromkeys(key[2] for key in found))

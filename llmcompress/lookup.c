@@ -3,7 +3,8 @@
    Sixteen levels fit the registers that a shuffle looks up: with AVX-512 as floats in one, with AVX2 as the four bytes of
    float32 in four tables of sixteen bytes, which are then woven together. 2- and 3-bit indices are widened to 4 bits a row at a
    time. Weights come out of a register in another order than that of the columns, so the inputs are put into that order once.
-   256 levels, and other processors, take plain C. Indices: first column in the highest bits, rows from a byte of their own.
+   Inputs in bfloat16 are multiplied as such, and the levels rounded to it, where the processor has such products; sums are
+   floats. 256 levels, and other processors, take plain C. Indices: first column in the highest bits, rows from a byte of their own.
    Levels of row r begin at levels + r / rows * 2^bits. R rows (outputs), C columns (inputs), T tokens. */
 
 #include <stdint.h>
@@ -69,20 +70,43 @@ static inline __attribute__((always_inline)) void expand_row(const uint8_t *row,
 #if WIDE
 
 #define CASE(count) \
-    case count: dots(row, end, blocks, levels, x, stride, count, y, R); break;
+    case count: \
+        if (rows == 1) dots(tile, blocks, x, stride, 1, count, y, R); \
+        else dots(tile, blocks, x, stride, ROWS, count, y, R); \
+        break;
 
-/* `dots` of up to TOKENS tokens, compiled for each number of them. */
-static void dots_of(const uint8_t *row, const uint8_t *end, long blocks, const float *levels, const float *x, long stride,
-                    long tokens, float *y, long R) {
-    switch (tokens) {
-        CASE(1) CASE(2) CASE(3) CASE(4)
-#if WIDE == 512
-        CASE(5) CASE(6) CASE(7) CASE(8)
-#endif
-    }
+/* `dots` of one row or ROWS and up to TOKENS tokens, compiled for each number of them. */
+static void dots_of(const Tile *tile, int rows, long blocks, const float *x, long stride, long tokens, float *y, long R) {
+    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
 }
+#undef CASE
 
 #endif
+
+#ifdef HALVES
+
+#define CASE(count) \
+    case count: \
+        if (rows == 1) dots_halves(tile, blocks, x, stride, 1, count, y, R); \
+        else dots_halves(tile, blocks, x, stride, ROWS, count, y, R); \
+        break;
+
+static void dots_of_halves(const Tile *tile, int rows, long blocks, const uint16_t *x, long stride, long tokens, float *y,
+                           long R) {
+    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
+}
+#undef CASE
+
+#endif
+
+/* Whether products of inputs in bfloat16 were compiled. */
+int lookup_halves(void) {
+#ifdef HALVES
+    return 1;
+#else
+    return 0;
+#endif
+}
 
 /* Packed indices: bytes of a row, columns, rows that share a codebook, bits of an index. */
 typedef struct {
@@ -143,65 +167,105 @@ static void plain_rows(const Weight *w, const float *levels, const float *x, lon
 
 #if WIDE
 
-/* The same from x [T, stride] in the order of `from`, padded with zeros to whole blocks. */
-static void wide_rows(const Weight *w, const float *levels, const float *x, long stride, long T, long R, long first, long last,
-                      float *y, uint8_t *room) {
-    const long blocks = stride / BLOCK, entries = 1l << w->bits;
-    const size_t before = (size_t)(blocks - 1) * (BLOCK / 2);
-    float table[16] = {0};
-    memset(room, 0, (size_t)blocks * (BLOCK / 2));
-    for (long r = first; r < last; r++) {
-        const uint8_t *row = w->packed + (size_t)r * w->bytes, *end = row + before;
-        const float *own = levels + r / w->rows * entries;
-        if (w->bits < 4) {
-            widen(row, w->C, w->bits, room);
-            row = room, end = room + before, own = memcpy(table, own, entries * sizeof(float));
-        } else if (w->C % BLOCK) {
-            end = memcpy(room, end, w->bytes - before);
+/* The inputs x [T, C] of `size` bytes in the order of `arrange`, padded with zeros to whole blocks: out [T, stride]. */
+static void arrange_rows(const uint8_t *x, long C, long block, long stride, int size, long first, long last, uint8_t *out) {
+    uint8_t part[BLOCK * 4 > 128 ? BLOCK * 4 : 128] = {0};
+    for (long t = first; t < last; t++)
+        for (long c = 0; c < stride; c += block) {
+            const uint8_t *in = x + (size_t)(t * C + c) * size;
+            uint8_t *to = out + (size_t)(t * stride + c) * size;
+            if (c + block > C) in = memcpy(part, in, (size_t)(C - c) * size);
+#ifdef HALVES
+            if (size == 2) {
+                arrange_halves((const uint16_t *)in, (uint16_t *)to);
+                continue;
+            }
+#endif
+            arrange((const float *)in, (float *)to);
         }
-        for (long t = 0; t < T; t += TOKENS)
-            dots_of(row, end, blocks, own, x + t * stride, stride, T - t < TOKENS ? T - t : TOKENS, y + t * R + r, R);
+}
+
+/* y [T, R] of the rows from `first` to `last`, from x [T, stride] of `size` bytes as arranged in blocks. */
+static void wide_rows(const Weight *w, const float *levels, const uint8_t *x, long block, long stride, int size, long T, long R,
+                      long first, long last, float *y, uint8_t *room) {
+    const long blocks = stride / block, entries = 1l << w->bits;
+    const size_t before = (size_t)(blocks - 1) * (block / 2), space = (size_t)blocks * (block / 2) + 16;
+    float tables[ROWS][16] = {{0}};
+    memset(room, 0, space * ROWS);
+    for (long r = first; r < last;) {
+        const int rows = last - r < ROWS ? 1 : ROWS;
+        Tile tile;
+        for (int i = 0; i < rows; i++) {
+            uint8_t *own = room + i * space;
+            tile.row[i] = w->packed + (size_t)(r + i) * w->bytes, tile.end[i] = tile.row[i] + before;
+            tile.levels[i] = levels + (r + i) / w->rows * entries;
+            if (w->bits < 4) {
+                widen(tile.row[i], w->C, w->bits, own);
+                tile.row[i] = own, tile.end[i] = own + before;
+                tile.levels[i] = memcpy(tables[i], tile.levels[i], entries * sizeof(float));
+            } else if (w->C % block) {
+                tile.end[i] = memcpy(own, tile.end[i], w->bytes - before);
+            }
+        }
+        for (long t = 0; t < T; t += TOKENS) {
+            const uint8_t *in = x + (size_t)(t * stride) * size;
+            const long tokens = T - t < TOKENS ? T - t : TOKENS;
+#ifdef HALVES
+            if (size == 2) {
+                dots_of_halves(&tile, rows, blocks, (const uint16_t *)in, stride, tokens, y + t * R + r, R);
+                continue;
+            }
+#endif
+            dots_of(&tile, rows, blocks, (const float *)in, stride, tokens, y + t * R + r, R);
+        }
+        r += rows;
     }
 }
 
 #endif
 
-/* y [T, R] of x [T, C]; 0 where memory is short. */
-int lookup_matmul(const float *x, const uint8_t *packed, const float *levels, float *y, long T, long R, long C, long rows,
-                  int bits, int threads) {
+/* y [T, R] of x [T, C], of floats or, where `halves` says so and lookup_halves too, of bfloat16; 0 where memory is short. With
+   8 bits, inputs are floats. */
+int lookup_matmul(const uint8_t *x, const uint8_t *packed, const float *levels, float *y, long T, long R, long C, long rows,
+                  int bits, int halves, int threads) {
     const Weight w = {packed, row_bytes(C, bits), C, rows, bits};
-    const size_t room = ((size_t)C * 5 + 256) / 64 * 64; /* a row of floats and one of 4 bits */
-    uint8_t *rooms = malloc(room * threads);
+    (void)halves;
+    const size_t room = ((size_t)C * 5 + 1024) / 64 * 64; /* a row of floats and one of 4 bits, or some of 4 bits */
+    uint8_t *rooms = malloc(room * threads), *inputs = NULL;
 #if WIDE
-    const long stride = (C + BLOCK - 1) / BLOCK * BLOCK;
-    float *inputs = bits == 8 ? NULL : calloc((size_t)T * stride, sizeof(float));
-    long order[BLOCK];
-    for (long i = 0; i < BLOCK; i++) order[i] = from(i);
-    for (long t = 0; inputs && t < T; t++)
-        for (long start = 0; start < stride; start += BLOCK)
-            for (long i = 0; i < BLOCK; i++)
-                if (start + order[i] < C) inputs[t * stride + start + i] = x[t * C + start + order[i]];
-    if (!rooms || (bits != 8 && !inputs)) {
+    const int size = halves ? 2 : 4;
+    long block = BLOCK;
+#ifdef HALVES
+    if (halves) block = HALVES;
+#endif
+    const long stride = (C + block - 1) / block * block;
+    if (bits != 8) inputs = malloc((size_t)T * stride * size);
+#endif
+    if (!rooms || (WIDE && bits != 8 && !inputs)) {
         free(rooms), free(inputs);
         return 0;
     }
-#else
-    if (!rooms) return 0;
-#endif
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int id = 0; id < threads; id++) {
-        const long first = R * id / threads, last = R * (id + 1) / threads;
+#pragma omp parallel num_threads(threads)
+    {
 #if WIDE
         if (bits != 8) {
-            wide_rows(&w, levels, inputs, stride, T, R, first, last, y, rooms + id * room);
-            continue;
+#pragma omp for schedule(static)
+            for (int id = 0; id < threads; id++)
+                arrange_rows(x, C, block, stride, size, T * id / threads, T * (id + 1) / threads, inputs);
         }
 #endif
-        plain_rows(&w, levels, x, T, R, first, last, y, rooms + id * room);
-    }
+#pragma omp for schedule(static)
+        for (int id = 0; id < threads; id++) {
+            const long first = R * id / threads, last = R * (id + 1) / threads;
 #if WIDE
-    free(inputs);
+            if (bits != 8) {
+                wide_rows(&w, levels, inputs, block, stride, size, T, R, first, last, y, rooms + id * room);
+                continue;
+            }
 #endif
-    free(rooms);
+            plain_rows(&w, levels, (const float *)x, T, R, first, last, y, rooms + id * room);
+        }
+    }
+    free(inputs), free(rooms);
     return 1;
 }

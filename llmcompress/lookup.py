@@ -29,7 +29,7 @@ SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("lookup.c", "looku
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 SMALL = 2**16  # weights that are not worth a second thread
-FEW = 16  # tokens up to which a product by look-up is about as fast as looking the weights up for one of torch's
+FEW = 16  # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of torch's
 PIECE = 2**22  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
 
@@ -46,14 +46,23 @@ def form() -> str | None:
     return None if kernel is None else str(kernel.lookup_form().decode())
 
 
-def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T [T, R] in the type of x, of any floats: few tokens by `matmul`, more by a piece of the weight at a time.
+def halves(bits: int) -> bool:
+    """Whether `matmul` takes inputs in bfloat16, as they are."""
+    kernel = _kernel()
+    return kernel is not None and bits != 8 and bool(kernel.lookup_halves())
 
-    Sums are float32's, or bfloat16's where x is that and the processor multiplies it.
+
+def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the weight at a time.
+
+    Sums are float32's; where x is bfloat16 and the processor multiplies it, levels are rounded to that.
     """
-    (T, C), R = x_TC.shape, len(packed_RB)
-    if T <= FEW:
-        return matmul(x_TC.float().contiguous(), packed_RB, levels_GL.float(), rows, bits).to(x_TC.dtype)
+    (T, C), R, half = x_TC.shape, len(packed_RB), x_TC.dtype == torch.bfloat16 and halves(bits)
+    few = 2 * FEW if half else FEW
+    if few >= T or (form() == "avx512" and bits != 8 and not half):
+        inputs, levels_GL = (x_TC if half else x_TC.float()).contiguous(), levels_GL.float()
+        parts = [matmul(part, packed_RB, levels_GL, rows, bits) for part in inputs.split(FEW)]
+        return torch.cat(parts).to(x_TC.dtype)
     dtype = torch.bfloat16 if x_TC.dtype == torch.bfloat16 and BFLOAT16 else torch.float32
     x_CT, levels_GL = x_TC.to(dtype).t(), levels_GL.to(dtype)
     height = min(R, max(1, PIECE // C))
@@ -68,16 +77,20 @@ def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits:
 def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
     """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G, 2^bits].
 
-    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. Errors: ValueError, MemoryError.
+    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x may be bfloat16,
+    and levels are rounded to it. Errors: ValueError, MemoryError.
     """
     T, C = x_TC.shape
     R = _checked(packed_RB, levels_GL, C, rows, bits)
-    if x_TC.dtype != torch.float32 or levels_GL.dtype != torch.float32 or not _plain(x_TC, packed_RB, levels_GL):
+    half = x_TC.dtype == torch.bfloat16 and halves(bits)
+    right = (half or x_TC.dtype == torch.float32) and levels_GL.dtype == torch.float32
+    if not right or not _plain(x_TC, packed_RB, levels_GL):
         raise ValueError(f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}")
     out_TR = torch.empty(T, R)
     done = _loaded().lookup_matmul(
-        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, _threads(R * C)
-    )
+        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, half,
+        _threads(R * C),
+    )  # fmt: skip
     if not done:
         raise MemoryError(f"no memory for the inputs of a product of {T} tokens")
     return out_TR
@@ -157,7 +170,8 @@ def _load(folder: Path) -> ctypes.CDLL | None:
     kernel = ctypes.CDLL(str(file))
     pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernel.lookup_form.restype, kernel.lookup_form.argtypes = ctypes.c_char_p, ()
-    kernel.lookup_matmul.argtypes = (*4 * (pointer,), *4 * (long,), small, small)
+    kernel.lookup_halves.restype, kernel.lookup_halves.argtypes = small, ()
+    kernel.lookup_matmul.argtypes = (*4 * (pointer,), *4 * (long,), small, small, small)
     kernel.lookup_expand.argtypes = (*3 * (pointer,), *4 * (long,), small, small, small)
     return kernel
 

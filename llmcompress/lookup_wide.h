@@ -1,37 +1,103 @@
 /* Sixteen levels looked up in registers: the part of lookup.c that depends on the processor, where WIDE is 512 or 256 bits.
 
-   BLOCK columns are looked up at a time and multiplied by up to TOKENS tokens. `from` is the column, within a block, of input
-   i; `dots` has y [T, R] of one row, whose last block lies at `end`; `expand_blocks` writes the levels of whole blocks in the
-   order of columns, as elements of 4 or 2 bytes, and says up to which column. */
+   BLOCK columns are looked up at a time, of up to ROWS rows, and multiplied by up to TOKENS tokens. `arrange` puts the inputs of
+   a block into the order in which its weights come out of a register; `dots` has y [T, R] of the rows of a tile; `expand_blocks`
+   writes the levels of whole blocks in the order of columns, as elements of 4 or 2 bytes, and says up to which column. With
+   AVX512-BF16 `arrange_halves` and `dots_halves` do the same, HALVES columns at a time, with inputs and levels in bfloat16; sums
+   are floats. */
 
 #include <immintrin.h>
 #include <stdint.h>
 
 #define INLINE static inline __attribute__((always_inline))
 
+/* Some rows of a weight: where each begins, where its last block lies, and its levels. */
+#if WIDE == 512
+enum { BLOCK = 32, ROWS = 4, TOKENS = 4 };
+#else
+enum { BLOCK = 64, ROWS = 1, TOKENS = 4 };
+#endif
+typedef struct {
+    const uint8_t *row[ROWS], *end[ROWS];
+    const float *levels[ROWS];
+} Tile;
+
 #if WIDE == 512
 
-enum { BLOCK = 32, TOKENS = 8 }; /* columns that are looked up at a time; tokens that are multiplied by them */
+/* Even columns of a block, then odd ones. */
+INLINE void arrange(const float *in, float *out) {
+    const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    __m512 a = _mm512_loadu_ps(in), b = _mm512_loadu_ps(in + 16);
+    _mm512_storeu_ps(out, _mm512_permutex2var_ps(a, even, b));
+    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(a, _mm512_or_epi32(even, _mm512_set1_epi32(1)), b));
+}
+
+INLINE void dots(const Tile *tile, long blocks, const float *x, long stride, const int rows, const int tokens, float *y, long R) {
+    __m512 table[ROWS], sums[ROWS][TOKENS][2];
+    const int chains = tokens < 3 ? 2 : 1; /* of sums, more for fewer tokens */
+    for (int r = 0; r < rows; r++) {
+        table[r] = _mm512_loadu_ps(tile->levels[r]);
+        for (int t = 0; t < tokens; t++) sums[r][t][0] = sums[r][t][1] = _mm512_setzero_ps();
+    }
+    for (long b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *at = b < blocks - 1 ? tile->row[r] + b * (BLOCK / 2) : tile->end[r];
+            __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); /* a permute reads four bits only */
+            __m512 even = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table[r]);
+            __m512 odd = _mm512_permutexvar_ps(pair, table[r]);
+            for (int t = 0; t < tokens; t++) {
+                const float *in = x + t * stride + b * BLOCK;
+                sums[r][t][0] = _mm512_fmadd_ps(even, _mm512_loadu_ps(in), sums[r][t][0]);
+                sums[r][t][chains - 1] = _mm512_fmadd_ps(odd, _mm512_loadu_ps(in + 16), sums[r][t][chains - 1]);
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++)
+            y[t * R + r] = _mm512_reduce_add_ps(chains == 2 ? _mm512_add_ps(sums[r][t][0], sums[r][t][1]) : sums[r][t][0]);
+}
+
+#ifdef __AVX512BF16__
+
+#define HALVES 64
 
 /* Even columns of a block, then odd ones. */
-INLINE long from(long i) { return i < 16 ? 2 * i : 2 * (i - 16) + 1; }
-
-INLINE void dots(const uint8_t *row, const uint8_t *end, long blocks, const float *levels, const float *x, long stride,
-                 const int tokens, float *y, long R) {
-    __m512 table = _mm512_loadu_ps(levels), even[TOKENS], odd[TOKENS];
-    for (int t = 0; t < tokens; t++) even[t] = odd[t] = _mm512_setzero_ps();
-    for (long b = 0; b < blocks; b++) {
-        const uint8_t *at = b < blocks - 1 ? row + b * 16 : end;
-        __m512i pair = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)at)); /* a permute reads four bits only */
-        __m512 first = _mm512_permutexvar_ps(_mm512_srli_epi32(pair, 4), table), second = _mm512_permutexvar_ps(pair, table);
-        for (int t = 0; t < tokens; t++) {
-            const float *in = x + t * stride + b * BLOCK;
-            even[t] = _mm512_fmadd_ps(first, _mm512_loadu_ps(in), even[t]);
-            odd[t] = _mm512_fmadd_ps(second, _mm512_loadu_ps(in + 16), odd[t]);
-        }
-    }
-    for (int t = 0; t < tokens; t++) y[t * R] = _mm512_reduce_add_ps(_mm512_add_ps(even[t], odd[t]));
+INLINE void arrange_halves(const uint16_t *in, uint16_t *out) {
+    __m512i a = _mm512_loadu_si512(in), b = _mm512_loadu_si512(in + 32);
+    __m512i places = _mm512_set1_epi32(0x00010000); /* 0, 1 in each pair of places */
+    __m512i step = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    __m512i even = _mm512_add_epi16(_mm512_add_epi16(places, places), _mm512_or_epi32(step, _mm512_slli_epi32(step, 16)));
+    _mm512_storeu_si512(out, _mm512_permutex2var_epi16(a, even, b));
+    _mm512_storeu_si512(out + 32, _mm512_permutex2var_epi16(a, _mm512_or_epi32(even, _mm512_set1_epi16(1)), b));
 }
+
+INLINE void dots_halves(const Tile *tile, long blocks, const uint16_t *x, long stride, const int rows, const int tokens,
+                        float *y, long R) {
+    __m512i table[ROWS];
+    __m512 sums[ROWS][TOKENS][2];
+    const int chains = tokens < 3 ? 2 : 1;
+    for (int r = 0; r < rows; r++) {
+        __m256i levels = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(tile->levels[r]));
+        table[r] = _mm512_broadcast_i64x4(levels); /* twice, for a permute reads five bits */
+        for (int t = 0; t < tokens; t++) sums[r][t][0] = sums[r][t][1] = _mm512_setzero_ps();
+    }
+    for (long b = 0; b < blocks; b++)
+        for (int r = 0; r < rows; r++) {
+            const uint8_t *at = b < blocks - 1 ? tile->row[r] + b * (HALVES / 2) : tile->end[r];
+            __m512i pair = _mm512_cvtepu8_epi16(_mm256_loadu_si256((const __m256i *)at));
+            __m512bh even = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(pair, 4), table[r]);
+            __m512bh odd = (__m512bh)_mm512_permutexvar_epi16(pair, table[r]);
+            for (int t = 0; t < tokens; t++) {
+                const uint16_t *in = x + t * stride + b * HALVES;
+                sums[r][t][0] = _mm512_dpbf16_ps(sums[r][t][0], even, (__m512bh)_mm512_loadu_si512(in));
+                sums[r][t][chains - 1] = _mm512_dpbf16_ps(sums[r][t][chains - 1], odd, (__m512bh)_mm512_loadu_si512(in + 32));
+            }
+        }
+    for (int r = 0; r < rows; r++)
+        for (int t = 0; t < tokens; t++)
+            y[t * R + r] = _mm512_reduce_add_ps(chains == 2 ? _mm512_add_ps(sums[r][t][0], sums[r][t][1]) : sums[r][t][0]);
+}
+
+#endif
 
 /* Indices of 32 columns in their order, a byte each. */
 INLINE __m256i indices(const uint8_t *row) {
@@ -59,12 +125,12 @@ INLINE long expand_blocks(const uint8_t *row, long columns, const void *levels, 
 
 #elif WIDE == 256
 
-enum { BLOCK = 64, TOKENS = 4 };
-
 /* Even columns, then odd ones; of either those of bytes 4 k to 4 k + 3 in both halves of a register, for k of 0..3. */
-INLINE long from(long i) {
-    long odd = i / 32, vector = i % 32 / 8, half = i % 8 / 4, place = i % 4;
-    return 2 * (16 * half + 4 * vector + place) + odd;
+INLINE void arrange(const float *in, float *out) {
+    for (long i = 0; i < BLOCK; i++) {
+        long odd = i / 32, vector = i % 32 / 8, half = i % 8 / 4, place = i % 4;
+        out[i] = in[2 * (16 * half + 4 * vector + place) + odd];
+    }
 }
 
 /* Byte b of each of the sixteen floats, in both halves of tables[b]. */
@@ -95,16 +161,16 @@ INLINE float total(__m256 sums) {
     return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
 }
 
-INLINE void dots(const uint8_t *row, const uint8_t *end, long blocks, const float *levels, const float *x, long stride,
-                 const int tokens, float *y, long R) {
+INLINE void dots(const Tile *tile, long blocks, const float *x, long stride, const int rows, const int tokens, float *y, long R) {
+    (void)rows; /* one */
     __m256i tables[4], found[4], low = _mm256_set1_epi8(15);
     __m256 sums[TOKENS][4]; /* more chains of sums for fewer tokens */
     const int chains = tokens == 1 ? 4 : tokens == 2 ? 2 : 1;
-    byte_tables(levels, tables);
+    byte_tables(tile->levels[0], tables);
     for (int t = 0; t < tokens; t++)
         for (int k = 0; k < chains; k++) sums[t][k] = _mm256_setzero_ps();
     for (long b = 0; b < blocks; b++) {
-        const uint8_t *at = b < blocks - 1 ? row + b * 32 : end;
+        const uint8_t *at = b < blocks - 1 ? tile->row[0] + b * 32 : tile->end[0];
         __m256i pair = _mm256_loadu_si256((const __m256i *)at);
         for (int odd = 0; odd < 2; odd++) {
             look_up(_mm256_and_si256(odd ? pair : _mm256_srli_epi16(pair, 4), low), tables, found);

@@ -47,7 +47,7 @@ def _forget() -> None:
 @settings(max_examples=150, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 99),
-    T=st.integers(1, 20),
+    T=st.integers(1, 40),
     R=st.integers(1, 20),
     C=st.integers(1, 200),
     rows=st.integers(1, 21),
@@ -62,6 +62,10 @@ def test_products_and_weights_are_torchs(seed: int, T: int, R: int, C: int, rows
     assert float(((lookup.product(x_TC, packed, levels, rows, bits) - exact).abs() / size).max()) < 1e-6
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert torch.equal(lookup.expand(packed, levels.to(dtype), rows, bits, C), W_RC.to(dtype))
+    if lookup.halves(bits):
+        half = x_TC.bfloat16()
+        exact = half.double() @ W_RC.bfloat16().double().T
+        assert float(((lookup.matmul(half, packed, levels, rows, bits) - exact).abs() / size).max()) < 1e-6
 
 
 @needs_kernel
@@ -125,7 +129,13 @@ def test_what_is_not_a_weight_is_refused_and_not_read() -> None:
     ):
         with pytest.raises(ValueError, match="are no weight of 40 columns"):
             lookup.matmul(*wrong)
-    for wrong in ((x_TC.double(), packed, levels, 2, 4), (torch.randn(40, 2).t(), packed, levels, 2, 4)):
+    bytes_, many, _ = linear(8, 40, 2, 8)  # 256 levels take floats only
+    for wrong in (
+        (x_TC.double(), packed, levels, 2, 4),
+        (torch.randn(40, 2).t(), packed, levels, 2, 4),
+        (x_TC.half(), packed, levels, 2, 4),
+        (x_TC.bfloat16(), bytes_, many, 2, 8),
+    ):
         with pytest.raises(ValueError, match="must be float32 and contiguous"):
             lookup.matmul(*wrong)
     for start, out in ((5, torch.empty(4, 40)), (0, torch.empty(4, 41)), (-1, None), (0, torch.empty(4, 40).half())):
@@ -179,16 +189,18 @@ def test_the_kernel_runs_on_the_threads_of_torch() -> None:
 
 
 @needs_kernel
-@pytest.mark.parametrize("flags", [(), ("-march=haswell",)], ids=["plain C", "avx2"])
+@pytest.mark.parametrize(("form", "march"), [("plain", ()), ("avx2", ("haswell",)), ("avx512", ("skylake-avx512",))])
 def test_the_forms_for_other_processors_compute_the_same(
-    flags: tuple[str, ...], fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    form: str, march: tuple[str, ...], fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if flags and lookup.form() == "plain":
-        pytest.skip("this processor has no AVX2")
+    forms = ["plain", "avx2", "avx512"]
+    if forms.index(form) > forms.index(str(lookup.form())):
+        pytest.skip(f"this processor has no {form.upper()}")
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
-    monkeypatch.setattr(lookup, "FLAGS", (*(flag for flag in lookup.FLAGS if flag != "-march=native"), *flags))
+    others = (flag for flag in lookup.FLAGS if flag != "-march=native")
+    monkeypatch.setattr(lookup, "FLAGS", (*others, *(f"-march={name}" for name in march)))
     _forget()
-    assert lookup.form() == ("avx2" if flags else "plain")
+    assert lookup.form() == form and not lookup.halves(4)
     for bits in (2, 3, 4, 8):
         packed, levels, W_RC = linear(9, 333, 2, bits)
         x_TC = torch.randn(5, 333)
