@@ -14,8 +14,9 @@ for AVX512-BF16, and go through float32 elsewhere. `cpu_capability` says what to
 2:4 sparsity on a GPU. What a candidate can't do on a device is said under `absent`.
 
 Six minutes on two cores, with --pace 0.2 a fifth of the calls; the result goes to evaluation/results/speed-avx2.json,
-speed-avx512.json or for a GPU speed-cuda.json. With --quick (half a minute, numbers that mean nothing) only --out is written. With --eight-billion a GPU
-also runs a model of Llama-3-8B's shape, built linear by linear in the format it has, each candidate beside the reference alone.
+speed-avx512.json, or for a GPU speed-cuda.json. With --quick (half a minute, numbers that mean nothing) only --out is written.
+With --eight-billion a GPU also runs a model of Llama-3-8B's shape, built linear by linear in the format it has, each candidate
+beside the reference alone.
 """
 
 from __future__ import annotations

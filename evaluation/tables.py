@@ -254,7 +254,8 @@ def _lost(rows: dict[str, Any], name: str) -> list[str]:
 
 def lookup_speed() -> str:
     """How long a codebook that is looked up takes, and a plain linear, beside stock nf4, on each kind of CPU."""
-    return "\n".join(_lookup(result) for kind in ("avx2", "avx512") if (result := load(f"lookup_speed-{kind}")) is not None)
+    results = [load(f"lookup_speed-{kind}") for kind in ("avx2", "avx512")]
+    return "\n".join(_lookup(result) for result in results if result is not None)
 
 
 def _lookup(result: Any) -> str:
