@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,9 +67,8 @@ def reproduce(
     revision = reported.data.revision if data == reported.data.source else None
     text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
     recipe = _as_reported(recipe, reported).model_copy(update={"data": text, "accept": Accept()})
-    if torch.device(device or "cpu").type == "cpu" and (threads := threads_of(reported.environment.device)):
-        torch.set_num_threads(threads)
-    with tempfile.TemporaryDirectory() as scratch:
+    on_cpu = torch.device(device or "cpu").type == "cpu"
+    with _threads(threads_of(reported.environment.device) if on_cpu else None), tempfile.TemporaryDirectory() as scratch:
         target = Path(out or Path(scratch) / "again")
         asked = {"base": base, "data": data, "device": device, "tokens_sha256": reported.data.sha256}
         again = compress(recipe, target, **asked, overwrite=overwrite, track=track)
@@ -79,6 +80,17 @@ def reproduce(
         verdict = "equal within tolerance" if not shape and _close(reported, again) else "different"
     about = _surroundings(reported, again) if verdict != "bit-equal" else []
     return Reproduction(verdict, (*about, *shape, *values), reported, again)
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """So many threads, and then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def threads_of(device: str) -> int | None:

@@ -7,7 +7,16 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Discriminator, GetJsonSchemaHandler, Tag, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    GetJsonSchemaHandler,
+    Tag,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
@@ -87,10 +96,14 @@ class Step(BaseModel):
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
         """One stage and no more, also by its bare name: what the two validators above do."""
         found = handler.resolve_ref_schema(handler(core))
-        settings = {name: {"anyOf": schema["anyOf"]} for name, schema in found["properties"].items()}
+        bare = [name for name in cls.model_fields if cls._needs_nothing(name)]
+        settings = {
+            name: {"anyOf": [kind for kind in schema["anyOf"] if name in bare or kind != {"type": "null"}]}
+            for name, schema in found["properties"].items()
+        }
         return {
             "anyOf": [
-                {"enum": list(cls.model_fields), "type": "string"},
+                {"enum": bare, "type": "string"},
                 {
                     "type": "object",
                     "properties": settings,
@@ -101,6 +114,15 @@ class Step(BaseModel):
             ],
             "description": found["description"],
         }
+
+    @classmethod
+    def _needs_nothing(cls, name: str) -> bool:
+        """Whether a stage has a default for each of its settings."""
+        try:
+            cls.model_validate(name)
+        except ValidationError:
+            return False
+        return True
 
     @model_serializer(mode="wrap")
     def _only_its_stage(self, handler: Any) -> Any:

@@ -243,10 +243,15 @@ def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship(
         "stages: [quantise]",
         "stages: [{quantize: {blok: 64}}]",
         "stages: [{tie: {wheights: []}}]",
+        "stages: [{tie: {}}]",
+        "stages: [{tie: {layers: auto}}]",
+        "stages: [{tie: null}]",
+        "stages: [prune]",
         "schema: 2\nstages: [quantize]",
         "stages: [{prune: {axis: ffn, keep: 0.5}, quantize: {}}]",
     ):
         assert list(schema.iter_errors(yaml.safe_load(wrong))), wrong
+        assert refusal(wrong)
 
 
 def test_a_recipe_is_saved_and_read_back_from_file_and_folder(tmp_path: Path) -> None:

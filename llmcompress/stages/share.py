@@ -43,7 +43,12 @@ Group = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, s
 class Share(BaseModel):
     """`tie: {layers or pairs, parts, groups, residual_rank, steps}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(
+        frozen=True,
+        extra="forbid",
+        strict=True,
+        json_schema_extra={"oneOf": [{"required": ["layers", "groups"]}, {"required": ["pairs"]}]},
+    )
     name: ClassVar[str] = STAGE
 
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
