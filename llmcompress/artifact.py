@@ -15,11 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
+from llmcompress import hub
 from llmcompress.checkpoint import INDEX, Shard, sync, sync_folder, writing
 from llmcompress.errors import OutputError
 
 SHARD_BYTES = 5_000_000_000
-KEPT = ("*.json", "*.model", "*.txt", "*.jinja", "additional_chat_templates/*.jinja", "LICENSE*", "NOTICE*")  # of the base
+KEPT = (*hub.BESIDE, "additional_chat_templates/*.jinja")  # of the base
 MADE = ("model*.safetensors", "*.png", "README.md", "recipe.yaml", ".eval_results/*.yaml")  # what an artefact has besides
 
 

@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmcompress.cache import cache_folder
 from llmcompress.errors import ModelError, OutputError
 
 INDEX = "model.safetensors.index.json"
@@ -254,7 +255,8 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         why = " ".join(str(getattr(error, "strerror", None) or error).split())
-        raise OutputError(f"can't write {path} ({why}); free space there or choose another --out") from error
+        other = "set LLMCOMPRESS_CACHE to another folder" if path.is_relative_to(cache_folder()) else "choose another --out"
+        raise OutputError(f"can't write {path} ({why}); free space there or {other}") from error
 
 
 class Shard:

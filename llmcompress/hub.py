@@ -40,7 +40,8 @@ from huggingface_hub.errors import (
 
 from llmcompress.errors import CompressError, DataError, ModelError, OutputError, first_line
 
-SMALL = ["*.json", "*.model", "*.txt", "*.jinja", "README.md", "recipe.yaml", "LICENSE*", "NOTICE*"]
+BESIDE = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # the weights: config, tokenizer, rights
+SMALL = [*BESIDE, "README.md", "recipe.yaml"]
 WEIGHTS = ["model*.safetensors"]
 TERMS = "accept its terms on the Hub and log in with `hf auth login`"
 MEND = "correct the head of README.md beside the weights, which is then pushed as it is"

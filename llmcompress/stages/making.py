@@ -1,8 +1,8 @@
 """What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a product.
 
-Each is a parametrisation of torch's: parameters that learn, and the weight that they make, with what will be rounded when it is
-stored rounded in every step, so that what is measured is what is written. R rows (out), C columns (in), G blocks of a row or
-codebooks, L levels.
+Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and norms are rounded
+in every step to what will be stored, so that what is measured is what is written; parts of products learn in float32, as plain
+matrices do, and are rounded once at the end. R rows (out), C columns (in), G blocks of a row or codebooks, L levels.
 """
 
 from __future__ import annotations
