@@ -363,9 +363,7 @@ def test_a_folder_that_can_not_be_written_is_told_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(
-        OutputError, match="can't write .*; free space there or set LLMCOMPRESS_CACHE to another folder"
-    ) as told:
+    with pytest.raises(OutputError, match=r"can't write .*; free space there or set LLMCOMPRESS_CACHE") as told:
         kept(tmp_path / "file" / below, teacher, windows(2))
     assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "in the way"
 
