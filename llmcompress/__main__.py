@@ -32,7 +32,11 @@ Recipe = Annotated[
 ]
 BaseModel = Annotated[str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")]
 Data = Annotated[
-    str | None, typer.Option("--data", help="Hub data set, .txt/.jsonl/.parquet file, folder of them, or python-docs.")
+    str | None,
+    typer.Option(
+        "--data",
+        help="Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs; or '{source: ..., config: ...}'.",
+    ),
 ]
 Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; the first GPU where there is one.")]
 
@@ -94,7 +98,7 @@ def evaluate(
     from llmcompress.report.render import print_evaluation
     from llmcompress.texts import PYTHON_DOCS, DataSpec
 
-    spec = DataSpec(source=data or PYTHON_DOCS, length=length, samples=1, evaluation_samples=samples)
+    spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
     result = measure(model, against=against, data=spec, device=device, track=track)
     print_evaluation(result, out)
     if json_file is not None:

@@ -11,7 +11,7 @@ from llmcompress.contents import left_by
 from llmcompress.data import Blocks
 from llmcompress.errors import ModelError
 from llmcompress.recipe import Recipe
-from llmcompress.report import CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
+from llmcompress.report import DATA_PLACE, CostFacts, DataFacts, EnvironmentFacts, FidelityFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, environment
 from llmcompress.residency import Resident
 from llmcompress.stages.cluster import Cluster
@@ -20,6 +20,7 @@ from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.quantize import Quantize
 from llmcompress.steps import Stage
+from llmcompress.texts import DataSpec
 
 
 def require_possible(recipe: Recipe, model: Resident) -> None:
@@ -73,8 +74,8 @@ def report_of(
         compressed=after,
         fidelity=FidelityFacts.model_validate(measured.facts()),
         data=DataFacts(
-            source=blocks.source,
-            revision=blocks.revision,
+            source=blocks.spec.source,
+            **_place(blocks.spec),
             sha256=blocks.sha256,
             calibration_tokens=blocks.calibration_tokens,
             evaluation_tokens=blocks.evaluation_tokens,
@@ -83,3 +84,11 @@ def report_of(
         cost=cost,
         environment=EnvironmentFacts.model_validate(environment(device)),
     )
+
+
+def _place(spec: DataSpec) -> dict[str, str]:
+    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any table."""
+    said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
+    if spec.revision is None:
+        del said["split"]
+    return {key: value for key, value in said.items() if (key, value) != ("column", "text")}

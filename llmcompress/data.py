@@ -41,15 +41,15 @@ class Blocks:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
-    what the calibration text has besides, where a stage trains. `revision` is the commit of a Hub data set.
+    what the calibration text has besides, where a stage trains. `spec` is what was asked for; of a Hub data set with its commit
+    and the split that evaluates.
     """
 
     calibration: Tensor
     evaluation: Tensor
-    source: str
+    spec: DataSpec
     sha256: str
     training: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    revision: str | None = None
 
     @property
     def training_sha256(self) -> str:
@@ -102,7 +102,8 @@ def load_data(
     _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
     blocks = pool[drawn]
-    found = Blocks(blocks, ahead.clone(), spec.source, _sha256(blocks, ahead), revision=texts.revision)
+    read = spec.model_copy(update={"revision": texts.revision, "evaluation_split": texts.evaluation_split})
+    found = Blocks(blocks, ahead.clone(), read, _sha256(blocks, ahead))
     if not trains:
         return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)

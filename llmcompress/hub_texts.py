@@ -75,7 +75,8 @@ def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[
         raise DataError(f"{spec.source} can't evaluate on {spec.split!r}, which calibrates; leave evaluation_split out")
     others = [split for split in (spec.evaluation_split, "validation", "test") if split in splits and split != spec.split]
     rows = _hub_rows(spec, spec.split, rows_of)
-    return Texts(rows, _hub_rows(spec, others[0], rows_of) if others else rows, commit)
+    evaluation = _hub_rows(spec, others[0], rows_of) if others else rows
+    return Texts(rows, evaluation, commit, others[0] if others else None)
 
 
 def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[Row]]) -> Iterator[str]:

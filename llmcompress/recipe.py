@@ -189,7 +189,7 @@ class Recipe(BaseModel):
         files = {FILE: self.to_yaml().encode(), "README.md": recipe_card(self.to_yaml(), repo).encode()}
         return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
 
-    def require_own_names(self, *, base: str | None = None, data: str | None = None) -> None:
+    def require_own_names(self, *, base: str | None = None, data: str | DataSpec | None = None) -> None:
         """Refuse a recipe from the Hub that names files here, but for what the user gave in their place. Errors: RecipeError.
 
         Its author has no business with the files of this machine, whose words might end up in what is shared later.

@@ -23,9 +23,9 @@ from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError
 from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
-from llmcompress.report import Report
+from llmcompress.report import DATA_PLACE, Report
 from llmcompress.run import compress
-from llmcompress.texts import PYTHON_DOCS
+from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.walk import Track, untracked
 
 PERPLEXITY, KL = 1e-3, 0.05  # relative: how far numbers may be apart that are equal within tolerance
@@ -63,15 +63,16 @@ def reproduce(
     folder, recipe = _artefact(name)
     reported = Report.of(folder)
     require_own_recipe(reported, recipe, folder)
-    base, data = base or _base(reported, recipe), data or _source(reported, recipe)
-    revision = reported.data.revision if data == reported.data.source else None
-    text = recipe.data.model_copy(update={"revision": revision}) if revision else recipe.data
-    recipe = _as_reported(recipe, reported).model_copy(update={"data": text, "accept": Accept()})
+    base = base or _base(reported, recipe)
+    text = recipe.data.with_text(data) if data else _text(reported, recipe)
+    recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
     on_cpu = torch.device(device or "cpu").type == "cpu"
     with _threads(threads_of(reported.environment.device) if on_cpu else None), tempfile.TemporaryDirectory() as scratch:
         target = Path(out or Path(scratch) / "again")
-        asked = {"base": base, "data": data, "device": device, "tokens_sha256": reported.data.sha256}
-        again = compress(recipe, target, **asked, overwrite=overwrite, track=track)
+        again = compress(
+            recipe, target, base=base, data=text, device=device, tokens_sha256=reported.data.sha256, overwrite=overwrite,
+            track=track,
+        )  # fmt: skip
         theirs, ours = (Checkpoint.open(each, base=False) for each in (folder, target))
         shape, values = _structure(theirs, ours), _values(theirs, ours)
     if not shape and not values:
@@ -121,13 +122,15 @@ def _base(reported: Report, recipe: Recipe) -> str:
     return base.model
 
 
-def _source(reported: Report, recipe: Recipe) -> str:
-    """What the text is called; a file or folder only where the artefact is a folder too."""
-    source = reported.data.source
-    path = Path(source).expanduser().exists()
-    if source != PYTHON_DOCS and reported.data.revision is None and (recipe.origin is not None or not path):
-        raise DataError(f"the text {source} was a file or folder of whoever made this model; give yours with --data")
-    return source
+def _text(reported: Report, recipe: Recipe) -> DataSpec:
+    """The text that the report tells of; a file or folder only where the artefact is a folder too."""
+    facts = reported.data
+    path = Path(facts.source).expanduser().exists()
+    here = path and recipe.origin is None
+    if facts.source != PYTHON_DOCS and not here and (facts.revision is None or path):
+        raise DataError(f"the text {facts.source} was a file or folder of whoever made this model; give yours with --data")
+    said = {key: value for key in DATA_PLACE if (value := getattr(facts, key)) is not None}
+    return recipe.data.with_place({"source": facts.source, **said})
 
 
 def _as_reported(recipe: Recipe, reported: Report) -> Recipe:

@@ -48,6 +48,7 @@ from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, fidelity, peak_memory_bytes
 from llmcompress.stages.context import Context, Source
 from llmcompress.stages.distill import Distill
+from llmcompress.texts import DataSpec
 from llmcompress.walk import Track, logits, untracked
 
 JOINT = "joint"  # in a stage's journal: the model that it left
@@ -58,7 +59,7 @@ def compress(
     out: str | Path,
     *,
     base: str | None = None,
-    data: str | None = None,
+    data: str | DataSpec | None = None,
     overwrite: bool = False,
     device: str | None = None,
     tokens_sha256: str | None = None,
@@ -66,16 +67,16 @@ def compress(
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
 
-    `base` and `data` take the place of the recipe's; `tokens_sha256` is the hash that the text must have. Raises CompressError
-    for whatever is wrong with the input, AcceptError where the result misses the recipe's bounds: then nothing is published,
-    and the finished blocks are kept.
+    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
+    hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
+    the recipe's bounds: then nothing is published, and the finished blocks are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base, data=data)
     processes.join(device)
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
-    spec = recipe.data.model_copy(update={"source": data} if data else {})
+    spec = recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
     where, place, tokenizer = pick_device(device), partial_folder(out), tokenizer_of(found.folder)
     pinned = at_commits(recipe)
     require_kin(pinned, config, tokenizer)

@@ -9,19 +9,26 @@ from __future__ import annotations
 import filecmp
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from llmcompress import hub
 from llmcompress.errors import DataError, first_line
+from llmcompress.untrusted import Unreadable, yaml_of
 
 PYTHON_DOCS = "python-docs"
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
 EVALUATES = (("valid", "validation", "val"), ("test",), ("heldout",))  # the first kind that is there
+
+
+WINDOWS = ("samples", "length", "seed", "evaluation_samples")  # what a DataSpec says beside which text it is
+LARGEST = 1 << 12  # bytes of a mapping on the command line
+EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
 
 class DataSpec(BaseModel):
@@ -40,6 +47,31 @@ class DataSpec(BaseModel):
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
     evaluation_samples: int = Field(default=64, ge=1, description="evaluation windows")
 
+    def with_text(self, text: str) -> DataSpec:
+        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe, of more than that.
+
+        What a mapping does not say of the text is at its default; what it does not say of the windows stays. Errors: DataError.
+        """
+        given: Any = {"source": text}
+        if text.lstrip().startswith("{"):
+            try:
+                given = yaml_of(text, largest=LARGEST)
+            except Unreadable as error:
+                raise DataError(f"data {error}; give a source, or a mapping like {EXAMPLE}") from None
+        elif not Path(text).expanduser().exists() and hub.is_id((split := hub.split(text))[0]):
+            given = {"source": split[0], "revision": split[1]}
+        return self.with_place(given)
+
+    def with_place(self, given: Mapping[str, Any]) -> DataSpec:
+        """The same of the fields `given`, by name. Errors: DataError."""
+        try:
+            return DataSpec.model_validate({name: getattr(self, name) for name in WINDOWS} | dict(given))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key, known = ".".join(map(str, first["loc"])), ", ".join(DataSpec.model_fields)
+            why = f"unknown key; use {known}" if first["type"] == "extra_forbidden" else first["msg"]
+            raise DataError(f"data {str(given)[:200]}: {key}: {why}") from None
+
 
 class Texts(NamedTuple):
     """Pieces of text, joined as they are. Both sides may be one iterator: evaluation is read first and calibration goes on."""
@@ -47,6 +79,7 @@ class Texts(NamedTuple):
     calibration: Iterable[str]
     evaluation: Iterable[str]
     revision: str | None = None  # the commit of a Hub data set
+    evaluation_split: str | None = None  # and what evaluates, where that is not the split that calibrates
 
 
 def file_texts(file: Path, column: str) -> Texts:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
@@ -68,7 +69,7 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
     blocks = load(by_bytes, source=str(file), samples=90, evaluation_samples=12)
     assert blocks.calibration.shape == (90, 64) and blocks.evaluation.shape == (12, 64)
     assert blocks.calibration.dtype == blocks.evaluation.dtype == torch.int64
-    assert (blocks.calibration_tokens, blocks.evaluation_tokens, blocks.source) == (90 * 64, 12 * 64, str(file))
+    assert (blocks.calibration_tokens, blocks.evaluation_tokens, blocks.spec.source) == (90 * 64, 12 * 64, str(file))
     first = spelled(by_bytes, blocks.evaluation).splitlines()[0]
     assert sentences(400).index(first) in range(355, 365)
     for window in blocks.calibration:
@@ -253,6 +254,30 @@ def test_what_is_said_of_a_hub_data_set_is_refused_for_a_file(tmp_path: Path, by
 def test_a_spec_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
         DataSpec.model_validate(wrong)
+
+
+def test_another_text_in_the_same_windows(tmp_path: Path) -> None:
+    spec = DataSpec(source="user/texts", config="en", column="story", split="dev", revision="v1", samples=3, length=7)
+    (tmp_path / "a@b").write_text("")
+    for text, place in (
+        ("other/texts", {"source": "other/texts"}),
+        ("other/texts@v2", {"source": "other/texts", "revision": "v2"}),
+        (str(tmp_path / "a@b"), {"source": str(tmp_path / "a@b")}),
+        ("python-docs", {"source": "python-docs"}),
+        ("{source: other/texts, config: de, split: head}", {"source": "other/texts", "config": "de", "split": "head"}),
+        (" {source: facts.jsonl, column: fact, samples: 5}", {"source": "facts.jsonl", "column": "fact", "samples": 5}),
+    ):
+        assert spec.with_text(text) == DataSpec.model_validate({"samples": 3, "length": 7, **place})
+    for wrong, why in (
+        ("{source: a, colum: b}", "colum: unknown key; use source, config, split, "),
+        ("{source: a, samples: 0}", "samples: Input should be greater than or equal to 1"),
+        ("{source: [a]}", "source: Input should be a valid string"),
+        ("{source: a", "give a source, or a mapping like '{source: user/name"),
+        ("", "source: String should have at least 1 character"),
+    ):
+        with pytest.raises(DataError, match=re.escape(why)) as caught:
+            spec.with_text(wrong)
+        assert len(str(caught.value).splitlines()) == 1
 
 
 def test_a_spec_is_a_value() -> None:

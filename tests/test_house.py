@@ -13,7 +13,8 @@ LONGEST = 350  # lines
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
     ("errors", "axes", "methods", "processes", "cache", "untrusted"),
-    ("family", "pydocs", "texts", "hub", "shelf"),
+    ("family", "pydocs", "hub", "shelf"),
+    ("texts",),
     ("hub_texts",),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),

@@ -222,6 +222,31 @@ def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(wo
     assert {role: again[role] for role in commits} == {role: facts[role] for role in commits}
 
 
+def test_a_text_given_in_the_recipes_words_is_remembered_and_reproduced(world: World) -> None:
+    rows = [json.dumps({"fact": f"fact {number} is {number * number} and {number**3}"}).encode() for number in range(400)]
+    head = {"configs": [{"config_name": "en", "data_files": [{"split": s, "path": f"en/{s}.jsonl"} for s in ("head", "tail")]}]}
+    commit = world.hub.add(
+        "them/many",
+        {
+            "README.md": f"---\n{yaml.safe_dump(head)}---\n".encode(),
+            "en/head.jsonl": b"\n".join(rows[:300]),
+            "en/tail.jsonl": b"\n".join(rows[300:]),
+        },
+        kind="dataset",
+    )
+    place = {"config": "en", "split": "head", "evaluation_split": "tail", "column": "fact"}
+    given = ("--data", yaml.safe_dump({"source": "them/many", **place}, default_flow_style=True).strip())
+    code, _, err = shell(world.env, "run", "them/recipe@v1", "--base", "them/base", *given, "--out", "many", cwd=world.place)
+    assert code == 0, err
+    told = json.loads((world.place / "many" / "report.json").read_text())["data"]
+    assert {key: told[key] for key in ("source", "revision", *place)} == {"source": "them/many", "revision": commit, **place}
+    card: Any = ModelCard((world.place / "many" / "README.md").read_text())
+    (dataset,) = {(r.dataset_type, r.dataset_config, r.dataset_split, r.dataset_revision) for r in card.data.eval_results}
+    assert dataset == ("them/many", "en", "tail", commit)
+    code, out, err = shell(world.env, "reproduce", "many", cwd=world.place)
+    assert code == 0 and "many: bit-equal" in out, out + err
+
+
 def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: World, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(world.place / "out", tmp_path / "mine"))
     (mine / "README.md").write_text((mine / "README.md").read_text() + "\nMy own words.\n")

@@ -19,6 +19,7 @@ SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not 
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
+DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")  # keys of data, of a Hub data set or a table
 TRAINS = "distill"  # the stage whose facts are those of a training
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
@@ -64,10 +65,17 @@ class FidelityFacts(_Facts):
 
 
 class DataFacts(_Facts):
-    """The text: `sha256` is over the calibration and evaluation tokens; `revision` is the commit of a Hub data set."""
+    """The text: `sha256` is over the calibration and evaluation tokens.
+
+    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of `split` evaluate.
+    """
 
     source: str
     revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    evaluation_split: str | None = None
+    column: str | None = None
     sha256: str
     calibration_tokens: NonNegativeInt
     evaluation_tokens: NonNegativeInt
@@ -200,7 +208,8 @@ class Report(_Facts):
         """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
-        for holder, key in ((facts, "recipe"), (facts["data"], "revision")):  # there only where they came from the Hub
+        optional = [(facts, "recipe"), *((facts["data"], key) for key in DATA_PLACE)]  # there only where they are said
+        for holder, key in optional:
             if holder[key] is None:
                 del holder[key]
         return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -147,8 +147,9 @@ def _results(report: Report) -> list[dict[str, Any]]:
         ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
     )
     measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
-    text, commit = _source(report), report.data.revision
-    dataset = {"type": text.split()[0], "name": text} | ({"revision": commit} if commit else {})
+    text, data = _source(report), report.data
+    place = {"config": data.config, "split": data.evaluation_split or data.split, "revision": data.revision}
+    dataset = {"type": text.split()[0], "name": text} | {key: value for key, value in place.items() if value}
     result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}
     return [result] if measured else []
 

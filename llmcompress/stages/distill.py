@@ -56,7 +56,7 @@ class Distill(Lesson):
         text = context.data.training
         if len(text) < length * self.batch:
             raise DataError(
-                f"{context.data.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
+                f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
         windows = Windows(text, length, self.steps * self.batch, context.seed, self.on_policy)
