@@ -435,8 +435,14 @@ def test_what_is_shared_names_no_path_of_this_machine() -> None:
     raw["base"] |= {"model": "/home/someone/models/wikilm-8m", "revision": None}
     raw["compressed"]["model"] = "/home/someone/out/"
     raw["data"]["source"] = "../text/wikitext-2"
-    shared = for_others(Report.model_validate(raw), "me/tiny")
+    there = f"them/student@{REVISION}"
+    taught = distilled(0.4, [50, 0.2], steps=100) | {"teacher": "/home/someone/models/my@teacher", "student": there}
+    found = Report.model_validate(raw | {"stages": [taught]})
+    shared, text = for_others(found, "me/tiny"), card(found, RECIPE, {}, "me/tiny")
     assert (shared.base.model, shared.compressed.model, shared.data.source) == ("wikilm-8m", "me/tiny", "wikitext-2")
+    assert shared.trainings[0].model_dump().items() >= {"teacher": "my@teacher", "student": there}.items()
+    assert f", teacher `my@teacher`, student `them/student` at revision `{REVISION}`" in text
+    assert "someone" not in shared.to_json() + text
     assert for_others(report(), "made/small-nf4") == report()
 
 

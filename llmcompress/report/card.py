@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from llmcompress.data import DEMO
-from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
+from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, StageFacts, TrainingFacts
 from llmcompress.report.render import (
     Rows,
     amount,
@@ -32,6 +32,7 @@ from llmcompress.report.render import (
 from llmcompress.untrusted import Unreadable, yaml_of
 
 LARGEST = 1 << 16  # bytes of front matter
+AT_COMMIT = re.compile(r"([^@]+)@([0-9a-f]{40})")  # how the facts of a stage name a model from the Hub
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
@@ -95,9 +96,9 @@ def for_others(report: Report, repo: str) -> Report:
     """The report as it is shared under the id `repo`: folders and files of this machine by their last names alone."""
     base = report.base.model_copy(update={"model": _base(report)})
     small = report.compressed.model_copy(update={"model": repo})
-    return report.model_copy(
-        update={"base": base, "compressed": small, "data": report.data.model_copy(update={"source": _source(report)})}
-    )
+    data = report.data.model_copy(update={"source": _source(report)})
+    stages = tuple(stage.model_copy(update={role: _spelled(name) for role, name in _named(stage)}) for stage in report.stages)
+    return report.model_copy(update={"base": base, "compressed": small, "data": data, "stages": stages})
 
 
 def _front_of(entries: Mapping[str, Any]) -> str:
@@ -236,8 +237,11 @@ def _trained(training: TrainingFacts) -> str:
     tokens = training.steps_done * training.batch * training.length
     settings = (
         f"`{training.loss}`, {steps(training)} steps of {training.batch:,} x {training.length:,} tokens "
-        f"({amount(tokens)} in all), learning rate {training.learning_rate:g}{_named(training)}"
+        f"({amount(tokens)} in all), learning rate {training.learning_rate:g}"
     )
+    for role, name in _named(training):
+        there = AT_COMMIT.fullmatch(name)
+        settings += f", {role} `{there[1]}` at revision `{there[2]}`" if there else f", {role} `{short_name(name)}`"
     if training.best[0] == 0:
         return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
     return (
@@ -246,15 +250,15 @@ def _trained(training: TrainingFacts) -> str:
     )
 
 
-def _named(training: TrainingFacts) -> str:
-    """The teacher and the student that the recipe names, each at its commit if it came from the Hub."""
-    facts, said = training.model_dump(), ""
-    for role in ("teacher", "student"):
-        name = facts.get(role)
-        if isinstance(name, str):
-            there = re.fullmatch(r"(.+)@([0-9a-f]{40})", name)
-            said += f", {role} " + (f"`{there[1]}` at revision `{there[2]}`" if there else f"`{short_name(name)}`")
-    return said
+def _named(stage: StageFacts | TrainingFacts) -> list[tuple[str, str]]:
+    """The teacher and the student that a recipe names for a training."""
+    facts = stage.model_extra or {}
+    return [(role, name) for role in ("teacher", "student") if isinstance(name := facts.get(role), str)]
+
+
+def _spelled(name: str) -> str:
+    """A model from the Hub at its commit, or the last name of a folder."""
+    return name if AT_COMMIT.fullmatch(name) else short_name(name)
 
 
 def _limits(report: Report) -> str:
