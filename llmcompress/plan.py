@@ -15,7 +15,7 @@ import torch
 
 from llmcompress.contents import left_by
 from llmcompress.factored import Factored
-from llmcompress.prepare import config_of, find_base, pick_device
+from llmcompress.prepare import at_commits, config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
 from llmcompress.stages import sublayers
@@ -43,7 +43,7 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     """Rows for the base and for each stage, and notes in words; raises CompressError as `compress` would for the same input."""
     recipe.require_own_names(base=base)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
-    config = config_of(found.folder, base=True)
+    config, recipe = config_of(found.folder, base=True), at_commits(recipe)
     model = Outline(config, pick_device(device), torch.float32)
     model.model.tie_weights()  # so that a tied head counts once
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))

@@ -16,7 +16,7 @@ from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.plan import per_token, plan
 from llmcompress.residency import Outline
 from llmcompress.run import compress
-from tests.bases import save_base, small_recipe, write_text
+from tests.bases import save_base, small_recipe, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 
@@ -107,6 +107,11 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     ):
         with pytest.raises(ModelError, match=message):
             plan(small_recipe(text, base, **wrong))
+    for role in ("teacher", "student"):
+        taught = staged_recipe(text, base, {"distill": {role: str(tmp_path / "none"), "steps": 1}})
+        for refuse in (plan, lambda given: compress(given, tmp_path / "out")):
+            with pytest.raises(ModelError, match=f"{role} .*none is no folder"):
+                refuse(taught)
     (tmp_path / "empty").mkdir()
     for fields, message in (
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised already"),

@@ -162,19 +162,24 @@ def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World)
 def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) -> None:
     (world.place / "secrets").mkdir(exist_ok=True)
     (world.place / "secrets" / "train.txt").write_text("my words\n" * 999)
-    for number, (entries, option) in enumerate(
-        (
-            ("base: ./base\nstages: [quantize]", "--base"),
-            ("data: {source: secrets}\nstages: [quantize]", "--data"),
-            ("data: {source: /etc}\nstages: [quantize]", "--data"),
-            ("data: {source: ~/mail.txt}\nstages: [quantize]", "--data"),
-            ("stages: [{distill: {teacher: ../teacher}}]", "save it to a file and run that, if you trust it"),
-        )
-    ):
+    cases = {
+        "base: ./base\nstages: [quantize]": "--base",
+        "data: {source: secrets}\nstages: [quantize]": "--data",
+        "data: {source: /etc}\nstages: [quantize]": "--data",
+        "data: {source: ~/mail.txt}\nstages: [quantize]": "--data",
+        "stages: [{distill: {teacher: ../teacher}}]": "save it to a file and run that, if you trust it",
+        "stages: [{distill: {student: ./base}}]": "save it to a file and run that, if you trust it",
+    }
+    script = "import sys\nfrom llmcompress import Recipe, compress\nfrom llmcompress.errors import RecipeError\n"
+    for number, (entries, option) in enumerate(cases.items()):
         world.hub.add(f"evil/recipe-{number}", {"recipe.yaml": entries.encode()})
-        base = () if option == "--base" else ("--base", "them/base")
-        code, _, err = shell(world.env, "run", f"evil/recipe-{number}", *base, "--out", "evil", cwd=world.place)
-        assert code == 2 and "a path here, and one from the Hub may name none" in err and option in err
+        base = None if option == "--base" else "them/base"
+        script += f"try:\n    compress(Recipe.from_pretrained('evil/recipe-{number}'), 'evil', base={base!r})\n"
+        script += "except RecipeError as error:\n    print(error)\n"
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, env={**os.environ, **world.env}, cwd=world.place, capture_output=True, text=True)
+    for said, option in zip(done.stdout.splitlines(), cases.values(), strict=True):
+        assert "a path here, and one from the Hub may name none" in said and said.endswith(option)
     assert not (world.place / "evil").exists()
 
 
