@@ -103,6 +103,7 @@ class Quantizer(HfQuantizer):
             # what the checkpoint lacks was made anew, without the mark
             missing = [f"{name}.{part}" for part, tensor in parts.items() if not hasattr(tensor, "_is_hf_initialized")]
             if missing:
+                require_together(_known(model, self.quantization_config.ties), getattr(model, "hf_device_map", {}))
                 raise ModelError(f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source")
             _check_types(name, module)
             for part, tensor in parts.items():  # the loader turns gradients on for scales
@@ -170,6 +171,20 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
     model.all_tied_weights_keys.update(ties)
     cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
+
+
+def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> None:
+    """Refuse a device_map that tears apart what is one tensor. Errors: ModelError."""
+
+    def place(name: str) -> Any:
+        return next((device_map[key] for key in sorted(device_map, reverse=True) if f"{name}.".startswith(f"{key}.")), None)
+
+    for target, source in ties.items():
+        if place(target) != place(source):
+            raise ModelError(
+                f"{target} and {source} are one tensor, and the device_map puts them on {place(target)} and {place(source)}; "
+                "give one that keeps layers together which share weights"
+            )
 
 
 def unite(model: PreTrainedModel, ties: Mapping[str, str]) -> None:

@@ -367,6 +367,14 @@ def test_a_model_on_the_disk_computes_the_same(layout: Factored, tmp_path: Path)
     torch.testing.assert_close(logits(model), logits(plain))
 
 
+def test_a_device_map_that_tears_layers_apart_is_refused_and_says_which(tmp_path: Path) -> None:
+    artefact(tmp_path)
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    apart = places | {"model.layers.1": "disk"}
+    with pytest.raises(ModelError, match="are one tensor, and the device_map puts them on disk and cpu; give one that keeps"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, device_map=apart, offload_folder=str(tmp_path / "off"))
+
+
 def test_a_tensor_that_is_neither_stored_nor_tied_is_missed(tmp_path: Path) -> None:
     artefact(tmp_path)
     *some, (own, _) = ties_of("llama").items()
