@@ -242,9 +242,18 @@ def _entries(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are equal bit by bit, and in shape and type, wherever they are."""
+    return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_flat(one), _flat(other))
+
+
+def _flat(tensor: Tensor) -> Tensor:
     """The bytes of a tensor as safetensors stores them: row-major, little-endian."""
-    array: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    array: Any = _flat(tensor).numpy()
     return memoryview(array)
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint
+from llmcompress.checkpoint import Checkpoint, same
 from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError
 from llmcompress.push import require_own_recipe
@@ -177,15 +176,10 @@ def _values(one: Checkpoint, other: Checkpoint) -> list[str]:
     found = []
     for name in sorted(one.tensors.keys() & other.tensors.keys()):
         was, now = one.read(name), other.read(name)
-        if was.shape == now.shape and was.dtype == now.dtype and not _same(was, now):
+        if (was.shape, was.dtype) == (now.shape, now.dtype) and not same(was, now):
             found.append(((was != now).float().mean().item(), name))
     lines = [f"{name}: {100 * share:.3g} % of its values differ" for share, name in sorted(found, reverse=True)[:SHOWN]]
     return [*lines, f"and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else lines
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit by bit."""
-    return torch.equal(one.contiguous().reshape(-1).view(torch.uint8), other.contiguous().reshape(-1).view(torch.uint8))
 
 
 def _close(reported: Report, again: Report) -> bool:

@@ -29,7 +29,7 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from llmcompress import native
-from llmcompress.checkpoint import sync, sync_folder, writing
+from llmcompress.checkpoint import same, sync, sync_folder, writing
 from llmcompress.errors import ModelError, OutputError
 
 TURNS = 4  # how often a weight was repacked and turned back, at most, for its origin to be known again
@@ -206,11 +206,7 @@ def _same(data: Tensor, state: Any, other_data: Tensor, other: Any) -> bool:
             (state.state2.absmax, other.state2.absmax),
             (state.state2.code, other.state2.code),
         ]
-    return all(a.dtype == b.dtype and a.shape == b.shape and torch.equal(_bytes(a), _bytes(b)) for a, b in pairs)
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    return all(same(one, another) for one, another in pairs)
 
 
 def _is_rounded(bias: Tensor | None, dtype: torch.dtype) -> bool:

@@ -98,6 +98,10 @@ class Resident(ABC):
         """The units on each axis in one block; only the widths inside blocks can differ between them."""
         return self.anatomy.axis_sizes(config_of_layer(self.config, index))
 
+    def widths_of(self, axis: str) -> tuple[int, ...]:
+        """The units on one axis in each block."""
+        return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
+
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters that the whole model stores, tied ones once; with so many units of some axes in each block, if given."""
         counts, tied = widths or {}, f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None

@@ -120,7 +120,7 @@ class Prune(Budget):
                 raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
             if axis == "hidden" and (why := hidden.why_not(model, self.worth)):
                 raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
-        found = {axis: tuple(model.sizes_of(index)[axis] for index in range(len(model.layers))) for axis in self.axes}
+        found = {axis: model.widths_of(axis) for axis in self.axes}
         if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
             raise ModelError(f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers")
         return found

@@ -47,7 +47,7 @@ def candidates(model: Resident) -> list[tuple[int, str]]:
 def sizes(model: Resident) -> Widths:
     """How many units each block has of the axes of parts."""
     axes = dict.fromkeys(axis for _, axis in candidates(model))
-    return {axis: tuple(model.sizes_of(index)[axis] for index in range(len(model.layers))) for axis in axes}
+    return {axis: model.widths_of(axis) for axis in axes}
 
 
 def widths(model: Resident, gone: Sequence[tuple[int, str]]) -> Widths:
