@@ -16,8 +16,9 @@ from typing import Any
 from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.checkpoint import INDEX, Shard, sync, sync_folder, writing
+from llmcompress.checkpoint import INDEX
 from llmcompress.errors import OutputError
+from llmcompress.shard import Shard, sync, sync_folder, writing
 
 SHARD_BYTES = 5_000_000_000
 KEPT = (*hub.BESIDE, "additional_chat_templates/*.jinja")  # of the base

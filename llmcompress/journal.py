@@ -12,8 +12,9 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.checkpoint import Shard, opened, sync_folder, tensors_digest, writing
+from llmcompress.checkpoint import opened
 from llmcompress.errors import ModelError
+from llmcompress.shard import Shard, sync_folder, tensors_digest, writing
 
 
 class Journal:

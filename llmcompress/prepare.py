@@ -19,12 +19,13 @@ from transformers import (
 )
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint, read_json, require_base, tensors_digest, writing
+from llmcompress.checkpoint import Checkpoint, read_json, require_base
 from llmcompress.data import DEMO, DEMO_MODEL, Blocks, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Resident
+from llmcompress.shard import tensors_digest, writing
 from llmcompress.stages.context import Source
 from llmcompress.texts import DataSpec
 

@@ -19,11 +19,11 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
 
 from llmcompress import hub
-from llmcompress.checkpoint import put, writing
 from llmcompress.data import DEMO
 from llmcompress.errors import RecipeError
 from llmcompress.report import RecipeFacts
 from llmcompress.report.card import recipe_card
+from llmcompress.shard import put, writing
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.formats import Override
 from llmcompress.stages.prune import Prune

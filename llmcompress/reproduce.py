@@ -17,13 +17,14 @@ from typing import Literal
 import torch
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint, same
+from llmcompress.checkpoint import Checkpoint
 from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError
 from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import DATA_PLACE, Report
 from llmcompress.run import compress
+from llmcompress.shard import same
 from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.walk import Track, untracked
 

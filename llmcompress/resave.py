@@ -29,8 +29,8 @@ from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
 from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from llmcompress import native
-from llmcompress.checkpoint import same, sync, sync_folder, writing
 from llmcompress.errors import ModelError, OutputError
+from llmcompress.shard import same, sync, sync_folder, writing
 
 TURNS = 4  # how often a weight was repacked and turned back, at most, for its origin to be known again
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")

@@ -27,11 +27,12 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.anatomy import anatomy_of
 from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
-from llmcompress.checkpoint import check_finite, tensors_digest
+from llmcompress.checkpoint import check_finite
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored
 from llmcompress.family import Anatomy
 from llmcompress.rotate import Rotation
+from llmcompress.shard import tensors_digest
 from llmcompress.stored import Layout, Stored
 from llmcompress.widths import build_layers, config_of_layer, mixed
 

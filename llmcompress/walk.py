@@ -24,10 +24,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmcompress.block import Block
-from llmcompress.checkpoint import writing
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.losses import IGNORED
 from llmcompress.residency import Resident
+from llmcompress.shard import writing
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things

@@ -1,4 +1,4 @@
-"""Checkpoints in every state of disrepair, files against safetensors' own reader, and the journal."""
+"""Checkpoints in every state of disrepair."""
 
 import json
 import shutil
@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from llmcompress import native
-from llmcompress.checkpoint import CODES, Checkpoint, Shard, check_finite
+from llmcompress.checkpoint import Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from tests.models import pico
 
@@ -164,27 +162,3 @@ def test_values_that_are_not_finite_are_counted() -> None:
     weight[0, 0], weight[1, 2] = torch.nan, -torch.inf
     with pytest.raises(ModelError, match="w: 2 of 32 values"):
         check_finite(weight, "w")
-
-
-def some_tensors() -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    tensors = {f"t{i}": (torch.randn(5, 3, generator=generator) * 50).to(dtype) for i, dtype in enumerate(CODES)}
-    strange = {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.randn(4, 6, generator=generator).T}
-    return {**tensors, **strange}
-
-
-@pytest.mark.parametrize("backend", ["mmap", "pread"])
-def test_a_shard_reads_back_through_safetensors(tmp_path: Path, backend: str) -> None:
-    tensors, shard = some_tensors(), Shard(tmp_path / "model.safetensors")
-    for name, tensor in tensors.items():
-        shard.add(name, tensor)
-    shard.close({"format": "pt"})
-    assert [file.name for file in tmp_path.iterdir()] == ["model.safetensors"]  # no spool stays
-    assert shard.size_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    with safe_open(shard.file, framework="pt", backend=backend) as file:
-        assert file.metadata() == {"format": "pt"}
-    found = load_file(shard.file, backend=backend)
-    assert found.keys() == tensors.keys()
-    for name, tensor in tensors.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))

@@ -17,7 +17,7 @@ LAYERS = (
     ("texts",),
     ("hub_texts",),
     ("widths",),
-    ("anatomy", "data", "block", "rotate"),
+    ("anatomy", "data", "block", "rotate", "shard"),
     ("native", "checkpoint", "report", "triton_kernels"),
     ("integer", "kernels", "journal"),
     ("integer_linear", "lookup"),

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from llmcompress.axes import Spelling
 from llmcompress.block import Block
-from llmcompress.checkpoint import writing
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredWeight
 from llmcompress.journal import Journal
@@ -27,6 +26,7 @@ from llmcompress.methods.hessian import Moments
 from llmcompress.methods.lowrank import shared_basis
 from llmcompress.methods.sharing import adjacent, descend
 from llmcompress.residency import Resident
+from llmcompress.shard import writing
 from llmcompress.stages import grouping
 from llmcompress.stages.choice import inner
 from llmcompress.stages.context import Context, Facts
