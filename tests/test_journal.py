@@ -7,7 +7,7 @@ import torch
 
 from llmcompress.errors import CompressError, OutputError
 from llmcompress.journal import Journal
-from tests.test_checkpoint import some_tensors
+from tests.test_shard import some_tensors
 
 
 def test_a_journal_returns_what_was_saved_also_to_the_next_run(tmp_path: Path) -> None:
