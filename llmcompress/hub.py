@@ -65,6 +65,11 @@ def split(name: str) -> tuple[str, str | None]:
     return repo, revision if at else None
 
 
+def is_commit(revision: str | None) -> bool:
+    """Whether a revision is a commit, and no branch or tag."""
+    return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
+
+
 def offline() -> bool:
     """Whether the user has said that there is no network (HF_HUB_OFFLINE)."""
     return bool(constants.HF_HUB_OFFLINE)

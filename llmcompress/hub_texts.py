@@ -6,7 +6,6 @@ has left.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -15,8 +14,6 @@ from llmcompress import hub
 from llmcompress.errors import DataError, first_line
 from llmcompress.shelf import Row, Shelf
 from llmcompress.texts import DataSpec, Texts, row_text
-
-COMMIT = r"[0-9a-f]{40}"
 
 
 def hub_texts(spec: DataSpec) -> Texts:
@@ -54,7 +51,7 @@ def _offline(spec: DataSpec) -> Texts:
     try:
         every = datasets.load_dataset(spec.source, spec.config, revision=wanted)
         commit = next(Path(file["filename"]).parent.name for split in every.values() for file in split.cache_files)
-        if not re.fullmatch(COMMIT, commit) or (commit != wanted and re.fullmatch(COMMIT, wanted or "")):
+        if not hub.is_commit(commit) or (commit != wanted and hub.is_commit(wanted)):
             raise FileNotFoundError(f"only {commit} is")
     except Exception as error:  # as above
         if shelf:

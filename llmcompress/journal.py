@@ -14,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.checkpoint import opened
 from llmcompress.errors import ModelError
-from llmcompress.shard import Shard, sync_folder, tensors_digest, writing
+from llmcompress.shard import Shard, put, sync_folder, tensors_digest, writing
 
 
 class Journal:
@@ -26,12 +26,11 @@ class Journal:
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
         with writing(folder):
-            stored, made = folder / "key", folder / f"key-{os.getpid()}"
+            stored = folder / "key"
             if not stored.is_file() or stored.read_text() != key:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True, exist_ok=True)
-                made.write_text(key)
-                made.replace(stored)
+                put(stored, key)
 
     def get(self, stage: str, block: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
         """A finished block's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""

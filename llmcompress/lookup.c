@@ -69,33 +69,22 @@ static inline __attribute__((always_inline)) void expand_row(const uint8_t *row,
 
 #if WIDE
 
-#define CASE(count) \
+#define CASE(dots, count) \
     case count: \
         if (rows == 1) dots(tile, blocks, x, stride, 1, count, y, R); \
         else dots(tile, blocks, x, stride, ROWS, count, y, R); \
         break;
 
 /* `dots` of one row or ROWS and up to TOKENS tokens, compiled for each number of them. */
-static void dots_of(const Tile *tile, int rows, long blocks, const float *x, long stride, long tokens, float *y, long R) {
-    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
-}
-#undef CASE
+#define DOTS_OF(name, dots, type) \
+    static void name(const Tile *tile, int rows, long blocks, const type *x, long stride, long tokens, float *y, long R) { \
+        switch (tokens) { CASE(dots, 1) CASE(dots, 2) CASE(dots, 3) CASE(dots, 4) } \
+    }
 
-#endif
-
+DOTS_OF(dots_of, dots, float)
 #ifdef HALVES
-
-#define CASE(count) \
-    case count: \
-        if (rows == 1) dots_halves(tile, blocks, x, stride, 1, count, y, R); \
-        else dots_halves(tile, blocks, x, stride, ROWS, count, y, R); \
-        break;
-
-static void dots_of_halves(const Tile *tile, int rows, long blocks, const uint16_t *x, long stride, long tokens, float *y,
-                           long R) {
-    switch (tokens) { CASE(1) CASE(2) CASE(3) CASE(4) }
-}
-#undef CASE
+DOTS_OF(dots_of_halves, dots_halves, uint16_t)
+#endif
 
 #endif
 

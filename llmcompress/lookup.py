@@ -62,7 +62,7 @@ def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits:
     if few >= T or (form() == "avx512" and bits != 8 and not half):
         inputs, levels_GL = (x_TC if half else x_TC.float()).contiguous(), levels_GL.float()
         parts = [matmul(part, packed_RB, levels_GL, rows, bits) for part in inputs.split(FEW)]
-        return torch.cat(parts).to(x_TC.dtype)
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(x_TC.dtype)
     dtype = torch.bfloat16 if x_TC.dtype == torch.bfloat16 and BFLOAT16 else torch.float32
     x_CT, levels_GL = x_TC.to(dtype).t(), levels_GL.to(dtype)
     height = min(R, max(1, PIECE // C))

@@ -121,7 +121,7 @@ def sync(file: BinaryIO) -> None:
 
 def put(file: Path, content: str) -> None:
     """Write a text file, whole or not at all."""
-    half = file.with_name(f".{file.name}.partial")
+    half = file.with_name(f".{file.name}.{os.getpid()}")  # of several processes that write it, the last one's stays
     with half.open("wb") as opened:
         opened.write(content.encode())
         sync(opened)

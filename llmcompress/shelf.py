@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from typing import Any
 
 from llmcompress.cache import cache_folder
 from llmcompress.errors import DataError, first_line
+from llmcompress.shard import put
 
 Row = dict[str, Any]
 END: dict[str, str] = {}  # a row is a string or null
@@ -104,10 +104,8 @@ def _values(file: Path) -> list[Any]:
 
 def _keep(file: Path, text: str) -> None:
     """Write a file, whole or not at all; a cache that can't be written is no reason to stop."""
-    half = file.with_name(f"{file.name}.{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        half.write_text(text, "utf-8")
-        half.replace(file)
+        put(file, text)
     except OSError as error:
         warnings.warn(f"what is read is not kept for later: {file} can't be written ({first_line(error)})", stacklevel=2)

@@ -31,6 +31,7 @@ from tests.hub_cards import wrong_with
 TOKEN = "hf_test"  # the owner's: sees and writes everything
 STRANGER = "hf_stranger"  # valid, but sees no private repository, has accepted no terms, and writes nothing
 OWNER = "user"  # whoami's name; a repository that is created without a namespace goes under it
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}  # over `environment`: no network, and nobody there
 LARGE = 10_000_000  # bytes; what is larger is an LFS object, whatever its name
 LARGE_NAMES = (".safetensors", ".png")  # these are LFS objects at any size
 PIECE = 1 << 20

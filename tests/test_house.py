@@ -13,11 +13,11 @@ LONGEST = 350  # lines
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
     ("errors", "axes", "methods", "processes", "cache", "untrusted"),
-    ("family", "pydocs", "hub", "shelf"),
-    ("texts",),
+    ("family", "pydocs", "hub", "shard"),
+    ("texts", "shelf"),
     ("hub_texts",),
     ("widths",),
-    ("anatomy", "data", "block", "rotate", "shard"),
+    ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "report", "triton_kernels"),
     ("integer", "kernels", "journal"),
     ("integer_linear", "lookup"),

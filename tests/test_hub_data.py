@@ -13,7 +13,7 @@ import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 import pytest
 
 from tests.clients import ask
-from tests.hub_server import STRANGER, TOKEN, Hub, environment, serve
+from tests.hub_server import OFFLINE, STRANGER, TOKEN, Hub, environment, serve
 
 READ = """
 from itertools import islice
@@ -24,9 +24,6 @@ def sides(**spec):
     evaluation = "".join(found.evaluation).split()
     return "".join(found.calibration).split(), evaluation, found.revision
 """
-
-
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 
 
 @pytest.fixture

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from llmcompress.errors import CompressError, OutputError
 from llmcompress.push import push
 from llmcompress.report import Report
-from tests.bases import save_base
+from tests.bases import facts, save_base
 from tests.clients import shell
-from tests.hub_server import TOKEN, Hub, environment, serve
+from tests.hub_server import OFFLINE, TOKEN, Hub, environment, serve
 
 RECIPE = """
 data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}
@@ -53,7 +53,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     """A Hub with a base, a recipe and a text, and `out`, which a run by id made of them and pushed as me/tiny."""
     place = tmp_path_factory.mktemp("world")
     base = save_base(place / "base", num_hidden_layers=2)
-    lines = [json.dumps({"text": f"fact {number} is {number * number} and {number**3}"}) for number in range(400)]
     card = b"---\nlicense: mit\nlanguage: [en]\n---\n# a base\n"
     with serve() as (hub, endpoint):
         files = {file.name: file.read_bytes() for file in base.iterdir()} | {"README.md": card}
@@ -62,7 +61,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
             "recipe": hub.add("them/recipe", {"recipe.yaml": RECIPE.encode()}),
             "texts": hub.add(
                 "them/texts",
-                {"train.jsonl": "\n".join(lines[:300]).encode(), "test.jsonl": "\n".join(lines[300:]).encode()},
+                facts("train.jsonl", "test.jsonl"),
                 kind="dataset",
             ),
         }
@@ -146,7 +145,7 @@ def test_an_artefact_is_a_recipe_for_another_model_and_is_evaluated_by_its_id(wo
 
 
 def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World) -> None:
-    env = world.env | {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
+    env = world.env | OFFLINE
     code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "off", cwd=world.place)
     assert code == 0, err
     report, online = Report.of(world.place / "off"), Report.of(world.place / "out")
@@ -170,16 +169,20 @@ def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) ->
         "stages: [{distill: {teacher: ../teacher}}]": "save it to a file and run that, if you trust it",
         "stages: [{distill: {student: ./base}}]": "save it to a file and run that, if you trust it",
     }
-    script = "import sys\nfrom llmcompress import Recipe, compress\nfrom llmcompress.errors import RecipeError\n"
+    script = "from llmcompress import Recipe, compress\nfrom llmcompress.errors import RecipeError\n"
     for number, (entries, option) in enumerate(cases.items()):
         world.hub.add(f"evil/recipe-{number}", {"recipe.yaml": entries.encode()})
         base = None if option == "--base" else "them/base"
         script += f"try:\n    compress(Recipe.from_pretrained('evil/recipe-{number}'), 'evil', base={base!r})\n"
-        script += "except RecipeError as error:\n    print(error)\n"
+        script += "except RecipeError as error:\n    print(error.exit_code, error)\n"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env={**os.environ, **world.env}, cwd=world.place, capture_output=True, text=True)
     for said, option in zip(done.stdout.splitlines(), cases.values(), strict=True):
-        assert "a path here, and one from the Hub may name none" in said and said.endswith(option)
+        assert (
+            said.startswith("2 recipe evil/")
+            and "a path here, and one from the Hub may name none" in said
+            and said.endswith(option)
+        )
     assert not (world.place / "evil").exists()
 
 
@@ -215,8 +218,8 @@ def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(wo
     (world.place / "lesson.yaml").write_text(yaml.safe_dump(recipe | {"stages": [{"distill": lesson}]}))
     code, _, err = shell(world.env, "run", "lesson.yaml", "--base", "them/base", "--out", "taught", cwd=world.place)
     assert code == 0, err
-    facts = Report.of(world.place / "taught").stages[0].model_dump()
-    assert {role: facts[role] for role in commits} == {role: f"them/{role}@{commit}" for role, commit in commits.items()}
+    first = Report.of(world.place / "taught").stages[0].model_dump()
+    assert {role: first[role] for role in commits} == {role: f"them/{role}@{commit}" for role, commit in commits.items()}
     card = (world.place / "taught" / "README.md").read_text()
     assert all(f", {role} `them/{role}` at revision `{commit}`" in card for role, commit in commits.items())
     assert commits["teacher"] not in (world.place / "taught" / "recipe.yaml").read_text()
@@ -224,19 +227,14 @@ def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(wo
     code, out, err = shell(world.env, "reproduce", "taught", "--out", "taught-again", cwd=world.place)
     assert code == 0 and "taught: bit-equal" in out, out + err
     again = Report.of(world.place / "taught-again").stages[0].model_dump()
-    assert {role: again[role] for role in commits} == {role: facts[role] for role in commits}
+    assert {role: again[role] for role in commits} == {role: first[role] for role in commits}
 
 
 def test_a_text_given_in_the_recipes_words_is_remembered_and_reproduced(world: World) -> None:
-    rows = [json.dumps({"fact": f"fact {number} is {number * number} and {number**3}"}).encode() for number in range(400)]
     head = {"configs": [{"config_name": "en", "data_files": [{"split": s, "path": f"en/{s}.jsonl"} for s in ("head", "tail")]}]}
     commit = world.hub.add(
         "them/many",
-        {
-            "README.md": f"---\n{yaml.safe_dump(head)}---\n".encode(),
-            "en/head.jsonl": b"\n".join(rows[:300]),
-            "en/tail.jsonl": b"\n".join(rows[300:]),
-        },
+        {"README.md": f"---\n{yaml.safe_dump(head)}---\n".encode(), **facts("en/head.jsonl", "en/tail.jsonl", "fact")},
         kind="dataset",
     )
     place = {"config": "en", "split": "head", "evaluation_split": "tail", "column": "fact"}

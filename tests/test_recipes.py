@@ -5,7 +5,6 @@ Text, steps and base are small, so what comes out is no good; how each is done, 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -20,7 +19,7 @@ from huggingface_hub import ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
 from llmcompress.report import Report
-from tests.bases import save_base
+from tests.bases import facts, save_base
 from tests.hub_cards import wrong_with
 from tests.hub_server import TOKEN, environment, serve
 
@@ -58,13 +57,12 @@ def base_of(name: str) -> str:
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[str, bytes]]]:
     """What is on the Hub of each recipe's artefact."""
     place = tmp_path_factory.mktemp("recipes")
-    lines = [json.dumps({"text": f"fact {number} is {number * number} and {number**3}"}).encode() for number in range(400)]
     with serve() as (hub, endpoint):
         card = b"---\nlicense: apache-2.0\nlanguage: [en]\n---\n# a base\n"
         for layers in {4, *LAYERS.values()}:
             base = save_base(place / f"base-{layers}", num_hidden_layers=layers)
             hub.add(f"them/{base.name}", {file.name: file.read_bytes() for file in base.iterdir()} | {"README.md": card})
-        hub.add("them/texts", {"train.jsonl": b"\n".join(lines[:300]), "test.jsonl": b"\n".join(lines[300:])}, kind="dataset")
+        hub.add("them/texts", facts("train.jsonl", "test.jsonl"), kind="dataset")
         command = [sys.executable, "-c", MAKE, *(f"{base_of(name)}={file}" for name, file in RECIPES.items())]
         env = {**os.environ, **environment(endpoint, place / "home", TOKEN), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, cwd=place, capture_output=True, text=True)
@@ -91,7 +89,7 @@ def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(name: st
     base, small, fidelity = report.base, report.compressed, report.fidelity
     assert wrong_with(text) == []
     card: Any = ModelCard(text)  # raises for a model-index that huggingface_hub can't read
-    assert (card.data.license, card.data.language, card.data.library_name) == ("apache-2.0", ["en"], "transformers")
+    assert (card.data.license, card.data.language, card.data["library_name"]) == ("apache-2.0", ["en"], "transformers")
     changed = "quantized" if {stage.name for stage in report.stages} & {"quantize", "codebook"} else "finetune"
     assert (card.data.base_model, card.data["base_model_relation"]) == (base_of(name), changed)
     results = card.data.eval_results

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from llmcompress import hub
 from llmcompress.data import DEMO
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, StageFacts, TrainingFacts
 from llmcompress.report.render import (
@@ -32,7 +33,6 @@ from llmcompress.report.render import (
 from llmcompress.untrusted import Unreadable, yaml_of
 
 LARGEST = 1 << 16  # bytes of front matter
-AT_COMMIT = re.compile(r"([^@]+)@([0-9a-f]{40})")  # how the facts of a stage name a model from the Hub
 INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
@@ -240,8 +240,8 @@ def _trained(training: TrainingFacts) -> str:
         f"({amount(tokens)} in all), learning rate {training.learning_rate:g}"
     )
     for role, name in _named(training):
-        there = AT_COMMIT.fullmatch(name)
-        settings += f", {role} `{there[1]}` at revision `{there[2]}`" if there else f", {role} `{short_name(name)}`"
+        repo, commit = hub.split(name)
+        settings += f", {role} `{repo}` at revision `{commit}`" if hub.is_commit(commit) else f", {role} `{short_name(name)}`"
     if training.best[0] == 0:
         return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
     return (
@@ -258,7 +258,7 @@ def _named(stage: StageFacts | TrainingFacts) -> list[tuple[str, str]]:
 
 def _spelled(name: str) -> str:
     """A model from the Hub at its commit, or the last name of a folder."""
-    return name if AT_COMMIT.fullmatch(name) else short_name(name)
+    return name if hub.is_commit(hub.split(name)[1]) else short_name(name)
 
 
 def _limits(report: Report) -> str:
