@@ -1,6 +1,7 @@
 """The command line: parsing, progress bars and exit codes; what a command does lies elsewhere.
 
-Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts, 1 = a bug.
+Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts, 1 = a bug,
+130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line).
 """
 
 from __future__ import annotations
@@ -15,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from llmcompress.errors import AcceptError, CompressError, OutputError
+from llmcompress import interrupt
+from llmcompress.errors import AcceptError, CompressError
 
 app = typer.Typer(
     name="llmcompress",
@@ -96,16 +98,16 @@ def evaluate(
     """Measure a model: perplexity with its interval, bytes, tokens/s, and the distance from a base."""
     from llmcompress.evaluate import evaluate as measure
     from llmcompress.report.render import print_evaluation
+    from llmcompress.target import require_file, write_file
     from llmcompress.texts import PYTHON_DOCS, DataSpec
 
+    if json_file is not None:
+        require_file(json_file, "--json")
     spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
     result = measure(model, against=against, data=spec, device=device, track=track)
     print_evaluation(result, out)
     if json_file is not None:
-        try:
-            json_file.write_text(json.dumps(result, indent=2) + "\n")
-        except OSError as error:
-            raise OutputError(f"can't write {json_file} ({error.strerror}); give another --json file") from None
+        write_file(json_file, json.dumps(result, indent=2) + "\n", "--json")
 
 
 @app.command()
@@ -160,11 +162,12 @@ def schema() -> None:
 
 def main() -> None:
     """The command `llmcompress`."""
-    try:
-        app()
-    except CompressError as error:
-        err.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
-        sys.exit(error.exit_code)
+    with interrupt.one_line():
+        try:
+            app()
+        except CompressError as error:
+            err.print(f"[bold red]error:[/] {_plain(error)}", soft_wrap=True, highlight=False)
+            sys.exit(error.exit_code)
 
 
 def _plain(error: CompressError) -> str:

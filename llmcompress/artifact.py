@@ -1,12 +1,13 @@
 """The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole or not at all.
 
 Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds the finished blocks of
-the first stage, `journal-1/` those of the second, and so on. A shard is complete on disk before the next begins, so memory is
-one tensor whatever the model's size.
+the first stage, `journal-1/` those of the second, and so on; who holds the `lock` works there, and nobody else. A shard is
+complete on disk before the next begins, so memory is one tensor whatever the model's size.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,7 +19,10 @@ from torch import Tensor
 from llmcompress import hub
 from llmcompress.checkpoint import INDEX
 from llmcompress.errors import OutputError
-from llmcompress.shard import Shard, sync, sync_folder, writing
+from llmcompress.lock import Lock
+from llmcompress.report.render import amount
+from llmcompress.shard import Shard, discard, elsewhere, sync, sync_folder, writing
+from llmcompress.target import appear, resolved, seen
 
 SHARD_BYTES = 5_000_000_000
 KEPT = (*hub.BESIDE, "additional_chat_templates/*.jinja")  # of the base
@@ -30,15 +34,15 @@ def require_space(folder: Path, need: int) -> None:
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < need:
-        raise OutputError(f"{folder} needs {need / 1e9:.2f} GB, {free / 1e9:.2f} are free; make space or choose another --out")
+        raise OutputError(
+            f"{folder} needs {amount(need, 'B')}, {amount(free, 'B')} are free; make space or {elsewhere(folder)}"
+        )
 
 
 def partial_folder(out: str | Path) -> Path:
     """The hidden folder beside `out` in which a run works, the same for every run with this `out`. Errors: OutputError."""
-    out = Path(out).resolve()  # beside the real folder, so that both are on one disk
-    if not out.name:
-        raise OutputError(f"--out {out} is the root of a disk; give the name of a folder")
-    return out.with_name(f".{out.name}.partial")
+    out = resolved(out)  # beside the real folder, so that both are on one disk
+    return resolved(out.with_name(f".{out.name}.partial"))
 
 
 def journal_folder(partial: Path, stage: int) -> Path:
@@ -49,9 +53,11 @@ def journal_folder(partial: Path, stage: int) -> Path:
 class Writer:
     """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
 
-    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals are the run's. As
-    a context it drops what an error leaves behind; only a journal that holds a finished block stays, to go on from.
-    Errors: OutputError where `out` exists (unless overwrite), is or holds the base, or lacks `size_bytes` of space.
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals are the run's. It
+    is held by a lock from the start until the end. As a context it drops what an error leaves behind; only a journal that holds
+    a finished block stays, to go on from, and a result that could not be published.
+    Errors: OutputError where another process works there, where `out` exists (unless overwrite), is or holds the base, or lacks
+    `size_bytes` of space.
     """
 
     def __init__(
@@ -63,29 +69,54 @@ class Writer:
         overwrite: bool = False,
         shard_bytes: int = SHARD_BYTES,
     ) -> None:
-        self.partial = partial_folder(out)
-        self.out, self.base, self.overwrite = Path(out).resolve(), Path(base), overwrite
+        self.partial, self.out = partial_folder(out), resolved(out)
+        self.base, self.overwrite = Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
         self.ties: dict[str, str] = {}  # tensor -> the one that it is tied to; known before the first is added
         self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._weights: dict[str, int] = {}  # name -> number of its shard
+        self._whole = False  # a result that could not be published
         with writing(self.out):
-            if self._replaced.exists() and not self.out.exists():
-                self._replaced.rename(self.out)  # a run died between the two renames of `publish`
-            self._refuse()
-            require_space(self.partial, size_bytes + min(size_bytes, shard_bytes))  # the artefact and one shard's spools
-            shutil.rmtree(self.artifact, ignore_errors=True)
-            self.artifact.mkdir(parents=True)
+            self._made = [folder for folder in self.partial.parents if not folder.exists()]  # the innermost first
+            earlier = self.partial.exists()
+            self._lock = Lock(self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out")
+            try:
+                if self._replaced.exists() and not self.out.exists():
+                    self._replaced.rename(self.out)  # a run died between the two renames of `publish`
+                self._refuse()
+                left = sum(file.stat().st_size for file in self.artifact.rglob("*") if file.is_file())  # which goes
+                require_space(self.partial, size_bytes + min(size_bytes, shard_bytes) - left)  # artefact, one shard's spools
+                self._before = seen(self.out)
+                discard(self.artifact)
+                self.artifact.mkdir()
+            except BaseException:
+                self._leave(kept=earlier)  # what a run before has left is not ours to take
+                raise
 
     def __enter__(self) -> Writer:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is not None and issubclass(kind, Exception):  # not for Ctrl-C: that run goes on later
-            shutil.rmtree(self.artifact, ignore_errors=True)
-            if not (self._replaced.exists() or any(self.partial.glob("journal*/**/*.safetensors"))):
-                shutil.rmtree(self.partial, ignore_errors=True)
+        if kind is not None:
+            self._leave(kept=self._whole or self._replaced.exists())
+
+    def _leave(self, *, kept: bool) -> None:
+        """Drop what can't be gone on from, and the folders that were made for it."""
+        if not kept:
+            discard(self.artifact)
+        if not kept and not any(self.partial.glob("journal*/**/*.safetensors")):
+            self._empty()
+        self._lock.release()
+        for folder in (self.partial, *self._made):
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+    def _empty(self) -> None:
+        """Have all that is in the partial folder gone but the lock, which goes when nothing of ours is left there."""
+        for inside in list(self.partial.iterdir()):
+            if inside != self._lock.file:
+                discard(inside)
 
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()
@@ -158,12 +189,19 @@ class Writer:
                 self._put(name, content)
             for folder in {path.parent for path in self.artifact.rglob("*")}:
                 sync_folder(folder)
-            shutil.rmtree(self._replaced, ignore_errors=True)
-            if self.out.exists():
-                self.out.rename(self._replaced)
-            self.artifact.rename(self.out)
+            discard(self._replaced)
+            try:
+                appear(self.artifact, self.out, self._before, self._replaced)
+            except FileExistsError:
+                self._whole = True
+                raise OutputError(
+                    f"--out {self.out} is not what it was when the run began, and stays as it is; the result is whole in "
+                    f"{self.artifact}: move {self.out} away and give the same command again, or take the result from there"
+                ) from None
             sync_folder(self.out.parent)
-            shutil.rmtree(self.partial, ignore_errors=True)  # the journal too: it has served
+            self._empty()  # the journal too: it has served
+            self._made = []
+            self._leave(kept=True)
         return self.out
 
 

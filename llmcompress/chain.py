@@ -52,6 +52,10 @@ def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
         facts.notes.append(
             f"{earlier} blocks were done by an earlier run that was interrupted; the seconds are those of this run"
         )
+    if damaged := context.journal.damaged:
+        facts.notes.append(
+            f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
+        )
     fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "blocks": facts.blocks}
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
 

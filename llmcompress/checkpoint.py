@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -18,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmcompress.errors import ModelError
-from llmcompress.shard import CODES, content
+from llmcompress.shard import CODES, tensors_digest
 
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # scales and masks by names without a second dot
@@ -28,6 +29,11 @@ BESIDE = (  # scales and masks by names without a second dot
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+FRESH = 2_000_000_000  # nanoseconds: some file systems count seconds, or two
+Stamp = tuple[tuple[tuple[str, int, int, int, int, int], ...], tuple[tuple[str, str], ...]]
+_DIGESTS: dict[Stamp, str] = {}  # of what this process has read whole
 
 
 class Entry(NamedTuple):
@@ -113,15 +119,32 @@ class Checkpoint:
         return count
 
     def fingerprint(self) -> str:
-        """A digest over config, names, shapes and the first 4 KiB of every tensor: cheap, and no two trainings share it."""
-        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
-        for name, entry in sorted(self.tensors.items()):
-            digest.update(f"{name} {entry.shape} {entry.dtype}".encode())
-            rows = self._handles[entry.file].get_slice(self.aliases.get(name, name)) if entry.shape else None
-            width = torch.Size(entry.shape[1:]).numel() * entry.dtype.itemsize
-            head = self.read(name) if rows is None else rows[: min(entry.shape[0], max(1, 4096 // max(1, width)))]
-            digest.update(content(head)[:4096])
-        return digest.hexdigest()
+        """A digest over config, names, shapes and every byte of the tensors, whatever files they are in."""
+        return hashlib.sha256(f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()).hexdigest()
+
+    def digest(self) -> str:
+        """The same without the config. Reads all tensors, but those of files that are known to be as they were then."""
+        stamp = self._stamp()
+        known = None if stamp is None else _DIGESTS.get(stamp)
+        if known is None:
+            each = (tensors_digest({name: self.read(name)}) for name in sorted(self.tensors))
+            known = hashlib.sha256("".join(each).encode()).hexdigest()
+            if stamp is not None and self._stamp() == stamp:
+                _DIGESTS[stamp] = known
+        return known
+
+    def _stamp(self) -> Stamp | None:
+        """Which files these are, and when they changed; None where that is so fresh that a clock may not show the next change.
+
+        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides another content.
+        """
+        found, now = [], time.time_ns()
+        for name in sorted({entry.file for entry in self.tensors.values()}):
+            about = (self.folder / name).stat()
+            if now - max(about.st_mtime_ns, about.st_ctime_ns) < FRESH:
+                return None
+            found.append((name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+        return (tuple(found), tuple(sorted(self.aliases.items())))
 
 
 def check_finite(tensor: Tensor, name: str) -> None:

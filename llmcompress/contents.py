@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,15 +12,16 @@ from torch import Tensor
 
 from llmcompress import four_bit, hub, integer, native, plugin, stored
 from llmcompress.artifact import Writer
+from llmcompress.errors import OutputError, first_line
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import FILE as RECIPE
 from llmcompress.recipe import Recipe
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, TRAINING_PICTURE, Report
 from llmcompress.report.card import card, evaluations, front_matter
-from llmcompress.report.pictures import before_after, error_per_layer, training_curves
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed
+from llmcompress.shard import writing
 from llmcompress.stages.basis import Basis
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
@@ -33,6 +35,7 @@ from llmcompress.steps import Stage
 from llmcompress.stored import Layout, Made, Stored
 from llmcompress.widths import SCHEMA
 
+PICTURES = "llmcompress.report.pictures"  # which takes matplotlib, and that a folder to write to
 EVALUATIONS = ".eval_results/llmcompress.yaml"  # where the Hub looks for them
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
@@ -223,18 +226,29 @@ def ties_of(model: OnDisk) -> dict[str, str]:
     return {head[0]: embedding[0]} if model.config.tie_word_embeddings and head and embedding else {}
 
 
-def companions(report: Report, recipe: Recipe, base: Path) -> dict[str, str | bytes]:
-    """What goes beside the weights: report.json, recipe.yaml, README.md and the pictures, by file name."""
+def require_pictures() -> None:
+    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors: OutputError."""
+    try:
+        importlib.import_module(PICTURES)
+    except OSError as error:
+        raise OutputError(f"{first_line(error)}, or TMPDIR to one") from error
+
+
+def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dict[str, str | bytes]:
+    """What goes beside the weights: report.json, recipe.yaml, README.md and the pictures, by file name.
+
+    The pictures are drawn in a folder within `scratch`. Errors: OutputError where it can't be written.
+    """
     readme, text = base / "README.md", recipe.to_yaml()
     inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() else {}
     files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: text, "README.md": card(report, text, inherited)}
-    pictures = {ERROR_PICTURE: error_per_layer, CHANGE_PICTURE: before_after}
+    pictures = {ERROR_PICTURE: "error_per_layer", CHANGE_PICTURE: "before_after"}
     if entries := evaluations(report):
         files[EVALUATIONS] = hub.evaluation_results(entries)
     if report.trainings:
-        pictures[TRAINING_PICTURE] = training_curves
-    with tempfile.TemporaryDirectory() as folder:
+        pictures[TRAINING_PICTURE] = "training_curves"
+    with writing(scratch), tempfile.TemporaryDirectory(dir=scratch) as folder:
         for name, draw in pictures.items():
-            draw(report, Path(folder) / name)
+            getattr(importlib.import_module(PICTURES), draw)(report, Path(folder) / name)
             files[name] = (Path(folder) / name).read_bytes()
     return files

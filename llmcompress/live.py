@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -43,6 +41,7 @@ from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import fidelity, parameters, peak_memory_bytes
 from llmcompress.residency import Live
 from llmcompress.resize import changed
+from llmcompress.scratch import scratch_folder
 from llmcompress.sparse_linear import SparseWeight
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import Int8
@@ -143,9 +142,9 @@ def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
         now.source, origin = _student(recipe.student, recipe.data.seed, base.device), []
         now.left = dict(now.source.source)
     for step in recipe.stages:
-        with tempfile.TemporaryDirectory() as folder:
-            journal = Journal(Path(folder) / "journal", "in memory")
-            context = Context(teacher, origin, blocks, journal, Path(folder), cache_folder(), recipe.data.seed, track)
+        with scratch_folder() as folder:
+            journal = Journal(folder / "journal", "in memory")
+            context = Context(teacher, origin, blocks, journal, folder, cache_folder(), recipe.data.seed, track)
             now.facts.append(done(step.stage, now.source, context))
             outcome = Outcome(step.stage, now.source, journal)
             origin = outcome.left_of(origin)
@@ -180,8 +179,8 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
 
 def _student(name: str, seed: int, device: torch.device) -> Live:
     """The model that takes the place of the base."""
-    with tempfile.TemporaryDirectory() as folder, no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(fresh_student(name, Path(folder), seed))
+    with scratch_folder() as folder, no_progress_bar():
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(fresh_student(name, folder, seed))
     return Live(model.config, dict(model.state_dict()), device)
 
 

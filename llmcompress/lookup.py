@@ -2,8 +2,10 @@
 
 It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp that torch brought
 along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other
-processes to load. Where anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no kernel and nobody is told: the caller
-has another way.
+processes to load. The file's name holds the sha256 of its content: one that was damaged is compiled again. As loading it runs
+what is in it, both file and folder must belong to this user (or root) and be writable by nobody else; where they are not, the
+kernel is compiled into a private temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS
+is 0, there is no kernel and nobody is told: the caller has another way.
 R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
@@ -16,6 +18,7 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
 import tempfile
 from pathlib import Path
@@ -24,6 +27,9 @@ import torch
 from torch import Tensor
 
 from llmcompress.cache import cache_folder
+from llmcompress.errors import CompressError
+from llmcompress.scratch import scratch_folder
+from llmcompress.shard import discard, sync
 
 SOURCE, HEADER = (Path(__file__).with_name(name) for name in ("lookup.c", "lookup_wide.h"))
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
@@ -156,18 +162,66 @@ def _kernel() -> ctypes.CDLL | None:
         return None
     try:
         return _load(cache_folder() / "kernels")
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError):  # no home, no room, no such symbol
+    except (
+        CompressError,
+        OSError,
+        RuntimeError,
+        AttributeError,
+        subprocess.SubprocessError,
+    ):  # no home, no room, no such symbol
         return None
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
-    """The kernel in a folder, compiled into it where it isn't there."""
-    file = folder / f"lookup-{_digest()}.so"
-    if not file.is_file():
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not any(_compile(found, file) for found in filter(None, map(shutil.which, COMPILERS))):
+    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may write there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_private(folder) and not any(map(_is_open, folder.parents)):
+        return _made(folder)
+    with scratch_folder() as own:
+        return _made(own)
+
+
+def _made(folder: Path) -> ctypes.CDLL | None:
+    """The kernel in a folder of ours, compiled into it where it isn't there."""
+    kernel = _found(folder)
+    if kernel is None:
+        if not any(_compile(compiler, folder) for compiler in filter(None, map(shutil.which, COMPILERS))):
             return None
-    kernel = ctypes.CDLL(str(file))
+        kernel = _found(folder)
+    return None if kernel is None else _declared(kernel)
+
+
+def _found(folder: Path) -> ctypes.CDLL | None:
+    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that name goes."""
+    for file in sorted(folder.glob(f"lookup-{_digest()}-*.so")):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if file.name == _name(opened.read()) and _is_private(file):
+                return ctypes.CDLL(str(file))
+        discard(file)
+    return None
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's or root's, and nobody else may write to it."""
+    if not hasattr(os, "geteuid"):  # not a POSIX system, where a home is its owner's alone
+        return True
+    about = path.lstat()
+    return about.st_uid in (0, os.geteuid()) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_open(folder: Path) -> bool:
+    """Whether anyone may put other folders in the place of those in it."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+def _name(content: bytes) -> str:
+    """What a compiled kernel is called."""
+    return f"lookup-{_digest()}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
+    """The kernel, with the types of what its functions take and return."""
     pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernel.lookup_form.restype, kernel.lookup_form.argtypes = ctypes.c_char_p, ()
     kernel.lookup_halves.restype, kernel.lookup_halves.argtypes = small, ()
@@ -185,12 +239,12 @@ def _digest() -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _compile(compiler: str, file: Path) -> bool:
-    """Whether a compiler makes the file, which appears whole or not at all, however many processes try."""
+def _compile(compiler: str, target: Path) -> bool:
+    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many processes try."""
     threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
     if not threads:
         return False
-    with tempfile.TemporaryDirectory(dir=file.parent) as folder:
+    with tempfile.TemporaryDirectory(dir=target) as folder:
         object_file, made = Path(folder) / "lookup.o", Path(folder) / "lookup.so"
         for step in (
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
@@ -198,5 +252,9 @@ def _compile(compiler: str, file: Path) -> bool:
         ):
             if subprocess.run(step, capture_output=True, timeout=120, check=False).returncode:
                 return False
-        made.replace(file)
+        made.chmod(0o600)
+        with made.open("rb+") as file:
+            name = _name(file.read())
+            sync(file)
+        made.replace(target / name)
     return True

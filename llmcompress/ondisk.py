@@ -60,7 +60,7 @@ class OnDisk(Resident):
         return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
 
     def fingerprint(self) -> str:
-        """A digest over config, names, shapes and the first 4 KiB of every tensor."""
+        """A digest over config, names, shapes and every byte of the tensors."""
         return self.checkpoint.fingerprint()
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -25,7 +24,7 @@ from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Resident
-from llmcompress.shard import tensors_digest, writing
+from llmcompress.shard import writing
 from llmcompress.stages.context import Source
 from llmcompress.texts import DataSpec
 
@@ -112,12 +111,7 @@ def source_of(name: str, device: torch.device) -> Source:
     """A model by folder, Hub id or `demo`, not read yet."""
     folder = find_base(name, wanted="teacher").folder
     checkpoint = Checkpoint.open(folder)
-
-    def digest() -> str:
-        every = (tensors_digest({name: checkpoint.read(name)}) for name in sorted(checkpoint.tensors))
-        return hashlib.sha256("".join(every).encode()).hexdigest()
-
-    return Source(partial(OnDisk, folder, device), checkpoint.fingerprint, digest)
+    return Source(partial(OnDisk, folder, device), checkpoint.fingerprint, checkpoint.digest)
 
 
 def require_kin(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:

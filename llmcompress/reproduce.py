@@ -7,7 +7,6 @@ differ without anyone's fault is said first (versions, device), and text that is
 from __future__ import annotations
 
 import re
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +18,14 @@ import torch
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.data import DEMO
-from llmcompress.errors import DataError, ModelError
+from llmcompress.errors import DataError, ModelError, OutputError
 from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import DATA_PLACE, Report
 from llmcompress.run import compress
+from llmcompress.scratch import scratch_folder
 from llmcompress.shard import same
+from llmcompress.target import resolved
 from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.walk import Track, untracked
 
@@ -61,14 +62,16 @@ def reproduce(
     artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or is not the same text.
     """
     folder, recipe = _artefact(name)
+    if out is not None:
+        _require_apart(resolved(out), folder)
     reported = Report.of(folder)
     require_own_recipe(reported, recipe, folder)
     base = base or _base(reported, recipe)
     text = recipe.data.with_text(data) if data else _text(reported, recipe)
     recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
     on_cpu = torch.device(device or "cpu").type == "cpu"
-    with _threads(threads_of(reported.environment.device) if on_cpu else None), tempfile.TemporaryDirectory() as scratch:
-        target = Path(out or Path(scratch) / "again")
+    with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
+        target = scratch / "again" if out is None else Path(out)
         again = compress(
             recipe, target, base=base, data=text, device=device, tokens_sha256=reported.data.sha256, overwrite=overwrite,
             track=track,
@@ -98,6 +101,12 @@ def threads_of(device: str) -> int | None:
     """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None without them."""
     found = re.search(r"(\d+) threads$", device)
     return int(found[1]) if found else None
+
+
+def _require_apart(out: Path, folder: Path) -> None:
+    """Refuse to write the second artefact over the first, or over what it lies in. Errors: OutputError."""
+    if folder.resolve().is_relative_to(out):
+        raise OutputError(f"--out {out} is or holds the artefact {folder} that is compared with; choose another --out")
 
 
 def _artefact(name: str) -> tuple[Path, Recipe]:

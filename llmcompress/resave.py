@@ -31,6 +31,7 @@ from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 from llmcompress import native
 from llmcompress.errors import ModelError, OutputError
 from llmcompress.shard import same, sync, sync_folder, writing
+from llmcompress.target import Seen, appear, seen
 
 TURNS = 4  # how often a weight was repacked and turned back, at most, for its origin to be known again
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
@@ -56,16 +57,17 @@ def save_native(
     folder = Path(save_directory).resolve()
     if folder.is_file():
         raise OutputError(f"{folder} is a file; give the name of a folder")
-    if not overwrite and folder.exists() and any(folder.iterdir()):
+    before = seen(folder)
+    if not overwrite and before:
         raise OutputError(f"{folder} is not empty; choose another folder or pass overwrite=True")
     _mend(model)
     with writing(folder):
-        _write(model, folder, max_shard_size)
+        _write(model, folder, before, max_shard_size)
     return folder
 
 
-def _write(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> None:
-    """Let the model appear in a folder by one rename, beside what else is there."""
+def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: int | str) -> None:
+    """Let the model appear in a folder by one rename, beside what else was seen there before. Errors: OutputError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     fresh, replaced = staging / "fresh", staging / "replaced"
@@ -75,14 +77,17 @@ def _write(model: PreTrainedModel, folder: Path, max_shard_size: int | str) -> N
             shutil.copytree(folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ())
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         _flush(fresh)
-        if folder.exists():
-            folder.rename(replaced)
-        fresh.rename(folder)
+        appear(fresh, folder, before, replaced)
         sync_folder(folder.parent)
+    except FileExistsError:
+        raise OutputError(
+            f"{folder} is not what it was when saving began, and stays as it is; save to another folder"
+        ) from None
     finally:
         if replaced.exists() and not folder.exists():
             replaced.rename(folder)
-        shutil.rmtree(staging, ignore_errors=True)
+        if not replaced.exists():
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def _flush(folder: Path) -> None:

@@ -7,6 +7,7 @@ whole and within what the recipe accepts. A run that died is started again with 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import tempfile
@@ -25,10 +26,11 @@ from llmcompress.artifact import Writer, journal_folder, partial_folder
 from llmcompress.cache import cache_folder
 from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.contents import Outcome, companions, write_weights
+from llmcompress.contents import Outcome, companions, require_pictures, write_weights
 from llmcompress.data import Blocks
 from llmcompress.errors import DataError
 from llmcompress.evaluate import speed_of
+from llmcompress.joint import joint_folder, write_joint
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.prepare import (
@@ -46,12 +48,13 @@ from llmcompress.prepare import (
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.report.measure import Fidelity, fidelity, peak_memory_bytes
+from llmcompress.shard import discard
 from llmcompress.stages.context import Context, Source
 from llmcompress.stages.distill import Distill
 from llmcompress.texts import DataSpec
 from llmcompress.walk import Track, logits, untracked
 
-JOINT = "joint"  # in a stage's journal: the model that it left
+SOURCES = ("*.py", "*.c", "*.h")  # of this package
 
 
 def compress(
@@ -73,11 +76,13 @@ def compress(
     """
     start = time.monotonic()
     recipe.require_own_names(base=base, data=data)
+    place = partial_folder(out)
+    require_pictures()
     processes.join(device)
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
     spec = recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
-    where, place, tokenizer = pick_device(device), partial_folder(out), tokenizer_of(found.folder)
+    where, tokenizer = pick_device(device), tokenizer_of(found.folder)
     pinned = at_commits(recipe)
     require_kin(pinned, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
@@ -99,7 +104,7 @@ def compress(
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
             report.require(**recipe.accept.model_dump())
-            writer.publish(companions(report, recipe, found.folder))
+            writer.publish(companions(report, recipe, found.folder, place))
     processes.wait()
     return Report.of(out)
 
@@ -118,6 +123,8 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
     if recipe.student is None:
         return None
     with processes.first_alone() as writes:
+        if writes:
+            discard(place / "student")  # whatever is there
         return fresh_student(recipe.student, place / "student", seed, write=writes)
 
 
@@ -147,9 +154,9 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
         origin = outcome.left_of(origin)
         if number < len(recipe.stages) - 1:
             with processes.first_alone() as writes:
-                if writes:
-                    _joint(journal, model, outcome, base.folder)
-            model = OnDisk(journal.folder / JOINT, model.device, quantized=bool(outcome.chosen) or model.has_codes)
+                if writes and (note := write_joint(journal, model, outcome, base.folder)):
+                    facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
+            model = OnDisk(joint_folder(journal), model.device, quantized=bool(outcome.chosen) or model.has_codes)
     return Chained(model, outcome, facts)
 
 
@@ -181,15 +188,6 @@ def _measure(
     return before, after, measured
 
 
-def _joint(journal: Journal, model: OnDisk, outcome: Outcome, base: Path) -> None:
-    """Write the model between two stages, a checkpoint in the journal of the first: it goes when that one does."""
-    folder = journal.folder / JOINT
-    if not folder.is_dir():
-        with Writer(folder, base, size_bytes=model.checkpoint.size_bytes) as writer:
-            write_weights(writer, model, outcome)
-            writer.publish({})
-
-
 def _require_sound(model: OnDisk) -> None:
     """Refuse a base with lost, misshapen or non-finite weights now, not hours later: it costs one read of the base."""
     for index in range(len(model.layers)):
@@ -201,9 +199,18 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Block
     """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions]
+    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions, _own_source()]
     text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def _own_source() -> str:
+    """Digest of the source of this package, in which its version is too: an editable one changes under the same version."""
+    folder, digest = Path(__file__).parent, hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
 
 
 def _speed(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:

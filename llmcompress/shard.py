@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from llmcompress.cache import cache_folder
 from llmcompress.errors import OutputError
+from llmcompress.scratch import is_scratch
 
 CODES = {
     torch.float64: "F64",
@@ -61,8 +63,14 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         why = " ".join(str(getattr(error, "strerror", None) or error).split())
-        other = "set LLMCOMPRESS_CACHE to another folder" if path.is_relative_to(cache_folder()) else "choose another --out"
-        raise OutputError(f"can't write {path} ({why}); free space there or {other}") from error
+        raise OutputError(f"can't write {path} ({why}); free space there or {elsewhere(path)}") from error
+
+
+def elsewhere(path: Path) -> str:
+    """What to do for a path to be somewhere else."""
+    if path.is_relative_to(cache_folder()):
+        return "set LLMCOMPRESS_CACHE to another folder"
+    return "set TMPDIR to another folder" if is_scratch(path) else "choose another --out"
 
 
 class Shard:
@@ -121,11 +129,23 @@ def sync(file: BinaryIO) -> None:
 
 def put(file: Path, content: str) -> None:
     """Write a text file, whole or not at all."""
-    half = file.with_name(f".{file.name}.{os.getpid()}")  # of several processes that write it, the last one's stays
-    with half.open("wb") as opened:
-        opened.write(content.encode())
-        sync(opened)
-    half.replace(file)
+    half = file.with_name(f".{file.name}.{secrets.token_hex(8)}")  # of several that write it, the last one's stays
+    try:
+        with half.open("xb") as opened:
+            opened.write(content.encode())
+            sync(opened)
+        half.replace(file)
+    except BaseException:
+        half.unlink(missing_ok=True)
+        raise
+
+
+def discard(path: Path) -> None:
+    """Have a file, a link or a folder with all that is in it gone, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcompress import contents
-from llmcompress.report import Report, measure
+from llmcompress.report import Report, measure, pictures
 
 torch.set_num_threads(1)
 EVALUATE = importlib.import_module("llmcompress.evaluate")  # under whose name the package has the function
@@ -31,7 +30,7 @@ def short_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("before_after", "error_per_layer"):
-            patch.setattr(contents, draw, _no_picture)
+            patch.setattr(pictures, draw, _no_picture)
         patch.setattr(EVALUATE, "speed", partial(measure.speed, decode_tokens=2, repeats=1))
         yield
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Trainer
 
 from llmcompress.data import load_data
 from llmcompress.errors import DataError, ModelError, RecipeError
+from llmcompress.manifest import MANIFEST, manifest_of
 from llmcompress.plan import plan
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
@@ -230,12 +231,20 @@ def test_one_that_was_interrupted_goes_on_and_ends_the_same(
 
 
 def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
-    for step, text in ((2, "{}"), (10, "{}"), (30, '{"a": '), (40, None)):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        if text is not None:
-            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(text)
+    states = {2: "{}", 10: '{"best_model_checkpoint": "/at/that/time/checkpoint-2"}', 30: "{}", 40: "{}"}
+    for step, text in states.items():
+        folder = tmp_path / f"checkpoint-{step}"
+        folder.mkdir()
+        (folder / "trainer_state.json").write_text(text)
+        (folder / "model.safetensors").write_bytes(b"weights")
+        if step < 40:  # the last was under way
+            (folder / MANIFEST).write_text(manifest_of(folder))
+    (tmp_path / "checkpoint-30" / "model.safetensors").write_bytes(b"weighty")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}, "no best one is taken from others"
     assert last_checkpoint(tmp_path / "none") is None
+    (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
+    assert last_checkpoint(tmp_path) is None, "the best one is what stays in the end"
 
 
 def test_training_that_leaves_the_numbers_keeps_what_was_good(

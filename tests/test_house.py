@@ -12,9 +12,10 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods", "processes", "cache", "untrusted"),
-    ("family", "pydocs", "hub", "shard"),
-    ("texts", "shelf"),
+    ("errors", "axes", "methods", "processes", "cache", "untrusted", "interrupt"),
+    ("family", "pydocs", "hub", "lock", "manifest", "scratch"),
+    ("shard",),
+    ("texts", "shelf", "target"),
     ("hub_texts",),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
@@ -41,7 +42,7 @@ LAYERS = (
     ("recipe",),
     ("prepare", "contents"),
     ("evaluate", "plan"),
-    ("chain",),
+    ("chain", "joint"),
     ("run", "live", "push"),
     ("reproduce",),
     ("__init__", "__main__"),

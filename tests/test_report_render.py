@@ -539,7 +539,7 @@ def test_an_evaluation_that_gave_no_number_is_left_out_of_the_line(tmp_path: Pat
 
 def test_only_what_was_trained_has_a_section_and_a_picture(tmp_path: Path) -> None:
     recipe = Recipe.model_validate(yaml.safe_load(RECIPE))
-    plain, taught = companions(report(), recipe, tmp_path), companions(trained(), recipe, tmp_path)
+    plain, taught = (companions(told, recipe, tmp_path, tmp_path) for told in (report(), trained()))
     assert taught.keys() - plain.keys() == {"training.png"}
     assert "Training" not in str(plain["README.md"])
     assert "training.png" in str(taught["README.md"])

@@ -358,7 +358,7 @@ def test_no_space_on_the_disk_is_told_before_anything_is_written(
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(OutputError, match=r"needs 0.00 GB, 0.00 are free"):
+    with pytest.raises(OutputError, match=r"needs .* [kM]B, 1 kB are free"):
         compress(small_recipe(text, base), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 

@@ -20,8 +20,8 @@ class Source:
     """A model that is not read yet."""
 
     open: Callable[[], Resident]
-    fingerprint: Callable[[], str]  # a digest of its weights that costs little, and which no other training shares
-    digest: Callable[[], str]  # one of every weight, whole
+    fingerprint: Callable[[], str]  # a digest of its config and every weight
+    digest: Callable[[], str]  # one of the weights alone
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,8 @@ class Distill(Lesson):
     def apply(self, model: Resident, context: Context) -> Facts:
         """Train, unless the journal holds the result; leave the weights that learned there, block by block."""
         journal = context.journal
-        if not journal.has(DONE, 0):
+        entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]
+        if not all(journal.has(*entry) for entry in entries):
             with no_progress_bar():
                 self._train(model, context)
         found = journal.load(DONE, 0)[1]

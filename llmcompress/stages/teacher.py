@@ -113,7 +113,8 @@ class Kept:
     ) -> None:
         k = min(k, 1 << 16)
         key = hashlib.sha256(f"{key} {k} {temperature} {SHARD}".encode()).hexdigest()
-        self.journal, self.temperature, self.windows_NL = Journal(folder / key[:32], key), temperature, windows_NL
+        self.journal = Journal(folder / key[:32], key, shared=True)  # two runs may ask for the same; both write the same
+        self.temperature, self.windows_NL = temperature, windows_NL
         self.shards: list[dict[str, Tensor]] = []
         names = [_name(shard) for shard in windows_NL.split(SHARD)]
         lacking = {name: shard for name, shard in zip(names, windows_NL.split(SHARD), strict=True) if not self._has(name)}

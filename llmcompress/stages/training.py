@@ -29,7 +29,10 @@ from transformers import (
     TrainingArguments,
 )
 
+from llmcompress import processes
+from llmcompress.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.methods.losses import Kind, token_loss
+from llmcompress.shard import discard, put
 from llmcompress.stages.matching import PROJECTION, Matching
 from llmcompress.stages.teacher import WINDOW, Recalled, Said, Teacher, asked, said
 from llmcompress.walk import next_tokens
@@ -174,7 +177,7 @@ class DistillTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, and ends a training that has left the numbers."""
+    """Shows progress, ends a training that has left the numbers, and marks checkpoints that are complete."""
 
     def __init__(self, progress: Iterator[Any]) -> None:
         self.progress = progress
@@ -183,6 +186,13 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """One step more."""
         next(self.progress, None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint is complete: its manifest says so."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        processes.wait()
+        if processes.first():
+            put(folder / MANIFEST, manifest_of(folder))
 
     def on_log(
         self,
@@ -199,11 +209,27 @@ class Watch(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a training that was written to its end: its state is what is written last."""
-    for found in sorted(folder.glob("checkpoint-*"), key=lambda path: -int(path.name.rpartition("-")[2])):
-        try:
-            json.loads((found / "trainer_state.json").read_text())
-            return found
-        except (OSError, ValueError):
-            continue
-    return None
+    """The last checkpoint of a training that is as it was written, and so is the best one until then; others are deleted.
+
+    `Watch` writes a manifest into each when it is complete.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: _step(path), reverse=True)
+    sound = [path for path in found if is_sound(path)]
+    best = {path: _best(path) for path in sound}
+    fit = [path for path in sound if best[path] is None or best[path] in {other.name for other in sound}]
+    for path in found:
+        if path not in sound or (fit and _step(path) > _step(fit[0])):
+            discard(path)
+    return fit[0] if fit else None
+
+
+def _step(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name; -1 for what is none."""
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() and step.isascii() else -1
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the best checkpoint until then."""
+    best = json.loads((checkpoint / "trainer_state.json").read_text()).get("best_model_checkpoint")
+    return Path(best).name if best else None

@@ -1,0 +1,96 @@
+"""What Ctrl-C and SIGTERM do to the command `llmcompress`: one line, an exit code of 128 and the signal's number, no traceback.
+
+Importing torch and transformers takes seconds, so the package imports this first: while nothing has begun, a signal ends the
+process at once. Later it is raised as an exception, for folders of temporary files to go. In a program that only imports the
+package nothing is changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+GOES_ON = "the same command goes on where it was"
+MEANS = {"run": GOES_ON, "push": "the same command goes on, and what has arrived is not sent again"}
+
+
+class Interrupted(BaseException):
+    """A signal has come, by its number; no `except Exception` takes it for an error, and no library for its own business."""
+
+
+def is_command() -> bool:
+    """Whether this process is the command line, and not a program that imports the package."""
+    program = Path((getattr(sys, "argv", None) or [""])[0])
+    started = ("-m", "llmcompress") in pairwise(sys.orig_argv) and program.name in ("-m", "__main__.py")
+    return started or program.stem == "llmcompress" or program.parts[-2:] == ("llmcompress", "__main__.py")
+
+
+@contextlib.contextmanager
+def one_line() -> Iterator[None]:
+    """A signal ends what is done in the context, in order, and then the process: SystemExit."""
+    before = {number: signal.signal(number, _raise) for number in SIGNALS if _answers(number)}
+    try:
+        yield
+    except Interrupted as stopped:
+        _tell(stopped.args[0])
+        sys.exit(128 + stopped.args[0])
+    except Exception as error:
+        if (stopped_by := _cause(error)) is None:
+            raise
+        _tell(stopped_by)  # a library made another error of it
+        sys.exit(128 + stopped_by)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _answers(number: int) -> bool:
+    """Whether a signal may be answered: nohup, and shells that start a job in the background, have it ignored."""
+    return signal.getsignal(number) not in (signal.SIG_IGN, None)
+
+
+def _raise(number: int, frame: FrameType | None) -> None:
+    raise Interrupted(number)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    _tell(number)
+    os._exit(128 + number)
+
+
+def _cause(error: BaseException | None) -> int | None:
+    """The signal that an error comes from, if it does."""
+    while error is not None:
+        if isinstance(error, Interrupted):
+            return int(error.args[0])
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def _tell(number: int) -> None:
+    """Say it, once for all processes of a run."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(2, f"{_line(number, sys.argv[1:])}\n".encode())
+
+
+def _line(number: int, arguments: list[str]) -> str:
+    """What a signal means for a command."""
+    what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+    command = arguments[0] if arguments else ""
+    kept = any(argument.partition("=")[0] == "--out" for argument in arguments)
+    means = GOES_ON if command == "reproduce" and kept else MEANS.get(command)
+    return f"{what}: {means}" if means else f"{what}: nothing is left of it"
+
+
+if is_command():
+    for _number in SIGNALS:
+        if _answers(_number):
+            signal.signal(_number, _leave)
