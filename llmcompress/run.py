@@ -199,15 +199,15 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Block
     """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions, _own_source()]
+    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions, source_digest(Path(__file__).parent)]
     text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
-def _own_source() -> str:
-    """Digest of the source of this package, in which its version is too: an editable one changes under the same version."""
-    folder, digest = Path(__file__).parent, hashlib.sha256()
+def source_digest(folder: Path) -> str:
+    """Digest of the source of a package, in which its version is too: an editable one changes under the same version."""
+    digest = hashlib.sha256()
     for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -1,7 +1,9 @@
 """The artefact's folder: what is in it, that it loads, and that nothing half-written is ever seen."""
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -234,3 +236,68 @@ def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     again = files(write(out, base, state, overwrite=True))
     assert again == (before or files(write(tmp_path / "other", base, state)))
     assert not partial_folder(out).exists()
+
+
+def test_one_writer_at_a_time_works_on_a_result(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+    out = tmp_path / "out"
+    with Writer(out, base, size_bytes=1) as writer:
+        writer.add(state)
+        before = files(writer.partial)
+        told = refusal(lambda: Writer(out, base, size_bytes=1, overwrite=True))
+        assert f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another --out" in told
+        assert files(writer.partial) == before
+        writer.close(Checkpoint.open(base).config)
+        writer.publish({})
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
+
+
+def write_while(
+    happens: Callable[[], object], out: Path, base: Path, state: dict[str, Tensor], overwrite: bool = False
+) -> None:
+    """Write an artefact; something happens just before it is published."""
+    with Writer(out, base, size_bytes=1, overwrite=overwrite) as writer:
+        writer.add(state)
+        writer.close(Checkpoint.open(base).config)
+        happens()
+        writer.publish({"report.json": "{}"})
+
+
+def test_what_appeared_meanwhile_stays_and_the_result_too(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+    out = tmp_path / "out"
+
+    def appears() -> None:
+        out.mkdir()
+        (out / "letter.txt").write_text("dear")
+
+    write_while(lambda: None, tmp_path / "whole", base, state)
+    whole = files(tmp_path / "whole")
+    told = refusal(lambda: write_while(appears, out, base, state))
+    kept = partial_folder(out) / "artifact"
+    assert f"stays as it is; the result is whole in {kept}: move {out} away and give the same command again" in told
+    assert files(out) == {"letter.txt": b"dear"} and files(kept) == whole
+    assert "exists" in refusal(lambda: Writer(out, base, size_bytes=1))
+    assert files(kept) == whole, "who is refused takes nothing away"
+    out.rename(tmp_path / "moved")
+    write_while(lambda: None, out, base, state)
+    assert files(out) == whole and not partial_folder(out).exists()
+
+
+def test_an_artefact_that_changed_meanwhile_is_not_overwritten(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+    out = write(tmp_path / "out", base, state)
+    told = refusal(lambda: write_while(lambda: (out / "notes.txt").write_text("mine"), out, base, state, overwrite=True))
+    assert "is not what it was when the run began" in told
+    assert files(out)["notes.txt"] == b"mine" and "model.safetensors" in files(out)
+
+
+@pytest.mark.parametrize("error", [OutputError("no"), KeyboardInterrupt()])
+def test_who_leaves_without_a_finished_block_leaves_nothing(
+    error: BaseException, tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
+    def fails() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        write_while(fails, tmp_path / "a" / "b" / "out", base, state)
+    need = shutil.disk_usage(tmp_path).total * 10
+    assert "are free" in refusal(lambda: Writer(tmp_path / "a" / "b" / "out", base, size_bytes=need))
+    assert {path.name for path in tmp_path.iterdir()} == {"base"}

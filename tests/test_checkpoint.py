@@ -1,7 +1,9 @@
 """Checkpoints in every state of disrepair."""
 
 import json
+import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmcompress import native
+from llmcompress import checkpoint, native
 from llmcompress.checkpoint import Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from tests.models import pico
@@ -162,3 +164,33 @@ def test_values_that_are_not_finite_are_counted() -> None:
     weight[0, 0], weight[1, 2] = torch.nan, -torch.inf
     with pytest.raises(ModelError, match="w: 2 of 32 values"):
         check_finite(weight, "w")
+
+
+def test_a_fingerprint_and_a_digest_read_every_byte(base: Path) -> None:
+    file = next(iter(sorted(base.glob("*.safetensors"))))
+    whole, seen = file.read_bytes(), set[tuple[str, str]]()
+    start = 8 + int.from_bytes(whole[:8], "little")
+    places = [start, *range(start + 4097, len(whole), 50_021), len(whole) - 1]
+    for place in places:
+        file.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        opened = Checkpoint.open(base)
+        seen.add((opened.fingerprint(), opened.digest()))
+    assert len({one for one, _ in seen}) == len({other for _, other in seen}) == len(set(places))
+
+
+def test_files_that_are_as_they_were_are_read_once(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    plain = Checkpoint.read
+    monkeypatch.setattr(Checkpoint, "read", lambda self, name: (read.append(name), plain(self, name))[1])
+    first = Checkpoint.open(base).digest()
+    once = len(read)
+    assert Checkpoint.open(base).digest() == first and len(read) == 2 * once, "so fresh that a clock may not tell"
+    monkeypatch.setattr(checkpoint, "FRESH", -1)
+    assert [Checkpoint.open(base).digest() for _ in range(3)] == [first] * 3 and len(read) == 3 * once
+    file = next(iter(sorted(base.glob("*.safetensors"))))
+    content, before = bytearray(file.read_bytes()), file.stat()
+    content[-1] ^= 1
+    time.sleep(0.05)  # more than a tick of the file system's clock
+    file.write_bytes(content)
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))  # as a copy that keeps the date
+    assert Checkpoint.open(base).digest() != first

@@ -1,5 +1,6 @@
 """The journal: what is saved is read back by the next run, and what is damaged or another run's counts as not done."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 from llmcompress.errors import CompressError, OutputError
 from llmcompress.journal import Journal
+from llmcompress.shard import Shard, tensors_digest
 from tests.test_shard import some_tensors
 
 
@@ -54,3 +56,46 @@ def test_a_journal_that_cannot_be_written_says_so(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="can't write") as caught:
         Journal(tmp_path / "file" / "journal", "key")
     assert isinstance(caught.value, CompressError)
+
+
+def test_a_key_that_can_not_be_read_and_facts_that_are_no_json_count_as_not_done(tmp_path: Path) -> None:
+    folder = tmp_path / "journal"
+    for damage in (b"", b"\xff", b"k\0y"):
+        Journal(folder, "key").save("quantize", 0, {"w": torch.ones(2)}, {})
+        (folder / "key").write_bytes(damage)
+        journal = Journal(folder, "key")
+        assert not journal.has("quantize", 0) and journal.damaged == {"key"}
+    for text in ("{", "[" * 100_000, "\ud800"):
+        shard = Shard(folder / "shard")
+        tensors = {"w": torch.ones(2)}
+        shard.add("w", tensors["w"])
+        sha = tensors_digest(tensors, text) if text != "\ud800" else ""
+        shard.close({"key": "key", "facts": text, "sha256": sha})
+        shard.file.replace(journal.file("quantize", 0))
+        assert not journal.has("quantize", 0)
+    assert journal.damaged == {"key", "quantize.00000.safetensors"}
+
+
+def test_a_folder_in_the_place_of_a_block_is_replaced(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal", "key")
+    (journal.file("quantize", 0) / "inner").mkdir(parents=True)
+    assert not journal.has("quantize", 0)
+    journal.save("quantize", 0, {"w": torch.ones(2)}, {})
+    assert journal.has("quantize", 0)
+    assert {path.name for path in journal.folder.iterdir()} == {"key", "quantize.00000.safetensors"}
+
+
+def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: Path) -> None:
+    def writes(number: int) -> bool:
+        for round in range(10):
+            journal = Journal(tmp_path / "journal", "key", shared=True)
+            journal.save("window", round % 2, {"w": torch.full((1000,), round % 2)}, {"round": round % 2})
+            found = journal.load("window", round % 2)
+            assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {"round": round % 2}
+        return True
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(writes, range(4)))
+    assert len(list((tmp_path / "journal").iterdir())) == 2
+    other = Journal(tmp_path / "journal", "other", shared=True)
+    assert not other.has("window", 0) and Journal(tmp_path / "journal", "key", shared=True).has("window", 0)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -206,3 +209,65 @@ def test_the_forms_for_other_processors_compute_the_same(
         x_TC = torch.randn(5, 333)
         torch.testing.assert_close(lookup.matmul(x_TC, packed, levels, 2, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4)
         assert torch.equal(lookup.expand(packed, levels, 2, bits, 333), W_RC)
+
+
+KILLED = """
+import sys, torch
+from llmcompress import lookup
+kernel = lookup._load(lookup.Path(sys.argv[1]))
+print(kernel.lookup_form().decode())
+"""
+
+
+def loads(folder: Path) -> str:
+    """The form of the kernel that another process loads from a folder."""
+    command = [sys.executable, "-c", KILLED, str(folder)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
+
+
+@needs_kernel
+@pytest.mark.slow
+def test_a_kernel_that_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    assert lookup._load(folder) is not None
+    (made,) = folder.iterdir()
+    sound = made.read_bytes()
+    for damaged in (sound[: len(sound) // 2], b"", sound[:-1] + bytes([sound[-1] ^ 1])):
+        made.unlink()  # the file that this process has loaded stays as it is
+        made.write_bytes(damaged)
+        made.chmod(0o600)
+        assert loads(folder) == lookup.form()
+        assert [file.read_bytes() for file in folder.iterdir()] == [sound]
+
+
+@needs_kernel
+@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
+@pytest.mark.parametrize("open_to", ["the folder", "the one above", "another owner", "a link"])
+def test_what_others_may_write_is_never_loaded(open_to: str, tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "kernels"
+    folder.mkdir(mode=0o700, parents=True)
+    if open_to == "the folder":
+        folder.chmod(0o770)
+    elif open_to == "the one above":
+        folder.parent.chmod(0o777)
+    elif open_to == "a link":
+        folder.rename(tmp_path / "elsewhere")
+        folder.symlink_to(tmp_path / "elsewhere")
+    elif os.geteuid() == 0:
+        os.chown(folder, 12345, 12345)
+    else:
+        pytest.skip("only root may give a folder away")
+    before = set(Path(tempfile.gettempdir()).glob("llmcompress-*"))
+    assert lookup._load(folder) is not None, "it is compiled elsewhere"
+    assert not any(folder.iterdir()) and set(Path(tempfile.gettempdir()).glob("llmcompress-*")) <= before
+
+
+@needs_kernel
+def test_a_kernel_that_others_may_write_is_compiled_again(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    assert lookup._load(folder) is not None
+    (made,) = folder.iterdir()
+    assert not made.stat().st_mode & 0o077
+    made.chmod(0o666)
+    assert lookup._load(folder) is not None
+    assert [file.stat().st_mode & 0o777 for file in folder.iterdir()] == [0o600]

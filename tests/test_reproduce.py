@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmcompress.errors import AcceptError, CompressError, DataError, ModelError
+from llmcompress.errors import AcceptError, CompressError, DataError, ModelError, OutputError
 from llmcompress.report import Report
 from llmcompress.reproduce import KL, PERPLEXITY, _close, reproduce, threads_of
 from llmcompress.run import compress
@@ -139,3 +139,11 @@ def test_what_is_no_artefact_is_refused(copy: Path, tmp_path: Path) -> None:
         reproduce(str(tmp_path))
     with pytest.raises(ModelError, match=r"./nowhere is no folder; give one that `llmcompress run` wrote, or a Hub id"):
         reproduce("./nowhere")
+
+
+def test_the_second_artefact_is_not_written_over_the_first(copy: Path, tmp_path: Path) -> None:
+    before = {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()}
+    for out in (copy, tmp_path):
+        with pytest.raises(OutputError, match="is or holds the artefact"):
+            reproduce(str(copy), out=out, overwrite=True)
+    assert {file: file.read_bytes() for file in copy.rglob("*") if file.is_file()} == before

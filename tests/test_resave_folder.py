@@ -145,3 +145,25 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OutputError, match="can't write"):
         save_native(model, tmp_path / "file" / "again")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_came_into_the_folder_while_a_model_was_saved_is_not_lost(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, out = load(artefact(tmp_path / "made", "nf4")), tmp_path / "out"
+    if overwrite:
+        save_native(model, out)
+    plain = type(model).save_pretrained
+
+    def slow(self: Any, *args: Any, **named: Any) -> None:
+        plain(self, *args, **named)
+        out.mkdir(exist_ok=True)
+        (out / "letter.txt").write_text("dear")
+
+    monkeypatch.setattr(type(model), "save_pretrained", slow)
+    before = {path.name for path in out.iterdir()} if overwrite else set[str]()
+    with pytest.raises(OutputError, match="is not what it was when saving began, and stays as it is"):
+        save_native(model, out, overwrite=overwrite)
+    assert {path.name for path in out.iterdir()} == before | {"letter.txt"}
+    assert {path.name for path in tmp_path.iterdir()} == {"made", "out"}
