@@ -83,6 +83,7 @@ def report_of(
             sha256=blocks.sha256,
             calibration_tokens=blocks.calibration_tokens,
             evaluation_tokens=blocks.evaluation_tokens,
+            bos=True if blocks.unscored else None,
         ),
         stages=tuple(stages),
         cost=cost,

@@ -1,10 +1,14 @@
 """Token blocks for calibration and evaluation, from any text a user can name.
 
-Text is joined, tokenised without special tokens (no window gets its own BOS) and cut into non-overlapping windows of one
-length, as the GPTQ papers do; so numbers compare with theirs and a block is a plain int64 matrix. Calibration windows are drawn
-by seed from the head of the calibration text (16 windows for each one asked for, so a data set of terabytes costs no more than
-a small one); evaluation windows are the first of the evaluation text, in order. The two texts come from different files, splits
-or rows, and a window found in both is refused. It costs about four seconds of one core per million tokens.
+Text is joined, tokenised without special tokens and cut into non-overlapping windows of one length, as the GPTQ papers do; so
+numbers compare with theirs and a block is a plain int64 matrix. Calibration windows are drawn by seed from the head of the
+calibration text (16 windows for each one asked for, so a data set of terabytes costs no more than a small one); evaluation
+windows are the first of the evaluation text, in order. The two texts come from different files, splits or rows, and a window
+found in both is refused. It costs about four seconds of one core per million tokens.
+
+Where the tokenizer puts BOS before what it encodes, the model expects it, so a window is BOS and length - 1 tokens of text. The
+output at BOS is the same for every text: activations there calibrate, but what is predicted there counts neither in
+perplexity, KL and top-1 agreement nor in a loss.
 """
 
 from __future__ import annotations
@@ -14,9 +18,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress import hub
@@ -41,8 +46,9 @@ class Blocks:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
-    what the calibration text has besides, where a stage trains. `spec` is what was asked for; of a Hub data set with its commit
-    and the split that evaluates.
+    what the calibration text has besides, where a stage trains. `bos` is the token that each window begins with, None where it
+    is text from the start; the stream is without it, and whoever cuts windows from it calls `begun`. `spec` is what was asked
+    for; of a Hub data set with its commit and the split that evaluates.
     """
 
     calibration: Tensor
@@ -50,6 +56,17 @@ class Blocks:
     spec: DataSpec
     sha256: str
     training: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    bos: int | None = None
+
+    @property
+    def unscored(self) -> int:
+        """How many positions at the start of each window are not scored: that of BOS, or none."""
+        return int(self.bos is not None)
+
+    @property
+    def scored(self) -> Tensor:
+        """The evaluation windows at the positions that are scored, int64 [evaluation_samples, length - unscored]."""
+        return self.evaluation[:, self.unscored :]
 
     @property
     def training_sha256(self) -> str:
@@ -85,29 +102,56 @@ def load_data(
         raise DataError(f"the base has no tokenizer, so {spec.source} can't be read; save the tokenizer beside its weights")
     if spec.length is not None and max_length is not None and spec.length > max_length:
         raise DataError(f"length {spec.length} is more than the {max_length} positions of the model; use length: {max_length}")
-    lengths = [spec.length] if spec.length else _lengths(max_length)
+    bos = bos_of(tokenizer, spec.bos)
+    before = int(bos is not None)  # tokens of a window that are no text
+    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]  # of the text in a window
+    if lengths[0] < 2:
+        raise DataError(f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} or more")
     texts = _texts(spec)
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0])
-    trained = spec.samples * lengths[0] + training(lengths[0])
+    trained = spec.samples * lengths[0] + training(lengths[0] + before)
     calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained))
-    _refuse_foreign(torch.cat([calibration, evaluation]), vocab_size)
+    _refuse_foreign(begun(torch.cat([calibration, evaluation])[None], bos), vocab_size)
     asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
     length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
     for name, want, have in asked:
-        _require(spec.source, name, want, have.numel(), length)
+        _require(spec.source, name, want, have.numel(), length, before)
     every = calibration[: calibration.numel() // length * length].view(-1, length)
     pool = every[: POOL * spec.samples]
     ahead = evaluation[: spec.evaluation_samples * length].view(-1, length)
-    trains = training(length)
+    trains = training(length + before)
     _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
-    blocks = pool[drawn]
+    blocks, evaluates = begun(pool[drawn], bos), begun(ahead.clone(), bos)
     read = spec.model_copy(update={"revision": texts.revision, "evaluation_split": texts.evaluation_split})
-    found = Blocks(blocks, ahead.clone(), read, _sha256(blocks, ahead))
+    found = Blocks(blocks, evaluates, read, _sha256(blocks, evaluates), bos=bos)
     if not trains:
         return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)
     return replace(found, training=every[others].flatten()[:trains].clone())
+
+
+def begun(windows_NL: Tensor, bos: int | None) -> Tensor:
+    """Windows [N, L] with BOS before each, [N, L + 1]; as they are where there is no BOS."""
+    return windows_NL if bos is None else F.pad(windows_NL, (1, 0), value=bos)
+
+
+def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -> int | None:
+    """The token that windows are to begin with; None where they are text from the start.
+
+    `auto` is what the tokenizer does by itself, found out by encoding. Errors: DataError for `True` without a BOS token.
+    """
+    bos: int | None = tokenizer.bos_token_id
+    if wanted is True and bos is None:
+        raise DataError("bos: true asks for a BOS token and the tokenizer has none; use bos: auto or bos: false")
+    begins = wanted is True or (wanted == "auto" and bos is not None and _adds(tokenizer, bos))
+    return bos if begins else None
+
+
+def _adds(tokenizer: PreTrainedTokenizerBase, bos: int) -> bool:
+    """Whether the tokenizer puts BOS before what it encodes."""
+    full, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
+    return bool(full[: 1 + len(plain)] == [bos, *plain])
 
 
 def _sha256(*sides: Tensor) -> str:
@@ -120,17 +164,17 @@ def _lengths(max_length: int | None) -> list[int]:
     return [most] + [most >> k for k in range(1, 5) if most >> k >= SHORTEST]
 
 
-def _require(source: str, field: str, want: int, tokens: int, length: int) -> None:
-    """DataError where the text fills fewer windows than asked for."""
+def _require(source: str, field: str, want: int, tokens: int, length: int, before: int) -> None:
+    """DataError where the text fills fewer windows than asked for, of `length` tokens of text after `before` others."""
     side = "calibration" if field == "samples" else "evaluation"
     windows = tokens // length
     if not tokens:
         raise DataError(f"the {side} text of {source} is empty; give a source that holds text")
     if windows < want:
-        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want}"] * (tokens >= 2 * want)
+        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (tokens >= 2 * want)
         raise DataError(
-            f"the {side} text of {source} fills {windows} windows of {length} tokens ({tokens} tokens) and {field} asks for "
-            f"{want}; use {' or '.join([*fit, 'give more text'])}"
+            f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} tokens) and {field} "
+            f"asks for {want}; use {' or '.join([*fit, 'give more text'])}"
         )
 
 

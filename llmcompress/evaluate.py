@@ -35,15 +35,17 @@ def evaluate(
 ) -> dict[str, Any]:
     """Perplexity with its interval, size and speed of a model by folder or Hub id; against a base also KL and top-1 agreement.
 
-    The keys are those of `evaluate --json`. Raises CompressError where model, base or data can't be read.
+    The keys are those of `evaluate --json`; `bos` is there, and true, where each window begins with the BOS token. Raises
+    CompressError where model, base or data can't be read.
     """
     where = pick_device(device)
     subject = _opened(model, where)
-    windows = blocks_for(subject, data or DataSpec(), tokenizer_of(subject.folder)).evaluation
+    blocks = blocks_for(subject, data or DataSpec(), tokenizer_of(subject.folder))
+    windows, unscored = blocks.evaluation, blocks.unscored
     base = None
     if against is not None:
-        base = logits(_opened(against, where), windows, track)
-    measured = fidelity(logits(subject, windows, track), windows, base)
+        base = logits(_opened(against, where), windows, track, unscored)
+    measured = fidelity(logits(subject, windows, track, unscored), blocks.scored, base)
     fast = speed_of(subject.folder, windows, where)
     result: dict[str, Any] = {
         "model": model,
@@ -55,6 +57,8 @@ def evaluate(
     }
     if against is not None:
         result |= {key: getattr(measured, key) for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement")}
+    if unscored:
+        result["bos"] = True
     return result
 
 

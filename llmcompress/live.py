@@ -78,9 +78,9 @@ def apply(
     blocks = blocks_for(base, recipe.data, tokenizer, recipe.training_tokens)
     chained = _chain(pinned, base, blocks, track)
     source, left, packed = chained.source, chained.left, chained.packed
-    windows = blocks.evaluation
     base_model = Live(model.config, state, where)  # as it was, whatever a stage did to the other
-    measured = fidelity(logits(source, windows, track), windows, logits(base_model, windows, track))
+    ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (source, base_model))
+    measured = fidelity(ours, blocks.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
         model=name, parameters=parameters(model), size_bytes=_size(state),

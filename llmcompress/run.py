@@ -165,9 +165,8 @@ def _measure(
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
     written, base_model = OnDisk(folder, device, quantized=True), OnDisk(base.folder, device)
-    measured = fidelity(
-        logits(written, blocks.evaluation, track), blocks.evaluation, logits(base_model, blocks.evaluation, track)
-    )
+    ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (written, base_model))
+    measured = fidelity(ours, blocks.scored, theirs)
     before = ModelFacts(
         model=base.name,
         revision=base.revision,

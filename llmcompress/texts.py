@@ -12,9 +12,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain, islice, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from llmcompress import hub
 from llmcompress.errors import DataError, first_line
@@ -26,7 +26,7 @@ CALIBRATES = ("train", "calibration")  # first words of the names of a folder's 
 EVALUATES = (("valid", "validation", "val"), ("test",), ("heldout",))  # the first kind that is there
 
 
-WINDOWS = ("samples", "length", "seed", "evaluation_samples")  # what a DataSpec says beside which text it is
+WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")  # what a DataSpec says beside which text it is
 LARGEST = 1 << 12  # bytes of a mapping on the command line
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
@@ -46,6 +46,14 @@ class DataSpec(BaseModel):
     length: int | None = Field(default=None, ge=2, description="tokens a window; default up to 2048, as model and text allow")
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
     evaluation_samples: int = Field(default=64, ge=1, description="evaluation windows")
+    bos: Literal["auto"] | bool = Field(
+        default="auto", description="begin each window with the BOS token; auto: where the tokenizer adds it by itself"
+    )
+
+    @model_serializer(mode="wrap")
+    def _older_keys_alone_unless_bos_is_set(self, handler: Any) -> Any:
+        """Without `bos: auto`, so that recipes keep the digests that they had before there was that key."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
 
     def with_text(self, text: str) -> DataSpec:
         """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe, of more than that.

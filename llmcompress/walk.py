@@ -192,13 +192,16 @@ def divergence(expected: Tensor, found: Tensor) -> float:
     return float((expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).mean())
 
 
-def logits(resident: Resident, windows: Tensor, track: Track = untracked) -> Iterator[Tensor]:
-    """Logits [B, L, V] of token windows [S, L], batch after batch; all blocks are gone through once, before the first one."""
+def logits(resident: Resident, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
+    """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
+
+    All blocks are gone through once, before the first one.
+    """
     for block in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
         last = block
     for hidden in last.inputs:
         with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
-            scores = leave(resident, hidden)
+            scores = leave(resident, hidden[:, unscored:])
         yield scores
 
 
@@ -229,30 +232,31 @@ def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
 
 
 def output_fisher(
-    resident: Resident, windows: Tensor, scratch: Path, seed: int, *, first: bool = False
+    resident: Resident, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """For each block, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
 
     With `first`, at last -1 and that of the states that enter the first block.
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
-    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels.
+    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels. What is
+    predicted at the first `unscored` positions of a window does not count.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
 
     def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
         return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
 
-    for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first):
+    for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first, unscored=unscored):
         found = Moments(grads[0].shape[-1], resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
         yield index, found.H_CC.cpu()
 
 
-def next_tokens(tokens: Tensor) -> Tensor:
-    """After each token [B, L] the next, after the last none that counts."""
-    return F.pad(tokens[:, 1:], (0, 1), value=IGNORED)
+def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
+    """After each token [B, L] the next; after the first `unscored` and after the last none that counts."""
+    return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
 
 
 def following(scores: Tensor, tokens: Tensor) -> Tensor:
@@ -268,12 +272,13 @@ def gradients(
     watched: Sequence[str] = (),
     *,
     first: bool = False,
+    unscored: int = 0,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
     """For each block, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
 
     They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
-    change of sign. `watched` are parameters by their names in the block. With `first`, at last -1 and the gradients of the
-    states that enter the first block.
+    change of sign; labels at the first `unscored` positions do not count. `watched` are parameters by their names in the block.
+    With `first`, at last -1 and the gradients of the states that enter the first block.
 
     The pass back goes block by block as the pass forward does; the states in between wait in the folder `scratch`.
     """
@@ -285,8 +290,9 @@ def gradients(
     for tokens, hidden in zip(batches, last.inputs, strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
-        wanted = labels(scores, tokens.to(resident.device)).flatten()
-        F.cross_entropy(scores.flatten(0, 1), wanted, reduction="sum", ignore_index=IGNORED).backward()
+        wanted = labels(scores, tokens.to(resident.device))
+        wanted[:, :unscored] = IGNORED
+        F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED).backward()
         assert hidden.grad is not None
         grads.append(hidden.grad.cpu())
     _, arguments = enter(resident, batches)

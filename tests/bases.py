@@ -25,6 +25,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=96)
 
 
+def bos_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
+    """One token a byte, and `<s>`, token 256, which the tokenizer puts before what it encodes if `begins`."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    if begins:
+        tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", VOCABULARY)]
+        )
+    return tokenizer
+
+
+def save_bos_base(folder: Path, family: str = "llama", **config: Any) -> Path:
+    """A pico base of 257 tokens with a tokenizer that begins with BOS."""
+    pico(family, **{"vocab_size": VOCABULARY + 1, "bos_token_id": VOCABULARY, **config}).save_pretrained(folder)
+    bos_tokenizer().save_pretrained(folder)
+    return folder
+
+
 def save_base(folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:
     """A pico base of 256 tokens with its tokenizer."""
     pico(family, **{"vocab_size": VOCABULARY, **config}).save_pretrained(folder, max_shard_size=max_shard_size)

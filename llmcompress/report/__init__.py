@@ -68,6 +68,7 @@ class DataFacts(_Facts):
     """The text: `sha256` is over the calibration and evaluation tokens.
 
     Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of `split` evaluate.
+    `bos` is there, and true, where each window begins with the BOS token, and what is predicted there is not scored.
     """
 
     source: str
@@ -79,6 +80,7 @@ class DataFacts(_Facts):
     sha256: str
     calibration_tokens: NonNegativeInt
     evaluation_tokens: NonNegativeInt
+    bos: bool | None = None
 
 
 class RecipeFacts(_Facts):
@@ -208,7 +210,10 @@ class Report(_Facts):
         """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
-        optional = [(facts, "recipe"), *((facts["data"], key) for key in DATA_PLACE)]  # there only where they are said
+        optional = [
+            (facts, "recipe"),
+            *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
+        ]  # there only where they are said
         for holder, key in optional:
             if holder[key] is None:
                 del holder[key]

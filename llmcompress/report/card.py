@@ -41,6 +41,7 @@ PLAIN = {SPARSE, "shared", "basis", "codebook"}  # that no kernel of bitsandbyte
 CODES = {"quantize", "codebook"}  # stages after which the Hub calls a model quantised
 SHARE = "share"  # the stage after which a model needs our plug-in, whatever the formats
 SHARED = "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by them anew."
+BOS = "Every window of the text begins with the BOS token, as the model expects; what is predicted there is not scored."
 NO_SPEED = (
     "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are dense. Parameters "
     "are counted as stored, zeros left out."
@@ -264,6 +265,7 @@ def _spelled(name: str) -> str:
 def _limits(report: Report) -> str:
     data = report.data
     limits = (
+        *((BOS,) if data.bos else ()),
         f"Measured on {data.evaluation_tokens:,} tokens of one text ({_source(report)}). The interval says how far another "
         "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction following and "
         "safety were not measured.",

@@ -53,7 +53,7 @@ def curves(model: Resident, context: Context, axes: Sequence[str]) -> dict[str, 
             found[axis].append([*reversed(losses.tolist()), 0.0])
             if (width := _measured_at(read.units)) < read.units:
                 streams[axis, block.index] = without(block, axis, width, M_DD, few)
-    measured = divergences(model, last.inputs[:few], streams)
+    measured = divergences(model, last.inputs[:few], streams, context.data.unscored)
     for (axis, index), nats in measured.items():
         losses_here = found[axis][index]
         foretold = losses_here[_measured_at(len(losses_here) - 1)]

@@ -63,7 +63,8 @@ def greedy(
     for _ in context.track(_while(lambda: more(gone)), "prune (kl)", steps):
         streams = without_each(model, windows, candidates, gone)
         full = full or streams[None]
-        losses = divergences(model, full, {part: states for part, states in streams.items() if part is not None})
+        cut = {part: states for part, states in streams.items() if part is not None}
+        losses = divergences(model, full, cut, context.data.unscored)
         before = kl_nats[-1] if kl_nats else 0.0
         best = min(losses, key=lambda part: ((losses[part] - before) / cost(part), part))
         gone.append(best)
@@ -83,13 +84,18 @@ def _while(condition: Callable[[], bool]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def divergences(model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]]) -> dict[Key, float]:
-    """KL in nats a token of the predictions from each stream's last states, from those of the full model."""
+def divergences(
+    model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
+) -> dict[Key, float]:
+    """KL in nats a token of the predictions from each stream's last states, from those of the full model.
+
+    What is predicted at the first `unscored` positions of a window does not count.
+    """
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
-        expected = leave(model, hidden).float().log_softmax(-1)
+        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
         for index, states in streams.items():
-            lost[index] += divergence(expected, leave(model, states[i])) * len(hidden)
+            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 

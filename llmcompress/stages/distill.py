@@ -54,13 +54,15 @@ class Distill(Lesson):
 
     def _train(self, model: Resident, context: Context) -> None:
         folder, length = context.journal.folder / "training", self.length or context.data.calibration.shape[1]
-        text = context.data.training
-        if len(text) < length * self.batch:
+        text, unscored = context.data.training, context.data.unscored
+        if length < 2 + unscored:
+            raise DataError(f"distill: length {length} leaves no token to predict from text; use {2 + unscored} or more")
+        if len(text) < (length - unscored) * self.batch:
             raise DataError(
                 f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
-        windows = Windows(text, length, self.steps * self.batch, context.seed, self.on_policy)
+        windows = Windows(text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos)
         held, notes = context.data.calibration[:HELD], list[str]()
         objective = self._objective(model, student, context, windows, held, notes)
         earlier = last_checkpoint(folder)
@@ -78,7 +80,7 @@ class Distill(Lesson):
         measured = _logged(trainer, "eval_loss")
         before, curve = measured.pop(0), list(measured.items())
         best = min((kl for _, kl in curve if math.isfinite(kl)), default=before)
-        notes += self._told(watch.broken_at, best < before, len(text), length)
+        notes += self._told(watch.broken_at, best < before, len(text), length - unscored)
         learned = student.learned(_state(trainer, student)) if best < before else {}
         curves = {"curve": dict(curve), "perplexities": _logged(trainer, "eval_perplexity"), "losses": _logged(trainer, "loss")}
         found = {name: _thinned(values) for name, values in curves.items()}
@@ -90,13 +92,13 @@ class Distill(Lesson):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
-        """What is to be known of a training that came to its end, with so many tokens of text."""
+        """What is to be known of a training that came to its end, with so many tokens of text, `length` of them a window."""
         notes = []
         if broken_at is not None:
             notes.append(f"training left the numbers at step {broken_at}, and the best step before stays; lower learning_rate")
         if not better:
             notes.append("training made nothing better on held-out text, so the student stays as it came")
-        if (rounds := self.tokens(length) / tokens) > 1:
+        if (rounds := self.steps * self.batch * length / tokens) > 1:
             notes.append(f"the text was gone through {rounds:.1f} times: {tokens} tokens are left to train on")
         return notes
 
@@ -130,13 +132,13 @@ class Distill(Lesson):
         matching = None
         if any(getattr(self, name) for name in WITHIN):
             origin = () if self.teacher else context.origin
-            matching = self._matching(student, present(), held_NL[:4].to(model.device), origin)
+            matching = self._matching(student, present(), held_NL[:4].to(model.device), origin, context.data.unscored)
         taught = self.loss != "cross_entropy" or matching is not None
         generator = context.seed if self.on_policy else None
         options = self.loss, self.label_share, self.temperature, self.skew
-        return Objective(*options, teacher if taught else None, examiner, matching, generator)
+        return Objective(*options, teacher if taught else None, examiner, matching, generator, context.data.unscored)
 
-    def _matching(self, student: Student, teacher: Present, ids_BL: Tensor, origin: Sequence[int]) -> Matching:
+    def _matching(self, student: Student, teacher: Present, ids_BL: Tensor, origin: Sequence[int], unscored: int) -> Matching:
         """How layers are held against each other; gives the student the linear between unequal widths."""
         if self.attention:
             student.model.set_attn_implementation("eager")
@@ -150,9 +152,10 @@ class Distill(Lesson):
         widths = {one.hidden_BLD[-1].shape[-1] for one in (own, taught)}
         if self.hidden and len(widths) > 1 and len({states.shape[-1] for states in own.hidden_BLD[1:]}) > 1:
             raise ModelError("the hidden states of this student have several widths; leave hidden")
-        if self.hidden and (projection := projection_of(own.hidden_BLD[-1], taught.hidden_BLD[-1])) is not None:
+        states = (one.hidden_BLD[-1][:, unscored:] for one in (own, taught))
+        if self.hidden and (projection := projection_of(*states)) is not None:
             student.model.add_module(PROJECTION, projection)
-        return Matching.of(layers, teachers, origin, self.hidden_loss, self.hidden, self.attention)
+        return Matching.of(layers, teachers, origin, self.hidden_loss, self.hidden, self.attention, unscored)
 
 
 def _said_of(kept: Sequence[Kept], folder: Path) -> str:

@@ -26,7 +26,7 @@ def find_fisher(model: Resident, context: Context) -> None:
         return
     windows = context.data.calibration
     windows = windows[: -(-tokens_for(model.config.hidden_size) // windows.shape[1])]
-    found = output_fisher(model, windows, context.scratch, context.seed)
+    found = output_fisher(model, windows, context.scratch, context.seed, unscored=context.data.unscored)
     for index, F_DD in context.track(found, "find the errors that matter", layers):
         journal.save(FISHER, index, {"F_DD": F_DD}, {})
 

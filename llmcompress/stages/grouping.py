@@ -51,7 +51,8 @@ def find(model: Resident, context: Context, linears: Sequence[str], count: int, 
         for start in range(0, len(edits), AT_ONCE):
             some = dict(list(edits.items())[start : start + AT_ONCE])
             streams = variants(model, windows, some)
-            losses |= divergences(model, full, {pair: states for pair, states in streams.items() if pair is not None})
+            swapped = {pair: states for pair, states in streams.items() if pair is not None}
+            losses |= divergences(model, full, swapped, context.data.unscored)
         best = min(losses, key=lambda pair: (losses[pair], pair))
         given_up = swaps[best]
         kl_nats.append(losses[best])

@@ -30,10 +30,18 @@ class Matching:
     kind: HiddenKind
     hidden: float  # weights in the loss
     attention: float
+    unscored: int = 0  # positions at the start of a window that do not count
 
     @classmethod
     def of(
-        cls, student: int, teacher: int, origin: Sequence[int], kind: HiddenKind, hidden: float, attention: float
+        cls,
+        student: int,
+        teacher: int,
+        origin: Sequence[int],
+        kind: HiddenKind,
+        hidden: float,
+        attention: float,
+        unscored: int = 0,
     ) -> Matching:
         """For so many layers of each; `origin` says which ones the student's were, where they are the teacher's own."""
         known = len(origin) == student and max(origin) < teacher
@@ -43,7 +51,7 @@ class Matching:
             )
         gone = set(range(teacher)) - set(origin) if known else None
         layers = layer_map(student, teacher, gone)
-        return cls(layers, tuple(origin) if known else layers, kind, hidden, attention)
+        return cls(layers, tuple(origin) if known else layers, kind, hidden, attention, unscored)
 
     @property
     def asked(self) -> dict[str, bool]:
@@ -52,15 +60,16 @@ class Matching:
 
     def loss(self, student: Said, teacher: Said, projection: nn.Linear | None) -> Tensor:
         """The weighted sum of both losses, each the mean over layers; mse is a share of the teacher's mean square."""
-        parts = []
+        parts, skip = [], self.unscored
         if self.hidden:
             W_ED = None if projection is None else projection.weight
             for mine, yours in zip(student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True):
+                mine, yours = mine[:, skip:], yours[:, skip:]
                 size = yours.detach().float().square().mean() if self.kind == "mse" else 1.0
                 parts.append(self.hidden * hidden_loss(self.kind, mine, yours, W_ED) / size)
         if self.attention:
             for mine, yours in zip(student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True):
-                parts.append(self.attention * attention_kl(mine, yours))
+                parts.append(self.attention * attention_kl(mine[:, :, skip:], yours[:, :, skip:]))
         return torch.stack(parts).sum() / len(self.layers)
 
 

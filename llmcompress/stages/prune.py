@@ -274,7 +274,8 @@ class Prune(Budget):
         windows = context.data.calibration
         windows = windows[: -(-TOKENS // windows.shape[1])]
         readers = {axis: f"{model.anatomy.reader_of(axis)}.weight" for axis in self.axes}
-        found = gradients(model, windows, context.scratch, following, tuple(readers.values()))
+        unscored = context.data.unscored
+        found = gradients(model, windows, context.scratch, following, tuple(readers.values()), unscored=unscored)
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
             worth = {axis: units.taylor(model, index, axis, by_name[name]).cpu() for axis, name in readers.items()}
             journal.save(TAYLOR, index, worth, {})

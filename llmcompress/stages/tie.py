@@ -116,11 +116,12 @@ class _Trial:
     def __init__(self, model: Resident, context: Context) -> None:
         windows = context.data.calibration
         self.model, self.windows = model, windows[: -(-SAMPLE // windows.shape[1])]
+        self.unscored = context.data.unscored
         self.full = self._states()
 
     def _states(self) -> Sequence[Tensor]:
         *_, last = walk(self.model, self.windows, through=True)
-        return last.inputs
+        return [hidden[:, self.unscored :] for hidden in last.inputs]
 
     def kl_nats(self, made: Mapping[str, Tensor]) -> float:
         """KL a token with these in place, the matrix for embedding and head; infinite where it is no number."""
@@ -175,11 +176,12 @@ def _statistics(model: Resident, context: Context) -> tuple[Tensor, Tensor, Tens
     *_, last = walk(model, windows, through=True)
     with head_reads(model) as read:
         for hidden in last.inputs:
-            said_V += leave(model, hidden).float().softmax(-1).flatten(0, 1).sum(0)
+            said_V += leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
             moments.add(read.pop())
     sample = windows[: -(-SAMPLE // windows.shape[1])]
     with torch.enable_grad():
-        *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True)
+        unscored = context.data.unscored
+        *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True, unscored=unscored)
     F_DD = F_DD.to(model.device)
     for name, row in anatomy.outer.items():  # an embedding of another width, which a linear widens
         if row == "hidden embed":

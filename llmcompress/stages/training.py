@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from llmcompress import processes
+from llmcompress.data import begun
 from llmcompress.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.methods.losses import Kind, token_loss
 from llmcompress.shard import discard, put
@@ -43,11 +44,13 @@ OWN = "own"  # in a batch: which windows the student is to go on with by itself
 class Windows(Dataset[dict[str, Tensor]]):
     """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
 
-    So large a share `own` of them, drawn too, is marked for the student to write.
+    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is marked for the student
+    to write.
     """
 
-    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0) -> None:
-        self.windows_NL, self.count = tokens_T[: len(tokens_T) // length * length].view(-1, length), count
+    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None) -> None:
+        text = length - int(bos is not None)
+        self.windows_NL, self.count = begun(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
         self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
         self.own = torch.rand(count, generator=generator) < own
@@ -72,10 +75,11 @@ class Objective:
     examiner: Teacher  # of what is held out
     matching: Matching | None = None
     generator: int | None = None  # the seed of what the student writes itself, if it does
+    unscored: int = 0  # positions at the start of a window whose predictions do not count
 
     def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled | None, found: Any) -> Tensor:
         """The loss of a batch, given what a forward pass of the student found."""
-        own, labels_T = said(student, found), next_tokens(ids_BL).flatten()
+        own, labels_T = said(student, found), next_tokens(ids_BL, self.unscored).flatten()
         loss = token_loss(
             self.kind, own.scores, taught.scores if taught else None, labels_T=labels_T,
             label_share=self.label_share, temperature=self.temperature, skew=self.skew,
@@ -85,11 +89,18 @@ class Objective:
         return loss
 
 
-def measured(student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled, found: Any) -> tuple[Tensor, Tensor]:
-    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found."""
+def measured(
+    student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled, unscored: int, found: Any
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found.
+
+    What is predicted at the first `unscored` positions of a window counts in neither.
+    """
     scores = said(student, found).scores
-    nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL).flatten())
-    return token_loss("forward_kl", scores, taught.scores), nll
+    nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL, unscored).flatten())
+    counts_BL = torch.ones_like(ids_BL)
+    counts_BL[:, :unscored] = 0
+    return token_loss("forward_kl", scores, taught.scores, weight_T=counts_BL.flatten()), nll
 
 
 def answering(model: PreTrainedModel) -> None:
@@ -162,8 +173,9 @@ class DistillTrainer(Trainer):
         """KL(teacher, student) in nats a token of a batch; how well it is predicted is kept aside."""
         batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad():
-            taught = self.objective.examiner(batch)
-            kl, nll = model(**asked(batch["input_ids"]), then=partial(measured, self.student, batch["input_ids"], taught))
+            ids, taught = batch["input_ids"], self.objective.examiner(batch)
+            found = partial(measured, self.student, ids, taught, self.objective.unscored)
+            kl, nll = model(**asked(ids), then=found)
         self.nll.append(nll)
         return kl.detach(), None, None
 
