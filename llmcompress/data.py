@@ -18,17 +18,20 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress import hub
-from llmcompress.errors import DataError
+from llmcompress.errors import DataError, first_line
 from llmcompress.hub_texts import hub_texts
+from llmcompress.local_texts import READABLE, file_texts, folder_texts, kind_of
 from llmcompress.pydocs import python_docs
-from llmcompress.texts import PYTHON_DOCS, SUFFIXES, DataSpec, Texts, file_texts, folder_texts
+from llmcompress.rows import Piece, spelled
+from llmcompress.texts import CHUNK, PYTHON_DOCS, DataSpec, Texts
+from llmcompress.words import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +40,6 @@ DEMO = "demo"  # what a recipe calls the embedded model
 DEMO_MODEL: Path = Path(__file__).parent / "demo"  # the embedded model, trained on the calibration side of python-docs
 
 POOL = 16  # windows read for each calibration window drawn
-CHUNK = 1 << 16  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
 LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
 
 
@@ -108,9 +110,9 @@ def load_data(
     if lengths[0] < 2:
         raise DataError(f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} or more")
     texts = _texts(spec)
-    evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0])
+    evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0], bos)
     trained = spec.samples * lengths[0] + training(lengths[0] + before)
-    calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained))
+    calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained), bos)
     _refuse_foreign(begun(torch.cat([calibration, evaluation])[None], bos), vocab_size)
     asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
     length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
@@ -150,8 +152,17 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -
 
 def _adds(tokenizer: PreTrainedTokenizerBase, bos: int) -> bool:
     """Whether the tokenizer puts BOS before what it encodes."""
-    full, plain = (tokenizer("a", add_special_tokens=special)["input_ids"] for special in (True, False))
-    return bool(full[: 1 + len(plain)] == [bos, *plain])
+    (full,), (plain,) = (_encoded(tokenizer, ["a"], special) for special in (True, False))
+    return full[: 1 + len(plain)] == [bos, *plain]
+
+
+def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
+    """The tokens of each text, with or without special ones. Errors: DataError where the tokenizer gives up."""
+    try:
+        found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+    except Exception as error:  # tokenizers raise bare Exceptions, as for a word that they have no token for
+        raise DataError(f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model") from None
+    return cast(list[list[int]], found)
 
 
 def _sha256(*sides: Tensor) -> str:
@@ -169,7 +180,7 @@ def _require(source: str, field: str, want: int, tokens: int, length: int, befor
     side = "calibration" if field == "samples" else "evaluation"
     windows = tokens // length
     if not tokens:
-        raise DataError(f"the {side} text of {source} is empty; give a source that holds text")
+        raise DataError(f"the {side} text of {source} is empty or gives no tokens; give a source that holds text")
     if windows < want:
         fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (tokens >= 2 * want)
         raise DataError(
@@ -199,11 +210,16 @@ def _refuse_overlap(source: str, pool_WL: Tensor, evaluation_WL: Tensor) -> None
             )
 
 
-def _tokenise(pieces: Iterable[str], tokenizer: PreTrainedTokenizerBase, enough: int) -> Tensor:
-    """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more than it needs."""
-    chunks, parts, have = _chunks(pieces), [torch.empty(0, dtype=torch.int64)], 0
+def _tokenise(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None) -> Tensor:
+    """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more than it needs.
+
+    Conversations are spelled by the chat template, without its own BOS where windows begin with `bos`.
+    """
+    without_bos = bos is not None
+    lines = ([piece] if isinstance(piece, str) else spelled(piece, tokenizer, without_bos=without_bos) for piece in pieces)
+    chunks, parts, have = _chunks(chain.from_iterable(lines)), [torch.empty(0, dtype=torch.int64)], 0
     while have < enough and (batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))):  # 4 characters a token
-        ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+        ids = _encoded(tokenizer, batch, special=False)
         parts.append(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64))
         have += len(parts[-1])
     return torch.cat(parts)[:enough]
@@ -226,12 +242,10 @@ def _chunks(pieces: Iterable[str]) -> Iterator[str]:
 
 def _texts(spec: DataSpec) -> Texts:
     """The two sides of a source. What exists on disk is read from disk; else what is spelled like a Hub id is one."""
-    source, path = spec.source, Path(spec.source).expanduser()
+    source, path = spec.source, path_of(spec.source, "data", DataError)
     if source != PYTHON_DOCS and not path.exists():
-        if path.suffix in SUFFIXES or not hub.is_id(source):
-            raise DataError(
-                f"{source} does not exist; name a .txt, .jsonl or .parquet file, a folder of them, or a Hub data set"
-            )
+        if kind_of(path) or not hub.is_id(source):
+            raise DataError(f"{source} does not exist; name a {READABLE}, a folder of them, or a Hub data set")
         return hub_texts(spec)
     given = [name for name in ("config", "revision", "evaluation_split") if getattr(spec, name) is not None]
     if given or spec.split != "train":

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from llmcompress import hub
 from llmcompress.errors import DataError, first_line
+from llmcompress.rows import Piece, row_pieces
 from llmcompress.shelf import Row, Shelf
-from llmcompress.texts import DataSpec, Texts, row_text
+from llmcompress.texts import DataSpec, Texts
 
 
 def hub_texts(spec: DataSpec) -> Texts:
@@ -76,11 +77,11 @@ def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[
     return Texts(rows, evaluation, commit, others[0] if others else None)
 
 
-def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[Row]]) -> Iterator[str]:
-    """The rows of one split in order, each followed by an empty line."""
+def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[Row]]) -> Iterator[Piece]:
+    """What the rows of one split give, in order."""
     try:
-        for row in rows_of(split):
-            yield from row_text(row, spec.column, spec.source)
+        for number, row in enumerate(rows_of(split), 1):
+            yield from row_pieces(row, spec.column, spec.source, f"{spec.source} {split} row {number}")
     except DataError:
         raise
     except Exception as error:  # as above; a stream can also break in the middle

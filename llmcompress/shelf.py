@@ -1,8 +1,9 @@
 """What has been read of Hub data sets, kept: nobody streams the same rows twice, and without a network they are there.
 
 A data set at a commit is a folder of the cache, with the names of its splits and, for each column of a split that was read, a
-file of one JSON value a row: as many rows as anyone has read, and after the last of the split an end. A row never changes at
-its commit, so what is kept is never wrong, only short. What a branch or tag stands for is remembered as of the last time.
+file of one JSON value a row, a text or a conversation: as many rows as anyone has read, and after the last of the split an
+end. A row never changes at its commit, so what is kept is never wrong, only short. What a branch or tag stands for is
+remembered as of the last time.
 """
 
 from __future__ import annotations
@@ -17,10 +18,11 @@ from typing import Any
 
 from llmcompress.cache import cache_folder
 from llmcompress.errors import DataError, first_line
+from llmcompress.rows import column_among
 from llmcompress.shard import put
 
 Row = dict[str, Any]
-END: dict[str, str] = {}  # a row is a string or null
+END: dict[str, str] = {}  # a row is a string, a list of messages or null
 
 
 @dataclass(frozen=True)
@@ -68,11 +70,13 @@ class Shelf:
             )
         try:
             for row in more(kept):
-                if not isinstance(row.get(column, 0), str | None):  # is no text, which whoever reads it will say
+                name = column_among(row, column)
+                value = 0 if name is None else row[name]
+                if not isinstance(value, str | list | None):  # is no text, which whoever reads it will say
                     yield row
                     return
-                values.append(row[column])
-                yield row
+                values.append(json.loads(json.dumps(value, default=str)))  # as it will be read again
+                yield {column: values[-1]}
             values.append(END)
         finally:
             if len(values) > kept:

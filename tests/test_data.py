@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from llmcompress.data import DEMO_MODEL, Blocks, _chunks, _tokenise, load_data
 from llmcompress.errors import DataError
+from llmcompress.local_texts import file_texts
 from llmcompress.pydocs import python_docs
 from llmcompress.texts import DataSpec
 
@@ -79,10 +80,8 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_calibration_and_evaluation_text_never_overlap(tmp_path: Path, by_bytes: PreTrainedTokenizerFast, name: str) -> None:
-    from llmcompress.texts import file_texts
-
     file = write_rows(tmp_path / name, sentences(123))
-    calibration, evaluation = ("".join(side).split("\n") for side in file_texts(file, "text")[:2])
+    calibration, evaluation = ("".join(map(str, side)).split("\n") for side in file_texts(file, "text")[:2])
     assert [line for line in calibration + evaluation if line] == sentences(123)
     assert not (set(calibration) & set(evaluation)) - {""}
 

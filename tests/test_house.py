@@ -12,11 +12,12 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods", "processes", "cache", "untrusted", "interrupt"),
-    ("family", "pydocs", "hub", "lock", "manifest", "scratch"),
+    ("errors", "axes", "methods", "processes", "untrusted", "interrupt"),
+    ("cache", "words"),
+    ("family", "pydocs", "hub", "lock", "manifest", "scratch", "rows"),
     ("shard",),
     ("texts", "shelf", "target"),
-    ("hub_texts",),
+    ("hub_texts", "local_texts"),
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "report", "triton_kernels"),
