@@ -16,17 +16,16 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress import hub
 from llmcompress.checkpoint import INDEX
+from llmcompress.companions import CONFIG, kept, shareable
 from llmcompress.errors import OutputError
 from llmcompress.lock import Lock
 from llmcompress.report.render import amount
 from llmcompress.shard import Shard, discard, elsewhere, sync, sync_folder, writing
 from llmcompress.target import appear, resolved, seen
+from llmcompress.tokenizer import vocabulary_files
 
 SHARD_BYTES = 5_000_000_000
-KEPT = (*hub.BESIDE, "additional_chat_templates/*.jinja")  # of the base
-MADE = ("model*.safetensors", "*.png", "README.md", "recipe.yaml", ".eval_results/*.yaml")  # what an artefact has besides
 
 
 def require_space(folder: Path, need: int) -> None:
@@ -157,10 +156,9 @@ class Writer:
         with writing(self.out):
             self._shards[-1].close({"format": "pt"})
             self._name_shards(len(self._shards))
-            for file in sorted({file for pattern in KEPT for file in self.base.glob(pattern) if file.is_file()}):
-                if file.name != "config.json" and not file.name.endswith(".index.json"):
-                    self._put(str(file.relative_to(self.base)), file.read_bytes())
-            self._put("config.json", _json(config))
+            for name, content in kept(self.base, vocabulary_files(self.base)).items():
+                self._put(name, content)
+            self._put(CONFIG, _json(shareable(config)))
         return self.artifact
 
     def _name_shards(self, total: int) -> None:

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from llmcompress import four_bit, hub, integer, native, plugin, stored
 from llmcompress.artifact import Writer
+from llmcompress.companions import is_inside
 from llmcompress.errors import OutputError, first_line
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import FILE as RECIPE
 from llmcompress.recipe import Recipe
-from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, FILE, TRAINING_PICTURE, Report
+from llmcompress.report import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
 from llmcompress.report.card import card, evaluations, front_matter
 from llmcompress.residency import Outline, Resident
 from llmcompress.resize import changed
@@ -36,7 +37,6 @@ from llmcompress.stored import Layout, Made, Stored
 from llmcompress.widths import SCHEMA
 
 PICTURES = "llmcompress.report.pictures"  # which takes matplotlib, and that a folder to write to
-EVALUATIONS = ".eval_results/llmcompress.yaml"  # where the Hub looks for them
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
 
@@ -239,9 +239,10 @@ def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dic
 
     The pictures are drawn in a folder within `scratch`. Errors: OutputError where it can't be written.
     """
-    readme, text = base / "README.md", recipe.to_yaml()
-    inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() else {}
-    files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: text, "README.md": card(report, text, inherited)}
+    readme = base / CARD
+    inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() and is_inside(readme, base) else {}
+    text = card(report, recipe.for_others(report).to_yaml(), inherited)
+    files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml(), CARD: text}
     pictures = {ERROR_PICTURE: "error_per_layer", CHANGE_PICTURE: "before_after"}
     if entries := evaluations(report):
         files[EVALUATIONS] = hub.evaluation_results(entries)

@@ -17,9 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.ondisk import OnDisk, no_progress_bar
-from llmcompress.prepare import blocks_for, config_of, find_base, pick_device, tokenizer_of
+from llmcompress.prepare import blocks_for, config_of, find_base, pick_device
 from llmcompress.report.measure import Speed, fidelity, speed
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 from llmcompress.walk import Track, logits, untracked
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed

@@ -1,9 +1,9 @@
 """The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one commit.
 
-Nothing that is fetched is ever executed. Only safetensors, tokenizer and text files are taken, so a repository that holds
-pickles or code leaves them there; a recipe is read as bytes, of a size that is looked up before it is fetched. What is in the
-local cache is not fetched again, and works without a network. The token is the user's own, as `hf auth login` or HF_TOKEN
-leave it; no function here takes or shows one.
+Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name are taken, so a
+repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size that is looked up before it is
+fetched. What is in the local cache is not fetched again, and works without a network. The token is the user's own, as
+`hf auth login` or HF_TOKEN leave it; no function here takes or shows one.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
+from llmcompress import companions
 from llmcompress.errors import CompressError, DataError, ModelError, OutputError, first_line
 
-BESIDE = ["*.json", "*.model", "*.txt", "*.jinja", "LICENSE*", "NOTICE*"]  # the weights: config, tokenizer, rights
-SMALL = [*BESIDE, "README.md", "recipe.yaml"]
+SMALL = [*companions.TRAVELS, *companions.RARE, "model.safetensors.index.json", "README.md", "recipe.yaml", "report.json"]
 WEIGHTS = ["model*.safetensors"]
 TERMS = "accept its terms on the Hub and log in with `hf auth login`"
 MEND = "correct the head of README.md beside the weights, which is then pushed as it is"

@@ -11,7 +11,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -27,6 +26,7 @@ from llmcompress.residency import Resident
 from llmcompress.shard import writing
 from llmcompress.stages.context import Source
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,6 @@ def pick_device(device: str | None) -> torch.device:
     if kind not in ("", "cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
         raise CompressError(f"there is no device {device} here; use cpu, or cuda where torch sees a GPU")
     return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; raises ModelError where there is none. No code from the folder is run."""
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # tokenizers raise bare Exceptions
-        raise ModelError(f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there") from None
 
 
 def _why(error: Exception) -> str:

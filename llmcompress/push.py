@@ -1,7 +1,9 @@
 """push(): an artefact goes to the Hub, whole, in one commit, with a card that says how to load it from there.
 
-What goes there is a list of kinds of files, so that nothing which happens to lie in the folder is published by accident; and
-the report goes without the paths of this machine. A card that its owner has edited stays as it is.
+What goes there is a list of files by name, so that nothing which happens to lie in the folder is published by accident:
+what llmcompress wrote, the weights, and what travels beside weights (`companions`). None of it names a path of this
+machine: report, recipe and card are made `for_others`. The report and the recipe in the folder keep such paths, so that
+`reproduce` finds base and text again. A card that its owner has edited stays as it is, but for such paths.
 """
 
 from __future__ import annotations
@@ -9,15 +11,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmcompress import hub
-from llmcompress.artifact import KEPT, MADE
-from llmcompress.checkpoint import Checkpoint
+from llmcompress.checkpoint import INDEX, Checkpoint
+from llmcompress.companions import CONFIG, is_inside, kept
 from llmcompress.errors import OutputError
+from llmcompress.places import without
 from llmcompress.recipe import FILE as RECIPE
 from llmcompress.recipe import Recipe
-from llmcompress.report import FILE, Report
-from llmcompress.report.card import card, for_others, front_matter
+from llmcompress.report import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
+from llmcompress.report.card import card, evaluations, front_matter
+from llmcompress.report.sharing import for_others, local_names
+from llmcompress.tokenizer import LEGACY, SETTINGS, vocabulary_files
 
-CARD = "README.md"
+PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
+REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)  # of an earlier artefact, where this one has none
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:
@@ -27,20 +33,28 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str |
     this one has no more, such as other shards, go in the same commit. Errors: CompressError where the folder is no whole
     artefact, OutputError where the Hub refuses.
     """
-    folder = Path(folder)
     if not hub.is_repository(repo):
         raise OutputError(f"{repo} is no id of a repository; give one like user/name")
+    files, about = outgoing(Path(folder), repo)
+    return hub.push(repo, files, private=private, message=message or about, replaced=REPLACED)
+
+
+def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
+    """All that goes to the Hub, by the names that it has there, and the message of the commit.
+
+    Errors: CompressError where the folder is no whole artefact.
+    """
     report, recipe = Report.of(folder), Recipe.from_file(folder / RECIPE)
     require_own_recipe(report, recipe, folder)
-    Checkpoint.open(folder, base=False)  # refuses a folder whose weights are not all there
-    files: dict[str, Path | bytes] = {
-        str(file.relative_to(folder)): file for pattern in KEPT + MADE for file in folder.glob(pattern) if file.is_file()
-    }
-    shared = for_others(report, repo)
-    files[FILE] = shared.to_json().encode()
-    files[CARD] = _card(folder, report, shared, (folder / RECIPE).read_text("utf-8"), repo)
-    message = message or f"{report.base.model} compressed by llmcompress"
-    return hub.push(repo, files, private=private, message=message, replaced=("model*.safetensors*", *MADE[1:]))
+    files: dict[str, Path | bytes] = {**kept(folder, vocabulary_files(folder)), **_weights(folder)}
+    files |= {name: folder / name for name in PICTURES if _is_there(folder, name)}
+    told = recipe.for_others(report)
+    shared = for_others(report, repo).model_copy(update={"recipe_digest": told.digest})
+    files |= {RECIPE: told.to_yaml().encode(), FILE: shared.to_json().encode()}
+    files[CARD] = _card(folder, report, recipe, shared, repo)
+    if _is_there(folder, EVALUATIONS) and (entries := evaluations(shared)):
+        files[EVALUATIONS] = hub.evaluation_results(entries).encode()
+    return files, f"{shared.base.model} compressed by llmcompress"
 
 
 def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
@@ -49,11 +63,27 @@ def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
         raise OutputError(f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were written")
 
 
-def _card(folder: Path, report: Report, shared: Report, recipe_yaml: str, repo: str) -> bytes:
+def _is_there(folder: Path, name: str) -> bool:
+    return (folder / name).is_file() and is_inside(folder / name, folder)
+
+
+def _weights(folder: Path) -> dict[str, Path]:
+    """The files of the weights, and their index where there are several; refuses what is not whole here."""
+    names = sorted({entry.file for entry in Checkpoint.open(folder, base=False).tensors.values()})
+    if names != ["model.safetensors"]:
+        names.append(INDEX)
+    needed = (*names, CONFIG, SETTINGS, "tokenizer.json")
+    if links := [name for name in needed if not is_inside(folder / name, folder)]:
+        raise OutputError(f"{folder / links[0]} is a link that leaves the folder; put the file itself in its place")
+    return {name: folder / name for name in names}
+
+
+def _card(folder: Path, report: Report, recipe: Recipe, shared: Report, repo: str) -> bytes:
     """The card with the id of the repository in it; as it is, where it is no more the one that was written with the model."""
-    file = folder / CARD
-    there = file.read_text("utf-8", "replace") if file.is_file() else ""
-    inherited = front_matter(there)
-    if there and there != card(report, recipe_yaml, inherited):
-        return file.read_bytes()
-    return card(shared, recipe_yaml, inherited, repo).encode()
+    there = (folder / CARD).read_text("utf-8", "replace") if _is_there(folder, CARD) else ""
+    told, inherited = recipe.for_others(report), front_matter(there)
+    written = (card(report, each.to_yaml(), inherited) for each in (told, recipe))
+    if there and there not in written:
+        names = [*local_names(report), *recipe.local_names(report)]
+        return without(there, names).encode()
+    return card(shared, told.to_yaml(), inherited, repo).encode()

@@ -21,7 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from llmcompress import hub
 from llmcompress.data import DEMO
 from llmcompress.errors import RecipeError
-from llmcompress.report import RecipeFacts
+from llmcompress.places import short_name
+from llmcompress.report import CARD, RecipeFacts
 from llmcompress.report.card import recipe_card
 from llmcompress.shard import put, writing
 from llmcompress.stages.distill import Distill
@@ -31,7 +32,7 @@ from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
 from llmcompress.stages.sparsify import Sparsify
 from llmcompress.steps import AXIS, PATTERN, TIES, Step, require_order
-from llmcompress.texts import PYTHON_DOCS, DataSpec
+from llmcompress.texts import PYTHON_DOCS, SUFFIXES, DataSpec
 from llmcompress.untrusted import Unreadable, yaml_of
 
 if TYPE_CHECKING:
@@ -185,9 +186,51 @@ class Recipe(BaseModel):
         return Path(folder) / FILE
 
     def push_to_hub(self, repo: str, *, private: bool = False, message: str | None = None) -> str:
-        """Make `repo` on the Hub a repository of this recipe, with a card; returns the commit. Errors: OutputError."""
-        files = {FILE: self.to_yaml().encode(), "README.md": recipe_card(self.to_yaml(), repo).encode()}
+        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors: OutputError."""
+        text = self.for_others().to_yaml()
+        files = {FILE: text.encode(), CARD: recipe_card(text, repo).encode()}
         return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
+
+    def local_names(self, reported: Report | None = None) -> set[str]:
+        """The names of the recipe that are files and folders of this machine.
+
+        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an id of the Hub.
+        """
+        asked: list[tuple[str, str | None, bool]] = []  # a name, what the report tells of it, whether that is of the Hub
+        base, data = (reported.base, reported.data) if reported else (None, None)
+        if self.base is not None:
+            asked.append((self.base, base.model if base else None, base is not None and base.revision is not None))
+        asked.append((self.data.source, data.source if data else None, data is not None and data.revision is not None))
+        for number, step in enumerate(self.stages):
+            facts = reported.stages[number].model_dump() if reported and number < len(reported.stages) else {}
+            for role, name in step.others.items():
+                repo, commit = hub.split(str(facts.get(role)))
+                asked.append((name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit)))
+
+        def is_local(name: str, told: str | None, on_hub: bool) -> bool:
+            repo = hub.split(name)[0]
+            if told in (name, repo):
+                return not on_hub
+            return not hub.is_id(repo) or Path(name).suffix in SUFFIXES or Path(name).expanduser().exists()
+
+        return {name for name, told, on_hub in asked if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)}
+
+    def for_others(self, reported: Report | None = None) -> Recipe:
+        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of the Hub.
+
+        `reported` is as in `local_names`.
+        """
+        here = self.local_names(reported)
+
+        def told(name: str) -> str:
+            return f"./{short_name(name)}" if name in here else name
+
+        changed: dict[str, Any] = {}
+        if self.base in here:
+            changed["base"] = told(self.base)
+        if self.data.source in here:
+            changed["data"] = self.data.model_copy(update={"source": told(self.data.source)})
+        return self.renamed(lambda number, role, name: told(name)).model_copy(update=changed)
 
     def require_own_names(self, *, base: str | None = None, data: str | DataSpec | None = None) -> None:
         """Refuse a recipe from the Hub that names files here, but for what the user gave in their place. Errors: RecipeError.

@@ -171,7 +171,8 @@ def _surroundings(reported: Report, again: Report) -> list[str]:
 def _structure(one: Checkpoint, other: Checkpoint) -> list[str]:
     """What differs in config.json, and in the names, shapes and dtypes of tensors."""
     before, after = one.config, other.config
-    differ = sorted(key for key in before.keys() | after.keys() if before.get(key) != after.get(key))
+    told = (before.keys() | after.keys()) - {"transformers_version"}  # which `_surroundings` tells of
+    differ = sorted(key for key in told if before.get(key) != after.get(key))
     found = [f"config.json: {key} was {before.get(key)!r:.60}, now {after.get(key)!r:.60}" for key in differ]
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
         was, now = one.tensors.get(name), other.tensors.get(name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import transformers
 from accelerate import init_empty_weights
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
 
@@ -38,6 +39,7 @@ def resized(config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Seq
     why = _refusal(config.to_dict() | changes)
     if why is not None and (twin := TWINS.get(anatomy.family)) and not any(getattr(config, name, False) for name in twin[2]):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
+        named |= {"transformers_version": transformers.__version__}  # of old Mistrals a tokenizer is taken to be damaged
         if _refusal(config.to_dict() | changes | named) is None:
             return changes | named
     if why is not None:

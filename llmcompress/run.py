@@ -43,7 +43,6 @@ from llmcompress.prepare import (
     pick_device,
     require_kin,
     source_of,
-    tokenizer_of,
 )
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
@@ -52,6 +51,7 @@ from llmcompress.shard import discard
 from llmcompress.stages.context import Context, Source
 from llmcompress.stages.distill import Distill
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.walk import Track, logits, untracked
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
@@ -91,6 +91,7 @@ def compress(
         model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
         require_possible(pinned, model)
         _require_sound(model)
+        require_portable(found.folder, model.checkpoint.config, tokenizer)
         blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, blocks.sha256):
             raise DataError(
@@ -100,6 +101,7 @@ def compress(
         chained = _chain(pinned, model, found, blocks, place, track)
         if writer is not None:
             folder = write_weights(writer, chained.model, chained.outcome)
+            keep_tokens(folder, tokenizer, found.folder)
             before, after, measured = _measure(found, folder, str(out), where, blocks, track)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)

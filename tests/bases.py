@@ -43,6 +43,25 @@ def save_bos_base(folder: Path, family: str = "llama", **config: Any) -> Path:
     return folder
 
 
+def llama_tokenizer(**settings: Any) -> dict[str, str]:
+    """The files of a tokenizer as Llama's are: `▁` is put before the text by a normaliser, which the class leaves out.
+
+    So LlamaTokenizer and what reads tokenizer.json as it is differ on `<s>hello`. `settings` go into tokenizer_config.json.
+    """
+    special = ("<unk>", "<s>", "</s>", "[INST]")
+    letters = [*special, "▁", "\n", *map(chr, range(33, 127)), *"éß日本🙂"]
+    merges = [("▁", "h"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "▁")]
+    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True))
+    before = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
+    bpe.normalizer = tokenizers.normalizers.Sequence(before)
+    bpe.add_special_tokens([tokenizers.AddedToken(token, normalized=False) for token in special])
+    bpe.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", "<s> $A <s> $B", [("<s>", 1)])
+    named = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "pad_token": "</s>"}
+    said = {"tokenizer_class": "LlamaTokenizer", "model_max_length": 96, **named, **settings}
+    return {"tokenizer.json": bpe.to_str(), "tokenizer_config.json": json.dumps(said)}
+
+
 def save_base(folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:
     """A pico base of 256 tokens with its tokenizer."""
     pico(family, **{"vocab_size": VOCABULARY, **config}).save_pretrained(folder, max_shard_size=max_shard_size)

@@ -12,8 +12,8 @@ LONGEST = 350  # lines
 
 # A module sees those in the lines above its own, and no others.
 LAYERS = (
-    ("errors", "axes", "methods", "processes", "untrusted", "interrupt"),
-    ("cache", "words"),
+    ("errors", "axes", "methods", "processes", "untrusted", "interrupt", "places"),
+    ("cache", "words", "companions"),
     ("family", "pydocs", "hub", "lock", "manifest", "scratch", "rows"),
     ("shard",),
     ("texts", "shelf", "target"),
@@ -21,7 +21,7 @@ LAYERS = (
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "report", "triton_kernels"),
-    ("integer", "kernels", "journal"),
+    ("integer", "kernels", "journal", "tokenizer"),
     ("integer_linear", "lookup"),
     ("four_bit", "integer_embedding", "sparse_linear", "factored", "codebook_linear"),
     ("stored",),

@@ -24,6 +24,8 @@ MODEL = {
     "pytorch_model.bin": b"a pickle",
     "original/consolidated.00.pth": b"a pickle",
     "modeling_evil.py": b"raise SystemExit",
+    "credentials.json": b"{}",
+    "notes.txt": b"mine",
     "training_args.bin": b"a pickle",
 }
 SMALL = {"README.md", "config.json", "model.safetensors.index.json", "recipe.yaml", "tokenizer.json"}
@@ -70,7 +72,7 @@ def test_only_safetensors_tokenizer_and_text_are_asked_for(served: tuple[Hub, st
     assert (set(small[0]), small[1]) == (SMALL, commit)
     assert (set(whole[0]), whole[1]) == (WHOLE, commit)
     asked = {path.partition(f"/resolve/{commit}/")[2] for _, path in hub.log if "/resolve/" in path}
-    assert asked == WHOLE  # no pickle, no code
+    assert asked == WHOLE  # no pickle, no code, nothing of another name
     got = [path for method, path in hub.log if method == "GET" and "/resolve/" in path]
     assert len(got) == len(set(got))  # nothing a second time
     offline = environment("http://127.0.0.1:9", tmp_path) | {"HF_HUB_OFFLINE": "1"}
@@ -157,6 +159,9 @@ def test_no_pattern_lets_a_pickle_or_code_through() -> None:
         "a/b.pth",
         "model.h5",
         "model.gguf",
+        "credentials.json",
+        "notes.txt",
+        "my.model",
     ):
         assert not any(fnmatch(name, pattern) for pattern in border.SMALL + border.WEIGHTS)
 

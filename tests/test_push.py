@@ -255,11 +255,13 @@ def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: Wor
     (mine / "README.md").write_text((mine / "README.md").read_text() + "\nMy own words.\n")
     (mine / "optimizer.bin").write_bytes(b"a pickle")
     (mine / "notes.py").write_text("print()")
+    (mine / "secrets.json").write_text('{"token": "mine"}')
+    (mine / "users.txt").symlink_to("/etc/passwd")
     code, _, err = shell(world.env, "push", str(mine), "me/edited", "--private")
     assert code == 0, err
     there = world.hub.files("me/edited")
     assert there["README.md"] == (mine / "README.md").read_bytes()
-    assert not {"optimizer.bin", "notes.py"} & there.keys()
+    assert not {"optimizer.bin", "notes.py", "secrets.json", "users.txt"} & there.keys()
     assert world.hub.repos["model", "me/edited"].private
 
 

@@ -19,9 +19,10 @@ from llmcompress.contents import companions
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
-from llmcompress.report.card import card, evaluations, for_others, front_matter, recipe_card
+from llmcompress.report.card import card, evaluations, front_matter, recipe_card
 from llmcompress.report.pictures import before_after, error_per_layer, training_curves
 from llmcompress.report.render import amount, change, duration, number, print_evaluation, print_plan, print_report
+from llmcompress.report.sharing import for_others
 from llmcompress.stages.distill import Distill
 
 RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the block\n"
@@ -73,6 +74,7 @@ def facts() -> dict[str, Any]:
         },
         "data": {
             "source": "Salesforce/wikitext",
+            "revision": "cd" * 20,
             "sha256": "cd" * 32,
             "calibration_tokens": 65536,
             "evaluation_tokens": 262144,
@@ -394,7 +396,7 @@ def test_a_base_in_a_folder_is_named_by_its_last_name_alone() -> None:
     raw = facts()
     raw["base"] |= {"model": "/home/someone/models/wikilm-8m", "revision": None}
     raw["compressed"]["model"] = "/home/someone/out/"
-    raw["data"]["source"] = "../text/wikitext-2"
+    raw["data"] |= {"source": "../text/wikitext-2", "revision": None}
     text = card(Report.model_validate(raw), RECIPE, {})
     found: Any = ModelCard(text)
     assert found.data.base_model is None
@@ -416,7 +418,6 @@ def test_on_the_hub_the_card_names_the_repository() -> None:
 
 def test_the_card_and_the_report_say_where_a_recipe_and_a_text_come_from() -> None:
     raw = facts() | {"recipe": {"source": "them/recipe", "revision": REVISION}}
-    raw["data"]["revision"] = "cd" * 20
     found: Any = ModelCard(text := card(made := Report.model_validate(raw), RECIPE, {}))
     assert f"the recipe below, `them/recipe` at `{REVISION}`:" in text
     assert {result.dataset_revision for result in found.data.eval_results} == {"cd" * 20}
@@ -427,14 +428,15 @@ def test_the_card_and_the_report_say_where_a_recipe_and_a_text_come_from() -> No
         ("kl_nats_mean", raw["fidelity"]["kl_nats_mean"]),
     ]
     assert {(entry["dataset_id"], entry["dataset_revision"]) for entry in entries} == {("Salesforce/wikitext", "cd" * 20)}
-    assert evaluations(report()) == []  # of no known commit
+    raw["data"]["revision"] = None
+    assert evaluations(Report.model_validate(raw)) == []  # of no known commit
 
 
 def test_what_is_shared_names_no_path_of_this_machine() -> None:
     raw = facts()
     raw["base"] |= {"model": "/home/someone/models/wikilm-8m", "revision": None}
     raw["compressed"]["model"] = "/home/someone/out/"
-    raw["data"]["source"] = "../text/wikitext-2"
+    raw["data"] |= {"source": "../text/wikitext-2", "revision": None}
     there = f"them/student@{REVISION}"
     taught = distilled(0.4, [50, 0.2], steps=100) | {"teacher": "/home/someone/models/my@teacher", "student": there}
     found = Report.model_validate(raw | {"stages": [taught]})

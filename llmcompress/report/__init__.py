@@ -18,6 +18,7 @@ from llmcompress.untrusted import Unreadable, json_of
 SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
+CARD, EVALUATIONS = "README.md", ".eval_results/llmcompress.yaml"  # the second is where the Hub looks for them
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
 DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")  # keys of data, of a Hub data set or a table
 TRAINS = "distill"  # the stage whose facts are those of a training

@@ -2,7 +2,8 @@
 
 Every number comes from the report and none is typed here. The front matter carries the results as a `model-index`, in full
 precision, so that the Hub shows them and a script reads them back; the text below it is the same report in words and tables.
-A base that lies in a folder is named by its last name alone: the Hub refuses paths as `base_model`, and nobody needs them.
+It is a card for others: what lies in a folder or file here is named by its last name alone, by `sharing.for_others`; the Hub
+refuses paths as `base_model`, and nobody needs them.
 A recipe that is shared alone has a card of its own.
 """
 
@@ -14,7 +15,8 @@ import yaml
 
 from llmcompress import hub
 from llmcompress.data import DEMO
-from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, StageFacts, TrainingFacts
+from llmcompress.places import is_path, short_name
+from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 from llmcompress.report.render import (
     Rows,
     amount,
@@ -25,11 +27,11 @@ from llmcompress.report.render import (
     nats,
     number,
     percent,
-    short_name,
     steps,
     time_rows,
     worst_rows,
 )
+from llmcompress.report.sharing import for_others, is_local_text, others_in
 from llmcompress.untrusted import Unreadable, yaml_of
 
 LARGEST = 1 << 16  # bytes of front matter
@@ -52,8 +54,9 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: s
     """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be empty).
 
     `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`. `repo` is the id that
-    the artefact has on the Hub, once it is there.
+    the artefact has on the Hub, once it is there. The recipe is to be one for others too, by `Recipe.for_others`.
     """
+    report = for_others(report, repo)
     front = _front_of(_front_matter(report, base_card, repo))
     parts = [_opening(report, repo), _change(report), _loading(report, repo), _recipe(recipe_yaml), _errors(report)]
     parts += [_training(report), _limits(report), _reproduction(report, repo)]
@@ -82,7 +85,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 def evaluations(report: Report) -> list[dict[str, Any]]:
     """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is another."""
-    data, base = report.data, report.base
+    data, base = report.data, for_others(report).base
     if data.revision is None:
         return []
     at = f"@{base.revision}" if base.revision else ""
@@ -93,15 +96,6 @@ def evaluations(report: Report) -> list[dict[str, Any]]:
     return [{**dataset, "task_id": task, "value": value, "notes": told} for task, value in known.items()]
 
 
-def for_others(report: Report, repo: str) -> Report:
-    """The report as it is shared under the id `repo`: folders and files of this machine by their last names alone."""
-    base = report.base.model_copy(update={"model": _base(report)})
-    small = report.compressed.model_copy(update={"model": repo})
-    data = report.data.model_copy(update={"source": _source(report)})
-    stages = tuple(stage.model_copy(update={role: _spelled(name) for role, name in _named(stage)}) for stage in report.stages)
-    return report.model_copy(update={"base": base, "compressed": small, "data": data, "stages": stages})
-
-
 def _front_of(entries: Mapping[str, Any]) -> str:
     return f"---\n{yaml.safe_dump(dict(entries), sort_keys=False, allow_unicode=True)}---\n\n"
 
@@ -109,7 +103,7 @@ def _front_of(entries: Mapping[str, Any]) -> str:
 def _front_matter(report: Report, base_card: Mapping[str, Any], repo: str | None) -> dict[str, Any]:
     stages = {stage.name for stage in report.stages}
     formats = _formats(report)
-    front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _plain(base_card.get(key))}
+    front: dict[str, Any] = {key: base_card[key] for key in INHERITED if _is_words(base_card.get(key))}
     if report.base.revision is not None and not _others(report):
         front["base_model"] = report.base.model
         front["base_model_relation"] = "quantized" if stages & CODES else "finetune"
@@ -134,8 +128,10 @@ def _formats(report: Report) -> set[str]:
     return {linear.format.partition(" ")[0] for linear in report.linears}
 
 
-def _plain(value: Any) -> bool:
-    return isinstance(value, str) or (isinstance(value, list) and all(isinstance(item, str) for item in value))
+def _is_words(value: Any) -> bool:
+    """Whether an entry of a base's card is a string or several, and no path of whoever wrote it."""
+    each = value if isinstance(value, list) else [value]
+    return all(isinstance(item, str) and not is_path(item) for item in each)
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
@@ -149,7 +145,7 @@ def _results(report: Report) -> list[dict[str, Any]]:
         ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
     )
     measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
-    text, data = _source(report), report.data
+    text, data = report.data.source, report.data
     place = {"config": data.config, "split": data.evaluation_split or data.split, "revision": data.revision}
     dataset = {"type": text.split()[0], "name": text} | {key: value for key, value in place.items() if value}
     result = {"task": {"type": "text-generation"}, "dataset": dataset, "metrics": measured}
@@ -162,7 +158,7 @@ def _opening(report: Report, repo: str | None) -> str:
     of = f", `{recipe.source}` at `{recipe.revision}`" if recipe else ""
     return (
         f"# {short_name(repo or small.model)}\n\n"
-        f"`{_base(report)}`{revision}, compressed by llmcompress with the recipe below{of}: "
+        f"`{base.model}`{revision}, compressed by llmcompress with the recipe below{of}: "
         f"{amount(base.size_bytes, 'B')} became {amount(small.size_bytes, 'B')} ({change(base.size_bytes, small.size_bytes)}), "
         f"perplexity {number(base.perplexity)} became {number(small.perplexity)}, "
         f"and the KL divergence from the base is {nats(report.fidelity.kl_nats_mean)}."
@@ -240,7 +236,7 @@ def _trained(training: TrainingFacts) -> str:
         f"`{training.loss}`, {steps(training)} steps of {training.batch:,} x {training.length:,} tokens "
         f"({amount(tokens)} in all), learning rate {training.learning_rate:g}"
     )
-    for role, name in _named(training):
+    for role, name in others_in(training).items():
         repo, commit = hub.split(name)
         settings += f", {role} `{repo}` at revision `{commit}`" if hub.is_commit(commit) else f", {role} `{short_name(name)}`"
     if training.best[0] == 0:
@@ -251,22 +247,11 @@ def _trained(training: TrainingFacts) -> str:
     )
 
 
-def _named(stage: StageFacts | TrainingFacts) -> list[tuple[str, str]]:
-    """The teacher and the student that a recipe names for a training."""
-    facts = stage.model_extra or {}
-    return [(role, name) for role in ("teacher", "student") if isinstance(name := facts.get(role), str)]
-
-
-def _spelled(name: str) -> str:
-    """A model from the Hub at its commit, or the last name of a folder."""
-    return name if hub.is_commit(hub.split(name)[1]) else short_name(name)
-
-
 def _limits(report: Report) -> str:
     data = report.data
     limits = (
         *((BOS,) if data.bos else ()),
-        f"Measured on {data.evaluation_tokens:,} tokens of one text ({_source(report)}). The interval says how far another "
+        f"Measured on {data.evaluation_tokens:,} tokens of one text ({data.source}). The interval says how far another "
         "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction following and "
         "safety were not measured.",
         f"Calibrated on {data.calibration_tokens:,} tokens of the same source: text unlike it may lose more.",
@@ -281,11 +266,10 @@ def _limits(report: Report) -> str:
 
 def _reproduction(report: Report, repo: str | None) -> str:
     again = f"llmcompress reproduce {repo or 'path/to/' + short_name(report.compressed.model)}"
-    base, source = report.base.model, report.data.source
-    if report.base.revision is None and base != DEMO:
-        again += f" --base path/to/{short_name(base)}"
-    if source != _source(report):
-        again += f" --data path/to/{_source(report)}"
+    if report.base.revision is None and report.base.model != DEMO:
+        again += f" --base path/to/{report.base.model}"
+    if is_local_text(report):
+        again += f" --data path/to/{report.data.source}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
     return f"""## Reproduce it
 
@@ -299,17 +283,6 @@ Recipe digest `{report.recipe_digest}`, tokens sha256 `{report.data.sha256}`.
 Made with {versions} on {report.environment.device}; peak memory {amount(report.cost.peak_memory_bytes, "B")}.
 
 {_table(("stage", "time", "share"), time_rows(report))}"""
-
-
-def _base(report: Report) -> str:
-    return report.base.model if report.base.revision is not None else short_name(report.base.model)
-
-
-def _source(report: Report) -> str:
-    """The data set's id on the Hub, or the last name of a path."""
-    source = report.data.source
-    name = r"[A-Za-z0-9][\w.-]*"
-    return source if re.match(rf"{name}(/{name})?( |$)", source) else short_name(source)
 
 
 def _table(header: Sequence[str], rows: Rows) -> str:

@@ -4,7 +4,6 @@ Each table is built as rows of plain text first and turned into a rich table las
 and names with brackets are never read as markup. The formatters are public: the model card and the pictures use the same units.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -69,12 +68,6 @@ def with_interval(value: float | None, interval: Interval | None) -> str:
 def percent(value: float | None) -> str:
     """A share of one as 97.80 %."""
     return NONE if value is None else f"{100 * value:.2f} %"
-
-
-def short_name(model: str) -> str:
-    """The last name of a Hub id or a path, of either kind of slash."""
-    last = re.split(r"[/\\]", model.rstrip("/\\"))[-1]
-    return last if last.strip(".") else "model"
 
 
 def change(before: float | None, after: float | None) -> str:

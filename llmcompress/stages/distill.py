@@ -11,7 +11,6 @@ import functools
 import math
 import shutil
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import ClassVar, cast
 
 import torch
@@ -126,7 +125,7 @@ class Distill(Lesson):
             with processes.first_alone() as writes:  # or all would ask for all of it
                 known = kept() if writes else []
             teacher, examiner = known or kept()
-            notes.append(_said_of(known or [teacher, examiner], context.cache))
+            notes.append(_said_of(known or [teacher, examiner]))
         else:
             teacher = examiner = present()
         matching = None
@@ -158,12 +157,12 @@ class Distill(Lesson):
         return Matching.of(layers, teachers, origin, self.hidden_loss, self.hidden, self.attention, unscored)
 
 
-def _said_of(kept: Sequence[Kept], folder: Path) -> str:
+def _said_of(kept: Sequence[Kept]) -> str:
     """What was kept, in words."""
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return (
-        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in {folder}. KL on "
+        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in the cache. KL on "
         "held-out windows counts all but the likeliest tokens as one, so it is never more than in full"
     )
 

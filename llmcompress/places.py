@@ -1,0 +1,41 @@
+"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in their place.
+
+What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have any
+spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+_PART = r"[^\s/\\'\"`,;:()|<>*?]+"
+_STARTS = rf"file:/+{_PART}|~[\w.-]*[/\\]+{_PART}|[A-Za-z]:[/\\]+{_PART}|[/\\]{_PART}[/\\]+{_PART}"
+_PATHS = re.compile(rf"(?<![\w:/\\.~<%-])(?:{_STARTS})(?:[/\\]+{_PART})*[/\\]?")
+_WHOLE = re.compile(r"file:|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[/\\]{1,2}[^/\\\s][^/\\\n]*[/\\]+[^/\\\n]", re.ASCII)
+
+
+def short_name(name: str) -> str:
+    """The last name of a Hub id or a path, of either kind of slash."""
+    last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return last if last.strip(".") else "model"
+
+
+def is_path(text: str) -> bool:
+    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside the user's home."""
+    return "\n" not in text and (_WHOLE.match(text) is not None or f"{Path.home()}/" in text)
+
+
+def without(text: str, known: Iterable[str]) -> str:
+    """A text with the last name of each path that is `known` in place of the path, and without the folders that hold one."""
+    names = {name for name in known if short_name(name) != name}
+    holders = {f"{holder}/" for name in names for holder in Path(name).parents if name[0] in "/~" and len(holder.parts) > 2}
+    for name in sorted(names | holders, key=len, reverse=True):
+        text = text.replace(name, "" if name in holders else short_name(name))
+    return text
+
+
+def shortened(text: str, known: Iterable[str] = ()) -> str:
+    """The same of absolute paths too, which are recognised by how they begin."""
+    return _PATHS.sub(lambda found: short_name(found[0]), without(text, known))
