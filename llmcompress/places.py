@@ -24,7 +24,15 @@ def short_name(name: str) -> str:
 
 def is_path(text: str) -> bool:
     """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside the user's home."""
-    return "\n" not in text and (_WHOLE.match(text) is not None or f"{Path.home()}/" in text)
+    return "\n" not in text and (_WHOLE.match(text) is not None or _in_home(text))
+
+
+def _in_home(text: str) -> bool:
+    try:
+        home = str(Path.home())
+    except RuntimeError:  # the user has none
+        return False
+    return len(home) > 1 and f"{home}/" in text
 
 
 def without(text: str, known: Iterable[str]) -> str:

@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
 
 from llmcompress.checkpoint import read_json
-from llmcompress.companions import CONFIG, kept, links_out, shareable
+from llmcompress.companions import CONFIG, RIGHTS, kept, links_out, shareable
 from llmcompress.errors import ModelError
 from llmcompress.shard import sync
 
@@ -101,7 +101,7 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
     """
     if (wrong := _difference(written, tokenizer)) is None:
         return
-    if left := links_out(base, vocabulary_files(base)):
+    if left := [name for name in links_out(base, vocabulary_files(base)) if name not in RIGHTS]:
         raise ModelError(f"{base / left[0]} is a link that leaves the folder; put the file itself in its place")
     _save(written, tokenizer)
     if (wrong := _difference(written, tokenizer)) is not None:
@@ -124,14 +124,22 @@ def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -
             return f"{trait} is {other!r:.80} and not {one!r:.80}"
     texts = [*TEXTS, *(around.format(token) for token in ours.get_added_vocab() for around in AROUND)]
     for special in (True, False):
-        one, other = (each(texts, add_special_tokens=special, verbose=False).input_ids for each in (ours, theirs))
-        for text, mine, yours in zip(texts, one, other, strict=True):
+        for text, mine, yours in zip(texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True):
             if mine != yours:
                 return f"{text!r:.80} is {yours} and not {mine}"
-    for ids in one[: len(TEXTS)]:
-        if (mine := ours.decode(ids)) != (yours := theirs.decode(ids)):
-            return f"{ids} stands for {yours!r:.80} and not {mine!r:.80}"
+            if text in TEXTS and isinstance(mine, list) and (word := ours.decode(mine)) != (other := theirs.decode(mine)):
+                return f"{mine} stands for {other!r:.80} and not {word!r:.80}"
     return None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int] | str]:
+    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't know."""
+    found: list[list[int] | str]
+    try:
+        found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
+    except Exception as error:  # tokenizers raise bare Exceptions
+        found = [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+    return found
 
 
 def _difference(written: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
@@ -171,8 +179,9 @@ def _own_class(folder: Path) -> str | None:
     listed = settings.get("auto_map")
     named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
     outside = next((name for name in _each(named) if name), None)
-    known = _class_of(settings.get("tokenizer_class") or config.get("tokenizer_class"))
-    return outside if known is None else None
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    known = isinstance(name, str) and "Tokenizer" in name and tokenizer_class_from_name(name) is not None
+    return None if known else outside
 
 
 def _each(named: Any) -> Iterator[str]:

@@ -407,6 +407,14 @@ def test_a_base_in_a_folder_is_named_by_its_last_name_alone() -> None:
     assert "../text" not in text
 
 
+def test_the_command_of_the_card_quotes_names_with_spaces() -> None:
+    raw = facts()
+    raw["data"] |= {"source": "my texts/the diary.txt", "revision": None}
+    assert "llmcompress reproduce path/to/small-nf4 --data 'path/to/the diary.txt'\n" in card(
+        Report.model_validate(raw), RECIPE, {}
+    )
+
+
 def test_on_the_hub_the_card_names_the_repository() -> None:
     text = card(report(), RECIPE, {}, "me/tiny")
     found: Any = ModelCard(text)

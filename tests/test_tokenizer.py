@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -139,6 +140,20 @@ def test_what_tells_tokenizers_apart_is_seen() -> None:
     stripping.add_tokens([transformers.AddedToken("<new>", lstrip=True)])
     plain.add_tokens([transformers.AddedToken("<new>")])
     assert "'hello <new> hello' is" in (difference(plain, stripping) or "")
+
+
+def test_what_a_tokenizer_has_no_token_for_is_compared_too() -> None:
+    def known(*words: str) -> transformers.PreTrainedTokenizerFast:
+        level = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)})  # raises for other words
+        return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(level))
+
+    assert difference(known("hello", "0"), known("hello", "0")) is None
+    other = known("hello", "0")
+    other.backend_tokenizer.normalizer = tokenizers.normalizers.Strip()
+    assert (
+        difference(known("hello", "0"), other)
+        == "' ' is [] and not WordLevel error: Missing [UNK] token from the vocabulary"
+    )
 
 
 def test_the_files_of_a_tokenizer_are_those_of_its_class(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ A recipe that is shared alone has a card of its own.
 """
 
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -267,9 +268,9 @@ def _limits(report: Report) -> str:
 def _reproduction(report: Report, repo: str | None) -> str:
     again = f"llmcompress reproduce {repo or 'path/to/' + short_name(report.compressed.model)}"
     if report.base.revision is None and report.base.model != DEMO:
-        again += f" --base path/to/{report.base.model}"
+        again += f" --base {shlex.quote(f'path/to/{report.base.model}')}"
     if is_local_text(report):
-        again += f" --data path/to/{report.data.source}"
+        again += f" --data {shlex.quote(f'path/to/{report.data.source}')}"
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
     return f"""## Reproduce it
 
