@@ -22,6 +22,7 @@ from llmcompress import hub
 from llmcompress.data import DEMO
 from llmcompress.errors import RecipeError
 from llmcompress.places import short_name
+from llmcompress.local_texts import kind_of
 from llmcompress.report import CARD, RecipeFacts
 from llmcompress.report.card import recipe_card
 from llmcompress.shard import put, writing
@@ -32,7 +33,7 @@ from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.smooth import Smooth
 from llmcompress.stages.sparsify import Sparsify
 from llmcompress.steps import AXIS, PATTERN, TIES, Step, require_order
-from llmcompress.texts import PYTHON_DOCS, SUFFIXES, DataSpec
+from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.untrusted import Unreadable, yaml_of
 
 if TYPE_CHECKING:
@@ -211,7 +212,7 @@ class Recipe(BaseModel):
             repo = hub.split(name)[0]
             if told in (name, repo):
                 return not on_hub
-            return not hub.is_id(repo) or Path(name).suffix in SUFFIXES or Path(name).expanduser().exists()
+            return not hub.is_id(repo) or kind_of(Path(name)) is not None or Path(name).expanduser().exists()
 
         return {name for name, told, on_hub in asked if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)}
 
