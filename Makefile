@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
-.PHONY: demo test check format bench clean
+.PHONY: demo test check campaign format bench clean
 
 demo: $(READY)
 	$(BIN)/llmcompress run recipes/demo.yaml --out out/demo --overwrite
@@ -18,6 +18,9 @@ check: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST)
+
+campaign: $(READY) # rough ends, rivals, odd configs, damaged files, odd words: half an hour on two cores
+	$(BIN)/python -m tests.campaign
 
 format: $(READY)
 	$(BIN)/ruff format .
