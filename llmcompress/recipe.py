@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError,
 from llmcompress import hub
 from llmcompress.data import DEMO
 from llmcompress.errors import RecipeError
-from llmcompress.places import short_name
 from llmcompress.local_texts import kind_of
+from llmcompress.places import short_name
 from llmcompress.report import CARD, RecipeFacts
 from llmcompress.report.card import recipe_card
 from llmcompress.shard import put, writing
