@@ -79,7 +79,7 @@ class Shelf:
                 yield {column: values[-1]}
             values.append(END)
         finally:
-            if len(values) > kept:
+            if len(values) > max(kept, _length(file)):  # others may have read on meanwhile
                 _keep(file, "".join(json.dumps(value) + "\n" for value in values))
 
 
@@ -104,6 +104,14 @@ def _values(file: Path) -> list[Any]:
         return [json.loads(line) for line in _read(file).splitlines()] if file.is_file() else []
     except ValueError as error:
         raise DataError(f"{file} can't be read ({first_line(error)}); delete it") from None
+
+
+def _length(file: Path) -> int:
+    """How many lines a file holds now; 0 where it can't be read."""
+    try:
+        return len(_values(file))
+    except DataError:
+        return 0
 
 
 def _keep(file: Path, text: str) -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -18,11 +19,14 @@ from llmcompress.recipe import Accept, Recipe
 from llmcompress.run import compress
 from tests.bases import save_base, staged_recipe, write_text
 
-STAGES = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"quantize": {"rounding": "nearest"}}
-LESSON = {"distill": {"steps": 6, "batch": 4, "learning_rate": 1e-3, "evaluate_every": 2}}
+STAGES: tuple[dict[str, Any], ...] = (
+    {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
+    {"quantize": {"rounding": "nearest"}},
+)
+LESSON: dict[str, Any] = {"distill": {"steps": 6, "batch": 4, "learning_rate": 1e-3, "evaluate_every": 2}}
 
 
-def interrupted(folder: Path, *stages: dict[str, object]) -> tuple[Recipe, Path]:
+def interrupted(folder: Path, *stages: dict[str, Any]) -> tuple[Recipe, Path]:
     """A recipe of which all stages were done and nothing was published, and `whole`, what comes of it undisturbed."""
     recipe = staged_recipe(
         write_text(folder / "facts.txt"), save_base(folder / "base", num_hidden_layers=2), *stages, samples=4, length=16
@@ -76,6 +80,11 @@ def file_instead(folder: Path) -> None:
     folder.write_text("")
 
 
+def link_instead(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to(folder / "nowhere")
+
+
 JOINT = Path("journal", "joint")
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped": lambda left: flipped(left / JOINT / "model.safetensors"),
@@ -85,7 +94,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "folder instead": lambda left: folder_instead(left / JOINT / "config.json"),
     "no manifest": lambda left: (left / JOINT / MANIFEST).write_bytes(b"\xff{"),
     "file instead": lambda left: file_instead(left / JOINT),
-    "link instead": lambda left: ((left / JOINT).rename(left / "moved"), (left / JOINT).symlink_to(left / "nowhere")),
+    "link instead": lambda left: link_instead(left / JOINT),
 }
 
 

@@ -100,3 +100,13 @@ def test_a_cache_that_can_not_be_written_is_a_warning(cache: Path) -> None:
         assert read(9, stream([])) == TEXTS
     with pytest.warns(UserWarning, match="not kept"):
         SHELF.remember(None, ["train"])
+
+
+def test_who_has_read_less_does_not_shorten_what_another_kept_meanwhile() -> None:
+    asked: list[int] = []
+    slow = SHELF.rows("train", "text", stream(asked))
+    next(slow)
+    assert read(len(TEXTS), stream(asked)) == TEXTS  # another run reads all meanwhile
+    next(slow)
+    del slow  # which keeps what it has read
+    assert read(len(TEXTS), None) == TEXTS
