@@ -17,6 +17,7 @@ import torch
 
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.companions import shareable
 from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError, OutputError
 from llmcompress.push import require_own_recipe
@@ -170,7 +171,7 @@ def _surroundings(reported: Report, again: Report) -> list[str]:
 
 def _structure(one: Checkpoint, other: Checkpoint) -> list[str]:
     """What differs in config.json, and in the names, shapes and dtypes of tensors."""
-    before, after = one.config, other.config
+    before, after = shareable(one.config), shareable(other.config)
     told = (before.keys() | after.keys()) - {"transformers_version"}  # which `_surroundings` tells of
     differ = sorted(key for key in told if before.get(key) != after.get(key))
     found = [f"config.json: {key} was {before.get(key)!r:.60}, now {after.get(key)!r:.60}" for key in differ]

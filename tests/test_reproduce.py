@@ -98,6 +98,13 @@ def test_another_structure_is_different_and_says_where(copy: Path) -> None:
     assert "lm_head.weight: was torch.float16" in said
 
 
+def test_a_config_that_says_where_and_by_what_it_was_written_is_no_other_structure(shelf: Path, copy: Path) -> None:
+    config = json.loads((copy / "config.json").read_text())
+    said = {"_name_or_path": "/home/someone/base", "auto_map": {"AutoConfig": "a.B"}, "transformers_version": "4.0.0"}
+    (copy / "config.json").write_text(json.dumps(config | said))
+    assert reproduce(str(copy)).verdict == "bit-equal"
+
+
 def test_close_is_what_the_tolerances_say(shelf: Path) -> None:
     report = Report.of(shelf / "out")
     assert report.fidelity.kl_nats_mean is not None and report.compressed.perplexity is not None

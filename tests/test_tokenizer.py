@@ -151,8 +151,7 @@ def test_what_a_tokenizer_has_no_token_for_is_compared_too() -> None:
     other = known("hello", "0")
     other.backend_tokenizer.normalizer = tokenizers.normalizers.Strip()
     assert (
-        difference(known("hello", "0"), other)
-        == "' ' is [] and not WordLevel error: Missing [UNK] token from the vocabulary"
+        difference(known("hello", "0"), other) == "' ' is [] and not WordLevel error: Missing [UNK] token from the vocabulary"
     )
 
 
