@@ -8,7 +8,7 @@ found in both is refused. It costs about four seconds of one core per million to
 
 Where the tokenizer puts BOS before what it encodes, the model expects it, so a window is BOS and length - 1 tokens of text. The
 output at BOS is the same for every text: activations there calibrate, but what is predicted there counts neither in
-perplexity, KL and top-1 agreement nor in a loss.
+perplexity, KL and top-1 agreement nor in a loss. (lm-evaluation-harness counts it.)
 """
 
 from __future__ import annotations

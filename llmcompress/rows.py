@@ -68,7 +68,7 @@ def no_column(column: str, names: Sequence[str], source: str) -> DataError:
 
 
 def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool) -> list[str]:
-    """A conversation as the tokenizer's chat template spells it, line by line: no line end parts a special token.
+    """A conversation as the tokenizer's chat template spells it, in lines: where a long one is cut, no special token is.
 
     `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own. Errors: DataError.
     """
@@ -78,14 +78,14 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
             "tokenizer of a chat model"
         )
     try:
-        text = tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
+        text = str(tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False))
     except Exception as error:  # templates are programs and raise what they like; to the user each says: this row does not fit
         raise DataError(
             f"{chat.where} does not fit the tokenizer's chat template ({first_line(error)[:200]}); mend or remove the row"
         ) from None
     _require_unicode(text, chat.where)
     opening = tokenizer.bos_token if without_bos else None
-    return str(text).removeprefix(opening or "").splitlines(keepends=True)
+    return text.removeprefix(opening or "").splitlines(keepends=True)
 
 
 def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
