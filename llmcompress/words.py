@@ -15,9 +15,10 @@ SHOWN = 80  # characters of a name that are put into an error
 
 
 def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError] = CompressError) -> Path:
-    """The path that `words` name, a leading `~` expanded; nothing need lie there. `what` is what it is for: `base`, `--out`.
+    """The path that `words` name, a leading `~` expanded; nothing need lie there.
 
-    Raises `error` for words that can name no path here. Afterwards `exists`, `is_dir` and `is_file` of the path answer.
+    `what` is what the user gave: `base`, `--out`. Raises `error` for words that can name no path here.
+    Afterwards `exists`, `is_dir` and `is_file` of the path answer.
     """
     text = os.fspath(words)
     require_text(text, what, error)
