@@ -79,7 +79,11 @@ class Writer:
         with writing(self.out):
             self._made = [folder for folder in self.partial.parents if not folder.exists()]  # the innermost first
             earlier = self.partial.exists()
-            self._lock = Lock(self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out")
+            try:
+                self._lock = Lock(self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out")
+            except BaseException:
+                self._tidy()
+                raise
             try:
                 if self._replaced.exists() and not self.out.exists():
                     self._replaced.rename(self.out)  # a run died between the two renames of `publish`
@@ -107,6 +111,10 @@ class Writer:
         if not kept and not any(self.partial.glob("journal*/**/*.safetensors")):
             self._empty()
         self._lock.release()
+        self._tidy()
+
+    def _tidy(self) -> None:
+        """Have the folders gone that were made to work in, as far as nothing is in them."""
         for folder in (self.partial, *self._made):
             with contextlib.suppress(OSError):
                 folder.rmdir()

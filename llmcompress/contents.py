@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,6 @@ from llmcompress.steps import Stage
 from llmcompress.stored import Layout, Made, Stored
 from llmcompress.widths import SCHEMA
 
-PICTURES = "llmcompress.report.pictures"  # which takes matplotlib, and that a folder to write to
 Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
 
@@ -229,9 +227,20 @@ def ties_of(model: OnDisk) -> dict[str, str]:
 def require_pictures() -> None:
     """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors: OutputError."""
     try:
-        importlib.import_module(PICTURES)
+        _draws()
     except OSError as error:
         raise OutputError(f"{first_line(error)}, or TMPDIR to one") from error
+
+
+def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]]:
+    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be written."""
+    from llmcompress.report import pictures
+
+    found: dict[str, Callable[[Report, Path], None]] = {
+        ERROR_PICTURE: pictures.error_per_layer,
+        CHANGE_PICTURE: pictures.before_after,
+    }
+    return found | ({TRAINING_PICTURE: pictures.training_curves} if trained else {})
 
 
 def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dict[str, str | bytes]:
@@ -243,13 +252,10 @@ def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dic
     inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() and is_inside(readme, base) else {}
     text = card(report, recipe.for_others(report).to_yaml(), inherited)
     files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml(), CARD: text}
-    pictures = {ERROR_PICTURE: "error_per_layer", CHANGE_PICTURE: "before_after"}
     if entries := evaluations(report):
         files[EVALUATIONS] = hub.evaluation_results(entries)
-    if report.trainings:
-        pictures[TRAINING_PICTURE] = "training_curves"
     with writing(scratch), tempfile.TemporaryDirectory(dir=scratch) as folder:
-        for name, draw in pictures.items():
-            getattr(importlib.import_module(PICTURES), draw)(report, Path(folder) / name)
+        for name, draw in _draws(trained=bool(report.trainings)).items():
+            draw(report, Path(folder) / name)
             files[name] = (Path(folder) / name).read_bytes()
     return files

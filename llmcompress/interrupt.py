@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -53,7 +54,8 @@ def one_line() -> Iterator[None]:
 
 def _answers(number: int) -> bool:
     """Whether a signal may be answered: nohup, and shells that start a job in the background, have it ignored."""
-    return signal.getsignal(number) not in (signal.SIG_IGN, None)
+    ours = threading.current_thread() is threading.main_thread()  # the only one that Python lets do it
+    return ours and signal.getsignal(number) not in (signal.SIG_IGN, None)
 
 
 def _raise(number: int, frame: FrameType | None) -> None:

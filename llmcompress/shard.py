@@ -129,7 +129,7 @@ def sync(file: BinaryIO) -> None:
 
 def put(file: Path, content: str) -> None:
     """Write a text file, whole or not at all."""
-    half = file.with_name(f".{file.name}.{secrets.token_hex(8)}")  # of several that write it, the last one's stays
+    half = file.with_name(f".{secrets.token_hex(8)}.half")  # of several that write it, the last one's stays
     try:
         with half.open("xb") as opened:
             opened.write(content.encode())

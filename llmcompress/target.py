@@ -19,10 +19,8 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what a r
 def resolved(out: str | Path) -> Path:
     """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can be none."""
     text = os.fspath(out)
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise OutputError(f"--out {text!r} is not UTF-8, which the report is written in; give another name") from None
+    if not is_utf8(text):
+        raise OutputError(f"--out {text!r} is not UTF-8, which the report is written in; give another name")
     shown = text if len(text) <= 200 else f"{text[:100]} ... of {len(text)} characters"
     try:
         if Path(text).is_symlink() and not Path(text).exists():
@@ -36,6 +34,11 @@ def resolved(out: str | Path) -> Path:
     if not found.name:
         raise OutputError(f"--out {found} is the root of a disk; give the name of a folder")
     return found
+
+
+def is_utf8(name: str) -> bool:
+    """Whether a name can be written as UTF-8; the bytes of a path need not be that."""
+    return name == name.encode(errors="replace").decode()
 
 
 def seen(folder: Path) -> Seen:

@@ -21,11 +21,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmcompress import native
 from llmcompress.artifact import partial_folder
 from llmcompress.checkpoint import Checkpoint
-from llmcompress.errors import AcceptError, ModelError, OutputError
+from llmcompress.errors import AcceptError, DataError, ModelError, OutputError
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
-from llmcompress.run import compress
+from llmcompress.run import compress, source_digest
 from llmcompress.walk import logits
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -192,7 +192,7 @@ import sys
 import torch
 torch.set_num_threads(1)  # as the runs here: sums in another order have other last bits
 from llmcompress.recipe import Recipe
-from llmcompress.run import compress
+from llmcompress.run import compress, source_digest
 compress(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
@@ -369,3 +369,27 @@ def test_a_folder_that_can_not_be_written_is_told_so(text: Path, tmp_path: Path)
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="can't write"):
         compress(small_recipe(text, base), tmp_path / "locked" / "out")
+
+
+def test_a_name_that_the_report_can_not_be_written_with_is_refused_at_once(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1).rename(tmp_path / os.fsdecode(b"base-\xff"))
+    with pytest.raises(ModelError, match=r"--base .* is not UTF-8"):
+        compress(small_recipe(text), tmp_path / "out", base=str(base))
+    other = Path(shutil.copy(text, tmp_path / os.fsdecode(b"facts-\xff.txt")))
+    with pytest.raises(DataError, match=r"--data .* is not UTF-8"):
+        compress(small_recipe(text), tmp_path / "out", base="demo", data=str(other))
+    assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
+
+
+def test_the_source_of_a_package_is_told_by_every_byte_of_it(tmp_path: Path) -> None:
+    for name in ("a.py", "inner/b.py", "c.c"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1")
+    seen = {source_digest.__wrapped__(tmp_path)}
+    for name in ("a.py", "inner/b.py", "c.c"):
+        (tmp_path / name).write_text("x = 2")
+        seen.add(source_digest.__wrapped__(tmp_path))
+    (tmp_path / "a.py").rename(tmp_path / "d.py")
+    seen.add(source_digest.__wrapped__(tmp_path))
+    (tmp_path / "picture.png").write_text("no source")
+    assert source_digest.__wrapped__(tmp_path) in seen and len(seen) == 5
