@@ -37,7 +37,7 @@ def _in_home(text: str) -> bool:
 
 def without(text: str, known: Iterable[str]) -> str:
     """A text with the last name of each path that is `known` in place of the path, and without the folders that hold one."""
-    names = {name for name in known if short_name(name) != name}
+    names = {name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))}
     holders = {f"{holder}/" for name in names for holder in Path(name).parents if name[0] in "/~" and len(holder.parts) > 2}
     for name in sorted(names | holders, key=len, reverse=True):
         text = text.replace(name, "" if name in holders else short_name(name))

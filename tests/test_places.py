@@ -50,5 +50,10 @@ def test_paths_in_a_text_are_told_by_their_last_names() -> None:
     assert without("in /usr/local/bin and my/base", ["my/base", "plain"]) == "in /usr/local/bin and base"
 
 
+@pytest.mark.parametrize("name", ["", ".", "..", "../", "/", "plain"])
+def test_what_has_no_folder_before_it_changes_no_text(name: str) -> None:
+    assert shortened("a plain note. ../x / y", [name]) == "a plain note. ../x / y"
+
+
 def test_a_last_name_is_of_either_slash_and_never_empty() -> None:
     assert [short_name(name) for name in ("user/name", "C:\\a\\b", "/a/b/", "..", "/")] == ["name", "b", "b", "model", "model"]

@@ -272,6 +272,8 @@ recipe = Recipe.from_pretrained("them/recipe", revision="v1")
 commit = recipe.push_to_hub("me/recipe", message="mine")
 again = Recipe.from_pretrained("me/recipe")
 assert again.digest == recipe.digest and again.origin.revision == commit != recipe.origin.revision
+own = "{base: /home/alice/base, data: {source: my texts/alice/diary.txt}, stages: [quantize]}"
+Recipe.parse(own).push_to_hub("me/own")
 print(commit)
 """
     done = subprocess.run([sys.executable, "-c", script], env={**os.environ, **world.env}, capture_output=True, text=True)
@@ -281,3 +283,5 @@ print(commit)
     assert there.keys() - {".gitattributes"} == {"recipe.yaml", "README.md"}
     card: Any = ModelCard(there["README.md"].decode())
     assert card.data.tags == ["llmcompress", "recipe"] and "llmcompress run me/recipe --base" in card.text
+    own = world.hub.files("me/own")
+    assert b"base: ./base\n" in own["recipe.yaml"] and not [name for name, content in own.items() if b"alice" in content]
