@@ -160,10 +160,11 @@ def native_kind(chosen: Mapping[str, Written], model: Resident) -> type[FourBit]
 def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.chosen, outcome.model), next(iter(outcome.chosen.values()), None)
+    skip = native.skip_list(list(outcome.kept), outcome.chosen, outcome.model.model.base_model_prefix)
     if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
-        return native.quantization_config(first.format, first.double_quant, first.dtype, list(outcome.kept))
+        return native.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8 and isinstance(first, Int8):
-        return integer.int8_config(first.threshold, list(outcome.kept))
+        return integer.int8_config(first.threshold, skip)
     linears: dict[Layout, list[str]] = {}
     for name, layout in outcome.layouts.items():
         linears.setdefault(layout, []).append(name)

@@ -11,13 +11,14 @@ from __future__ import annotations
 import copy
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmcompress.errors import ModelError
 
@@ -35,6 +36,7 @@ Format = Literal["nf4", "fp4"]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_BLOCK = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
+NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
 
 
 def grid(format: Format) -> Tensor:
@@ -274,8 +276,20 @@ def scales_lost(module: nn.Module) -> bool:
     return state is not None and "packing_format_for_cpu" in vars(state)
 
 
+def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:
+    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of those that don't.
+
+    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in place of the
+    causal one: they are new, and must be plain to be initialised and trained. Names go without the `prefix` of the base model
+    too, for the classes that lack it. No entry matches a quantised linear.
+    """
+    shorter = [name.removeprefix(f"{prefix}.") for name in kept]
+    beside = [entry for entry in (*shorter, *NEW_HEADS) if all(should_convert_module(name, [entry]) for name in quantised)]
+    return sorted({*kept, *beside})
+
+
 def quantization_config(format: Format, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]) -> dict[str, Any]:
-    """config.json's `quantization_config`; `skip` names in full every linear that is not quantised, the head included.
+    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list` does.
 
     transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular expression) or is
     its suffix. A full name from `named_modules()` therefore skips that module and what lies in it, and nothing else.

@@ -30,6 +30,7 @@ from llmcompress.checkpoint import named_ties
 from llmcompress.codebook_linear import Codebook, CodebookLinear
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredLinear
+from llmcompress.family import Anatomy
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
@@ -88,9 +89,7 @@ class Quantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
         anatomy = anatomy_of(model.config)
-        path = anatomy.layers
-        layers = model.get_submodule(path.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else path)
-        build_layers(model, cast(nn.ModuleList, layers), anatomy)
+        build_layers(model, _layers(model, anatomy), anatomy)
         assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):
@@ -243,6 +242,18 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, Layout], dtyp
         set_embedding(model, name, embedding, heads[0] if heads else None)
         done |= {name, *heads}
     return done
+
+
+def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
+    """The blocks of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
+    path = anatomy.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else anatomy.layers
+    try:
+        return cast(nn.ModuleList, model.get_submodule(path))
+    except AttributeError:
+        raise ModelError(
+            f"{type(model).__name__} has no {path}, so transformers would load none of the checkpoint's weights into it; load "
+            "the checkpoint by AutoModelForCausalLM or AutoModel"
+        ) from None
 
 
 def _known(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
