@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -115,7 +116,7 @@ class Checkpoint:
                 number = torch.Size(entry.shape).numel()
                 if (levels := self.tensors.get(f"{name}_levels")) is not None:  # an index of so many bits a weight
                     number = number * 8 // (levels.shape[-1] - 1).bit_length()
-                count += number * (2 if name in packed else 1)
+                count += number * (2 * entry.dtype.itemsize if name in packed else 1)  # bytes may be stored as another type
         return count
 
     def fingerprint(self) -> str:
@@ -207,16 +208,22 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def named_ties(ties: Any) -> dict[str, str]:
-    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names."""
+    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names, or a circle."""
+    if ties is None:
+        return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
         raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source")
+    try:
+        TopologicalSorter({target: [source] for target, source in ties.items()}).prepare()
+    except CycleError as error:
+        raise ModelError(f"config.json ties {error.args[1][0]} to itself; take it again from its source") from None
     return dict(ties)
 
 
 def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
     """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for both."""
     codes, found = config.get("quantization_config"), dict[str, str]()
-    ties = named_ties(codes.get("ties", {})) if isinstance(codes, dict) else {}
+    ties = named_ties(codes.get("ties")) if isinstance(codes, dict) else {}
     for target, source in ties.items():
         stored = source in tensors  # else the files may leave out the first part of what the model calls it
         own, other = (name if stored else name.partition(".")[2] for name in (target, source))

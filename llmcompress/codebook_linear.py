@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from llmcompress import lookup
+from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
 from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.codebook import ENTRIES, Palette, look_up
@@ -36,7 +37,7 @@ class Codebook:
     format: Literal["codebook"] = "codebook"
 
     def __post_init__(self) -> None:
-        if isinstance(self.entries, bool) or self.entries not in ENTRIES:
+        if type(self.entries) is not int or self.entries not in ENTRIES:
             raise ValueError(f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}")
         if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
             raise ValueError(f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}")
@@ -81,6 +82,10 @@ class Codebook:
             "weight": ((1, rows, lookup.row_bytes(columns, self.index_bits)), torch.uint8),
             "weight_levels": ((-(-rows // self.sharing(rows)), self.entries), DTYPES[self.dtype]),
         }
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear; every index has a level."""
+        return [finite(tensors["weight_levels"], "levels")]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> CodebookWeight:
         """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError."""
@@ -153,14 +158,9 @@ def read(tensors: Mapping[str, Tensor], layout: Codebook, rows: int, columns: in
     if rows < 1 or seen != layout.shapes(rows, columns):
         wanted = layout.shapes(max(rows, 1), columns)
         raise ModelError(f"a linear of {rows} x {columns} in {layout} has {wanted}, not {seen}")
-    _require_finite(tensors["weight_levels"], rows, columns)
+    require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
     codes_RC = unpack(tensors["weight"][0], columns, layout.index_bits)
     return CodebookWeight(codes_RC, tensors["weight_levels"], layout)
-
-
-def _require_finite(levels_GL: Tensor, rows: int, columns: int) -> None:
-    if not bool(torch.isfinite(levels_GL).all()):
-        raise ModelError(f"the levels of a linear of {rows} x {columns} are not finite; it is damaged, fetch it again")
 
 
 def _weight(packed: Tensor, levels_GL: Tensor, layout: Codebook, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -210,8 +210,7 @@ class CodebookLinear(StoredLinear):
 
     def prepare(self) -> None:
         """The forward needs what is stored alone. Errors: ModelError where it is nonsense."""
-        if self.weight_levels.device.type != "meta":
-            _require_finite(self.weight_levels, self.out_features, self.in_features)
+        self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""

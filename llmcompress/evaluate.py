@@ -1,12 +1,14 @@
 """What a model is worth, and how far it is from its base: `llmcompress evaluate`.
 
 Both models are read from disk one block at a time and computed in float32, 4-bit codes as the weights that they stand for, so
-that two numbers differ by the weights and by nothing else. Speed is measured on the model as from_pretrained loads it, with
+that two numbers differ by the weights and by nothing else. What others quantised, in formats that only transformers reads, is
+loaded whole and runs by its own forward (`foreign`). Speed is measured on the model as from_pretrained loads it, with
 the kernels that it will run on.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.foreign import Foreign, foreign_method
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device
 from llmcompress.report.measure import Speed, fidelity, speed
 from llmcompress.texts import DataSpec
 from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import Track, logits, untracked
+from llmcompress.walk import Track, untracked
+from llmcompress.walk import logits as walked
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
 
@@ -45,15 +49,15 @@ def evaluate(
     windows, unscored = blocks.evaluation, blocks.unscored
     base = None
     if against is not None:
-        base = logits(_opened(against, where), windows, track, unscored)
-    measured = fidelity(logits(subject, windows, track, unscored), blocks.scored, base)
-    fast = speed_of(subject.folder, windows, where)
+        base = _logits(_opened(against, where), windows, track, unscored)
+    measured = fidelity(_logits(subject, windows, track, unscored), blocks.scored, base)
+    fast = speed(subject.model, windows) if isinstance(subject, Foreign) else speed_of(subject.folder, windows, where)
     result: dict[str, Any] = {
         "model": model,
         "perplexity": measured.perplexity,
         "perplexity_ci95": list(measured.perplexity_ci95),
         "tokens": measured.tokens,
-        "size_bytes": subject.checkpoint.size_bytes,
+        "size_bytes": subject.size_bytes if isinstance(subject, Foreign) else subject.checkpoint.size_bytes,
         "tokens_per_s": fast and fast.prefill_tokens_per_s,
     }
     if against is not None:
@@ -63,10 +67,17 @@ def evaluate(
     return result
 
 
-def _opened(name: str, device: torch.device) -> OnDisk:
+def _opened(name: str, device: torch.device) -> OnDisk | Foreign:
     folder = find_base(name, wanted="model").folder
     config_of(folder)
-    return OnDisk(folder, device, quantized=True)
+    method = foreign_method(folder)
+    return OnDisk(folder, device, quantized=True) if method is None else Foreign(folder, device, method)
+
+
+def _logits(model: OnDisk | Foreign, windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
+    if isinstance(model, Foreign):
+        return model.logits(windows, track, unscored)
+    return walked(model, windows, track, unscored)
 
 
 def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | None:

@@ -16,6 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
 from llmcompress.integer_linear import StoredLinear, hold
 
@@ -67,6 +68,10 @@ class Factored:
             found |= {"weight_left": ((rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
         return found
 
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear."""
+        return [finite(tensors[name], f"`{name}`") for name in ("weight", "weight_left", "weight_right") if name in tensors]
+
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> FactoredWeight:
         """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError."""
         return read(tensors, self, tensors["weight"].shape[1] if tensors["weight"].dim() == 3 else 0, columns)
@@ -115,6 +120,7 @@ def read(tensors: Mapping[str, Tensor], layout: Factored, rows: int, columns: in
     expected = {name: shape for name, (shape, _) in layout.shapes(rows, columns).items()}
     if seen != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
         raise ModelError(f"a linear of {rows} x {columns} in {layout} has floats of {expected}, not {seen}")
+    require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
     right = tensors.get("weight_right")
     if layout.format == "basis":
         return FactoredWeight(layout, left_RK=tensors["weight"][0], right_KC=right)

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress import native
+from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear, hold
+from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 
 NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
@@ -35,10 +36,12 @@ class FourBit:
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in ("nf4", "fp4") or self.block not in native.BLOCKS:
+        if self.format not in ("nf4", "fp4") or type(self.block) is not int or self.block not in native.BLOCKS:
             raise ValueError(
                 f"no format {self.format!r} in blocks of {self.block!r}; blocks are {', '.join(map(str, native.BLOCKS))}"
             )
+        if not isinstance(self.double_quant, bool):
+            raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
@@ -52,6 +55,14 @@ class FourBit:
             sizes = (-(-scales // native.NESTED_BLOCK), 256, 1)
             found.update({name: ((size,), torch.float32) for name, size in zip(NESTED, sizes, strict=True)})
         return found
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear; a scale may have any sign, and be zero."""
+        if not self.double_quant:
+            return [finite(tensors["weight_absmax"], "scales")]
+        nested_absmax, levels, offset = (tensors[name] for name in NESTED)
+        sound = [finite(tensor, "scales of scales") for tensor in (nested_absmax, levels, offset)]
+        return [*sound, ((nested_absmax < 0).any(), "scales of scales must not be negative")]
 
 
 def tensors(packed: native.Packed) -> dict[str, Tensor]:
@@ -69,6 +80,7 @@ def read(tensors: Mapping[str, Tensor], scheme: FourBit, rows: int, columns: int
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != scheme.shapes(rows, columns):
         raise ModelError(f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}")
+    require_sound(f"a linear of {rows} x {columns}", scheme.flaws(tensors))
     codes = native.codes_of(tensors["weight"], rows, columns)
     absmax, nested = tensors["weight_absmax"].reshape(rows, -1), None
     if scheme.double_quant:
@@ -103,7 +115,7 @@ class FourBitLinear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        if not self.kernel:
+        if not self.kernel or input.dtype not in DTYPES.values():  # of which the kernels make nonsense
             return nn.functional.linear(input, self.dequantized(input.dtype), bias)
         self.kernel[0].compute_dtype = input.dtype
         out = cast(Tensor, self.kernel[0](input))

@@ -21,6 +21,7 @@ import transformers
 from torch import Tensor
 
 from llmcompress import native
+from llmcompress.damage import Flaw, finite, flaw_of, scaled_rows, within
 from llmcompress.errors import ModelError
 from llmcompress.methods import activations
 
@@ -54,8 +55,8 @@ class Scheme:
             )
         if self.weight_bits == 8 and self.block is not None:
             raise ValueError(f"{self.format} has one scale a row and no block, got block {self.block}")
-        if self.weight_bits == 4 and (type(self.block) is not int or self.block < 1):
-            raise ValueError(f"{self.format} needs a block of at least 1 column, got {self.block!r}")
+        if self.weight_bits == 4 and (type(self.block) is not int or not 1 <= self.block <= WIDEST):
+            raise ValueError(f"{self.format} needs a block of 1 to {WIDEST} columns, got {self.block!r}")
 
     @property
     def weight_bits(self) -> int:
@@ -79,6 +80,27 @@ class Scheme:
         if self.activations == "static":
             shapes["input_scale"] = (1,), torch.float32
         return shapes
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear, by their names in it."""
+        weight, scale_R = tensors["weight"], tensors["weight_scale"]
+        largest, codes = LARGEST[self.weight_bits], f"codes of {self.format}"
+        if self.block is None:
+            found = [within(weight, -largest, largest, codes), scaled_rows(scale_R, weight[0], 0)]
+        else:  # the code -8 is a half byte of zero
+            lowest = (weight < 16).any() | ((weight & 15) == 0).any()
+            found = [(lowest, f"{codes} must lie in -{largest}..{largest}"), scaled_rows(scale_R, weight, 0x88)]
+        return [*found, *self.flaws_of_scales(scale_R, tensors.get("weight_multiplier"), tensors.get("input_scale"))]
+
+    def flaws_of_scales(self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None) -> list[Flaw]:
+        """What must hold of what is stored beside the codes."""
+        found = [finite(scale_R, "weight scales")]
+        if multiplier_RG is not None:
+            found.append(within(multiplier_RG, 1, MULTIPLIER, "multipliers"))
+        if input_scale is not None:
+            sound = (input_scale > 0) & input_scale.isfinite()
+            found.append((~sound.all(), "the scale of the activations must be positive and finite"))
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,19 +129,15 @@ class IntegerWeight:
                 raise ValueError(f"{name} of {R} x {C} codes under {self.scheme} can't be {tensor.dtype} {tuple(tensor.shape)}")
         if self.codes_RC.dtype != torch.int8 or C > WIDEST:
             raise ValueError(f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}")
-        self._check_values()
+        if (why := flaw_of(self._flaws())) is not None:
+            raise ValueError(why)
 
-    def _check_values(self) -> None:
+    def _flaws(self) -> list[Flaw]:
+        """As `Scheme.flaws`, of codes that are not packed."""
         largest = LARGEST[self.scheme.weight_bits]
-        if self.codes_RC.numel() and not -largest <= int(self.codes_RC.min()) <= int(self.codes_RC.max()) <= largest:
-            raise ValueError(f"codes of {self.scheme.format} must lie in -{largest}..{largest}")
-        m = self.multiplier_RG
-        if m is not None and m.numel() and not 1 <= int(m.min()) <= int(m.max()) <= MULTIPLIER:
-            raise ValueError(f"multipliers must lie in 1..{MULTIPLIER}, got {int(m.min())}..{int(m.max())}")
-        if not bool(self.scale_R.isfinite().all()):
-            raise ValueError("weight scales must be finite")
-        if self.input_scale is not None and not 0 < float(self.input_scale) < float("inf"):
-            raise ValueError(f"the scale of the activations must be positive and finite, got {float(self.input_scale)}")
+        codes = within(self.codes_RC, -largest, largest, f"codes of {self.scheme.format}")
+        scales = self.scheme.flaws_of_scales(self.scale_R, self.multiplier_RG, self.input_scale)
+        return [codes, scaled_rows(self.scale_R, self.codes_RC, 0), *scales]
 
     def expanded(self) -> Tensor:
         """The integers that are multiplied, codes times multipliers: int8 [R, C]."""
@@ -184,7 +202,7 @@ def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, block: int | None) ->
     if multiplier_RG is None or block is None:
         return codes_RC
     C = codes_RC.shape[1]
-    return codes_RC * multiplier_RG.to(torch.int8).repeat_interleave(block, dim=1)[:, :C]
+    return codes_RC * multiplier_RG.to(torch.int8).repeat_interleave(min(block, C), dim=1)[:, :C]
 
 
 def quantize_tokens(

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmcompress import integer, kernels, native
+from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.integer import IntegerWeight, Scheme
 
 Made = TypeVar("Made", bound=Tensor | nn.Module)
@@ -34,10 +35,13 @@ PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 M
 
 
 class Layout(Protocol):
-    """What lies on the disk for a linear: shape and type of every tensor by name."""
+    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their values."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Those of a linear [rows, columns], bias apart."""
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of these tensors, bias apart."""
 
 
 class StoredModule(nn.Module):
@@ -69,6 +73,12 @@ class StoredModule(nn.Module):
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the disk by name, without the bias."""
         return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+
+    def require_sound(self, name: str) -> None:
+        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls it `name`."""
+        if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            bias = getattr(self, "bias", None)
+            require_sound(name, [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])])
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
         """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""

@@ -35,6 +35,7 @@ from llmcompress.factored import FactoredWeight
 from llmcompress.integer import Int8Weight, IntegerWeight
 from llmcompress.journal import Journal
 from llmcompress.ondisk import no_progress_bar
+from llmcompress.plain import let_resize
 from llmcompress.prepare import at_commits, blocks_for, fresh_student, pick_device, require_kin, source_of
 from llmcompress.recipe import Recipe
 from llmcompress.report import CostFacts, ModelFacts, Report, StageFacts
@@ -223,6 +224,7 @@ def _install(model: PreTrainedModel, packed: dict[str, Stored], chained: Chained
         model.set_submodule(name, module)
     plugin.declare_ties(model, chained.source.ties)
     plugin.unite(model, chained.source.ties)
+    let_resize(model)
 
 
 def _size(state: Mapping[str, torch.Tensor]) -> int:

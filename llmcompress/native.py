@@ -20,6 +20,7 @@ import transformers
 from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
+from llmcompress.damage import finite, require_sound
 from llmcompress.errors import ModelError
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
@@ -154,8 +155,11 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
 
 
 def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two."""
-    flat = data.reshape(-1)
+    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two.
+
+    The bytes may be stored as a tensor of another type (`bnb_4bit_quant_storage`).
+    """
+    flat = data.reshape(-1).view(torch.uint8)
     return torch.stack((flat >> 4, flat & 15), dim=1).reshape(rows, columns)
 
 
@@ -172,6 +176,7 @@ def _read(data: Tensor, state: Any) -> Packed:
     if state.nested:
         nested = DoubleQuantized(absmax, state.state2.absmax, state.state2.code, state.offset)
         absmax = nested.decode()
+    require_sound(f"a 4-bit linear of {R} x {C}", [finite(absmax, "scales")])
     return Packed(codes, absmax, cast(Format, state.quant_type), block, state.dtype, nested)
 
 

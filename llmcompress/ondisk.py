@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -25,7 +25,7 @@ from transformers.modeling_utils import LoadStateDictConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from llmcompress import stored
+from llmcompress import plugin, stored
 from llmcompress.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
 from llmcompress.errors import ModelError
 from llmcompress.residency import Resident
@@ -39,15 +39,25 @@ class OnDisk(Resident):
     ) -> None:
         self.folder = folder
         self.checkpoint = Checkpoint.open(folder, base=not quantized)
+        ours = plugin.read_config(self.checkpoint.config.get("quantization_config"))
         config = AutoConfig.from_pretrained(folder)
-        self.quantization: dict[str, Any] | None = getattr(config, "quantization_config", None)
+        self.quantization: Any = getattr(config, "quantization_config", None)
         if self.quantization is not None:
             del config.quantization_config
-        said = self.quantization or {}
-        super().__init__(config, device, dtype, stored.layouts_of(said.get("schemes", ())), said.get("ties"))
+        super().__init__(config, device, dtype, ours.assigned(), ours.ties)
+        self._check_layouts()
         self.sources = self._sources()
         self._bring_outer()
         self._round_all_inputs()
+
+    def _check_layouts(self) -> None:
+        """Refuse a scheme for what is no linear of this model, nor its embedding. Errors: ModelError."""
+        modules = dict(self.model.named_modules())
+        for name in self.layouts:
+            if not isinstance(modules.get(name), nn.Linear | Conv1D | nn.Embedding):
+                raise ModelError(
+                    f"config.json gives {name} a scheme, but this model has no such linear; the config is of another model"
+                )
 
     @property
     def where(self) -> str:

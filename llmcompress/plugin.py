@@ -11,8 +11,7 @@ loads a plain model, which fails at the shapes that `Scheme.shapes` chose for th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -23,10 +22,8 @@ from transformers.modeling_utils import ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.anatomy import anatomy_of
-from llmcompress.checkpoint import named_ties
 from llmcompress.codebook_linear import Codebook, CodebookLinear
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredLinear
@@ -35,50 +32,19 @@ from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
 from llmcompress.integer_linear import IntegerLinear, StoredLinear, StoredModule
+from llmcompress.plain import known_ties, let_resize, make_plain, ours
+from llmcompress.said import METHOD as METHOD
+from llmcompress.said import CompressedConfig as CompressedConfig
+from llmcompress.said import quantization_config as quantization_config
+from llmcompress.said import read_config as read_config
 from llmcompress.sparse_linear import Sparse, SparseLinear
-from llmcompress.stored import Layout, layouts_of
+from llmcompress.stored import Layout
 from llmcompress.widths import build_layers
 
-METHOD = "llmcompress"
 MODULES: dict[type[Layout], Any] = {
     **{Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear},
     **{Factored: FactoredLinear, Codebook: CodebookLinear},
 }
-
-
-def quantization_config(
-    schemes: Sequence[tuple[Layout, Sequence[str]]], ties: Mapping[str, str] | None = None
-) -> dict[str, Any]:
-    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors: ModelError."""
-    entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
-    return CompressedConfig(entries, ties).to_dict()
-
-
-class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors: ModelError."""
-
-    ties: Mapping[str, str] = {}  # tensor -> the one that it is
-
-    def __init__(
-        self,
-        schemes: Sequence[Mapping[str, Any]] = (),
-        ties: Mapping[str, str] | None = None,
-        quant_method: str = METHOD,
-        **unknown: Any,
-    ) -> None:
-        if unknown:
-            raise ModelError(
-                f"config.json's quantization_config has {sorted(unknown)}, which this llmcompress doesn't know: update it"
-            )
-        self.quant_method = cast(Any, quant_method)
-        self.schemes = [dict(entry) for entry in schemes]
-        if ties is not None and (named := named_ties(ties)):
-            self.ties = named
-        self.assigned()
-
-    def assigned(self) -> dict[str, Layout]:
-        """The layout of each linear, by full name."""
-        return layouts_of(self.schemes)
 
 
 class Quantizer(HfQuantizer):
@@ -94,17 +60,19 @@ class Quantizer(HfQuantizer):
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):
             model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
-        declare_ties(model, _known(model, self.quantization_config.ties))
+        declare_ties(model, known_ties(model, self.quantization_config.ties))
+        let_resize(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name, module in _ours(model):
+        for name, module in ours(model):
             parts = dict(module.named_parameters(recurse=False))
             # what the checkpoint lacks was made anew, without the mark
             missing = [f"{name}.{part}" for part, tensor in parts.items() if not hasattr(tensor, "_is_hf_initialized")]
             if missing:
-                require_together(_known(model, self.quantization_config.ties), getattr(model, "hf_device_map", {}))
+                require_together(known_ties(model, self.quantization_config.ties), getattr(model, "hf_device_map", {}))
                 raise ModelError(f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source")
             _check_types(name, module)
+            module.require_sound(name)
             for part, tensor in parts.items():  # the loader turns gradients on for scales
                 tensor.requires_grad_(part == "bias" and tensor.requires_grad)
             module.prepare()
@@ -112,15 +80,7 @@ class Quantizer(HfQuantizer):
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving a model makes its config's a name
-        for name, module in list(_ours(model)):
-            if any(parameter.device.type == "meta" for parameter in module.parameters()):
-                raise ModelError(f"the weights of {name} are offloaded; load the model in memory to dequantise it")
-            model.set_submodule(name, _plain(module, target or torch.float32))
-        own = _known(model, self.quantization_config.ties)  # a plain model can't say that layers share
-        for ties in (model._tied_weights_keys or {}, model.all_tied_weights_keys):
-            for part in [part for part in ties if part in own or part.endswith(".weight_scale")]:
-                del ties[part]
-        model.tie_weights(recompute_mapping=False)
+        make_plain(model, [name for name, _ in ours(model)], target or torch.float32)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -256,24 +216,11 @@ def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
         ) from None
 
 
-def _known(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
-    """The ties by the names that the tensors have in this model, as `_resolved`."""
-    prefix = f"{model.base_model_prefix}."
-    shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
-    return (
-        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()} if shorter else dict(ties)
-    )
-
-
 def _marked(module: Any) -> Any:
     """As it was, but transformers won't draw random numbers into what will stay on the disk."""
     for marked in (module, *module.parameters()):
         marked._is_hf_initialized = True
     return module
-
-
-def _ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredModule]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredModule))
 
 
 def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[str, Layout]:
@@ -300,6 +247,8 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
             f"config.json gives {name} a scheme, but its weight is tied to another; untie them (tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    if isinstance(scheme, Factored) and (why := scheme.refusal((R, C))):
+        raise ModelError(f"config.json gives {name} a scheme that can't be: {why}; the config is of another model")
     bias = cast(Tensor | None, module.bias)
     twin: StoredLinear = MODULES[type(scheme)](C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
@@ -314,24 +263,6 @@ def _check_types(name: str, module: StoredModule) -> None:
             raise ModelError(
                 f"{name}.{part} is {tensor.dtype} in the checkpoint, not {expected[part][1]}; take it again from its source"
             )
-
-
-def _plain(module: StoredModule, dtype: torch.dtype) -> nn.Module:
-    """The float linear of one of ours, a Conv1D where it was one, or the float embedding."""
-    if isinstance(module, IntegerEmbedding):
-        return module.plain(dtype)
-    assert isinstance(module, StoredLinear)
-    weight = module.dequantized(dtype)
-    if module.transposed:
-        plain: Any = Conv1D(*weight.shape)
-        weight = weight.T.contiguous()
-    else:
-        with torch.device("meta"):
-            plain = nn.Linear(module.in_features, module.out_features, bias=module.bias is not None)
-    plain.weight = nn.Parameter(weight)
-    if module.bias is not None:
-        plain.bias = nn.Parameter(module.bias.data.to(dtype))
-    return cast(nn.Module, plain).train(module.training)
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from transformers import (
@@ -148,8 +149,19 @@ def fresh_student(name: str, folder: Path, seed: int, *, write: bool = True) -> 
     return folder
 
 
+class Configured(Protocol):
+    """A model that has a config."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """What it is built from."""
+
+
 def blocks_for(
-    model: Resident, spec: DataSpec, tokenizer: PreTrainedTokenizerBase, training: Callable[[int], int] = lambda length: 0
+    model: Resident | Configured,
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Callable[[int], int] = lambda length: 0,
 ) -> Blocks:
     """The token windows of a recipe's data for this model, and so many tokens to train on where windows have a length."""
     positions = getattr(model.config, "max_position_embeddings", None)

@@ -20,6 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
 from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.sparse import Keep, fill, pack_mask, unpack_mask
@@ -94,6 +95,10 @@ class Sparse:
             "weight_mask": ((rows, -(-columns // 8)), torch.uint8),
         }
 
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear; the mask apart, which `read` counts."""
+        return [finite(tensors["weight"], "values")]
+
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> SparseWeight:
         """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError."""
         return read(tensors, self, len(tensors["weight_mask"]), columns)
@@ -137,6 +142,7 @@ def read(tensors: Mapping[str, Tensor], layout: Sparse, rows: int, columns: int)
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
         raise ModelError(f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}")
+    require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
     mask_RC = unpack_mask(tensors["weight_mask"], columns)
     if not layout.allows(mask_RC):
         raise ModelError(f"the mask of a linear of {rows} x {columns} is not {layout.pattern}; it is damaged, fetch it again")

@@ -7,7 +7,7 @@ Whoever reads a checkpoint or a journal asks here and need not know which it is.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from llmcompress import codebook_linear, factored, four_bit, integer, native, sp
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import BESIDE, FACTORS
 from llmcompress.codebook_linear import Codebook, CodebookWeight
-from llmcompress.errors import ModelError
+from llmcompress.errors import ModelError, first_line
 from llmcompress.factored import Factored, FactoredWeight
 from llmcompress.four_bit import FourBit
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
@@ -85,20 +85,34 @@ def dequantize(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     return native.dequantize(stored, dtype) if isinstance(stored, native.Packed) else stored.dequantize(dtype)
 
 
-def layouts_of(schemes: Iterable[Mapping[str, Any]]) -> dict[str, Layout]:
+def layouts_of(schemes: Any) -> dict[str, Layout]:
     """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
+    if not isinstance(schemes, list | tuple):
+        raise ModelError(f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source")
     found: dict[str, Layout] = {}
     for entry in schemes:
+        if not isinstance(entry, Mapping):
+            raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
         fields = {name: value for name, value in entry.items() if name != "linears"}
         try:
             layout = KINDS.get(str(fields.get("format")), Scheme)(**fields)
         except (TypeError, ValueError) as error:
-            raise ModelError(f"config.json has a scheme {fields} that this llmcompress doesn't know: {error}") from None
-        for linear in entry.get("linears", ()):
+            why = f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again from its source"
+            raise ModelError(f"config.json has a scheme {_shown(fields)} that {why}") from None
+        linears = entry.get("linears", ())
+        if not isinstance(linears, list | tuple) or not all(isinstance(linear, str) for linear in linears):
+            raise ModelError(
+                f"config.json has linears that are no list of names: {_shown(linears)}; take it again from its source"
+            )
+        for linear in linears:
             if linear in found:
                 raise ModelError(f"config.json gives {linear} two schemes; name each linear once")
             found[linear] = layout
     return found
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:80]
 
 
 def int8_inputs(threshold: float) -> Inputs:

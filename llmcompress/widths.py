@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.axes import Spelling
+from llmcompress.errors import CompressError, ModelError
 from llmcompress.family import Anatomy
 
 SCHEMA = "per_layer_config"
@@ -73,21 +74,33 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
         return
     for index, layer in enumerate(list(layers)):
         like = next(layer.parameters())
-        own = config.per_layer_config[index]
-        sizes = anatomy.axis_sizes(own)
-        if not sizes["kv"]:  # which no family builds
-            own = copy.deepcopy(own)
-            for axis in ("kv", "q"):
-                setattr(own, own.attribute_map.get(anatomy.sizes[axis], anatomy.sizes[axis]), 1)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-            built: nn.Module = type(layer)(own, index)  # so are the blocks of all families
-        for module in built.modules():
-            if getattr(module, "config", None) is own:
-                module.config = config  # type: ignore[assignment]  # what is set for the model reaches its blocks
-        if not sizes["kv"]:
-            _empty(built, anatomy, sizes)
+        try:
+            built = _built(type(layer), config, index, anatomy)
+        except CompressError:
+            raise
+        except Exception as error:  # each family builds in its own way; to the user each says: this config is wrong
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+            raise ModelError(f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source") from None
         layers[index] = built.to(like.dtype).train(layer.training)
+
+
+def _built(kind: type[nn.Module], config: PretrainedConfig, index: int, anatomy: Anatomy) -> nn.Module:
+    """One block, with weights that are not set, as the config says that it is."""
+    own = config.per_layer_config[index]
+    sizes = anatomy.axis_sizes(own)
+    if not sizes["kv"]:  # which no family builds
+        own = copy.deepcopy(own)
+        for axis in ("kv", "q"):
+            setattr(own, own.attribute_map.get(anatomy.sizes[axis], anatomy.sizes[axis]), 1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Initializing zero-element tensors")
+        built: nn.Module = kind(own, index)  # so are the blocks of all families
+    for module in built.modules():
+        if getattr(module, "config", None) is own:
+            module.config = config  # type: ignore[assignment]  # what is set for the model reaches its blocks
+    if not sizes["kv"]:
+        _empty(built, anatomy, sizes)
+    return built
 
 
 def _empty(block: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:

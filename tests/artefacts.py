@@ -15,13 +15,14 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress import plugin  # teaches from_pretrained our formats
+from llmcompress.contents import tensors_of
 from llmcompress.errors import ModelError
 from llmcompress.ondisk import OnDisk
 from llmcompress.plan import plan
 from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.run import compress
-from llmcompress.stored import Layout, Stored, dequantize, tensors_of
+from llmcompress.stored import Layout, Stored, dequantize
 from llmcompress.walk import logits
 from tests.bases import VOCABULARY, byte_tokenizer
 
@@ -61,7 +62,7 @@ def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callabl
         turned = isinstance(module, Conv1D)
         found = made((plain.T if turned else plain).contiguous())
         del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found).items()})
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native_layout=False).items()})
         weight = dequantize(found)
         plain.copy_(weight.T if turned else weight)
         names.append(name)

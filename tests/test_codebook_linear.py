@@ -138,7 +138,7 @@ def test_tensors_of_another_layout_or_damaged_ones_are_refused() -> None:
         layout.read({**good, "weight": good["weight"][0]}, 8)
     levels = good["weight_levels"].clone()
     levels[2, 3] = torch.inf
-    with pytest.raises(ModelError, match="the levels of a linear of 4 x 8 are not finite; it is damaged, fetch it again"):
+    with pytest.raises(ModelError, match="a linear of 4 x 8 is damaged: levels must be finite"):
         read({**good, "weight_levels": levels}, layout, 4, 8)
 
 
@@ -288,7 +288,7 @@ def test_what_is_lost_or_damaged_is_an_error(tmp_path: Path) -> None:
         ("weight_levels", None, f"the checkpoint lacks {name}.weight_levels"),
         ("weight", None, f"the checkpoint lacks {name}.weight"),
         ("weight", whole[f"{name}.weight"].int(), "int32 in the checkpoint, not torch.uint8"),
-        ("weight_levels", torch.full_like(levels, torch.nan), "the levels of a linear of 64 x 320 are not finite"),
+        ("weight_levels", torch.full_like(levels, torch.nan), "down_proj is damaged: levels must be finite"),
     ):
         changed = {key: value for key, value in whole.items() if key != f"{name}.{part}"}
         changed |= {} if tensor is None else {f"{name}.{part}": tensor}

@@ -195,9 +195,11 @@ class Integer:
         if self.scheme.block is not None:
             step_R, found_RG = integer_scales(result.scale_RG, integer.MULTIPLIER)
             multiplier = found_RG.to(torch.uint8).cpu()
-        codes_RC = self.grid.codes[result.index_RC.cpu()]
+        scale_R = (step_R / largest).cpu()
+        # a fit may end below zero, or so near that it is zero: the same weights under a scale that is not
+        codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
         scale = None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
-        return IntegerWeight(codes_RC, (step_R / largest).cpu(), self.scheme, multiplier, scale)
+        return IntegerWeight(codes_RC, scale_R.abs(), self.scheme, multiplier, scale)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds what a linear reads; None where only weights are rounded."""
