@@ -1,7 +1,9 @@
 """llmcompress makes causal language models of Hugging Face transformers small, and says what that cost."""
 
-from llmcompress import adapters as adapters  # has PEFT merge into what we quantised
 from llmcompress import interrupt as interrupt  # first: what comes takes seconds, in which Ctrl-C is answered
+
+# isort: split
+from llmcompress import adapters as adapters  # has PEFT merge into what we quantised
 from llmcompress import plugin as plugin  # teaches from_pretrained our formats
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.evaluate import evaluate

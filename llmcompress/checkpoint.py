@@ -7,8 +7,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -61,17 +61,19 @@ class Checkpoint:
     config: dict[str, Any]
     tensors: dict[str, Entry]
     aliases: dict[str, str] = field(default_factory=dict)
+    files: frozenset[str] = frozenset()  # of the weights, by their names in the folder
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
         """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as our artefacts.
 
-        Errors: ModelError for a missing folder or config, pickles, missing, truncated or damaged files, and (as a base) a model
-        that is quantised already or no causal language model.
+        Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged files, and (as a
+        base) a model that is quantised already or no causal language model.
         """
         folder = Path(folder)
         if not folder.is_dir():
             raise ModelError(f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id")
+        require_no_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
         config = read_json(folder / "config.json")
@@ -83,7 +85,21 @@ class Checkpoint:
         if lost:
             raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
         aliases = _aliases(folder, config, tensors)
-        return cls(folder, config, tensors | {name: tensors[source] for name, source in aliases.items()}, aliases)
+        every = tensors | {name: tensors[source] for name, source in aliases.items()}
+        return cls(folder, config, every, aliases, frozenset(listed.values()))
+
+    @staticmethod
+    def is_whole(folder: Path) -> bool:
+        """Whether the folder has all files of its weights, and not only the small ones beside them."""
+        if (folder / "model.safetensors").is_file():
+            return True
+        return (folder / INDEX).is_file() and all((folder / file).is_file() for file in _listed(folder).values())
+
+    def only(self, names: Collection[str], aliases: Mapping[str, str] | None = None) -> Checkpoint:
+        """The same with these tensors alone, and with more `aliases`: new names for some of them."""
+        tensors = {name: entry for name, entry in self.tensors.items() if name in names}
+        every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(aliases or {})
+        return replace(self, tensors=tensors | {name: tensors[source] for name, source in every.items()}, aliases=every)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Errors: ModelError for a name that isn't stored."""
@@ -98,8 +114,8 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the weight files on disk."""
-        return sum((self.folder / file).stat().st_size for file in {entry.file for entry in self.tensors.values()})
+        """Bytes of the weight files on disk, all that lies in them: what a loader passes over too."""
+        return sum((self.folder / file).stat().st_size for file in self.files)
 
     @property
     def parameters(self) -> int:
@@ -168,6 +184,15 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
+def require_no_adapter(folder: Path) -> None:
+    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors: ModelError."""
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the weights; merge it with "
+            "merge_and_unload() and save the result to another folder, or move the adapter's files to one of their own"
+        )
+
+
 def require_base(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
     if codes := config.get("quantization_config") or config.get("compression_config"):
@@ -190,10 +215,7 @@ def _files(folder: Path) -> dict[str, str]:
     if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
         return {"": "model.safetensors"}
     if (folder / INDEX).is_file():
-        listed = read_json(folder / INDEX).get("weight_map")
-        plain = isinstance(listed, dict) and all(isinstance(file, str) and Path(file).name == file for file in listed.values())
-        if not isinstance(listed, dict) or not plain:
-            raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
+        listed = _listed(folder)
         missing = sorted(file for file in set(listed.values()) if not (folder / file).is_file())
         if missing:
             raise ModelError(f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again")
@@ -205,6 +227,15 @@ def _files(folder: Path) -> dict[str, str]:
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
+
+
+def _listed(folder: Path) -> dict[str, str]:
+    """Tensor name -> file, as the index says. Errors: ModelError."""
+    listed = read_json(folder / INDEX).get("weight_map")
+    plain = isinstance(listed, dict) and all(isinstance(file, str) and Path(file).name == file for file in listed.values())
+    if not isinstance(listed, dict) or not plain:
+        raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
+    return listed
 
 
 def named_ties(ties: Any) -> dict[str, str]:

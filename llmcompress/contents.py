@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from llmcompress import four_bit, hub, integer, native, plugin, stored
@@ -109,7 +110,7 @@ class Outcome:
             return {"tie_word_embeddings": True}
         found = {"quantization_config": quantization_of(self)}
         if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
-            found["dtype"] = str(self.model.weight_dtype).removeprefix("torch.")
+            found |= _dtype_of(self.model)
         return found
 
     def left_of(self, layers: Sequence[int]) -> list[int]:
@@ -123,6 +124,11 @@ class Outcome:
         return renumbered(name, self.model.anatomy.layers, self.cut.gone)
 
 
+def _dtype_of(model: Resident) -> dict[str, str]:
+    """What config.json says of the dtype in which most weights are stored."""
+    return {"dtype": str(model.weight_dtype).removeprefix("torch.")}
+
+
 def head_names(model: Resident) -> set[str]:
     """What the model and its files call the head's matrix."""
     head = f"{model.anatomy.head}.weight"
@@ -131,9 +137,11 @@ def head_names(model: Resident) -> set[str]:
 
 def left_by(stage: Stage, model: Resident) -> Outline:
     """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
-    config, layouts, ties = model.config, model.layouts, model.ties
+    config, layouts, ties, dtypes = model.config, model.layouts, model.ties, model.dtypes
     if isinstance(stage, Prune):
-        config = changed(config, stage.changes(model))
+        config, gone = changed(config, stage.changes(model)), stage.cut(model).gone
+        numbered = {renumbered(name, model.anatomy.layers, gone): dtype for name, dtype in dtypes.items()}
+        dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
     elif isinstance(stage, Tie):
         stage.require_possible(model)
         config = changed(config, {"tie_word_embeddings": True})
@@ -143,7 +151,7 @@ def left_by(stage: Stage, model: Resident) -> Outline:
             layouts = layouts | {name: layout_of(how) for name, how in chosen.items()}
         if isinstance(stage, Share | Basis):
             ties = ties | stage.ties(model)
-    return Outline(config, model.device, model.dtype, layouts, ties)
+    return Outline(config, model.device, model.dtype, layouts, ties, dtypes)
 
 
 def native_kind(chosen: Mapping[str, Written], model: Resident) -> type[FourBit] | type[Int8] | None:
@@ -191,7 +199,9 @@ def tensors_of(packed: Stored, native_layout: bool) -> dict[str, Tensor]:
 def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
-    What a stage made is written under the names that the base has for it, everything else as the base stores it.
+    What a stage made is written under the names that the base has for it, everything else as the base stores it: each tensor
+    in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone, and what stays dense has to be of
+    one dtype for it to run; so it is written in the one that most weights have, and config.json says that.
     """
     layouts, native_kinds = outcome.layouts, native_kind(outcome.chosen, model) is not None
     native_layout = native_kinds or (model.has_codes and not layouts)
@@ -199,8 +209,13 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     writer.ties = ties_of(model) | {_key(keys, name): _key(keys, source) for name, source in outcome.ties.items()}
     replaced: set[str] = set()
+    casts = native_kind(outcome.chosen, model) is not None
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(model.weight_dtype) if casts and tensor.is_floating_point() else tensor
+
     for linears, dense in outcome.entries():
-        named = {keys[name]: tensor for name, tensor in dense.items()}
+        named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
             named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
@@ -209,8 +224,14 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
         writer.add(named)
     for key in model.checkpoint.tensors:
         if key not in replaced and (name := outcome.renamed(key)) is not None:
-            writer.add({name: model.checkpoint.read(key)})
-    return writer.close(model.checkpoint.config | outcome.changes())
+            writer.add({name: cast(model.checkpoint.read(key))})
+    config = model.checkpoint.config | outcome.changes()
+    said, dtypes = model.config.dtype, {*model.dtypes.values()}
+    if (casts and (said or torch.float32) is not model.weight_dtype) or (
+        said is None and len(dtypes) > 1
+    ):  # or a loader takes the first one's
+        config = {name: value for name, value in config.items() if name != "torch_dtype"} | _dtype_of(model)
+    return writer.close(config)
 
 
 def _key(keys: Mapping[str, str], name: str) -> str:

@@ -71,6 +71,8 @@ def apply(
     recipe.require_own_names(base="the model given")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
+    if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
+        raise ModelError("the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns")
     state, where = dict(model.state_dict()), pick_device(device)
     base = Live(model.config, state, where)
     require_possible(recipe, base)
@@ -105,8 +107,9 @@ def apply(
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
     report.require(**recipe.accept.model_dump())
-    if source.config is not model.config:
+    if source.config is not base.config:
         model = _rebuilt(source.config, left, model)
+    _tell_tied(model, source.config.tie_word_embeddings, source.anatomy.head)
     for name, tensor in chained.dense.items():
         model.get_parameter(name).data.copy_(tensor)
     if packed:
@@ -114,6 +117,15 @@ def apply(
     if chained.quantization:
         model.config.quantization_config = chained.quantization
     return model, report
+
+
+def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
+    """Have config and module agree with the weights on whether the head is the embedding."""
+    if tied:
+        model.tie_weights()
+    elif model.config.tie_word_embeddings:
+        model.config.tie_word_embeddings = False
+        model.all_tied_weights_keys.pop(f"{head}.weight", None)
 
 
 @dataclass
@@ -190,6 +202,8 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     anatomy = anatomy_of(config)
     build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy.layers)), anatomy)
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(state[name].dtype)
     model.load_state_dict(dict(state))
     model.to(like.device)  # type: ignore[arg-type]  # a decorator hides its signature
     return cast(PreTrainedModel, model.train(like.training))

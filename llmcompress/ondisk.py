@@ -6,14 +6,15 @@ The reading goes through transformers' own loader, which knows every renamed key
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,7 +29,7 @@ from transformers.utils import logging
 from llmcompress import plugin, stored
 from llmcompress.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
 from llmcompress.errors import ModelError
-from llmcompress.residency import Resident
+from llmcompress.residency import Outline, Resident
 
 
 class OnDisk(Resident):
@@ -46,7 +47,15 @@ class OnDisk(Resident):
             del config.quantization_config
         super().__init__(config, device, dtype, ours.assigned(), ours.ties)
         self._check_layouts()
-        self.sources = self._sources()
+        self.checkpoint, self.sources = taken(self.checkpoint, self)
+        self.dtypes = dtypes_of(self.checkpoint, self.sources)
+        head, embedding = (f"{name}.weight" for name in (self.anatomy.head, self.anatomy.embedding))
+        if config.tie_word_embeddings and has_own_head(self.checkpoint, self.sources, self):
+            self.untie()
+            self.checkpoint = replace(self.checkpoint, config=self.checkpoint.config | {"tie_word_embeddings": False})
+        elif config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding):
+            twice = {part for key in self.sources.pop(head) for part in self.with_codes(key)}  # stored twice, it counts once
+            self.checkpoint = self.checkpoint.only(self.checkpoint.tensors.keys() - twice)
         self._bring_outer()
         self._round_all_inputs()
 
@@ -63,12 +72,6 @@ class OnDisk(Resident):
     def where(self) -> str:
         return str(self.folder)
 
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        every = (self.checkpoint.tensors[key].dtype for keys in self.sources.values() for key in keys)
-        dtypes = [dtype for dtype in every if dtype.is_floating_point]  # of weights, and not of the scales beside them
-        return max(set(dtypes), key=dtypes.count) if dtypes else torch.float32
-
     def fingerprint(self) -> str:
         """A digest over config, names, shapes and every byte of the tensors."""
         return self.checkpoint.fingerprint()
@@ -80,8 +83,7 @@ class OnDisk(Resident):
 
     def with_codes(self, key: str) -> list[str]:
         """A weight's key in the checkpoint, with those of the scales beside it."""
-        linear = key.removesuffix(".weight")
-        return [f"{linear}.{part}" for part in stored.parts_of(linear, self.checkpoint.tensors)] if linear != key else [key]
+        return _with_codes(key, self.checkpoint)
 
     def codes(self, name: str) -> stored.Stored | None:
         """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
@@ -89,19 +91,6 @@ class OnDisk(Resident):
         key = self.sources.get(target, [""])[0]
         names = stored.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
         return self._stored(key, target, names) if len(names) > 1 or name in self.layouts else None
-
-    def _sources(self) -> dict[str, list[str]]:
-        """For each parameter of the skeleton, the keys of the checkpoint that it is made of."""
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-        converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-        known = self.model.state_dict()
-        sources: dict[str, list[str]] = defaultdict(list)
-        for key in self.checkpoint.tensors:
-            if ".weight." not in key and not key.endswith((*BESIDE, *FACTORS)):  # scales belong to the weight beside them
-                target, _ = rename_source_key(key, renamings, converters, self.model.base_model_prefix, known)
-                sources[target].append(key)
-        return dict(sources)
 
     def _round_all_inputs(self) -> None:
         """Have the linears read what their kernels will, where these round it."""
@@ -153,6 +142,76 @@ class OnDisk(Resident):
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
             raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
         self.model.requires_grad_(False)
+
+
+def outlined(folder: Path, config: PretrainedConfig, device: torch.device) -> Outline:
+    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that they hold.
+
+    Raises ModelError where weights lack.
+    """
+    outline = Outline(config, device, torch.float32)
+    outline.model.tie_weights()  # so that a tied head counts once
+    if Checkpoint.is_whole(folder):
+        outline.place = str(folder)
+        checkpoint, sources = taken(Checkpoint.open(folder), outline)
+        outline.dtypes = dtypes_of(checkpoint, sources)
+        if config.tie_word_embeddings and has_own_head(checkpoint, sources, outline):
+            outline.untie()
+        outline.require_all(name for name, _ in outline.model.named_parameters() if name not in sources)
+    return outline
+
+
+def taken(checkpoint: Checkpoint, resident: Resident) -> tuple[Checkpoint, dict[str, list[str]]]:
+    """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
+
+    All else is no part of the model: masks that old checkpoints store, layers that this class does not have. A tied model may
+    store its one matrix under the head's name; it then has the embedding's too.
+    """
+    model, sources = resident.model, defaultdict[str, list[str]](list)
+    mapping, known = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    for key in checkpoint.tensors:
+        if ".weight." not in key and not key.endswith((*BESIDE, *FACTORS)):  # scales belong to the weight beside them
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            target = target if target in known or key not in known else key
+            if target in known:
+                sources[target].append(key)
+    parts = {part for keys in sources.values() for key in keys for part in _with_codes(key, checkpoint)}
+    head, embedding = (f"{name}.weight" for name in (resident.anatomy.head, resident.anatomy.embedding))
+    aliases: dict[str, str] = {}
+    if resident.config.tie_word_embeddings and head in sources and embedding not in sources:
+        of = {part: part.removeprefix(resident.anatomy.head) for part in _with_codes(sources[head][0], checkpoint)}
+        aliases = {f"{resident.anatomy.embedding}{name}": part for part, name in of.items()}
+        sources[embedding] = [embedding]
+    return checkpoint.only(parts, aliases), dict(sources)
+
+
+def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor of the model is stored that is no codes."""
+    found = {target: checkpoint.tensors[keys[0]].dtype for target, keys in sources.items()}
+    return {target: dtype for target, dtype in found.items() if dtype.is_floating_point}
+
+
+def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: Resident) -> bool:
+    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that it loads."""
+    head, embedding = (sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding))
+    if not head or not embedding or embedding[0] in checkpoint.aliases:
+        return False
+    loaded = getattr(torch, str(resident.config.dtype or resident.weight_dtype).removeprefix("torch."))
+    one, other = (
+        [
+            tensor.to(loaded) if tensor.is_floating_point() else tensor
+            for tensor in map(checkpoint.read, _with_codes(key, checkpoint))
+        ]
+        for key in (head[0], embedding[0])
+    )
+    return len(one) != len(other) or not all(map(torch.equal, one, other))
+
+
+def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
+    linear = key.removesuffix(".weight")
+    return [f"{linear}.{part}" for part in stored.parts_of(linear, checkpoint.tensors)] if linear != key else [key]
 
 
 @contextmanager

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
+from llmcompress.codebook_linear import Codebook
 from llmcompress.contents import left_by
 from llmcompress.factored import Factored
+from llmcompress.ondisk import outlined
 from llmcompress.prepare import at_commits, config_of, find_base, pick_device
 from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
@@ -44,20 +46,18 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     recipe.require_own_names(base=base)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
     config, recipe = config_of(found.folder, base=True), at_commits(recipe)
-    model = Outline(config, pick_device(device), torch.float32)
-    model.model.tie_weights()  # so that a tied head counts once
+    model = outlined(found.folder, config, pick_device(device))
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     tokens, rate = recipe.data.samples * length, _rate(model.device)
-    size = model.parameters() * model.weight_dtype.itemsize
-    rows: list[Row] = [{"stage": "base", "parameters": model.parameters(), "size_bytes": size, **per_token(model)}]
+    whole = {"parameters": model.parameters(), "size_bytes": model.stored_bytes()}
+    rows: list[Row] = [{"stage": "base", **whole, **per_token(model)}]
     notes: list[str] = []
     for step in recipe.stages:
         stage, said = step.stage, list[str]()
         if isinstance(stage, Distill):
             if stage.student:
-                student = config_of(find_base(stage.student, weights=False, wanted="student").folder, base=True)
-                model = Outline(student, model.device, torch.float32)
-                model.model.tie_weights()
+                folder = find_base(stage.student, weights=False, wanted="student").folder
+                model = outlined(folder, config_of(folder, base=True), model.device)
             row = _distill(model, stage, length, rate, rows[-1]["size_bytes"])
         else:
             left = left_by(stage, model)
@@ -89,6 +89,11 @@ def per_token(model: Outline) -> Row:
     sizes = [model.sizes_of(index) for index in range(len(model.layers))]
     cached = sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
     return {"flops_per_token": 2 * weights, "kv_cache_bytes_per_token": cached}
+
+
+def _bits(model: Outline, linear: str) -> int:
+    """Bits in which a weight of a linear is stored."""
+    return 8 * model.dtype_of(f"{linear}.weight").itemsize
 
 
 def _multiplied(layout: Layout | None, shape: tuple[int, int]) -> int:
@@ -133,7 +138,7 @@ def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float
     row = {
         "stage": f"prune ({spoken})",
         "parameters": left.parameters(),
-        "size_bytes": left.parameters() * model.weight_dtype.itemsize,
+        "size_bytes": left.stored_bytes(),
         "peak_memory_bytes": 4 * floats,
         "seconds": work / rate,
     }
@@ -146,7 +151,7 @@ def _tie(
     """The row of what is shared, which begins at `size` bytes, and notes in words."""
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
     parameters, notes = left.parameters(), list[str]()
-    size -= (model.parameters() - parameters) * model.weight_dtype.itemsize
+    size -= model.stored_bytes() - left.stored_bytes()
     if isinstance(stage, Tie):
         outer = model.config.vocab_size * model.config.hidden_size
         spoken, work = "embedding and head", (2 * tokens + 12 * SAMPLE) * 2.0 * (inner + outer)
@@ -183,12 +188,14 @@ def _share(model: Outline, stage: Share, inner: int, tokens: int) -> tuple[str, 
 
 def _rewrite(model: Outline, stage: Cluster | Basis, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
     """What linears that are written anew are called, the work, bytes saved by codes, and notes in words."""
-    (chosen, kept), width, saved = stage.choose(model), model.weight_dtype.itemsize, 0
+    (chosen, kept), saved = stage.choose(model), 0
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+    layouts = {name: layout for name, layout in chosen.items() if isinstance(layout, Codebook)}
     work = 2.0 * inner * tokens * (7 if isinstance(stage, Basis) and stage.basis > 1 else 5)
     if isinstance(stage, Cluster):
-        spoken, layout = f"codebook of {stage.codebook}", stage.layout(model)
-        saved = int(sum(math.prod(shape) * (8 * width - layout.bits(shape)) for shape in shapes.values()) / 8)
+        spoken = f"codebook of {stage.codebook}"
+        bits = {name: _bits(model, name) - layout.bits(shapes[name]) for name, layout in layouts.items()}
+        saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
         work += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
     else:
         spoken, work = f"basis of {stage.basis}", work + sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
@@ -200,8 +207,8 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     """The row of weights that become zero, and notes in words."""
     chosen, kept = stage.choose(model)
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-    width, parameters = model.weight_dtype.itemsize, model.parameters()
-    saved = sum(math.prod(shape) * (8 * width - chosen[name].bits(shape)) for name, shape in shapes.items()) / 8
+    parameters = model.parameters()
+    saved = sum(math.prod(shape) * (_bits(model, name) - chosen[name].bits(shape)) for name, shape in shapes.items()) / 8
     layers, calibrated = len(model.layers), stage.score != "magnitude"
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
     work = 2.0 * inner * tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
@@ -213,7 +220,7 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     row = {
         "stage": f"prune ({stage.pattern}, {stage.score})",
         "parameters": parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
-        "size_bytes": int(parameters * width - saved),
+        "size_bytes": int(model.stored_bytes() - saved),
         "peak_memory_bytes": 4 * (4 * inner // layers + outer + states + 4 * widest**2),
         "seconds": work / rate,
     }
@@ -230,7 +237,7 @@ def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int
     return {
         "stage": f"distill ({what}, {stage.steps} steps of {stage.batch} x {stage.length or length} tokens)",
         "parameters": parameters,
-        "size_bytes": parameters * model.weight_dtype.itemsize if stage.student else size,
+        "size_bytes": model.stored_bytes() if stage.student else size,
         "peak_memory_bytes": kept + 4 * TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers),
         "seconds": tokens * 2.0 * parameters * 4 / rate,  # forward and backward of the one, forward of the other
     }
@@ -242,9 +249,11 @@ def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: i
     chosen = {name: coding for name, coding in chosen.items() if name not in model.twins}  # what is shared is stored once
     shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
     solved = [name for name in shapes if name not in apart(model)]
-    width, parameters = model.weight_dtype.itemsize, model.parameters()
+    parameters = model.parameters()
     left = {name: stage.protect if name in solved and spared(chosen[name]) is None else 0.0 for name in shapes}
-    bits = {name: math.prod(shape) * (chosen[name].bits - 8 * width) for name, shape in shapes.items()}  # over the base's
+    bits = {
+        name: math.prod(shape) * (chosen[name].bits - _bits(model, name)) for name, shape in shapes.items()
+    }  # over the base's
     rows_of = {name: 0 if isinstance(chosen[name], FourBit) else 32 * shape[0] for name, shape in shapes.items()}  # scales
     saved = -sum((bits[name] + rows_of[name]) * (1 - left[name]) for name in shapes) / 8
     formats = ", ".join(dict.fromkeys(coding.format for coding in chosen.values()))

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from llmcompress import hub
-from llmcompress.checkpoint import Checkpoint, read_json, require_base
+from llmcompress.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.data import DEMO, DEMO_MODEL, Blocks, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
@@ -59,10 +59,12 @@ def find_base(name: str | None, revision: str | None = None, *, weights: bool = 
 
 
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
-    """The config of a model; raises ModelError where there is none, or it is of no kind that transformers knows.
+    """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows, or an adapter is
+    beside it.
 
     With `base=True` also for what `compress` refuses as a base. No weight is read and no code from the folder is run.
     """
+    require_no_adapter(folder)
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
     fields = read_json(folder / "config.json")

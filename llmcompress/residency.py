@@ -16,7 +16,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from accelerate import init_empty_weights
@@ -49,8 +49,10 @@ class Resident(ABC):
         dtype: torch.dtype,
         layouts: Mapping[str, Layout] | None = None,
         ties: Mapping[str, str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
+        self.dtypes = dict(dtypes or {})  # in which weights are stored that are no codes, by their names in the model
         self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
         self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
         with init_empty_weights(include_buffers=False):
@@ -65,6 +67,14 @@ class Resident(ABC):
         self.rotation: Rotation | None = None
         self._freed = 0  # bytes since the heap was last given back
 
+    def untie(self) -> None:
+        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in `from_pretrained`."""
+        self.config = copy.deepcopy(self.config)
+        head = self.model.get_submodule(self.anatomy.head)
+        self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
+        self.model.all_tied_weights_keys.pop(f"{self.anatomy.head}.weight", None)
+        head._parameters["weight"] = nn.Parameter(torch.empty_like(head.get_parameter("weight").data), requires_grad=False)
+
     def _bring_outer(self) -> None:
         """Load everything outside the blocks; called once, at the end of construction."""
         inside = self.anatomy.layers + "."
@@ -74,7 +84,7 @@ class Resident(ABC):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-        self._check(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+        self.require_all(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
 
     @property
     def plain(self) -> bool:
@@ -103,25 +113,57 @@ class Resident(ABC):
         """The units on one axis in each block."""
         return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
 
+    @cached_property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no stored weight."""
+        sizes: dict[torch.dtype, int] = {}
+        for name, parameter in self.model.named_parameters():
+            if (dtype := self.dtypes.get(name)) is not None:
+                sizes[dtype] = sizes.get(dtype, 0) + parameter.numel() * dtype.itemsize
+        if sizes:
+            return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))
+        return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most weights."""
+        return self.dtypes.get(name, self.weight_dtype)
+
+    def as_stored(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is stored."""
+        return {
+            f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
+
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters that the whole model stores, tied ones once; with so many units of some axes in each block, if given."""
-        counts, tied = widths or {}, f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
-        sizes = self.sizes | {axis: each[0] for axis, each in counts.items()}
-        total = sum(math.prod(Spelling.parse(row).shape(sizes)) for name, row in self.anatomy.outer.items() if name != tied)
-        for index in range(len(self.layers)):
-            sizes = self.sizes_of(index) | {axis: each[index] for axis, each in counts.items()}
-            total += sum(math.prod(Spelling.parse(row).shape(sizes)) for row in self.anatomy.block.values())
-        return total - (self._unstored() if self.layouts or self.ties else 0)
+        return self._sum(widths or {}, lambda name: 1)
 
-    def _unstored(self) -> int:
-        """By how many parameters what is stored is fewer than the whole weights: what is shared, and what is a product."""
+    def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Bytes of these parameters, each in its own dtype."""
+        return self._sum(widths or {}, lambda name: self.dtype_of(name).itemsize)
+
+    def _sum(self, counts: Mapping[str, Sequence[int]], each: Callable[[str], int]) -> int:
+        """Sum over all stored parameters, by their names in the model, of what `each` of their elements counts."""
+        tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
+        sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
+        outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
+        total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
+        for index in range(len(self.layers)):
+            sizes, block = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.block_name(index)
+            rows = self.anatomy.block.items()
+            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{block}.{name}") for name, row in rows)
+        return total - (self._unstored(each) if self.layouts or self.ties else 0)
+
+    def _unstored(self, each: Callable[[str], int]) -> int:
+        """By how much what is stored is less than the whole weights: what is shared, and what is a product."""
         found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
-            layout = self.layouts.get(name)
+            layout, one = self.layouts.get(name), each(f"{name}.weight")
             if isinstance(layout, Factored):
-                found += math.prod(shape) - layout.parameters(shape, common=name not in tied)
+                found += (math.prod(shape) - layout.parameters(shape, common=name not in tied)) * one
             elif name in tied:
-                found += math.prod(shape)
+                found += math.prod(shape) * one
         return found
 
     @contextmanager
@@ -130,7 +172,7 @@ class Resident(ABC):
         prefix, module = self.block_name(index) + ".", self.layers[index]
         try:
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
-            self._check(prefix + name for name, p in module.named_parameters() if p.is_meta)
+            self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
                 self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.block)
             yield module
@@ -195,8 +237,15 @@ class Resident(ABC):
             elif isinstance(module, nn.Linear):
                 yield name, (module.out_features, module.in_features)
 
-    def _check(self, absent: Iterable[str]) -> None:
-        if names := sorted(absent):
+    def require_all(self, absent: Iterable[str]) -> None:
+        """Refuse a model that lacks these tensors, if there are any. Errors: ModelError."""
+        names = sorted(absent)
+        if names == [f"{self.anatomy.head}.weight"]:
+            raise ModelError(
+                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a loader would draw "
+                "the head at random; set it to true if the head is the embedding, else fetch the base again"
+            )
+        if names:
             raise ModelError(
                 f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch it again"
             )
@@ -205,11 +254,6 @@ class Resident(ABC):
     @abstractmethod
     def where(self) -> str:
         """What to call the model in an error."""
-
-    @property
-    @abstractmethod
-    def weight_dtype(self) -> torch.dtype:
-        """The dtype in which the model's weights are stored."""
 
     @abstractmethod
     def fingerprint(self) -> str:
@@ -225,15 +269,13 @@ class Resident(ABC):
 
 
 class Outline(Resident):
-    """A model known by its config alone: shapes, names, what is shared, no weights."""
+    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared, no weights."""
+
+    place = "the config"  # or the folder
 
     @property
     def where(self) -> str:
-        return "the config"
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
+        return self.place
 
     def fingerprint(self) -> str:
         """That of the config: there are no weights."""
@@ -259,17 +301,18 @@ class Live(Resident):
         layouts: Mapping[str, Layout] | None = None,
         ties: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(config, device, dtype, layouts, ties)
         self.source, self.quantized = source, dict(quantized or {})
+        coded = {f"{name}.weight" for name in self.quantized}
+        dtypes = {name: tensor.dtype for name, tensor in source.items() if tensor.is_floating_point() and name not in coded}
+        super().__init__(config, device, dtype, layouts, ties, dtypes)
+        head, embedding = (source[f"{name}.weight"] for name in (self.anatomy.head, self.anatomy.embedding))
+        if config.tie_word_embeddings and not torch.equal(head, embedding):
+            self.untie()
         self._bring_outer()
 
     @property
     def where(self) -> str:
         return "the model in memory"
-
-    @property
-    def weight_dtype(self) -> torch.dtype:
-        return self.source[f"{self.anatomy.embedding}.weight"].dtype
 
     def fingerprint(self) -> str:
         """A digest of every tensor."""

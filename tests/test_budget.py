@@ -14,7 +14,7 @@ from llmcompress.recipe import Recipe
 from llmcompress.residency import Outline
 from llmcompress.resize import changed
 from llmcompress.run import compress
-from llmcompress.stages.allocation import unit_parameters, widths
+from llmcompress.stages.allocation import of_a_unit, widths
 from llmcompress.stages.prune import Prune
 from tests.artefacts import CPU
 from tests.bases import save_base, write_text
@@ -41,7 +41,8 @@ def test_a_uniform_budget_is_reached_from_below(family: str, budget: dict[str, A
     stage = Prune.model_validate({"axis": "ffn", "allocation": "uniform", **budget})
     left = Outline(changed(model.config, stage.changes(model)), CPU, torch.float32)
     left.model.tie_weights()
-    reached, allowed = sum(p.numel() for p in left.model.parameters()), stage.allowed(model)
+    each = 1 if "parameters" in budget else 4  # bytes
+    reached, allowed = each * sum(p.numel() for p in left.model.parameters()), stage.allowed(model)
     assert 0.985 * allowed <= reached <= allowed, "one unit in each of two layers is 0.5 to 1 % of so small a model"
     assert stage.cut(model).widths["ffn"] == (stage.cut(model).widths["ffn"][0],) * 2
 
@@ -71,8 +72,10 @@ def test_the_allocation_is_the_best_there_is(seed: int) -> None:
 
 
 def test_a_unit_has_the_parameters_of_all_that_runs_along_its_axis() -> None:
-    assert unit_parameters(outline(), "ffn") == [3 * 64, 3 * 64]
-    assert unit_parameters(outline(), "kv") == [64 * (2 * 16 * 4 + 2 * 16)] * 2  # q and o of four heads, k and v of one
+    assert of_a_unit(outline(), "ffn", outline().parameters) == [3 * 64, 3 * 64]
+    assert (
+        of_a_unit(outline(), "kv", outline().parameters) == [64 * (2 * 16 * 4 + 2 * 16)] * 2
+    )  # q and o of four heads, k and v of one
 
 
 @pytest.mark.slow

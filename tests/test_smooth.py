@@ -204,7 +204,7 @@ SEARCHED: list[tuple[Coding, str, torch.dtype]] = [
 def test_the_search_never_ends_worse_than_no_smoothing(family: str, coding: Coding, method: Any, dtype: torch.dtype) -> None:
     for block in blocks(pico(family, num_hidden_layers=1, **one_layer(family)), dtype):
         before, outputs = weights(block), block.outputs(block.inputs)
-        found = Smooth(method=method).search(block, dict.fromkeys(block.anatomy.linears, coding), dtype)
+        found = Smooth(method=method).search(block, dict.fromkeys(block.anatomy.linears, coding), lambda name: dtype)
         after = weights(block)
         assert moved(block, outputs) <= SAME, "the search changed what the block computes"
         assert not block.rounds, "a rounding of the search was left behind"
@@ -236,7 +236,7 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
         before = weights(block)
         for method, alpha in (("smoothquant", 0.5), ("smoothquant", 0.8), ("awq", 0.4)):
             smooth = Smooth.model_validate({"method": method, "alpha": alpha})
-            found = smooth.search(block, dict.fromkeys(linears, coding), torch.float32)
+            found = smooth.search(block, dict.fromkeys(linears, coding), lambda name: torch.float32)
             restore(block, before)
             assert list(found) == ["self_attn.v_proj", "mlp.up_proj"]
             for key, linear in zip(found, linears, strict=True):
@@ -252,7 +252,7 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
 
 def test_only_what_is_rounded_is_smoothed() -> None:
     for block in blocks(pico("llama")):
-        found = Smooth().search(block, {"mlp.gate_proj": Integer(Scheme("w8a8"))}, torch.float32)
+        found = Smooth().search(block, {"mlp.gate_proj": Integer(Scheme("w8a8"))}, lambda name: torch.float32)
         assert list(found) == ["post_attention_layernorm"]
 
 

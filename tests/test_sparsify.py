@@ -130,7 +130,7 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     layouts = {linear: Sparse("2:4", "float32") for linear in resident.anatomy.linears}
     for block in walk(resident, windows, reference=True):
         before = {linear: block.weight(linear) for linear in layouts}
-        tensors, facts = Rewriting("sparsify", "", stage._solve)._block(block, layouts, torch.float32)
+        tensors, facts = Rewriting("sparsify", "", stage._solve)._block(block, layouts, lambda name: torch.float32)
         seen: dict[str, Moments] = block.moments()
         for entry in facts["linears"]:
             linear = entry["name"].removeprefix(f"{block.name}.")

@@ -8,7 +8,7 @@ It costs one pass back for the Fisher matrices, one forward, the removal of all 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor
 
@@ -75,17 +75,17 @@ def without(block: Block, axis: str, count: int, metric_RR: Tensor | None, batch
     return out
 
 
-def unit_parameters(model: Resident, axis: str) -> list[int]:
-    """Parameters that one unit of an axis has in each block."""
+def of_a_unit(model: Resident, axis: str, spent: Callable[[Widths], int]) -> list[int]:
+    """What one unit of an axis takes in each block, in the parameters or bytes that `spent` says of widths."""
     layers = len(model.layers)
-    none = model.parameters({axis: [0] * layers})
-    return [model.parameters({axis: [int(index == only) for index in range(layers)]}) - none for only in range(layers)]
+    none = spent({axis: (0,) * layers})
+    return [spent({axis: tuple(int(index == only) for index in range(layers))}) - none for only in range(layers)]
 
 
 def widths(curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]) -> Widths:
-    """Units that each block keeps: multiples, or all it has; the least loss in all with at most `budget` parameters.
+    """Units that each block keeps: multiples, or all it has; the least loss in all with at most `budget` parameters or bytes.
 
-    `unit` are the parameters of one unit, by axis and block. Raises ValueError where one multiple everywhere is too much.
+    `unit` is what one unit takes of these, by axis and block. Raises ValueError where one multiple everywhere is too much.
     """
     options = []
     for axis, blocks in curves.items():

@@ -120,9 +120,11 @@ class Basis(BaseModel):
                 basis_KC = found(number_of[block])[name.removeprefix(f"{block}.")].to(W_RC)
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
-            basis_KC = basis_KC.to(model.weight_dtype).to(W_RC)  # as it will be read back
+            first, linear = groups[number_of[block]][0], name.removeprefix(f"{block}.")
+            dtype = model.dtype_of(f"{model.block_name(first)}.{linear}.weight")  # one for the group, as the basis is
+            basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
-            return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(model.weight_dtype)
+            return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
 
         facts = Rewriting(STAGE, f"tie (basis of {self.basis} layers)", solve).done(model, context, chosen, kept)
         shared = self.ties(model)

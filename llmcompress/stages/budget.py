@@ -6,7 +6,7 @@ A budget is never exceeded. It is for the whole model as the stage finds it, wha
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -55,11 +55,15 @@ class Budget(BaseModel):
             raise ValueError(f"give one of keep, parameters and size, not {' and '.join(given) or 'none'}")
         return self
 
+    def spent(self, model: Resident, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """What the model takes of the budget, if it has these widths: bytes where it is a size, else parameters."""
+        return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
+
     def allowed(self, model: Resident) -> int:
-        """Parameters that the model may have; only with `parameters` or `size`."""
+        """What the model may take: bytes with `size`, parameters with `parameters`."""
         if self.size is not None:
             tensors = len(model.anatomy.rows(model.config)) + 1
-            return max(0, self.size - HEADER * tensors) // model.weight_dtype.itemsize
+            return max(0, self.size - HEADER * tensors)
         assert self.parameters is not None
         whole = model.parameters()
         return int(self.parameters * whole) if isinstance(self.parameters, float) else self.parameters
@@ -69,12 +73,17 @@ class Budget(BaseModel):
         total = len(model.layers)
         if self.keep is not None:
             return self.count("layer", total, 1)
-        own = sorted(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
-        whole, allowed = model.parameters(), self.allowed(model)
+        own = sorted(self._of_layer(model, index) for index in range(total))
+        whole, allowed = self.spent(model), self.allowed(model)
         for gone in range(total):
             if whole - sum(own[:gone]) <= allowed:
                 return total - gone
         raise self.refuse(model, whole - sum(own[:-1]))
+
+    def _of_layer(self, model: Resident, index: int) -> int:
+        """What one layer takes of the budget."""
+        sizes = {f"{model.block_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
+        return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
 
     def uniform(self, model: Resident, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
         """Units of an axis that stay in blocks that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
@@ -87,13 +96,13 @@ class Budget(BaseModel):
             low, high = 1, -(-max(sizes) // step)  # steps
             while low < high:
                 middle = (low + high + 1) // 2
-                fits = model.parameters({axis: [min(middle * step, size) for size in sizes]}) <= allowed
+                fits = self.spent(model, {axis: [min(middle * step, size) for size in sizes]}) <= allowed
                 low, high = (middle, high) if fits else (low, middle - 1)
             return tuple(min(low * step, size) for size in sizes)
 
         for step in [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]:
             counts = at(step)
-            reached = model.parameters({axis: counts})
+            reached = self.spent(model, {axis: counts})
             if (1 - NEAR) * allowed <= reached <= allowed or (list(counts) == list(sizes) and reached <= allowed):
                 return counts
         if reached > allowed:
@@ -119,10 +128,11 @@ class Budget(BaseModel):
         return count
 
     def refuse(self, model: Resident, least: int) -> ModelError:
-        """The error where not even `least` parameters are few enough."""
-        said = f"parameters: {self.parameters:g}" if self.parameters is not None else f"size: {self.size}"
-        weighs = f"{least * model.weight_dtype.itemsize / 1e6:.2f} MB"
+        """The error where the budget is less than the `least` that the model can take of it."""
+        said, unit = (
+            (f"parameters: {self.parameters:g}", "parameters") if self.size is None else (f"size: {self.size}", "bytes")
+        )
         return ModelError(
-            f"{said} can't be reached: what this stage may cut leaves at least {least} parameters ({weighs}) of "
-            f"{model.parameters()}; allow more, or cut other axes too"
+            f"{said} can't be reached: what this stage may cut leaves at least {least} of {self.spent(model)} {unit}; "
+            "allow more, or cut other axes too"
         )

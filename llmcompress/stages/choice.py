@@ -77,18 +77,21 @@ def refused(name: str, model: Resident, ours: Collection[str], skip: Iterable[st
     return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
 
 
-def rewritable(model: Resident, layout: Shaped, skip: Sequence[str], becomes: str) -> tuple[dict[str, Shaped], dict[str, str]]:
-    """The linears of blocks that a layout takes, by full name, and those to keep with the reason.
+def rewritable(
+    model: Resident, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
+) -> tuple[dict[str, Shaped], dict[str, str]]:
+    """The linears of blocks that their layouts take, by full name, and those to keep with the reason.
 
+    `layout_of` is asked with the full name of each linear.
     Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
     """
     ours = inner(model, model.anatomy.linears)
     require_known("skip", skip, ours)
     maps = dict(model.linear_maps())
-    reasons = {name: refused(name, model, ours, skip) or layout.refusal(shape) for name, shape in maps.items()}
+    reasons = {name: refused(name, model, ours, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()}
     kept = {name: why for name, why in reasons.items() if why}
     kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
-    chosen = {name: layout for name in maps if name not in kept}
+    chosen = {name: layout_of(name) for name in maps if name not in kept}
     if not chosen:
         raise ModelError(f"no linear of this model can {becomes.format(why=next(iter(kept.values())))}")
     return chosen, kept
@@ -117,14 +120,16 @@ class Rewriting:
                 if journal.has(self.stage, block.index):
                     install(block, layouts, journal.load(self.stage, block.index)[0])
                 else:
-                    journal.save(self.stage, block.index, *self._block(block, layouts, model.weight_dtype))
+                    journal.save(self.stage, block.index, *self._block(block, layouts, model.dtype_of))
         facts = Facts(self.stage, kept=[{"name": name, "why": why} for name, why in kept.items()])
         facts.add(journal.load(self.stage, index)[1] for index in range(layers))
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         facts.details = {"bits": mean_bits({entry["name"]: entry["bits"] for entry in facts.linears}, shapes)}
         return facts
 
-    def _block(self, block: Block, layouts: Mapping[str, Made], dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _block(
+        self, block: Block, layouts: Mapping[str, Made], dtype_of: Callable[[str], torch.dtype]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the block that change, by their full names, and what that cost; they are put in place."""
         tensors: dict[str, Tensor] = {}
         facts = []
@@ -139,6 +144,7 @@ class Rewriting:
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
                 if self.calibrated and (bias := f"{linear}.bias") in block.anatomy.block:
                     shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
+                    dtype = dtype_of(f"{name}.bias")
                     block.shift_bias(linear, shift_R, dtype)
                     tensors[f"{name}.bias"] = block.module.get_parameter(bias).data.to(dtype).cpu()
                 lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text

@@ -6,6 +6,7 @@ second moments of the inputs and against the full model. Stored are packed indic
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -42,14 +43,14 @@ class Cluster(BaseModel):
             raise ValueError("per: group needs rows, how many adjacent rows share a codebook, as 4")
         return self
 
-    def layout(self, model: Resident) -> Codebook:
-        """How the linears of a model are written."""
-        dtype = "bfloat16" if model.weight_dtype is torch.bfloat16 else "float16"
+    def layout(self, model: Resident, linear: str) -> Codebook:
+        """How a linear of a model, by its full name, is written."""
+        dtype = "bfloat16" if model.dtype_of(f"{linear}.weight") is torch.bfloat16 else "float16"
         return Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
     def choose(self, model: Resident) -> tuple[dict[str, Codebook], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
-        return rewritable(model, self.layout(model), self.skip, "have a codebook ({why}); leave the stage")
+        return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Codebook], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""

@@ -72,7 +72,7 @@ def _entry(model: Resident, chosen: Mapping[str, Coding], windows: Tensor) -> tu
     name, outer = model.anatomy.embedding, dict[str, Tensor]()
     if model.rotation:  # a tied parameter once
         outer = {part: p.data for part, p in model.model.named_parameters() if part in model.anatomy.outer}
-    tensors = {part: tensor.to(model.weight_dtype).cpu() for part, tensor in outer.items()}
+    tensors = model.as_stored(outer)
     coding = chosen.get(name)
     if not isinstance(coding, Integer):
         return tensors, {}

@@ -75,7 +75,7 @@ def cut(model: Resident, context: Context, outline: Outline, score: str, mend: b
             if not journal.has(STAGE, block.index):
                 lost = _block(block, copy.deepcopy(outline.layers[block.index]), kept, mend)
                 changed = {name: block.module.get_parameter(name).data for name in block.anatomy.block}
-                named = {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in changed.items()}
+                named = model.as_stored(changed, f"{block.name}.")
                 facts = {"name": block.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
                 journal.save(STAGE, block.index, named, facts)
             tensors = journal.load(STAGE, block.index)[0]  # what goes on is what is written
@@ -116,7 +116,7 @@ def _outer(model: Resident, outline: Outline, block: Block, kept: Tensor, mend: 
             moments.add(narrow(hidden.to(model.device)), whole(full.to(model.device)))
         head = f"{anatomy.head}.weight"
         tensors[head] = translate(model.model.get_parameter(head).data, tensors[head], moments)
-    return {name: tensor.to(model.weight_dtype).cpu().contiguous() for name, tensor in tensors.items()}
+    return model.as_stored(tensors)
 
 
 def _narrow(tensors: dict[str, Tensor], rows: Mapping[str, str], sizes: Mapping[str, int], kept: Tensor) -> dict[str, Tensor]:

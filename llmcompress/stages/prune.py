@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
@@ -191,14 +192,14 @@ class Prune(Budget):
         cuts: list[dict[str, Any]] = []
         if self.of_parts:
             tensors = sublayers.cut(block, dict(counts))
-            named = {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in tensors.items()}
+            named = model.as_stored(tensors, f"{block.name}.")
         for axis in () if self.of_parts else self.axes:
             if axis == "expert":
                 tensors, lost = experts.cut(block, counts[axis])
             else:
                 score = self._score(model, context, block.index, axis)
                 tensors, lost = units.cut(block, axis, counts[axis], score, self.repair)
-            named |= {f"{block.name}.{name}": tensor.to(model.weight_dtype).cpu() for name, tensor in tensors.items()}
+            named |= model.as_stored(tensors, f"{block.name}.")
             cuts.append({"name": block.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
         context.journal.save(STAGE, block.index, named, {"cuts": cuts})
 
@@ -243,15 +244,16 @@ class Prune(Budget):
         shares = [share / 64 for share in range(64, 0, -1)]
         for share in shares:
             found = {axis: tuple(max(1, int(share * size)) for size in sizes[axis]) for axis in self.axes}
-            if (reached := model.parameters(found)) <= allowed:
+            if (reached := self.spent(model, found)) <= allowed:
                 return found
         raise self.refuse(model, reached)
 
     def _allocate(self, model: Resident, context: Context) -> dict[str, Any]:
         """The widths of all blocks, and what they are expected to lose."""
-        unit = {axis: allocation.unit_parameters(model, axis) for axis in self.axes}
-        none = model.parameters({axis: [0] * len(model.layers) for axis in self.axes})
-        within = model.parameters(self._plain(model)) if self.keep is not None else min(self.allowed(model), model.parameters())
+        unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
+        none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
+        whole = self.spent(model)
+        within = self.spent(model, self._plain(model)) if self.keep is not None else min(self.allowed(model), whole)
         multiples = {axis: self._multiple(model, axis) for axis in self.axes}
         for axis in self.axes:
             while not self.multiple and multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:

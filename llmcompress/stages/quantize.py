@@ -10,7 +10,7 @@ journal holds is not done again: its codes are read, and the walk goes on throug
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -36,7 +36,7 @@ from llmcompress.stages.fisher import find_fisher, fisher
 from llmcompress.stages.formats import Format, Override, together
 from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
-from llmcompress.stages.smooth import Smooth
+from llmcompress.stages.smooth import Smooth, norm_of
 from llmcompress.walk import head_input, walk
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
@@ -199,12 +199,13 @@ class Quantize(Format):
                 block.reference = list(full)
             codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else block.own(chosen)
             known = {} if head else block.own(self._known(model, block, chosen, journal))
-            rounding = Rounding(codings, model.device, model.weight_dtype, block.own(pooled), known)
-            changed = [] if head else self._smoothed(block, codings, context, model.weight_dtype)
+            dtype_of = _in_block(model, block)
+            rounding = Rounding(codings, model.device, dtype_of, block.own(pooled), known)
+            changed = [] if head else self._smoothed(block, codings, context, dtype_of)
             if not journal.has(STAGE, block.index):
                 entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
-                dense = {name: block.module.get_parameter(name).data.to(model.weight_dtype).cpu() for name in changed}
-                entry[0].update({f"{block.name}.{name}": tensor for name, tensor in dense.items()})
+                dense = {name: block.module.get_parameter(name).data for name in changed}
+                entry[0].update(model.as_stored(dense, f"{block.name}."))
                 journal.save(STAGE, block.index, *entry)
             if not head:
                 install(block, codings, journal.load(STAGE, block.index)[0])
@@ -231,21 +232,23 @@ class Quantize(Format):
         shapes = model.matrices()
         return {name: chosen[name].read(stored.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
 
-    def _smoothed(self, block: Block, codings: Mapping[str, Coding], context: Context, dtype: torch.dtype) -> list[str]:
+    def _smoothed(
+        self, block: Block, codings: Mapping[str, Coding], context: Context, dtype_of: Callable[[str], torch.dtype]
+    ) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
         if self.smooth is None:
             return self._turned(block, codings)
         journal = context.journal
         if not journal.has(SMOOTH, block.index):
             before = {name: parameter.data for name, parameter in block.module.named_parameters()}
-            found = self.smooth.search(block, codings, dtype)
+            found = self.smooth.search(block, codings, dtype_of)
             for name, data in before.items():
                 block.module.get_parameter(name).data = data
             journal.save(SMOOTH, block.index, {key: factor.cpu() for key, factor in found.items()}, {})
         factors, changed = journal.load(SMOOTH, block.index)[0], set()
         for key in block.anatomy.feeds:
             if key in factors:
-                changed |= set(block.cross(key, factors[key].to(block.device), dtype))
+                changed |= set(block.cross(key, factors[key].to(block.device), dtype_of(norm_of(block, key))))
         return sorted((changed | set(self._turned(block, codings))) - {f"{linear}.weight" for linear in codings})
 
     def _turned(self, block: Block, linears: Iterable[str]) -> list[str]:
@@ -259,7 +262,7 @@ class Quantize(Format):
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
             codings = block.own(chosen)
-            self._smoothed(block, codings, context, model.weight_dtype)
+            self._smoothed(block, codings, context, _in_block(model, block))
             nats = costs(block, codings, fisher(context, block.index))
             found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
         journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
@@ -287,7 +290,7 @@ class Quantize(Format):
             name, bias = f"{block.name}.{linear}", f"{linear}.bias"
             tensors |= _named(name, packed[linear])
             if self.rounding != "nearest" and bias in block.anatomy.block:
-                tensors[f"{block.name}.{bias}"] = block.module.get_parameter(bias).data.to(rounding.dtype).cpu()
+                tensors[f"{block.name}.{bias}"] = block.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
             facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
         if block.expert_tokens:
             notes["expert_tokens"] = list(block.expert_tokens.values())
@@ -300,6 +303,11 @@ class Quantize(Format):
         nearest = self.rounding == "nearest"
         packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
+
+
+def _in_block(model: Resident, block: Block) -> Callable[[str], torch.dtype]:
+    """The dtype in which a parameter of a block is stored, by its name there."""
+    return lambda name: model.dtype_of(f"{block.name}.{name}")
 
 
 def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:

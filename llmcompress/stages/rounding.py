@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -46,7 +46,7 @@ class Rounding:
 
     codings: Mapping[str, Coding]
     device: torch.device
-    dtype: torch.dtype = torch.float32  # in which the base stores its weights
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the block
     pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
     known: Mapping[str, Stored] = field(default_factory=dict)  # of one that an earlier layer has, its codes
 
@@ -94,7 +94,7 @@ class Rounding:
                 block.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in block.anatomy.block:
                     shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
-                    block.shift_bias(linear, shift_R, self.dtype)
+                    block.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
     def given(self, scales: Mapping[str, float]) -> dict[str, Stored]:

@@ -191,7 +191,8 @@ class Share(BaseModel):
             tensors, facts = journal.load(FIT, number)
             for index in group:
                 own = {name.removeprefix(f"{index}:"): t for name, t in tensors.items() if name.startswith(f"{index}:")}
-                done[index] = self._stored(model, index, linears, tensors, own), {"nats": facts["nats"][str(index)]}
+                dtypes = {name: model.dtype_of(f"{model.block_name(group[0])}.{name}.weight") for name in linears}
+                done[index] = self._stored(model, index, dtypes, tensors, own), {"nats": facts["nats"][str(index)]}
         for index in range(len(model.layers)):
             tensors, facts = done.get(index, ({}, {}))
             journal.save(STAGE, index, tensors, {"name": model.block_name(index), "linears": [], **facts})
@@ -231,16 +232,21 @@ class Share(BaseModel):
         return tensors
 
     def _stored(
-        self, model: Resident, index: int, linears: Sequence[str], shared: Mapping[str, Tensor], own: Mapping[str, Tensor]
+        self,
+        model: Resident,
+        index: int,
+        dtypes: Mapping[str, torch.dtype],
+        shared: Mapping[str, Tensor],
+        own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What a block is written as, by full names."""
+        """What a block is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
         name, layout, found = model.block_name(index), Factored("shared", self.residual_rank), dict[str, Tensor]()
-        for linear in linears:
+        for linear, dtype in dtypes.items():
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
-            weight = FactoredWeight(layout, shared[linear], *parts).to(model.weight_dtype)
+            weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
             found |= {f"{name}.{linear}.{part}": tensor for part, tensor in weight.tensors().items()}
         plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.block}
-        return found | {f"{name}.{key}": tensor.to(model.weight_dtype) for key, tensor in plain.items()}
+        return found | model.as_stored(plain, f"{name}.")
 
 
 class _Member:

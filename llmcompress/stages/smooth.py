@@ -8,7 +8,7 @@ is never made worse on the sample that decides. The function of the model stays 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from typing import Annotated, Literal
 
@@ -35,8 +35,11 @@ class Smooth(BaseModel):
     method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
 
-    def search(self, block: Block, codings: Mapping[str, Coding], dtype: torch.dtype) -> dict[str, Tensor]:
-        """The factor of each entry of `feeds` with a reader among `codings`; they have crossed when this returns."""
+    def search(self, block: Block, codings: Mapping[str, Coding], dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+        """The factor of each entry of `feeds` with a reader among `codings`; they have crossed when this returns.
+
+        `dtype_of` says in which dtype a parameter is stored, by its name in the block.
+        """
         moments, found = block.moments(), {}
         aims = [aim.to(block.device) for aim in block.outputs(block.inputs[:SAMPLE])]  # before anything is rounded
         with closing(block.reads(*block.anatomy.readers)) as reads:
@@ -48,7 +51,7 @@ class Smooth(BaseModel):
             first = next(group[0] for group in block.anatomy.readers if reading[0] in group)
             X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
             factors = self._candidates(block, key, reading, moments[first], X_TC, codings[reading[0]])
-            own = {reader: codings[reader] for reader in reading}
+            own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(block, key))
             losses = [self._loss(block, key, factor, own, moments[first], dtype, aims) for factor in factors]
             found[key] = factors[losses.index(min(losses))]
             block.cross(key, found[key], dtype)
@@ -94,6 +97,11 @@ class Smooth(BaseModel):
             block.module.get_parameter(name).data = data
         errors = [((out - aim).square().sum(-1) / aim.square().sum(-1)).sum() for out, aim in zip(outs, aims, strict=True)]
         return float(sum(errors))
+
+
+def norm_of(block: Block, key: str) -> str:
+    """The parameter, by its name in the block, that takes a factor in if the producer of a key of `feeds` is a norm."""
+    return f"{block.anatomy.producer(key)[0]}.weight"
 
 
 def _units(block: Block, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:

@@ -68,8 +68,11 @@ class Sparsify(BaseModel):
 
         Raises ModelError where none is left.
         """
-        dtype = str(model.weight_dtype).removeprefix("torch.")
-        layout = Sparse(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
+
+        def layout(name: str) -> Sparse:
+            dtype = str(model.dtype_of(f"{name}.weight")).removeprefix("torch.")
+            return Sparse(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
+
         return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
     def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Sparse], dict[str, str]]:

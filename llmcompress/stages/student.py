@@ -60,7 +60,7 @@ class Student:
     """A model in training: `model` itself, and `trained`, what a Trainer is to be given of it."""
 
     def __init__(self, resident: Resident, train: Train, rank: int, seed: int) -> None:
-        self.model, self.train, self.dtype = whole(resident), train, resident.weight_dtype
+        self.model, self.train, self.dtype_of = whole(resident), train, resident.dtype_of
         self.trained: nn.Module = self.model
         self.makings: dict[str, Making] = {}  # of linears that are no plain weights
         self.same: dict[str, str] = {}  # a parameter that is another one -> that one
@@ -126,9 +126,10 @@ class Student:
     def _round(self) -> None:
         """Have the gains and biases that learn be rounded in every step as they will be stored."""
         for name, parameter in list(self.model.named_parameters()):
-            if parameter.requires_grad and parameter.dim() == 1 and self.dtype.itemsize < 4:
+            dtype = self.dtype_of(name)
+            if parameter.requires_grad and parameter.dim() == 1 and dtype.itemsize < 4:
                 owner, _, leaf = name.rpartition(".")
-                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, Rounded(self.dtype))
+                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, Rounded(dtype))
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""
@@ -139,12 +140,14 @@ class Student:
         found = {}
         for name in self.learning:
             if name not in parameters:
-                found[name.replace(".parametrizations", "").removesuffix(".original")] = state[name].to(self.dtype).cpu()
+                plain = name.replace(".parametrizations", "").removesuffix(".original")
+                found[plain] = state[name].to(self.dtype_of(plain)).cpu()
         for name, parts in made_of.items():
             own = [self.same.get(parameter, parameter) for parameter in parts.values()]
             if set(own) & set(self.learning):
                 with torch.no_grad():
-                    weight = self.makings[name].stored([state[parameter] for parameter in own], self.dtype)
+                    dtype = self.dtype_of(f"{name}.weight")
+                    weight = self.makings[name].stored([state[parameter] for parameter in own], dtype)
                 found |= {f"{name}.{part}": tensor for part, tensor in stored.tensors_of(weight).items()}
         return found
 
@@ -152,7 +155,8 @@ class Student:
         """The weights of the linears with their differences."""
         adapted = {name for name, module in self.model.named_modules() if hasattr(module, "lora_A")}
         cast(Any, self.trained).merge_and_unload()
-        return {f"{name}.weight": self.model.get_parameter(f"{name}.weight").data.to(self.dtype).cpu() for name in adapted}
+        merged = {f"{name}.weight": self.model.get_parameter(f"{name}.weight").data for name in adapted}
+        return {name: weight.to(self.dtype_of(name)).cpu() for name, weight in merged.items()}
 
 
 def _of_norm(name: str, parameter: Tensor) -> bool:

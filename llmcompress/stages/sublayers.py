@@ -64,7 +64,7 @@ def enough(model: Resident, budget: Budget, gone: Sequence[tuple[int, str]]) -> 
     if budget.keep is not None:
         whole = isinstance(budget.keep, float) and budget.keep == 1
         return len(gone) >= (0 if whole else len(every) - budget.count("sublayer", len(every), 1))
-    reached = model.parameters(widths(model, gone))
+    reached = budget.spent(model, widths(model, gone))
     if reached > budget.allowed(model) and len(gone) == len(every):
         raise budget.refuse(model, reached)
     return reached <= budget.allowed(model)
@@ -96,7 +96,7 @@ def find(model: Resident, context: Context, budget: Budget) -> dict[str, Any]:
     def cost(part: Part) -> float:
         if budget.keep is not None:
             return 1.0
-        return float(model.parameters() - model.parameters(widths(model, named([part]))))
+        return float(budget.spent(model) - budget.spent(model, widths(model, named([part]))))
 
     steps = len(guess(model, budget))
     gone, kl_nats = greedy(model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost)

@@ -79,11 +79,11 @@ class Tie(BaseModel):
         E, O = (model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head))  # noqa: E741
         embedding = f"{anatomy.embedding}.weight"
         if torch.equal(E, O):
-            return {embedding: E.to(model.weight_dtype).cpu()}, {"kl_nats": 0.0}
+            return model.as_stored({embedding: E}), {"kl_nats": 0.0}
         trial = _Trial(model, context)
         if self.fit != "least_squares":
             made = {embedding: {"mean": (E + O) / 2, "embedding": E, "head": O}[self.fit]}
-            return self._stored(model, made), {"kl_nats": trial.kl_nats(made)}
+            return model.as_stored(made), {"kl_nats": trial.kl_nats(made)}
         statistics = _statistics(model, context)
         tried: dict[float, tuple[float, dict[str, Tensor]]] = {}
 
@@ -104,10 +104,7 @@ class Tie(BaseModel):
                     break
                 best = better
         kl_nats, made = tried[best]
-        return self._stored(model, made), {"kl_nats": kl_nats, "balance": best}
-
-    def _stored(self, model: Resident, made: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.to(model.weight_dtype).cpu().contiguous() for name, tensor in made.items()}
+        return model.as_stored(made), {"kl_nats": kl_nats, "balance": best}
 
 
 class _Trial:
@@ -140,11 +137,12 @@ class _Trial:
 def _placed(model: Resident, made: Mapping[str, Tensor]) -> Iterator[None]:
     """For a while, these in place of the model's own outside its blocks, the embedding's matrix for the head too."""
     anatomy = model.anatomy
-    both = dict(made) | {f"{anatomy.head}.weight": made[f"{anatomy.embedding}.weight"]}
+    stored = model.as_stored(made)  # as it will be read back
+    both = stored | {f"{anatomy.head}.weight": stored[f"{anatomy.embedding}.weight"]}
     parameters = {name: model.model.get_parameter(name) for name in both}
     before = {name: parameter.data for name, parameter in parameters.items()}
     for name, parameter in parameters.items():
-        parameter.data = both[name].to(model.weight_dtype).to(parameter)  # as it will be read back
+        parameter.data = both[name].to(parameter)
     try:
         yield
     finally:
