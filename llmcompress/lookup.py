@@ -162,13 +162,7 @@ def _kernel() -> ctypes.CDLL | None:
         return None
     try:
         return _load(cache_folder() / "kernels")
-    except (
-        CompressError,
-        OSError,
-        RuntimeError,
-        AttributeError,
-        subprocess.SubprocessError,
-    ):  # no home, no room, no such symbol
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError, CompressError):  # no room, no symbol
         return None
 
 

@@ -28,6 +28,7 @@ from llmcompress.shard import writing
 from llmcompress.stages.context import Source
 from llmcompress.texts import DataSpec
 from llmcompress.tokenizer import tokenizer_of
+from llmcompress.words import path_of, shortened
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ def find_base(name: str | None, revision: str | None = None, *, weights: bool = 
         raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
     if name == DEMO:
         return Base(DEMO, DEMO_MODEL, None)
-    path = Path(name).expanduser()
+    path = path_of(name, wanted, ModelError)
     if path.is_dir():
         return Base(name, path, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
@@ -79,10 +80,14 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
 
 def pick_device(device: str | None) -> torch.device:
     """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there is none such."""
-    kind = (device or "").partition(":")[0]
-    if kind not in ("", "cpu", "cuda") or (kind == "cuda" and not torch.cuda.is_available()):
-        raise CompressError(f"there is no device {device} here; use cpu, or cuda where torch sees a GPU")
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not device:
+        return torch.device("cuda" if count else "cpu")
+    kind, _, number = device.partition(":")
+    known = {"cpu": 1, "cuda": count}.get(kind, 0)
+    if not known or not (device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)):
+        raise CompressError(f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU")
+    return torch.device("cpu" if kind == "cpu" else device)
 
 
 def _why(error: Exception) -> str:

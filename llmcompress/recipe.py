@@ -35,6 +35,7 @@ from llmcompress.stages.sparsify import Sparsify
 from llmcompress.steps import AXIS, PATTERN, TIES, Step, require_order
 from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.untrusted import Unreadable, yaml_of
+from llmcompress.words import path_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -155,7 +156,7 @@ class Recipe(BaseModel):
     @classmethod
     def from_file(cls, file: str | Path) -> Recipe:
         """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
-        path = Path(file)
+        path = path_of(file, "recipe", RecipeError)
         if not path.is_file():
             raise RecipeError(f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id")
         with path.open("rb") as opened:
@@ -168,7 +169,7 @@ class Recipe(BaseModel):
         `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is resolved to a commit,
         which the recipe and the reports of its runs remember. Errors: RecipeError.
         """
-        path = Path(name).expanduser()
+        path = path_of(name, "recipe", RecipeError)
         if path.is_dir():
             return cls.from_file(path / FILE)
         repo, at = hub.split(str(name))
@@ -247,7 +248,7 @@ class Recipe(BaseModel):
         for place, name, option in named:
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):
                 continue
-            if not hub.is_id(hub.split(name)[0]) or Path(name).expanduser().exists():
+            if not hub.is_id(hub.split(name)[0]) or path_of(name, place, RecipeError).exists():
                 advice = f"give your own with {option}" if option else "save it to a file and run that, if you trust it"
                 raise RecipeError(
                     f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "

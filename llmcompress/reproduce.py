@@ -20,6 +20,7 @@ from llmcompress.checkpoint import Checkpoint
 from llmcompress.companions import shareable
 from llmcompress.data import DEMO
 from llmcompress.errors import DataError, ModelError, OutputError
+from llmcompress.prepare import pick_device
 from llmcompress.push import require_own_recipe
 from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import DATA_PLACE, Report
@@ -29,6 +30,7 @@ from llmcompress.shard import same
 from llmcompress.target import resolved
 from llmcompress.texts import PYTHON_DOCS, DataSpec
 from llmcompress.walk import Track, untracked
+from llmcompress.words import path_of
 
 PERPLEXITY, KL = 1e-3, 0.05  # relative: how far numbers may be apart that are equal within tolerance
 KL_NATS = 1e-5  # and this much in any case: nothing is to be seen below it
@@ -71,7 +73,7 @@ def reproduce(
     text = recipe.data.with_text(data) if data else _text(reported, recipe)
     text = text.model_copy(update={"bos": reported.data.bos is True})  # reports without the key are of windows without BOS
     recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
-    on_cpu = torch.device(device or "cpu").type == "cpu"
+    on_cpu = pick_device(device or "cpu").type == "cpu"
     with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
         target = scratch / "again" if out is None else Path(out)
         again = compress(
@@ -113,7 +115,7 @@ def _require_apart(out: Path, folder: Path) -> None:
 
 def _artefact(name: str) -> tuple[Path, Recipe]:
     """The folder of an artefact, fetched if need be, and its recipe."""
-    folder, repo = Path(name).expanduser(), hub.split(name)[0]
+    folder, repo = path_of(name, "artefact", ModelError), hub.split(name)[0]
     if folder.is_dir():
         return folder, Recipe.from_pretrained(name)
     if folder.exists() or not hub.is_repository(repo):
@@ -128,7 +130,7 @@ def _base(reported: Report, recipe: Recipe) -> str:
     base = reported.base
     if base.revision is not None:
         return f"{base.model}@{base.revision}"
-    if base.model != DEMO and (recipe.origin is not None or not Path(base.model).expanduser().is_dir()):
+    if base.model != DEMO and (recipe.origin is not None or not path_of(base.model, "base", ModelError).is_dir()):
         raise ModelError(f"the base {base.model} was a folder of whoever made this model; give yours with --base")
     return base.model
 
@@ -136,7 +138,7 @@ def _base(reported: Report, recipe: Recipe) -> str:
 def _text(reported: Report, recipe: Recipe) -> DataSpec:
     """The text that the report tells of; a file or folder only where the artefact is a folder too."""
     facts = reported.data
-    path = Path(facts.source).expanduser().exists()
+    path = path_of(facts.source, "text", DataError).exists()
     here = path and recipe.origin is None
     if facts.source != PYTHON_DOCS and not here and (facts.revision is None or path):
         raise DataError(f"the text {facts.source} was a file or folder of whoever made this model; give yours with --data")

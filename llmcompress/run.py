@@ -28,7 +28,7 @@ from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.contents import Outcome, companions, require_pictures, write_weights
 from llmcompress.data import Blocks
-from llmcompress.errors import CompressError, DataError, ModelError
+from llmcompress.errors import DataError, OutputError
 from llmcompress.evaluate import speed_of
 from llmcompress.joint import joint_folder, write_joint
 from llmcompress.journal import Journal
@@ -50,10 +50,10 @@ from llmcompress.report.measure import Fidelity, fidelity, peak_memory_bytes
 from llmcompress.shard import discard
 from llmcompress.stages.context import Context, Source
 from llmcompress.stages.distill import Distill
-from llmcompress.target import is_utf8
 from llmcompress.texts import DataSpec
 from llmcompress.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.walk import Track, logits, untracked
+from llmcompress.words import path_of
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
 
@@ -77,8 +77,8 @@ def compress(
     """
     start = time.monotonic()
     recipe.require_own_names(base=base, data=data)
-    place = partial_folder(out)
-    _require_utf8(base, data)
+    target = path_of(out, "--out", OutputError)
+    place = partial_folder(target)
     require_pictures()
     processes.join(device)
     found = find_base(base or recipe.base, recipe.revision if base is None else None)
@@ -88,7 +88,11 @@ def compress(
     pinned = at_commits(recipe)
     require_kin(pinned, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
-    with Writer(out, found.folder, size_bytes=base_size, overwrite=overwrite) if processes.first() else nullcontext() as writer:
+    with (
+        Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
+        if processes.first()
+        else nullcontext() as writer
+    ):
         processes.wait()
         model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
         require_possible(pinned, model)
@@ -110,15 +114,7 @@ def compress(
             report.require(**recipe.accept.model_dump())
             writer.publish(companions(report, recipe, found.folder, place))
     processes.wait()
-    return Report.of(out)
-
-
-def _require_utf8(base: str | None, data: str | DataSpec | None) -> None:
-    """Refuse now names that the report can't be written with. Errors: ModelError, DataError."""
-    kinds: tuple[tuple[str, object, type[CompressError]], ...] = ("--base", base, ModelError), ("--data", data, DataError)
-    for option, given, error in kinds:
-        if isinstance(given, str) and not is_utf8(given):
-            raise error(f"{option} {given!r} is not UTF-8, which the report is written in; give it by another name")
+    return Report.of(target)
 
 
 @dataclass(frozen=True)

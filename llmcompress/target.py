@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import os
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 
 from llmcompress.errors import OutputError
 from llmcompress.shard import put
+from llmcompress.words import path_of, shortened
 
 Seen = tuple[tuple[str, int, int, int, int, int], ...]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what a rename says of a place that is not empty
@@ -18,27 +18,13 @@ TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what a r
 
 def resolved(out: str | Path) -> Path:
     """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can be none."""
-    text = os.fspath(out)
-    if not is_utf8(text):
-        raise OutputError(f"--out {text!r} is not UTF-8, which the report is written in; give another name")
-    shown = text if len(text) <= 200 else f"{text[:100]} ... of {len(text)} characters"
-    try:
-        if Path(text).is_symlink() and not Path(text).exists():
-            raise OutputError(f"--out {shown} is a link to nothing; delete the link or give the name of a folder")
-        found = Path(text).resolve()
-        with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-            os.stat(found)  # noqa: PTH116  # pathlib's own ways tell what is wrong in some versions of Python only
-    except (OSError, RuntimeError, ValueError) as error:  # too long, a loop of links, a NUL
-        why = getattr(error, "strerror", None) or str(error).partition(":")[0]
-        raise OutputError(f"--out {shown} can be no folder ({why}); give another name") from None
+    path = path_of(out, "--out", OutputError)
+    if path.is_symlink() and not path.exists():
+        raise OutputError(f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder")
+    found = path_of(path.resolve(), "--out", OutputError)
     if not found.name:
         raise OutputError(f"--out {found} is the root of a disk; give the name of a folder")
     return found
-
-
-def is_utf8(name: str) -> bool:
-    """Whether a name can be written as UTF-8; the bytes of a path need not be that."""
-    return name == name.encode(errors="replace").decode()
 
 
 def seen(folder: Path) -> Seen:

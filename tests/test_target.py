@@ -27,12 +27,12 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize(
     ("name", "why"),
     [
-        (os.fsdecode(b"not-\xff-utf8"), "is not UTF-8"),
+        (os.fsdecode(b"not-\xff-utf8"), "is not Unicode text"),
         ("x" * 5000, "File name too long"),
         ("x" * 250, "File name too long"),  # with .partial
         ("a\0b", "null"),
-        ("loop", "is a link to nothing"),
-        ("loop/below", "can be no folder"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop/below", "Too many levels of symbolic links"),
         ("dangling", "is a link to nothing"),
     ],
     ids=["no-utf8", "long", "long-partial", "nul", "loop", "below-a-loop", "dangling"],

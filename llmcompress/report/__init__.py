@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNe
 
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.untrusted import Unreadable, json_of
+from llmcompress.words import path_of
 
 SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
 FILE = "report.json"
@@ -243,7 +244,7 @@ class Report(_Facts):
     @classmethod
     def of(cls, folder: str | Path) -> "Report":
         """Read the report inside an artefact; CompressError where there is none."""
-        file = Path(folder) / FILE
+        file = path_of(folder, "folder") / FILE
         try:
             with file.open("rb") as opened:
                 text = opened.read(LARGEST + 1)
