@@ -29,6 +29,7 @@ def require_possible(recipe: Recipe, model: Resident) -> None:
     for step in recipe.stages:
         stage = step.stage
         if isinstance(stage, Distill):
+            stage.require_packages()
             stage.micro(stage.length or 1)
             if stage.train == "scales" and not scaled:
                 raise ModelError(

@@ -19,14 +19,16 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from llmcompress.errors import ModelError
+from llmcompress.errors import ModelError, first_line
 from llmcompress.shard import CODES, tensors_digest
 
+LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
 INDEX = "model.safetensors.index.json"
 BESIDE = (  # scales and masks by names without a second dot
     *("SCB", "weight_mask", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
     *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset", "weight_levels"),
 )
+WRAPPED = ("language_model.", "model.language_model.")  # how the names of a text model in a multimodal one begin
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -84,6 +86,8 @@ class Checkpoint:
         lost = sorted(name for name in listed if name and name not in tensors)
         if lost:
             raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
+        if base and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
+            raise _wrapper(folder, f"it stores {inner}")
         aliases = _aliases(folder, config, tensors)
         every = tensors | {name: tensors[source] for name, source in aliases.items()}
         return cls(folder, config, every, aliases, frozenset(listed.values()))
@@ -174,14 +178,27 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object. Errors: ModelError for anything else."""
+    """A JSON object of at most LARGEST bytes and DEEPEST levels. Errors: ModelError for anything else."""
     try:
-        value = json.loads(file.read_bytes())
-    except ValueError as error:
-        raise ModelError(f"{file} is not JSON ({error}); download it again") from None
+        with file.open("rb") as stream:
+            text = stream.read(LARGEST + 1)
+    except OSError as error:
+        raise ModelError(f"{file} can't be read ({error.strerror}); download it again") from None
+    if len(text) > LARGEST:
+        raise ModelError(f"{file} has more than {LARGEST} bytes, which no such file has; download it again")
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not JSON ({first_line(error)}); download it again") from None
     if not isinstance(value, dict):
         raise ModelError(f"{file} holds a {type(value).__name__}, not an object; download it again")
-    return value
+    level: list[Any] = [value]
+    for _ in range(DEEPEST):
+        inner = [item for one in level for item in (one.values() if isinstance(one, dict) else one)]
+        level = [item for item in inner if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ModelError(f"{file} is more than {DEEPEST} levels deep, which no such file is; download it again")
 
 
 def require_no_adapter(folder: Path) -> None:
@@ -195,11 +212,17 @@ def require_no_adapter(folder: Path) -> None:
 
 def require_base(folder: Path, config: dict[str, Any]) -> None:
     """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
+    if not config.get("quantization_config", True) and config["quantization_config"] is not None:
+        raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
         if not isinstance(codes, dict) or codes.get("schemes") != []:  # a pruned model of ours with nothing quantised
             raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
     kind, architectures = str(config.get("model_type")), config.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise ModelError(f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; correct it")
+    if isinstance(config.get("text_config"), dict):
+        raise _wrapper(folder, f"model_type {kind}")
     if architectures:
         causal = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
     else:
@@ -208,6 +231,15 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
     if not causal:
         found = architectures[0] if architectures else f"model_type {kind}"
         raise ModelError(f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM")
+
+
+def _wrapper(folder: Path, how: str) -> ModelError:
+    """What to say of a model of images or sound that has a text model inside."""
+    return ModelError(
+        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model with the head as a "
+        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), load_state_dict, "
+        "save_pretrained"
+    )
 
 
 def _files(folder: Path) -> dict[str, str]:
@@ -231,11 +263,20 @@ def _files(folder: Path) -> dict[str, str]:
 
 def _listed(folder: Path) -> dict[str, str]:
     """Tensor name -> file, as the index says. Errors: ModelError."""
-    listed = read_json(folder / INDEX).get("weight_map")
-    plain = isinstance(listed, dict) and all(isinstance(file, str) and Path(file).name == file for file in listed.values())
+    index = read_json(folder / INDEX)
+    listed = index.get("weight_map")
+    plain = isinstance(listed, dict) and listed and all(map(_is_shard, listed.values()))
     if not isinstance(listed, dict) or not plain:
         raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
+    if not isinstance(index.get("metadata"), dict):
+        raise ModelError(f'{folder / INDEX} has no metadata, which from_pretrained asks for; add "metadata": {{}} to it')
     return listed
+
+
+def _is_shard(file: Any) -> bool:
+    """Whether a word is the name of a safetensors file in the same folder."""
+    named = isinstance(file, str) and len(file) < 256 and "\0" not in file
+    return named and file.endswith(".safetensors") and Path(file).name == file
 
 
 def named_ties(ties: Any) -> dict[str, str]:

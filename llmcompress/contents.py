@@ -13,6 +13,7 @@ from torch import Tensor
 from llmcompress import four_bit, hub, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.companions import is_inside
+from llmcompress.configs import without_flags
 from llmcompress.errors import OutputError, first_line
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
@@ -225,7 +226,7 @@ def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
     for key in model.checkpoint.tensors:
         if key not in replaced and (name := outcome.renamed(key)) is not None:
             writer.add({name: cast(model.checkpoint.read(key))})
-    config = model.checkpoint.config | outcome.changes()
+    config = without_flags(model.checkpoint.config) | outcome.changes()
     said, dtypes = model.config.dtype, {*model.dtypes.values()}
     if (casts and (said or torch.float32) is not model.weight_dtype) or (
         said is None and len(dtypes) > 1

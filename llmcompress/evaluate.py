@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.checkpoint import Checkpoint
+from llmcompress.configs import defaults, load_config
 from llmcompress.foreign import Foreign, foreign_method
 from llmcompress.ondisk import OnDisk, no_progress_bar
 from llmcompress.prepare import blocks_for, config_of, find_base, pick_device
@@ -86,5 +87,5 @@ def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | Non
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
     with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(folder, device_map={"": device})
+        model = AutoModelForCausalLM.from_pretrained(folder, config=defaults(load_config(folder)), device_map={"": device})
     return speed(model, windows)

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -28,6 +28,7 @@ from transformers.utils import logging
 
 from llmcompress import plugin, stored
 from llmcompress.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
+from llmcompress.configs import load_config, require_stored
 from llmcompress.errors import ModelError
 from llmcompress.residency import Outline, Resident
 
@@ -41,7 +42,9 @@ class OnDisk(Resident):
         self.folder = folder
         self.checkpoint = Checkpoint.open(folder, base=not quantized)
         ours = plugin.read_config(self.checkpoint.config.get("quantization_config"))
-        config = AutoConfig.from_pretrained(folder)
+        config = load_config(folder)
+        if not quantized:
+            require_stored(folder, config, self.checkpoint.tensors)
         self.quantization: Any = getattr(config, "quantization_config", None)
         if self.quantization is not None:
             del config.quantization_config

@@ -55,6 +55,7 @@ def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) 
     for step in recipe.stages:
         stage, said = step.stage, list[str]()
         if isinstance(stage, Distill):
+            stage.require_packages()
             if stage.student:
                 folder = find_base(stage.student, weights=False, wanted="student").folder
                 model = outlined(folder, config_of(folder, base=True), model.device)

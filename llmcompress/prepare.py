@@ -10,15 +10,16 @@ from typing import Protocol
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging
 
 from llmcompress import hub
 from llmcompress.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
+from llmcompress.configs import defaults, load_config, require_readable, skeleton
 from llmcompress.data import DEMO, DEMO_MODEL, Blocks, load_data
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.ondisk import OnDisk, no_progress_bar
@@ -28,6 +29,7 @@ from llmcompress.shard import writing
 from llmcompress.stages.context import Source
 from llmcompress.texts import DataSpec
 from llmcompress.tokenizer import tokenizer_of
+from llmcompress.walk import logits
 from llmcompress.words import path_of, shortened
 
 
@@ -71,11 +73,37 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
     fields = read_json(folder / "config.json")
     if base:
         require_base(folder, fields)
+    require_readable(folder)
+    return load_config(folder)
+
+
+def require_loadable(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a model that from_pretrained can't load, which is what times it at last; no weight is read. Errors: ModelError."""
+    level = logging.get_verbosity()
     try:
-        config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each family checks its fields in its own way; to the user each says: this config is wrong
-        raise ModelError(f"{folder} has a config.json that does not load ({_why(error)}); take another base") from None
-    return config
+        with no_progress_bar():
+            logging.set_verbosity_error()
+            AutoModelForCausalLM.from_pretrained(folder, config=defaults(config), device_map="meta", local_files_only=True)
+    except Exception as error:  # of its many parts each raises in its own way
+        raise ModelError(
+            f"{folder} is not loaded by transformers ({_why(error)}); mend its small files, or fetch it again"
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def require_computable(model: Resident) -> None:
+    """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one read of the base.
+
+    Two tokens go through every block. Errors: ModelError.
+    """
+    try:
+        for _ in logits(model, torch.zeros(1, 2, dtype=torch.int64)):
+            pass
+    except CompressError:
+        raise
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ModelError(f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it") from error
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -148,6 +176,7 @@ def fresh_student(name: str, folder: Path, seed: int, *, write: bool = True) -> 
     if not write:
         return folder
     config = config_of(found, base=True)
+    skeleton(config, torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)

@@ -21,13 +21,14 @@ from functools import cached_property, partial
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.anatomy import anatomy_of
 from llmcompress.axes import Spelling
 from llmcompress.block import Inputs
 from llmcompress.checkpoint import check_finite
+from llmcompress.configs import skeleton
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored
 from llmcompress.family import Anatomy
@@ -55,8 +56,7 @@ class Resident(ABC):
         self.dtypes = dict(dtypes or {})  # in which weights are stored that are no codes, by their names in the model
         self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
         self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
-        with init_empty_weights(include_buffers=False):
-            self.model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype).eval()
+        self.model: PreTrainedModel = skeleton(config, dtype)
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)

@@ -12,6 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ from llmcompress.chain import done, report_of, require_possible
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.contents import Outcome, companions, require_pictures, write_weights
 from llmcompress.data import Blocks
-from llmcompress.errors import DataError, OutputError
+from llmcompress.errors import DataError, OutputError, first_line
 from llmcompress.evaluate import speed_of
 from llmcompress.joint import joint_folder, write_joint
 from llmcompress.journal import Journal
@@ -41,7 +42,9 @@ from llmcompress.prepare import (
     find_base,
     fresh_student,
     pick_device,
+    require_computable,
     require_kin,
+    require_loadable,
     source_of,
 )
 from llmcompress.recipe import Recipe
@@ -96,7 +99,8 @@ def compress(
         processes.wait()
         model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
         require_possible(pinned, model)
-        _require_sound(model)
+        require_computable(model)
+        require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer)
         blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, blocks.sha256):
@@ -182,7 +186,7 @@ def _measure(
         size_bytes=base_model.checkpoint.size_bytes,
         perplexity=measured.base_perplexity,
         perplexity_ci95=measured.base_perplexity_ci95,
-        **_speed(base.folder, blocks, device),
+        **_speed_of_base(base.folder, blocks, device),
     )
     after = ModelFacts(
         model=out,
@@ -193,13 +197,6 @@ def _measure(
         **_speed(folder, blocks, device),
     )
     return before, after, measured
-
-
-def _require_sound(model: OnDisk) -> None:
-    """Refuse a base with lost, misshapen or non-finite weights now, not hours later: it costs one read of the base."""
-    for index in range(len(model.layers)):
-        with model.block(index):
-            pass
 
 
 def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Blocks) -> str:
@@ -218,6 +215,15 @@ def source_digest(folder: Path) -> str:
     for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
     return digest.hexdigest()
+
+
+def _speed_of_base(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
+    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
+    try:
+        return _speed(folder, blocks, device)
+    except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
+        warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
+        return {}
 
 
 def _speed(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:

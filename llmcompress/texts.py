@@ -21,6 +21,7 @@ PYTHON_DOCS = "python-docs"
 CHUNK = 1 << 16  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
 WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")  # what a DataSpec says beside which text it is
 LARGEST = 1 << 12  # bytes of a mapping on the command line
+MOST = 10_000_000  # windows of text, and tokens of one
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
 
@@ -39,12 +40,12 @@ class DataSpec(BaseModel):
         "messages or conversations",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
-    samples: int = Field(default=256, ge=1, description="calibration windows")
+    samples: int = Field(default=256, ge=1, le=MOST, description="calibration windows")
     length: int | None = Field(
-        default=None, ge=2, description="tokens a window, BOS included; default up to 2048, as model and text allow"
+        default=None, ge=2, le=MOST, description="tokens a window, BOS included; default up to 2048, as model and text allow"
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
-    evaluation_samples: int = Field(default=64, ge=1, description="evaluation windows")
+    evaluation_samples: int = Field(default=64, ge=1, le=MOST, description="evaluation windows")
     bos: Literal["auto"] | bool = Field(
         default="auto", description="begin each window with the BOS token; auto: where the tokenizer adds it by itself"
     )

@@ -16,6 +16,8 @@ import yaml
 
 DEEPEST = 32  # lists and mappings inside one another
 CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE)  # but tab and newline
+LONGEST = 4096  # bits of a whole number in YAML
+SURROGATES = re.compile("[\ud800-\udfff]")
 MOST = 20_000  # values of a YAML text, aliases written out
 
 
@@ -39,6 +41,8 @@ class _Loader(yaml.SafeLoader):
         if self._depth > DEEPEST:
             raise yaml.constructor.ConstructorError(None, None, f"it is more than {DEEPEST} levels deep", mark)
         node = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode) and SURROGATES.search(node.value):
+            raise yaml.constructor.ConstructorError(None, None, "it spells half a code point, which no file can hold", mark)
         if alias and id(node) not in self._sizes:
             raise yaml.constructor.ConstructorError(None, None, "it holds itself", mark)
         self._count += self._sizes[id(node)] if alias else 1
@@ -56,6 +60,15 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
+
+    def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
+        number = int(super().construct_yaml_int(node))
+        if number.bit_length() > LONGEST:  # Python prints none of more than 4300 digits
+            raise yaml.constructor.ConstructorError(None, None, "it spells a number that is too long", node.start_mark)
+        return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def yaml_of(text: str | bytes, *, largest: int) -> Any:

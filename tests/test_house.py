@@ -21,7 +21,7 @@ LAYERS = (
     ("widths",),
     ("anatomy", "data", "block", "rotate"),
     ("native", "checkpoint", "report", "triton_kernels"),
-    ("integer", "kernels", "journal", "tokenizer"),
+    ("integer", "kernels", "journal", "tokenizer", "configs"),
     ("integer_linear", "lookup"),
     ("four_bit", "integer_embedding", "sparse_linear", "factored", "codebook_linear"),
     ("stored",),

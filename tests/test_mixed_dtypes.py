@@ -164,6 +164,6 @@ def test_a_mixed_model_in_memory_keeps_its_dtypes(tmp_path: Path, text: Path) ->
 
 
 def _tokenizer(base: Path) -> Any:
-    from llmcompress.prepare import tokenizer_of
+    from llmcompress.tokenizer import tokenizer_of
 
     return tokenizer_of(base)

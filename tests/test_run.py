@@ -373,10 +373,10 @@ def test_a_folder_that_can_not_be_written_is_told_so(text: Path, tmp_path: Path)
 
 def test_a_name_that_the_report_can_not_be_written_with_is_refused_at_once(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1).rename(tmp_path / os.fsdecode(b"base-\xff"))
-    with pytest.raises(ModelError, match="base .* is not Unicode text"):
+    with pytest.raises(ModelError, match=r"base .* is not Unicode text"):
         compress(small_recipe(text), tmp_path / "out", base=str(base))
     other = Path(shutil.copy(text, tmp_path / os.fsdecode(b"facts-\xff.txt")))
-    with pytest.raises(DataError, match="data .* is not Unicode text"):
+    with pytest.raises(DataError, match=r"data .* is not Unicode text"):
         compress(small_recipe(text), tmp_path / "out", base="demo", data=str(other))
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
 

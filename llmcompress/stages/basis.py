@@ -34,8 +34,10 @@ class Basis(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
 
-    basis: Annotated[int, Field(ge=1)] = Field(description="adjacent layers that have a basis in common; 1: plain low rank")
-    rank: Annotated[int, Field(ge=1)] | None = Field(default=None, description="of every product")
+    basis: Annotated[int, Field(ge=1, le=1_000_000_000)] = Field(
+        description="adjacent layers that have a basis in common; 1: plain low rank"
+    )
+    rank: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(default=None, description="of every product")
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="share of the parameters of the linears that stays; the ranks follow from it"
     )

@@ -25,16 +25,16 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1)] | None = Field(
+    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
         default=None, description="units that stay (in each block), or layers: a share, or how many"
     )
-    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2)] | None = Field(
+    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=1_000_000_000_000_000)] | None = Field(
         default=None, description="parameters of the model that stay: a share of those it has now, or how many"
     )
-    size: Annotated[int, Field(ge=1)] | None = Field(
+    size: Annotated[int, Field(ge=1, le=1_000_000_000_000_000)] | None = Field(
         default=None, description="bytes on disk to reach, as a number or like 100MB, before anything is quantised"
     )
-    multiple: Annotated[int, Field(ge=1)] | None = Field(
+    multiple: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
         default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
     )
 

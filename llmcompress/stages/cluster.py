@@ -32,7 +32,9 @@ class Cluster(BaseModel):
 
     codebook: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
     per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
-    rows: Annotated[int, Field(ge=2)] | None = Field(default=None, description="per: group: how many adjacent rows share one")
+    rows: Annotated[int, Field(ge=2, le=1_000_000_000)] | None = Field(
+        default=None, description="per: group: how many adjacent rows share one"
+    )
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
 
     @model_validator(mode="after")

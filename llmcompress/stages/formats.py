@@ -28,7 +28,7 @@ class Format(BaseModel):
     )
     block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
     double_quant: bool = Field(default=False, description="store the scales in 8 bits: 4.13 bits a weight at block 64, not 4.5")
-    threshold: Annotated[float, Field(ge=0)] = Field(
+    threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0, description="int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
     )
     activations: Literal["dynamic", "static", "none"] = Field(default="dynamic", description="a scale a token, or a stored one")

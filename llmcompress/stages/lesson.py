@@ -8,7 +8,8 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils.import_utils import is_peft_available
 
 from llmcompress import processes
 from llmcompress.errors import CompressError
@@ -16,28 +17,37 @@ from llmcompress.methods.losses import SKEW, HiddenKind, Kind
 from llmcompress.stages.student import Train
 
 AT_ONCE = 4096  # tokens of a micro-batch, unless the recipe says otherwise
+MOST = 1_000_000_000  # of anything that is counted: more is no number that a run ends with
 WITHIN = ("hidden", "attention")  # losses that need a teacher in memory
+
+
+# What a tracker's package is called, where it is not the tracker's name.
+PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
 
 
 class Lesson(BaseModel):
     """Who learns what from whom, for how long and at which rate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     loss: Kind = Field(default="forward_kl", description="how far the student's predictions are from the teacher's")
-    steps: Annotated[int, Field(ge=1)] = Field(default=1000, description="updates of the weights")
+    steps: Annotated[int, Field(ge=1, le=MOST)] = Field(default=1000, description="updates of the weights")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-4, description="at its highest, after the warm-up")
-    batch: Annotated[int, Field(ge=1)] = Field(default=16, description="windows a step")
-    micro_batch: Annotated[int, Field(ge=1)] | None = Field(
+    batch: Annotated[int, Field(ge=1, le=MOST)] = Field(default=16, description="windows a step")
+    micro_batch: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
         default=None, description="windows at once, a divisor of batch; default as many as 4096 tokens hold"
     )
-    length: Annotated[int, Field(ge=2)] | None = Field(default=None, description="tokens a window; default that of the data")
-    temperature: Annotated[float, Field(gt=0)] = Field(default=1.0, description="that logits are divided by")
+    length: Annotated[int, Field(ge=2, le=MOST)] | None = Field(
+        default=None, description="tokens a window; default that of the data"
+    )
+    temperature: Annotated[float, Field(gt=0, le=1e3)] = Field(default=1.0, description="that logits are divided by")
     skew: Annotated[float, Field(ge=0, lt=1)] | None = Field(default=None, description="of the losses that have one")
     label_share: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="share of cross-entropy in the loss")
-    hidden: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the loss between hidden states")
+    hidden: Annotated[float, Field(ge=0, le=1e6)] = Field(default=0.0, description="weight of the loss between hidden states")
     hidden_loss: HiddenKind = Field(default="mse", description="mse is a share of the teacher's mean square")
-    attention: Annotated[float, Field(ge=0)] = Field(default=0.0, description="weight of the loss between attention maps")
+    attention: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0, description="weight of the loss between attention maps"
+    )
     teacher: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="Hub id or folder of a model with the same tokenizer; default the base"
     )
@@ -47,20 +57,24 @@ class Lesson(BaseModel):
         description="Hub id or folder of the model to train, or of its config alone; default what the base became",
     )
     cache: bool = Field(default=False, description="keep what the teacher says on disk, and don't ask it twice")
-    top_k: Annotated[int, Field(ge=1)] = Field(default=64, description="likeliest tokens that are kept of each prediction")
+    top_k: Annotated[int, Field(ge=1, le=MOST)] = Field(
+        default=64, description="likeliest tokens that are kept of each prediction"
+    )
     on_policy: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.0, description="share of the windows of which the student writes the second half itself"
     )
     train: Train = Field(
         default="all", description="which weights learn; scales: of 4-bit blocks, after quantize; lora: merged when it is over"
     )
-    rank: Annotated[int, Field(ge=1)] = Field(default=16, description="of lora")
+    rank: Annotated[int, Field(ge=1, le=MOST)] = Field(default=16, description="of lora")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps until the highest rate")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(default="cosine", description="what follows it")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(default=0.0, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(default=0.0, description="of AdamW")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="8bit: bitsandbytes', paged on a GPU")
-    evaluate_every: Annotated[int, Field(ge=1)] | None = Field(default=None, description="steps; default a tenth of them")
-    patience: Annotated[int, Field(ge=1)] | None = Field(
+    evaluate_every: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+        default=None, description="steps; default a tenth of them"
+    )
+    patience: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
         default=None, description="evaluations that may bring nothing before training ends early"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory for activations, a third more time")
@@ -87,6 +101,15 @@ class Lesson(BaseModel):
             if tracker not in INTEGRATION_TO_CALLBACK:
                 raise ValueError(f"trackers are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, not {tracker}")
         return self
+
+    def require_packages(self) -> None:
+        """Refuse what needs a package that is not installed here. Errors: CompressError, which names it."""
+        if self.train == "lora" and not is_peft_available():
+            raise CompressError("train: lora needs the package peft; pip install peft, or use train: all")
+        for tracker in self.trackers:
+            if tracker not in get_available_reporting_integrations():
+                package = PACKAGES.get(tracker, tracker)
+                raise CompressError(f"trackers: {tracker} needs the package {package}; pip install {package}, or leave it out")
 
     def tokens(self, length: int) -> int:
         """How many tokens of text the stage trains on where windows of the data have `length`."""

@@ -53,7 +53,9 @@ class Quantize(Format):
         default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
-    steps: Annotated[int, Field(ge=1)] = Field(default=200, description="steps of learned rounding on each block")
+    steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = Field(
+        default=200, description="steps of learned rounding on each block"
+    )
     smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")
     rotate: bool | Literal["heads"] = Field(
         default=False, description="turn the hidden state and each head's values first (heads: these alone); folded, so free"

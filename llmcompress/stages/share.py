@@ -37,7 +37,7 @@ STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
 TOKENS = 32768  # that are fitted on
 AXES = {"attention": "kv", "ffn": "ffn"}  # what the linears of a part run along
 Part = Literal["attention", "ffn"]
-Group = Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=2, strict=False)]
+Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=2, strict=False)]
 
 
 class Share(BaseModel):
@@ -54,15 +54,19 @@ class Share(BaseModel):
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
         default=None, description="how groups are found; auto is kl, the measured loss of swapping layers"
     )
-    groups: Annotated[int, Field(ge=1)] | None = Field(default=None, description="how many different ones are left")
+    groups: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
+        default=None, description="how many different ones are left"
+    )
     pairs: Annotated[tuple[Group, ...], Field(min_length=1, strict=False)] | None = Field(
         default=None, description="the groups, if they are known: [[2, 3], [4, 5]]; numbers of layers from 0"
     )
     parts: Annotated[tuple[Part, ...], Field(min_length=1, strict=False)] = Field(
         default=("ffn",), description="what is shared of the layers of a group"
     )
-    residual_rank: Annotated[int, Field(ge=0)] = Field(default=0, description="of the difference that each layer keeps")
-    steps: Annotated[int, Field(ge=0)] = Field(default=300, description="of the fit of each group")
+    residual_rank: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(
+        default=0, description="of the difference that each layer keeps"
+    )
+    steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(default=300, description="of the fit of each group")
 
     @model_validator(mode="after")
     def _one_way(self) -> Share:
