@@ -64,7 +64,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from there is run."""
     if (name := _own_class(folder)) is not None:
         raise ModelError(
-            f"{folder} has a tokenizer that needs code of its own ({name}), which is never run here; "
+            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run here); "
             "save one there that transformers has itself, as a tokenizer.json"
         )
     try:

@@ -94,7 +94,7 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused_in_one_line(named: An
     base = llama_base(tmp_path / "base")
     (base / "tok.py").write_text(EVIL)
     configure(base / "tokenizer_config.json", tokenizer_class=kind, auto_map=named)
-    with pytest.raises(ModelError, match=r"needs code of its own \(tok.MyTokenizer\), which is never run here; save one"):
+    with pytest.raises(ModelError, match=r"it needs code of its own, tok.MyTokenizer, which is never run here\); save one"):
         compress(small_recipe(tmp_path / "text.txt", base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
