@@ -7,7 +7,6 @@ rows, and merging an adapter the linears that it changes.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from functools import partial
 from typing import Any, cast
 
 import torch
@@ -108,7 +107,11 @@ def plain_of(module: StoredModule, dtype: torch.dtype) -> nn.Module:
 
 def let_resize(model: PreTrainedModel) -> None:
     """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have no new rows."""
-    cast(Any, model).resize_token_embeddings = partial(_resized, model)
+    kind: Any = type(model)
+    if (
+        kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings
+    ):  # of the class: a model that held itself would stay
+        kind.resize_token_embeddings = _resized
 
 
 def _resized(model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
@@ -116,4 +119,4 @@ def _resized(model: PreTrainedModel, new_num_tokens: int | None = None, *args: A
     names = [name for name, module in ours(model) if any(module is end for end in ends)]
     if names and (new_num_tokens is not None or args or options):
         make_plain(model, names, model.dtype)
-    return cast(nn.Module, type(model).resize_token_embeddings(model, new_num_tokens, *args, **options))
+    return PreTrainedModel.resize_token_embeddings(model, new_num_tokens, *args, **options)

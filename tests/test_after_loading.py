@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -199,7 +201,7 @@ def test_an_adapter_on_one_of_two_that_are_one_matrix_is_refused(text: Path, tmp
 
 @by_layout
 def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: Layout, tmp_path: Path) -> None:
-    model = load(artefact(tmp_path, layout))
+    model: Any = load(artefact(tmp_path, layout))
     before = live(model)
     assert torch.equal(live(copy.deepcopy(model)), before)
     buffer = io.BytesIO()
@@ -219,11 +221,11 @@ def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: Layout, 
 
 @by_layout
 def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_same(layout: Layout, tmp_path: Path) -> None:
-    model = load(artefact(tmp_path / "model", layout))
+    model: Any = load(artefact(tmp_path / "model", layout))
     options: Any = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS), "pad_token_id": 0}
     cached = model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(cached, model.generate(TOKENS, **options))
-    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))  # type: ignore[operator]
+    model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
     model.gradient_checkpointing_enable()
     model.enable_input_require_grads()
     model.train()
@@ -239,3 +241,14 @@ def test_layers_of_a_shared_layout_that_share_nothing_are_merged_into_apart(tmp_
     merged = model.merge_and_unload()
     torch.testing.assert_close(live(merged), before, rtol=1e-3, atol=1e-3)
     assert torch.equal(merged.model.layers[1].mlp.down_proj.dequantized(torch.float32), other)
+
+
+def test_a_model_goes_when_its_last_name_does(tmp_path: Path) -> None:
+    model = load(artefact(tmp_path, Scheme("w8a8")))
+    gone = weakref.ref(model.model.layers[0].mlp.up_proj)
+    gc.disable()
+    try:
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
