@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -55,7 +56,7 @@ def test_every_entry_refuses_a_name_that_no_path_has(case: str, tmp_path: Path) 
     words, why = ODD[case]
     named = QUANTIZE.model_copy(update={"base": words})
     taught = Recipe.parse("stages: [{distill: {teacher: someone}}]").renamed(lambda *_: words)
-    attempts = {
+    attempts: dict[str, Callable[[], object]] = {
         "recipe": lambda: Recipe.from_pretrained(words),
         "recipe file": lambda: Recipe.from_file(words),
         "base in a recipe": lambda: compress(named, tmp_path / "out"),
@@ -118,6 +119,7 @@ def nobody(*_):
 pwd.getpwuid = nobody
 os.environ.pop("HOME", None)
 os.environ.pop("LLMCOMPRESS_CACHE", None)
+from collections.abc import Callable
 from pathlib import Path
 try:
     Path.home()
