@@ -247,8 +247,10 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
             f"config.json gives {name} a scheme, but its weight is tied to another; untie them (tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-    if isinstance(scheme, Factored) and (why := scheme.refusal((R, C))):
-        raise ModelError(f"config.json gives {name} a scheme that can't be: {why}; the config is of another model")
+    if isinstance(scheme, Factored) and scheme.rank > R * C:  # a basis of several layers can have more than the rank of one
+        raise ModelError(
+            f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of another model"
+        )
     bias = cast(Tensor | None, module.bias)
     twin: StoredLinear = MODULES[type(scheme)](C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to

@@ -264,7 +264,7 @@ def test_a_config_that_can_not_be_is_refused_in_one_line(plain: Path) -> None:
         assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), why)
         assert_one_line(lambda: OnDisk(plain, CPU, quantized=True), why)
     rewrite(plain, original, quantization_config={"quant_method": plugin.METHOD, **entry(format="basis", rank=10**6)})
-    assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), "a rank of 1000000 is no less")
+    assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), "a rank of 1000000 for")
     for nothing in (3, [1], "w8a8"):
         rewrite(plain, original, quantization_config=nothing)
         assert_one_line(lambda: OnDisk(plain, CPU, quantized=True), "no object")
