@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.axes import Spelling, scale
+from llmcompress.errors import ModelError
 from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
 
@@ -68,7 +69,16 @@ class Block:
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """The block's outputs for all `batches`, on the CPU."""
-        return [self.run(hidden).cpu() for hidden in batches]
+        return self._sound([self.run(hidden).cpu() for hidden in batches])
+
+    def _sound(self, batches: list[Tensor]) -> list[Tensor]:
+        """The states that leave the block, if they are numbers. Errors: ModelError."""
+        if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
+            raise ModelError(
+                f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for float32 or "
+                "for a format (int8 goes through float16); take a sound base or another format"
+            )
+        return batches
 
     @property
     def targets(self) -> list[Tensor]:
@@ -76,7 +86,7 @@ class Block:
         if not self._targets:
             with torch.no_grad():
                 self._targets = [self._full(hidden).cpu() for hidden in self.reference]
-        return self._targets
+        return self._sound(self._targets)
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Between [R, C] and the way a linear is stored (Conv1D: [C, R]); its own inverse."""
@@ -160,6 +170,12 @@ class Block:
         for read, full in self.reads(*wanted):
             for name, moments in found.items():
                 moments.add(read[name], full.get(name))
+        for name, moments in found.items():
+            if not moments.finite:
+                raise ModelError(
+                    f"{self.name}.{name} reads activations that are too large to be squared in float32, or rounded as the "
+                    "format of the layers rounds them; take a sound base, skip the layer, or use another format"
+                )
         return {linear: found[readers[0]] for readers in wanted for linear in readers}
 
     def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:

@@ -16,7 +16,7 @@ from llmcompress.report.measure import Fidelity, environment
 from llmcompress.residency import Resident
 from llmcompress.stages.cluster import Cluster
 from llmcompress.stages.coding import FourBit
-from llmcompress.stages.context import Context
+from llmcompress.stages.context import Context, naming, require_numbers
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.quantize import Quantize
 from llmcompress.steps import Stage
@@ -48,7 +48,8 @@ def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
     """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
     start = time.monotonic()
     earlier = sum(context.journal.has(stage.name, index) for index in range(len(model.layers) + 1))
-    facts = stage.apply(model, context)
+    with naming(f"stage {stage.name}"):
+        facts = stage.apply(model, context)
     if earlier:
         facts.notes.append(
             f"{earlier} blocks were done by an earlier run that was interrupted; the seconds are those of this run"
@@ -58,6 +59,7 @@ def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
             f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
         )
     fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "blocks": facts.blocks}
+    require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
 
 

@@ -14,7 +14,7 @@ from llmcompress import four_bit, hub, integer, native, plugin, stored
 from llmcompress.artifact import Writer
 from llmcompress.companions import is_inside
 from llmcompress.configs import without_flags
-from llmcompress.errors import OutputError, first_line
+from llmcompress.errors import ModelError, OutputError, first_line
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
 from llmcompress.recipe import FILE as RECIPE
@@ -81,6 +81,12 @@ class Outcome:
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
         for name, index in [*names, (OUTER, 0)]:
             if (entry := self.journal.get(name, index)) is not None:
+                for tensor, value in entry[0].items():
+                    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                        raise ModelError(
+                            f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond {value.dtype}; take "
+                            "a sound base, or leave the layer or the stage out"
+                        )
                 yield self._read(entry[0])
 
     def _read(self, tensors: Mapping[str, Tensor]) -> Entry:

@@ -24,6 +24,7 @@ from llmcompress import native
 from llmcompress.damage import Flaw, finite, flaw_of, scaled_rows, within
 from llmcompress.errors import ModelError
 from llmcompress.methods import activations
+from llmcompress.methods.overflow import Overflow
 
 Format = Literal["w8a8", "w4a8", "w4a4", "w8a16", "w4a16"]
 Activations = Literal["dynamic", "static", "none"]
@@ -130,7 +131,7 @@ class IntegerWeight:
         if self.codes_RC.dtype != torch.int8 or C > WIDEST:
             raise ValueError(f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}")
         if (why := flaw_of(self._flaws())) is not None:
-            raise ValueError(why)
+            raise (ValueError if bool(self.scale_R.isfinite().all()) else Overflow)(why)
 
     def _flaws(self) -> list[Flaw]:
         """As `Scheme.flaws`, of codes that are not packed."""
@@ -249,7 +250,7 @@ class Int8Weight:
         if self.codes_RC.dim() != 2 or self.absmax_R.shape != self.codes_RC.shape[:1]:
             raise ValueError(f"codes {tuple(self.codes_RC.shape)} can't have scales {tuple(self.absmax_R.shape)}")
         if not bool(self.absmax_R.isfinite().all()):
-            raise ValueError("scales must be finite")
+            raise Overflow("scales must be finite")
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [R, C], bit-equal to bitsandbytes' int8_vectorwise_dequant, rounded once to `dtype`."""
@@ -279,12 +280,12 @@ def quantize_nearest(weight: Tensor) -> Int8Weight:
     """Stock LLM.int8: a row's largest magnitude is its scale; weight [R, C] of any float type goes through float16, as there.
 
     Bit-equal to what bitsandbytes stores of the same weight on a CPU, but for a row of zeros in files of other devices, whose
-    codes here are zeros. Errors: ValueError for weights beyond float16.
+    codes here are zeros. Errors: Overflow for weights beyond float16.
     """
     half = weight.detach().to(torch.float16)
     absmax = half.abs().amax(dim=1).float()
     if not bool(absmax.isfinite().all()):
-        raise ValueError("LLM.int8 takes weights through float16, which ends at 65504")
+        raise Overflow("LLM.int8 takes weights through float16, which ends at 65504")
     steps = torch.where(absmax > 0, 127.0 / absmax, 0.0)
     return Int8Weight(torch.round(half * steps[:, None]).to(torch.int8), absmax)
 

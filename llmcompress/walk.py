@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from llmcompress.block import Block
+from llmcompress.errors import ModelError
 from llmcompress.methods.hessian import Moments
 from llmcompress.methods.losses import IGNORED
 from llmcompress.residency import Resident
@@ -80,6 +81,11 @@ def enter(resident: Resident, batches: Sequence[Tensor]) -> tuple[list[Tensor], 
             seen: list[Tensor] = []
             resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
             streams.append(seen[0].cpu())
+    if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
+        raise ModelError(
+            f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are too large; take a "
+            "sound base"
+        )
     return streams, arguments
 
 

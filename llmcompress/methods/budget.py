@@ -17,6 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmcompress.methods.overflow import Overflow
+
 
 @dataclass(frozen=True)
 class Option:
@@ -60,7 +62,7 @@ def _fitting(options: Sequence[Option], multiple: int, layer: int) -> list[Optio
     if not fitting:
         raise ValueError(f"layer {layer} has no width that is a multiple of {multiple}")
     if not all(math.isfinite(option.loss) for option in fitting):
-        raise ValueError(f"layer {layer} has a loss that is not finite")
+        raise Overflow(f"layer {layer} has a loss that is not finite")
     return fitting
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcompress.methods.overflow import Overflow
+
 
 class Moments:
     """Running means over tokens, float32, on the device of the inputs.
@@ -41,6 +43,11 @@ class Moments:
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
         self.tokens = total
+
+    @property
+    def finite(self) -> bool:
+        """Whether no value, square or sum of what was read is NaN or infinite."""
+        return all(bool(torch.isfinite(part).all()) for part in (self.H_CC, self.X_CC, self.full_C) if part is not None)
 
     def joined(self, other: Moments) -> Moments:
         """Those of the tokens of both; what the full model has in their place is left out, for two have two such places."""
@@ -80,7 +87,7 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
         U_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
         if not failed and bool(torch.isfinite(U_CC).all()):
             return U_CC
-    raise ValueError("second moments are not finite")
+    raise Overflow("second moments are not finite")
 
 
 def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
@@ -119,4 +126,4 @@ def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
         R_DD, failed = torch.linalg.cholesky_ex(F + damp * 10**attempt * eye)
         if not failed and bool(torch.isfinite(R_DD).all()):
             return R_DD
-    raise ValueError("output Fisher matrix is not finite")
+    raise Overflow("output Fisher matrix is not finite")

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.methods.hessian import damped
+from llmcompress.methods.overflow import Overflow
 
 DAMP = 1e-4
 
@@ -25,7 +26,7 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
         S_CC, failed = torch.linalg.cholesky_ex(damped(H_CC.double(), damp * 10**attempt))
         if not failed and bool(torch.isfinite(S_CC).all()):
             return S_CC
-    raise ValueError("second moments are not finite")
+    raise Overflow("second moments are not finite")
 
 
 def shared_basis(weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int) -> tuple[list[Tensor], Tensor]:

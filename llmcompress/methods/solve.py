@@ -63,10 +63,14 @@ def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:
     """Root of the squared output error over the squared output, tr(E H E^T) / tr(W H W^T); 0 where the output is zero."""
     E = W_RC - Q_RC
     lost, whole = torch.sum((E @ H_CC) * E), torch.sum((W_RC @ H_CC) * W_RC)
+    if not bool(torch.isfinite(lost + whole)) and W_RC.dtype is not torch.float64:  # squares of large weights
+        return output_error(W_RC.double(), Q_RC.double(), H_CC.double())
     return float((lost.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0
 
 
 def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
     """Norm of the weight error over the norm of the weight."""
     whole = W_RC.norm()
+    if not bool(torch.isfinite(whole)) and W_RC.dtype is not torch.float64:
+        return weight_error(W_RC.double(), Q_RC.double())
     return float((W_RC - Q_RC).norm() / whole) if whole > 0 else 0.0

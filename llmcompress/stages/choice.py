@@ -25,7 +25,7 @@ from llmcompress.methods.solve import output_error, weight_error
 from llmcompress.residency import Resident
 from llmcompress.sparse_linear import Sparse
 from llmcompress.stages.coding import Coding
-from llmcompress.stages.context import Context, Facts
+from llmcompress.stages.context import Context, Facts, naming
 from llmcompress.stored import Made, Stored
 from llmcompress.walk import walk
 
@@ -137,7 +137,8 @@ class Rewriting:
             moments = block.moments(readers)
             for linear in [linear for linear in readers if linear in layouts]:
                 W_RC, layout, name = block.weight(linear), layouts[linear], f"{block.name}.{linear}"
-                packed = self.solve(name, W_RC, moments[linear], layout)
+                with naming(name):
+                    packed = self.solve(name, W_RC, moments[linear], layout)
                 S_RC = stored.dequantize(packed).to(W_RC.device)
                 block.set_weight(linear, S_RC)
                 parts = stored.tensors_of(packed)

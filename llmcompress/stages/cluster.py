@@ -14,9 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from llmcompress.codebook_linear import Codebook, CodebookWeight
+from llmcompress.integer_linear import DTYPES
 from llmcompress.journal import Journal
 from llmcompress.methods.codebook import solve_codebook
 from llmcompress.methods.hessian import Moments, retarget
+from llmcompress.methods.overflow import require_within
 from llmcompress.residency import Resident
 from llmcompress.stages.choice import Rewriting, rewritable
 from llmcompress.stages.context import Context, Facts
@@ -67,7 +69,8 @@ class Cluster(BaseModel):
 
 
 def _solve(name: str, W_RC: Tensor, moments: Moments, layout: Codebook) -> CodebookWeight:
-    """Codes and levels of a linear against the full model's outputs."""
+    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
+    require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))
     palette = solve_codebook(retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap)
     return CodebookWeight.of(palette, layout)

@@ -16,6 +16,7 @@ from llmcompress import integer, native, stored
 from llmcompress.block import Inputs
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.grids import Grid, grid
+from llmcompress.methods.overflow import require_within
 from llmcompress.methods.scales import blocks_of, integer_scales
 from llmcompress.methods.solve import Rounded
 
@@ -82,7 +83,8 @@ class FourBit:
         return None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> stored.Stored:
-        """Stock bitsandbytes: absmax scales, nearest codes."""
+        """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
+        require_within(W_RC, self.dtype, "weights")
         return native.quantize_nearest(W_RC.to(self.dtype), self.format, self.block, self.double_quant)
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> stored.Stored:

@@ -2,17 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from llmcompress.data import Blocks
+from llmcompress.errors import ModelError, first_line
 from llmcompress.journal import Journal
 from llmcompress.residency import Resident
 from llmcompress.walk import Track
 
 OUTER = "outer"  # what the journal calls what lies outside the blocks
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Say of which layer a method says that its numbers are too large. Errors: ModelError."""
+    try:
+        yield
+    except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
+        raise ModelError(
+            f"{layer}: {first_line(error)}; the base's weights are too large here, take a sound copy, or skip this layer or "
+            "stage"
+        ) from None
+
+
+def require_numbers(value: Any, layer: str) -> None:
+    """Refuse facts that hold NaN or infinite numbers, which no report can. Errors: ModelError."""
+    if isinstance(value, Mapping):
+        for name, entry in value.items():
+            require_numbers(entry, f"{value['name']}: {name}" if "name" in value else f"{layer}, {name}")
+    elif isinstance(value, list | tuple):
+        for entry in value:
+            require_numbers(entry, layer)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ModelError(
+            f"{layer} is {value}: the base's weights are too large to be measured in float32; take a sound copy, or skip this "
+            "layer or stage"
+        )
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from llmcompress.residency import Resident
 from llmcompress.rotate import Rotation
 from llmcompress.stages.choice import inner, install, mean_bits, require_known
 from llmcompress.stages.coding import Coding
-from llmcompress.stages.context import Context, Facts
+from llmcompress.stages.context import Context, Facts, naming
 from llmcompress.stages.embedding import apart, embedding_codings, settle_outer
 from llmcompress.stages.fisher import find_fisher, fisher
 from llmcompress.stages.formats import Format, Override, together
@@ -276,7 +276,10 @@ class Quantize(Format):
         if self.rounding == "nearest":
             scales = rounding.round_inputs(block, block.anatomy.readers, weights)
             moments = block.moments()
-            packed = {linear: codings[linear].nearest(W_RC, scales.get(linear)) for linear, W_RC in weights.items()}
+            packed = {}
+            for linear, W_RC in weights.items():
+                with naming(f"{block.name}.{linear}"):
+                    packed[linear] = codings[linear].nearest(W_RC, scales.get(linear))
         else:
             solved, moments, scales = rounding.in_turn(block, weights)
             if self.rounding == "learned":
@@ -303,7 +306,8 @@ class Quantize(Format):
         coding, (W_RC, moments) = rounding.codings[name], head_input(model, block)
         scale = coding.static_scale(float(moments.top_C.max()))
         nearest = self.rounding == "nearest"
-        packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
+        with naming(name):
+            packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
 

@@ -19,6 +19,7 @@ from llmcompress.methods.learned import learn
 from llmcompress.methods.repair import bias_shift
 from llmcompress.methods.solve import Rounded, output_error, solve
 from llmcompress.stages.coding import Coding, Integer
+from llmcompress.stages.context import naming
 from llmcompress.stored import Stored
 
 METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
@@ -89,7 +90,8 @@ class Rounding:
                 if linear in self.known:
                     Q_RC = stored.dequantize(self.known[linear]).to(self.device)
                 else:
-                    solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
+                    with naming(f"{block.name}.{linear}"):
+                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
                     Q_RC = self.weight(linear, solved[linear])
                 block.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in block.anatomy.block:
