@@ -28,12 +28,13 @@ from llmcompress.methods.hessian import retarget
 from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
 from llmcompress.methods.solve import Rounded
 from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, tokenizer_of
+from llmcompress.prepare import blocks_for, find_base
 from llmcompress.report.measure import fidelity
 from llmcompress.stages.coding import FourBit
 from llmcompress.stages.quantize import Quantize
 from llmcompress.stages.rounding import Rounding
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 from llmcompress.walk import logits, output_fisher, walk
 
 BLOCK, CPU = 64, torch.device("cpu")
@@ -64,7 +65,7 @@ class Variants:
     def __init__(self, name: str) -> None:
         base, text = MODELS[name]
         self.model = OnDisk(find_base(base).folder, CPU)
-        spec = DataSpec(source=text, length=LENGTH)
+        spec = DataSpec(source=text, length=LENGTH, bos=False)
         self.data = blocks_for(self.model, spec, tokenizer_of(self.model.folder))
         self.base = list(logits(self.model, self.data.evaluation))
         self.levels = grid("nf4")

@@ -55,6 +55,7 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256
+WINDOWS = {"length": LENGTH, "bos": False}  # text alone, as what the rivals were measured on (rivals/windows.py)
 
 
 def recipes(model: str, names: list[str] | None) -> dict[str, Recipe]:
@@ -111,7 +112,7 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
     known = {entry["recipe"]: entry for entry in json.loads(file.read_text())["rows"]} if file.is_file() else {}
     for name, recipe in chosen.items():
         print(f"{model}: {name} ...", file=sys.stderr, flush=True)
-        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"length": LENGTH})})
+        recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=WINDOWS)})
         with tempfile.TemporaryDirectory() as folder:
             try:
                 report = compress(recipe, Path(folder) / "out", base=base, data=text)

@@ -38,11 +38,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmcompress.data import load_data
-from llmcompress.prepare import tokenizer_of
 from llmcompress.recipe import Recipe
 from llmcompress.report.measure import peak_memory_bytes
 from llmcompress.run import compress
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of
 
 HERE = Path(__file__).parent

@@ -28,7 +28,7 @@ from transformers import TrainerCallback
 
 from llmcompress.journal import Journal
 from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, source_of, tokenizer_of
+from llmcompress.prepare import blocks_for, find_base, source_of
 from llmcompress.recipe import Recipe
 from llmcompress.run import compress
 from llmcompress.stages import distill
@@ -36,6 +36,7 @@ from llmcompress.stages.context import Context
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.student import whole
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 from llmcompress.walk import untracked
 
 FILE = Path(__file__).parent / "results" / "distill_speed.json"

@@ -27,9 +27,10 @@ from rich.table import Table
 from transformers import AutoModelForCausalLM
 
 from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, tokenizer_of
+from llmcompress.prepare import blocks_for, find_base
 from llmcompress.report.measure import fidelity
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 from llmcompress.walk import TOKENS_AT_ONCE, batches_of, logits
 
 HERE = Path(__file__).parent
@@ -46,7 +47,7 @@ def contenders(base: str, text: str, samples: int) -> tuple[int, dict[str, Calla
     """The tokens of one pass, and what is timed by its name: each call goes through all of them."""
     folder, device = find_base(base).folder, torch.device("cpu")
     subject, other = OnDisk(folder, device), OnDisk(folder, device)
-    spec = DataSpec(source=text, samples=1, length=LENGTH, evaluation_samples=samples)
+    spec = DataSpec(source=text, samples=1, length=LENGTH, evaluation_samples=samples, bos=False)
     windows = blocks_for(subject, spec, tokenizer_of(folder)).evaluation
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 

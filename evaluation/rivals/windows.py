@@ -16,8 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import LENGTH, MODELS
 
 from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, tokenizer_of
+from llmcompress.prepare import blocks_for, find_base
 from llmcompress.texts import DataSpec
+from llmcompress.tokenizer import tokenizer_of
 
 
 def main() -> None:
@@ -27,7 +28,7 @@ def main() -> None:
     given = parser.parse_args()
     base, text = MODELS[given.model]
     folder = find_base(base).folder
-    spec = DataSpec(source=text, length=LENGTH)
+    spec = DataSpec(source=text, length=LENGTH, bos=False)
     data = blocks_for(OnDisk(folder, torch.device("cpu")), spec, tokenizer_of(folder))
     given.out.mkdir(parents=True, exist_ok=True)
     for name, windows in (("calibration", data.calibration), ("evaluation", data.evaluation)):
