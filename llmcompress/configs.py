@@ -108,7 +108,9 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
         most = max(len(tensors), 0 if name == "num_hidden_layers" else widest) if many else widest
         if isinstance(value, int) and value > most:
             held = f"{len(tensors)} tensors" if many else f"no tensor with more than {widest} rows or columns"
-            raise ModelError(f"{folder} does not fit its config.json: {name} is {value}, and there are {held}; fetch it again")
+            raise ModelError(
+                f"{folder} does not fit its config.json: {name} is {value}, and the files hold {held}; fetch it again"
+            )
 
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:

@@ -213,7 +213,7 @@ class Recipe(BaseModel):
             repo = hub.split(name)[0]
             if told in (name, repo):
                 return not on_hub
-            return not hub.is_id(repo) or kind_of(Path(name)) is not None or Path(name).expanduser().exists()
+            return not hub.is_id(repo) or kind_of(Path(name)) is not None or path_of(name, "recipe").exists()
 
         return {name for name, told, on_hub in asked if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)}
 

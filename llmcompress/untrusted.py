@@ -19,6 +19,8 @@ CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f
 LONGEST = 4096  # bits of a whole number in YAML
 SURROGATES = re.compile("[\ud800-\udfff]")
 MOST = 20_000  # values of a YAML text, aliases written out
+MOST_COUNTED = 10**9  # the largest number of steps, ranks, rows and the like that a recipe may ask for
+MOST_STORED = 10**15  # the most parameters or bytes
 
 
 class Unreadable(ValueError):

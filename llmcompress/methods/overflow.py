@@ -10,13 +10,6 @@ class Overflow(ArithmeticError, ValueError):
     """Weights or activations are so large that a result is NaN or infinite, or can't be stored in its type."""
 
 
-def require_finite(tensor: Tensor, what: str) -> Tensor:
-    """The tensor, where all its values are numbers. Errors: Overflow, which says `what` is not."""
-    if not bool(torch.isfinite(tensor).all()):
-        raise Overflow(f"{what} overflow {str(tensor.dtype).removeprefix('torch.')}")
-    return tensor
-
-
 def require_within(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
     """Refuse values that a type can't hold. Errors: Overflow, which says `what` they are."""
     top, most = float(tensor.abs().max()) if tensor.numel() else 0.0, torch.finfo(dtype).max

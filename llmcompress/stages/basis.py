@@ -23,6 +23,7 @@ from llmcompress.methods.lowrank import coefficients, shared_basis
 from llmcompress.residency import Resident
 from llmcompress.stages.choice import Rewriting, inner, refused, require_known
 from llmcompress.stages.context import Context, Facts
+from llmcompress.untrusted import MOST_COUNTED
 from llmcompress.walk import walk
 
 STAGE, FOUND = "basis", "found"  # in the journal
@@ -34,10 +35,10 @@ class Basis(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
 
-    basis: Annotated[int, Field(ge=1, le=1_000_000_000)] = Field(
+    basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         description="adjacent layers that have a basis in common; 1: plain low rank"
     )
-    rank: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(default=None, description="of every product")
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(default=None, description="of every product")
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="share of the parameters of the linears that stays; the ranks follow from it"
     )

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llmcompress.errors import ModelError
 from llmcompress.residency import Resident
+from llmcompress.untrusted import MOST_COUNTED, MOST_STORED
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 HEADER = 160  # bytes that a file's header spends on a tensor, at most, and on itself
@@ -25,16 +26,16 @@ class Budget(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
+    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="units that stay (in each block), or layers: a share, or how many"
     )
-    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=1_000_000_000_000_000)] | None = Field(
+    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = Field(
         default=None, description="parameters of the model that stay: a share of those it has now, or how many"
     )
-    size: Annotated[int, Field(ge=1, le=1_000_000_000_000_000)] | None = Field(
+    size: Annotated[int, Field(ge=1, le=MOST_STORED)] | None = Field(
         default=None, description="bytes on disk to reach, as a number or like 100MB, before anything is quantised"
     )
-    multiple: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
+    multiple: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
     )
 

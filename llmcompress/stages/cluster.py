@@ -22,6 +22,7 @@ from llmcompress.methods.overflow import require_within
 from llmcompress.residency import Resident
 from llmcompress.stages.choice import Rewriting, rewritable
 from llmcompress.stages.context import Context, Facts
+from llmcompress.untrusted import MOST_COUNTED
 
 STAGE = "codebook"
 
@@ -34,7 +35,7 @@ class Cluster(BaseModel):
 
     codebook: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
     per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
-    rows: Annotated[int, Field(ge=2, le=1_000_000_000)] | None = Field(
+    rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="per: group: how many adjacent rows share one"
     )
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")

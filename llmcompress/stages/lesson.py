@@ -15,9 +15,9 @@ from llmcompress import processes
 from llmcompress.errors import CompressError
 from llmcompress.methods.losses import SKEW, HiddenKind, Kind
 from llmcompress.stages.student import Train
+from llmcompress.untrusted import MOST_COUNTED
 
 AT_ONCE = 4096  # tokens of a micro-batch, unless the recipe says otherwise
-MOST = 1_000_000_000  # of anything that is counted: more is no number that a run ends with
 WITHIN = ("hidden", "attention")  # losses that need a teacher in memory
 
 
@@ -31,13 +31,13 @@ class Lesson(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     loss: Kind = Field(default="forward_kl", description="how far the student's predictions are from the teacher's")
-    steps: Annotated[int, Field(ge=1, le=MOST)] = Field(default=1000, description="updates of the weights")
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=1000, description="updates of the weights")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-4, description="at its highest, after the warm-up")
-    batch: Annotated[int, Field(ge=1, le=MOST)] = Field(default=16, description="windows a step")
-    micro_batch: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+    batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="windows a step")
+    micro_batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="windows at once, a divisor of batch; default as many as 4096 tokens hold"
     )
-    length: Annotated[int, Field(ge=2, le=MOST)] | None = Field(
+    length: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="tokens a window; default that of the data"
     )
     temperature: Annotated[float, Field(gt=0, le=1e3)] = Field(default=1.0, description="that logits are divided by")
@@ -57,7 +57,7 @@ class Lesson(BaseModel):
         description="Hub id or folder of the model to train, or of its config alone; default what the base became",
     )
     cache: bool = Field(default=False, description="keep what the teacher says on disk, and don't ask it twice")
-    top_k: Annotated[int, Field(ge=1, le=MOST)] = Field(
+    top_k: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=64, description="likeliest tokens that are kept of each prediction"
     )
     on_policy: Annotated[float, Field(ge=0, le=1)] = Field(
@@ -66,15 +66,15 @@ class Lesson(BaseModel):
     train: Train = Field(
         default="all", description="which weights learn; scales: of 4-bit blocks, after quantize; lora: merged when it is over"
     )
-    rank: Annotated[int, Field(ge=1, le=MOST)] = Field(default=16, description="of lora")
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="of lora")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps until the highest rate")
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(default="cosine", description="what follows it")
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(default=0.0, description="of AdamW")
     optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="8bit: bitsandbytes', paged on a GPU")
-    evaluate_every: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+    evaluate_every: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="steps; default a tenth of them"
     )
-    patience: Annotated[int, Field(ge=1, le=MOST)] | None = Field(
+    patience: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="evaluations that may bring nothing before training ends early"
     )
     gradient_checkpointing: bool = Field(default=False, description="less memory for activations, a third more time")

@@ -37,6 +37,7 @@ from llmcompress.stages.formats import Format, Override, together
 from llmcompress.stages.protect import costs, most_hurt, spared
 from llmcompress.stages.rounding import Rounding
 from llmcompress.stages.smooth import Smooth, norm_of
+from llmcompress.untrusted import MOST_COUNTED
 from llmcompress.walk import head_input, walk
 
 Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
@@ -53,7 +54,7 @@ class Quantize(Format):
         default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
-    steps: Annotated[int, Field(ge=1, le=1_000_000_000)] = Field(
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=200, description="steps of learned rounding on each block"
     )
     smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")

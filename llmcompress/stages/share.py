@@ -31,6 +31,7 @@ from llmcompress.stages import grouping
 from llmcompress.stages.choice import inner
 from llmcompress.stages.context import Context, Facts
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
+from llmcompress.untrusted import MOST_COUNTED
 from llmcompress.walk import together, walk
 
 STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
@@ -54,7 +55,7 @@ class Share(BaseModel):
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
         default=None, description="how groups are found; auto is kl, the measured loss of swapping layers"
     )
-    groups: Annotated[int, Field(ge=1, le=1_000_000_000)] | None = Field(
+    groups: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="how many different ones are left"
     )
     pairs: Annotated[tuple[Group, ...], Field(min_length=1, strict=False)] | None = Field(
@@ -63,10 +64,10 @@ class Share(BaseModel):
     parts: Annotated[tuple[Part, ...], Field(min_length=1, strict=False)] = Field(
         default=("ffn",), description="what is shared of the layers of a group"
     )
-    residual_rank: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(
+    residual_rank: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
         default=0, description="of the difference that each layer keeps"
     )
-    steps: Annotated[int, Field(ge=0, le=1_000_000_000)] = Field(default=300, description="of the fit of each group")
+    steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(default=300, description="of the fit of each group")
 
     @model_validator(mode="after")
     def _one_way(self) -> Share:
