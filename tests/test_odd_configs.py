@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import resource
 import shutil
@@ -132,8 +133,10 @@ sys.exit(bool(wrong))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_field_with_every_odd_value_is_bounded_in_time_and_memory(family: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-c", BOUNDED, str(tmp_path), family, "1"]
+def test_fields_with_odd_values_are_bounded_in_time_and_memory(family: str, tmp_path: Path) -> None:
+    """A share of them that is drawn; LLMCOMPRESS_CAMPAIGN=100 is every field with every odd value."""
+    share = 0.01 * float(os.environ.get("LLMCOMPRESS_CAMPAIGN", "1"))
+    command = [sys.executable, "-c", BOUNDED, str(tmp_path), family, str(share)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
     assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert int(done.stdout.split()[-1]) < 2 << 20  # KiB
