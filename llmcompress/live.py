@@ -175,14 +175,15 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
     config = changed(source.config, changes) if isinstance(outcome.stage, Prune | Tie) else source.config
     named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
     now.left = {name: tensor for name, tensor in named.items() if name is not None}
-    if config.tie_word_embeddings:
-        now.left[f"{source.anatomy.head}.weight"] = now.left[f"{source.anatomy.embedding}.weight"]
     if config is not source.config:
         now.dense = {}
     weights = dict(now.left)
     for name, codes in now.packed.items():
         weight = stored.dequantize(codes)
         weights[f"{name}.weight"] = weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+    if config.tie_word_embeddings:
+        for tensors in (now.left, weights):
+            tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
     now.source = Live(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
     for name, codes in now.packed.items():
         reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))

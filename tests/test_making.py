@@ -287,6 +287,8 @@ def again(resident: Live, learned: dict[str, Tensor]) -> PreTrainedModel:
         if f"{name}.weight" in learned:
             weight = stored.read(stored.parts_of(name, learned), layout, dict(resident.linear_maps())[name])
             found[f"{name}.weight"] = turned(resident.model.get_submodule(name), stored.dequantize(weight))
+    if resident.config.tie_word_embeddings:
+        found[f"{resident.anatomy.head}.weight"] = found[f"{resident.anatomy.embedding}.weight"]
     return whole(Live(resident.config, found, CPU))
 
 

@@ -165,5 +165,5 @@ def test_a_cache_that_others_can_write_to_is_refused(tmp_path: Path, monkeypatch
 
 
 def test_a_file_for_the_numbers_is_refused_before_they_are_measured(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="there is no such folder"):
+    with pytest.raises(OutputError, match="No such file or directory"):
         evaluate_command("demo", json_file=tmp_path / "none" / "numbers.json")

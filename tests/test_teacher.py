@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -372,7 +373,7 @@ def test_a_shard_that_can_not_be_written_is_told_too(teacher: Present, tmp_path:
     text = windows(2)
     kept(tmp_path, teacher, text)
     (shard,) = files(tmp_path)
-    shard.unlink()
-    shard.mkdir()
+    shutil.rmtree(shard.parent)
+    shard.parent.write_text("a file in the place of the folder")
     with pytest.raises(OutputError, match="can't write"):
         kept(tmp_path, teacher, text)
