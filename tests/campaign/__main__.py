@@ -18,6 +18,7 @@ from tests.campaign.configs import configs
 from tests.campaign.journals import journals
 from tests.campaign.kills import kills
 from tests.campaign.pairs import pairs
+from tests.campaign.weights import weights
 from tests.campaign.words import words
 
 PARTS: dict[str, tuple[Callable[[Bench, int], Count], int]] = {  # each with its tries at scale 1
@@ -26,6 +27,7 @@ PARTS: dict[str, tuple[Callable[[Bench, int], Count], int]] = {  # each with its
     "configs": (configs, 300),
     "journals": (journals, 30),
     "artefacts": (artefacts, 100),
+    "weights": (weights, 100),
     "words": (words, 300),
 }
 
