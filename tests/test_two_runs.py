@@ -40,9 +40,9 @@ def first(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def held(out: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a process holds the lock of what works on `out`."""
-    deadline, file = time.monotonic() + 250, partial_folder(out) / "lock"
-    while not (file.is_file() and file.read_bytes().endswith(b"}")):
+    """Wait until a process holds the lock of what works on `out`, and has seen what is there: it then makes `artifact`."""
+    deadline, partial = time.monotonic() + 250, partial_folder(out)
+    while not ((partial / "artifact").is_dir() and (partial / "lock").read_bytes().endswith(b"}")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
 
