@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmcompress.damage import finite, require_sound
-from llmcompress.errors import ModelError
+from llmcompress.errors import ModelError, first_line
 
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
@@ -126,7 +126,14 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     """The inverse of `tensors`, bit for bit; ModelError where the scales are not the stored ones."""
     data = tensors["weight"]
     stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
-    return _read(data, stock.QuantState.from_dict(stats, device=data.device))
+    try:
+        state = stock.QuantState.from_dict(stats, device=data.device)
+    except (ValueError, KeyError) as error:  # as of tensors of another format, for which config.json has no scheme
+        raise ModelError(
+            f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
+            f"({first_line(error)}), and config.json names no other format for it; take the model again from its source"
+        ) from None
+    return _read(data, state)
 
 
 def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -308,3 +308,10 @@ def test_scales_of_scales_are_checked_in_the_stock_layout_too() -> None:
     parts = native.tensors(packed)
     parts["weight.nested_absmax"] = torch.full_like(parts["weight.nested_absmax"], torch.nan)
     assert_one_line(lambda: stored.read(parts), "a 4-bit linear of 64 x 128 is damaged: scales must be finite")
+
+
+def test_codes_without_a_scheme_are_refused_in_one_line() -> None:
+    parts = {"weight": torch.ones(1, 4, 4, dtype=torch.int8), "weight_scale": torch.ones(4)}
+    with pytest.raises(ModelError, match=r"config\.json names no other format") as refused:
+        stored.read(parts)
+    assert len(str(refused.value).splitlines()) == 1

@@ -32,7 +32,7 @@ class Ended:
         if "Traceback" in self.err or self.code not in (0, 2, 3):
             return f"exit code {self.code}: {self.err[-600:]}"
         errors = [line for line in self.err.splitlines() if line.startswith("error:")]
-        if self.code and len(errors) != 1:
+        if self.code and len(errors) != 1 and "Usage:" not in self.err:  # which the parser of options prints
             return f"exit code {self.code} with {len(errors)} error lines: {self.err[-600:]}"
         return None
 
