@@ -22,6 +22,7 @@ from llmcompress.errors import ModelError
 from llmcompress.ondisk import no_progress_bar
 from llmcompress.plugin import METHOD
 from llmcompress.report.measure import size_bytes
+from llmcompress.report.render import amount
 from llmcompress.walk import Track, batches_of
 
 OWN = (METHOD, "bitsandbytes")  # what is read block by block
@@ -69,8 +70,8 @@ class Foreign:
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
         if self.size_bytes > free:
             raise ModelError(
-                f"{self.folder} has {self.size_bytes / 1e9:.1f} GB of weights, which are loaded whole, and "
-                f"{free / 1e9:.1f} GB of memory are free; use a larger machine"
+                f"{self.folder} has {amount(self.size_bytes, 'B')} of weights, which are loaded whole, and "
+                f"{amount(free, 'B')} of memory are free; use a larger machine"
             )
 
     def logits(self, windows: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:

@@ -44,6 +44,6 @@ def without(text: str, known: Iterable[str]) -> str:
     return text
 
 
-def shortened(text: str, known: Iterable[str] = ()) -> str:
+def without_paths(text: str, known: Iterable[str] = ()) -> str:
     """The same of absolute paths too, which are recognised by how they begin."""
     return _PATHS.sub(lambda found: short_name(found[0]), without(text, known))

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 from llmcompress import hub
-from llmcompress.places import short_name, shortened
+from llmcompress.places import short_name, without_paths
 from llmcompress.report import Report, StageFacts, TrainingFacts
 from llmcompress.texts import PYTHON_DOCS
 
@@ -65,4 +65,4 @@ def _told(value: Any, names: list[str]) -> Any:
         return {key: _told(inner, names) for key, inner in value.items()}
     if isinstance(value, list):
         return [_told(inner, names) for inner in value]
-    return shortened(value, names) if isinstance(value, str) else value
+    return without_paths(value, names) if isinstance(value, str) else value
