@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NoReturn, cast
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -127,52 +127,6 @@ def read(tensors: Mapping[str, Tensor], layout: Factored, rows: int, columns: in
     return FactoredWeight(layout, tensors["weight"][0], tensors.get("weight_left"), right)
 
 
-def _refused(weight: Tensor, other: object) -> NoReturn:
-    raise ModelError(
-        "an adapter can't be merged into a linear that shares its weight with other layers or is a product, as it would "
-        "change them too; keep the adapter beside the model, or dequantize() the model and merge into its plain linears"
-    )
-
-
-class _Common(torch.Tensor):
-    """The data of a weight that is no plain one, to which nobody may add a difference, nor to a copy of it."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-    __add__ = __radd__ = __iadd__ = _refused
-
-    def clone(self, *args: Any, **kwargs: Any) -> _Common:
-        """A copy, which is no plain one either."""
-        return super().clone(*args, **kwargs).as_subclass(_Common)
-
-
-class CommonWeight(nn.Parameter):
-    """The `weight` of a linear that is made of parts: PEFT adds what an adapter learned to its data, which is refused here.
-
-    Without this the sum would be of the right shape, and all layers that share the weight would change. Everything else sees a
-    parameter like any other. Errors: ModelError.
-    """
-
-    __add__ = __radd__ = __iadd__ = _refused
-
-    @property
-    def data(self) -> Tensor:
-        """The tensor itself, to which nothing can be added by `+` or `+=`."""
-        found: Tensor = cast(Any, torch.Tensor.data).__get__(self)
-        return found.as_subclass(_Common)
-
-    @data.setter
-    def data(self, value: Tensor) -> None:
-        cast(Any, torch.Tensor.data).__set__(self, value.as_subclass(torch.Tensor))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> CommonWeight:
-        copied = CommonWeight(self.detach().clone(), self.requires_grad)
-        memo[id(self)] = copied
-        return copied
-
-    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
-        return CommonWeight, (self.detach(), self.requires_grad)
-
-
 class FactoredLinear(StoredLinear):
     """A linear [in_features -> out_features] made of parts; `dtype` is that of the model, and of the bias.
 
@@ -185,8 +139,7 @@ class FactoredLinear(StoredLinear):
     weight_right: Tensor
 
     def prepare(self) -> None:
-        """Have the weight be one that no adapter is merged into; layers that share it still do."""
-        self.weight.__class__ = CommonWeight
+        """Nothing: the forward reads the stored tensors as they are."""
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
         """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""

@@ -101,7 +101,7 @@ def compress(
         require_possible(pinned, model)
         require_computable(model)
         require_loadable(found.folder, config)
-        require_portable(found.folder, model.checkpoint.config, tokenizer)
+        require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
         blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, blocks.sha256):
             raise DataError(

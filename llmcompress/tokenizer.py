@@ -23,7 +23,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, 
 from llmcompress.checkpoint import read_json
 from llmcompress.companions import CONFIG, RIGHTS, kept, links_out, shareable
 from llmcompress.errors import ModelError
-from llmcompress.shard import sync
+from llmcompress.shard import sync, writing
 
 SETTINGS = "tokenizer_config.json"
 LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
@@ -84,9 +84,12 @@ def vocabulary_files(folder: Path) -> list[str]:
     return sorted(name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name))
 
 
-def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse now a base whose tokenizer would not be the same beside a model of this config. Errors: ModelError."""
-    with tempfile.TemporaryDirectory() as scratch:
+def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path) -> None:
+    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a folder in `within`.
+
+    Errors: ModelError, OutputError.
+    """
+    with writing(within), tempfile.TemporaryDirectory(dir=within) as scratch:
         files = kept(folder, vocabulary_files(folder))
         for name, content in (files | {CONFIG: json.dumps(shareable(config)).encode()}).items():
             _put(Path(scratch) / name, content)
@@ -152,7 +155,7 @@ def _difference(written: Path, tokenizer: PreTrainedTokenizerBase) -> str | None
 def _save(written: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write a tokenizer as it is loaded, with what its class would add."""
     fast = isinstance(tokenizer, PreTrainedTokenizerFast)
-    with tempfile.TemporaryDirectory() as scratch:
+    with writing(written.parent), tempfile.TemporaryDirectory(dir=written.parent) as scratch:
         tokenizer.save_pretrained(scratch)
         settings = read_json(Path(scratch) / SETTINGS)
         said = {trait: getattr(tokenizer, trait) for trait in ("padding_side", "truncation_side", "model_input_names")}
