@@ -1,4 +1,4 @@
-"""Do two checkouts write the same bytes? Runs shipped recipes, shortened, on the demo model and prints a digest of every tensor.
+"""Do two checkouts write the same bytes? Shipped recipes, shortened, run on the demo model; tensors are compared.
 
     python evaluation/same_bytes.py CHECKOUT --to digests.json    once for each of two checkouts
     python evaluation/same_bytes.py --compare one.json other.json
@@ -33,7 +33,7 @@ RECIPES = (
     "w4a8",
     "codebook-16",
     "ffn-75-obs",
-    "hidden-75",
+    "kv-half",
     "width-and-depth-budget",
     "prune-heal-quantize",
     "scale-tuning-nf4",
@@ -110,7 +110,8 @@ def main() -> None:
     if asked.compare:
         one, other = (json.loads(file.read_text("utf-8")) for file in asked.compare)
         lines = compare(one, other)
-        print("\n".join(lines) or f"{len(one)} recipes, {sum(len(each['tensors']) for each in one.values())} tensors: all equal")
+        count = sum(len(each["tensors"]) for each in one.values())
+        print("\n".join(lines) or f"{len(one)} recipes, {count} tensors: all equal")
         raise SystemExit(bool(lines))
     if asked.checkout is None or asked.to is None:
         parser.error("give a checkout and --to, or --compare two files")
