@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Script:
-    """One measurement: the module whose `main` runs it, its usual duration on two cores, and what it answers."""
+    """A measurement: the module whose `main` runs it, its duration on two cores, and what it answers."""
 
     module: str
     duration: str

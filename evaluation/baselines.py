@@ -1,4 +1,4 @@
-"""What the recipes are read against: stock bitsandbytes, one-shot classics, and the same cut without training."""
+"""What the recipes are compared with: stock bitsandbytes, one-shot classics, the same without training."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def between(text: str, name: str, content: str) -> str:
-    """The text with `content` between `<!-- NAME -->` and `<!-- end NAME -->`; unchanged where these marks are not."""
+    """The text with `content` between `<!-- NAME -->` and `<!-- end NAME -->`; unchanged without them."""
     before, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end {name} -->")
     return f"{before}{begin}{content}{end}{after}" if begin and end else text

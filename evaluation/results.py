@@ -1,8 +1,9 @@
 """The result files: what each holds, and how it is read and written.
 
-Every file in `results/` is one object: the command, commit, versions and hardware of the run (`Head`), then its rows. The
-models below are the schema of both sides: the measurements construct them, the tables and pictures read them. Rows of older
-files carry names that were since replaced; `modern` translates them, so that old and new rows stand in one table.
+Every file in `results/` is one object: the command, commit, versions and hardware of the run (`Head`), then
+its rows. The models below are the schema of both sides: the measurements construct them, the tables and
+pictures read them. Rows of older files carry names that were since replaced; `modern` translates them, so
+that old and new rows stand in one table.
 """
 
 from __future__ import annotations
@@ -160,7 +161,7 @@ class OutlierRow(Facts):
 
     what: str
     planted: Loss
-    original: Loss | None = Field(default=None, alias="as it was")
+    original: Loss | None = Field(default=None, validation_alias="as it was", serialization_alias="as it was")
 
 
 class BosRow(Facts):
@@ -222,7 +223,7 @@ class RivalPruningFailure(Failure):
 
 
 class HealingRow(Loss):
-    """One training of a cut model: `kl_cut` before it, and the share of it that training recovered; its settings are extra."""
+    """One training of a cut model, whose KL was `kl_cut`; the settings of the stage are extra keys."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -275,7 +276,7 @@ class CostRow(Facts):
 
 
 class ThroughputRow(Facts):
-    """Tokens/s of bare forward passes, of perplexity, and of perplexity with KL; ratios to the bare passes."""
+    """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 
     model: str
     tokens: int
@@ -290,7 +291,7 @@ class ThroughputRow(Facts):
 
 
 class TrainingRow(Facts):
-    """Steps/s of one way to train, in the median and of each round, and against the bare loop of the same round."""
+    """Steps/s of one way to train, in the median and of each round, and the median ratio to the bare loop."""
 
     what: Name
     steps_per_s: float
@@ -315,7 +316,7 @@ class DistillSpeed(Head):
 
 
 class SpeedRow(Facts):
-    """Seconds of a call, and how many times as fast as the reference it is, at the 10th percentile and in the median."""
+    """Seconds of a call and its speed-up over the reference, at the 10th percentile and in the median."""
 
     what: str
     batch: int
@@ -359,7 +360,7 @@ class LookupSpeed(Head):
 
 
 class PrunedSpeedRow(Facts):
-    """A cut model: parameters, operations and times as shares of the whole model's, and bytes of cache per token."""
+    """A cut model as shares of the whole one, seconds, and bytes of cache per token, counted and planned."""
 
     cut: str
     block_parameters: float
@@ -396,13 +397,16 @@ def write(name: str, head: Head, facts: Mapping[str, object], file: Path | None 
     target.write_text(json.dumps(content, indent=2, default=_plain) + "\n", "utf-8")
 
 
-def merge(name: str, key: Iterable[str], row: Facts) -> list[object]:
-    """The rows of results/NAME.json as they are, with `row` at the end in place of the one of the same key."""
+def without(name: str, **key: object) -> list[dict[str, object]]:
+    """The rows of results/NAME.json as they are, but for the one of a key."""
     file = RESULTS / f"{name}.json"
-    known: list[dict[str, object]] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
-    wanted = {part: getattr(row, part) for part in key}
-    others = [old for old in known if any(_modern(old.get(part)) != value for part, value in wanted.items())]
-    return [*others, row]
+    rows: list[dict[str, object]] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    return [row for row in rows if any(_modern(row.get(part)) != value for part, value in key.items())]
+
+
+def merge(name: str, key: Iterable[str], row: Facts) -> list[dict[str, object]]:
+    """The rows of results/NAME.json as they are, `row` in place of the one of the same key."""
+    return [*without(name, **{part: getattr(row, part) for part in key}), _plain(row)]
 
 
 def _modern(value: object) -> object:

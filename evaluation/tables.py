@@ -1,13 +1,16 @@
-"""Write RESULTS.md, the heads of the recipes and their table from the result files, so that no number there is typed.
+"""Write RESULTS.md, the heads of the recipes and their table from the result files.
 
     python -m evaluation tables [--check]
 
-With --check nothing is written: the exit code is 1, with one line, where a file does not agree with `results/*.json`.
+With --check nothing is written: the exit code is 1, with one line, where a file does not agree with
+`results/*.json`.
 """
 
 from __future__ import annotations
 
+import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +47,9 @@ from evaluation.results import (
 
 MODELS = ("demo", "wikilm-8m", "stories260k")
 OURS = ("nf4-gptq-double", "nf4-learned-double", "nf4-learned")  # what stands beside the quantisers of others
+WIDTH = 110  # of a paragraph
 WIDEST = 10  # columns of a table of speeds
+UNTRAINED = "KL in nats/token by share of the parameters that stay, untrained -> after a short distillation"
 SHARES = ("90 %", "75 %", "60 %", "50 %")  # of the parameters, in sharing-*.json
 
 
@@ -217,7 +222,8 @@ def gpu(results: Results) -> str:
 
 
 def pruning(results: Results) -> str:
-    """A table for each model and share of the parameters: ours and Torch-Pruning's, in the order of their KL."""
+    """A table for each model and share of the parameters, ours and Torch-Pruning's in the order of their "
+    "KL."""
     if (ours := results.load("pruning", Rows[PruningRow])) is None:
         return ""
     others = results.load("rivals-pruning", Rows[RivalPruningRow | RivalPruningFailure])
@@ -274,7 +280,7 @@ def healing(results: Results) -> str:
 
 
 def sharing(results: Results) -> str:
-    """For each model: ways to make it smaller, ways to tie embedding and head, ways to group layers that share."""
+    """Ways to make each model smaller, to tie its embedding and head, and to group layers that share."""
     parts = []
     for model in MODELS:
         if (result := results.load(f"sharing-{model}", Rows[SharingRow])) is None:
@@ -283,7 +289,8 @@ def sharing(results: Results) -> str:
         base = f"Perplexity of the base {result.rows[0].base_perplexity:.2f}."
         parts.append(heading(model, f"{base} {where(result.hardware)}"))
         parts.append(
-            "KL in nats/token by share of the parameters that stay, untrained -> after a short distillation:\n"
+            "KL in nats/token by share of the parameters that stay, untrained -> after a short "
+            "distillation:\n"
         )
         parts.append(_ways(rows))
         tied = _losses(rows, "tied")
@@ -472,106 +479,115 @@ def pruned_speed(results: Results) -> str:
 SECTIONS = (
     Section(
         "Recipes",
-        "The loss of every recipe and of its baseline, on three small models: `python -m evaluation bench`. Seconds are\n"
-        "those of the stages on a shared machine of two cores: orders of magnitude.",
+        "The loss of every recipe and of its baseline, on three small models: `python -m evaluation "
+        "bench`. Seconds are those of the stages on a shared machine of two cores: orders of magnitude.",
         fidelity,
     ),
     Section(
         "Other quantisers",
-        "AutoRound, GPTQModel and llm-compressor, each in its own environment, calibrated and evaluated on the same\n"
-        "sequences of the same models: `python -m evaluation rivals`. Their bits are measured on disk, ours are those of\n"
-        "the format; MB is the whole file. On stories260k, whose ffn width of 172 neither bitsandbytes nor the two that\n"
-        "did not run take, ours quantise attention alone and AutoRound every linear.",
+        "AutoRound, GPTQModel and llm-compressor, each in its own environment, calibrated and evaluated "
+        "on the same sequences of the same models: `python -m evaluation rivals`. Their bits are measured "
+        "on disk, ours are those of the format; MB is the whole file. On stories260k, whose ffn width of "
+        "172 neither bitsandbytes nor the two that did not run take, ours quantise attention alone and "
+        "AutoRound every linear.",
         rivals,
     ),
     Section(
         "The 4-bit solver",
-        "What each ingredient contributes, in nf4 with a group size of 64, on the demo model:\n"
+        "What each ingredient contributes, in nf4 with a group size of 64, on the demo model: "
         "`python -m evaluation ablation`.",
         ablation,
     ),
     Section(
         "Activations with outliers",
-        "8-bit formats on the demo model after four channels of every norm were multiplied by 50 to 100:\n"
+        "8-bit formats on the demo model after four channels of every norm were multiplied by 50 to 100: "
         "`python -m evaluation outliers`.",
         outliers,
     ),
     Section(
         "BOS",
-        "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated with and without\n"
-        "it: `python -m evaluation bos`.",
+        "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated "
+        "with and without it: `python -m evaluation bos`.",
         bos,
     ),
     Section(
         "On a GPU",
-        "The loss of recipes that ran on a GPU, beside the same on a CPU, on two small models: `llmcompress run` with\n"
-        "`--device cuda`; seven runs shared the GPU, so seconds say little.",
+        "The loss of recipes that ran on a GPU, beside the same on a CPU, on two small models: "
+        "`llmcompress run` with `--device cuda`; seven runs shared the GPU, so seconds say little.",
         gpu,
     ),
     Section(
         "Pruning",
-        "The loss of structured pruning without training at the same share of the decoder layers' parameters, on the demo\n"
-        "model and wikilm-8m: `python -m evaluation pruning`, and `rivals-pruning` for Torch-Pruning. Ours calibrate on 64\n"
-        "sequences, Torch-Pruning on 256. Scores cut `ffn` alone; `hidden` narrows embedding and head as well, so its\n"
-        "models are smaller than the others at the same share.",
+        "The loss of structured pruning without training at the same share of the decoder layers' "
+        "parameters, on the demo model and wikilm-8m: `python -m evaluation pruning`, and "
+        "`rivals-pruning` for Torch-Pruning. Ours calibrate on 64 sequences, Torch-Pruning on 256. Scores "
+        "cut `ffn` alone; `hidden` narrows embedding and head as well, so its models are smaller than the "
+        "others at the same share.",
         pruning,
     ),
     Section(
         "Distillation after pruning",
-        "How much of a cut's loss training recovers, by loss function, on the demo model and wikilm-8m cut to 60 % of the\n"
-        "decoder layers' parameters: `python -m evaluation healing`. `long` is forward KL for more steps.",
+        "How much of a cut's loss training recovers, by loss function, on the demo model and wikilm-8m "
+        "cut to 60 % of the decoder layers' parameters: `python -m evaluation healing`. `long` is forward "
+        "KL for more steps.",
         healing,
     ),
     Section(
         "Sharing, low rank, codebooks",
-        "What each way to make a model smaller loses at the same size, on the demo model and wikilm-8m:\n"
+        "What each way to make a model smaller loses at the same size, on the demo model and wikilm-8m: "
         "`python -m evaluation sharing`.",
         sharing,
     ),
     Section(
         "Cost of a run",
-        "Seconds and peak memory of `quantize` against one forward pass over the same tokens, on random Llamas of growing\n"
-        "size: `python -m evaluation cost`.",
+        "Seconds and peak memory of `quantize` against one forward pass over the same tokens, on random "
+        "Llamas of growing size: `python -m evaluation cost`.",
         cost,
     ),
     Section(
         "Cost of evaluation",
-        "Tokens/s of perplexity, and of perplexity with KL, against bare forward passes, on the demo model and wikilm-8m:\n"
-        "`python -m evaluation throughput`.",
+        "Tokens/s of perplexity, and of perplexity with KL, against bare forward passes, on the demo "
+        "model and wikilm-8m: `python -m evaluation throughput`.",
         throughput,
     ),
     Section(
         "Cost of distillation",
-        "Steps/s of the `distill` stage against the plainest training loop, on wikilm-8m:\n"
+        "Steps/s of the `distill` stage against the plainest training loop, on wikilm-8m: "
         "`python -m evaluation distill-speed`. A ratio is the median of those of each round.",
         distill_speed,
     ),
     Section(
         "Speed of the formats",
-        "Single linears, a random Llama of 111 M parameters and, on the GPU, one of 8 B, decoding a token and reading a\n"
-        "prompt, at the 10th percentile of calls that take turns in one process: `python -m evaluation speed`.",
+        "Single linears, a random Llama of 111 M parameters and, on the GPU, one of 8 B, decoding a token "
+        "and reading a prompt, at the 10th percentile of calls that take turns in one process: `python -m "
+        "evaluation speed`.",
         speed,
     ),
     Section(
         "Speed of codebooks",
-        "Time of random linears over that of bitsandbytes' nf4 in the same run, at the 10th percentile:\n"
+        "Time of random linears over that of bitsandbytes' nf4 in the same run, at the 10th percentile: "
         "`python -m evaluation lookup-speed`.",
         lookup_speed,
     ),
     Section(
         "Speed of pruned models",
-        "A random Llama cut along each axis, as shares of the whole model in the same run:\n"
+        "A random Llama cut along each axis, as shares of the whole model in the same run: "
         "`python -m evaluation pruned-speed`.",
         pruned_speed,
     ),
 )
-ABOVE = """\
-# Results
+ABOVE = (
+    "Every table is written by `python -m evaluation tables` from [results/](results/), which holds more "
+    "numbers than are shown, with command, commit, versions and hardware. KL is KL(base || compressed), "
+    "the mean over all tokens of held-out text; lower is better. The models are small: their tables show "
+    "how methods compare, not what a model of 7 B parameters loses."
+)
 
-Every table is written by `python -m evaluation tables` from [results/](results/), which holds more numbers than are
-shown, with command, commit, versions and hardware. KL is KL(base || compressed), the mean over all tokens of held-out
-text. The models are small: their tables show how methods compare, not what a model of 7 B parameters loses.
-"""
+
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most WIDTH columns, code not broken."""
+    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)
+    return textwrap.fill(whole, WIDTH, break_on_hyphens=False).replace("\0", " ")
 
 
 def document(results: Results) -> str:
@@ -581,8 +597,9 @@ def document(results: Results) -> str:
         if body := section.make(results):
             anchor = section.title.lower().replace(",", "").replace(" ", "-")
             contents.append(f"- [{section.title}](#{anchor})")
-            parts.append(f"## {section.title}\n\n{section.about}\n\n{body}")
-    return "\n".join([ABOVE, "\n".join(contents) + "\n", *parts])
+            parts.append(f"## {section.title}\n\n{wrapped(section.about)}\n\n{body}")
+    above = f"# Results\n\n{wrapped(ABOVE)}\n"
+    return "\n".join([above, "\n".join(contents) + "\n", *parts])
 
 
 def wanted(root: Path) -> dict[Path, str]:
