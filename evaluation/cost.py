@@ -157,7 +157,7 @@ def others_cpu_s() -> float:
 
 @torch.no_grad()
 def forward(folder: Path, spec: DataSpec) -> float:
-    """Seconds of one pass of the whole model in float32 over the calibration sequences, its logits dropped."""
+    """Seconds of one float32 forward pass over the calibration sequences, its logits dropped."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     batches = batches_of(load_data(spec, tokenizer_of(folder), model.config.vocab_size, LENGTH).calibration)
     model(input_ids=batches[0], use_cache=False)  # the first call pays for what torch sets up

@@ -222,8 +222,7 @@ def gpu(results: Results) -> str:
 
 
 def pruning(results: Results) -> str:
-    """A table for each model and share of the parameters, ours and Torch-Pruning's in the order of their "
-    "KL."""
+    """A table for each model and share of the parameters, ours and Torch-Pruning's by their KL."""
     if (ours := results.load("pruning", Rows[PruningRow])) is None:
         return ""
     others = results.load("rivals-pruning", Rows[RivalPruningRow | RivalPruningFailure])
@@ -288,10 +287,7 @@ def sharing(results: Results) -> str:
         rows = {row.row: row for row in result.rows}
         base = f"Perplexity of the base {result.rows[0].base_perplexity:.2f}."
         parts.append(heading(model, f"{base} {where(result.hardware)}"))
-        parts.append(
-            "KL in nats/token by share of the parameters that stay, untrained -> after a short "
-            "distillation:\n"
-        )
+        parts.append(f"{UNTRAINED}:\n")
         parts.append(_ways(rows))
         tied = _losses(rows, "tied")
         if tied:

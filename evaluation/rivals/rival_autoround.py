@@ -1,7 +1,7 @@
 """AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group.
 
-Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8 sequences
-each. torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.
+Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8
+sequences each. torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.
 """
 
 from auto_round import AutoRound

@@ -4,8 +4,8 @@ Source: Fang et al. 2023, arXiv:2301.12900. As in its own example for language m
 (examples/LLMs/prune_llm.py): one ratio for all that is cut, ranked within each group of coupled layers,
 widths rounded to 4, key and value heads kept where queries share them. `scope` says what is cut: all (the
 example: hidden width, ffn and query heads), inner (ffn and query heads) or ffn. The ratio is the least that
-leaves at most `share` of the parameters of the decoder blocks, by bisection. Taylor takes the gradient of the
-mean loss over all calibration sequences, magnitude looks at no text. Nothing is repaired or trained afterwards.
+leaves at most `share` of the parameters of the decoder layers, by bisection. Taylor takes the gradient of the
+mean loss over all calibration sequences, magnitude looks at no text. Nothing is repaired or trained after.
 
 Version 1.6.1 has two faults that stand in the way. Its search for a group never ends on the slices of rotary
 embeddings and on a key-value cache, so the graph is traced without them: they stay within a head, and heads
