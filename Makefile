@@ -35,7 +35,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation rivals # 20 min
 	$(BIN)/python -m evaluation ablation # 15 min
 	$(BIN)/python -m evaluation outliers # 15 min
-	$(BIN)/python -m evaluation bos # 5 min
+	$(BIN)/python -m evaluation bos # 10 min
 	$(BIN)/python -m evaluation pruning # 1 h
 	$(BIN)/python -m evaluation rivals-pruning # 30 min
 	$(BIN)/python -m evaluation healing # 1 h

@@ -26,7 +26,7 @@ SCRIPTS = {
     "outliers": Script(
         "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"
     ),
-    "bos": Script("bos", "5 min", "calibration and evaluation with and without a BOS token"),
+    "bos": Script("bos", "10 min", "calibration and evaluation with and without a BOS token"),
     "pruning": Script("pruning", "1 h", "scores, repair, axes and allocations of structured pruning"),
     "rivals-pruning": Script("rivals.pruners", "30 min", "Torch-Pruning at the same share of the parameters"),
     "healing": Script("healing", "1 h", "how much of a cut's loss distillation recovers, by loss function"),

@@ -1,4 +1,4 @@
-"""The measurements of evaluation/: their entry, their result files, and the tables and pictures made of these."""
+"""The measurements of evaluation/: their entry, their result files, the tables and pictures made of these."""
 
 from __future__ import annotations
 

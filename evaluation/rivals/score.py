@@ -3,8 +3,8 @@
 Both models run in float32 on the same token sequences: KL(base || model) in nats/token over all positions,
 the share of positions with the same most likely token, perplexity over the L - 1 targets of each sequence,
 and what lies on disk. The whole is one forward pass of each model; logits live for one batch only. Needs
-torch, transformers and safetensors, nothing of ours, so that a rival is judged through its own loader: a plain
-`from_pretrained` in the environment that wrote the model.
+torch, transformers and safetensors, nothing of ours, so that a rival is judged through its own loader: a
+plain `from_pretrained` in the environment that wrote the model.
 
     python -m evaluation.rivals.score --base BASE --model MODEL --evaluation FILE --json OUT.json
 """
