@@ -53,6 +53,13 @@ UNTRAINED = "KL in nats/token by share of the parameters that stay, untrained ->
 SHARES = ("90 %", "75 %", "60 %", "50 %")  # of the parameters, in sharing-*.json
 
 
+PICTURE = """\
+<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="pictures/{name}-dark.svg">
+  <img src="pictures/{name}-light.svg" alt="{alt}">
+</picture>"""
+
+
 @dataclass(frozen=True)
 class Results:
     """The result files of a folder."""
@@ -80,6 +87,15 @@ class Section:
     title: str
     about: str
     make: Callable[[Results], str]
+    picture: str = ""  # its name in pictures/
+    alt: str = ""  # what it shows, in words
+
+    def text(self, body: str) -> str:
+        """The section, with its tables in `body`."""
+        parts = [f"## {self.title}", wrapped(self.about), body]
+        if self.picture:
+            parts.insert(2, PICTURE.format(name=self.picture, alt=self.alt))
+        return "\n\n".join(parts)
 
 
 def percent(share: float, digits: int = 0) -> str:
@@ -487,6 +503,8 @@ SECTIONS = (
         "172 neither bitsandbytes nor the two that did not run take, ours quantise attention alone and "
         "AutoRound every linear.",
         rivals,
+        "kl-against-bytes",
+        "KL to the base against bytes on wikilm-8m, of llmcompress, stock bitsandbytes and other quantisers",
     ),
     Section(
         "The 4-bit solver",
@@ -558,6 +576,8 @@ SECTIONS = (
         "and reading a prompt, at the 10th percentile of calls that take turns in one process: `python -m "
         "evaluation speed`.",
         speed,
+        "speed",
+        "Speed of the formats over that of floats on two CPUs and a GPU, decoding and reading a prompt",
     ),
     Section(
         "Speed of codebooks",
@@ -593,7 +613,7 @@ def document(results: Results) -> str:
         if body := section.make(results):
             anchor = section.title.lower().replace(",", "").replace(" ", "-")
             contents.append(f"- [{section.title}](#{anchor})")
-            parts.append(f"## {section.title}\n\n{wrapped(section.about)}\n\n{body}")
+            parts.append(section.text(body))
     above = f"# Results\n\n{wrapped(ABOVE)}\n"
     return "\n".join([above, "\n".join(contents) + "\n", *parts])
 
