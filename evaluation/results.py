@@ -64,6 +64,8 @@ class Loss(Facts):
 
 
 class Environment(Facts):
+    """Versions and machine of one row."""
+
     versions: dict[str, str]
     device: str
 
@@ -89,6 +91,8 @@ class FidelityRow(Loss):
 
 
 class Fidelity(Head):
+    """Every recipe on one model."""
+
     model: str
     text: str
     rows: list[FidelityRow]
@@ -143,6 +147,8 @@ class Sequences(Facts):
 
 
 class Rivals(Head):
+    """The quantisers of others on one model, and the sequences that they read."""
+
     threads: int
     base: str
     calibration: Sequences
@@ -151,6 +157,8 @@ class Rivals(Head):
 
 
 class AblationRow(Facts):
+    """The solver with some of its parts."""
+
     variant: Name
     kl_nats_mean: float
     seconds: float
@@ -165,6 +173,8 @@ class OutlierRow(Facts):
 
 
 class BosRow(Facts):
+    """A recipe by whether its calibration and evaluation sequences begin with BOS."""
+
     recipe: Name
     calibrated_with_bos: bool
     scored_with_bos: bool
@@ -215,6 +225,8 @@ class RivalPruningRow(Loss):
 
 
 class RivalPruningFailure(Failure):
+    """A cut that could not be made."""
+
     model: str
     rival: str
     importance: str
@@ -308,6 +320,8 @@ class Student(Facts):
 
 
 class DistillSpeed(Head):
+    """All students of one model."""
+
     model: str
     batch: int
     length: int
@@ -331,6 +345,8 @@ class SpeedRow(Facts):
 
 
 class Speed(Head):
+    """All formats on one processor; `absent` holds what could not be measured."""
+
     cpu_capability: str
     reference: str
     absent: list[dict[str, object]] = []
@@ -354,6 +370,8 @@ class LookupRow(Facts):
 
 
 class LookupSpeed(Head):
+    """Codebook linears on one processor."""
+
     cpu_capability: str
     kernel: str
     rows: list[LookupRow]

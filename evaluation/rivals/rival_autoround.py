@@ -13,6 +13,7 @@ ITERATIONS = 200
 
 
 def main() -> None:
+    """Quantise the base and say what it took."""
     job = Job()
     rounding = AutoRound(
         AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype),

@@ -11,6 +11,7 @@ from evaluation.rivals.job import Job
 
 
 def main() -> None:
+    """Quantise the base and say what it took."""
     job = Job()
     model = GPTQModel.load(
         job.base, QuantizeConfig(bits=4, group_size=job.group), device="cpu", dtype=job.dtype

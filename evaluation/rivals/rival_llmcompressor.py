@@ -27,6 +27,7 @@ class Rows(Dataset[dict[str, Tensor]]):
 
 
 def main() -> None:
+    """Quantise the base and say what it took."""
     job = Job()
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": job.group}

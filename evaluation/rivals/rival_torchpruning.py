@@ -143,6 +143,7 @@ def save(model: PreTrainedModel, folder: str, ids_BL: torch.Tensor) -> None:
 
 
 def main() -> None:
+    """Prune the base and say what it took."""
     job = Job(importance=str, scope=str, share=float)
     importance, scope, share = job.given.importance, job.given.scope, job.given.share
     if importance not in IMPORTANCES or scope not in SCOPES:

@@ -93,6 +93,7 @@ def score(base: Path, model: Path, tokens_SL: torch.Tensor) -> dict[str, float]:
 
 
 def main() -> None:
+    """Score one model and write the result."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
