@@ -22,21 +22,21 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS
 from evaluation.options import parser
 from evaluation.results import AblationRow
-from llmcompress.block import Block
-from llmcompress.methods.gptq import descend, gptq
-from llmcompress.methods.grids import Grid, grid
-from llmcompress.methods.hessian import retarget
-from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
-from llmcompress.methods.solve import Rounded
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base
-from llmcompress.report.measure import fidelity
-from llmcompress.stages.coding import FourBit
-from llmcompress.stages.quantize import Quantize
-from llmcompress.stages.rounding import Rounding
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import logits, output_fisher, walk
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.algorithms.gptq import descend, gptq
+from llmcompress.algorithms.grids import Grid, grid
+from llmcompress.algorithms.hessian import retarget
+from llmcompress.algorithms.scales import groups_of, fit_scales, search_scales, spread
+from llmcompress.algorithms.quantize_weight import RoundedWeight
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data, find_base
+from llmcompress.report.metrics import fidelity
+from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.stages.quantize.stage import Quantize
+from llmcompress.stages.quantize.rounding import Rounding
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.sequential import logits, output_fisher, walk
 
 GROUP_SIZE = 64
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it i
 
 def absmax(W_RC: Tensor) -> Tensor:
     """The scale of each group of a weight [R, C], [R, C / GROUP_SIZE]: its largest absolute value."""
-    return blocks_of(W_RC, GROUP_SIZE).abs().amax(-1).clamp_min(1e-12)
+    return groups_of(W_RC, GROUP_SIZE).abs().amax(-1).clamp_min(1e-12)
 
 
 def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: int) -> Linear:
@@ -63,7 +63,7 @@ def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: 
         for _ in range(rounds):
             scale = fit_scales(W_RC, H_CC, levels.levels[index], scale)
             index = descend(W_RC, H_CC, index, scale, levels)
-        return Rounded(index, scale).weight(levels)
+        return RoundedWeight(index, scale).weight(levels)
 
     return linear
 
@@ -76,7 +76,7 @@ class Measured:
     seconds: float
 
 
-class Changed(OnDisk):
+class Changed(DiskModel):
     """A model on disk, some of whose tensors, by their name on disk, are others."""
 
     changed: Mapping[str, Tensor] = MappingProxyType({})
@@ -92,21 +92,23 @@ class Variants:
         base, text = MODELS[name]
         self.model = Changed(find_base(base).folder, CPU)
         spec = DataSpec(source=text, length=LENGTH, bos=False)
-        self.data = blocks_for(self.model, spec, tokenizer_of(self.model.folder))
+        self.data = calibration_data(self.model, spec, tokenizer_of(self.model.folder))
         self.base = list(logits(self.model, self.data.evaluation))
         self.levels = grid("nf4")
         self.fisher: dict[int, Tensor] = {}
         chosen, _ = Quantize().choose(self.model)
         inner = (name.removeprefix(f"{self.model.anatomy.layers}.").partition(".")[2] for name in chosen)
-        self.linears = tuple(dict.fromkeys(inner))  # by name in a block: those whose shape the format takes
+        self.linears = tuple(dict.fromkeys(inner))  # by name in a layer: those whose shape the format takes
 
-    def score(self, change: Callable[[Block], Mapping[str, Tensor]], *, reference: bool = False) -> Measured:
-        """KL and seconds of a model whose every block is changed so."""
+    def score(
+        self, change: Callable[[DecoderLayer], Mapping[str, Tensor]], *, reference: bool = False
+    ) -> Measured:
+        """KL and seconds of a model whose every layer is changed so."""
         start, changed = time.monotonic(), {}
-        for block in walk(self.model, self.data.calibration, reference=reference):
-            for linear, W_RC in change(block).items():
-                block.set_weight(linear, W_RC)
-                changed[f"{block.name}.{linear}.weight"] = block.oriented(linear, W_RC)
+        for layer in walk(self.model, self.data.calibration, reference=reference):
+            for linear, W_RC in change(layer).items():
+                layer.set_weight(linear, W_RC)
+                changed[f"{layer.name}.{linear}.weight"] = layer.oriented(linear, W_RC)
         seconds = time.monotonic() - start
         self.model.changed = {self.model.sources[target][0]: W for target, W in changed.items()}
         measured = fidelity(logits(self.model, self.data.evaluation), self.data.evaluation, self.base)
@@ -116,9 +118,9 @@ class Variants:
     def alone(self, linear: Linear) -> Measured:
         """All linears of a layer from one pass over the layer as it was."""
 
-        def change(block: Block) -> dict[str, Tensor]:
-            moments = block.moments()
-            return {name: linear(block.weight(name), moments[name].H_CC) for name in self.linears}
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
+            moments = layer.moments()
+            return {name: linear(layer.weight(name), moments[name].H_CC) for name in self.linears}
 
         return self.score(change)
 
@@ -126,15 +128,15 @@ class Variants:
         """Linears solved one after another; `at_once`: all from one pass over the layer as it was."""
         linear = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
 
-        def change(block: Block) -> dict[str, Tensor]:
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
             changed = {}
-            readers = block.anatomy.readers
-            for groups in [readers] if at_once else [(group,) for group in readers]:
-                moments = block.moments(*groups)
+            consumers = layer.anatomy.consumers
+            for groups in [consumers] if at_once else [(group,) for group in consumers]:
+                moments = layer.moments(*groups)
                 for name in [name for group in groups for name in group if name in self.linears]:
-                    W_RC, seen = block.weight(name), moments[name]
+                    W_RC, seen = layer.weight(name), moments[name]
                     changed[name] = linear(retarget(W_RC, seen) if asymmetric else W_RC, seen.H_CC)
-                    block.set_weight(name, changed[name])
+                    layer.set_weight(name, changed[name])
             return changed
 
         return self.score(change, reference=True)
@@ -145,16 +147,16 @@ class Variants:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
         rounding = Rounding(
-            dict.fromkeys(self.linears, FourBit("nf4", GROUP_SIZE, False, torch.float32)), CPU
+            dict.fromkeys(self.linears, FourBitScheme("nf4", GROUP_SIZE, False, torch.float32)), CPU
         )
 
-        def change(block: Block) -> dict[str, Tensor]:
-            F_DD = self.fisher[block.index]
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
+            F_DD = self.fisher[layer.index]
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))
-            weights = {name: block.weight(name) for name in self.linears}
-            solved, _, _ = rounding.in_turn(block, weights)
-            aim = block if target == "full" else replace(block, reference=block.inputs, _targets=[])
+            weights = {name: layer.weight(name) for name in self.linears}
+            solved, _, _ = rounding.in_turn(layer, weights)
+            aim = layer if target == "full" else replace(layer, reference=layer.inputs, _targets=[])
             trained, _ = rounding.learned(aim, weights, solved, F_DD, input_scales={}, steps=steps, seed=0)
             return {name: rounding.weight(name, solution) for name, solution in trained.items()}
 

@@ -16,13 +16,13 @@ STAGES = {  # recipes that are no files of recipes/
     "depth-50-kl": "[{prune: {axis: layer, keep: 0.5}}]",
     "ffn-budget-uniform": "[{prune: {axis: ffn, parameters: 0.8, allocation: uniform}}]",
     "hidden-75-plain": "[{prune: {axis: hidden, keep: 0.75, repair: false}}]",
-    "magnitude-2-4": "[{prune: {pattern: '2:4', score: magnitude}}]",
-    "magnitude-50": "[{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
-    "wanda-50": "[{prune: {pattern: unstructured, keep: 0.5, score: wanda}}]",
-    "tie-plain": "[{tie: {weights: [embedding, head]}}]",
-    "share-ffn": "[{tie: {layers: auto, parts: [ffn], groups: 3}}]",
-    "low-rank-75": "[{tie: {basis: 2, keep: 0.75}}]",
-    "nf4-gptq-32": "[{quantize: {format: nf4, block: 32}}]",  # about the bytes of codebook-16
+    "magnitude-2-4": "[{sparsify: {pattern: '2:4', score: magnitude}}]",
+    "magnitude-50": "[{sparsify: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
+    "wanda-50": "[{sparsify: {pattern: unstructured, keep: 0.5, score: wanda}}]",
+    "tie-plain": "[{tie: {}}]",
+    "share-ffn": "[{share: {layers: auto, parts: [ffn], groups: 3}}]",
+    "low-rank-75": "[{low_rank: {layers_per_basis: 2, keep: 0.75}}]",
+    "nf4-gptq-32": "[{quantize: {format: nf4, group_size: 32}}]",  # about the bytes of codebook-16
 }
 STOCK = (
     "nf4-nearest",
@@ -42,7 +42,7 @@ MEANING = {  # what a baseline is, in the tables
     "w4a16": "w4a8 without rounded activations",
     "ffn-75-magnitude": "magnitude, no repair",
     "kv-half-magnitude": "magnitude, no repair",
-    "depth-75-influence": "block influence",
+    "depth-75-influence": "layer influence",
     "ffn-budget-uniform": "one width for all layers",
     "hidden-75-plain": "no repair",
     "magnitude-2-4": "one-shot magnitude",

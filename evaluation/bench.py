@@ -22,8 +22,8 @@ from evaluation.options import parser
 from evaluation.results import ROOT, Environment, FidelityRow, modern
 from evaluation.runs import known, losses, run, seconds
 from llmcompress.errors import ModelError
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
 
 DATA = {"length": LENGTH, "bos": False}  # text alone, as the rivals read it (rivals/sequences.py)
 

@@ -19,9 +19,9 @@ from evaluation.models import LENGTH, MODELS
 from evaluation.options import parser
 from evaluation.results import BosRow
 from evaluation.runs import run
-from llmcompress.evaluate import evaluate
-from llmcompress.recipe import Recipe
-from llmcompress.texts import DataSpec
+from llmcompress.pipeline.evaluate import evaluate
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.data.sources import DataSpec
 
 MODEL = "stories260k"
 RECIPES = {

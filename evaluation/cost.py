@@ -40,12 +40,12 @@ from evaluation.models import LENGTH
 from evaluation.options import parser
 from evaluation.results import CostRow
 from evaluation.runs import known, run
-from llmcompress.data import load_data
-from llmcompress.recipe import Recipe
-from llmcompress.report.measure import peak_memory_bytes
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import TOKENS_AT_ONCE, batches_of
+from llmcompress.data.calibration import load_data
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import peak_memory_bytes
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of
 
 EVALUATION = 8  # sequences that measure the artefact
 QUIET = 0.1  # of a core: what other processes may take while a point is measured
@@ -124,7 +124,7 @@ def measure(point: Point, folder: Path, text: Path, threads: int) -> CostRow:
     baseline, start, others = peak_memory_bytes(), time.perf_counter(), others_cpu_s()
     samples = point.tokens // LENGTH
     data = {"source": str(text), "samples": samples, "length": LENGTH, "evaluation_samples": EVALUATION}
-    stages = [{"quantize": {"format": "nf4", "block": 64, "rounding": point.rounding}}]
+    stages = [{"quantize": {"format": "nf4", "group_size": 64, "rounding": point.rounding}}]
     recipe = Recipe.model_validate({"data": data, "stages": stages})
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         report = run(recipe, Path(out) / "out", folder)

@@ -27,16 +27,16 @@ from evaluation.models import LENGTH, MODELS
 from evaluation.options import parser
 from evaluation.results import Student, TrainingRow
 from evaluation.runs import run
-from llmcompress.data import Blocks
-from llmcompress.journal import Journal
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, source_of
-from llmcompress.recipe import Recipe
-from llmcompress.stages.context import Context
-from llmcompress.stages.distill import Distill
-from llmcompress.stages.student import whole
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data, find_base, source_of
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.base import Context
+from llmcompress.stages.distill.stage import Distill
+from llmcompress.stages.distill.student import whole
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
 
 BATCH = 8  # sequences of a step
 RATE = 1e-5
@@ -62,7 +62,7 @@ def rate(ends: Sequence[float]) -> float:
 
 
 def staged(
-    model: OnDisk, base: OnDisk, data: Blocks, cache: Path, steps: int, *, cached: bool = False
+    model: DiskModel, base: DiskModel, data: CalibrationData, cache: Path, steps: int, *, cached: bool = False
 ) -> float:
     """Steps per second of the stage, its evaluations apart: they come after the last step."""
     stage = Distill(
@@ -86,7 +86,7 @@ def staged(
     return rate(clock.ends)
 
 
-def bare(model: OnDisk, base: OnDisk, tokens: Tensor, steps: int) -> float:
+def bare(model: DiskModel, base: DiskModel, tokens: Tensor, steps: int) -> float:
     """Steps per second of the plainest loop on sequences, int64 [N, LENGTH]."""
     student, teacher = whole(model).requires_grad_().train(), whole(base).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=RATE)
@@ -104,18 +104,18 @@ def bare(model: OnDisk, base: OnDisk, tokens: Tensor, steps: int) -> float:
     return rate(ends)
 
 
-def cut(base: OnDisk, spec: DataSpec, keep: float, folder: Path) -> OnDisk:
+def cut(base: DiskModel, spec: DataSpec, keep: float, folder: Path) -> DiskModel:
     """The model with a share of its layers."""
     stage = {"prune": {"axis": "layer", "keep": keep, "score": "influence"}}
     recipe = Recipe.model_validate({"data": spec.model_dump(exclude_unset=True), "stages": [stage]})
     run(recipe, folder, base.folder)
-    return OnDisk(folder, base.device)
+    return DiskModel(folder, base.device)
 
 
-def measure(base: OnDisk, text: str, keep: float, steps: int, rounds: int) -> Student:
+def measure(base: DiskModel, text: str, keep: float, steps: int, rounds: int) -> Student:
     """All ways beside each other, for a student of a share of the layers."""
     spec = DataSpec(source=text, samples=32, length=LENGTH)
-    data = blocks_for(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
+    data = calibration_data(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
     tokens = data.training.view(-1, LENGTH)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -157,7 +157,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--rounds", type=int, default=3)
     given = machine.parse(options, argv)
     base, text = MODELS[given.model]
-    model = OnDisk(find_base(base).folder, torch.device("cpu"))
+    model = DiskModel(find_base(base).folder, torch.device("cpu"))
     students = [measure(model, text, keep, given.steps, given.rounds) for keep in given.keep]
     shape = {"model": given.model, "batch": BATCH, "length": LENGTH, "steps": given.steps}
     results.write("distill_speed", machine.head(), {**shape, "students": students})

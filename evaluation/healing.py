@@ -23,7 +23,7 @@ from evaluation.options import parser
 from evaluation.pruning import Settings, stages
 from evaluation.results import HealingRow
 from evaluation.runs import known, losses, outline, recipe_of, run
-from llmcompress.report import Report
+from llmcompress.report.schema import Report
 
 NAME = "healing"
 CUTS = {"demo": "obs, sensitivity, ffn and kv", "wikilm-8m": "hidden, then ffn by sensitivity"}

@@ -30,14 +30,15 @@ from evaluation.options import parser
 from evaluation.results import LookupRow
 from evaluation.speed import plain, random
 from evaluation.timing import race
-from llmcompress import codebook_linear, lookup, native
-from llmcompress.codebook_linear import Codebook, CodebookWeight
-from llmcompress.methods.codebook import Palette, nearest
+from llmcompress.formats import codebook, bitsandbytes_layout
+from llmcompress.kernels import lut_gemm
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.algorithms.codebook import Palette, nearest
 
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))  # rows x columns
 TOKENS = (1, 4, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16)
-LAYOUT = Codebook(16, 1, "float16")
+LAYOUT = CodebookLayout(16, 1, "float16")
 CASE_S = 12.0  # for all calls of a case
 FAR = 0.02  # relative error of the product of the same weight, in bfloat16
 
@@ -70,10 +71,12 @@ def clustered(W_RC: Tensor) -> CodebookWeight:
 def candidates(shape: tuple[int, int], dtype: torch.dtype) -> dict[str, Candidate]:
     """All that is measured, the reference first."""
     W_RC = random(*shape, torch.float32, torch.device("cpu"))
-    packed, made = native.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
+    packed, made = bitsandbytes_layout.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
     return {
-        "bitsandbytes nf4": Candidate(native.linear(packed, None), native.dequantize(packed, torch.float32)),
-        "codebook of 16 entries per row": Candidate(codebook_linear.linear(made, None), made.dequantize()),
+        "bitsandbytes nf4": Candidate(
+            bitsandbytes_layout.linear(packed, None), bitsandbytes_layout.dequantize(packed, torch.float32)
+        ),
+        "codebook of 16 entries per row": Candidate(codebook.linear(made, None), made.dequantize()),
         "plain": Candidate(plain(W_RC.to(dtype)), W_RC),
     }
 
@@ -131,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
             found = candidates(shape, dtype)
             for tokens in TOKENS:
                 rows += measure(shape, dtype, tokens, found, CASE_S * given.pace)
-                facts = {"cpu_capability": capability, "kernel": lookup.form(), "rows": rows}
+                facts = {"cpu_capability": capability, "kernel": lut_gemm.form(), "rows": rows}
                 results.write(f"lookup_speed-{capability.lower()}", head, facts, given.out)
     show(rows)
     return 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from evaluation.results import ROOT, Head
-from llmcompress.report.measure import environment
+from llmcompress.report.metrics import environment
 
 
 def parse(

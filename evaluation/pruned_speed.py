@@ -24,10 +24,10 @@ from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import PrunedSpeedRow
 from evaluation.runs import layer_parameters
-from llmcompress.plan import per_token
-from llmcompress.residency import Outline
-from llmcompress.resize import changed
-from llmcompress.stages.prune import Prune
+from llmcompress.pipeline.plan import per_token
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.architectures.resize import changed
+from llmcompress.stages.prune.stage import Prune
 
 SHAPE = {
     "vocab_size": 2048,
@@ -59,16 +59,16 @@ class Turn:
     cache_bytes: int
 
 
-def shape_of(cut: dict[str, object]) -> Outline:
+def shape_of(cut: dict[str, object]) -> MetaModel:
     """The shapes that a cut leaves."""
     config = LlamaConfig.from_dict({**SHAPE, "dtype": "float32"})
-    whole = Outline(config, torch.device("cpu"), torch.float32)
+    whole = MetaModel(config, torch.device("cpu"), torch.float32)
     if not cut:
         return whole
-    return Outline(changed(config, Prune.model_validate(cut).changes(whole)), whole.device, whole.dtype)
+    return MetaModel(changed(config, Prune.model_validate(cut).changes(whole)), whole.device, whole.dtype)
 
 
-def build(outline: Outline) -> LlamaForCausalLM:
+def build(outline: MetaModel) -> LlamaForCausalLM:
     """A random model of these shapes."""
     torch.manual_seed(0)
     return cast(
@@ -92,7 +92,9 @@ def turn(model: LlamaForCausalLM, tokens: torch.Tensor) -> Turn:
     return Turn(reading, (time.perf_counter() - start) / TOKENS, held // PROMPT)
 
 
-def row(name: str, outline: Outline, whole: Outline, turns: list[Turn], wholes: list[Turn]) -> PrunedSpeedRow:
+def row(
+    name: str, outline: MetaModel, whole: MetaModel, turns: list[Turn], wholes: list[Turn]
+) -> PrunedSpeedRow:
     """A cut beside the whole model in the same turns."""
     pairs = list(zip(turns, wholes, strict=True))
     planned, planned_whole = per_token(outline), per_token(whole)

@@ -21,14 +21,14 @@ from evaluation.models import MODELS
 from evaluation.options import parser
 from evaluation.results import PruningRow
 from evaluation.runs import SAMPLES, known, layer_parameters, losses, outline, recipe_of, run, seconds
-from llmcompress.residency import Outline
+from llmcompress.modeling.layerwise import MetaModel
 
 NAME = "pruning"
 SCORES = ("obs", "taylor", "wanda", "activation", "magnitude")
 Settings = dict[str, object]  # of a `prune` stage
 
 
-def stages(model: Outline, share: float) -> dict[str, list[Settings]]:
+def stages(model: MetaModel, share: float) -> dict[str, list[Settings]]:
     """The settings of the `prune` stages of each row, for a share of the decoder layers' parameters."""
     layers = len(model.layers)
     inner = model.parameters() - model.parameters({axis: [0] * layers for axis in ("ffn", "kv")})

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from evaluation.models import LENGTH
-from llmcompress.prepare import config_of, find_base
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
-from llmcompress.residency import Outline
-from llmcompress.run import compress
-from llmcompress.texts import DataSpec
+from llmcompress.pipeline.resolve import config_of, find_base
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.data.sources import DataSpec
 
 SAMPLES = 64  # sequences that calibrate where many rows are measured
 Stage = dict[str, object]  # an entry of a recipe: {"prune": {"axis": "ffn", ...}}
@@ -34,7 +34,7 @@ def run(
     overwrite: bool = False,
 ) -> Report:
     """Run a recipe on a base from disk to disk."""
-    return compress(recipe, out, base=str(base), data=data, overwrite=overwrite)
+    return run_recipe(recipe, out, base=str(base), data=data, overwrite=overwrite)
 
 
 def seconds(report: Report) -> float:
@@ -58,11 +58,13 @@ def losses(report: Report) -> dict[str, float]:
     }
 
 
-def outline(base: str | Path) -> Outline:
+def outline(base: str | Path) -> MetaModel:
     """A model's shapes without its weights, by name or folder."""
-    return Outline(config_of(find_base(str(base), weights=False).folder), torch.device("cpu"), torch.float32)
+    return MetaModel(
+        config_of(find_base(str(base), weights=False).folder), torch.device("cpu"), torch.float32
+    )
 
 
-def layer_parameters(model: Outline) -> int:
+def layer_parameters(model: MetaModel) -> int:
     """Parameters of the decoder layers."""
     return sum(parameter.numel() for layer in model.layers for parameter in layer.parameters())

@@ -23,13 +23,13 @@ from evaluation.options import parser
 from evaluation.pruning import Settings
 from evaluation.results import SharingRow
 from evaluation.runs import Stage, known, losses, outline, recipe_of, run, seconds
-from llmcompress.checkpoint import Checkpoint
-from llmcompress.contents import left_by
+from llmcompress.io.checkpoint import Checkpoint
+from llmcompress.pipeline.outcome import outline_after
 from llmcompress.errors import CompressError
-from llmcompress.prepare import find_base
-from llmcompress.residency import Outline
-from llmcompress.stages.basis import Basis
-from llmcompress.stages.share import Share
+from llmcompress.pipeline.resolve import find_base
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.stages.low_rank.stage import LowRank
+from llmcompress.stages.share.stage import Share
 
 TOLD = (
     "name",
@@ -47,29 +47,29 @@ HEAL: dict[str, Settings] = {
 SCALES: Settings = {"train": "scales", "learning_rate": 1e-3}
 TIE: Settings = {"weights": ["embedding", "head"]}
 CODES: dict[str, Stage] = {
-    "codebook of 16 entries per row": {"tie": {"codebook": 16}},
-    "codebook of 256 entries per linear": {"tie": {"codebook": 256, "per": "linear"}},
+    "codebook of 16 entries per row": {"codebook": {"entries": 16}},
+    "codebook of 256 entries per linear": {"codebook": {"entries": 256, "per": "linear"}},
     "nf4": {"quantize": {"format": "nf4"}},
-    "nf4, group size 32": {"quantize": {"format": "nf4", "block": 32}},
+    "nf4, group size 32": {"quantize": {"format": "nf4", "group_size": 32}},
     "w8a16": {"quantize": {"format": "w8a16"}},
 }
 HEALED_CODES = ("codebook of 16 entries per row", "nf4")
 
 
 def largest(
-    model: Outline, candidates: Sequence[Settings], kind: type[Share] | type[Basis], most: int
+    model: MetaModel, candidates: Sequence[Settings], kind: type[Share] | type[LowRank], most: int
 ) -> Settings | None:
     """The candidate that leaves most parameters, but not more than so many."""
     found: tuple[int, Settings | None] = (0, None)
     for candidate in candidates:
-        left = left_by(kind.model_validate(candidate), model)
+        left = outline_after(kind.model_validate(candidate), model)
         count = left.parameters()
         if found[0] < count <= most:
             found = count, candidate
     return found[1]
 
 
-def ways(model: Outline, share: float) -> dict[str, list[Stage]]:
+def ways(model: MetaModel, share: float) -> dict[str, list[Stage]]:
     """What is done to reach a share of the parameters, by way."""
     layers = len(model.layers)
     most = int(share * model.parameters())
@@ -90,12 +90,12 @@ def ways(model: Outline, share: float) -> dict[str, list[Stage]]:
         rows["share"] = [{"tie": shared}]
     for name, count in (("low rank", 1), ("low rank over 2 layers", 2)):
         found = [{"basis": count, "keep": keep / 100} for keep in range(30, 100)]
-        if (made := largest(model, found, Basis, most)) is not None:
+        if (made := largest(model, found, LowRank, most)) is not None:
             rows[name] = [{"tie": made}]
     return rows
 
 
-def rows_of(name: str, model: Outline) -> dict[str, list[Stage]]:
+def rows_of(name: str, model: MetaModel) -> dict[str, list[Stage]]:
     """The stages of every row of a model."""
     heal, rows = HEAL[name], dict[str, list[Stage]]()
     for share in SHARES:
@@ -114,7 +114,7 @@ def rows_of(name: str, model: Outline) -> dict[str, list[Stage]]:
             rows[f"{row}, healed"] = [{"tie": settings}, {"distill": heal}]
     groups = len(model.layers) // 2 + 1
     for by in ("kl", "cka", "cosine", "adjacent"):
-        rows[f"grouping: {by}"] = [{"tie": {"layers": by, "groups": groups}}]
+        rows[f"grouping: {by}"] = [{"share": {"layers": by, "groups": groups}}]
     residual = {"layers": "kl", "groups": groups, "residual_rank": 16}
     rows["grouping: kl, residual of rank 16"] = [{"tie": residual}]
     return rows

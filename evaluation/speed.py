@@ -44,10 +44,10 @@ from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import SpeedRow
 from evaluation.timing import race
-from llmcompress import integer, integer_linear, native
-from llmcompress.integer import IntegerWeight, Scheme
-from llmcompress.methods.sparse import keep_mask
-from llmcompress.stages.coding import Integer
+from llmcompress.formats import integer, integer_linear, bitsandbytes_layout
+from llmcompress.formats.integer import IntegerWeight, IntegerLayout
+from llmcompress.algorithms.sparsegpt import keep_mask
+from llmcompress.formats.schemes import IntegerScheme
 
 SHAPES = (
     (256, 768),
@@ -129,9 +129,9 @@ def plain(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def own(scheme: Scheme, weight: Tensor) -> Callable[[], nn.Module]:
+def own(scheme: IntegerLayout, weight: Tensor) -> Callable[[], nn.Module]:
     """Our integer linear."""
-    found = Integer(scheme).nearest(weight.float(), STEP if scheme.activations == "static" else None)
+    found = IntegerScheme(scheme).nearest(weight.float(), STEP if scheme.activations == "static" else None)
     assert isinstance(found, IntegerWeight)
     return partial(integer_linear.linear, found, None, device=weight.device)
 
@@ -191,14 +191,17 @@ def candidates(device: torch.device) -> list[Candidate]:
     if device.type == "cuda":
         floats.reverse()
     others: dict[str, Make] = {
-        "w8a8": partial(own, Scheme("w8a8")),
-        "w8a8, static": partial(own, Scheme("w8a8", "static")),
-        "w4a8": partial(own, Scheme("w4a8", block=GROUP_SIZE)),
+        "w8a8": partial(own, IntegerLayout("w8a8")),
+        "w8a8, static": partial(own, IntegerLayout("w8a8", "static")),
+        "w4a8": partial(own, IntegerLayout("w4a8", layer=GROUP_SIZE)),
         "int8": lambda W: partial(
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),
         "nf4": lambda W: partial(
-            native.linear, native.quantize_nearest(W, "nf4", GROUP_SIZE, False), None, device=W.device
+            bitsandbytes_layout.linear,
+            bitsandbytes_layout.quantize_nearest(W, "nf4", GROUP_SIZE, False),
+            None,
+            device=W.device,
         ),
         "bitsandbytes int8": lambda W: partial(stock_int8, 0.0, W),
         "bitsandbytes int8, threshold 6": lambda W: partial(stock_int8, 6.0, W),

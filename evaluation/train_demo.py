@@ -31,7 +31,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from evaluation.options import parser
-from llmcompress.pydocs import python_docs
+from llmcompress.data.python_docs import python_docs
 
 VOCABULARY = 1536
 LENGTH = 512

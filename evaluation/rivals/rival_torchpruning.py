@@ -95,12 +95,12 @@ def keep_shared(pruner: tp.pruner.BasePruner, shared: set[torch.nn.Module]) -> N
 
 
 def size(model: PreTrainedModel) -> int:
-    """Parameters of the decoder blocks."""
+    """Parameters of the decoder layers."""
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
 def search(base: PreTrainedModel, importance: str, scope: str, share: float) -> tuple[PreTrainedModel, float]:
-    """The base cut by the least ratio that leaves at most `share` of its blocks, and that ratio."""
+    """The base cut by the least ratio that leaves at most `share` of its layers, and that ratio."""
     low, high, best = 0.0, 1.0, None
     for _ in range(TRIALS):
         ratio = (low + high) / 2
@@ -110,7 +110,7 @@ def search(base: PreTrainedModel, importance: str, scope: str, share: float) -> 
         else:
             high, best = ratio, model
     if best is None or size(best) < (1 - SLACK) * share * size(base):
-        raise SystemExit(f"no ratio leaves {(1 - SLACK) * share:.4f} to {share} of the blocks")
+        raise SystemExit(f"no ratio leaves {(1 - SLACK) * share:.4f} to {share} of the layers")
     return best, high
 
 

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.models import LENGTH, MODELS
 from evaluation.results import Sequences
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data, find_base
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
 
 KEY = "windows"  # of the tensor in a file: int64 [S, L]
 
@@ -31,7 +31,7 @@ def write(model: str, folder: Path) -> Files:
     """Write calibration-MODEL and evaluation-MODEL to a folder."""
     base = find_base(MODELS[model].base).folder
     spec = DataSpec(source=MODELS[model].text, length=LENGTH, bos=False)
-    data = blocks_for(OnDisk(base, torch.device("cpu")), spec, tokenizer_of(base))
+    data = calibration_data(DiskModel(base, torch.device("cpu")), spec, tokenizer_of(base))
     folder.mkdir(parents=True, exist_ok=True)
     files = Files(base, *(folder / f"{side}-{model}.safetensors" for side in ("calibration", "evaluation")))
     save_file({KEY: data.calibration.contiguous()}, files.calibration)
