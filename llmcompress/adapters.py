@@ -18,8 +18,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from llmcompress.base import StoredLinear, StoredModule
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear, StoredModule
 from llmcompress.plain import WRAPPED, make_plain
 
 TUNERS = "peft.tuners.tuners_utils"

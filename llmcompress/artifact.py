@@ -20,10 +20,10 @@ from llmcompress.checkpoint import INDEX
 from llmcompress.companions import CONFIG, kept, shareable
 from llmcompress.errors import OutputError
 from llmcompress.lock import Lock
-from llmcompress.report.render import amount
 from llmcompress.shard import Shard, discard, elsewhere, sync, sync_folder, writing
 from llmcompress.target import appear, resolved, seen
 from llmcompress.tokenizer import vocabulary_files
+from llmcompress.units import amount
 
 SHARD_BYTES = 5_000_000_000
 

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.axes import Spelling, scale
+from llmcompress.base import Inputs
 from llmcompress.errors import ModelError
 from llmcompress.family import Anatomy
 from llmcompress.methods.hessian import Moments
 
 Value = TypeVar("Value")
-Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 
 
 @dataclass

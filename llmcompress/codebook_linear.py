@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from llmcompress import lookup
+from llmcompress.base import DTYPES, StoredLinear, hold
 from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.codebook import ENTRIES, Palette, look_up
 
 

@@ -22,13 +22,12 @@ from llmcompress.recipe import Recipe
 from llmcompress.report import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
 from llmcompress.report.card import card, evaluations, front_matter
 from llmcompress.residency import Outline, Resident
-from llmcompress.resize import changed
+from llmcompress.resize import changed, renumbered
 from llmcompress.shard import writing
 from llmcompress.stages.basis import Basis
 from llmcompress.stages.choice import Written
 from llmcompress.stages.coding import FourBit, Int8, Integer
 from llmcompress.stages.context import OUTER
-from llmcompress.stages.depth import renumbered
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.prune import Cut, Prune
 from llmcompress.stages.share import Share

@@ -16,9 +16,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmcompress.base import StoredLinear, hold
 from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredLinear, hold
 
 
 @dataclass(frozen=True)

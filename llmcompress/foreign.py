@@ -22,7 +22,7 @@ from llmcompress.errors import ModelError
 from llmcompress.ondisk import no_progress_bar
 from llmcompress.plugin import METHOD
 from llmcompress.report.measure import size_bytes
-from llmcompress.report.render import amount
+from llmcompress.units import amount
 from llmcompress.walk import Track, batches_of
 
 OWN = (METHOD, "bitsandbytes")  # what is read block by block

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress import native
+from llmcompress.base import DTYPES, StoredLinear, hold
 from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 
 NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 

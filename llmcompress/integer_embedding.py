@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress import integer
+from llmcompress.base import StoredModule
 from llmcompress.errors import ModelError
 from llmcompress.integer import IntegerWeight, Scheme
-from llmcompress.integer_linear import IntegerLinear, StoredModule
+from llmcompress.integer_linear import IntegerLinear
 
 SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")  # rows * embed_scale, in the type of the rows
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.base import StoredLinear, StoredModule
 from llmcompress.errors import ModelError
 from llmcompress.integer_embedding import IntegerEmbedding
-from llmcompress.integer_linear import StoredLinear, StoredModule
 from llmcompress.said import CompressedConfig, read_config
 from llmcompress.widths import mixed
 

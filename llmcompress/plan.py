@@ -24,7 +24,6 @@ from llmcompress.stages import sublayers
 from llmcompress.stages.basis import Basis
 from llmcompress.stages.cluster import Cluster
 from llmcompress.stages.coding import FourBit
-from llmcompress.stages.depth import SAMPLE
 from llmcompress.stages.distill import Distill
 from llmcompress.stages.embedding import apart
 from llmcompress.stages.fisher import tokens_for
@@ -36,7 +35,7 @@ from llmcompress.stages.share import TOKENS, Share
 from llmcompress.stages.sparsify import Sparsify
 from llmcompress.stages.tie import Tie
 from llmcompress.stored import Layout
-from llmcompress.walk import TOKENS_AT_ONCE
+from llmcompress.walk import SAMPLE, TOKENS_AT_ONCE
 
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
 

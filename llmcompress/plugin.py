@@ -24,6 +24,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_
 from transformers.quantizers.base import HfQuantizer
 
 from llmcompress.anatomy import anatomy_of
+from llmcompress.base import StoredLinear, StoredModule
 from llmcompress.codebook_linear import Codebook, CodebookLinear
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredLinear
@@ -31,7 +32,7 @@ from llmcompress.family import Anatomy
 from llmcompress.four_bit import FourBit, FourBitLinear
 from llmcompress.integer import Scheme
 from llmcompress.integer_embedding import IntegerEmbedding, share
-from llmcompress.integer_linear import IntegerLinear, StoredLinear, StoredModule
+from llmcompress.integer_linear import IntegerLinear
 from llmcompress.plain import known_ties, let_resize, make_plain, ours
 from llmcompress.said import METHOD as METHOD
 from llmcompress.said import CompressedConfig as CompressedConfig

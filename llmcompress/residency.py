@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmcompress.anatomy import anatomy_of
 from llmcompress.axes import Spelling
-from llmcompress.block import Inputs
+from llmcompress.base import Inputs
 from llmcompress.checkpoint import check_finite
 from llmcompress.configs import skeleton
 from llmcompress.errors import ModelError

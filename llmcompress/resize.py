@@ -7,7 +7,8 @@ query heads to divide the hidden width; Mistral is the same model without that r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import transformers
@@ -78,6 +79,16 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
     if (why := _refusal(whole | fields)) is not None:
         raise ModelError(f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep")
     return fields
+
+
+def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
+    """The name of a tensor, in the model or in a file, once blocks are gone from `layers`; None if it goes with one."""
+    found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
+    if found is None or not gone:
+        return name
+    index = int(found[1])
+    number = index - sum(other < index for other in gone)
+    return None if index in gone else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"
 
 
 def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:

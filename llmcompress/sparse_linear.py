@@ -20,9 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from llmcompress.base import DTYPES, StoredLinear, hold
 from llmcompress.damage import Flaw, finite, require_sound
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import DTYPES, StoredLinear, hold
 from llmcompress.methods.sparse import Keep, fill, pack_mask, unpack_mask
 
 

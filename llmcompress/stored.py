@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import codebook_linear, factored, four_bit, integer, native, sparse_linear
-from llmcompress.block import Inputs
+from llmcompress.base import Inputs
 from llmcompress.checkpoint import BESIDE, FACTORS
 from llmcompress.codebook_linear import Codebook, CodebookWeight
 from llmcompress.errors import ModelError, first_line

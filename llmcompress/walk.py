@@ -31,6 +31,7 @@ from llmcompress.residency import Resident
 from llmcompress.shard import writing
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
+SAMPLE = 8192  # tokens that decide what goes or what is shared
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a block, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
@@ -196,6 +197,22 @@ def without_each(
 def divergence(expected: Tensor, found: Tensor) -> float:
     """KL in nats a token of scores [B, L, V] from the log-probabilities expected, in the mean."""
     return float((expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).mean())
+
+
+@torch.no_grad()
+def divergences(
+    model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
+) -> dict[Key, float]:
+    """KL in nats a token of the predictions from each stream's last states, from those of the full model.
+
+    What is predicted at the first `unscored` positions of a window does not count.
+    """
+    lost = dict.fromkeys(streams, 0.0)
+    for i, hidden in enumerate(full):
+        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
+        for index, states in streams.items():
+            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
+    return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
 def logits(resident: Resident, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from llmcompress.base import StoredModule
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored
 from llmcompress.integer import Scheme
-from llmcompress.integer_linear import StoredModule
 from llmcompress.plain import ours
 from llmcompress.run import compress
 from llmcompress.stored import Layout

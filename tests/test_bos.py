@@ -27,12 +27,11 @@ from llmcompress.report.card import BOS, card
 from llmcompress.report.render import print_evaluation, print_report
 from llmcompress.reproduce import reproduce
 from llmcompress.run import compress
-from llmcompress.stages.depth import divergences
 from llmcompress.stages.matching import Matching
 from llmcompress.stages.teacher import Said, asked, said
 from llmcompress.stages.training import Objective, Windows, measured
 from llmcompress.texts import DataSpec
-from llmcompress.walk import following, gradients, next_tokens, output_fisher, walk
+from llmcompress.walk import divergences, following, gradients, next_tokens, output_fisher, walk
 from tests.artefacts import CPU
 from tests.bases import VOCABULARY, bos_tokenizer, byte_tokenizer, save_base, save_bos_base, write_text
 from tests.models import noise, pico

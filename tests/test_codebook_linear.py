@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress import codebook_linear, plugin
+from llmcompress.base import DTYPES
 from llmcompress.codebook_linear import Codebook, CodebookLinear, CodebookWeight, pack, read, unpack
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import DTYPES
 from llmcompress.methods.codebook import Palette, kmeans, nearest
 from llmcompress.stored import dequantize, layouts_of, parts_of, quantized_linears
 from tests.artefacts import linears, write_in

@@ -41,7 +41,7 @@ def clustered(W_RC: Tensor, layout: Codebook) -> CodebookWeight:
     rows = layout.sharing(len(W_RC))
     levels = layout.snap(kmeans(W_RC, torch.ones(W_RC.shape[1]), layout.entries, rows))
     codes = nearest(W_RC, levels, rows).to(torch.uint8)
-    return CodebookWeight(codes, levels.to(integer_linear.DTYPES[layout.dtype]), layout)
+    return CodebookWeight(codes, levels.to(base.DTYPES[layout.dtype]), layout)
 
 
 def parts(layout: Factored, dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredWeight:
@@ -197,7 +197,7 @@ def test_levels_are_used_as_they_will_be_stored() -> None:
         shift(module, making, 1e-2)
         exact = moved_levels(weight, values(module, making)[0])
         used, unrounded = made(module), exactly(making, values(module, making))
-        dtype = integer_linear.DTYPES[layout.dtype]
+        dtype = base.DTYPES[layout.dtype]
         assert torch.equal(used.to(dtype).float(), used), "of the type in which levels lie on the disk"
         torch.testing.assert_close(used, unrounded, rtol=torch.finfo(dtype).eps, atol=1e-6)
         assert layout.dtype == "float32" or not bool(torch.isin(used, exact.flatten()).all())

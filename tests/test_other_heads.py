@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from transformers.quantizers.quantizers_utils import should_convert_module
 
 from llmcompress import native
+from llmcompress.base import StoredModule
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import StoredModule
 from llmcompress.run import compress
 from tests.artefacts import TOKENS
 from tests.bases import save_base, small_recipe, write_text

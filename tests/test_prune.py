@@ -19,9 +19,8 @@ from llmcompress.recipe import Accept, Recipe
 from llmcompress.report import Report
 from llmcompress.residency import Live, Resident
 from llmcompress.run import compress
-from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
-from llmcompress.walk import without_each
+from llmcompress.walk import divergences, without_each
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico

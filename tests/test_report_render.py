@@ -21,9 +21,10 @@ from llmcompress.recipe import Recipe
 from llmcompress.report import Report
 from llmcompress.report.card import card, evaluations, front_matter, recipe_card
 from llmcompress.report.pictures import before_after, error_per_layer, training_curves
-from llmcompress.report.render import amount, change, duration, number, print_evaluation, print_plan, print_report
+from llmcompress.report.render import change, print_evaluation, print_plan, print_report
 from llmcompress.report.sharing import for_others
 from llmcompress.stages.distill import Distill
+from llmcompress.units import amount, duration, number
 
 RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the block\n"
 REVISION = "0123456789abcdef0123456789abcdef01234567"

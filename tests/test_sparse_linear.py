@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress import plugin, sparse_linear
+from llmcompress.base import DTYPES
 from llmcompress.checkpoint import Checkpoint
 from llmcompress.errors import ModelError
-from llmcompress.integer_linear import DTYPES
 from llmcompress.methods.sparse import keep_mask
 from llmcompress.sparse_linear import Sparse, SparseLinear, SparseWeight, read
 from llmcompress.stored import dequantize, layouts_of, parts_of, quantized_linears

@@ -18,9 +18,8 @@ from llmcompress.report import Report
 from llmcompress.residency import Live, Outline
 from llmcompress.run import compress
 from llmcompress.stages import sublayers
-from llmcompress.stages.depth import divergences
 from llmcompress.stages.prune import Prune
-from llmcompress.walk import without_each
+from llmcompress.walk import divergences, without_each
 from tests.artefacts import CPU, distance, live, load
 from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico

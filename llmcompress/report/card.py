@@ -20,19 +20,17 @@ from llmcompress.places import is_path, short_name
 from llmcompress.report import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 from llmcompress.report.render import (
     Rows,
-    amount,
     before_after,
     change,
     fidelity_rows,
     kept_rows,
     nats,
-    number,
-    percent,
     steps,
     time_rows,
     worst_rows,
 )
 from llmcompress.report.sharing import for_others, is_local_text, others_in
+from llmcompress.units import amount, number, percent
 from llmcompress.untrusted import Unreadable, yaml_of
 
 LARGEST = 1 << 16  # bytes of front matter

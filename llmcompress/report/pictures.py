@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from llmcompress.places import short_name
 from llmcompress.report import Interval, Report, TrainingFacts
-from llmcompress.report.render import amount, change, number
+from llmcompress.report.render import change
+from llmcompress.units import amount, number
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")  # safe for the colour-blind
 MARKERS = "os^Dv<>P"

@@ -16,10 +16,9 @@ from llmcompress.block import Block
 from llmcompress.methods.budget import Option, allocate
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
-from llmcompress.stages.depth import divergences
 from llmcompress.stages.fisher import find_fisher, metric
 from llmcompress.stages.units import Reading, Score, cut
-from llmcompress.walk import batches_of, walk
+from llmcompress.walk import batches_of, divergences, walk
 
 SAMPLE = 4096  # tokens that are measured on
 

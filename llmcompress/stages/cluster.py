@@ -13,8 +13,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
+from llmcompress.base import DTYPES
 from llmcompress.codebook_linear import Codebook, CodebookWeight
-from llmcompress.integer_linear import DTYPES
 from llmcompress.journal import Journal
 from llmcompress.methods.codebook import solve_codebook
 from llmcompress.methods.hessian import Moments, retarget

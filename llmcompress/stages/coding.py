@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import integer, native, stored
-from llmcompress.block import Inputs
+from llmcompress.base import Inputs
 from llmcompress.integer import Int8Weight, IntegerWeight, Scheme
 from llmcompress.methods.grids import Grid, grid
 from llmcompress.methods.overflow import require_within

@@ -8,9 +8,8 @@ out those that turn them least.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,7 @@ from torch import Tensor
 from llmcompress.methods.scores import block_influence
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
-from llmcompress.walk import Part, divergence, leave, walk, without_each
-
-Key = TypeVar("Key", bound=Hashable)
-SAMPLE = 8192  # tokens that decide
+from llmcompress.walk import SAMPLE, Part, divergences, walk, without_each
 
 
 def find(model: Resident, context: Context, count: int, score: str) -> dict[str, Any]:
@@ -81,29 +77,3 @@ def _sample(context: Context) -> Tensor:
 def _while(condition: Callable[[], bool]) -> Iterator[None]:
     while condition():
         yield
-
-
-@torch.no_grad()
-def divergences(
-    model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
-) -> dict[Key, float]:
-    """KL in nats a token of the predictions from each stream's last states, from those of the full model.
-
-    What is predicted at the first `unscored` positions of a window does not count.
-    """
-    lost = dict.fromkeys(streams, 0.0)
-    for i, hidden in enumerate(full):
-        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
-        for index, states in streams.items():
-            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
-    return {index: total / sum(map(len, full)) for index, total in lost.items()}
-
-
-def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
-    """The name of a tensor, in the model or in a file, once blocks are gone from `layers`; None if it goes with one."""
-    found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
-    if found is None or not gone:
-        return name
-    index = int(found[1])
-    number = index - sum(other < index for other in gone)
-    return None if index in gone else f"{name[: found.start(1)]}{number}{name[found.end(1) :]}"

@@ -17,8 +17,7 @@ from llmcompress.block import Block
 from llmcompress.methods.sharing import adjacent, agglomerate, cka, cosines
 from llmcompress.residency import Resident
 from llmcompress.stages.context import Context
-from llmcompress.stages.depth import SAMPLE, divergences
-from llmcompress.walk import Edit, variants, walk
+from llmcompress.walk import SAMPLE, Edit, divergences, variants, walk
 
 Likeness = Literal["kl", "cka", "cosine", "adjacent"]
 NEAR = 4  # layers, the likest by each score, that a layer is tried to be given up for

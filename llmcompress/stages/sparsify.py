@@ -14,7 +14,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from torch import Tensor
 
-from llmcompress.integer_linear import DTYPES
+from llmcompress.base import DTYPES
 from llmcompress.journal import Journal
 from llmcompress.methods.hessian import Moments, retarget
 from llmcompress.methods.scores import wanda_weights
