@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import integer_linear, native, stored
+from llmcompress import base, native, stored
 from llmcompress.codebook_linear import Codebook, CodebookWeight
 from llmcompress.errors import ModelError
 from llmcompress.factored import Factored, FactoredWeight
