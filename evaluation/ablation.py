@@ -21,21 +21,21 @@ import torch
 from bench import LENGTH, MODELS, head
 from torch import Tensor
 
-from llmcompress.block import Block
-from llmcompress.methods.gptq import descend, gptq
-from llmcompress.methods.grids import Grid, grid
-from llmcompress.methods.hessian import retarget
-from llmcompress.methods.scales import blocks_of, fit_scales, search_scales, spread
-from llmcompress.methods.solve import Rounded
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base
-from llmcompress.report.measure import fidelity
-from llmcompress.stages.coding import FourBit
-from llmcompress.stages.quantize import Quantize
-from llmcompress.stages.rounding import Rounding
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import logits, output_fisher, walk
+from llmcompress.algorithms.gptq import descend, gptq
+from llmcompress.algorithms.grids import Grid, grid
+from llmcompress.algorithms.hessian import retarget
+from llmcompress.algorithms.quantize_weight import Rounded
+from llmcompress.algorithms.scales import blocks_of, fit_scales, search_scales, spread
+from llmcompress.data.sources import DataSpec
+from llmcompress.formats.schemes import FourBit
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.decoder_layer import Block
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.sequential import logits, output_fisher, walk
+from llmcompress.pipeline.resolve import blocks_for, find_base
+from llmcompress.report.metrics import fidelity
+from llmcompress.stages.quantize.rounding import Rounding
+from llmcompress.stages.quantize.stage import Quantize
 
 BLOCK, CPU = 64, torch.device("cpu")
 Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it is rounded to

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from llmcompress.errors import ModelError
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
-from llmcompress.report.measure import environment
-from llmcompress.run import compress
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import environment
+from llmcompress.report.schema import Report
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"

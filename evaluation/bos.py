@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from bench import HERE, LENGTH, MODELS, head
 
-from llmcompress.evaluate import evaluate
-from llmcompress.recipe import Recipe
-from llmcompress.run import compress
-from llmcompress.texts import DataSpec
+from llmcompress.data.sources import DataSpec
+from llmcompress.pipeline.evaluate import evaluate
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
 
 RECIPES = {
     "nf4-nearest": "[{quantize: {format: nf4, rounding: nearest}}]",

@@ -37,13 +37,13 @@ from rich.table import Table
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmcompress.data import load_data
-from llmcompress.recipe import Recipe
-from llmcompress.report.measure import peak_memory_bytes
-from llmcompress.run import compress
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import TOKENS_AT_ONCE, batches_of
+from llmcompress.data.calibration import load_data
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import peak_memory_bytes
 
 HERE = Path(__file__).parent
 LENGTH, EVALUATION = 256, 8  # tokens a window; windows that measure the artefact

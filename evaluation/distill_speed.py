@@ -26,18 +26,18 @@ from bench import LENGTH, MODELS, head
 from torch import Tensor
 from transformers import TrainerCallback
 
-from llmcompress.journal import Journal
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base, source_of
-from llmcompress.recipe import Recipe
-from llmcompress.run import compress
-from llmcompress.stages import distill
-from llmcompress.stages.context import Context
-from llmcompress.stages.distill import Distill
-from llmcompress.stages.student import whole
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import untracked
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.journal import Journal
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.sequential import untracked
+from llmcompress.pipeline.resolve import blocks_for, find_base, source_of
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.base import Context
+from llmcompress.stages.distill import stage
+from llmcompress.stages.distill.stage import Distill
+from llmcompress.stages.distill.student import whole
 
 FILE = Path(__file__).parent / "results" / "distill_speed.json"
 BATCH, MICRO = 8, 8
@@ -55,7 +55,7 @@ class Clock(TrainerCallback):
         self.ends.append(time.perf_counter())
 
 
-class Timed(distill.DistillTrainer):
+class Timed(stage.DistillTrainer):
     """The trainer of the stage, with a clock; every training here puts its own in `last`."""
 
     last: Clock
@@ -135,7 +135,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
-    distill.DistillTrainer = Timed  # type: ignore[misc]
+    stage.DistillTrainer = Timed  # type: ignore[misc]
     base, text = MODELS[given.model]
     model = OnDisk(find_base(base).folder, torch.device("cpu"))
     students = [measure(model, text, keep, given.steps, given.rounds) for keep in given.keep]

@@ -22,9 +22,9 @@ import torch
 from bench import LENGTH, MODELS, head
 from pruning import WINDOWS, outline, stages
 
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
-from llmcompress.run import compress
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
 
 FILE = Path(__file__).parent / "results" / "healing.json"
 CUTS = {"demo": "obs, sensitivity, ffn and kv", "wikilm-8m": "hidden, then ffn by sensitivity"}

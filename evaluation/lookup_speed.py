@@ -26,9 +26,10 @@ from rich.table import Table
 from speed import plain, race, random
 from torch import Tensor
 
-from llmcompress import codebook_linear, lookup, native
-from llmcompress.codebook_linear import Codebook, CodebookWeight
-from llmcompress.methods.codebook import Palette, nearest
+from llmcompress.algorithms.codebook import Palette, nearest
+from llmcompress.formats import bitsandbytes_layout, codebook
+from llmcompress.formats.codebook import Codebook, CodebookWeight
+from llmcompress.kernels import lut_gemm
 
 FILE = Path(__file__).parent / "results" / f"lookup_speed-{torch.backends.cpu.get_cpu_capability().lower()}.json"
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))  # rows x columns
@@ -51,10 +52,10 @@ def clustered(W_RC: Tensor) -> CodebookWeight:
 def cases(shape: tuple[int, int], dtype: torch.dtype, budget_s: float) -> list[Row]:
     """A shape with every number of tokens. Errors: SystemExit where an output is not that of its weight."""
     W_RC = random(*shape, torch.float32, torch.device("cpu"))
-    packed, made = native.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
+    packed, made = bitsandbytes_layout.quantize_nearest(W_RC.to(dtype), "nf4", 64, False), clustered(W_RC)
     modules: dict[str, tuple[Any, Tensor]] = {
-        "bitsandbytes nf4": (native.linear(packed, None), native.dequantize(packed, torch.float32)),
-        "codebook of 16 a row": (codebook_linear.linear(made, None), made.dequantize()),
+        "bitsandbytes nf4": (bitsandbytes_layout.linear(packed, None), bitsandbytes_layout.dequantize(packed, torch.float32)),
+        "codebook of 16 a row": (codebook.linear(made, None), made.dequantize()),
         "plain": (plain(W_RC.to(dtype)), W_RC),
     }
     rows = []
@@ -94,7 +95,7 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     rows: list[Row] = []
-    result = head() | {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernel": lookup.form(), "rows": rows}
+    result = head() | {"cpu_capability": torch.backends.cpu.get_cpu_capability(), "kernel": lut_gemm.form(), "rows": rows}
     for shape in SHAPES:
         for dtype in DTYPES:
             rows += cases(shape, dtype, CASE_S * given.pace)

@@ -19,11 +19,11 @@ import torch
 from bench import LENGTH, head
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmcompress.data import DEMO_MODEL
-from llmcompress.recipe import Recipe
-from llmcompress.residency import Live
-from llmcompress.run import compress
-from llmcompress.walk import walk
+from llmcompress.data.calibration import DEMO_MODEL
+from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.sequential import walk
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
 
 CHANNELS, LEAST, MOST = 4, 50.0, 100.0
 SETTINGS = {

@@ -21,10 +21,10 @@ import torch
 from bench import head
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from llmcompress.plan import per_token
-from llmcompress.residency import Outline
-from llmcompress.resize import changed
-from llmcompress.stages.prune import Prune
+from llmcompress.architectures.resize import changed
+from llmcompress.modeling.layerwise import Outline
+from llmcompress.pipeline.plan import per_token
+from llmcompress.stages.prune.stage import Prune
 
 FILE = Path(__file__).parent / "results" / "pruned_speed.json"
 SHAPE = {"vocab_size": 2048, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 10}

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from bench import LENGTH, MODELS, head
 
-from llmcompress.prepare import config_of, find_base
-from llmcompress.recipe import Recipe
-from llmcompress.residency import Outline
-from llmcompress.run import compress
+from llmcompress.modeling.layerwise import Outline
+from llmcompress.pipeline.resolve import config_of, find_base
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
 
 FILE = Path(__file__).parent / "results" / "pruning.json"
 WINDOWS = 64

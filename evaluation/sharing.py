@@ -22,15 +22,15 @@ import torch
 from bench import LENGTH, MODELS, head
 from pruning import WINDOWS, outline
 
-from llmcompress.checkpoint import Checkpoint
-from llmcompress.contents import left_by
 from llmcompress.errors import CompressError
-from llmcompress.prepare import find_base
-from llmcompress.recipe import Recipe
-from llmcompress.residency import Outline
-from llmcompress.run import compress
-from llmcompress.stages.basis import Basis
-from llmcompress.stages.share import Share
+from llmcompress.io.checkpoint import Checkpoint
+from llmcompress.modeling.layerwise import Outline
+from llmcompress.pipeline.outcome import left_by
+from llmcompress.pipeline.resolve import find_base
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.share.stage import Share
 
 RESULTS = Path(__file__).parent / "results"
 SHARES = (0.9, 0.75, 0.6, 0.5)

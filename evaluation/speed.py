@@ -43,11 +43,11 @@ from rich.table import Table
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
-from llmcompress import integer, integer_linear, native
-from llmcompress.integer import Scheme
-from llmcompress.methods.sparse import keep_mask
-from llmcompress.report.measure import environment
-from llmcompress.stages.coding import Integer
+from llmcompress.algorithms.sparsegpt import keep_mask
+from llmcompress.formats import bitsandbytes_layout, integer, integer_linear
+from llmcompress.formats.integer import Scheme
+from llmcompress.formats.schemes import Integer
+from llmcompress.report.metrics import environment
 
 HERE = Path(__file__).parent
 SHAPES = ((256, 768), (2048, 2048), (4096, 11008))  # rows x columns; the last comes from memory each time, even in int8
@@ -155,7 +155,9 @@ def candidates(device: torch.device) -> list[Candidate]:
         "int8": lambda W: partial(
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),
-        "nf4": lambda W: partial(native.linear, native.quantize_nearest(W, "nf4", BLOCK, False), None, device=W.device),
+        "nf4": lambda W: partial(
+            bitsandbytes_layout.linear, bitsandbytes_layout.quantize_nearest(W, "nf4", BLOCK, False), None, device=W.device
+        ),
         "bitsandbytes int8": lambda W: partial(stock_int8, 0.0, W),
         "bitsandbytes int8, threshold 6": lambda W: partial(stock_int8, 6.0, W),
         "bitsandbytes nf4": lambda W: partial(stock_nf4, W),

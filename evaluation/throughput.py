@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers import AutoModelForCausalLM
 
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base
-from llmcompress.report.measure import fidelity
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
-from llmcompress.walk import TOKENS_AT_ONCE, batches_of, logits
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of, logits
+from llmcompress.pipeline.resolve import blocks_for, find_base
+from llmcompress.report.metrics import fidelity
 
 HERE = Path(__file__).parent
 SHARED = HERE.parent.parent / "shared"

@@ -29,7 +29,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from llmcompress.pydocs import python_docs
+from llmcompress.data.python_docs import python_docs
 
 VOCABULARY = 1536
 LENGTH = 512

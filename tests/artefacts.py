@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import plugin  # teaches from_pretrained our formats
-from llmcompress.contents import tensors_of
 from llmcompress.errors import ModelError
-from llmcompress.ondisk import OnDisk
-from llmcompress.plan import plan
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
-from llmcompress.run import compress
-from llmcompress.stored import Layout, Stored, dequantize
-from llmcompress.walk import logits
+from llmcompress.formats.registry import Layout, Stored, dequantize
+from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.sequential import logits
+from llmcompress.pipeline.outcome import tensors_of
+from llmcompress.pipeline.plan import plan
+from llmcompress.pipeline.run import compress
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer
 
 CPU = torch.device("cpu")
@@ -69,7 +69,7 @@ def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callabl
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = plugin.quantization_config([(layout, names)])
+    config["quantization_config"] = transformers_quantizer.quantization_config([(layout, names)])
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors", {"format": "pt"})

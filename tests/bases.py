@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmcompress.recipe import Recipe
+from llmcompress.recipe.recipe import Recipe
 from tests.models import pico
 
 VOCABULARY = 256

@@ -21,7 +21,7 @@ from score import stored
 sys.path.insert(0, str(HERE.parent))
 from bench import MODELS, commit
 
-from llmcompress.prepare import find_base
+from llmcompress.pipeline.resolve import find_base
 
 RIVAL, PACKAGE = "torchpruning", "torch-pruning"
 IMPORTANCES = ("taylor", "magnitude")

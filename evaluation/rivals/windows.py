@@ -15,10 +15,10 @@ from safetensors.torch import save_file
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from bench import LENGTH, MODELS
 
-from llmcompress.ondisk import OnDisk
-from llmcompress.prepare import blocks_for, find_base
-from llmcompress.texts import DataSpec
-from llmcompress.tokenizer import tokenizer_of
+from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.pipeline.resolve import blocks_for, find_base
 
 
 def main() -> None:

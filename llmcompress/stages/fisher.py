@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from llmcompress.methods.hessian import metric_factor
-from llmcompress.residency import Resident
-from llmcompress.stages.context import Context
-from llmcompress.walk import output_fisher
+from llmcompress.algorithms.hessian import metric_factor
+from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.sequential import output_fisher
+from llmcompress.stages.base import Context
 
 FISHER = "fisher"  # in the journal
 TOKENS = 32768  # more than these change what is made of them by less than its noise

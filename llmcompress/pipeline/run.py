@@ -1,0 +1,237 @@
+"""compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
+
+Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished block
+is in the journal, the artefact is measured from the disk it was written to, and it appears under its name only when it is
+whole and within what the recipe accepts. A run that died is started again with the same arguments and goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.data.calibration import Blocks
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import DataError, OutputError, first_line
+from llmcompress.integrations import distributed
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.checkpoint import Checkpoint
+from llmcompress.io.journal import Journal
+from llmcompress.io.output_folder import Writer, journal_folder, partial_folder
+from llmcompress.io.safetensors_writer import discard
+from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
+from llmcompress.io.user_paths import path_of
+from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.sequential import Track, logits, untracked
+from llmcompress.pipeline.between_stages import joint_folder, write_joint
+from llmcompress.pipeline.evaluate import speed_of
+from llmcompress.pipeline.outcome import Outcome, companions, require_pictures, write_weights
+from llmcompress.pipeline.resolve import (
+    Base,
+    at_commits,
+    blocks_for,
+    config_of,
+    find_base,
+    fresh_student,
+    pick_device,
+    require_computable,
+    require_kin,
+    require_loadable,
+    source_of,
+)
+from llmcompress.pipeline.stages import done, report_of, require_possible
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
+from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
+from llmcompress.stages.base import Context, Source
+from llmcompress.stages.distill.stage import Distill
+
+SOURCES = ("*.py", "*.c", "*.h")  # of this package
+
+
+def compress(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    base: str | None = None,
+    data: str | DataSpec | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    tokens_sha256: str | None = None,
+    track: Track = untracked,
+) -> Report:
+    """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
+
+    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
+    hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
+    the recipe's bounds: then nothing is published, and the finished blocks are kept.
+    """
+    start = time.monotonic()
+    recipe.require_own_names(base=base, data=data)
+    target = path_of(out, "--out", OutputError)
+    place = partial_folder(target)
+    require_pictures()
+    distributed.join(device)
+    found = find_base(base or recipe.base, recipe.revision if base is None else None)
+    config = config_of(found.folder, base=True)
+    spec = recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
+    where, tokenizer = pick_device(device), tokenizer_of(found.folder)
+    pinned = at_commits(recipe)
+    require_kin(pinned, config, tokenizer)
+    base_size = Checkpoint.open(found.folder).size_bytes
+    with (
+        Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
+        if distributed.first()
+        else nullcontext() as writer
+    ):
+        distributed.wait()
+        model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
+        require_possible(pinned, model)
+        require_computable(model)
+        require_loadable(found.folder, config)
+        require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
+        blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
+        if tokens_sha256 not in (None, blocks.sha256):
+            raise DataError(
+                f"{spec.source} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                "give the same text with --data, or the same base with --base"
+            )
+        chained = _chain(pinned, model, found, blocks, place, track)
+        if writer is not None:
+            folder = write_weights(writer, chained.model, chained.outcome)
+            keep_tokens(folder, tokenizer, found.folder)
+            before, after, measured = _measure(found, folder, str(out), where, blocks, track)
+            cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
+            report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
+            report.require(**recipe.accept.model_dump())
+            writer.publish(companions(report, recipe, found.folder, place))
+    distributed.wait()
+    return Report.of(target)
+
+
+@dataclass(frozen=True)
+class Chained:
+    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
+
+    model: OnDisk
+    outcome: Outcome
+    facts: list[StageFacts]
+
+
+def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
+    """The folder of the model that takes the place of the base, if one does."""
+    if recipe.student is None:
+        return None
+    with distributed.first_alone() as writes:
+        if writes:
+            discard(place / "student")  # whatever is there
+        return fresh_student(recipe.student, place / "student", seed, write=writes)
+
+
+def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Path, track: Track) -> Chained:
+    """Do the stages.
+
+    Of several processes the first does them, and the others come in where there is training.
+    """
+
+    def teacher(name: str | None) -> Source:
+        return source_of(name or str(base.folder), model.device)
+
+    others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
+    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
+    origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
+    for number, step in enumerate(recipe.stages):
+        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, blocks)
+        with distributed.first_alone() as writes:
+            journal = Journal(folder, key) if writes else None
+        journal = journal or Journal(folder, key)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            context = Context(teacher, origin, blocks, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            if distributed.first() or isinstance(step.stage, Distill):
+                facts.append(done(step.stage, model, context))
+        distributed.wait()
+        outcome = Outcome(step.stage, model, journal)
+        origin = outcome.left_of(origin)
+        if number < len(recipe.stages) - 1:
+            with distributed.first_alone() as writes:
+                if writes and (note := write_joint(journal, model, outcome, base.folder)):
+                    facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
+            model = OnDisk(joint_folder(journal), model.device, quantized=bool(outcome.chosen) or model.has_codes)
+    return Chained(model, outcome, facts)
+
+
+def _measure(
+    base: Base, folder: Path, out: str, device: torch.device, blocks: Blocks, track: Track
+) -> tuple[ModelFacts, ModelFacts, Fidelity]:
+    """Base and artefact as they lie on the disk, and how far they are apart."""
+    written, base_model = OnDisk(folder, device, quantized=True), OnDisk(base.folder, device)
+    ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (written, base_model))
+    measured = fidelity(ours, blocks.scored, theirs)
+    before = ModelFacts(
+        model=base.name,
+        revision=base.revision,
+        parameters=base_model.checkpoint.parameters,
+        size_bytes=base_model.checkpoint.size_bytes,
+        perplexity=measured.base_perplexity,
+        perplexity_ci95=measured.base_perplexity_ci95,
+        **_speed_of_base(base.folder, blocks, device),
+    )
+    after = ModelFacts(
+        model=out,
+        parameters=written.checkpoint.parameters,
+        size_bytes=written.checkpoint.size_bytes,
+        perplexity=measured.perplexity,
+        perplexity_ci95=measured.perplexity_ci95,
+        **_speed(folder, blocks, device),
+    )
+    return before, after, measured
+
+
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Blocks) -> str:
+    """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
+    versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
+    stages = recipe.model_dump(mode="json")["stages"][: number + 1]
+    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions, source_digest(Path(__file__).parents[1])]
+    text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def source_digest(folder: Path) -> str:
+    """Digest of the source of a package, in which its version is too: an editable one changes under the same version."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _speed_of_base(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
+    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
+    try:
+        return _speed(folder, blocks, device)
+    except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
+        warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
+        return {}
+
+
+def _speed(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
+    fast = speed_of(folder, blocks.evaluation, device)
+    if fast is None:
+        return {}
+    return {
+        "tokens_per_s": fast.prefill_tokens_per_s,
+        "decode_tokens_per_s": fast.decode_tokens_per_s,
+        "memory_bytes": fast.memory_bytes,
+    }

@@ -1,0 +1,111 @@
+"""The stages of a recipe one after another: what a run on disk and one in memory have in common."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+
+from llmcompress.data.calibration import Blocks
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import ModelError
+from llmcompress.formats.schemes import FourBit
+from llmcompress.modeling.layerwise import Resident
+from llmcompress.pipeline.outcome import left_by
+from llmcompress.recipe.entries import Stage
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import Fidelity, environment
+from llmcompress.report.schema import (
+    DATA_PLACE,
+    CostFacts,
+    DataFacts,
+    EnvironmentFacts,
+    FidelityFacts,
+    ModelFacts,
+    Report,
+    StageFacts,
+)
+from llmcompress.stages.base import Context, naming, require_numbers
+from llmcompress.stages.codebook.stage import Cluster
+from llmcompress.stages.distill.stage import Distill
+from llmcompress.stages.quantize.stage import Quantize
+
+
+def require_possible(recipe: Recipe, model: Resident) -> None:
+    """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
+    scaled = False
+    for step in recipe.stages:
+        stage = step.stage
+        if isinstance(stage, Distill):
+            stage.require_packages()
+            stage.micro(stage.length or 1)
+            if stage.train == "scales" and not scaled:
+                raise ModelError(
+                    "train: scales is for nf4 and fp4 blocks and for codebooks, and the stages before leave none; train norms"
+                )
+            if stage.train == "lora" and model.layouts:
+                raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
+        elif isinstance(stage, Quantize):
+            stage.rotation(model, recipe.data.seed)
+            scaled = scaled or any(isinstance(coding, FourBit) for coding in stage.choose(model)[0].values())
+        scaled = scaled or isinstance(stage, Cluster)
+        model = left_by(stage, model)
+
+
+def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
+    """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
+    start = time.monotonic()
+    earlier = sum(context.journal.has(stage.name, index) for index in range(len(model.layers) + 1))
+    with naming(f"stage {stage.name}"):
+        facts = stage.apply(model, context)
+    if earlier:
+        facts.notes.append(
+            f"{earlier} blocks were done by an earlier run that was interrupted; the seconds are those of this run"
+        )
+    if damaged := context.journal.damaged:
+        facts.notes.append(
+            f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
+        )
+    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "blocks": facts.blocks}
+    require_numbers(facts.details | fixed, f"stage {stage.name}")
+    return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
+
+
+def report_of(
+    recipe: Recipe,
+    before: ModelFacts,
+    after: ModelFacts,
+    measured: Fidelity,
+    blocks: Blocks,
+    stages: Sequence[StageFacts],
+    cost: CostFacts,
+    device: torch.device,
+) -> Report:
+    """The report of a run."""
+    return Report(
+        recipe_digest=recipe.digest,
+        recipe=recipe.origin,
+        base=before,
+        compressed=after,
+        fidelity=FidelityFacts.model_validate(measured.facts()),
+        data=DataFacts(
+            source=blocks.spec.source,
+            **_place(blocks.spec),
+            sha256=blocks.sha256,
+            calibration_tokens=blocks.calibration_tokens,
+            evaluation_tokens=blocks.evaluation_tokens,
+            bos=True if blocks.unscored else None,
+        ),
+        stages=tuple(stages),
+        cost=cost,
+        environment=EnvironmentFacts.model_validate(environment(device)),
+    )
+
+
+def _place(spec: DataSpec) -> dict[str, str]:
+    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any table."""
+    said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
+    if spec.revision is None:
+        del said["split"]
+    return {key: value for key, value in said.items() if (key, value) != ("column", "text")}

@@ -1,0 +1,77 @@
+"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole linear.
+
+Which values, and which of them a weight takes, is solved for as codes of a quantisation are (`methods.codebook`), under the
+second moments of the inputs and against the full model. Stored are packed indices and the codebooks; a product looks them up.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from llmcompress.algorithms.codebook import solve_codebook
+from llmcompress.algorithms.hessian import Moments, retarget
+from llmcompress.algorithms.overflow import require_within
+from llmcompress.formats.base import DTYPES
+from llmcompress.formats.codebook import Codebook, CodebookWeight
+from llmcompress.io.journal import Journal
+from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.modeling.layerwise import Resident
+from llmcompress.stages.base import Context, Facts
+from llmcompress.stages.linear_rewriting import Rewriting, rewritable
+
+STAGE = "codebook"
+
+
+class Cluster(BaseModel):
+    """`tie: {codebook, per, rows, skip}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str] = STAGE
+
+    codebook: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
+    per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
+    rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
+        default=None, description="per: group: how many adjacent rows share one"
+    )
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+
+    @model_validator(mode="after")
+    def _rows_of_groups(self) -> Cluster:
+        if self.rows is not None and self.per != "group":
+            raise ValueError(f"rows is for per: group, not {self.per}")
+        if self.rows is None and self.per == "group":
+            raise ValueError("per: group needs rows, how many adjacent rows share a codebook, as 4")
+        return self
+
+    def layout(self, model: Resident, linear: str) -> Codebook:
+        """How a linear of a model, by its full name, is written."""
+        dtype = "bfloat16" if model.dtype_of(f"{linear}.weight") is torch.bfloat16 else "float16"
+        return Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
+
+    def choose(self, model: Resident) -> tuple[dict[str, Codebook], dict[str, str]]:
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
+
+    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Codebook], dict[str, str]]:
+        """As `choose`: there is nothing that only `apply` finds out."""
+        return self.choose(model)
+
+    def apply(self, model: Resident, context: Context) -> Facts:
+        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        chosen, kept = self.choose(model)
+        facts = Rewriting(STAGE, f"tie (codebook of {self.codebook})", _solve).done(model, context, chosen, kept)
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
+        return facts
+
+
+def _solve(name: str, W_RC: Tensor, moments: Moments, layout: Codebook) -> CodebookWeight:
+    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
+    require_within(W_RC, DTYPES[layout.dtype], "weights")
+    rows = layout.sharing(len(W_RC))
+    palette = solve_codebook(retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap)
+    return CodebookWeight.of(palette, layout)

@@ -1,0 +1,157 @@
+"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in common.
+
+The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model gives them. The
+coefficients, each layer's own, are then solved for block after block, on the inputs as they have become and against the full
+model. With one layer a group there is nothing shared: it is plain low-rank compression, whose basis too is that of the inputs
+as they have become. A product of low rank has fewer operations as well as fewer bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments, retarget
+from llmcompress.algorithms.low_rank import coefficients, shared_basis
+from llmcompress.errors import ModelError
+from llmcompress.formats.low_rank import Factored, FactoredWeight
+from llmcompress.io.journal import Journal
+from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.sequential import walk
+from llmcompress.stages.base import Context, Facts
+from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known
+
+STAGE, FOUND = "basis", "found"  # in the journal
+
+
+class Basis(BaseModel):
+    """`tie: {basis, rank or keep, skip}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    name: ClassVar[str] = STAGE
+
+    basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        description="adjacent layers that have a basis in common; 1: plain low rank"
+    )
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(default=None, description="of every product")
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of the parameters of the linears that stays; the ranks follow from it"
+    )
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Basis:
+        if (self.rank is None) == (self.keep is None):
+            raise ValueError("give rank or keep, one of them")
+        return self
+
+    def groups(self, model: Resident) -> list[list[int]]:
+        """The layers that have a basis in common: neighbours of the same widths."""
+        groups: list[list[int]] = []
+        for index in range(len(model.layers)):
+            last = groups[-1] if groups else []
+            alike = last and model.sizes_of(last[0]) == model.sizes_of(index)
+            if alike and len(last) < self.basis:
+                last.append(index)
+            else:
+                groups.append([index])
+        return groups
+
+    def choose(self, model: Resident) -> tuple[dict[str, Factored], dict[str, str]]:
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        if self.basis > len(model.layers):
+            raise ModelError(f"basis: {self.basis} is more than the {len(model.layers)} layers of this model; use fewer")
+        ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
+        require_known("skip", self.skip, ours)
+        chosen: dict[str, Factored] = {}
+        kept = {name: why for name in shapes if (why := refused(name, model, ours, self.skip))}
+        for group in self.groups(model):
+            for linear in model.anatomy.linears:
+                names = [f"{model.block_name(index)}.{linear}" for index in group]
+                if names[0] not in shapes or any(name in kept for name in names):
+                    kept |= {name: "another of its group is kept" for name in names if name in shapes and name not in kept}
+                    continue
+                R, C = shapes[names[0]]
+                rank = self.rank or int((self.keep or 0) * len(group) * R * C / (len(group) * R + C))
+                fewer = rank >= 1 and rank * (len(group) * R + C) < len(group) * R * C and rank <= min(C, len(group) * R)
+                why = f"a product of rank {rank} for {R} x {C} weights stores no less"
+                if fewer:
+                    chosen |= dict.fromkeys(names, Factored("basis", rank))
+                else:
+                    kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+        if not chosen:
+            why = next(why for name, why in kept.items() if name in ours)
+            raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
+        return chosen, kept
+
+    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Factored], dict[str, str]]:
+        """As `choose`: there is nothing that only `apply` finds out."""
+        return self.choose(model)
+
+    def ties(self, model: Resident, journal: Journal | None = None) -> dict[str, str]:
+        """Which stored tensors are others, by name: the bases."""
+        chosen, _ = self.choose(model)
+        pairs = [
+            (f"{model.block_name(index)}.{linear}", f"{model.block_name(group[0])}.{linear}")
+            for group in self.groups(model)
+            for index in group[1:]
+            for linear in model.anatomy.linears
+        ]
+        return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
+
+    def apply(self, model: Resident, context: Context) -> Facts:
+        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        (chosen, kept), groups = self.choose(model), self.groups(model)
+        if self.basis > 1:
+            self._find(model, context, groups, chosen)
+        number_of = {model.block_name(index): number for number, group in enumerate(groups) for index in group}
+
+        @functools.lru_cache(maxsize=1)  # groups come one after another
+        def found(number: int) -> dict[str, Tensor]:
+            return context.journal.load(FOUND, number)[0]
+
+        def solve(name: str, W_RC: Tensor, moments: Moments, layout: Factored) -> FactoredWeight:
+            block = next(block for block in number_of if name.startswith(f"{block}."))
+            W_RC = retarget(W_RC.float(), moments)
+            if self.basis > 1:
+                basis_KC = found(number_of[block])[name.removeprefix(f"{block}.")].to(W_RC)
+            else:
+                _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
+            first, linear = groups[number_of[block]][0], name.removeprefix(f"{block}.")
+            dtype = model.dtype_of(f"{model.block_name(first)}.{linear}.weight")  # one for the group, as the basis is
+            basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
+            left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
+            return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
+
+        facts = Rewriting(STAGE, f"tie (basis of {self.basis} layers)", solve).done(model, context, chosen, kept)
+        shared = self.ties(model)
+        for entry in facts.linears:  # what is shared is stored once
+            if f"{entry['name']}.weight_right" in shared:
+                entry["format"] += ", shared"
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True)
+        return facts
+
+    def _find(self, model: Resident, context: Context, groups: Sequence[Sequence[int]], chosen: dict[str, Factored]) -> None:
+        """Journal the bases of every group, by linear: what its layers read in the full model decides."""
+        journal = context.journal
+        if all(journal.has(FOUND, number) for number in range(len(groups))):
+            return
+        number_of = {index: number for number, group in enumerate(groups) for index in group}
+        weights: dict[str, list[Tensor]] = {}
+        moments: dict[str, list[Tensor]] = {}
+        for block in context.track(walk(model, context.data.calibration), "tie (find bases)", len(model.layers)):
+            layouts, read = block.own(chosen), block.moments()
+            for linear in layouts:
+                weights.setdefault(linear, []).append(block.weight(linear))
+                moments.setdefault(linear, []).append(read[linear].H_CC)
+            number = number_of[block.index]
+            if block.index == groups[number][-1]:
+                bases = {name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu() for name in layouts}
+                journal.save(FOUND, number, bases, {})
+                weights, moments = {}, {}

@@ -1,0 +1,295 @@
+"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what else there is.
+
+Each block is cut with the inputs that the cut blocks before it give; `units` says which units go. The linear that reads the
+axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of the
+model as it was. Where all blocks keep the same number of units, the result is a plain checkpoint that transformers loads by
+itself; where `allocation` gives each block a width of its own, it loads once llmcompress is imported. A block that the journal
+holds is not cut again. `experts`, `hidden` and `depth` know what is special about experts, the hidden state and layers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmcompress.architectures.resize import changed, resized, shortened
+from llmcompress.errors import ModelError
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.decoder_layer import Block
+from llmcompress.modeling.layerwise import Outline, Resident
+from llmcompress.modeling.sequential import following, gradients, walk
+from llmcompress.stages.base import Context, Facts
+from llmcompress.stages.fisher import TOKENS, find_fisher, metric
+from llmcompress.stages.prune import allocation, experts, hidden_size, layer_dropping, structured, sublayer_dropping
+from llmcompress.stages.prune.allocation import Widths
+from llmcompress.stages.prune.budget import NEAR, Budget
+
+STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
+KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit blocks after it need that
+INNER = ("kv", "q", "ffn")  # axes that a linear of the block reads, in order of computation
+Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
+SCORES = {  # of an axis, the default first
+    **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
+    "expert": ("activation",),
+    "hidden": ("pca", "activation"),
+    "layer": ("kl", "influence"),
+    "sublayer": ("kl",),
+}
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What is left of a model: the units of each axis in each block, or all layers but some."""
+
+    widths: Widths = field(default_factory=dict)
+    gone: tuple[int, ...] = ()
+
+
+class Prune(Budget):
+    """`prune: {axis, keep or parameters or size, allocation, score, repair, multiple}`."""
+
+    name: ClassVar[str] = STAGE
+
+    axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
+        description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, experts, "
+        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of ffn with kv or q"
+    )
+    allocation: Literal["uniform", "sensitivity"] | None = Field(
+        default=None, description="as many units in every block, or where they lose least; default uniform with keep, else not"
+    )
+    score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = Field(
+        default=None,
+        description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers and sublayers kl",
+    )
+    repair: bool = Field(default=True, description="solve the linear that reads the axis anew for what is left")
+
+    @model_validator(mode="after")
+    def _of_the_axis(self) -> Prune:
+        spoken = " and ".join(self.axes)
+        if len(self.axes) > 1 and (len(set(self.axes)) < len(self.axes) or set(self.axes) not in ({"ffn", "kv"}, {"ffn", "q"})):
+            raise ValueError(f"axis {spoken}: ffn goes with kv or with q, everything else in a stage of its own")
+        if len(self.axes) > 1 and self.keep is None and self.allocation == "uniform":
+            raise ValueError(f"allocation: uniform with a budget is for one axis, not {spoken}")
+        fitting = SCORES[self.axes[0]]
+        if self.score and self.score not in fitting:
+            raise ValueError(f"score {self.score} is not for axis {spoken}; use {' or '.join(fitting)}")
+        for key, fits in (("allocation", set(INNER)), ("repair", {*INNER, "hidden"})):
+            if key in self.model_fields_set and not fits.issuperset(self.axes):
+                raise ValueError(f"{key} is for {', '.join(sorted(fits))}, not for {spoken}")
+        return self
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The axes that are cut, in order of computation."""
+        given = (self.axis,) if isinstance(self.axis, str) else self.axis
+        return tuple(sorted(given, key=lambda axis: INNER.index(axis) if axis in INNER else 0))
+
+    @property
+    def of_layers(self) -> bool:
+        """Whether whole layers go."""
+        return self.axes == ("layer",)
+
+    @property
+    def of_parts(self) -> bool:
+        """Whether the attention or ffn of layers goes."""
+        return self.axes == ("sublayer",)
+
+    @property
+    def worth(self) -> str:
+        """The score, also where none was given."""
+        return self.score or SCORES[self.axes[0]][0]
+
+    @property
+    def sensitive(self) -> bool:
+        """Whether each block gets a width of its own."""
+        return set(INNER).issuperset(self.axes) and (
+            (self.allocation or ("uniform" if self.keep else "sensitivity")) == "sensitivity"
+        )
+
+    def sizes(self, model: Resident) -> Widths:
+        """How many units there are in each block. Errors: ModelError where an axis can't be cut."""
+        if self.of_parts:
+            return sublayer_dropping.sizes(model)
+        for axis in self.axes:
+            if axis not in model.sizes or (axis in INNER and model.anatomy.reader_of(axis) is None):
+                raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
+            if axis == "hidden" and (why := hidden_size.why_not(model, self.worth)):
+                raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
+        found = {axis: model.widths_of(axis) for axis in self.axes}
+        if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
+            raise ModelError(f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers")
+        return found
+
+    def cut(self, model: Resident, journal: Journal | None = None) -> Cut:
+        """What the stage leaves; without the journal of what it has found, as if blocks were alike and the last layers went.
+
+        Raises ModelError where the axis can't be cut, or not so far.
+        """
+        if self.of_layers:
+            total = len(model.layers)
+            return Cut(gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total)))
+        if self.of_parts:
+            gone = journal.load(WIDTHS, 0)[1]["gone"] if journal else sublayer_dropping.guess(model, self)
+            return Cut(sublayer_dropping.widths(model, [(index, axis) for index, axis in gone]))
+        if journal and self.sensitive:
+            return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
+        return Cut(self._plain(model))
+
+    def changes(self, model: Resident, cut: Cut | None = None) -> dict[str, Any]:
+        """What changes in the config. Errors: ModelError where transformers has no such model."""
+        cut = cut or self.cut(model)
+        if self.of_layers:
+            return shortened(model.config, [index for index in range(len(model.layers)) if index not in cut.gone])
+        return resized(model.config, model.anatomy, cut.widths)
+
+    def apply(self, model: Resident, context: Context) -> Facts:
+        """Cut every block that the journal does not hold yet; leave its tensors and facts there."""
+        if self.of_layers:
+            return self._shorten(model, context)
+        journal, sizes = context.journal, self.sizes(model)
+        if (self.sensitive or self.of_parts) and not journal.has(WIDTHS, 0):
+            found = sublayer_dropping.find(model, context, self) if self.of_parts else self._allocate(model, context)
+            journal.save(WIDTHS, 0, {}, found)
+        cut = self.cut(model, journal)
+        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
+        details = self._said(sizes, cut)
+        if self.of_parts:
+            found = journal.load(WIDTHS, 0)[1]
+            notes, details = [sublayer_dropping.spoken(found["gone"], model)], details | found
+        if cut.widths == sizes:  # the model is left as it is, to the bit
+            return Facts(STAGE, notes=notes, details=details)
+        self._find_out(model, context)
+        outline = Outline(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
+        if self.axis == "hidden":
+            hidden_size.find_directions(model, context, self.worth)
+            facts = hidden_size.cut(model, context, outline, self.worth, self.repair)
+        else:
+            facts = self._blocks(model, context, outline, cut)
+        return Facts(STAGE, blocks=facts, notes=notes, details=details)
+
+    def _blocks(self, model: Resident, context: Context, outline: Outline, cut: Cut) -> list[dict[str, Any]]:
+        """Cut block after block; what that cost."""
+        journal, layers = context.journal, len(model.layers)
+        if not all(journal.has(STAGE, index) for index in range(layers)):
+            blocks = walk(model, context.data.calibration, reference=True)
+            for block in context.track(blocks, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
+                if not journal.has(STAGE, block.index):
+                    self._block(block, model, context, {axis: counts[block.index] for axis, counts in cut.widths.items()})
+                tensors = journal.load(STAGE, block.index)[0]
+                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
+                block.become(copy.deepcopy(outline.layers[block.index]), inner)
+        return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
+
+    def _block(self, block: Block, model: Resident, context: Context, counts: Mapping[str, int]) -> None:
+        """Cut a block along each axis in turn, and journal what changes in it."""
+        named: dict[str, Tensor] = {}
+        cuts: list[dict[str, Any]] = []
+        if self.of_parts:
+            tensors = sublayer_dropping.cut(block, dict(counts))
+            named = model.as_stored(tensors, f"{block.name}.")
+        for axis in () if self.of_parts else self.axes:
+            if axis == "expert":
+                tensors, lost = experts.cut(block, counts[axis])
+            else:
+                score = self._score(model, context, block.index, axis)
+                tensors, lost = structured.cut(block, axis, counts[axis], score, self.repair)
+            named |= model.as_stored(tensors, f"{block.name}.")
+            cuts.append({"name": block.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
+        context.journal.save(STAGE, block.index, named, {"cuts": cuts})
+
+    def _shorten(self, model: Resident, context: Context) -> Facts:
+        journal, total = context.journal, len(model.layers)
+        if not journal.has(STAGE, 0):
+            journal.save(STAGE, 0, {}, layer_dropping.find(model, context, self.layers(model), self.worth))
+        found = journal.load(STAGE, 0)[1]
+        count = total - len(found["gone"])
+        details = {"axis": "layer", "score": self.worth, "units": total, "kept_units": count}
+        return Facts(STAGE, notes=[f"{count} of {total} layers stay"], details=self._asked() | details | found)
+
+    def _asked(self) -> dict[str, Any]:
+        return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
+
+    def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
+        """How the stage was set and what it left, for the report."""
+        details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.worth}
+        if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
+            return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
+        return details | {
+            "units": {axis: list(n) for axis, n in sizes.items()},
+            "widths": {axis: list(n) for axis, n in cut.widths.items()},
+        }
+
+    def _multiple(self, model: Resident, axis: str) -> int:
+        return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
+
+    def _plain(self, model: Resident) -> Widths:
+        """Widths as if all blocks were to lose alike."""
+        sizes = self.sizes(model)
+        if self.keep is None and len(self.axes) > 1:
+            return self._alike(model, sizes)
+        found = {axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes}
+        if "expert" in found:
+            experts.require_enough(model, min(found["expert"]))
+        return found
+
+    def _alike(self, model: Resident, sizes: Widths) -> Widths:
+        """Widths that are the same share of every axis and within the budget, for a plan."""
+        allowed = self.allowed(model)
+        shares = [share / 64 for share in range(64, 0, -1)]
+        for share in shares:
+            found = {axis: tuple(max(1, int(share * size)) for size in sizes[axis]) for axis in self.axes}
+            if (reached := self.spent(model, found)) <= allowed:
+                return found
+        raise self.refuse(model, reached)
+
+    def _allocate(self, model: Resident, context: Context) -> dict[str, Any]:
+        """The widths of all blocks, and what they are expected to lose."""
+        unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
+        none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
+        whole = self.spent(model)
+        within = self.spent(model, self._plain(model)) if self.keep is not None else min(self.allowed(model), whole)
+        multiples = {axis: self._multiple(model, axis) for axis in self.axes}
+        for axis in self.axes:
+            while not self.multiple and multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:
+                multiples[axis] //= 2
+        least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
+        if within < least:
+            raise self.refuse(model, least)
+        curves = allocation.curves(model, context, self.axes)
+        found = allocation.widths(curves, unit, within - none, multiples)
+        nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
+        return {"widths": found, "expected_nats": nats}
+
+    def _find_out(self, model: Resident, context: Context) -> None:
+        """Have the journal hold what the score asks of the whole model, as it is now."""
+        journal, layers = context.journal, len(model.layers)
+        if self.worth == "obs":
+            find_fisher(model, context)
+        if self.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
+            return
+        windows = context.data.calibration
+        windows = windows[: -(-TOKENS // windows.shape[1])]
+        readers = {axis: f"{model.anatomy.reader_of(axis)}.weight" for axis in self.axes}
+        unscored = context.data.unscored
+        found = gradients(model, windows, context.scratch, following, tuple(readers.values()), unscored=unscored)
+        for index, _, by_name in context.track(found, "gradients of the loss", layers):
+            worth = {axis: structured.taylor(model, index, axis, by_name[name]).cpu() for axis, name in readers.items()}
+            journal.save(TAYLOR, index, worth, {})
+
+    def _score(self, model: Resident, context: Context, index: int, axis: str) -> structured.Score:
+        """The score, with what was found out about a block."""
+        M_DD = metric(model, context, index) if self.worth == "obs" else None
+        found = context.journal.get(TAYLOR, index) if self.worth == "taylor" else None
+        return structured.Score(self.worth, M_DD, found[0][axis] if found else None)
+
+
+def _spoken(axis: str, counts: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+    if len(set(counts)) == len(set(sizes)) == 1:
+        return f"{counts[0]} of {sizes[0]} units of {axis} stay in each block"
+    return f"{sum(counts)} of {sum(sizes)} units of {axis} stay, {min(counts)} to {max(counts)} in a block"

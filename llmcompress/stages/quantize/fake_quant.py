@@ -1,0 +1,31 @@
+"""A block as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.formats import registry
+from llmcompress.formats.schemes import Coding
+from llmcompress.modeling.decoder_layer import Block
+
+
+@torch.no_grad()
+def trial(block: Block, codings: Mapping[str, Coding], tops: Mapping[str, float], batches: Sequence[Tensor]) -> list[Tensor]:
+    """The block's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
+
+    tops: the largest input of each linear, for static scales. The block stays as it was.
+    """
+    rounded, before = {}, dict(block.rounds)
+    for linear, coding in codings.items():
+        W_RC, scale = block.weight(linear), coding.static_scale(tops[linear])
+        rounded[f"{linear}.weight"] = block.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
+        if inputs := coding.inputs(scale):
+            block.rounds[linear] = inputs
+    try:
+        return [block.run(hidden, rounded) for hidden in batches]
+    finally:
+        block.rounds.clear()
+        block.rounds.update(before)

@@ -1,0 +1,179 @@
+"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.activation_quantization import Magnitudes, static_scale
+from llmcompress.algorithms.grids import Grid
+from llmcompress.algorithms.hessian import Moments, metric_factor, retarget
+from llmcompress.algorithms.learned_rounding import learn
+from llmcompress.algorithms.least_squares import bias_shift
+from llmcompress.algorithms.quantize_weight import Rounded, output_error, solve
+from llmcompress.formats import registry
+from llmcompress.formats.integer import IntegerWeight
+from llmcompress.formats.registry import Stored
+from llmcompress.formats.schemes import Coding, Integer
+from llmcompress.modeling.decoder_layer import Block
+from llmcompress.stages.base import naming
+
+METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
+
+
+def half_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and ours
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes with scales as they are read back, and the same as it is stored."""
+
+    rounded: Rounded
+    stored: Stored
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How each linear of a block is written, by its name in it, and the device of the weights."""
+
+    codings: Mapping[str, Coding]
+    device: torch.device
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the block
+    pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
+    known: Mapping[str, Stored] = field(default_factory=dict)  # of one that an earlier layer has, its codes
+
+    def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
+        """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
+
+        Where scales may have one sign or both, both are solved for and the smaller error is kept.
+        """
+        W_RC = retarget(W_RC.float(), moments)
+        coding, grid = self.codings[linear], self.grid(linear)
+        columns, found = coding.columns(tuple(W_RC.shape)), []
+        for signed in coding.signs:
+            solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
+            found.append(_stored(coding, solved, input_scale))
+        return min(found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC))
+
+    def grid(self, linear: str) -> Grid:
+        """The levels of a linear's weights."""
+        return self.codings[linear].grid.to(self.device)
+
+    def weight(self, linear: str, solution: Solution) -> Tensor:
+        """The weight [R, C] that a solution stands for."""
+        return solution.rounded.weight(self.grid(linear))
+
+    def in_turn(
+        self, block: Block, weights: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
+        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
+
+        Returns the solutions for `weights`, the moments of all linears of the block, and the static scales of inputs.
+        """
+        solved: dict[str, Solution] = {}
+        moments: dict[str, Moments] = {}
+        scales: dict[str, float] = {}
+        for readers in block.anatomy.readers:
+            scales |= self.round_inputs(block, (readers,), weights)
+            moments |= block.moments(readers)
+            for linear in [linear for linear in readers if linear in weights]:
+                read = self.pooled.get(linear, moments[linear])
+                if linear in self.known:
+                    Q_RC = registry.dequantize(self.known[linear]).to(self.device)
+                else:
+                    with naming(f"{block.name}.{linear}"):
+                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
+                    Q_RC = self.weight(linear, solved[linear])
+                block.set_weight(linear, Q_RC)
+                if f"{linear}.bias" in block.anatomy.block:
+                    shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                    block.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
+        return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
+
+    def given(self, scales: Mapping[str, float]) -> dict[str, Stored]:
+        """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
+        found = dict(self.known)
+        for linear in found.keys() & scales.keys():
+            weight = found[linear]
+            assert isinstance(weight, IntegerWeight)
+            found[linear] = replace(weight, input_scale=torch.tensor(scales[linear]))
+        return found
+
+    def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        static = {
+            linear: coding
+            for linear, coding in self.codings.items()
+            if linear in weights and isinstance(coding, Integer) and coding.static
+        }
+        seen = {readers[0]: Magnitudes(block.device) for readers in groups if static.keys() & set(readers)}
+        for read, _ in block.reads(*(readers for readers in groups if readers[0] in seen)) if seen else ():
+            for name, magnitudes in seen.items():
+                magnitudes.add(read[name])
+        scales: dict[str, float] = {}
+        for readers in groups:
+            for linear in [linear for linear in readers if linear in static]:
+                bits, range = static[linear].scheme.activation_bits, static[linear].range
+                scales[linear] = static_scale(seen[readers[0]], bits, range)
+        for linear in [linear for readers in groups for linear in readers if linear in weights]:
+            if inputs := self.codings[linear].inputs(scales.get(linear)):
+                block.rounds[linear] = inputs
+        return scales
+
+    def learned(
+        self,
+        block: Block,
+        weights: Mapping[str, Tensor],
+        solved: Mapping[str, Solution],
+        F_DD: Tensor,
+        *,
+        input_scales: Mapping[str, float],
+        steps: int,
+        seed: int,
+    ) -> tuple[dict[str, Solution], dict[str, Any]]:
+        """All linears of a block, trained together from the solutions of `gptq`; with the block's loss before and after.
+
+        The loss is the error of the block's output against the full model's, weighed by the output Fisher matrix. Where
+        training ends no better than it began, the start is kept.
+        """
+        starts = {name: solution.rounded for name, solution in solved.items()}
+        R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
+
+        def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
+            stored = {f"{name}.weight": block.oriented(name, W) for name, W in rounded.items()}
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
+                out = block.run(block.inputs[batch], stored)
+            return ((out - block.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+
+        @torch.no_grad()
+        def whole(solution: Mapping[str, Rounded]) -> float:
+            rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(block.inputs)) / sum(map(len, block.inputs))
+
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
+        rounds = -(-steps // len(block.inputs))
+        order = torch.cat([torch.randperm(len(block.inputs), generator=generator) for _ in range(rounds)]).tolist()
+        trained = learn(
+            weights,
+            starts,
+            {name: self.grid(name) for name in starts},
+            lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
+            steps=steps,
+            snaps={name: self.codings[name].snap for name in starts},
+        )
+        ends = {name: _stored(self.codings[name], result, input_scales.get(name)) for name, result in trained.items()}
+        before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
+        return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
+
+
+def _stored(coding: Coding, result: Rounded, input_scale: float | None) -> Solution:
+    return Solution(Rounded(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))

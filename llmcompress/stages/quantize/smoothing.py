@@ -1,0 +1,120 @@
+"""Smoothing before the rounding: a scale for each channel crosses from a producer to its readers, as far as a search says.
+
+It is decided for one entry of `feeds` after another, by the error that the readers' rounding (nearest codes, and the kernel's
+rounding of what they read) makes in the output of the whole block, as a share of each token's output, which the next norm will
+divide by. Candidates are the exponents of the papers, a fit of all factors to the noise to expect, and no scale at all: a block
+is never made worse on the sample that decides. The function of the model stays the same: see `Block.cross`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from typing import Annotated, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
+from llmcompress.architectures.shape_grammar import Spelling, scale
+from llmcompress.formats.schemes import Coding
+from llmcompress.modeling.decoder_layer import Block
+from llmcompress.stages.quantize.fake_quant import trial
+
+SAMPLE = 2  # batches that decide
+TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weight
+
+
+class Smooth(BaseModel):
+    """`smooth: {method, alpha}`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
+
+    def search(self, block: Block, codings: Mapping[str, Coding], dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
+        """The factor of each entry of `feeds` with a reader among `codings`; they have crossed when this returns.
+
+        `dtype_of` says in which dtype a parameter is stored, by its name in the block.
+        """
+        moments, found = block.moments(), {}
+        aims = [aim.to(block.device) for aim in block.outputs(block.inputs[:SAMPLE])]  # before anything is rounded
+        with closing(block.reads(*block.anatomy.readers)) as reads:
+            read = dict(next(reads)[0])  # of the first batch
+        for key, readers in block.anatomy.feeds.items():
+            reading = [reader for reader in readers if reader in codings]
+            if not reading:
+                continue
+            first = next(group[0] for group in block.anatomy.readers if reading[0] in group)
+            X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
+            factors = self._candidates(block, key, reading, moments[first], X_TC, codings[reading[0]])
+            own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(block, key))
+            losses = [self._loss(block, key, factor, own, moments[first], dtype, aims) for factor in factors]
+            found[key] = factors[losses.index(min(losses))]
+            block.cross(key, found[key], dtype)
+        return found
+
+    def _candidates(
+        self, block: Block, key: str, readers: Sequence[str], moments: Moments, X_TC: Tensor, coding: Coding
+    ) -> list[Tensor]:
+        """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes nothing."""
+        unit_C, shape = _units(block, key, readers[0])
+        weights = [block.weight(reader) for reader in readers]
+        weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
+        top, tops, size = (_largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt()))
+        exponents = EXPONENTS if self.alpha == "auto" else (self.alpha,)
+        found = [smoothquant(top, tops, a) if self.method == "smoothquant" else awq(size, a) for a in exponents]
+        if self.alpha != "auto":
+            return found
+        W_RC = torch.cat([W_RC[:: max(1, len(W_RC) // ROWS)] for W_RC in weights])
+        ones_U = torch.ones(shape, device=block.device).flatten()
+        fit_U = fitted(
+            X_TC, W_RC, unit_C, ones_U,
+            input_largest=coding.input_largest, weight_largest=coding.weight_largest, block=coding.columns(tuple(W_RC.shape)),
+        )  # fmt: skip
+        return [ones_U.reshape(shape), *found, fit_U.reshape(shape)]
+
+    def _loss(
+        self,
+        block: Block,
+        key: str,
+        factor: Tensor,
+        codings: Mapping[str, Coding],
+        moments: Moments,
+        dtype: torch.dtype,
+        aims: Sequence[Tensor],
+    ) -> float:
+        """Squared error of the block's output over its size, readers rounded once the factor has crossed; the block stays."""
+        before = {name: parameter.data for name, parameter in block.module.named_parameters()}
+        unit_C, _ = _units(block, key, next(iter(codings)))
+        block.cross(key, factor, dtype)
+        top = float((moments.top_C / factor.flatten()[unit_C]).max())
+        outs = trial(block, codings, dict.fromkeys(codings, top), block.inputs[: len(aims)])
+        for name, data in before.items():
+            block.module.get_parameter(name).data = data
+        errors = [((out - aim).square().sum(-1) / aim.square().sum(-1)).sum() for out, aim in zip(outs, aims, strict=True)]
+        return float(sum(errors))
+
+
+def norm_of(block: Block, key: str) -> str:
+    """The parameter, by its name in the block, that takes a factor in if the producer of a key of `feeds` is a norm."""
+    return f"{block.anatomy.producer(key)[0]}.weight"
+
+
+def _units(block: Block, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
+    """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape of those units."""
+    _, _, axes = block.anatomy.producer(key)
+    term = Spelling((block.anatomy.input_of(reader),))
+    shape = tuple(block.sizes[axis] for axis in axes)
+    count = torch.arange(torch.Size(shape).numel(), dtype=torch.float64).reshape(shape)
+    columns = torch.ones(term.shape(block.sizes), dtype=torch.float64)
+    return scale(columns, term, block.sizes, axes, count).long().to(block.device), shape
+
+
+def _largest(x_C: Tensor, unit_C: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """The largest x among the columns of each unit."""
+    found = torch.zeros(torch.Size(shape).numel(), device=x_C.device)
+    return found.scatter_reduce(0, unit_C, x_C, "amax").reshape(shape)

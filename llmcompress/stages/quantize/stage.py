@@ -1,0 +1,349 @@
+"""Quantise the linears, each block with the inputs that the blocks before it give.
+
+`nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
+scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
+the full model. `learned` goes on from there and trains the codes and scales of a whole block at once, so that its output
+comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A block that the
+journal holds is not done again: its codes are read, and the walk goes on through them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.quantize_weight import output_error, weight_error
+from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.errors import ModelError
+from llmcompress.formats import registry
+from llmcompress.formats.low_rank import Factored
+from llmcompress.formats.schemes import Coding
+from llmcompress.io.journal import Journal
+from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.modeling.decoder_layer import Block
+from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.rotation import Rotation
+from llmcompress.modeling.sequential import head_input, walk
+from llmcompress.stages.base import Context, Facts, naming
+from llmcompress.stages.fisher import find_fisher, fisher
+from llmcompress.stages.linear_rewriting import inner, install, mean_bits, require_known
+from llmcompress.stages.quantize.config import Format, Override, together
+from llmcompress.stages.quantize.embedding import apart, embedding_codings, settle_outer
+from llmcompress.stages.quantize.rounding import Rounding
+from llmcompress.stages.quantize.sensitivity import costs, most_hurt, spared
+from llmcompress.stages.quantize.smoothing import Smooth, norm_of
+
+Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
+
+ALONE = ("smooth", "rotate", "protect", "rounding")  # what one weight for several layers does not go with, but for gptq
+STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
+
+
+class Quantize(Format):
+    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
+
+    name: ClassVar[str] = STAGE
+    overrides: dict[str, Override] = Field(
+        default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
+    )
+    rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        default=200, description="steps of learned rounding on each block"
+    )
+    smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")
+    rotate: bool | Literal["heads"] = Field(
+        default=False, description="turn the hidden state and each head's values first (heads: these alone); folded, so free"
+    )
+    protect: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.0, description="share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
+    )
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
+    embedding: Literal["keep", "int8"] = Field(
+        default="keep", description="the input embedding, and a head tied to it, which is then the same int8 matrix"
+    )
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Quantize:
+        if "steps" in self.model_fields_set and self.rounding != "learned":
+            raise ValueError(f"steps is for rounding: learned, not {self.rounding}")
+        for name, override in self.overrides.items():
+            try:
+                override.over(self)
+            except ValidationError as error:
+                raise ValueError(f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+        return self
+
+    def rotation(self, model: Resident, seed: int) -> Rotation | None:
+        """The rotation that is to come first, if one is; raises ModelError where the model can't be rotated."""
+        if not self.rotate:
+            return None
+        return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
+
+    def choose(self, model: Resident) -> tuple[dict[str, Coding], dict[str, str]]:
+        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect` left out.
+
+        Raises ModelError where none is left, or an override can't stand beside the rest.
+        """
+        chosen: dict[str, Coding] = {}
+        kept: dict[str, str] = {}
+        rows, ours = model.anatomy.rows(model.config), inner(model, model.anatomy.linears)
+        require_known("skip", self.skip, ours)
+        require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
+        if model.twins and (
+            alone := [name for name in ALONE if getattr(self, name) not in (None, False, 0.0, "gptq", "nearest")]
+        ):
+            raise ModelError(f"{alone[0]} is for layers by themselves, and some of this model share weights; leave {alone[0]}")
+        for name, shape in model.linear_maps():
+            coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
+            if why := self._why_not(name, model, ours) or coding.refusal(shape):
+                kept[name] = why
+            else:
+                chosen[name] = coding
+        experts = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
+        if not chosen:
+            raise ModelError(
+                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another block or skip"
+            )
+        if self.embedding == "int8":
+            chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
+            kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
+        for name, source in model.twins.items():  # one weight, one code
+            chosen.pop(name, None)
+            kept.pop(name, None)
+            if source in chosen:
+                chosen[name] = chosen[source]
+            else:
+                kept[name] = kept[source]
+        return together(chosen, native=model.plain), kept
+
+    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
+        """As `choose`, once `apply` has found which linears to protect."""
+        chosen, kept = self.choose(model)
+        for name in journal.load(PROTECTED, 0)[1]["linears"] if self.protect else ():
+            coding = chosen.pop(name)
+            if wide := spared(coding):
+                chosen[name] = wide
+            else:
+                kept[name] = "protect"
+        return chosen, kept
+
+    def _settings(self, name: str, spelling: str) -> Format:
+        """What holds for one linear: of several overrides that match, the last."""
+        found: Format = self
+        for pattern, override in self.overrides.items():
+            if fnmatchcase(name, pattern) or (spelling and pattern in Spelling.parse(spelling).axes):
+                found = override.over(self)
+        return found
+
+    def _why_not(self, name: str, model: Resident, ours: Collection[str]) -> str | None:
+        if name == model.anatomy.head:
+            if self.head == "keep":
+                return "head: keep"
+            if model.config.tie_word_embeddings:
+                raise ModelError(
+                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: keep and embedding: "
+                    "int8, which is both"
+                )
+        elif name not in ours:
+            return "outside the blocks"
+        elif (layout := model.layouts.get(name)) is not None and layout != Factored("shared"):
+            return f"is stored as {layout.format} already"
+        elif any(fnmatchcase(name, pattern) for pattern in self.skip):
+            return "skip"
+        return None
+
+    def apply(self, model: Resident, context: Context) -> Facts:
+        """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
+        if rotation := self.rotation(model, context.seed):
+            model.turn(rotation)
+        chosen, _ = self.choose(model)
+        solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
+        steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last block
+        journal = context.journal
+        if self.rounding == "learned" or self.protect:
+            find_fisher(model, context)  # of the full model, so before its embedding is rounded
+        full, embeddings = settle_outer(model, context, chosen)
+        if self.protect and not journal.has(PROTECTED, 0):
+            self._find_hurt(model, context, solved)
+        chosen, kept = self.settled(model, journal)
+        if not all(journal.has(STAGE, index) for index in range(steps)):
+            self._walk(model, context, chosen, steps, full)
+        facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
+        shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
+        bits = {name: chosen[name].bits for name in shapes}
+        unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
+        unsaid -= self.model_fields_set
+        unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
+        unsaid |= {"block"} if self.format in ("int8", "w8a8", "w8a16") else set()
+        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": mean_bits(bits, shapes)}
+        facts.linears += embeddings
+        facts.add(journal.load(STAGE, index)[1] for index in range(steps))
+        facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
+        return facts
+
+    def _walk(self, model: Resident, context: Context, chosen: dict[str, Coding], steps: int, full: Sequence[Tensor]) -> None:
+        """Do the blocks; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
+        journal = context.journal
+        calibrated, through = self.rounding != "nearest", steps > len(model.layers)
+        pooled = self._pooled(model, context, chosen) if calibrated and model.twins else {}
+        blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
+        for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
+            head = block.index == len(model.layers)
+            if block.index == 0 and full and calibrated:
+                block.reference = list(full)
+            codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else block.own(chosen)
+            known = {} if head else block.own(self._known(model, block, chosen, journal))
+            dtype_of = _in_block(model, block)
+            rounding = Rounding(codings, model.device, dtype_of, block.own(pooled), known)
+            changed = [] if head else self._smoothed(block, codings, context, dtype_of)
+            if not journal.has(STAGE, block.index):
+                entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
+                dense = {name: block.module.get_parameter(name).data for name in changed}
+                entry[0].update(model.as_stored(dense, f"{block.name}."))
+                journal.save(STAGE, block.index, *entry)
+            if not head:
+                install(block, codings, journal.load(STAGE, block.index)[0])
+
+    def _pooled(self, model: Resident, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
+        """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
+        twins, found = model.twins, dict[str, Moments]()
+        wanted = {name for pair in twins.items() for name in pair if pair[0] in chosen}
+        for block in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
+            here = [name for name in block.anatomy.linears if f"{block.name}.{name}" in wanted]
+            groups = [group for group in block.anatomy.readers if set(group) & set(here)]
+            moments = block.moments(*groups) if groups else {}
+            for linear in here:
+                source = twins.get(name := f"{block.name}.{linear}", name)
+                found[source] = found[source].joined(moments[linear]) if source in found else moments[linear]
+        return found
+
+    def _known(
+        self, model: Resident, block: Block, chosen: Mapping[str, Coding], journal: Journal
+    ) -> dict[str, registry.Stored]:
+        """The codes of a block's linears that are those of earlier layers, by full name."""
+        here = {name: source for name, source in model.twins.items() if name in chosen and name.startswith(f"{block.name}.")}
+        tensors: dict[str, Tensor] = {}
+        for index in {int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()}:
+            tensors |= journal.load(STAGE, index)[0]
+        shapes = model.matrices()
+        return {name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
+
+    def _smoothed(
+        self, block: Block, codings: Mapping[str, Coding], context: Context, dtype_of: Callable[[str], torch.dtype]
+    ) -> list[str]:
+        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
+        if self.smooth is None:
+            return self._turned(block, codings)
+        journal = context.journal
+        if not journal.has(SMOOTH, block.index):
+            before = {name: parameter.data for name, parameter in block.module.named_parameters()}
+            found = self.smooth.search(block, codings, dtype_of)
+            for name, data in before.items():
+                block.module.get_parameter(name).data = data
+            journal.save(SMOOTH, block.index, {key: factor.cpu() for key, factor in found.items()}, {})
+        factors, changed = journal.load(SMOOTH, block.index)[0], set()
+        for key in block.anatomy.feeds:
+            if key in factors:
+                changed |= set(block.cross(key, factors[key].to(block.device), dtype_of(norm_of(block, key))))
+        return sorted((changed | set(self._turned(block, codings))) - {f"{linear}.weight" for linear in codings})
+
+    def _turned(self, block: Block, linears: Iterable[str]) -> list[str]:
+        """All parameters that stay dense, where a rotation changed them."""
+        inside = {f"{linear}.weight" for linear in linears}
+        return [name for name in block.anatomy.block if name not in inside] if self.rotate else []
+
+    def _find_hurt(self, model: Resident, context: Context, chosen: Mapping[str, Coding]) -> None:
+        """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
+        journal, found = context.journal, dict[str, float]()
+        sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
+        for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
+            codings = block.own(chosen)
+            self._smoothed(block, codings, context, _in_block(model, block))
+            nats = costs(block, codings, fisher(context, block.index))
+            found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
+        journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
+
+    def _block(self, block: Block, rounding: Rounding, context: Context) -> Entry:
+        codings = rounding.codings
+        weights = {linear: block.weight(linear) for linear in codings}
+        notes: dict[str, Any] = {}
+        if self.rounding == "nearest":
+            scales = rounding.round_inputs(block, block.anatomy.readers, weights)
+            moments = block.moments()
+            packed = {}
+            for linear, W_RC in weights.items():
+                with naming(f"{block.name}.{linear}"):
+                    packed[linear] = codings[linear].nearest(W_RC, scales.get(linear))
+        else:
+            solved, moments, scales = rounding.in_turn(block, weights)
+            if self.rounding == "learned":
+                F_DD = fisher(context, block.index)
+                trained = rounding.learned(
+                    block, weights, solved, F_DD, input_scales=scales, steps=self.steps, seed=context.seed
+                )
+                solved, notes = trained
+            packed = {linear: solution.stored for linear, solution in solved.items()} | rounding.given(scales)
+        tensors: dict[str, Tensor] = {}
+        facts = []
+        for linear, W_RC in weights.items():
+            name, bias = f"{block.name}.{linear}", f"{linear}.bias"
+            tensors |= _named(name, packed[linear])
+            if self.rounding != "nearest" and bias in block.anatomy.block:
+                tensors[f"{block.name}.{bias}"] = block.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
+            facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
+        if block.expert_tokens:
+            notes["expert_tokens"] = list(block.expert_tokens.values())
+        return tensors, {"name": block.name, "linears": facts, **notes}
+
+    def _head(self, model: Resident, block: Block, rounding: Rounding) -> Entry:
+        name = model.anatomy.head
+        coding, (W_RC, moments) = rounding.codings[name], head_input(model, block)
+        scale = coding.static_scale(float(moments.top_C.max()))
+        nearest = self.rounding == "nearest"
+        with naming(name):
+            packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
+        return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
+
+
+def _in_block(model: Resident, block: Block) -> Callable[[str], torch.dtype]:
+    """The dtype in which a parameter of a block is stored, by its name there."""
+    return lambda name: model.dtype_of(f"{block.name}.{name}")
+
+
+def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
+    """A line for each block some of whose experts saw fewer calibration tokens than `few`, with those experts.
+
+    No calibrated format can be better than its data: such an expert's second moments are singular. Experts are kept in their
+    dtype by the formats that there are, so this is said and nothing more is done.
+    """
+    lines = []
+    for block in blocks:
+        starved = [f"{expert} ({tokens})" for expert, tokens in enumerate(block.get("expert_tokens", ())) if tokens < few]
+        if starved:
+            lines.append(f"{block['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}")
+    return lines
+
+
+def _named(name: str, packed: registry.Stored) -> dict[str, Tensor]:
+    """The tensors of a linear under the names they have in a checkpoint."""
+    return {f"{name}.{part}": tensor.cpu() for part, tensor in registry.tensors_of(packed).items()}
+
+
+def _facts(name: str, coding: Coding, W_RC: Tensor, packed: registry.Stored, moments: Moments) -> dict[str, Any]:
+    Q_RC = registry.dequantize(packed).to(W_RC.device)
+    return {
+        "name": name,
+        "format": coding.format,
+        "bits": coding.bits,
+        "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
+        "weight_error": weight_error(W_RC, Q_RC),
+    }
