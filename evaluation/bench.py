@@ -2,7 +2,7 @@
 
     python evaluation/bench.py [--models demo wikilm-8m stories260k] [--recipes nf4-gptq ...] [--threads 2]
 
-Each row is a whole `compress` from disk to disk and its own report; windows are 256 tokens, 256 calibrate and 64 evaluate. The
+Each row is a whole `run_recipe` from disk to disk and its own report; windows are 256 tokens, 256 calibrate and 64 evaluate. The
 results go to evaluation/results/fidelity-MODEL.json, and evaluation/tables.py writes them into README.md and the recipes. The
 models and texts beside the project (../shared) are used where they are; the demo model needs nothing.
 """
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from llmcompress.errors import ModelError
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import environment
 from llmcompress.report.schema import Report
@@ -115,7 +115,7 @@ def bench(model: str, chosen: dict[str, Recipe]) -> None:
         recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=WINDOWS)})
         with tempfile.TemporaryDirectory() as folder:
             try:
-                report = compress(recipe, Path(folder) / "out", base=base, data=text)
+                report = run_recipe(recipe, Path(folder) / "out", base=base, data=text)
             except ModelError as error:  # what a recipe asks of a model that this one is not
                 print(f"{model}: {name}: {error}", file=sys.stderr, flush=True)
                 known.pop(name, None)

@@ -20,7 +20,7 @@ from bench import HERE, LENGTH, MODELS, head
 
 from llmcompress.data.sources import DataSpec
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 
 RECIPES = {
@@ -40,7 +40,7 @@ def rows(folder: Path) -> list[dict[str, Any]]:
         recipe = Recipe.parse(f"stages: {stages}")
         for calibrated in (True, False):
             out = folder / f"{name}-{calibrated}"
-            compress(recipe, out, base=base, data=DataSpec(source=text, length=LENGTH, bos=calibrated))
+            run_recipe(recipe, out, base=base, data=DataSpec(source=text, length=LENGTH, bos=calibrated))
             for scored in (True, False):
                 spec = DataSpec(source=text, length=LENGTH, bos=scored)
                 measured = evaluate(str(out), against=base, data=spec)

@@ -41,7 +41,7 @@ from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import peak_memory_bytes
 
@@ -125,7 +125,7 @@ def measure(point: Point, folder: Path, text: Path, threads: int) -> Row:
     stages = [{"quantize": {"format": "nf4", "block": 64, "rounding": point.rounding}}]
     recipe = Recipe.model_validate({"data": data, "stages": stages})
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
-        report = compress(recipe, Path(out) / "out", base=str(folder))
+        report = run_recipe(recipe, Path(out) / "out", base=str(folder))
     quantize_s, peak = report.stages[0].seconds, report.cost.peak_memory_bytes
     assert peak is not None
     forward_s = forward(folder, recipe.data)

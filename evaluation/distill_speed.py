@@ -32,7 +32,7 @@ from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.sequential import untracked
 from llmcompress.pipeline.resolve import blocks_for, find_base, source_of
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import Context
 from llmcompress.stages.distill import stage
@@ -106,7 +106,7 @@ def measure(base: OnDisk, text: str, keep: float, steps: int, rounds: int) -> di
         if keep < 1:
             cut = {"prune": {"axis": "layer", "keep": keep, "score": "influence"}}
             recipe = Recipe.model_validate({"data": spec.model_dump(exclude_unset=True), "stages": [cut]})
-            compress(recipe, Path(folder) / "cut", base=str(base.folder))
+            run_recipe(recipe, Path(folder) / "cut", base=str(base.folder))
             model = OnDisk(Path(folder) / "cut", base.device)
         ways: dict[str, Callable[[], float]] = {
             "bare loop": lambda: bare(model, base, windows, steps),

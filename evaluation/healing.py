@@ -4,7 +4,7 @@
 
 A model is cut to 60 % of the parameters of its blocks, as loses least in evaluation/pruning.py, and trained on the rest of the
 text that calibrated, 4 windows of 256 tokens a step. `long` is the one to look at; the others are its loss and others' at fewer
-steps, all alike but for what their name says. Each row is a whole `compress` of the cut model and its own report; `kl_cut` is
+steps, all alike but for what their name says. Each row is a whole `run_recipe` of the cut model and its own report; `kl_cut` is
 the loss without training. The result goes to evaluation/results/healing.json.
 """
 
@@ -22,7 +22,7 @@ import torch
 from bench import LENGTH, MODELS, head
 from pruning import WINDOWS, outline, stages
 
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 
@@ -75,11 +75,11 @@ def heal(name: str, rows: list[str], known: list[dict[str, Any]]) -> list[dict[s
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LLMCOMPRESS_CACHE"] = folder
         cuts = [{"prune": cut} for cut in stages(outline(base), SHARE)[CUTS[name]]]
-        cut = compress(recipe_of(text, *cuts), Path(folder) / "cut", base=base).fidelity.kl_nats_mean
+        cut = run_recipe(recipe_of(text, *cuts), Path(folder) / "cut", base=base).fidelity.kl_nats_mean
         for row in rows:
             lesson = settings(name, row)
             recipe = recipe_of(text, {"distill": {**lesson, "student": str(Path(folder) / "cut")}})
-            report = compress(recipe, Path(folder) / "out", base=base, overwrite=True)
+            report = run_recipe(recipe, Path(folder) / "out", base=base, overwrite=True)
             found = {"model": name, "row": row, "cut": CUTS[name], **lesson, **facts(report), "kl_cut": cut}
             found |= {"won_back": 1 - found["kl_nats_mean"] / cut, "commit": head()["commit"]}
             print(f"{name}: {row}: KL {cut:.4f} -> {found['kl_nats_mean']:.4f}, {found['seconds']:.0f} s", flush=True)

@@ -3,7 +3,7 @@
     python evaluation/outliers.py [--threads 2]
 
 Four channels of every norm are multiplied by 50 to 100 and the columns that read them divided by as much: the function is the
-same, and each token's largest input is now far above the rest. Each row is a whole `compress` of that model and its own report,
+same, and each token's largest input is now far above the rest. Each row is a whole `run_recipe` of that model and its own report,
 whose perplexity stands beside that of the model without outliers. The result goes to evaluation/results/outliers.json.
 """
 
@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from llmcompress.data.calibration import DEMO_MODEL
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import walk
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 
 CHANNELS, LEAST, MOST = 4, 50.0, 100.0
@@ -56,7 +56,7 @@ def plant(base: Path, folder: Path) -> None:
 def measure(base: Path, settings: str, out: Path) -> dict[str, Any]:
     """One run's losses."""
     data = f"data: {{source: python-docs, samples: 256, length: {LENGTH}}}"
-    report = compress(Recipe.parse(f"{data}\nstages: [quantize: {{{settings}}}]"), out, base=str(base), overwrite=True)
+    report = run_recipe(Recipe.parse(f"{data}\nstages: [quantize: {{{settings}}}]"), out, base=str(base), overwrite=True)
     return {
         "kl_nats_mean": report.fidelity.kl_nats_mean,
         "perplexity": report.compressed.perplexity,

@@ -4,7 +4,7 @@
 
 A share is that of the parameters of the decoder blocks that stay. Scores and allocations cut the feed-forward width until it is
 reached, exactly where its units allow; layers and sublayers go until it is. `hidden` narrows embedding and head too, so
-its models are smaller than the others at the same share. Each row is a whole `compress` from disk to disk and its own report,
+its models are smaller than the others at the same share. Each row is a whole `run_recipe` from disk to disk and its own report,
 on windows of 256 tokens, 64 of which calibrate. The result goes to evaluation/results/pruning.json.
 """
 
@@ -22,7 +22,7 @@ from bench import LENGTH, MODELS, head
 
 from llmcompress.modeling.layerwise import Outline
 from llmcompress.pipeline.resolve import config_of, find_base
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 
 FILE = Path(__file__).parent / "results" / "pruning.json"
@@ -57,7 +57,7 @@ def measure(name: str, cuts: list[dict[str, Any]]) -> dict[str, Any]:
     data = {"source": text, "samples": WINDOWS, "length": LENGTH}
     recipe = Recipe.model_validate({"data": data, "stages": [{"prune": cut} for cut in cuts]})
     with tempfile.TemporaryDirectory() as folder:
-        report = compress(recipe, Path(folder) / "out", base=base)
+        report = run_recipe(recipe, Path(folder) / "out", base=base)
         left = outline(str(Path(folder) / "out"))
         inner = sum(p.numel() for layer in left.layers for p in layer.parameters())
     return {

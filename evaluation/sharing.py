@@ -5,7 +5,7 @@
 `ways`: at most 90, 75, 60 and 50 % of the base's parameters, each alone and healed by a short distillation; codes, which are
 always smaller, stand once, with the bytes that they have. `tied`: the fit of one matrix for embedding and head against taking
 either or their mean, before and after a short heal. `grouping`: how the layers that share are found, at the same bytes. Each
-row is a whole `compress` from disk to disk and its own report, on windows of 256 tokens, 64 of which calibrate. The result goes
+row is a whole `run_recipe` from disk to disk and its own report, on windows of 256 tokens, 64 of which calibrate. The result goes
 to evaluation/results/sharing-MODEL.json, a row at a time.
 """
 
@@ -27,7 +27,7 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.modeling.layerwise import Outline
 from llmcompress.pipeline.outcome import left_by
 from llmcompress.pipeline.resolve import find_base
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.low_rank.stage import Basis
 from llmcompress.stages.share.stage import Share
@@ -107,7 +107,7 @@ def measure(name: str, stages: Stages) -> dict[str, Any]:
     base, text = MODELS[name]
     recipe = Recipe.model_validate({"data": {"source": text, "samples": WINDOWS, "length": LENGTH}, "stages": stages})
     with tempfile.TemporaryDirectory() as folder:
-        report = compress(recipe, Path(folder) / "out", base=base)
+        report = run_recipe(recipe, Path(folder) / "out", base=base)
     whole = Checkpoint.open(find_base(base).folder).size_bytes
     return {
         "size_bytes": report.compressed.size_bytes,

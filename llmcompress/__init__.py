@@ -13,7 +13,7 @@ from llmcompress.integrations.bitsandbytes_saving import (
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.push import push
 from llmcompress.pipeline.reproduce import reproduce
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe as compress
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.quantize.stage import Quantize

@@ -19,9 +19,10 @@ from llmcompress.formats.registry import Layout, Stored, dequantize
 from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.sequential import logits
+from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.outcome import tensors_of
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer
@@ -83,8 +84,10 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTrainedModel, Report, Report]:
     """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and the written one."""
-    written = compress(told, folder / "out")
-    result, report = told.apply(cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer())
+    written = run_recipe(told, folder / "out")
+    result, report = apply_recipe(
+        told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
+    )
     assert report.compressed.parameters == written.compressed.parameters
     assert 0 <= (written.compressed.size_bytes or 0) - (report.compressed.size_bytes or 0) < 10_000  # the header
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
@@ -97,7 +100,7 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
 
 def assert_refused(told: Recipe, why: str, out: Path) -> None:
     """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is written."""
-    for act in cast("list[Callable[[Recipe], Any]]", [plan, lambda given: compress(given, out)]):
+    for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, out)]):
         with pytest.raises(ModelError, match=why) as caught:
             act(told)
         assert len(str(caught.value).splitlines()) == 1

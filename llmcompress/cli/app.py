@@ -62,12 +62,12 @@ def run(
     """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
     from llmcompress.integrations import distributed
     from llmcompress.modeling.sequential import untracked
-    from llmcompress.pipeline.run import compress
+    from llmcompress.pipeline.run import run_recipe
     from llmcompress.recipe.recipe import Recipe
     from llmcompress.report.console import print_report
 
     steps, shown = Recipe.from_pretrained(recipe), track if distributed.first() else untracked
-    report = compress(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
+    report = run_recipe(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
     if not distributed.first():
         return
     print_report(report, out)
@@ -77,11 +77,11 @@ def run(
 @app.command()
 def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
     """Say what a run would give and cost (parameters, bytes, memory, time) from the model's shapes alone; run nothing."""
-    from llmcompress.pipeline.plan import plan as make_plan
+    from llmcompress.pipeline.plan import plan_recipe
     from llmcompress.recipe.recipe import Recipe
     from llmcompress.report.console import print_plan
 
-    rows, notes = make_plan(Recipe.from_pretrained(recipe), base=base, device=device)
+    rows, notes = plan_recipe(Recipe.from_pretrained(recipe), base=base, device=device)
     print_plan(rows, notes, out)
 
 

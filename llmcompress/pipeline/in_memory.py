@@ -1,4 +1,4 @@
-"""apply(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a temporary folder."""
+"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a temporary folder."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.tie.stage import Tie
 
 
-def apply(
+def apply_recipe(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -62,10 +62,10 @@ def apply(
     device: str | None = None,
     track: Track = untracked,
 ) -> tuple[PreTrainedModel, Report]:
-    """Compress a model in memory: changed in place and returned with its report; `Recipe.apply` is this.
+    """Compress a model in memory: changed in place and returned with its report.
 
     One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not looked at. Raises
-    CompressError as `compress` does; the model is then as it was.
+    CompressError as `run_recipe` does; the model is then as it was.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")

@@ -40,8 +40,8 @@ from llmcompress.stages.tie.stage import Tie
 Row = dict[str, Any]  # stage, parameters, size_bytes, peak_memory_bytes, seconds
 
 
-def plan(recipe: Recipe, *, base: str | None = None, device: str | None = None) -> tuple[list[Row], list[str]]:
-    """Rows for the base and for each stage, and notes in words; raises CompressError as `compress` would for the same input."""
+def plan_recipe(recipe: Recipe, *, base: str | None = None, device: str | None = None) -> tuple[list[Row], list[str]]:
+    """Rows for the base and for each stage, and notes in words; raises CompressError as `run_recipe` would for the same input."""
     recipe.require_own_names(base=base)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
     config, recipe = config_of(found.folder, base=True), at_commits(recipe)

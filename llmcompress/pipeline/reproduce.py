@@ -28,7 +28,7 @@ from llmcompress.io.user_paths import path_of
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.pipeline.push import require_own_recipe
 from llmcompress.pipeline.resolve import pick_device
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import DATA_PLACE, Report
 
@@ -76,7 +76,7 @@ def reproduce(
     on_cpu = pick_device(device or "cpu").type == "cpu"
     with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
         target = scratch / "again" if out is None else Path(out)
-        again = compress(
+        again = run_recipe(
             recipe, target, base=base, data=text, device=device, tokens_sha256=reported.data.sha256, overwrite=overwrite,
             track=track,
         )  # fmt: skip

@@ -65,7 +65,7 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
     """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows, or an adapter is
     beside it.
 
-    With `base=True` also for what `compress` refuses as a base. No weight is read and no code from the folder is run.
+    With `base=True` also for what `run_recipe` refuses as a base. No weight is read and no code from the folder is run.
     """
     require_no_adapter(folder)
     if not (folder / "config.json").is_file():

@@ -61,7 +61,7 @@ from llmcompress.stages.distill.stage import Distill
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
 
 
-def compress(
+def run_recipe(
     recipe: Recipe,
     out: str | Path,
     *,

@@ -38,8 +38,6 @@ from llmcompress.stages.quantize.stage import Quantize
 from llmcompress.stages.sparsify.stage import Sparsify
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
     from llmcompress.report.schema import Report
 
 SCHEMA = 1  # of recipes: llmcompress 0.N reads up to schema N, so that a newer recipe tells what to install
@@ -254,15 +252,6 @@ class Recipe(BaseModel):
                     f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "
                     f"{advice}"
                 )
-
-    def apply(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, Report]:
-        """Compress a model in memory: it is changed in place and returned with its report.
-
-        `base` and `revision` of the recipe are not looked at. Raises CompressError as `compress` does.
-        """
-        from llmcompress.pipeline.in_memory import apply  # it knows recipes, so a recipe finds it only when asked
-
-        return apply(self, model, tokenizer)
 
 
 def _kind(value: Any) -> str:

@@ -20,8 +20,9 @@ from llmcompress.errors import AcceptError, ModelError
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.layerwise import Live, Outline
+from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.resolve import config_of
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept
 from llmcompress.stages.prune.stage import Prune
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
@@ -87,7 +88,7 @@ def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(family: s
     base = save_base(tmp_path / "base", family)
     axes = ["ffn", "kv"] if family in HEADS else "ffn"
     stage = {"prune": {"axis": axes, "parameters": 0.7, "allocation": "sensitivity", "multiple": 1}}
-    report = compress(staged_recipe(text, base, stage), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, stage), tmp_path / "out")
     before, after = report.base.parameters, report.compressed.parameters
     assert before and after and 0.69 * before <= after <= 0.7 * before
     widths = report.stages[0].model_dump()["widths"]
@@ -117,15 +118,15 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
     }
     for name, after in followers.items():
         out = tmp_path / name.replace(":", "-")
-        report = compress(staged_recipe(text, base, uneven, after), out)
+        report = run_recipe(staged_recipe(text, base, uneven, after), out)
         config = json.loads((out / "config.json").read_text())
         assert config["quantization_config"]["quant_method"] == "llmcompress", name
         model = load(out)
         assert distance(live(model), measured(out)) < 0.02, name
         assert report.stages[0].name == "prune"
         assert "import llmcompress" in (out / "README.md").read_text(), name
-    compress(staged_recipe(text, base, uneven), tmp_path / "alone")
-    second = compress(staged_recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second")
+    run_recipe(staged_recipe(text, base, uneven), tmp_path / "alone")
+    second = run_recipe(staged_recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second")
     assert second.base.parameters == second.compressed.parameters
     assert distance(live(load(tmp_path / "second")), measured(tmp_path / "second")) < 0.02
     base_model = AutoModel.from_pretrained(tmp_path / "alone")
@@ -138,8 +139,8 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
 def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     told = staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}})
-    compress(told, tmp_path / "out")
-    model, report = told.apply(AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())
+    run_recipe(told, tmp_path / "out")
+    model, report = apply_recipe(told, AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())
     assert distance(live(model), live(load(tmp_path / "out"))) < 1e-5
     model.save_pretrained(tmp_path / "saved")
     assert distance(live(load(tmp_path / "saved")), live(model)) == 0
@@ -149,7 +150,7 @@ def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    compress(
+    run_recipe(
         staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}),
         tmp_path / "out",
     )
@@ -162,13 +163,13 @@ def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_pat
 def test_an_interrupted_allocation_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     told = staged_recipe(text, base, {"prune": {"axis": ["ffn", "kv"], "parameters": 0.7}})
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000", "widths.00000"], ["fisher.00000", "widths.00000"]):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink()
-        compress(told, tmp_path / "again", overwrite=True)
+        run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
 

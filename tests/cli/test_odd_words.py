@@ -16,10 +16,10 @@ from llmcompress.errors import CompressError, ModelError, OutputError, RecipeErr
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.user_paths import SHOWN, path_of
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.plan import plan
+from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.reproduce import reproduce
 from llmcompress.pipeline.resolve import find_base, pick_device
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 
@@ -59,11 +59,11 @@ def test_every_entry_refuses_a_name_that_no_path_has(case: str, tmp_path: Path) 
     attempts: dict[str, Callable[[], object]] = {
         "recipe": lambda: Recipe.from_pretrained(words),
         "recipe file": lambda: Recipe.from_file(words),
-        "base in a recipe": lambda: compress(named, tmp_path / "out"),
-        "--base of run": lambda: compress(QUANTIZE, tmp_path / "out", base=words),
-        "--base of plan": lambda: plan(QUANTIZE, base=words),
-        "--out": lambda: compress(QUANTIZE, words, base="demo"),
-        "teacher": lambda: compress(taught, tmp_path / "out", base="demo"),
+        "base in a recipe": lambda: run_recipe(named, tmp_path / "out"),
+        "--base of run": lambda: run_recipe(QUANTIZE, tmp_path / "out", base=words),
+        "--base of plan": lambda: plan_recipe(QUANTIZE, base=words),
+        "--out": lambda: run_recipe(QUANTIZE, words, base="demo"),
+        "teacher": lambda: run_recipe(taught, tmp_path / "out", base="demo"),
         "model to evaluate": lambda: evaluate(words),
         "artefact": lambda: reproduce(words),
         "report": lambda: Report.of(words),

@@ -24,7 +24,7 @@ from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.sequential import divergences, following, gradients, next_tokens, output_fisher, walk
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.reproduce import reproduce
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.console import print_evaluation, print_report
 from llmcompress.report.model_card import BOS, card
@@ -281,11 +281,11 @@ def test_states_and_attention_at_bos_are_not_matched() -> None:
 def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Path, tmp_path: Path) -> None:
     lesson = {"steps": 4, "batch": 2, "length": 12, "learning_rate": 1e-3, "cache": True, "top_k": 8}
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
-    report = compress(recipe(text, base, cut, {"distill": lesson}), tmp_path / "out")
+    report = run_recipe(recipe(text, base, cut, {"distill": lesson}), tmp_path / "out")
     (found,) = report.trainings
     assert found.kl_after < found.kl_before and found.length == 12
     with pytest.raises(DataError, match="distill: length 2 leaves no token to predict from text; use 3 or more"):
-        compress(recipe(text, base, {"distill": {"steps": 1, "batch": 2, "length": 2}}), tmp_path / "short")
+        run_recipe(recipe(text, base, {"distill": {"steps": 1, "batch": 2, "length": 2}}), tmp_path / "short")
 
 
 @pytest.mark.parametrize(
@@ -300,7 +300,7 @@ def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Pa
 def test_the_stages_that_measure_losses_take_windows_that_begin_with_bos(
     stage: dict[str, Any], text: Path, base: Path, tmp_path: Path
 ) -> None:
-    report = compress(recipe(text, base, stage), tmp_path / "out")
+    report = run_recipe(recipe(text, base, stage), tmp_path / "out")
     assert report.data.bos is True and (report.fidelity.kl_nats_mean or 0) > 0
 
 
@@ -321,7 +321,7 @@ def test_bos_is_a_key_of_data_and_leaves_older_digests_as_they_were() -> None:
 
 
 def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(text: Path, base: Path, tmp_path: Path) -> None:
-    report = compress(recipe(text, base, {"quantize": {"format": "nf4"}}), tmp_path / "out")
+    report = run_recipe(recipe(text, base, {"quantize": {"format": "nf4"}}), tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "report.json").read_text())
     assert raw["data"]["bos"] is True and report.data.bos is True
     assert BOS in (tmp_path / "out" / "README.md").read_text()
@@ -336,13 +336,13 @@ def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(text
 def test_an_artefact_from_before_there_was_bos_is_run_again_without_it(text: Path, base: Path, tmp_path: Path) -> None:
     told = recipe(text, base, {"quantize": {"format": "nf4"}})
     spec = told.data.model_copy(update={"bos": False})
-    made = compress(told, tmp_path / "out", data=spec)  # as it was made when windows had no BOS: neither file says anything
+    made = run_recipe(told, tmp_path / "out", data=spec)  # as it was made when windows had no BOS: neither file says anything
     assert made.data.bos is None and "bos" not in (tmp_path / "out" / "recipe.yaml").read_text()
     assert reproduce(str(tmp_path / "out"), data=str(text)).verdict == "bit-equal"
 
 
 def test_a_report_of_windows_without_bos_is_what_it_was(text: Path, tmp_path: Path) -> None:
-    report = compress(recipe(text, save_base(tmp_path / "base"), {"quantize": {"format": "nf4"}}), tmp_path / "out")
+    report = run_recipe(recipe(text, save_base(tmp_path / "base"), {"quantize": {"format": "nf4"}}), tmp_path / "out")
     assert report.data.bos is None and "bos" not in json.loads(report.to_json())["data"]
     assert BOS not in (tmp_path / "out" / "README.md").read_text()
 

@@ -31,7 +31,7 @@ from llmcompress.formats.sparse import Sparse, SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, distance, live, load, measured, write_in
 from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import noise, pico
@@ -203,7 +203,7 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 @pytest.mark.parametrize("name", STAGES)
 def test_what_is_made_of_zeros_is_not_taken_for_damaged(name: str, zeros: tuple[Path, Path], tmp_path: Path) -> None:
     base, text = zeros
-    compress(staged_recipe(text, base, STAGES[name], samples=8, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, STAGES[name], samples=8, length=24), tmp_path / "out")
     found = live(load(tmp_path / "out"))
     assert bool(found.isfinite().all()) and distance(found, measured(tmp_path / "out")) < 0.05
 

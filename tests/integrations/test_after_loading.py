@@ -25,7 +25,8 @@ from llmcompress.formats.integer import Scheme
 from llmcompress.formats.low_rank import Factored
 from llmcompress.formats.registry import Layout
 from llmcompress.integrations.plain_modules import ours
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import TOKENS, distance, live, load, write_in
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
 from tests.formats.test_damaged_artefacts import LAYOUTS, made
@@ -119,7 +120,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_an_adapter_on_one_of_two_layers_that_share_is_refused_before_anything_changes(text: Path, tmp_path: Path) -> None:
     shared = {"tie": {"layers": "auto", "parts": ["ffn"], "groups": 1, "steps": 2}}
-    compress(staged_recipe(text, save_base(tmp_path / "base"), shared, samples=8, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, save_base(tmp_path / "base"), shared, samples=8, length=24), tmp_path / "out")
     model = adapted(load(tmp_path / "out"), ["layers.1.mlp.down_proj"])
     before = live(model)
     with pytest.raises(ModelError, match=r"share a tensor.*model\.dequantize\(\) first") as caught:
@@ -158,8 +159,8 @@ def embedded(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytes
     stage |= {"head": "quantize"} if request.param == "untied" else {}
     recipe = staged_recipe(text, base, {"quantize": stage}, samples=8, length=24)
     if request.param == "in memory":
-        return lambda: recipe.apply(AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())[0].eval()
-    compress(recipe, folder / "out")
+        return lambda: apply_recipe(recipe, AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())[0].eval()
+    run_recipe(recipe, folder / "out")
     return lambda: load(folder / "out")
 
 
@@ -194,7 +195,7 @@ def test_asking_for_no_other_number_of_tokens_changes_nothing(embedded: Any) -> 
 def test_an_adapter_on_one_of_two_that_are_one_matrix_is_refused(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
     stage = {"quantize": {"format": "w8a8", "embedding": "int8", "rounding": "nearest"}}
-    compress(staged_recipe(text, base, stage, samples=8, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, stage, samples=8, length=24), tmp_path / "out")
     with pytest.raises(ModelError, match="share a tensor"):
         adapted(load(tmp_path / "out"), ["embed_tokens"]).merge_and_unload()
 

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from llmcompress import save_native
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
+from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
 
@@ -209,7 +210,7 @@ def test_plain_transformers_computes_the_same_from_it(tmp_path: Path) -> None:
             save_native(model, tmp_path / f"{family}-{kind}-again", max_shard_size="100KB")
     text, base = write_text(tmp_path / "text.txt"), save_base(tmp_path / "base")
     for format in ("nf4", "int8"):  # made in this process, and never loaded
-        model, _ = small_recipe(text, base, format=format).apply(load(base), byte_tokenizer())
+        model, _ = apply_recipe(small_recipe(text, base, format=format), load(base), byte_tokenizer())
         expected[format] = forward(model)
         save_native(model, tmp_path / format)
     assert (tmp_path / "opt-nf4-again" / "model.safetensors.index.json").is_file()

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from llmcompress import save_native
 from llmcompress.errors import ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
+from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.integrations.test_bitsandbytes_saving import (
     artefact,
@@ -95,7 +96,7 @@ def test_what_is_no_native_model_is_refused(tmp_path: Path) -> None:
         ModelError, match=r"LlamaForCausalLM holds no weights .* \(not quantised\); use its own save_pretrained"
     ):
         save_native(load(base), tmp_path / "again")
-    ours, _ = small_recipe(write_text(tmp_path / "text.txt"), base, format="w8a8").apply(load(base), byte_tokenizer())
+    ours, _ = apply_recipe(small_recipe(write_text(tmp_path / "text.txt"), base, format="w8a8"), load(base), byte_tokenizer())
     with pytest.raises(ModelError, match=r"\(llmcompress\); use its own save_pretrained"):
         save_native(ours, tmp_path / "again")
     with pytest.raises(ModelError, match=r"layers.0.self_attn.q_proj is not quantised"):

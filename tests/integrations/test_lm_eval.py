@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import save_base, small_recipe, write_text
 
 TASK = """
@@ -50,7 +50,7 @@ def byte_perplexity(folder: Path, tasks: Path, home: Path) -> float:
 @pytest.mark.skipif(find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install lm_eval")
 def test_the_harness_evaluates_an_artefact_as_it_does_its_base(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")
+    run_recipe(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")
     tasks = tmp_path / "tasks"
     tasks.mkdir()
     lines = (tmp_path / "facts.txt").read_text().splitlines()[-20:]

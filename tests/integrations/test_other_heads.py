@@ -15,7 +15,7 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.formats.base import StoredModule
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import TOKENS
 from tests.bases import save_base, small_recipe, write_text
 from tests.models import FAMILIES
@@ -58,7 +58,7 @@ def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
     format: str, family: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family)
-    compress(small_recipe(text, base, rounding="nearest", **FORMATS[format]), tmp_path / "out")
+    run_recipe(small_recipe(text, base, rounding="nearest", **FORMATS[format]), tmp_path / "out")
     causal: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     body = [name.removeprefix(f"{causal.base_model_prefix}.") for name in quantised(causal)]
     loaded = 0
@@ -85,7 +85,7 @@ def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_list_skips_what_stays_plain_and_no_more(format: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    compress(small_recipe(text, base, rounding="nearest", skip=["model.layers.0.*"], **FORMATS[format]), tmp_path / "out")
+    run_recipe(small_recipe(text, base, rounding="nearest", skip=["model.layers.0.*"], **FORMATS[format]), tmp_path / "out")
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out").quantization_config
     skip = config["llm_int8_skip_modules"]
     causal: Any = AutoModelForCausalLM.from_pretrained(base)
@@ -105,7 +105,7 @@ def test_a_head_named_as_a_quantised_linear_is_not_skipped() -> None:
 
 def test_a_class_that_calls_its_body_otherwise_is_refused_in_one_line(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(small_recipe(text, base, rounding="nearest", format="w8a8"), tmp_path / "out")
+    run_recipe(small_recipe(text, base, rounding="nearest", format="w8a8"), tmp_path / "out")
     with pytest.raises(ModelError, match=r"LlamaForQuestionAnswering has no model\.layers") as caught:
         transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1

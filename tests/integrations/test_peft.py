@@ -10,14 +10,14 @@ from bitsandbytes.nn.modules import Linear4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, save_base, small_recipe, write_text
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT asks transformers by an old name
 def test_an_adapter_on_a_native_artefact_learns_and_is_saved_and_loaded(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")
+    run_recipe(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
     codes = {name: module.weight.clone() for name, module in adapted.named_modules() if isinstance(module, Linear4bit)}

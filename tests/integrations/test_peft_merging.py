@@ -18,9 +18,10 @@ from transformers import AutoModelForCausalLM
 from llmcompress.cli.app import main
 from llmcompress.errors import ModelError
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.plan import plan
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.reproduce import reproduce
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import distance, live, load
 from tests.bases import byte_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
@@ -54,14 +55,14 @@ def test_an_adapter_beside_the_weights_is_refused_in_one_line(folders: tuple[Pat
     distill = {"distill": {"steps": 1, "batch": 2}}
     small: dict[str, Any] = {"samples": 4, "length": 24}
     acts: dict[str, Callable[[], Any]] = {
-        "run": lambda: compress(small_recipe(text, beside), out),
-        "plan": lambda: plan(small_recipe(text, beside)),
+        "run": lambda: run_recipe(small_recipe(text, beside), out),
+        "plan": lambda: plan_recipe(small_recipe(text, beside)),
         "evaluate": lambda: evaluate(str(beside)),
         "against": lambda: evaluate(str(base), against=str(beside)),
-        "teacher": lambda: compress(
+        "teacher": lambda: run_recipe(
             staged_recipe(text, base, {"distill": {**distill["distill"], "teacher": str(beside)}}), out
         ),
-        "student": lambda: compress(
+        "student": lambda: run_recipe(
             staged_recipe(text, base, {"distill": {**distill["distill"], "student": str(beside)}}), out
         ),
     }
@@ -70,7 +71,7 @@ def test_an_adapter_beside_the_weights_is_refused_in_one_line(folders: tuple[Pat
             act()
         assert len(str(caught.value).splitlines()) == 1
     assert not out.exists()
-    compress(staged_recipe(text, base, {"quantize": {"rounding": "nearest"}}, **small), out)
+    run_recipe(staged_recipe(text, base, {"quantize": {"rounding": "nearest"}}, **small), out)
     with pytest.raises(ModelError, match="holds a PEFT adapter"):
         reproduce(str(out), base=str(beside), out=tmp_path / "again")
 
@@ -88,7 +89,7 @@ def test_the_command_line_ends_with_two(
 def test_a_folder_with_an_adapter_alone_is_told_as_that(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
     adapted(folders[0]).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ModelError, match="holds a PEFT adapter"):
-        plan(small_recipe(folders[2], tmp_path / "adapter"))
+        plan_recipe(small_recipe(folders[2], tmp_path / "adapter"))
 
 
 def test_an_adapter_around_a_model_in_memory_is_refused(folders: tuple[Path, Path, Path]) -> None:
@@ -97,9 +98,9 @@ def test_an_adapter_around_a_model_in_memory_is_refused(folders: tuple[Path, Pat
     loaded = AutoModelForCausalLM.from_pretrained(beside)
     for model in cast("tuple[Any, ...]", (around, around.get_base_model(), loaded)):
         with pytest.raises(ModelError, match=r"has a PEFT adapter.*merge_and_unload"):
-            recipe.apply(model, byte_tokenizer())
+            apply_recipe(recipe, model, byte_tokenizer())
     merged: Any = around.merge_and_unload()
-    model, _ = recipe.apply(merged, byte_tokenizer())
+    model, _ = apply_recipe(recipe, merged, byte_tokenizer())
     with torch.no_grad():
         assert model(torch.ones(1, 4, dtype=torch.long)).logits.isfinite().all()
 
@@ -118,7 +119,7 @@ def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_ow
 ) -> None:
     """All that share a weight become plain and have their own; one of them alone can't, and nothing changes."""
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
-    compress(staged_recipe(text, base, {"tie": stage}, samples=4, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, {"tie": stage}, samples=4, length=24), tmp_path / "out")
     plain = live(load(tmp_path / "out"))
     settings: dict[str, Any] = {"r": 2, "target_modules": ["up_proj"], "init_lora_weights": False}
     acts: dict[str, Callable[[Any], Any]] = {
@@ -147,7 +148,7 @@ def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_ow
 def test_a_shared_weight_is_copied_pickled_and_cast_as_one(tmp_path: Path) -> None:
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
     stage = {"tie": {"layers": "adjacent", "groups": 1, "steps": 0}}
-    compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     model = load(tmp_path / "out")
     plain = live(model)
     half = copy.deepcopy(model).bfloat16()

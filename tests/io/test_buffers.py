@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, weights_of
 from tests.bases import save_base, staged_recipe, write_text
 
@@ -60,7 +60,7 @@ def test_what_is_no_part_of_the_model_is_neither_written_nor_counted(
     family: str, stage: dict[str, Any], tmp_path: Path, text: Path
 ) -> None:
     base = base_with(tmp_path / "base", family)
-    report = compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     assert not weights_of(tmp_path / "out").keys() & OLD[family].keys()
     _, info = cast(Any, AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True))
     assert not info["unexpected_keys"] and not info["missing_keys"] - {"lm_head.weight"}
@@ -73,7 +73,7 @@ def test_what_is_no_part_of_the_model_is_neither_written_nor_counted(
 def test_a_budget_of_bytes_holds_where_the_base_stores_masks(family: str, tmp_path: Path, text: Path) -> None:
     base, size = base_with(tmp_path / "base", family), 500_000
     stage = {"prune": {"axis": "ffn", "size": size, "allocation": "uniform"}}
-    report = compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     assert 0.95 * size < (report.compressed.size_bytes or 0) <= size
 
 

@@ -13,6 +13,7 @@ import pytest
 from llmcompress.errors import OutputError
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.scratch import is_scratch, scratch_folder
+from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
 
@@ -46,7 +47,7 @@ def test_a_model_in_memory_without_a_temporary_folder_is_as_it_was(tmp_path: Pat
     model = pico("llama", vocab_size=256, num_hidden_layers=1)
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     with pytest.raises(OutputError, match="TMPDIR"):
-        recipe.apply(model, byte_tokenizer())
+        apply_recipe(recipe, model, byte_tokenizer())
     assert getattr(model.config, "quantization_config", None) is None
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from llmcompress.errors import ModelError
 from llmcompress.io.tokenizer import difference, keep_tokens, tokenizer_of, vocabulary_files
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import byte_tokenizer, llama_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
 TEMPLATE = "{{ bos_token }}{% for message in messages %}[INST] {{ message.content }} [INST]{% endfor %}"
@@ -49,7 +49,7 @@ def tokens(folder: Path, words: str) -> list[str]:
 def test_a_llama_that_becomes_a_mistral_keeps_its_tokens(name: str, text: Path, tmp_path: Path) -> None:
     base, out = llama_base(tmp_path / "base", settings={"tokenizer_class": name}, num_key_value_heads=8), tmp_path / "out"
     configure(base / "config.json", transformers_version="4.43.0")
-    compress(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}, samples=4, length=16), out)
+    run_recipe(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}, samples=4, length=16), out)
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mistral"
     assert config["transformers_version"] == transformers.__version__  # else the tokenizer is said to be an old Mistral's
@@ -66,7 +66,7 @@ def test_a_llama_that_becomes_a_mistral_keeps_its_tokens(name: str, text: Path, 
 
 def test_where_the_copied_files_give_the_same_tokens_they_stay_as_they_are(text: Path, tmp_path: Path) -> None:
     base, out = llama_base(tmp_path / "base"), tmp_path / "out"
-    compress(small_recipe(text, base, rounding="nearest"), out)
+    run_recipe(small_recipe(text, base, rounding="nearest"), out)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (out / name).read_bytes() == (base / name).read_bytes()
 
@@ -76,7 +76,7 @@ def test_a_supported_model_needs_no_code_of_its_repository(text: Path, tmp_path:
     (base / "modeling_evil.py").write_text(EVIL)
     configure(base / "config.json", auto_map=CODE)
     configure(base / "tokenizer_config.json", auto_map={"AutoTokenizer": [None, "modeling_evil.EvilTokenizer"]})
-    compress(small_recipe(text, base, rounding="nearest"), out)
+    run_recipe(small_recipe(text, base, rounding="nearest"), out)
     assert not list(out.rglob("*.py"))
     assert not any("auto_map" in (out / name).read_text() for name in ("config.json", "tokenizer_config.json"))
     ours = tokenizer_of(base)
@@ -95,7 +95,7 @@ def test_a_tokenizer_that_needs_code_of_its_own_is_refused_in_one_line(named: An
     (base / "tok.py").write_text(EVIL)
     configure(base / "tokenizer_config.json", tokenizer_class=kind, auto_map=named)
     with pytest.raises(ModelError, match=r"it needs code of its own, tok.MyTokenizer, which is never run here\); save one"):
-        compress(small_recipe(tmp_path / "text.txt", base), tmp_path / "out")
+        run_recipe(small_recipe(tmp_path / "text.txt", base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -104,7 +104,7 @@ def test_a_tokenizer_that_lies_elsewhere_is_refused_before_the_run(text: Path, t
     (base / "tokenizer.json").rename(tmp_path / "elsewhere.json")
     (base / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(ModelError, match=r"tokenizer.json is a link that leaves the folder; put the file itself in its place"):
-        compress(small_recipe(text, base), tmp_path / "out")
+        run_recipe(small_recipe(text, base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

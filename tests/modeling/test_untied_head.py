@@ -16,8 +16,8 @@ from llmcompress.errors import ModelError
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.layerwise import Live
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -60,7 +60,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     before = evaluate(str(base), data=spec)["perplexity"]
     tied = pico(family, vocab_size=256, tie_word_embeddings=True)
     assert distance(live(tied), plain) > 0.01
-    compress(staged_recipe(text, base, NF4_HEAD), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, NF4_HEAD), tmp_path / "out")
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is False
     told = AutoModelForCausalLM.from_pretrained(base)
     told.config.tie_word_embeddings = False
@@ -88,10 +88,10 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
 def test_each_stage_leaves_the_head_its_own(stage: dict[str, Any], tmp_path: Path, text: Path) -> None:
     base, told = base_with_head(tmp_path / "base"), tmp_path / "out"
     recipe = staged_recipe(text, base, stage, samples=4, length=24)
-    report = compress(recipe, told)
+    report = run_recipe(recipe, told)
     assert config_of(told)["tie_word_embeddings"] is False
     assert distance(measured(told), live(load(told))) < 1e-5
-    rows, _ = plan(recipe)
+    rows, _ = plan_recipe(recipe)
     assert rows[0]["parameters"] == report.base.parameters
     assert rows[-1]["parameters"] == report.compressed.parameters
     written = weights_of(told)
@@ -118,7 +118,7 @@ def test_a_head_in_memory_that_equals_the_embedding_is_the_embedding(tmp_path: P
 
 def test_an_equal_head_is_written_once(tmp_path: Path, text: Path) -> None:
     base = base_with_head(tmp_path / "base", same=True)
-    report = compress(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
     assert "lm_head.weight" not in weights_of(tmp_path / "out")
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert distance(measured(tmp_path / "out"), live(load(tmp_path / "out"))) == 0
@@ -149,9 +149,9 @@ def test_a_tied_base_may_store_its_matrix_under_the_name_of_the_head(stage: dict
     recipe = staged_recipe(text, base, stage, samples=4, length=24)
     if stage is NF4_HEAD:
         with pytest.raises(ModelError, match="tied to the embedding"):
-            compress(recipe, tmp_path / "out")
+            run_recipe(recipe, tmp_path / "out")
         return
-    report = compress(recipe, tmp_path / "out")
+    report = run_recipe(recipe, tmp_path / "out")
     assert report.base.parameters == sum(tensor.numel() for tensor in tensors.values())
     assert distance(measured(tmp_path / "out"), live(load(tmp_path / "out"))) < 1e-5
 
@@ -160,7 +160,7 @@ def test_a_base_without_a_head_that_is_said_to_have_its_own_is_refused(tmp_path:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
     (base / "config.json").write_text(json.dumps(config_of(base) | {"tie_word_embeddings": False}))
     recipe = staged_recipe(text, base, {"quantize": {"format": "nf4"}})
-    for act in (lambda: compress(recipe, tmp_path / "out"), lambda: plan(recipe), lambda: evaluate(str(base))):
+    for act in (lambda: run_recipe(recipe, tmp_path / "out"), lambda: plan_recipe(recipe), lambda: evaluate(str(base))):
         with pytest.raises(
             ModelError, match=r"no lm_head\.weight, and its config.json says tie_word_embeddings: false"
         ) as caught:
@@ -180,7 +180,7 @@ def test_a_teacher_predicts_by_its_own_head(tmp_path: Path, text: Path) -> None:
     base, found = save_base(tmp_path / "base"), []
     for number, name in enumerate((teacher, told)):
         stage = {"distill": {"steps": 1, "batch": 2, "teacher": str(name)}}
-        compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / f"out-{number}")
+        run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / f"out-{number}")
         found.append(weights_of(tmp_path / f"out-{number}"))
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 

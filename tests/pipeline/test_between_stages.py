@@ -15,7 +15,7 @@ from llmcompress.errors import AcceptError
 from llmcompress.io.manifest import MANIFEST
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.pipeline.between_stages import REMADE
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from tests.bases import save_base, staged_recipe, write_text
 
@@ -32,8 +32,8 @@ def interrupted(folder: Path, *stages: dict[str, Any]) -> tuple[Recipe, Path]:
         write_text(folder / "facts.txt"), save_base(folder / "base", num_hidden_layers=2), *stages, samples=4, length=16
     )
     with pytest.raises(AcceptError):
-        compress(recipe.model_copy(update={"accept": Accept(kl_nats=1e-12)}), folder / "left")
-    compress(recipe, folder / "whole")
+        run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-12)}), folder / "left")
+    run_recipe(recipe, folder / "whole")
     return recipe, folder
 
 
@@ -58,7 +58,7 @@ def go_on(recipe: Recipe, folder: Path, name: str, damage: Callable[[Path], obje
     out = folder / name
     shutil.copytree(partial_folder(folder / "left"), partial_folder(out))
     damage(partial_folder(out))
-    report = compress(recipe, out)
+    report = run_recipe(recipe, out)
     assert weights(out) == weights(folder / "whole")
     assert (out / "config.json").read_bytes() == (folder / "whole" / "config.json").read_bytes()
     return [note for stage in report.stages for note in stage.notes]
@@ -155,6 +155,6 @@ def test_the_base_that_changed_after_a_crash_is_another(two_stages: tuple[Recipe
     content[8 + header + span[1] - 1] ^= 1  # a bit of its last weight, far behind the first 4 KiB
     file.write_bytes(content)
     for target in (out, tmp_path / "fresh"):
-        report = compress(recipe, target, base=str(base))
+        report = run_recipe(recipe, target, base=str(base))
         assert not any("earlier run" in note for stage in report.stages for note in stage.notes)
     assert weights(out) == weights(tmp_path / "fresh")

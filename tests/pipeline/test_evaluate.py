@@ -17,7 +17,7 @@ from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
 
 KEYS = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
@@ -85,7 +85,7 @@ def test_without_a_base_there_is_no_distance(spec: DataSpec, tmp_path: Path) -> 
 
 def test_an_artefact_evaluates_as_its_report_says(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    report = compress(small_recipe(Path(spec.source), base), tmp_path / "out")
+    report = run_recipe(small_recipe(Path(spec.source), base), tmp_path / "out")
     same = spec.model_copy(update={"length": 24, "evaluation_samples": 4})
     found = evaluate(str(tmp_path / "out"), against=str(base), data=same)
     assert found["kl_nats_mean"] == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-6)

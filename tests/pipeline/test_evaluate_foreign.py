@@ -21,8 +21,8 @@ from llmcompress.data.sources import DataSpec
 from llmcompress.errors import ModelError
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
 
 BLOCK = 64  # of FP8 scales
@@ -128,7 +128,7 @@ def test_fp8_is_measured_as_transformers_loads_it(spec: DataSpec, windows: Tenso
     assert found["size_bytes"] == (folder / "model.safetensors").stat().st_size
     turned = evaluate(str(base), against=str(folder), data=spec)  # as the base of another, too
     assert turned["top1_agreement"] == found["top1_agreement"]
-    for act in (plan, lambda told: compress(told, tmp_path / "out")):
+    for act in (plan_recipe, lambda told: run_recipe(told, tmp_path / "out")):
         with pytest.raises(ModelError, match="is quantised already"):
             act(small_recipe(Path(spec.source), folder))
 

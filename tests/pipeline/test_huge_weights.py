@@ -16,7 +16,7 @@ from torch import Tensor
 from llmcompress.algorithms.overflow import Overflow, require_within
 from llmcompress.algorithms.quantize_weight import output_error, weight_error
 from llmcompress.errors import CompressError, ModelError
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.stages.base import naming, require_numbers
 from tests.bases import save_base, staged_recipe, write_text
 
@@ -65,7 +65,7 @@ def base_with(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path
 def test_what_float16_does_not_hold_is_told_with_its_layer(stage: dict[str, Any], why: str, tmp_path: Path, text: Path) -> None:
     base = base_with(tmp_path / "base", one_weight)
     with pytest.raises(ModelError, match=why) as caught:
-        compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+        run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
@@ -89,7 +89,7 @@ def test_a_huge_weight_ends_in_one_line_or_in_a_whole_report(
     base = base_with(tmp_path / "base", change)
     refused = None
     try:
-        compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+        run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     except CompressError as error:
         refused = str(error)
     assert (tmp_path / "out").exists() == (refused is None)

@@ -24,7 +24,8 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.sequential import logits
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of
@@ -69,7 +70,7 @@ def everything(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str
     for name, (family, settings) in RECIPES.items():
         base = folder / family if (folder / family).exists() else save_base(folder / family, family, num_hidden_layers=1)
         outs[name] = folder / name.replace(", ", "-").replace(" ", "-")
-        compress(small_recipe(text, base, **settings), outs[name])
+        run_recipe(small_recipe(text, base, **settings), outs[name])
     return outs
 
 
@@ -170,7 +171,7 @@ def test_saving_a_loaded_artefact_writes_the_same_bytes(name: str, everything: d
 def test_a_model_in_memory_becomes_what_the_folder_is(name: str, everything: dict[str, Path], text: Path) -> None:
     settings, base, written = RECIPES[name][1], base_of(name, everything), Report.of(everything[name])
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
-    result, report = small_recipe(text, base, **settings).apply(model, byte_tokenizer())
+    result, report = apply_recipe(small_recipe(text, base, **settings), model, byte_tokenizer())
     assert result is model
     assert report.linears == written.linears and report.kept == written.kept
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
@@ -229,7 +230,7 @@ def test_calibration_beats_nearest_at_the_same_bytes(
     kl, sizes = {}, {}
     for rounding in ("nearest", "gptq"):
         recipe = small_recipe(text, base, rounding=rounding, **settings).model_copy(update={"data": more})
-        report = compress(recipe, tmp_path / rounding)
+        report = run_recipe(recipe, tmp_path / rounding)
         kl[rounding], sizes[rounding] = report.fidelity.kl_nats_mean or 0.0, report.compressed.size_bytes
     assert 0 < kl["gptq"] < share * kl["nearest"]
     assert sizes["gptq"] == sizes["nearest"]
@@ -243,7 +244,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, P
     """A base of two layers, and its artefact with smoothing, done at once."""
     folder = tmp_path_factory.mktemp("whole")
     base = save_base(folder / "base", "qwen2")
-    compress(smoothed(text, base), folder / "out")
+    run_recipe(smoothed(text, base), folder / "out")
     return base, folder / "out"
 
 
@@ -253,7 +254,7 @@ def refused(whole: tuple[Path, Path], text: Path) -> Path:
     base, once = whole
     out = once.with_name("refused")
     with pytest.raises(AcceptError):
-        compress(smoothed(text, base).model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
+        run_recipe(smoothed(text, base).model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
     assert not out.exists()
     return partial_folder(out)
 
@@ -282,7 +283,7 @@ def test_an_interrupted_run_with_smoothing_goes_on_and_gives_the_same_bytes(
     for name in lost:
         files[name].unlink()
     done = 2 - sum(name.startswith("quantize") for name in lost)
-    report = compress(smoothed(text, base), out)
+    report = run_recipe(smoothed(text, base), out)
     said = [note for note in report.stages[0].notes if "were done by an earlier run" in note]
     assert len(said) == (done > 0) and all(note.startswith(f"{done} blocks") for note in said)
     for file in ("model.safetensors", "config.json"):
@@ -302,7 +303,7 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
     """A reader beside quantised ones, and a producer: both stay dense, and the scale went through both."""
     base, out = save_base(tmp_path / "base", "qwen2", num_hidden_layers=1), tmp_path / "out"
     skip = ["*.q_proj", "*.v_proj", "*.gate_proj", "*.up_proj"]
-    compress(small_recipe(text, base, format="w8a8", smooth={}, rounding="nearest", skip=skip), out)
+    run_recipe(small_recipe(text, base, format="w8a8", smooth={}, rounding="nearest", skip=skip), out)
     was, now, layer = weights_of(base), weights_of(out), "model.layers.0."
     by = crossed(was[f"{layer}input_layernorm.weight"], now[f"{layer}input_layernorm.weight"])
     assert float((by - 1).abs().max()) > 0.1, "nothing crossed"
@@ -329,7 +330,7 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
 
 def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_crossed(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=1), tmp_path / "out"
-    report = compress(small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out)  # nf4: no 16 rows
+    report = run_recipe(small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out)  # nf4: no 16 rows
     assert {kept.name.rpartition(".")[2] for kept in report.kept} == {"k_proj", "v_proj", "lm_head"}
     was, now, layer = weights_of(base), weights_of(out), "model.layers.0."
     by = crossed(was[f"{layer}input_layernorm.weight"], now[f"{layer}input_layernorm.weight"])
@@ -346,7 +347,7 @@ def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_cross
 def test_a_base_in_half_precision_keeps_its_dtype(dtype: torch.dtype, format: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=1)
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=dtype)).save_pretrained(base)
-    report = compress(small_recipe(text, base, format=format, smooth={}, rounding="nearest"), tmp_path / "out")
+    report = run_recipe(small_recipe(text, base, format=format, smooth={}, rounding="nearest"), tmp_path / "out")
     dense = {name: t.dtype for name, t in weights_of(tmp_path / "out").items() if "norm" in name or name.endswith("bias")}
     assert len(dense) > 5 and set(dense.values()) == {dtype}
     assert report.compressed.parameters == report.base.parameters

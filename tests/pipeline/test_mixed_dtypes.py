@@ -13,8 +13,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import save_base, staged_recipe, write_text
 
@@ -55,7 +56,7 @@ def mixed_base(folder: Path, family: str, dtype: Dtype, said: str | None) -> Pat
 )
 def test_each_tensor_keeps_its_own_dtype(stage: dict[str, Any], half: torch.dtype, tmp_path: Path, text: Path) -> None:
     base = mixed_base(tmp_path / "base", "llama", matrices_in(half), "float32")
-    compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     before, after = weights_of(base), weights_of(tmp_path / "out")
     assert after.keys() <= before.keys()
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: before[name].dtype for name in after}
@@ -69,7 +70,7 @@ def test_what_layers_share_and_factors_have_the_dtype_of_their_weight(tmp_path: 
         "share": {"layers": "adjacent", "groups": 1, "steps": 0, "residual_rank": 2},
         "basis": {"basis": 2, "keep": 0.5},
     }.items():
-        compress(staged_recipe(text, base, {"tie": stage}, samples=4, length=24), tmp_path / name)
+        run_recipe(staged_recipe(text, base, {"tie": stage}, samples=4, length=24), tmp_path / name)
         dtypes = {part: tensor.dtype for part, tensor in weights_of(tmp_path / name).items()}
         assert {dtype for part, dtype in dtypes.items() if "norm" in part} == {torch.float32}
         assert {dtype for part, dtype in dtypes.items() if "norm" not in part} == {torch.bfloat16}
@@ -82,10 +83,10 @@ def test_values_that_stay_and_levels_have_the_dtype_of_their_linear(tmp_path: Pa
 
     base = mixed_base(tmp_path / "base", "llama", dtype, "float32")
     stage = {"prune": {"pattern": "2:4", "score": "magnitude"}}
-    compress(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "sparse")
+    run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "sparse")
     values = {name: t.dtype for name, t in weights_of(tmp_path / "sparse").items() if name.endswith("proj.weight")}
     assert values == {name: torch.bfloat16 if "mlp" in name else torch.float32 for name in values}
-    compress(staged_recipe(text, base, {"tie": {"codebook": 4}}, samples=4, length=24), tmp_path / "codebook")
+    run_recipe(staged_recipe(text, base, {"tie": {"codebook": 4}}, samples=4, length=24), tmp_path / "codebook")
     levels = {name: t.dtype for name, t in weights_of(tmp_path / "codebook").items() if name.endswith("weight_levels")}
     assert levels == {name: torch.bfloat16 if "mlp" in name else torch.float16 for name in levels}
 
@@ -117,7 +118,7 @@ def test_a_quantised_model_of_a_mixed_base_loads_and_generates(
 ) -> None:
     """In bitsandbytes' formats a loader casts no weight, so what stays dense is of one dtype there; config.json says it."""
     base = mixed_base(tmp_path / "base", family, matrices_in(half), said)
-    compress(staged_recipe(text, base, {"quantize": stage}, samples=4, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, {"quantize": stage}, samples=4, length=24), tmp_path / "out")
     model = load(tmp_path / "out")
     assert distance(live(model), measured(tmp_path / "out")) < 0.05
     written = cast(Any, model).generate(torch.ones(1, 4, dtype=torch.long), max_new_tokens=3, do_sample=False)
@@ -134,9 +135,9 @@ def test_a_budget_of_bytes_counts_each_tensor_in_its_own_dtype(tmp_path: Path, t
     stages: dict[str, dict[str, Any]] = {"ffn": {"axis": "ffn", "allocation": "uniform"}, "layer": {"axis": "layer"}}
     for axis, stage in stages.items():
         recipe = staged_recipe(text, base, {"prune": {**stage, "size": size}}, samples=4, length=24)
-        report = compress(recipe, tmp_path / axis)
+        report = run_recipe(recipe, tmp_path / axis)
         assert (report.compressed.size_bytes or 0) <= size
-        row = plan(recipe)[0][-1]
+        row = plan_recipe(recipe)[0][-1]
         assert row["size_bytes"] == sum(tensor.nbytes for tensor in weights_of(tmp_path / axis).values())
     assert (report.compressed.size_bytes or 0) > 0
     assert (tmp_path / "ffn" / "model.safetensors").stat().st_size > 0.97 * size
@@ -158,7 +159,7 @@ def test_a_mixed_model_in_memory_keeps_its_dtypes(tmp_path: Path, text: Path) ->
     half = model.bfloat16()
     for norm in (module for name, module in half.named_modules() if name.endswith("norm")):
         norm.float()
-    again, _ = recipe.apply(half, _tokenizer(base))
+    again, _ = apply_recipe(recipe, half, _tokenizer(base))
     assert {p.dtype for name, p in again.named_parameters() if "norm" in name} == {torch.float32}
     assert {p.dtype for name, p in again.named_parameters() if "norm" not in name} == {torch.bfloat16}
 

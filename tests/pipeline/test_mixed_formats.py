@@ -21,7 +21,8 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import walk
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.quantize.sensitivity import costs, most_hurt, spared
@@ -66,7 +67,7 @@ def mixtures(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, 
     folder = tmp_path_factory.mktemp("mixtures")
     for name, (family, settings, _) in MIXTURES.items():
         base = folder / family if (folder / family).exists() else save_base(folder / family, family, num_hidden_layers=1)
-        compress(small_recipe(text, base, **settings), folder / name.replace(" ", "-"))
+        run_recipe(small_recipe(text, base, **settings), folder / name.replace(" ", "-"))
     return {name: folder / name.replace(" ", "-") for name in MIXTURES}
 
 
@@ -112,7 +113,7 @@ def test_a_model_in_memory_becomes_the_same_mixture(name: str, mixtures: dict[st
     family, settings, _ = MIXTURES[name]
     base, written = mixtures[name].parent / family, Report.of(mixtures[name])
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
-    result, report = small_recipe(text, base, **settings).apply(model, byte_tokenizer())
+    result, report = apply_recipe(small_recipe(text, base, **settings), model, byte_tokenizer())
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
     assert abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000  # the header of the file
@@ -133,7 +134,7 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 @pytest.mark.slow
 def test_several_blocks_and_4_bit_formats_load_without_the_plug_in(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", num_hidden_layers=1), tmp_path / "out"
-    report = compress(small_recipe(text, base, **NATIVE), out)
+    report = run_recipe(small_recipe(text, base, **NATIVE), out)
     assert {linear.format for linear in report.linears} == {"nf4", "fp4"}
     assert len({linear.bits for linear in report.linears}) == 3
     assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
@@ -241,7 +242,7 @@ def test_what_is_protected_is_said_and_costs_less(format: str, text: Path, tmp_p
     for protect in (0.0, 0.3):
         settings = {"protect": protect} if protect else {}
         out = tmp_path / str(protect)
-        reports[protect] = compress(small_recipe(text, base, format=format, smooth={}, **settings), out)
+        reports[protect] = run_recipe(small_recipe(text, base, format=format, smooth={}, **settings), out)
         assert distance(live(load(out)), measured(out)) < 0.03
     bare, spare = reports[0.0], reports[0.3]
     assert (spare.fidelity.kl_nats_mean or 0) < (bare.fidelity.kl_nats_mean or 0)
@@ -259,15 +260,15 @@ def test_what_is_protected_is_said_and_costs_less(format: str, text: Path, tmp_p
 @pytest.mark.slow
 def test_an_interrupted_run_with_protection_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base, settings = save_base(tmp_path / "base"), {"format": "w8a8", "smooth": {}, "protect": 0.2}
-    compress(small_recipe(text, base, **settings), tmp_path / "once")
+    run_recipe(small_recipe(text, base, **settings), tmp_path / "once")
     strict = small_recipe(text, base, **settings).model_copy(update={"accept": Accept(kl_nats=1e-12)})
     with pytest.raises(AcceptError):
-        compress(strict, tmp_path / "again")
+        run_recipe(strict, tmp_path / "again")
     journal = partial_folder(tmp_path / "again") / "journal"
     for lost in (("quantize.00001",), ("quantize.00000", "quantize.00001", "protected.00000", "smooth.00001")):
         shutil.copytree(journal.parent, partial_folder(tmp_path / lost[-1]))
         for name in lost:
             (partial_folder(tmp_path / lost[-1]) / "journal" / f"{name}.safetensors").unlink()
-        compress(small_recipe(text, base, **settings), tmp_path / lost[-1])
+        run_recipe(small_recipe(text, base, **settings), tmp_path / lost[-1])
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / lost[-1] / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), file

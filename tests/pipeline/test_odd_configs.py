@@ -25,9 +25,9 @@ from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.model_config import FLAGS, load_config
 from llmcompress.modeling.sequential import logits
-from llmcompress.pipeline.plan import plan
+from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.resolve import blocks_for, config_of, find_base, require_computable, require_loadable
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.stages import require_possible
 from llmcompress.recipe.recipe import Recipe
 from tests.bases import save_base, small_recipe, write_text
@@ -84,7 +84,7 @@ def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
     """The one line that refuses a config, or nothing; whatever else is raised is said of the config that raised it."""
     (base / "config.json").write_text(json.dumps(fields))
     begin, said = time.monotonic(), ""
-    for attempt in (lambda: plan(recipe, base=str(base)), lambda: start(base, recipe)):
+    for attempt in (lambda: plan_recipe(recipe, base=str(base)), lambda: start(base, recipe)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # transformers warns of much
@@ -213,7 +213,7 @@ def test_flags_that_change_what_a_forward_returns_change_no_number(base: Path) -
 
 def test_an_artefact_of_a_base_with_flags_loads_and_answers_as_others_do(base: Path, tmp_path: Path) -> None:
     configure(base, return_dict=False, use_cache=False, output_hidden_states=True, _attn_implementation="flash_attention_2")
-    report = compress(small_recipe(write_text(tmp_path / "facts.txt"), base, rounding="nearest"), tmp_path / "out")
+    report = run_recipe(small_recipe(write_text(tmp_path / "facts.txt"), base, rounding="nearest"), tmp_path / "out")
     assert report.base.tokens_per_s and report.compressed.tokens_per_s
     assert not FLAGS.keys() & {k for k, v in fields_of(tmp_path / "out").items() if v != FLAGS.get(k, v)}
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8).view(1, -1))

@@ -14,8 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.modeling.layerwise import Outline
-from llmcompress.pipeline.plan import per_token, plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import per_token, plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from tests.bases import save_base, small_recipe, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
@@ -29,7 +29,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_parameters_and_bytes_of_the_base_are_those_of_its_files(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     checkpoint = Checkpoint.open(base)
-    rows, _ = plan(small_recipe(text, base))
+    rows, _ = plan_recipe(small_recipe(text, base))
     assert rows[0]["parameters"] == checkpoint.parameters
     assert 0 <= checkpoint.size_bytes - rows[0]["size_bytes"] < 8000  # the header
 
@@ -51,8 +51,8 @@ def test_the_bytes_of_the_result_are_those_that_a_run_writes(
 ) -> None:
     base = save_base(tmp_path / "base", family, **config)
     recipe = small_recipe(text, base, rounding="nearest", **settings)
-    rows, notes = plan(recipe)
-    report = compress(recipe, tmp_path / "out")
+    rows, notes = plan_recipe(recipe)
+    report = run_recipe(recipe, tmp_path / "out")
     assert rows[1]["parameters"] == report.compressed.parameters
     assert report.compressed.size_bytes is not None
     headers = 2500 * len(report.linears) + 4000  # names, and what each linear says of its own format
@@ -64,7 +64,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(text: Path, tmp_path: Path) 
     base = save_base(tmp_path / "base")
     (base / "model.safetensors").unlink()
     before = sorted(tmp_path.rglob("*"))
-    rows, notes = plan(small_recipe(text, base))
+    rows, notes = plan_recipe(small_recipe(text, base))
     assert [row["stage"] for row in rows] == ["base", "quantize (nf4, gptq)"]
     assert rows[1]["seconds"] > 0 and rows[1]["peak_memory_bytes"] > 0
     assert any("8 windows of 24 tokens" in note for note in notes)
@@ -76,7 +76,7 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
     seconds = {}
     for base in (small, deep):
         for rounding in ("nearest", "gptq", "learned"):
-            rows, _ = plan(small_recipe(text, base, rounding=rounding))
+            rows, _ = plan_recipe(small_recipe(text, base, rounding=rounding))
             seconds[base.name, rounding] = rows[1]["seconds"]
     for name in ("small", "deep"):
         assert seconds[name, "nearest"] < seconds[name, "gptq"] < seconds[name, "learned"]
@@ -85,7 +85,7 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_layers(text: Path, tmp_path: Path) -> None:
     small, deep = save_base(tmp_path / "small"), save_base(tmp_path / "deep", num_hidden_layers=24)
-    peaks = {plan(small_recipe(text, base))[0][1]["peak_memory_bytes"] for base in (small, deep)}
+    peaks = {plan_recipe(small_recipe(text, base))[0][1]["peak_memory_bytes"] for base in (small, deep)}
     assert len(peaks) == 1
 
 
@@ -96,9 +96,9 @@ def configure(folder: Path, **fields: Any) -> None:
 
 def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="names no base"):
-        plan(small_recipe(text))
+        plan_recipe(small_recipe(text))
     with pytest.raises(ModelError, match="is no folder"):
-        plan(small_recipe(text, tmp_path / "none"))
+        plan_recipe(small_recipe(text, tmp_path / "none"))
     base = save_base(tmp_path / "base")
     recipe = small_recipe(text, base)
     for wrong, message in (
@@ -106,10 +106,10 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
         ({"block": 4096}, "no linear of this model can be quantised"),
     ):
         with pytest.raises(ModelError, match=message):
-            plan(small_recipe(text, base, **wrong))
+            plan_recipe(small_recipe(text, base, **wrong))
     for role in ("teacher", "student"):
         taught = staged_recipe(text, base, {"distill": {role: str(tmp_path / "none"), "steps": 1}})
-        for refuse in (plan, lambda given: compress(given, tmp_path / "out")):
+        for refuse in (plan_recipe, lambda given: run_recipe(given, tmp_path / "out")):
             with pytest.raises(ModelError, match=f"{role} .*none is no folder"):
                 refuse(taught)
     (tmp_path / "empty").mkdir()
@@ -122,16 +122,16 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     ):
         configure(base, **fields)
         with pytest.raises(CompressError, match=message) as caught:
-            plan(recipe)
+            plan_recipe(recipe)
         assert len(str(caught.value).splitlines()) == 1
         with pytest.raises(CompressError, match=message):
-            compress(recipe, tmp_path / "out")
+            run_recipe(recipe, tmp_path / "out")
     for content in ("", "{", "[]"):
         (base / "config.json").write_text(content)
         with pytest.raises(ModelError, match=r"config.json (is not JSON|holds a list)"):
-            plan(recipe)
+            plan_recipe(recipe)
     with pytest.raises(ModelError, match=r"has no config.json"):
-        plan(small_recipe(text, tmp_path / "empty"))
+        plan_recipe(small_recipe(text, tmp_path / "empty"))
     assert not (tmp_path / "out").exists() and not (tmp_path / ".out.partial").exists()
 
 
@@ -170,7 +170,7 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
 )
 def test_a_cut_is_priced_before_it_is_made(stage: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=False)
-    whole, cut = plan(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]}))[0]
+    whole, cut = plan_recipe(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]}))[0]
     assert all(cut[key] <= whole[key] for key in ("parameters", "size_bytes", "flops_per_token", "kv_cache_bytes_per_token"))
     assert cut["flops_per_token"] < whole["flops_per_token"]
     if stage["axis"] == "kv":

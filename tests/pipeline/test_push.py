@@ -169,11 +169,11 @@ def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) ->
         "stages: [{distill: {teacher: ../teacher}}]": "save it to a file and run that, if you trust it",
         "stages: [{distill: {student: ./base}}]": "save it to a file and run that, if you trust it",
     }
-    script = "from llmcompress import Recipe, compress\nfrom llmcompress.errors import RecipeError\n"
+    script = "from llmcompress import Recipe\nfrom llmcompress.pipeline.run import run_recipe\nfrom llmcompress.errors import RecipeError\n"
     for number, (entries, option) in enumerate(cases.items()):
         world.hub.add(f"evil/recipe-{number}", {"recipe.yaml": entries.encode()})
         base = None if option == "--base" else "them/base"
-        script += f"try:\n    compress(Recipe.from_pretrained('evil/recipe-{number}'), 'evil', base={base!r})\n"
+        script += f"try:\n    run_recipe(Recipe.from_pretrained('evil/recipe-{number}'), 'evil', base={base!r})\n"
         script += "except RecipeError as error:\n    print(error.exit_code, error)\n"
     command = [sys.executable, "-c", script]
     done = subprocess.run(command, env={**os.environ, **world.env}, cwd=world.place, capture_output=True, text=True)

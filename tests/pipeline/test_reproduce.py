@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from llmcompress.errors import AcceptError, CompressError, DataError, ModelError, OutputError
 from llmcompress.pipeline.reproduce import KL, PERPLEXITY, _close, reproduce, threads_of
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import shell
@@ -24,7 +24,7 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base, a text, and what a recipe made of them."""
     folder = tmp_path_factory.mktemp("shelf")
     base, text = save_base(folder / "base", num_hidden_layers=1), write_text(folder / "facts.txt")
-    compress(small_recipe(text, base), folder / "out")
+    run_recipe(small_recipe(text, base), folder / "out")
     return folder
 
 

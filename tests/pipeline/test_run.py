@@ -24,7 +24,8 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.sequential import logits
-from llmcompress.pipeline.run import compress, source_digest
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe, source_digest
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
@@ -98,10 +99,10 @@ def everyone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, 
     for family in FAMILIES:
         base = save_base(folder / family, family, max_shard_size="100KB" if family == "qwen2" else "1GB")
         outs[family] = folder / f"{family}-gptq"
-        compress(small_recipe(text, base), outs[family])
+        run_recipe(small_recipe(text, base), outs[family])
     for family in ("llama", "gemma3_text"):
         outs[f"{family} learned"] = folder / f"{family}-learned"
-        compress(small_recipe(text, folder / family, rounding="learned", steps=6), outs[f"{family} learned"])
+        run_recipe(small_recipe(text, folder / family, rounding="learned", steps=6), outs[f"{family} learned"])
     return outs
 
 
@@ -170,7 +171,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, P
     base = save_base(folder / "base", "llama", num_hidden_layers=LAYERS)
     (base / "chat_template.jinja").write_text("{{ messages }}")
     (base / "LICENSE").write_text("free")
-    compress(slow_recipe(text, base), folder / "out")
+    run_recipe(slow_recipe(text, base), folder / "out")
     return base, folder / "out"
 
 
@@ -184,7 +185,7 @@ TIMED = {"report.json", "README.md", "before_after.png"}  # show seconds and spe
 @pytest.mark.slow
 def test_the_same_recipe_gives_the_same_bytes(llama: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
     base, out = llama
-    compress(slow_recipe(text, base), tmp_path / "out")
+    run_recipe(slow_recipe(text, base), tmp_path / "out")
     once, again = contents(out), contents(tmp_path / "out")
     assert once.keys() == again.keys() and {"LICENSE", "chat_template.jinja"} <= once.keys()
     assert not [name for name in once if once[name] != again[name] and name not in TIMED]
@@ -195,8 +196,8 @@ import sys
 import torch
 torch.set_num_threads(1)  # as the runs here: sums in another order have other last bits
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.pipeline.run import compress, source_digest
-compress(Recipe.from_file(sys.argv[1]), sys.argv[2])
+from llmcompress.pipeline.run import run_recipe, source_digest
+run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -215,7 +216,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(llama: tuple[Pat
     assert process.wait() == -signal.SIGKILL
     done = {file: file.stat().st_mtime_ns for file in journal.glob("quantize.*.safetensors")}
     assert 0 < len(done) < LAYERS and not out.exists()
-    report = compress(recipe, out)
+    report = run_recipe(recipe, out)
     assert any(f"{len(done)} blocks were done by an earlier run" in note for note in report.stages[0].notes)
     assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
     assert contents(out)["config.json"] == contents(whole)["config.json"]
@@ -226,12 +227,12 @@ def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(llama: tuple[Pa
     base, whole = llama
     out, recipe = tmp_path / "out", slow_recipe(text, base)
     with pytest.raises(AcceptError):
-        compress(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
+        run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
     journal = partial_folder(out) / "journal"
     files = sorted(journal.glob("quantize.*.safetensors"))
     assert len(files) == LAYERS and not out.exists()
     files[2].write_bytes(files[2].read_bytes()[:-1])
-    report = compress(recipe, out)  # what is accepted does not decide what a block becomes
+    report = run_recipe(recipe, out)  # what is accepted does not decide what a block becomes
     assert any(f"{LAYERS - 1} blocks were done by an earlier run" in note for note in report.stages[0].notes)
     assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
 
@@ -241,13 +242,13 @@ def test_a_result_that_misses_its_bounds_is_not_published(text: Path, tmp_path: 
     recipe = small_recipe(text, base, rounding="nearest")
     strict = recipe.model_copy(update={"accept": Accept(kl_nats=1e-9, top1_agreement=1.0)})
     with pytest.raises(AcceptError, match=r"kl_nats is .* and at most 1e-09 was asked; top1_agreement is .*; try rounding: "):
-        compress(strict, out)
+        run_recipe(strict, out)
     assert not out.exists() and list((partial_folder(out) / "journal").glob("quantize.*"))
     assert not (partial_folder(out) / "artifact").exists()  # what can't be published takes no space
-    compress(recipe, out)
+    run_recipe(recipe, out)
     before = contents(out)
     with pytest.raises(AcceptError):
-        compress(strict, out, overwrite=True)
+        run_recipe(strict, out, overwrite=True)
     assert contents(out) == before
 
 
@@ -255,19 +256,19 @@ def test_what_exists_is_overwritten_only_when_asked(text: Path, tmp_path: Path) 
     base, out = save_base(tmp_path / "base", num_hidden_layers=1), tmp_path / "out"
     recipe = small_recipe(text, base, rounding="nearest")
     out.mkdir()
-    compress(recipe, out)  # an empty folder is nothing to lose
+    run_recipe(recipe, out)  # an empty folder is nothing to lose
     before = contents(out)
     with pytest.raises(OutputError, match="exists; choose another --out or pass --overwrite"):
-        compress(recipe, out)
+        run_recipe(recipe, out)
     assert contents(out) == before and not partial_folder(out).exists()
-    compress(small_recipe(text, base, rounding="nearest", format="fp4"), out, overwrite=True)
+    run_recipe(small_recipe(text, base, rounding="nearest", format="fp4"), out, overwrite=True)
     assert {linear.format for linear in Report.of(out).linears} == {"fp4"}
     with pytest.raises(OutputError, match="is or holds the base"):
-        compress(recipe, base, overwrite=True)
+        run_recipe(recipe, base, overwrite=True)
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "one.png").write_text("")
     with pytest.raises(OutputError, match="holds other things than a model"):
-        compress(recipe, tmp_path / "photos", overwrite=True)
+        run_recipe(recipe, tmp_path / "photos", overwrite=True)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out", "photos"}
 
 
@@ -276,7 +277,7 @@ def test_the_arguments_take_the_place_of_what_the_recipe_says(text: Path, tmp_pa
     other = tmp_path / "other.txt"
     shutil.copy(text, other)
     recipe = small_recipe(text, Path("/none"), rounding="nearest").model_copy(update={"revision": "abc"})
-    report = compress(recipe, tmp_path / "out", base=str(base), data=str(other))
+    report = run_recipe(recipe, tmp_path / "out", base=str(base), data=str(other))
     assert (report.base.model, report.base.revision, report.data.source) == (str(base), None, str(other))
 
 
@@ -289,9 +290,9 @@ def live(base: Path) -> PreTrainedModel:
 def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     recipe = small_recipe(text, base)
-    written = compress(recipe, tmp_path / "out")
+    written = run_recipe(recipe, tmp_path / "out")
     model = live(base)
-    result, report = recipe.apply(model, byte_tokenizer())
+    result, report = apply_recipe(recipe, model, byte_tokenizer())
     assert result is model
     assert report.linears == written.linears and report.kept == written.kept
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-4)
@@ -321,21 +322,21 @@ def test_a_model_in_memory_is_as_it_was_when_the_result_is_refused(text: Path, t
     model = live(base)
     before, modules = {n: t.clone() for n, t in model.state_dict().items()}, [type(m) for m in model.modules()]
     with pytest.raises(AcceptError):
-        recipe.apply(model, byte_tokenizer())
+        apply_recipe(recipe, model, byte_tokenizer())
     after = model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert modules == [type(m) for m in model.modules()]
     assert getattr(model.config, "quantization_config", None) is None
     loose = small_recipe(text, base, rounding="nearest")
-    loose.apply(model, byte_tokenizer())
+    apply_recipe(loose, model, byte_tokenizer())
     with pytest.raises(ModelError, match="quantised already"):
-        loose.apply(model, byte_tokenizer())
+        apply_recipe(loose, model, byte_tokenizer())
 
 
 def test_a_model_in_memory_keeps_its_mode_and_its_dtype(text: Path, tmp_path: Path) -> None:
     model = pico("llama", vocab_size=VOCABULARY, num_hidden_layers=1).bfloat16().train()
     recipe = small_recipe(text, rounding="nearest")
-    recipe.apply(model, byte_tokenizer())
+    apply_recipe(recipe, model, byte_tokenizer())
     assert model.lm_head.weight.dtype == torch.bfloat16 and model.training
     linears = [m for m in model.modules() if isinstance(m, bitsandbytes_layout.Linear4bit)]
     assert {bitsandbytes_layout.packed_of(m).dtype for m in linears} == {torch.bfloat16}
@@ -346,7 +347,7 @@ def test_a_model_in_memory_keeps_its_mode_and_its_dtype(text: Path, tmp_path: Pa
 
 def test_the_keys_of_the_report_are_the_contract(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(small_recipe(text, base, rounding="nearest"), tmp_path / "out")
+    run_recipe(small_recipe(text, base, rounding="nearest"), tmp_path / "out")
     report: dict[str, Any] = json.loads((tmp_path / "out" / "report.json").read_text())
     sections = ["base", "compressed", "fidelity", "data", "stages", "cost", "environment"]
     assert list(report) == ["schema", "recipe_digest", *sections]
@@ -366,7 +367,7 @@ def test_no_space_on_the_disk_is_told_before_anything_is_written(
     usage = type(shutil.disk_usage("/"))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
     with pytest.raises(OutputError, match=r"needs .* [kM]B, 1 kB are free"):
-        compress(small_recipe(text, base), tmp_path / "out")
+        run_recipe(small_recipe(text, base), tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"base"}
 
 
@@ -375,16 +376,16 @@ def test_a_folder_that_can_not_be_written_is_told_so(text: Path, tmp_path: Path)
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     (tmp_path / "locked").mkdir(mode=0o500)
     with pytest.raises(OutputError, match="can't write"):
-        compress(small_recipe(text, base), tmp_path / "locked" / "out")
+        run_recipe(small_recipe(text, base), tmp_path / "locked" / "out")
 
 
 def test_a_name_that_the_report_can_not_be_written_with_is_refused_at_once(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1).rename(tmp_path / os.fsdecode(b"base-\xff"))
     with pytest.raises(ModelError, match=r"base .* is not Unicode text"):
-        compress(small_recipe(text), tmp_path / "out", base=str(base))
+        run_recipe(small_recipe(text), tmp_path / "out", base=str(base))
     other = Path(shutil.copy(text, tmp_path / os.fsdecode(b"facts-\xff.txt")))
     with pytest.raises(DataError, match=r"data .* is not Unicode text"):
-        compress(small_recipe(text), tmp_path / "out", base="demo", data=str(other))
+        run_recipe(small_recipe(text), tmp_path / "out", base="demo", data=str(other))
     assert not list(tmp_path.glob(".*")) and not (tmp_path / "out").exists()
 
 

@@ -8,8 +8,8 @@ import pytest
 
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, RecipeError
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.distill import config
 
@@ -75,7 +75,7 @@ def test_a_tracker_without_its_package_is_refused_at_the_start(
     recipe = Recipe.parse("base: demo\ndata: {samples: 2, length: 16, evaluation_samples: 2}\n"
                           "stages: [{distill: {steps: 1, trackers: [wandb, tensorboard]}}]")  # fmt: skip
     with pytest.raises(CompressError, match="tensorboard needs the package tensorboard; pip install tensorboard"):
-        compress(recipe, tmp_path / "out") if command == "run" else plan(recipe)
+        run_recipe(recipe, tmp_path / "out") if command == "run" else plan_recipe(recipe)
     assert not list(tmp_path.iterdir())
 
 
@@ -86,5 +86,5 @@ def test_lora_without_its_package_is_refused_at_the_start(
     monkeypatch.setattr(config, "is_peft_available", lambda: False)
     recipe = Recipe.parse("base: demo\nstages: [{prune: {axis: ffn, keep: 0.5}}, {distill: {steps: 1, train: lora}}]")
     with pytest.raises(CompressError, match="lora needs the package peft; pip install peft"):
-        compress(recipe, tmp_path / "out") if command == "run" else plan(recipe)
+        run_recipe(recipe, tmp_path / "out") if command == "run" else plan_recipe(recipe)
     assert not list(tmp_path.iterdir())

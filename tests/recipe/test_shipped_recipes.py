@@ -30,7 +30,8 @@ import sys, yaml
 from functools import partial
 from pathlib import Path
 import torch
-from llmcompress import Recipe, compress, push
+from llmcompress import Recipe, push
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.report import metrics
 sys.modules["llmcompress.pipeline.evaluate"].speed = partial(metrics.speed, decode_tokens=2, repeats=1)
 torch.set_num_threads(1)
@@ -43,7 +44,7 @@ for told in sys.argv[1:]:
             step["distill"] |= {"steps": 2, "batch": 2}
         if step.get("quantize", {}).get("rounding") == "learned":
             step["quantize"]["steps"] = 4
-    compress(Recipe.model_validate(entries), file.stem, base=base)
+    run_recipe(Recipe.model_validate(entries), file.stem, base=base)
     push(file.stem, f"me/{file.stem}")
 """
 

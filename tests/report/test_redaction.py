@@ -11,7 +11,7 @@ import pytest
 from llmcompress.errors import OutputError, RecipeError
 from llmcompress.pipeline.push import outgoing
 from llmcompress.pipeline.reproduce import reproduce
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import RecipeFacts, Report
@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_text(folder / "diary.txt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMCOMPRESS_CACHE", str(folder / "cache"))
-        compress(recipe(folder), folder / "out", base=str(folder / "base"))
+        run_recipe(recipe(folder), folder / "out", base=str(folder / "base"))
     return folder
 
 

@@ -17,8 +17,9 @@ from llmcompress.formats.codebook import Codebook, CodebookLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.codebook.stage import Cluster
@@ -82,7 +83,7 @@ def clustered(folder: Path, family: str, entries: int, rows: int | None, dtype: 
 def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, text: Path, tmp_path: Path) -> None:
     base, out = small(tmp_path / "base", family), tmp_path / "out"
     entries = 4 if family in ("mistral", "qwen3") else 8  # these are solved for in less time than 16
-    report = compress(recipe(text, base, cluster(entries)), out)
+    report = run_recipe(recipe(text, base, cluster(entries)), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
     source = Live(model.config, pico(family, **narrow(family)).state_dict(), CPU)
@@ -119,7 +120,7 @@ def test_weights_of_few_values_are_kept_exactly(
 ) -> None:
     model, base = clustered(tmp_path / "base", family, entries, rows, dtype), tmp_path / "base"
     per = {1: {}, None: {"per": "linear"}}.get(rows, {"per": "group", "rows": rows})
-    report = compress(recipe(text, base, cluster(entries, **per)), tmp_path / "out")
+    report = run_recipe(recipe(text, base, cluster(entries, **per)), tmp_path / "out")
     assert max(linear.model_dump()["weight_error"] for linear in report.linears) < 1e-6
     assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
     near = 1e-5 if dtype == torch.float16 else 0.02
@@ -142,8 +143,8 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     family: str, settings: dict[str, Any], spoken: str, text: Path, tmp_path: Path
 ) -> None:
     base, out, told = small(tmp_path / "base", family), tmp_path / "out", {"tie": settings}
-    rows, notes = plan(recipe(text, base, told))
-    report = compress(recipe(text, base, told), out)
+    rows, notes = plan_recipe(recipe(text, base, told))
+    report = run_recipe(recipe(text, base, told), out)
     assert {linear.format for linear in report.linears} == {spoken}
     assert rows[1]["parameters"] == report.compressed.parameters
     assert rows[1]["size_bytes"] == sum(tensor.nbytes for tensor in weights_of(out).values())
@@ -160,7 +161,7 @@ def test_a_plan_foretells_the_parameters_and_bytes(
 def test_more_values_and_more_codebooks_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = small(tmp_path / "base"), list[float]()
     for settings in ({"codebook": 4, "per": "linear"}, {"codebook": 4}, {"codebook": 8}):
-        report = compress(recipe(text, base, {"tie": settings}), tmp_path / str(len(lost)))
+        report = run_recipe(recipe(text, base, {"tie": settings}), tmp_path / str(len(lost)))
         lost.append(report.fidelity.kl_nats_mean or 0.0)
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
 
@@ -169,7 +170,7 @@ def test_more_values_and_more_codebooks_lose_less(text: Path, tmp_path: Path) ->
 def test_levels_are_in_a_type_of_16_bits_that_the_base_has(dtype: str, text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "qwen2")
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
-    compress(recipe(text, base, cluster(4)), tmp_path / "out")
+    run_recipe(recipe(text, base, cluster(4)), tmp_path / "out")
     (scheme,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
     assert scheme["dtype"] == dtype and scheme["rows"] == 1 and scheme["entries"] == 4
     model, tensors = load(tmp_path / "out"), weights_of(tmp_path / "out")
@@ -186,8 +187,8 @@ def test_levels_learn_and_codes_stay(family: str, text: Path, tmp_path: Path) ->
     rate = 1e-4 if family == "llama" else 1e-5  # gpt2 has lost next to nothing that could be learnt anew
     lesson = {"steps": 8, "batch": 4, "learning_rate": rate, "train": "scales"}
     stages = cluster(4, skip=["*.q_proj"] if family == "llama" else []), {"distill": lesson}
-    compress(recipe(text, base, stages[0]), tmp_path / "codes")
-    report = compress(recipe(text, base, *stages), out)
+    run_recipe(recipe(text, base, stages[0]), tmp_path / "codes")
+    report = run_recipe(recipe(text, base, *stages), out)
     found = report.stages[1].model_dump()
     assert found["kl_after"] < found["kl_before"]
     before, after = weights_of(tmp_path / "codes"), weights_of(out)
@@ -200,7 +201,9 @@ def test_levels_learn_and_codes_stay(family: str, text: Path, tmp_path: Path) ->
     moved = {name for name in before if name not in levels and not torch.equal(before[name], after[name])}
     assert all(before[name].dim() == 1 for name in moved), "only norms and biases learn beside them"
     assert distance(live(load(out)), measured(out)) < 1e-5
-    result, again = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, again = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert again.fidelity.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3)
     assert distance(live(result), live(load(out))) < 1e-4
 
@@ -208,15 +211,17 @@ def test_levels_learn_and_codes_stay(family: str, text: Path, tmp_path: Path) ->
 def test_what_is_skipped_can_be_quantised(text: Path, tmp_path: Path) -> None:
     base, out = small(tmp_path / "base"), tmp_path / "out"
     stages = cluster(4, skip=["*.mlp.*"]), {"quantize": {"format": "nf4", "rounding": "nearest"}}
-    report = compress(recipe(text, base, *stages), out)
+    report = run_recipe(recipe(text, base, *stages), out)
     kinds = {linear.name.split(".")[3]: linear.format for linear in report.linears}
     assert kinds == {"self_attn": "codebook of 4 a row", "mlp": "nf4"}
     assert {entry.why for entry in report.stages[1].kept if "self_attn" in entry.name} == {"is stored as codebook already"}
     model = load(out)
     assert len(codebooks(model)) == 4 and distance(live(model), measured(out)) < 0.02
-    rows, _ = plan(recipe(text, base, *stages))
+    rows, _ = plan_recipe(recipe(text, base, *stages))
     assert rows[-1]["parameters"] == report.compressed.parameters == report.base.parameters
-    result, again = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, again = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert again.linears == report.linears and distance(live(result), live(model)) < 1e-6
 
 
@@ -236,13 +241,13 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "gpt2", num_hidden_layers=2)
     told = recipe(text, base, cluster(4))
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in (["00001"], ["00000"]):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for block in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"codebook.{block}.safetensors").unlink()
-        report = compress(told, tmp_path / "again", overwrite=True)
+        report = run_recipe(told, tmp_path / "again", overwrite=True)
         assert any("interrupted" in note for note in report.stages[0].notes)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
@@ -250,7 +255,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "qwen3_moe")
-    compress(recipe(text, base, cluster(4, skip=["*.k_proj"])), tmp_path / "out")
+    run_recipe(recipe(text, base, cluster(4, skip=["*.k_proj"])), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["codebook"], facts["per"], facts["bits"]) == (
@@ -297,8 +302,8 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
 def test_two_codebooks_one_after_the_other_find_nothing_left(text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base")
     with pytest.raises(ModelError, match=r"can have a codebook \(is stored as codebook already\)"):
-        compress(recipe(text, base, cluster(4), cluster(8)), tmp_path / "out")
+        run_recipe(recipe(text, base, cluster(4), cluster(8)), tmp_path / "out")
     stages = cluster(4, skip=["*.mlp.*"]), cluster(8)
-    report = compress(recipe(text, base, *stages), tmp_path / "out")
+    report = run_recipe(recipe(text, base, *stages), tmp_path / "out")
     assert {linear.format for linear in report.linears} == {"codebook of 4 a row", "codebook of 8 a row"}
     assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5

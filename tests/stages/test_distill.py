@@ -21,8 +21,9 @@ from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError, ModelError, RecipeError
 from llmcompress.io.manifest import MANIFEST, manifest_of
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill import stage
@@ -86,7 +87,7 @@ def test_dropout_is_off() -> None:
 
 def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    report = compress(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
     found = facts(report)
     assert found["kl_before"] == found["kl_after"] == 0 and "stays as it came" in found["notes"][0]
     base, out = weights(tmp_path / "base"), weights(tmp_path / "out")
@@ -97,14 +98,14 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path
 def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": {**TRAINED, "loss": loss, "steps": 20}}]
-    report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     found = facts(report)
     if loss != "cross_entropy":  # a text is not what a random model predicts
         assert found["kl_after"] < 0.9 * found["kl_before"] and not found["notes"]
         assert found["kl_after"] == min(kl for _, kl in found["curve"]) and found["curve"][-1][0] == 20
         assert [step for step, _ in found["losses"]] == list(range(1, 21)) and found["losses"][-1][1] < found["losses"][0][1]
         assert [step for step, _ in found["perplexities"]] == [0] + [step for step, _ in found["curve"]]
-    cut = compress(staged_recipe(text, tmp_path / "base", stages[0]), tmp_path / "cut")
+    cut = run_recipe(staged_recipe(text, tmp_path / "base", stages[0]), tmp_path / "cut")
     assert loss == "cross_entropy" or (report.fidelity.kl_nats_mean or 1) < 0.9 * (cut.fidelity.kl_nats_mean or 0)
     assert report.compressed.parameters == cut.compressed.parameters
     assert load(tmp_path / "out").config.intermediate_size == 64
@@ -113,9 +114,9 @@ def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
 def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
-    compress(staged_recipe(text, tmp_path / "base", cut), tmp_path / "cut")
+    run_recipe(staged_recipe(text, tmp_path / "base", cut), tmp_path / "cut")
     settings = {**TRAINED, "train": "norms", "learning_rate": 1e-2}
-    compress(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
+    run_recipe(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
     before, after = weights(tmp_path / "cut"), weights(tmp_path / "out")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed and all("norm" in name for name in changed)
@@ -126,7 +127,7 @@ def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -
     save_base(tmp_path / "base", family)
     cut = {"axis": "expert", "keep": 2} if family == "qwen3_moe" else {"axis": "ffn", "keep": 64, "repair": False}
     stages = {"prune": cut}, {"distill": {**TRAINED, "steps": 3}}, {"quantize": {"format": "nf4", "rounding": "nearest"}}
-    report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     assert [stage.name for stage in report.stages] == ["prune", "distill", "quantize"]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__
 
@@ -135,7 +136,7 @@ def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: P
     save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     for micro in (4, 1):
-        compress(
+        run_recipe(
             staged_recipe(text, tmp_path / "base", cut, {"distill": {**TRAINED, "micro_batch": micro}}), tmp_path / str(micro)
         )
     whole, parts = weights(tmp_path / "4"), weights(tmp_path / "1")
@@ -145,9 +146,9 @@ def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: P
 def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": TRAINED}]
-    written = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    written = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    result, report = staged_recipe(text, tmp_path / "base", *stages).apply(model, byte_tokenizer())
+    result, report = apply_recipe(staged_recipe(text, tmp_path / "base", *stages), model, byte_tokenizer())
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-4)
     out = weights(tmp_path / "out")
     assert all(torch.allclose(result.state_dict()[name], out[name], atol=1e-6) for name in out)
@@ -155,8 +156,9 @@ def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> 
 
 KILLED = """
 import sys
-from llmcompress import Recipe, compress
-compress(Recipe.from_file(sys.argv[1]), sys.argv[2])
+from llmcompress import Recipe
+from llmcompress.pipeline.run import run_recipe
+run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
 
@@ -212,7 +214,7 @@ def test_one_that_was_interrupted_goes_on_and_ends_the_same(
         before = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}}
     lesson = {**TRAINED, "learning_rate": 1e-3, "evaluate_every": 2, **settings}
     recipe = staged_recipe(text, tmp_path / "base", before, {"distill": lesson})
-    compress(recipe, tmp_path / "whole")
+    run_recipe(recipe, tmp_path / "whole")
     step_end = Watch.on_step_end
 
     def interrupted(self: Watch, args: Any, state: Any, control: Any, **named: Any) -> None:
@@ -222,9 +224,9 @@ def test_one_that_was_interrupted_goes_on_and_ends_the_same(
 
     monkeypatch.setattr(Watch, "on_step_end", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        compress(recipe, tmp_path / "again")
+        run_recipe(recipe, tmp_path / "again")
     monkeypatch.setattr(Watch, "on_step_end", step_end)
-    report = compress(recipe, tmp_path / "again")
+    report = run_recipe(recipe, tmp_path / "again")
     assert facts(report)["kl_after"] < facts(report)["kl_before"]
     again, whole = weights(tmp_path / "again"), weights(tmp_path / "whole")
     assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
@@ -261,7 +263,7 @@ def test_training_that_leaves_the_numbers_keeps_what_was_good(
     monkeypatch.setattr(stage, "DistillTrainer", Breaking)
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     settings = {**TRAINED, "steps": 10, "evaluate_every": 2}
-    report = compress(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", cut, {"distill": settings}), tmp_path / "out")
     found = facts(report)
     assert "left the numbers at step 5" in found["notes"][0] and found["kl_after"] < found["kl_before"]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "out").values())
@@ -275,10 +277,10 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     """A base, what is left of it once cut and once quantised, and the KL of the first."""
     folder = tmp_path_factory.mktemp("bases")
     save_base(folder / "base")
-    compress(staged_recipe(text, folder / "base", CUT), folder / "cut")
+    run_recipe(staged_recipe(text, folder / "base", CUT), folder / "cut")
     for double_quant in (False, True):
         quantize = {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}
-        compress(staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}")
+        run_recipe(staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}")
     return folder
 
 
@@ -305,7 +307,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], bases: Path, text: Path, tmp_path: Path) -> None:
     cut = Report.of(bases / "cut").fidelity.kl_nats_mean
     distilled = {"distill": {**TRAINED, "learning_rate": 5e-4, "steps": 12, **settings}}
-    report = compress(staged_recipe(text, bases / "base", CUT, distilled), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, bases / "base", CUT, distilled), tmp_path / "out")
     assert cut is not None and report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean < cut
     assert weights(tmp_path / "out").keys() == weights(bases / "cut").keys()
     assert Report.of(tmp_path / "out").trainings[0].steps == 12
@@ -324,7 +326,7 @@ def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
     notes = []
     for loss in ("forward_kl", "reverse_kl"):
         distilled = {"distill": {**TRAINED, "cache": True, "top_k": 8, "loss": loss}}
-        notes.append(facts(compress(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / loss))["notes"][0])
+        notes.append(facts(run_recipe(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / loss))["notes"][0])
     assert notes[0].startswith("the teacher was asked for 40 of 40 windows, 34 bytes a token")
     assert notes[1].startswith("the teacher was asked for 0 of 40 windows")
 
@@ -337,7 +339,7 @@ def test_a_quantised_model_learns_at_the_same_bytes(
     quantize = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}}
     plain = Report.of(bases / f"nf4-{double_quant}")
     distilled = {"distill": {**TRAINED, "train": train, "learning_rate": 1e-3, "steps": 12}}
-    report = compress(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
     assert (report.fidelity.kl_nats_mean or 1) < (plain.fidelity.kl_nats_mean or 0)
     before, after = weights(bases / f"nf4-{double_quant}"), weights(tmp_path / "out")
     assert before.keys() == after.keys()  # bitsandbytes keeps the offset of double quantisation as text, of any length
@@ -354,9 +356,9 @@ def test_a_quantised_model_learns_at_the_same_bytes(
 def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     mixed = {"format": "nf4", "block": 32, "rounding": "nearest", "overrides": {"*.down_proj": {"format": "w8a8"}}}
-    plain = compress(staged_recipe(text, tmp_path / "base", {"quantize": mixed}), tmp_path / "plain")
+    plain = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}), tmp_path / "plain")
     distilled = {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3, "steps": 12}}
-    report = compress(staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out")
     assert (report.fidelity.kl_nats_mean or 1) < (plain.fidelity.kl_nats_mean or 0)
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(weights(tmp_path / "out")[name], weights(tmp_path / "plain")[name])
@@ -368,9 +370,9 @@ def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path:
         {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}},
         {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3}},
     )
-    written = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    written = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    result, report = staged_recipe(text, tmp_path / "base", *stages).apply(model, byte_tokenizer())
+    result, report = apply_recipe(staged_recipe(text, tmp_path / "base", *stages), model, byte_tokenizer())
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-4)
     assert report.compressed.size_bytes == pytest.approx(written.compressed.size_bytes, rel=0.05)
     state, out = result.state_dict(), weights(tmp_path / "out")
@@ -383,7 +385,7 @@ def test_another_model_teaches(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "wide", vocab_size=300)
     for other in ("other", "wide"):
         settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "teacher": str(tmp_path / other)}
-        found = facts(compress(staged_recipe(text, tmp_path / "base", CUT, {"distill": settings}), tmp_path / "out" / other))
+        found = facts(run_recipe(staged_recipe(text, tmp_path / "base", CUT, {"distill": settings}), tmp_path / "out" / other))
         assert found["kl_after"] < found["kl_before"]
 
 
@@ -397,14 +399,14 @@ def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> 
     if not weights_too:
         (tmp_path / "other" / "model.safetensors").unlink()
     settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "student": str(tmp_path / "other"), "hidden": 0.1}
-    report = compress(staged_recipe(text, tmp_path / "base", {"distill": settings}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"distill": settings}), tmp_path / "out")
     found = facts(report)
     assert found["kl_after"] < found["kl_before"]
     student = load(tmp_path / "out")
     assert student.config.model_type == ("gpt2" if weights_too else "llama")
     assert sum(p.numel() for p in student.parameters()) == report.compressed.parameters
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    result, live = staged_recipe(text, tmp_path / "base", {"distill": settings}).apply(base, byte_tokenizer())
+    result, live = apply_recipe(staged_recipe(text, tmp_path / "base", {"distill": settings}), base, byte_tokenizer())
     assert type(result) is type(student)
     assert live.fidelity.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3)
 
@@ -428,7 +430,7 @@ def test_kin_that_speaks_otherwise_is_refused(text: Path, tmp_path: Path) -> Non
     ):
         named = {role: str(tmp_path / name) for role, name in settings.items()}
         with pytest.raises(ModelError, match=why):
-            compress(staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, **named}}), tmp_path / "out")
+            run_recipe(staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, **named}}), tmp_path / "out")
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
@@ -436,14 +438,14 @@ def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_
     save_base(tmp_path / "base")
     stages = {"quantize": {"format": "int8", "rounding": "nearest"}}, {"distill": {**TRAINED, "train": "scales"}}
     with pytest.raises(ModelError, match="nf4 and fp4 blocks and for codebooks"):
-        compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+        run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 
 
 def test_too_little_text_is_said(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     long = staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, "steps": 2, "batch": 4000}})
     with pytest.raises(DataError, match="not one batch of 4000"):
-        compress(long, tmp_path / "out")
+        run_recipe(long, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -487,5 +489,5 @@ def test_stages_that_cannot_follow_each_other_are_told(stages: list[str], why: s
 
 def test_a_plan_prices_it(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    rows, _ = plan(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}))
+    rows, _ = plan_recipe(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}))
     assert rows[1]["stage"] == "distill (forward_kl, 6 steps of 4 x 48 tokens)" and rows[1]["seconds"] > 0

@@ -18,8 +18,9 @@ from llmcompress.formats.low_rank import Factored, FactoredLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live, Resident
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.low_rank.stage import Basis
@@ -87,7 +88,7 @@ def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedMo
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, text: Path, tmp_path: Path) -> None:
     base, out, source = save_base(tmp_path / "base", family), tmp_path / "out", resident(family)
-    report = compress(recipe(text, base), out)
+    report = run_recipe(recipe(text, base), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
     inner = source.anatomy.linears
@@ -101,7 +102,7 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, 
     unique = sum(parameter.numel() for parameter in model.parameters())
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters == unique
     assert (report.base.parameters or 0) - unique == whole - stored_of(out)
-    rows, _ = plan(recipe(text, base))
+    rows, _ = plan_recipe(recipe(text, base))
     assert rows[1]["parameters"] == unique and rows[1]["stage"] == "tie (basis of 2)"
     assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 12_000  # the header
     assert rows[1]["flops_per_token"] < rows[0]["flops_per_token"] or rows[1]["parameters"] < rows[0]["parameters"]
@@ -114,7 +115,7 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 1), ("llama", 2), ("gpt2", 2), ("phi3", 2), ("qwen3_moe", 1)])
 def test_weights_of_a_low_rank_in_common_rows_lose_nothing(layers: int, family: str, text: Path, tmp_path: Path) -> None:
     model, base = of_rank(tmp_path / "base", family, 6), tmp_path / "base"
-    report = compress(recipe(text, base, basis(layers, rank=6)), tmp_path / "out")
+    report = run_recipe(recipe(text, base, basis(layers, rank=6)), tmp_path / "out")
     assert max(linear.relative_error for linear in report.linears) < 1e-4
     assert distance(live(load(tmp_path / "out")), live(model)) < 1e-3
     assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
@@ -123,7 +124,7 @@ def test_weights_of_a_low_rank_in_common_rows_lose_nothing(layers: int, family: 
 def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, tmp_path: Path) -> None:
     base, lost, sizes = save_base(tmp_path / "base"), [], []
     for keep in (0.3, 0.6, 0.999):
-        report = compress(recipe(text, base, basis(2, keep=keep)), tmp_path / str(keep))
+        report = run_recipe(recipe(text, base, basis(2, keep=keep)), tmp_path / str(keep))
         lost.append(report.fidelity.kl_nats_mean or 0.0)
         sizes.append(report.compressed.parameters or 0)
         assert stored_of(tmp_path / str(keep)) <= keep * sum(R * C for n, (R, C) in resident().linear_maps() if "layers" in n)
@@ -144,7 +145,7 @@ def test_a_rank_just_below_break_even_is_chosen_and_the_next_is_not() -> None:
 
 def test_a_basis_of_one_layer_shares_nothing(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
-    report = compress(recipe(text, base, basis(1, rank=16)), out)
+    report = run_recipe(recipe(text, base, basis(1, rank=16)), out)
     model, config = load(out), json.loads((out / "config.json").read_text())
     assert not config["quantization_config"].get("ties") and shared_names(model) == set()
     assert {module.scheme.rank for module in factored(model).values()} == {16}
@@ -155,26 +156,26 @@ def test_a_basis_of_one_layer_shares_nothing(text: Path, tmp_path: Path) -> None
     assert distance(live(model), measured(out)) < 1e-5
     before, after = (sum(p.numel() for p in load(folder).parameters()) for folder in (base, out))
     assert report.compressed.parameters == after < before
-    rows, _ = plan(recipe(text, base, basis(1, rank=16)))
+    rows, _ = plan_recipe(recipe(text, base, basis(1, rank=16)))
     assert rows[1]["flops_per_token"] < rows[0]["flops_per_token"], "a product of low rank has fewer operations"
 
 
 def test_layers_left_over_are_a_group_of_their_own(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", num_hidden_layers=3), tmp_path / "out"
-    report = compress(recipe(text, base, basis(2, keep=0.5)), out)
+    report = run_recipe(recipe(text, base, basis(2, keep=0.5)), out)
     model = load(out)
     assert shared_names(model, 0, 1) and not shared_names(model, 1, 2) and not shared_names(model, 0, 2)
     ranks = [cast(Any, layer).mlp.up_proj.scheme.rank for layer in layers_of(model)]
     assert ranks[0] == ranks[1] == int(0.5 * 2 * 320 * 64 / (2 * 320 + 64)) and ranks[2] == int(0.5 * 320 * 64 / (320 + 64))
     assert distance(live(model), measured(out)) < 1e-5
-    rows, _ = plan(recipe(text, base, basis(2, keep=0.5)))
+    rows, _ = plan_recipe(recipe(text, base, basis(2, keep=0.5)))
     assert rows[1]["parameters"] == report.compressed.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_layers_of_other_widths_are_not_in_one_group(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     prune = {"prune": {"axis": "ffn", "parameters": 0.7, "allocation": "sensitivity", "multiple": 64}}
-    report = compress(recipe(text, base, prune, basis(2)), tmp_path / "out")
+    report = run_recipe(recipe(text, base, prune, basis(2)), tmp_path / "out")
     widths = report.stages[0].model_dump()["widths"]["ffn"]
     model = load(tmp_path / "out")
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
@@ -195,7 +196,7 @@ def test_what_is_skipped_is_kept_with_the_others_of_its_group() -> None:
 
 
 def test_it_generates_is_cast_and_dequantised(text: Path, tmp_path: Path) -> None:
-    compress(recipe(text, save_base(tmp_path / "base", "gpt2")), tmp_path / "out")
+    run_recipe(recipe(text, save_base(tmp_path / "base", "gpt2")), tmp_path / "out")
     model = cast(Any, load(tmp_path / "out"))
     expected, names = live(model), shared_names(model)
     told: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -219,13 +220,15 @@ LESSON = {"steps": 8, "batch": 4, "learning_rate": 2e-5}
 def test_what_is_healed_stays_a_product_and_shared(family: str, layers: int, text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
     stages = basis(layers, keep=0.1), {"distill": LESSON}
-    report = compress(recipe(text, base, *stages), out)
+    report = run_recipe(recipe(text, base, *stages), out)
     found = report.stages[1].model_dump()
     assert found["kl_after"] < found["kl_before"] and not found["notes"]
     model = load(out)
     assert len(shared_names(model)) == (len(resident(family).anatomy.linears) if layers == 2 else 0)
     assert distance(live(model), measured(out)) < 1e-5
-    result, again = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, again = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert shared_names(result) == shared_names(model) and distance(live(result), live(model)) < 1e-4
     assert again.compressed.parameters == report.compressed.parameters
 
@@ -233,13 +236,13 @@ def test_what_is_healed_stays_a_product_and_shared(family: str, layers: int, tex
 def test_the_head_beside_products_can_be_quantised_and_products_can_not(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
     with pytest.raises(ModelError, match=r"can be quantised \(is stored as basis already\)"):
-        compress(recipe(text, base, basis(), {"quantize": {"format": "w8a8", "head": "keep"}}), out)
+        run_recipe(recipe(text, base, basis(), {"quantize": {"format": "w8a8", "head": "keep"}}), out)
     stages = basis(), {"quantize": {"format": "nf4", "head": "quantize"}}
-    report = compress(recipe(text, base, *stages), out)
+    report = run_recipe(recipe(text, base, *stages), out)
     model = load(out)
     assert {linear.name for linear in report.linears if linear.format == "nf4"} == {"lm_head"}
     assert len(shared_names(model)) == 7 and distance(live(model), measured(out)) < 0.02
-    rows, _ = plan(recipe(text, base, *stages))
+    rows, _ = plan_recipe(recipe(text, base, *stages))
     assert rows[-1]["parameters"] == report.compressed.parameters
 
 
@@ -260,13 +263,13 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, layers: in
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     told = recipe(text, base, basis(layers))
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in (["basis.00001"], ["basis.00000", "found.00000"]):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(missing_ok=layers == 1)
-        compress(told, tmp_path / "again", overwrite=True)
+        run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
 
@@ -274,14 +277,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: 
 def test_a_base_of_16_bits_keeps_its_type(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2")
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(base)
-    compress(recipe(text, base), tmp_path / "out")
+    run_recipe(recipe(text, base), tmp_path / "out")
     model = load(tmp_path / "out")
     assert {str(tensor.dtype) for tensor in weights_of(tmp_path / "out").values()} == {"torch.bfloat16"}
     assert model.dtype == torch.bfloat16 and distance(live(model), measured(tmp_path / "out")) < 0.05
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
-    compress(recipe(text, save_base(tmp_path / "base")), tmp_path / "out")
+    run_recipe(recipe(text, save_base(tmp_path / "base")), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["basis"], facts["keep"]) == ("basis", 2, 0.5)

@@ -17,7 +17,8 @@ from llmcompress.errors import AcceptError, ModelError, RecipeError
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live, Resident
 from llmcompress.modeling.sequential import divergences, without_each
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.prune.stage import Prune
@@ -46,7 +47,7 @@ CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axi
 @pytest.mark.parametrize(("axis", "family"), CUTS)
 def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
-    report = compress(staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
     model = load(tmp_path / "out")
     source = Live(model.config, model.state_dict(), CPU)
     assert source.sizes[axis] == KEEP[axis]
@@ -62,7 +63,7 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, f
 
 def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
-    compress(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
     assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
@@ -86,7 +87,7 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     for score in ("obs", "wanda") if family == "llama" else ("obs",):
         axes = ("ffn", "kv") if family in HEADS else ("ffn",)
         stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in axes]
-        report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / score)
+        report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / score)
         assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
         read = byte_tokenizer()(text.read_text()[:90], return_tensors="pt").input_ids
         with torch.no_grad():
@@ -103,7 +104,7 @@ def test_what_keeps_all_leaves_every_bit(family: str, text: Path, tmp_path: Path
     stages += (
         [{"prune": {"axis": "hidden", "keep": 1.0, "score": "activation"}}] if family in ("llama", "qwen3", "phi3") else []
     )
-    report = compress(staged_recipe(text, base, *stages), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
     assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
@@ -116,7 +117,7 @@ def test_obs_with_repair_loses_least(text: Path, tmp_path: Path) -> None:
         for repair in (True, False):
             stage = {"prune": {"axis": "ffn", "keep": 192, "score": score, "repair": repair}}
             kl[score, repair] = (
-                compress(staged_recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean or 0.0
+                run_recipe(staged_recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean or 0.0
             )
         assert kl[score, True] < kl[score, False], score
     assert min(kl.values()) == kl["obs", True]
@@ -130,7 +131,7 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
         {"prune": {"axis": "q", "keep": 2}},
         {"quantize": {"format": "nf4"}},
     ]
-    report = compress(staged_recipe(text, base, *stages), tmp_path / "once")
+    report = run_recipe(staged_recipe(text, base, *stages), tmp_path / "once")
     assert [stage.name for stage in report.stages] == ["prune", "prune", "quantize"]
     config = json.loads((tmp_path / "once" / "config.json").read_text())
     assert (config["intermediate_size"], config["num_attention_heads"]) == (256, 4)
@@ -138,7 +139,7 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
     assert distance(live(load(tmp_path / "once")), measured(tmp_path / "once")) < 0.02
     strict = staged_recipe(text, base, *stages).model_copy(update={"accept": Accept(kl_nats=1e-12)})
     with pytest.raises(AcceptError):
-        compress(strict, tmp_path / "again")
+        run_recipe(strict, tmp_path / "again")
     work = partial_folder(tmp_path / "again")
     for lost in (
         ["journal-2/quantize.00001"],
@@ -149,7 +150,7 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
         for name in lost:
             path = partial_folder(tmp_path / "other") / name
             shutil.rmtree(path) if path.is_dir() else path.with_name(f"{path.name}.safetensors").unlink()
-        compress(staged_recipe(text, base, *stages), tmp_path / "other")
+        run_recipe(staged_recipe(text, base, *stages), tmp_path / "other")
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
         shutil.rmtree(tmp_path / "other")
@@ -160,7 +161,7 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
 def test_layers_that_go_leave_a_plain_checkpoint_of_the_others(family: str, text: Path, tmp_path: Path) -> None:
     kinds: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
     base = save_base(tmp_path / "base", family, num_hidden_layers=4, **(kinds if "gemma" in family else {}))
-    report = compress(staged_recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert len(facts["gone"]) == len(facts["kl_nats"]) == 2 and 0 < facts["kl_nats"][0] < facts["kl_nats"][1]
     model, whole = load(tmp_path / "out"), load(base)
@@ -181,7 +182,7 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tm
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("kl", "influence"):
-        report = compress(
+        report = run_recipe(
             staged_recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}), tmp_path / score
         )
         assert report.stages[0].model_dump()["gone"] == [2]
@@ -213,10 +214,10 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_pat
     base = save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [{"prune": {"axis": "layer", "keep": 1}}, {"prune": {"axis": "ffn", "keep": 256}}]
     stages.append({"quantize": {"format": "w8a8"}})
-    written = compress(staged_recipe(text, base, *stages), tmp_path / "out")
+    written = run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
     before = live(model)
-    result, report = staged_recipe(text, base, *stages).apply(model, byte_tokenizer())
+    result, report = apply_recipe(staged_recipe(text, base, *stages), model, byte_tokenizer())
     assert result is not model and torch.equal(live(model), before), "the model given was changed"
     assert report.compressed.parameters == written.compressed.parameters
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
@@ -225,7 +226,7 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_pat
 
 def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["axis"], facts["units"], facts["kept_units"]) == ("ffn", 320, 192)
@@ -285,7 +286,7 @@ def test_the_reader_of_an_axis_is_the_linear_whose_columns_run_along_it() -> Non
 
 def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    compress(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 64}}), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 64}}), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
 
     def width(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:

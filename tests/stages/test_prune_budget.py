@@ -12,7 +12,7 @@ import torch
 from llmcompress.architectures.resize import changed
 from llmcompress.errors import ModelError, RecipeError
 from llmcompress.modeling.layerwise import Outline
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.prune.allocation import of_a_unit, widths
 from llmcompress.stages.prune.stage import Prune
@@ -85,7 +85,7 @@ def test_a_size_is_that_of_the_file(stage: dict[str, Any], tmp_path: Path) -> No
     whole = (base / "model.safetensors").stat().st_size
     entries = {"base": str(base), "stages": [{"prune": {**stage, "size": f"{whole * 0.8 / 1000:.3f} kB"}}]}
     data = {"source": str(text), "samples": 8, "length": 32, "evaluation_samples": 4}
-    compress(Recipe.model_validate({**entries, "data": data}), tmp_path / "out")
+    run_recipe(Recipe.model_validate({**entries, "data": data}), tmp_path / "out")
     reached = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert reached <= 0.8 * whole + 1
     assert reached >= {"layer": 0.5, "hidden": 0.75}.get(stage["axis"], 0.785) * whole

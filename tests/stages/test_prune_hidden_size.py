@@ -14,7 +14,8 @@ from llmcompress.errors import AcceptError, ModelError
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live, Resident
 from llmcompress.modeling.sequential import walk
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept
 from llmcompress.stages.prune import experts, hidden_size
 from llmcompress.stages.prune.stage import Prune
@@ -64,7 +65,7 @@ def test_directions_that_are_never_used_are_cut_for_free(family: str, text: Path
     base = save_flat(tmp_path / "base", family, 32)
     for mend in (True, False):
         out = tmp_path / f"out-{mend}"
-        report = compress(
+        report = run_recipe(
             staged_recipe(text, base, {"prune": {"axis": "hidden", "keep": 32, "multiple": 1, "repair": mend}}), out
         )
         config = json.loads((out / "config.json").read_text())
@@ -81,7 +82,7 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
         for mend in (True, False):
             stage = {"prune": {"axis": "hidden", "keep": 48, "multiple": 16, "score": score, "repair": mend}}
             kl[score, mend] = (
-                compress(staged_recipe(text, base, stage), tmp_path / f"{score}-{mend}").fidelity.kl_nats_mean or 0
+                run_recipe(staged_recipe(text, base, stage), tmp_path / f"{score}-{mend}").fidelity.kl_nats_mean or 0
             )
     assert min(kl.values()) == kl["pca", True]
     assert kl["pca", True] < kl["pca", False] and kl["activation", True] < kl["activation", False]
@@ -91,17 +92,19 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
 def test_a_tied_model_loses_channels_and_generates_the_same_with_a_cache(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", tie_word_embeddings=True)
     stages: list[dict[str, Any]] = [{"prune": {"axis": "hidden", "keep": 32, "multiple": 16, "score": "activation"}}]
-    compress(staged_recipe(text, base, *stages), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     with torch.no_grad():
         cached = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0)  # type: ignore[operator]
         slow = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)  # type: ignore[operator]
     assert torch.equal(cached, slow)
-    result, report = staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}).apply(
-        AutoModelForCausalLM.from_pretrained(base), byte_tokenizer()
+    result, report = apply_recipe(
+        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}),
+        AutoModelForCausalLM.from_pretrained(base),
+        byte_tokenizer(),
     )
-    written = compress(staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}), tmp_path / "nf4")
+    written = run_recipe(staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}), tmp_path / "nf4")
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert result.config.hidden_size == 32
 
@@ -117,13 +120,13 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     base = save_base(tmp_path / "base", family, tie_word_embeddings=False)
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(base)
     told = staged_recipe(text, base, {"prune": stage})
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000"], ["outer.00000"], ["directions.00000", "prune.00001"]):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(missing_ok=family != "llama")
-        compress(told, tmp_path / "again", overwrite=True)
+        run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
 
@@ -161,7 +164,7 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
         assert lost == 0 and torch.equal(
             tensors["mlp.gate.weight"], block.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
         )
-    report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
     assert load(tmp_path / "out").config.num_experts == 4
     assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
     assert report.stages[0].model_dump()["kept_units"] == 4

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from llmcompress.errors import ModelError
 from llmcompress.modeling.layerwise import Live, Outline
 from llmcompress.modeling.sequential import divergences, without_each
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.prune import sublayer_dropping
 from llmcompress.stages.prune.stage import Prune
@@ -55,7 +55,7 @@ def generated(model: Any, **settings: Any) -> Any:
 def test_what_is_left_is_the_model_whose_part_says_nothing(family: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", family, **deeper(family, 3))
     model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
-    report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out")
     anatomy = Live(model.config, model.state_dict(), CPU).anatomy
     for index, axis in gone(report):
         model.get_parameter(f"{anatomy.layers}.{index}.{anatomy.reader_of(axis)}.weight").data.zero_()
@@ -75,7 +75,7 @@ def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path:
     silence(model, 2, "self_attn.o_proj")
     model.save_pretrained(tmp_path / "base")
     keep = 2 if "gemma" in family else 3  # all but one: of two kinds of attention the first of each stays
-    report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": keep}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": keep}}), tmp_path / "out")
     assert gone(report) == [(2, "kv")] and (report.fidelity.kl_nats_mean or 0.0) < 1e-9
     assert load_file(tmp_path / "out/model.safetensors")["model.layers.2.self_attn.o_proj.weight"].shape[1] == 0
     kept = generated(load(tmp_path / "out"), return_dict_in_generate=True).past_key_values
@@ -116,7 +116,7 @@ def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
 def test_other_stages_can_follow(after: dict[str, Any], text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", num_hidden_layers=3, tie_word_embeddings=False)
     stages = {"prune": {"axis": "sublayer", "keep": 2}}, after
-    report = compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     assert len(gone(report)) == 2 and 0 < (report.fidelity.kl_nats_mean or 0.0) < 1
     found = load(tmp_path / "out")
     assert torch.equal(generated(found), generated(found, use_cache=False))
@@ -129,7 +129,7 @@ def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
         linear = "self_attn.o_proj" if part == "kv" else "mlp.down_proj"
         silence(model, 1, linear)
         model.save_pretrained(tmp_path / "base")
-        report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}), tmp_path / part)
+        report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}), tmp_path / part)
         assert gone(report) == [(1, part)]
     script = """
 import sys
@@ -149,7 +149,7 @@ for folder in sys.argv[1:]:
 @pytest.mark.parametrize("asked", [{"parameters": 0.8}, {"parameters": 0.75}, {"size": "700KB"}], ids=str)
 def test_a_budget_is_kept(asked: dict[str, Any], text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", num_hidden_layers=3)
-    report = compress(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", **asked}}), tmp_path / "out")
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", **asked}}), tmp_path / "out")
     if "parameters" in asked:
         assert (report.compressed.parameters or 0) <= asked["parameters"] * (report.base.parameters or 0)
     else:
@@ -161,7 +161,7 @@ def test_a_budget_is_kept(asked: dict[str, Any], text: Path, tmp_path: Path) -> 
 
 def test_a_plan_says_how_many_go(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", num_hidden_layers=3)
-    rows = plan(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}))
+    rows = plan_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}))
     assert "sublayer, 3 of 4" in str(rows)
 
 
@@ -187,7 +187,7 @@ def test_an_axis_that_a_layer_has_lost_is_not_cut_again(text: Path, tmp_path: Pa
         {"prune": {"axis": "ffn", "keep": 0.5, "multiple": 32}},
     ]
     with pytest.raises(ModelError, match="has no ffn left; cut ffn before sublayers"):
-        compress(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
+        run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 
 
 def test_the_first_attention_of_each_kind_stays() -> None:

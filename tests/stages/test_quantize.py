@@ -16,7 +16,8 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.layerwise import Live, Resident
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.stages.quantize.stage import Quantize, starved_experts
 from tests.bases import VOCABULARY, save_base, small_recipe, write_text
@@ -56,7 +57,7 @@ def test_nearest_is_stock_bitsandbytes(
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
     settings = {"format": format, "block": block, "double_quant": double_quant}
-    compress(small_recipe(text, base, rounding="nearest", **settings), tmp_path / "out")
+    run_recipe(small_recipe(text, base, rounding="nearest", **settings), tmp_path / "out")
     ours = own(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(base)
     for name, packed in ours.items():
@@ -91,7 +92,7 @@ def test_calibration_beats_nearest_at_the_same_bytes(
     for rounding in ("nearest", "gptq", "learned"):
         steps = {"steps": 20} if rounding == "learned" else {}
         recipe = small_recipe(text, base, rounding=rounding, **steps, **settings).model_copy(update={"data": more})
-        report = compress(recipe, tmp_path / rounding)
+        report = run_recipe(recipe, tmp_path / rounding)
         kl[rounding], sizes[rounding] = report.fidelity.kl_nats_mean or 0.0, report.compressed.size_bytes or 0
         assert {linear.bits for linear in report.linears} == {Quantize.model_validate(settings).coding(torch.float32).bits}
         assert all(p.block == block and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
@@ -102,8 +103,8 @@ def test_calibration_beats_nearest_at_the_same_bytes(
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gpt_neox"])
 def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
-    compress(small_recipe(text, base, format="w4a4"), tmp_path / "gptq")
-    compress(small_recipe(text, base, format="w4a4", rounding="nearest"), tmp_path / "nearest")
+    run_recipe(small_recipe(text, base, format="w4a4"), tmp_path / "gptq")
+    run_recipe(small_recipe(text, base, format="w4a4", rounding="nearest"), tmp_path / "nearest")
     before = load_file(base / "model.safetensors")
     for rounding in ("gptq", "nearest"):
         after = load_file(tmp_path / rounding / "model.safetensors")
@@ -116,12 +117,12 @@ def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text:
 @pytest.mark.slow
 def test_corrected_biases_survive_an_interrupted_run(text: Path, tmp_path: Path) -> None:
     base, settings = save_base(tmp_path / "base", "gpt2"), {"format": "w4a4", "smooth": {}}
-    compress(small_recipe(text, base, **settings), tmp_path / "once")
+    run_recipe(small_recipe(text, base, **settings), tmp_path / "once")
     strict = small_recipe(text, base, **settings).model_copy(update={"accept": Accept(kl_nats=1e-12)})
     with pytest.raises(AcceptError):
-        compress(strict, tmp_path / "again")
+        run_recipe(strict, tmp_path / "again")
     (partial_folder(tmp_path / "again") / "journal" / "quantize.00001.safetensors").unlink()
-    compress(small_recipe(text, base, **settings), tmp_path / "again")
+    run_recipe(small_recipe(text, base, **settings), tmp_path / "again")
     once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))
     assert once == again
 
@@ -130,7 +131,7 @@ def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     for double_quant in (False, True):
         out = tmp_path / str(double_quant)
-        compress(small_recipe(text, base, rounding="nearest", double_quant=double_quant), out)
+        run_recipe(small_recipe(text, base, rounding="nearest", double_quant=double_quant), out)
         tensors = Checkpoint.open(out, base=False).tensors
         name = "model.layers.0.mlp.up_proj"
         stored = sum(tensors[f"{name}.{part}"].size_bytes for part in ("weight", "weight.absmax"))
@@ -142,14 +143,14 @@ def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:
 
 def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    kept = compress(small_recipe(text, base), tmp_path / "kept")
+    kept = run_recipe(small_recipe(text, base), tmp_path / "kept")
     assert ("lm_head", "head: keep") in {(linear.name, linear.why) for linear in kept.kept}
-    report = compress(small_recipe(text, base, head="quantize"), tmp_path / "out")
+    report = run_recipe(small_recipe(text, base, head="quantize"), tmp_path / "out")
     assert "lm_head" in own(tmp_path / "out") and report.linears[-1].name == "lm_head" and not report.kept
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert type(loaded.lm_head).__name__ == "Linear4bit"
     model = AutoModelForCausalLM.from_pretrained(base)
-    result, live = small_recipe(text, base, head="quantize").apply(model, loaded_tokenizer(base))
+    result, live = apply_recipe(small_recipe(text, base, head="quantize"), model, loaded_tokenizer(base))
     assert isinstance(result.get_submodule("lm_head"), bitsandbytes_layout.Linear4bit) and live.linears == report.linears
 
 
@@ -185,7 +186,7 @@ def test_what_skip_names_is_kept() -> None:
 
 def test_what_skip_names_stays_dense_in_the_artefact(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
-    compress(small_recipe(text, base, rounding="nearest", skip=["model.layers.1.mlp.up_proj"]), out)
+    run_recipe(small_recipe(text, base, rounding="nearest", skip=["model.layers.1.mlp.up_proj"]), out)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     assert type(loaded.model.layers[1].mlp.up_proj) is torch.nn.Linear
     assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
@@ -210,7 +211,7 @@ def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
 
 def test_shapes_that_the_kernels_can_not_take_are_kept_with_the_reason(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", intermediate_size=172, num_hidden_layers=1)  # as stories260K is
-    report = compress(small_recipe(text, base), tmp_path / "out")
+    report = run_recipe(small_recipe(text, base), tmp_path / "out")
     why = {linear.name: linear.why for linear in report.kept}
     assert "rows of 172 weights don't divide into blocks of 64" in why["model.layers.0.mlp.down_proj"]
     assert all("172 output rows" in why[f"model.layers.0.mlp.{x}_proj"] for x in ("gate", "up"))
@@ -241,10 +242,10 @@ def test_every_linear_of_a_family_is_quantised_or_kept_with_a_reason(family: str
 def test_a_journal_of_the_same_run_is_used_and_of_another_is_not(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=2)
     one, two = small_recipe(text, base, rounding="nearest"), small_recipe(text, base, rounding="nearest", format="fp4")
-    compress(one, tmp_path / "one")
+    run_recipe(one, tmp_path / "one")
     with pytest.raises(ModelError):
-        compress(damaged(two, base), tmp_path / "two")
-    compress(two, tmp_path / "two")
+        run_recipe(damaged(two, base), tmp_path / "two")
+    run_recipe(two, tmp_path / "two")
     assert {packed.format for packed in own(tmp_path / "two").values()} == {"fp4"}
 
 
@@ -266,7 +267,7 @@ def damaged(recipe: Recipe, base: Path) -> Recipe:
 def test_a_base_with_nan_in_its_weights_is_refused(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 20480 values are NaN or infinite"):
-        compress(damaged(small_recipe(text, base), base), tmp_path / "out")
+        run_recipe(damaged(small_recipe(text, base), base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -277,7 +278,7 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(t
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    compress(small_recipe(text, base), tmp_path / "out")
+    run_recipe(small_recipe(text, base), tmp_path / "out")
     written = OnDisk(tmp_path / "out", CPU, quantized=True)
     assert "lm_head.weight" not in written.checkpoint.tensors
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

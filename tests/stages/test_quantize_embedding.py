@@ -23,8 +23,9 @@ from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import enter, logits
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept
 from llmcompress.report.schema import Report
 from llmcompress.stages.quantize.stage import Quantize
@@ -48,7 +49,7 @@ def artefacts(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[Case
     folder = tmp_path_factory.mktemp("embeddings")
     for family, tied in CASES:
         base = save_base(folder / f"{family}-{tied}", family, tie_word_embeddings=tied)
-        compress(small_recipe(text, base, **SETTINGS), folder / f"{family}-{tied}-out")
+        run_recipe(small_recipe(text, base, **SETTINGS), folder / f"{family}-{tied}-out")
     return {(family, tied): folder / f"{family}-{tied}-out" for family, tied in CASES}
 
 
@@ -148,7 +149,7 @@ def test_a_report_counts_the_embedding_once(case: Case, artefacts: dict[Case, Pa
     assert report.compressed.parameters == checkpoint.parameters == report.base.parameters
     assert report.compressed.size_bytes == checkpoint.size_bytes
     assert ("lm_head" in {kept.name for kept in report.kept}) != case[1]
-    rows, notes = plan(small_recipe(text, base_of(artefacts[case]), **SETTINGS))
+    rows, notes = plan_recipe(small_recipe(text, base_of(artefacts[case]), **SETTINGS))
     headers = 400 * len(report.linears) + 4000
     assert rows[1]["parameters"] == checkpoint.parameters and 0 <= checkpoint.size_bytes - rows[1]["size_bytes"] < headers
     assert f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes) or not report.kept
@@ -185,7 +186,7 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
 ) -> None:
     base, written = base_of(artefacts[case]), Report.of(artefacts[case])
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
-    result, report = small_recipe(text, base, **SETTINGS).apply(model, byte_tokenizer())
+    result, report = apply_recipe(small_recipe(text, base, **SETTINGS), model, byte_tokenizer())
     assert report.linears == written.linears and report.kept == written.kept
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert report.compressed.parameters == written.compressed.parameters
@@ -222,7 +223,7 @@ def test_a_tied_head_reads_as_the_format_of_the_linears_does(
     settings: dict[str, Any], head: tuple[str, str], linear: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
-    report = compress(small_recipe(text, base, **{"rounding": "nearest", **settings, "embedding": "int8"}), tmp_path / "out")
+    report = run_recipe(small_recipe(text, base, **{"rounding": "nearest", **settings, "embedding": "int8"}), tmp_path / "out")
     model = cast(Any, load(tmp_path / "out"))
     assert is_shared(model) and (model.lm_head.scheme.format, model.lm_head.scheme.activations) == head
     assert type(model.model.layers[0].mlp.up_proj).__name__ == linear
@@ -241,7 +242,7 @@ def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Pa
     if not tied:
         del config["dtype"]
         (base / "config.json").write_text(json.dumps(config))
-    compress(small_recipe(text, base, **SETTINGS), tmp_path / "out")
+    run_recipe(small_recipe(text, base, **SETTINGS), tmp_path / "out")
     model = cast(Any, load(tmp_path / "out"))
     assert model.dtype == model.model.dtype == model.model.norm.weight.dtype == torch.bfloat16 and (
         is_shared(model) or not tied
@@ -257,7 +258,7 @@ def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Pa
 @pytest.mark.slow
 def test_a_head_of_its_own_is_quantised_beside_it(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    report = compress(small_recipe(text, base, **SETTINGS, head="quantize"), tmp_path / "out")
+    report = run_recipe(small_recipe(text, base, **SETTINGS, head="quantize"), tmp_path / "out")
     assert [x.name for x in report.linears][:: len(report.linears) - 1] == ["model.embed_tokens", "lm_head"] and not report.kept
     model = cast(Any, load(tmp_path / "out"))
     assert isinstance(model.lm_head, IntegerLinear) and model.lm_head.weight is not model.model.embed_tokens.weight
@@ -272,17 +273,17 @@ def test_a_head_of_its_own_is_quantised_beside_it(text: Path, tmp_path: Path) ->
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate: Any, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     recipe = small_recipe(text, base, format="w8a8", embedding="int8", rotate=rotate)
-    compress(recipe, tmp_path / "once")
+    run_recipe(recipe, tmp_path / "once")
     out, partial = tmp_path / "out", partial_folder(tmp_path / "out")
     with pytest.raises(AcceptError):
-        compress(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
+        run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
     shutil.move(partial, tmp_path / "kept")
     for lost in (("quantize.00001",), ("outer.00000", "quantize.00001"), ("quantize.00000", "quantize.00001")):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "kept", partial)
         for name in lost:
             (partial / "journal" / f"{name}.safetensors").unlink()
-        compress(recipe, out)
+        run_recipe(recipe, out)
         assert bytes_of(out) == bytes_of(tmp_path / "once") and Report.of(out).linears == Report.of(tmp_path / "once").linears
     assert distance(live(load(out)), measured(out)) < 0.01
     base_logits = torch.cat(list(logits(OnDisk(base, CPU), TOKENS)))
@@ -300,7 +301,7 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
         return solve(stage, block, *rest)
 
     monkeypatch.setattr(Quantize, "_block", watch)
-    compress(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
+    run_recipe(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
     model = OnDisk(base, CPU).model
     rounded = OnDisk(tmp_path / "out", CPU, quantized=True).model.get_parameter("model.embed_tokens.weight")
     full = model.get_parameter("model.embed_tokens.weight")
@@ -319,7 +320,7 @@ def test_what_can_not_be_is_refused_in_one_line(text: Path, tmp_path: Path) -> N
         (tied, {"head": "quantize", "embedding": "int8"}, "tied to the embedding; use head: keep and embedding: int8"),
         (untied, {"format": "int8", "threshold": 6.0, "embedding": "int8"}, "threshold: 6 of .* or beside embedding: int8"),
     ):
-        for act in (lambda recipe: compress(recipe, tmp_path / "out"), plan):
+        for act in (lambda recipe: run_recipe(recipe, tmp_path / "out"), plan_recipe):
             with pytest.raises(ModelError, match=why) as caught:
                 act(small_recipe(text, base, **settings))
             assert "\n" not in str(caught.value)

@@ -27,8 +27,9 @@ from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import OnDisk
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import logits
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, assert_same_in_memory, distance, live, load, measured, weights_of
@@ -98,7 +99,7 @@ def details(report: Report, stage: int = 0) -> dict[str, Any]:
 
 def refused(told: Recipe, out: Path, why: str) -> None:
     """A plan and a run refuse it, before anything is written, in one line."""
-    for do in cast("list[Callable[[Recipe], Any]]", [plan, lambda given: compress(given, out)]):
+    for do in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, out)]):
         with pytest.raises(ModelError, match=why) as caught:
             do(told)
         assert len(str(caught.value).splitlines()) == 1
@@ -117,7 +118,7 @@ def test_every_family_loads_what_was_measured_and_stores_it_once(
     family: str, parts: str, rank: int, text: Path, tmp_path: Path
 ) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
-    report = compress(recipe(text, base, share(parts=list(PARTS[parts]), residual_rank=rank, steps=2)), out)
+    report = run_recipe(recipe(text, base, share(parts=list(PARTS[parts]), residual_rank=rank, steps=2)), out)
     model, names = load(out), linears(family, *PARTS[parts])
     assert shared_names(model) == {f"{name}.weight" for name in names}
     assert distance(live(model), measured(out)) < 1e-5
@@ -142,14 +143,14 @@ def test_layers_that_are_equal_share_for_free(family: str, text: Path, tmp_path:
     model = alike(family, "ffn", "attention")
     base = save(model, tmp_path / "base")
     for steps in (0, 4):
-        report = compress(recipe(text, base, share(parts=["ffn", "attention"], steps=steps)), tmp_path / str(steps))
+        report = run_recipe(recipe(text, base, share(parts=["ffn", "attention"], steps=steps)), tmp_path / str(steps))
         assert distance(live(load(tmp_path / str(steps))), live(model)) < 1e-6
         assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9), "a fit that makes worse is not kept"
 
 
 def test_attention_beside_experts_is_shared_for_free_where_it_is_equal(text: Path, tmp_path: Path) -> None:
     model = alike("qwen3_moe", "attention")
-    compress(recipe(text, save(model, tmp_path / "base"), share(parts=["attention"], steps=0)), tmp_path / "out")
+    run_recipe(recipe(text, save(model, tmp_path / "base"), share(parts=["attention"], steps=0)), tmp_path / "out")
     assert distance(live(load(tmp_path / "out")), live(model)) < 1e-6
     refused(
         recipe(text, tmp_path / "base", share(parts=["attention", "ffn"])),
@@ -161,14 +162,14 @@ def test_attention_beside_experts_is_shared_for_free_where_it_is_equal(text: Pat
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3"])
 def test_a_difference_of_full_rank_loses_nothing(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
-    compress(recipe(text, base, share(residual_rank=64, steps=0), samples=16), tmp_path / "out")
+    run_recipe(recipe(text, base, share(residual_rank=64, steps=0), samples=16), tmp_path / "out")
     assert distance(live(load(tmp_path / "out")), live(load(base))) < 1e-3
 
 
 def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = save_base(tmp_path / "base"), {}
     for name, settings in {"bare": {"steps": 0}, "fit": {"steps": 60}, "rank": {"steps": 0, "residual_rank": 32}}.items():
-        report = compress(recipe(text, base, share(**settings), samples=16), tmp_path / name)
+        report = run_recipe(recipe(text, base, share(**settings), samples=16), tmp_path / name)
         lost[name] = report.fidelity.kl_nats_mean or 0.0
         nats = [block["nats"] for block in details(report)["blocks"]]
         lost[f"{name}, said"] = sum(nats)
@@ -179,7 +180,7 @@ def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
 def test_what_is_not_fitted_stays_as_it_was(text: Path, tmp_path: Path) -> None:
     """Of three layers one is in no group; of those that are, norms and biases are their own."""
     base = save_base(tmp_path / "base", "gpt2", num_hidden_layers=3)
-    report = compress(recipe(text, base, share([2, 0])), tmp_path / "out")
+    report = run_recipe(recipe(text, base, share([2, 0])), tmp_path / "out")
     before, after = weights_of(base), weights_of(tmp_path / "out")
     assert details(report)["groups"] == [[0, 2]]
     assert {name for name in before if name.startswith("transformer.h.1.")} <= after.keys()
@@ -201,7 +202,7 @@ def artefact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     """Two layers of three share all, with a difference of their own."""
     folder = tmp_path_factory.mktemp("artefact")
     base = save_base(folder / "base", request.param, num_hidden_layers=3)
-    compress(recipe(text, base, share([0, 2], parts=["attention", "ffn"], residual_rank=2)), folder / "out")
+    run_recipe(recipe(text, base, share([0, 2], parts=["attention", "ffn"], residual_rank=2)), folder / "out")
     return folder / "out"
 
 
@@ -299,7 +300,7 @@ def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Pat
         parameter.data.copy_(layers_of(model)[1].get_parameter(name).data)
     base = save(model, tmp_path / "base")
     stage = {"tie": {"layers": by, "groups": 3, "parts": ["ffn"], "steps": 0}}
-    report = compress(recipe(text, base, stage), tmp_path / "out")
+    report = run_recipe(recipe(text, base, stage), tmp_path / "out")
     facts = details(report)
     assert (facts["layers"], facts["groups"]) == (by, [[1, 3]])
     assert facts.get("kl_nats", [0.0]) == pytest.approx([0.0], abs=1e-9)
@@ -309,7 +310,7 @@ def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Pat
 def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     told = recipe(text, base, {"tie": {"layers": "kl", "groups": 2, "parts": ["attention"], "steps": 0}})
-    facts = details(compress(told, tmp_path / "out"))
+    facts = details(run_recipe(told, tmp_path / "out"))
     windows = load_data(told.data, byte_tokenizer(), VOCABULARY, None).calibration
     with torch.no_grad():
         expected, lost = cast(Any, load(base))(windows).logits.log_softmax(-1), {}
@@ -324,7 +325,7 @@ def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: P
 
 def test_neighbours_are_groups_without_any_measuring(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=4)
-    report = compress(recipe(text, base, {"tie": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out")
+    report = run_recipe(recipe(text, base, {"tie": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out")
     assert details(report)["groups"] == [[0, 1], [2, 3]] and "kl_nats" not in details(report)
     model = load(tmp_path / "out")
     assert shared_names(model, 0, 1) == shared_names(model, 2, 3) != set() and not shared_names(model, 1, 2)
@@ -353,15 +354,15 @@ def test_groups_that_can_not_be_are_refused_before_anything_is_read(
 def test_layers_of_other_widths_are_refused_by_the_axis(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     prune = {"prune": {"axis": "ffn", "parameters": 0.7, "allocation": "sensitivity", "multiple": 1}}
-    uneven = compress(recipe(text, base, prune), tmp_path / "uneven")
+    uneven = run_recipe(recipe(text, base, prune), tmp_path / "uneven")
     assert len(set(details(uneven)["widths"]["ffn"])) == 2
     why = 'layers 0 and 1 have [0-9]+ and [0-9]+ of axis "ffn"; .* group layers of the same widths'
     for settings in (share(), {"tie": {"layers": "kl", "groups": 1}}):
         refused(recipe(text, tmp_path / "uneven", settings), tmp_path / "out", why)
     with pytest.raises(ModelError, match=why) as told:  # known only once the stage before is done
-        compress(recipe(text, base, prune, share()), tmp_path / "out")
+        run_recipe(recipe(text, base, prune, share()), tmp_path / "out")
     assert len(str(told.value).splitlines()) == 1 and not (tmp_path / "out").exists()
-    compress(recipe(text, tmp_path / "uneven", share(parts=["attention"])), tmp_path / "other")
+    run_recipe(recipe(text, tmp_path / "uneven", share(parts=["attention"])), tmp_path / "other")
     model = load(tmp_path / "other")
     assert shared_names(model) == {f"self_attn.{name}_proj.weight" for name in "qkvo"}
     assert distance(live(model), measured(tmp_path / "other")) < 1e-5
@@ -390,7 +391,7 @@ QUANTIZED = [
 def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base, out, names = save_base(tmp_path / "base", family), tmp_path / "out", linears(family, "ffn")
     stages = share(), {"quantize": settings}
-    report = compress(recipe(text, base, *stages), out)
+    report = run_recipe(recipe(text, base, *stages), out)
     model, tensors = load(out), weights_of(out)
     assert shared_names(model) >= {f"{name}.weight" for name in names}
     inner = [linear.name for linear in report.linears]
@@ -409,9 +410,11 @@ def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any],
     near = 0.02 if "4" in settings["format"] else 3e-3
     assert distance(live(model), measured(out)) < near
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters
-    rows, _ = plan(recipe(text, base, *stages))
+    rows, _ = plan_recipe(recipe(text, base, *stages))
     assert rows[-1]["parameters"] == report.compressed.parameters
-    result, again = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, again = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert shared_names(result) == shared_names(model) and again.linears == report.linears
     assert again.compressed.parameters == report.compressed.parameters
     assert distance(live(result), live(model)) < 1e-6
@@ -421,7 +424,7 @@ def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any],
 
 
 def test_codes_that_are_shared_stay_one_when_they_are_moved(text: Path, tmp_path: Path) -> None:
-    compress(recipe(text, save_base(tmp_path / "base"), share(), {"quantize": {"rounding": "nearest"}}), tmp_path / "out")
+    run_recipe(recipe(text, save_base(tmp_path / "base"), share(), {"quantize": {"rounding": "nearest"}}), tmp_path / "out")
     model = cast(Any, load(tmp_path / "out"))
     expected = live(model)
     half = model.to(torch.bfloat16)
@@ -434,7 +437,7 @@ def test_codes_that_are_shared_stay_one_when_they_are_moved(text: Path, tmp_path
 
 def test_a_weight_with_a_difference_is_not_quantised_and_the_others_are(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
-    report = compress(recipe(text, base, share(residual_rank=2), {"quantize": {"format": "w8a8"}}), out)
+    report = run_recipe(recipe(text, base, share(residual_rank=2), {"quantize": {"format": "w8a8"}}), out)
     kept = {entry.name: entry.why for entry in report.stages[1].kept}
     assert kept["model.layers.1.mlp.up_proj"] == "is stored as shared already"
     assert {linear.name.split(".")[3] for linear in report.linears} == {"self_attn"}
@@ -458,7 +461,7 @@ def test_what_needs_layers_by_themselves_is_refused(settings: dict[str, Any], te
 def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
     tied = {"tie": {"weights": ["embedding", "head"], "fit": "mean"}}
-    report = compress(recipe(text, base, share(), after, tied), out)
+    report = run_recipe(recipe(text, base, share(), after, tied), out)
     model = load(out)
     ours = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
     bases = {f"self_attn.{name}_proj.weight_right" for name in "qkvo"} if "basis" in after["tie"] else set()
@@ -467,9 +470,15 @@ def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text
     assert distance(live(model), measured(out)) < 1e-5
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters
     stages = share(), after, tied
-    result, again = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, again = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert shared_names(result) == shared_names(model) and distance(live(result), live(model)) < 1e-5
-    assert again.compressed.parameters == report.compressed.parameters == plan(recipe(text, base, *stages))[0][-1]["parameters"]
+    assert (
+        again.compressed.parameters
+        == report.compressed.parameters
+        == plan_recipe(recipe(text, base, *stages))[0][-1]["parameters"]
+    )
 
 
 LESSON = {"steps": 8, "batch": 4, "learning_rate": 1e-3}
@@ -487,14 +496,14 @@ LESSON = {"steps": 8, "batch": 4, "learning_rate": 1e-3}
 )
 def test_what_is_healed_stays_shared(family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
-    report = compress(recipe(text, base, *stages), out)
+    report = run_recipe(recipe(text, base, *stages), out)
     found = next(stage.model_dump() for stage in report.stages if stage.name == "distill")
     assert found["kl_after"] < found["kl_before"] and not found["notes"]
     model = load(out)
     parts = stages[0]["tie"]["parts"]
     assert shared_names(model) >= {f"{name}.weight" for name in linears(family, *parts)}
     assert distance(live(model), measured(out)) < (0.02 if "quantize" in str(stages) else 1e-5)
-    result, _ = recipe(text, base, *stages).apply(AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, _ = apply_recipe(recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
     assert shared_names(result) == shared_names(model) and distance(live(result), live(model)) < 1e-4
 
 
@@ -502,7 +511,7 @@ def test_lora_is_refused_for_what_is_shared(text: Path, tmp_path: Path) -> None:
     lesson = {"distill": {**LESSON, "train": "lora"}}
     told = recipe(text, save_base(tmp_path / "base"), share(), lesson)
     with pytest.raises(ModelError, match="train: lora is for linears that are plain"):
-        compress(told, tmp_path / "out")
+        run_recipe(told, tmp_path / "out")
 
 
 # In memory, interrupted, planned, told.
@@ -522,17 +531,17 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     stages: list[dict[str, Any]] = [{"tie": {"layers": "kl", "groups": 2, "steps": 3}}, {"quantize": {"format": "w8a8"}}]
     told = recipe(text, base, *stages)
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in (
         ["journal/share.00002", "journal-1/quantize.00002"],
         ["journal/groups.00000", "journal/fit.*", "journal/share.*", "journal/fisher.00000", "journal-1/quantize.00001"],
     ):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
             for file in partial_folder(tmp_path / "again").glob(f"{name}.safetensors"):
                 file.unlink()
-        compress(told, tmp_path / "again", overwrite=True)
+        run_recipe(told, tmp_path / "again", overwrite=True)
         for written in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / written).read_bytes() == (tmp_path / "once" / written).read_bytes(), (lost, written)
 
@@ -549,8 +558,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
 def test_a_plan_foretells_the_parameters_and_bytes(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     told = recipe(text, base, {"tie": {**settings, "steps": 0}})
-    rows, notes = plan(told)
-    report = compress(told, tmp_path / "out")
+    rows, notes = plan_recipe(told)
+    report = run_recipe(told, tmp_path / "out")
     assert rows[1]["parameters"] == report.compressed.parameters
     assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 8000  # the header
     assert any("what stands here is for neighbours" in note for note in notes) == (settings.get("layers") == "kl")
@@ -558,7 +567,7 @@ def test_a_plan_foretells_the_parameters_and_bytes(settings: dict[str, Any], tex
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
-    compress(recipe(text, save_base(tmp_path / "base"), share(parts=["attention", "ffn"])), tmp_path / "out")
+    run_recipe(recipe(text, save_base(tmp_path / "base"), share(parts=["attention", "ffn"])), tmp_path / "out")
     facts = details(Report.of(tmp_path / "out"))
     assert (facts["name"], facts["layers"], facts["groups"], facts["parts"]) == (
         "share",
@@ -577,7 +586,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 def test_what_is_measured_block_by_block_is_what_the_loss_says(text: Path, tmp_path: Path) -> None:
     """The weights of the file, read block by block, give the logits that the model of both layers' weights gives."""
     base, out = save_base(tmp_path / "base", "opt"), tmp_path / "out"
-    compress(recipe(text, base, share(residual_rank=2)), out)
+    run_recipe(recipe(text, base, share(residual_rank=2)), out)
     tensors = weights_of(out)
     whole: dict[str, Tensor] = {name: t for name, t in tensors.items() if "_left" not in name and "_right" not in name}
     for index in (0, 1):

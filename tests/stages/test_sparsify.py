@@ -23,8 +23,9 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import walk
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.linear_rewriting import Rewriting
@@ -55,7 +56,7 @@ def sparse(**settings: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
-    report = compress(recipe(text, base, sparse()), out)
+    report = run_recipe(recipe(text, base, sparse()), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
     assert {linear.name for linear in report.linears} == {n for n, m in model.named_modules() if isinstance(m, SparseLinear)}
@@ -81,7 +82,7 @@ def test_what_wanda_and_magnitude_keep_is_as_it_was(text: Path, tmp_path: Path) 
         for settings in ({"pattern": "2:4"}, HALF):
             kind = str(settings["pattern"])[0]
             out = tmp_path / f"{score}-{kind}"
-            compress(recipe(text, base, {"prune": {**settings, "score": score}}), out)
+            run_recipe(recipe(text, base, {"prune": {**settings, "score": score}}), out)
             tensors = load_file(out / "model.safetensors")
             mask_RC = unpack_mask(tensors[f"{name}.weight_mask"], W_RC.shape[1])
             assert torch.equal(tensors[f"{name}.weight"], W_RC[mask_RC]) == (score != "sparsegpt")
@@ -104,7 +105,7 @@ def test_zeros_of_the_base_go_for_free(text: Path, tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("wanda", "magnitude", "sparsegpt"):
-        report = compress(recipe(text, tmp_path / "base", sparse(score=score)), tmp_path / score)
+        report = run_recipe(recipe(text, tmp_path / "base", sparse(score=score)), tmp_path / score)
         assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
         assert distance(live(load(tmp_path / score)), live(load(tmp_path / "base"))) < 1e-5
 
@@ -117,7 +118,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(
     base, kl = save_base(tmp_path / "base"), []
     for score in SCORES:
         settings = {"prune": {**stage["prune"], "score": score}}
-        kl.append(compress(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean or 0.0)
+        kl.append(run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean or 0.0)
     assert 0 < kl[0] < kl[1] < kl[2]
 
 
@@ -145,7 +146,7 @@ def test_more_kept_is_less_lost_and_more_bytes(text: Path, tmp_path: Path) -> No
     base, reports = save_base(tmp_path / "base", num_hidden_layers=1), []
     for keep in (0.3, 0.5, 0.8):
         stage = {"prune": {"pattern": "unstructured", "keep": keep, "score": "wanda"}}
-        reports.append(compress(recipe(text, base, stage), tmp_path / str(keep)))
+        reports.append(run_recipe(recipe(text, base, stage), tmp_path / str(keep)))
     for less, more in pairwise(reports):
         assert (less.fidelity.kl_nats_mean or 0) > (more.fidelity.kl_nats_mean or 0) > 0
         assert (less.compressed.size_bytes or 0) < (more.compressed.size_bytes or 0)
@@ -181,9 +182,9 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
     family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family)
-    written = compress(recipe(text, base, *stages), tmp_path / "out")
+    written = run_recipe(recipe(text, base, *stages), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
-    result, report = recipe(text, base, *stages).apply(model, byte_tokenizer())
+    result, report = apply_recipe(recipe(text, base, *stages), model, byte_tokenizer())
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.parameters == written.compressed.parameters
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
@@ -200,15 +201,15 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     wanted = recipe(text, base, sparse())
-    compress(wanted, tmp_path / "once")
+    run_recipe(wanted, tmp_path / "once")
     with pytest.raises(AcceptError):
-        compress(wanted.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again")
+        run_recipe(wanted.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again")
     for lost in (("00001",), ("00000",), ("00000", "00001")):
         out = tmp_path / f"without-{'-'.join(lost)}"
         shutil.copytree(partial_folder(tmp_path / "again"), partial_folder(out))
         for block in lost:
             (partial_folder(out) / "journal" / f"sparsify.{block}.safetensors").unlink()
-        report = compress(wanted, out)
+        report = run_recipe(wanted, out)
         assert any("interrupted" in note for note in report.stages[0].notes) == (len(lost) < 2)
         for file in ("model.safetensors", "config.json"):
             assert (out / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), file
@@ -218,7 +219,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(family: str, text: 
 def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=1)
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
-    report = compress(recipe(text, base, sparse()), tmp_path / "out")
+    report = run_recipe(recipe(text, base, sparse()), tmp_path / "out")
     assert {linear.bits for linear in report.linears} == {9.0}
     model = load(tmp_path / "out")
     assert model.dtype == getattr(torch, dtype) and distance(live(model), measured(tmp_path / "out")) < 0.05
@@ -239,8 +240,8 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
-    rows, notes = plan(recipe(text, base, *stages))
-    report = compress(recipe(text, base, *stages), tmp_path / "out")
+    rows, notes = plan_recipe(recipe(text, base, *stages))
+    report = run_recipe(recipe(text, base, *stages), tmp_path / "out")
     assert rows[-1]["parameters"] == report.compressed.parameters
     assert 0 <= (report.compressed.size_bytes or 0) - rows[-1]["size_bytes"] < 8000  # the header
     assert rows[-1]["seconds"] > 0 and rows[-1]["peak_memory_bytes"] > 0
@@ -251,7 +252,7 @@ def test_a_plan_foretells_the_parameters_and_bytes(
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3_moe", num_hidden_layers=1)
-    compress(recipe(text, base, {"prune": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
+    run_recipe(recipe(text, base, {"prune": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == ("sparsify", "unstructured", 0.5, "sparsegpt")
@@ -327,7 +328,7 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
     settings: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    for act in cast("list[Callable[[Recipe], Any]]", [plan, lambda given: compress(given, tmp_path / "out")]):
+    for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, tmp_path / "out")]):
         with pytest.raises(ModelError, match=why) as caught:
             act(recipe(text, base, settings))
         assert len(str(caught.value).splitlines()) == 1
@@ -336,7 +337,7 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
 
 def test_config_json_names_each_sparse_linear_once(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    report = compress(
+    report = run_recipe(
         recipe(text, base, {"prune": {"pattern": "unstructured", "keep": 0.4, "score": "wanda"}}), tmp_path / "out"
     )
     (scheme,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]

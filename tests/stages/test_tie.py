@@ -23,8 +23,9 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import Live
 from llmcompress.modeling.sequential import leave
-from llmcompress.pipeline.plan import plan
-from llmcompress.pipeline.run import compress
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.tie.stage import Tie, _placed, _with_gain
@@ -86,7 +87,7 @@ def test_what_is_left_is_a_plain_tied_model_that_computes_what_was_measured(
     family: str, config: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base, out = untied(tmp_path / "base", family, **config), tmp_path / "out"
-    report, source = compress(recipe(text, base), out), resident(family, **config)
+    report, source = run_recipe(recipe(text, base), out), resident(family, **config)
     said = json.loads((out / "config.json").read_text())
     assert said["tie_word_embeddings"] is True and "quantization_config" not in said
     before, after = weights_of(base), weights_of(out)
@@ -124,8 +125,8 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 
 def test_it_loads_without_the_plug_in_also_once_it_is_nf4(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
-    compress(recipe(text, base), tmp_path / "tied")
-    report = compress(recipe(text, base, tie(), {"quantize": {"format": "nf4", "rounding": "nearest"}}), tmp_path / "nf4")
+    run_recipe(recipe(text, base), tmp_path / "tied")
+    report = run_recipe(recipe(text, base, tie(), {"quantize": {"format": "nf4", "rounding": "nearest"}}), tmp_path / "nf4")
     assert [stage.name for stage in report.stages] == ["tie", "quantize"]
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
     assert config["tie_word_embeddings"] is True and config["quantization_config"]["quant_method"] == "bitsandbytes"
@@ -140,7 +141,7 @@ def test_it_loads_without_the_plug_in_also_once_it_is_nf4(text: Path, tmp_path: 
 
 def test_the_embedding_that_both_are_becomes_int8_with_the_linears(text: Path, tmp_path: Path) -> None:
     base, out = untied(tmp_path / "base", "gemma2"), tmp_path / "out"
-    compress(recipe(text, base, tie(), {"quantize": {"format": "w8a8", "embedding": "int8"}}), out)
+    run_recipe(recipe(text, base, tie(), {"quantize": {"format": "w8a8", "embedding": "int8"}}), out)
     model = load(out)
     assert isinstance(model.get_input_embeddings(), IntegerEmbedding)
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -149,11 +150,11 @@ def test_the_embedding_that_both_are_becomes_int8_with_the_linears(text: Path, t
 
 def test_a_tied_model_can_be_cut_and_tied_again_it_is_refused(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
-    compress(recipe(text, base, tie(fit="mean"), {"prune": {"axis": "ffn", "keep": 192}}), tmp_path / "out")
+    run_recipe(recipe(text, base, tie(fit="mean"), {"prune": {"axis": "ffn", "keep": 192}}), tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.config.intermediate_size == 192 and distance(live(model), measured(tmp_path / "out")) < 1e-5
     for given in (recipe(text, tmp_path / "out"), recipe(text, base, tie(), tie())):
-        for act in cast("list[Callable[[Recipe], Any]]", [plan, lambda told: compress(told, tmp_path / "again")]):
+        for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda told: run_recipe(told, tmp_path / "again")]):
             with pytest.raises(ModelError, match=r"are one matrix already; leave tie: \{weights") as told:
                 act(given)
             assert len(str(told.value).splitlines()) == 1
@@ -164,7 +165,7 @@ def test_a_tied_model_can_be_cut_and_tied_again_it_is_refused(text: Path, tmp_pa
 def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base", num_hidden_layers=1)
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
-    report = compress(recipe(text, base), tmp_path / "out")
+    report = run_recipe(recipe(text, base), tmp_path / "out")
     assert {str(tensor.dtype) for tensor in weights_of(tmp_path / "out").values()} == {f"torch.{dtype}"}
     windows = calibration(recipe(text, base))
     whole, one = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, tmp_path / "out"))
@@ -178,7 +179,7 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
 def test_the_loss_said_is_that_of_the_predictions_on_the_calibration_text(fit: str, text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base", "gpt2")
     told = recipe(text, base, tie(fit=fit))
-    report = compress(told, tmp_path / "out")
+    report = run_recipe(told, tmp_path / "out")
     windows = calibration(told)
     assert found(report)["kl_nats"] == pytest.approx(kl_nats(load(base), load(tmp_path / "out"), windows), rel=1e-3)
     assert (found(report)["fit"], found(report)["weights"]) == (fit, ["embedding", "head"])
@@ -190,7 +191,7 @@ def test_the_plain_fits_are_what_their_names_say(text: Path, tmp_path: Path) -> 
     before = weights_of(base)
     E, O = before["model.embed_tokens.weight"], before["lm_head.weight"]  # noqa: E741
     for fit, expected in (("mean", (E + O) / 2), ("embedding", E), ("head", O)):
-        compress(recipe(text, base, tie(fit=fit)), tmp_path / fit)
+        run_recipe(recipe(text, base, tie(fit=fit)), tmp_path / fit)
         after = weights_of(tmp_path / fit)
         assert torch.equal(after["model.embed_tokens.weight"], expected), fit
         assert all(torch.equal(after[name], before[name]) for name in after if "embed_tokens" not in name), fit
@@ -214,7 +215,7 @@ def test_least_squares_is_no_worse_than_any_other_fit(family: str, config: dict[
         model = pico(family, vocab_size=VOCABULARY, tie_word_embeddings=False, **config)
         told = Recipe.model_validate({"data": {"source": str(text), "samples": 4, "length": 16}, "stages": [tie(fit=fit)]})
         told = told.model_copy(update={"data": told.data.model_copy(update={"evaluation_samples": 1})})
-        _, report = told.apply(model, byte_tokenizer())
+        _, report = apply_recipe(told, model, byte_tokenizer())
         lost[fit] = found(report)["kl_nats"]
     assert lost["least_squares"] == min(lost.values()), lost
 
@@ -236,7 +237,7 @@ def test_matrices_that_are_equal_are_tied_for_free(
     model.get_output_embeddings().weight.data.copy_(model.get_input_embeddings().weight.data)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    report = compress(recipe(text, tmp_path / "base", tie(fit=fit)), tmp_path / "out")
+    report = run_recipe(recipe(text, tmp_path / "base", tie(fit=fit)), tmp_path / "out")
     assert found(report)["kl_nats"] == 0 and report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
     assert torch.equal(live(load(tmp_path / "out")), live(model))
 
@@ -265,10 +266,10 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
     family: str, config: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base = untied(tmp_path / "base", family, **config)
-    written = compress(recipe(text, base), tmp_path / "out")
+    written = run_recipe(recipe(text, base), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
     before = live(model)
-    result, report = recipe(text, base).apply(model, byte_tokenizer())
+    result, report = apply_recipe(recipe(text, base), model, byte_tokenizer())
     assert torch.equal(live(model), before), "the model given was changed"
     assert result.config.tie_word_embeddings is True
     assert cast(Any, result).get_output_embeddings().weight is cast(Any, result).get_input_embeddings().weight
@@ -283,13 +284,13 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     told = recipe(text, base, tie(), {"quantize": {"format": "w8a8", "rounding": "nearest"}})
-    compress(told, tmp_path / "once")
+    run_recipe(told, tmp_path / "once")
     for lost in ([], ["journal/outer.00000", "journal-1/quantize.00001"]):
         with pytest.raises(AcceptError):
-            compress(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
             (partial_folder(tmp_path / "again") / f"{name}.safetensors").unlink()
-        compress(told, tmp_path / "again", overwrite=True)
+        run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
             assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
 
@@ -297,8 +298,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
 def test_a_plan_foretells_the_parameters_and_bytes(family: str, text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base", family)
-    rows, _ = plan(recipe(text, base))
-    report = compress(recipe(text, base, tie(fit="mean")), tmp_path / "out")
+    rows, _ = plan_recipe(recipe(text, base))
+    report = run_recipe(recipe(text, base, tie(fit="mean")), tmp_path / "out")
     assert rows[1]["stage"] == "tie (embedding and head)" and rows[1]["seconds"] > 0
     assert rows[1]["parameters"] == report.compressed.parameters
     assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 8000  # the header
@@ -316,7 +317,7 @@ def test_matrices_of_other_axes_are_refused_in_one_line() -> None:
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base", num_hidden_layers=1)
-    compress(recipe(text, base, {"tie": {"weights": ["head", "embedding"], "fit": "mean"}}), tmp_path / "out")
+    run_recipe(recipe(text, base, {"tie": {"weights": ["head", "embedding"], "fit": "mean"}}), tmp_path / "out")
     facts = found(Report.of(tmp_path / "out"))
     assert (facts["name"], facts["weights"], facts["fit"]) == ("tie", ["head", "embedding"], "mean")
     assert "operations per token are unchanged" in facts["notes"][0]
