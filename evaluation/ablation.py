@@ -24,15 +24,15 @@ from torch import Tensor
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.hessian import retarget
-from llmcompress.algorithms.quantize_weight import Rounded
+from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import blocks_of, fit_scales, search_scales, spread
 from llmcompress.data.sources import DataSpec
-from llmcompress.formats.schemes import FourBit
+from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits, output_fisher, walk
-from llmcompress.pipeline.resolve import blocks_for, find_base
+from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.report.metrics import fidelity
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.stage import Quantize
@@ -54,7 +54,7 @@ def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: 
         for _ in range(rounds):
             scale = fit_scales(W_RC, H_CC, levels.levels[index], scale)
             index = descend(W_RC, H_CC, index, scale, levels)
-        return Rounded(index, scale).weight(levels)
+        return RoundedWeight(index, scale).weight(levels)
 
     return linear
 
@@ -64,9 +64,9 @@ class Variants:
 
     def __init__(self, name: str) -> None:
         base, text = MODELS[name]
-        self.model = OnDisk(find_base(base).folder, CPU)
+        self.model = DiskModel(find_base(base).folder, CPU)
         spec = DataSpec(source=text, length=LENGTH, bos=False)
-        self.data = blocks_for(self.model, spec, tokenizer_of(self.model.folder))
+        self.data = calibration_data(self.model, spec, tokenizer_of(self.model.folder))
         self.base = list(logits(self.model, self.data.evaluation))
         self.levels = grid("nf4")
         self.fisher: dict[int, Tensor] = {}
@@ -74,7 +74,7 @@ class Variants:
         inner = (name.removeprefix(f"{self.model.anatomy.layers}.").partition(".")[2] for name in chosen)
         self.linears = tuple(dict.fromkeys(inner))  # by name in a block: those whose shape the format takes
 
-    def score(self, change: Callable[[Block], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
+    def score(self, change: Callable[[DecoderLayer], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
         """KL and seconds of a model whose every block is changed so."""
         start, changed = time.monotonic(), {}
         for block in walk(self.model, self.data.calibration, reference=reference):
@@ -90,7 +90,7 @@ class Variants:
         return {"kl_nats_mean": float(measured.kl_nats_mean or 0), "seconds": seconds}
 
     def alone(self, linear: Linear) -> dict[str, float]:
-        def change(block: Block) -> dict[str, Tensor]:
+        def change(block: DecoderLayer) -> dict[str, Tensor]:
             moments = block.moments()
             return {name: linear(block.weight(name), moments[name].H_CC) for name in self.linears}
 
@@ -100,10 +100,10 @@ class Variants:
         """Linears solved for one after another; `at_once`: all from one pass over the block as it was."""
         linear = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
 
-        def change(block: Block) -> dict[str, Tensor]:
+        def change(block: DecoderLayer) -> dict[str, Tensor]:
             changed = {}
-            readers = block.anatomy.readers
-            for groups in [readers] if at_once else [(group,) for group in readers]:
+            consumers = block.anatomy.consumers
+            for groups in [consumers] if at_once else [(group,) for group in consumers]:
                 moments = block.moments(*groups)
                 for name in [name for group in groups for name in group if name in self.linears]:
                     W_RC, seen = block.weight(name), moments[name]
@@ -117,9 +117,9 @@ class Variants:
         if not self.fisher:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
-        rounding = Rounding(dict.fromkeys(self.linears, FourBit("nf4", BLOCK, False, torch.float32)), CPU)
+        rounding = Rounding(dict.fromkeys(self.linears, FourBitScheme("nf4", BLOCK, False, torch.float32)), CPU)
 
-        def change(block: Block) -> dict[str, Tensor]:
+        def change(block: DecoderLayer) -> dict[str, Tensor]:
             F_DD = self.fisher[block.index]
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))

@@ -29,9 +29,9 @@ from transformers import TrainerCallback
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.journal import Journal
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import untracked
-from llmcompress.pipeline.resolve import blocks_for, find_base, source_of
+from llmcompress.pipeline.resolve import calibration_data, find_base, source_of
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import Context
@@ -65,7 +65,7 @@ class Timed(stage.DistillTrainer):
         super().__init__(**{**settings, "callbacks": [*settings["callbacks"], Timed.last]})
 
 
-def staged(model: OnDisk, base: OnDisk, blocks: Any, folder: Path, steps: int, **settings: Any) -> float:
+def staged(model: DiskModel, base: DiskModel, blocks: Any, folder: Path, steps: int, **settings: Any) -> float:
     """Steps per second of the stage, its evaluations apart: they come after the last step."""
     lesson = Distill(steps=steps, batch=BATCH, micro_batch=MICRO, learning_rate=1e-5, evaluate_every=steps, **settings)
     with tempfile.TemporaryDirectory() as scratch:
@@ -78,7 +78,7 @@ def staged(model: OnDisk, base: OnDisk, blocks: Any, folder: Path, steps: int, *
     return (len(ends) - 1) / (ends[-1] - ends[0])
 
 
-def bare(model: OnDisk, base: OnDisk, windows: Tensor, steps: int) -> float:
+def bare(model: DiskModel, base: DiskModel, windows: Tensor, steps: int) -> float:
     """Steps per second of the loop that anyone would write."""
     student, teacher = whole(model).requires_grad_().train(), whole(base).eval()
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
@@ -96,10 +96,10 @@ def bare(model: OnDisk, base: OnDisk, windows: Tensor, steps: int) -> float:
     return (steps - 1) / (ends[-1] - ends[0])
 
 
-def measure(base: OnDisk, text: str, keep: float, steps: int, rounds: int) -> dict[str, Any]:
+def measure(base: DiskModel, text: str, keep: float, steps: int, rounds: int) -> dict[str, Any]:
     """All ways beside each other, for a student of a share of the layers."""
     spec = DataSpec(source=text, samples=32, length=LENGTH)
-    blocks = blocks_for(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
+    blocks = calibration_data(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
     windows = blocks.training.view(-1, LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         model, cache = base, Path(folder) / "cache"
@@ -107,7 +107,7 @@ def measure(base: OnDisk, text: str, keep: float, steps: int, rounds: int) -> di
             cut = {"prune": {"axis": "layer", "keep": keep, "score": "influence"}}
             recipe = Recipe.model_validate({"data": spec.model_dump(exclude_unset=True), "stages": [cut]})
             run_recipe(recipe, Path(folder) / "cut", base=str(base.folder))
-            model = OnDisk(Path(folder) / "cut", base.device)
+            model = DiskModel(Path(folder) / "cut", base.device)
         ways: dict[str, Callable[[], float]] = {
             "bare loop": lambda: bare(model, base, windows, steps),
             "distill": lambda: staged(model, base, blocks, cache, steps),
@@ -137,7 +137,7 @@ def main() -> None:
     torch.set_num_threads(given.threads)
     stage.DistillTrainer = Timed  # type: ignore[misc]
     base, text = MODELS[given.model]
-    model = OnDisk(find_base(base).folder, torch.device("cpu"))
+    model = DiskModel(find_base(base).folder, torch.device("cpu"))
     students = [measure(model, text, keep, given.steps, given.rounds) for keep in given.keep]
     shape = {"model": given.model, "batch": BATCH, "length": LENGTH, "steps": given.steps}
     FILE.write_text(json.dumps({**head(), **shape, "students": students}, indent=2) + "\n")

@@ -28,14 +28,14 @@ from torch import Tensor
 
 from llmcompress.algorithms.codebook import Palette, nearest
 from llmcompress.formats import bitsandbytes_layout, codebook
-from llmcompress.formats.codebook import Codebook, CodebookWeight
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.kernels import lut_gemm
 
 FILE = Path(__file__).parent / "results" / f"lookup_speed-{torch.backends.cpu.get_cpu_capability().lower()}.json"
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))  # rows x columns
 TOKENS = (1, 4, 16, 128)
 DTYPES = (torch.float32, torch.bfloat16)
-LAYOUT = Codebook(16, 1, "float16")
+LAYOUT = CodebookLayout(16, 1, "float16")
 CASE_S = 12.0  # for all calls of a case
 FAR = 0.02  # relative error of the product of the same weight, in bfloat16
 

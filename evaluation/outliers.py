@@ -20,7 +20,7 @@ from bench import LENGTH, head
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmcompress.data.calibration import DEMO_MODEL
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
@@ -41,8 +41,8 @@ def plant(base: Path, folder: Path) -> None:
     """The model in `base` with outliers planted, saved in `folder`."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     state, draw = model.state_dict(), torch.Generator().manual_seed(0)
-    for block in walk(Live(model.config, state, torch.device("cpu")), torch.zeros(1, 2, dtype=torch.int64)):
-        for key in [key for key in block.anatomy.feeds if block.anatomy.block.get(f"{key}.weight") == "hidden"]:
+    for block in walk(InMemoryModel(model.config, state, torch.device("cpu")), torch.zeros(1, 2, dtype=torch.int64)):
+        for key in [key for key in block.anatomy.scale_pairs if block.anatomy.block.get(f"{key}.weight") == "hidden"]:
             factor = torch.ones(block.sizes["hidden"])
             where = torch.randperm(len(factor), generator=draw)[:CHANNELS]
             factor[where] = 1 / (LEAST + (MOST - LEAST) * torch.rand(CHANNELS, generator=draw))

@@ -22,7 +22,7 @@ from bench import head
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.architectures.resize import changed
-from llmcompress.modeling.layerwise import Outline
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.plan import per_token
 from llmcompress.stages.prune.stage import Prune
 
@@ -39,11 +39,11 @@ CUTS: dict[str, dict[str, Any]] = {
 PROMPT, TOKENS, TURNS = 256, 16, 9
 
 
-def build(cut: dict[str, Any]) -> tuple[Any, Outline]:
-    outline = Outline(LlamaConfig(**SHAPE, **HEADS, dtype="float32"), torch.device("cpu"), torch.float32)
+def build(cut: dict[str, Any]) -> tuple[Any, MetaModel]:
+    outline = MetaModel(LlamaConfig(**SHAPE, **HEADS, dtype="float32"), torch.device("cpu"), torch.float32)
     if cut:
         config = changed(outline.config, Prune.model_validate(cut).changes(outline))
-        outline = Outline(config, outline.device, outline.dtype)
+        outline = MetaModel(config, outline.device, outline.dtype)
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(outline.config, dtype=torch.float32).eval(), outline
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from bench import LENGTH, MODELS, head
 
-from llmcompress.modeling.layerwise import Outline
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.resolve import config_of, find_base
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
@@ -30,7 +30,7 @@ WINDOWS = 64
 SCORES = ("obs", "taylor", "wanda", "activation", "magnitude")
 
 
-def stages(model: Outline, share: float) -> dict[str, list[dict[str, Any]]]:
+def stages(model: MetaModel, share: float) -> dict[str, list[dict[str, Any]]]:
     """What is done for each row of the table."""
     inner = model.parameters() - model.parameters({axis: [0] * len(model.layers) for axis in ("ffn", "kv")})
     target, layers = model.parameters() - int((1 - share) * inner), len(model.layers)
@@ -73,8 +73,8 @@ def measure(name: str, cuts: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def outline(base: str) -> Outline:
-    return Outline(config_of(find_base(base, weights=False).folder), torch.device("cpu"), torch.float32)
+def outline(base: str) -> MetaModel:
+    return MetaModel(config_of(find_base(base, weights=False).folder), torch.device("cpu"), torch.float32)
 
 
 def main() -> None:

@@ -24,12 +24,12 @@ from pruning import WINDOWS, outline
 
 from llmcompress.errors import CompressError
 from llmcompress.io.checkpoint import Checkpoint
-from llmcompress.modeling.layerwise import Outline
-from llmcompress.pipeline.outcome import left_by
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import find_base
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.share.stage import Share
 
 RESULTS = Path(__file__).parent / "results"
@@ -41,19 +41,19 @@ Stages = list[dict[str, Any]]
 
 
 def smallest(
-    model: Outline, candidates: list[dict[str, Any]], kind: type[Share] | type[Basis], most: int
+    model: MetaModel, candidates: list[dict[str, Any]], kind: type[Share] | type[LowRank], most: int
 ) -> dict[str, Any] | None:
     """The candidate that leaves most parameters, but not more than so many."""
     found: tuple[int, dict[str, Any] | None] = (0, None)
     for candidate in candidates:
-        left = left_by(kind.model_validate(candidate), model)
+        left = outline_after(kind.model_validate(candidate), model)
         count = left.parameters()
         if found[0] < count <= most:
             found = count, candidate
     return found[1]
 
 
-def ways(model: Outline, share: float) -> dict[str, Stages]:
+def ways(model: MetaModel, share: float) -> dict[str, Stages]:
     """What is done to reach a share of the parameters, by way."""
     layers, whole = len(model.layers), model.parameters()
     most, tied = int(share * whole), model.config.tie_word_embeddings
@@ -67,12 +67,12 @@ def ways(model: Outline, share: float) -> dict[str, Stages]:
         rows["share"] = [{"tie": shared}]
     for name, count in (("low rank", 1), ("basis of 2 layers", 2)):
         found = [{"basis": count, "keep": keep / 100} for keep in range(30, 100)]
-        if (made := smallest(model, found, Basis, most)) is not None:
+        if (made := smallest(model, found, LowRank, most)) is not None:
             rows[name] = [{"tie": made}]
     return rows
 
 
-def rows_of(name: str, model: Outline) -> dict[str, Stages]:
+def rows_of(name: str, model: MetaModel) -> dict[str, Stages]:
     """All rows of a model: what is done in each."""
     heal, rows = HEAL[name], dict[str, Stages]()
     for share in SHARES:

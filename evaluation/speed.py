@@ -45,8 +45,8 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from llmcompress.algorithms.sparsegpt import keep_mask
 from llmcompress.formats import bitsandbytes_layout, integer, integer_linear
-from llmcompress.formats.integer import Scheme
-from llmcompress.formats.schemes import Integer
+from llmcompress.formats.integer import IntegerLayout
+from llmcompress.formats.schemes import IntegerScheme
 from llmcompress.report.metrics import environment
 
 HERE = Path(__file__).parent
@@ -99,9 +99,9 @@ def plain(weight: Tensor) -> nn.Linear:
     return linear
 
 
-def own(scheme: Scheme, weight: Tensor) -> Callable[[], Any]:
+def own(scheme: IntegerLayout, weight: Tensor) -> Callable[[], Any]:
     """Our integer linear."""
-    found: Any = Integer(scheme).nearest(weight.float(), STEP if scheme.activations == "static" else None)
+    found: Any = IntegerScheme(scheme).nearest(weight.float(), STEP if scheme.activations == "static" else None)
     return partial(integer_linear.linear, found, None, device=weight.device)
 
 
@@ -149,9 +149,9 @@ def candidates(device: torch.device) -> list[Candidate]:
     if device.type == "cuda":
         floats.reverse()
     others: dict[str, Make] = {
-        "w8a8": partial(own, Scheme("w8a8")),
-        "w8a8, static": partial(own, Scheme("w8a8", "static")),
-        "w4a8": partial(own, Scheme("w4a8", block=BLOCK)),
+        "w8a8": partial(own, IntegerLayout("w8a8")),
+        "w8a8, static": partial(own, IntegerLayout("w8a8", "static")),
+        "w4a8": partial(own, IntegerLayout("w4a8", block=BLOCK)),
         "int8": lambda W: partial(
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),

@@ -28,9 +28,9 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of, logits
-from llmcompress.pipeline.resolve import blocks_for, find_base
+from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.report.metrics import fidelity
 
 HERE = Path(__file__).parent
@@ -46,9 +46,9 @@ BOUND = 0.9  # of the bare pass: what perplexity evaluation is to reach
 def contenders(base: str, text: str, samples: int) -> tuple[int, dict[str, Callable[[], object]]]:
     """The tokens of one pass, and what is timed by its name: each call goes through all of them."""
     folder, device = find_base(base).folder, torch.device("cpu")
-    subject, other = OnDisk(folder, device), OnDisk(folder, device)
+    subject, other = DiskModel(folder, device), DiskModel(folder, device)
     spec = DataSpec(source=text, samples=1, length=LENGTH, evaluation_samples=samples, bos=False)
-    windows = blocks_for(subject, spec, tokenizer_of(folder)).evaluation
+    windows = calibration_data(subject, spec, tokenizer_of(folder)).evaluation
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
     @torch.no_grad()

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.registry import Layout, Stored, dequantize
+from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize
 from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.outcome import tensors_of
@@ -44,7 +44,7 @@ def live(model: PreTrainedModel) -> Tensor:
 
 def measured(folder: Path) -> Tensor:
     """The logits that a report is made of."""
-    return torch.cat(list(logits(OnDisk(folder, CPU, quantized=True), TOKENS)))
+    return torch.cat(list(logits(DiskModel(folder, CPU, quantized=True), TOKENS)))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -55,7 +55,9 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callable[[Tensor], Stored]) -> PreTrainedModel:
+def write_in(
+    folder: Path, model: PreTrainedModel, layout: AnyLayout, made: Callable[[Tensor], StoredWeight]
+) -> PreTrainedModel:
     """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these weights."""
     state, names = dict(model.state_dict()), []
     for name, module in linears(model).items():

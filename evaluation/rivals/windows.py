@@ -17,8 +17,8 @@ from bench import LENGTH, MODELS
 
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.pipeline.resolve import blocks_for, find_base
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data, find_base
 
 
 def main() -> None:
@@ -29,7 +29,7 @@ def main() -> None:
     base, text = MODELS[given.model]
     folder = find_base(base).folder
     spec = DataSpec(source=text, length=LENGTH, bos=False)
-    data = blocks_for(OnDisk(folder, torch.device("cpu")), spec, tokenizer_of(folder))
+    data = calibration_data(DiskModel(folder, torch.device("cpu")), spec, tokenizer_of(folder))
     given.out.mkdir(parents=True, exist_ok=True)
     for name, windows in (("calibration", data.calibration), ("evaluation", data.evaluation)):
         file = given.out / f"{name}-{given.model}.safetensors"

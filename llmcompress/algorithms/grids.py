@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Format = Literal["nf4", "fp4", "int4", "int8"]
+GridFormat = Literal["nf4", "fp4", "int4", "int8"]
 LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the grids of whole numbers are symmetric
 
 # Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32 in bitsandbytes.
@@ -74,7 +74,7 @@ class Grid:
 
 
 @cache
-def grid(format: Format) -> Grid:
+def grid(format: GridFormat) -> Grid:
     """The grid of a format, on the CPU."""
     if format in LARGEST:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.grids import Grid
-from llmcompress.algorithms.quantize_weight import Rounded, Snap
+from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap
 from llmcompress.algorithms.scales import blocks_of, spread
 
 RATE = 1.25e-3  # code spacings a step, at first: eight times that undoes by noise half of what 200 steps win
@@ -54,7 +54,7 @@ class _Round(torch.autograd.Function):
         return (blocks * step * scale[..., None]).view_as(grad), (blocks * levels).sum(-1), None
 
 
-def start_position(W_RC: Tensor, start: Rounded, grid: Grid) -> Tensor:
+def start_position(W_RC: Tensor, start: RoundedWeight, grid: Grid) -> Tensor:
     """The position nearest to W's own that still rounds to the codes of `start`."""
     own = grid.position(W_RC / spread(start.scale_RG, W_RC.shape[1] // start.scale_RG.shape[1]))
     return own.clamp(start.index_RC - 0.499, start.index_RC + 0.499)
@@ -62,7 +62,7 @@ def start_position(W_RC: Tensor, start: Rounded, grid: Grid) -> Tensor:
 
 def learn(
     weights: Mapping[str, Tensor],
-    starts: Mapping[str, Rounded],
+    starts: Mapping[str, RoundedWeight],
     grids: Mapping[str, Grid],
     loss: Loss,
     *,
@@ -70,7 +70,7 @@ def learn(
     snaps: Mapping[str, Snap] | None = None,
     rate: float = RATE,
     scale_rate: float = SCALE_RATE,
-) -> dict[str, Rounded]:
+) -> dict[str, RoundedWeight]:
     """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
     Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained, which are returned
@@ -98,5 +98,5 @@ def learn(
     found = {}
     for name, start in starts.items():
         index_RC = positions[name].detach().round().long().clamp_(0, len(grids[name].levels) - 1)
-        found[name] = Rounded(index_RC, start.scale_RG * (1 + gains[name].detach()))
+        found[name] = RoundedWeight(index_RC, start.scale_RG * (1 + gains[name].detach()))
     return found

@@ -20,7 +20,7 @@ Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the storable scales neares
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedWeight:
     """A linear on a grid: level indices int64 [R, C] and one scale per row and block of columns [R, G]."""
 
     index_RC: Tensor
@@ -41,7 +41,7 @@ def solve(
     signed: bool = True,
     rounds: int = 3,
     damp: float = 0.01,
-) -> Rounded:
+) -> RoundedWeight:
     """Codes and scales of W under the second moments H of its inputs; `signed` lets scales be < 0.
 
     With `snap` the codes are those for the storable scales nearest to the ones found, which are returned before snapping.
@@ -56,7 +56,7 @@ def solve(
         found = fit_scales(W_RC, H_CC, grid.levels[index], scale)
         scale = snap(found)
         index = descend(W_RC, H_CC, index, scale, grid)
-    return Rounded(index, found)
+    return RoundedWeight(index, found)
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:

@@ -18,7 +18,7 @@ from llmcompress.errors import ModelError
 __all__ = ["FAMILIES", "Anatomy", "anatomy_of"]
 
 # The families. In a block: kv = key-value heads, q = query heads of each kv head, d = head_dim; models without grouped
-# heads have kv heads alone. `feeds` lists only what is an identity: no norm that stands after its sublayer, no scale through
+# heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands after its sublayer, no scale through
 # an activation other than relu. "x[1]" is the second part of a fused weight.
 
 ATTENTION = {
@@ -49,8 +49,8 @@ MISTRAL = Anatomy(
         "mlp.down_proj.weight": "hidden ffn",
     },
     outer={"model.embed_tokens.weight": "vocab hidden", "model.norm.weight": "hidden", "lm_head.weight": "vocab hidden"},
-    readers=(QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
-    feeds={
+    consumers=(QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
+    scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
         "post_attention_layernorm": GATE_UP,
@@ -84,7 +84,7 @@ QWEN3 = MISTRAL.extend("qwen3", block={**ATTENTION_BIAS, **HEAD_NORMS})
 GEMMA2 = MISTRAL.extend(
     "gemma2",
     block={**ATTENTION_BIAS, "pre_feedforward_layernorm.weight": "hidden", "post_feedforward_layernorm.weight": "hidden"},
-    feeds={
+    scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
         "pre_feedforward_layernorm": GATE_UP,
@@ -104,8 +104,8 @@ PHI3 = replace(
         "mlp.gate_up_proj.weight": "(ffn | ffn) hidden",
         "mlp.down_proj.weight": "hidden ffn",
     },
-    readers=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
-    feeds={
+    consumers=(("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)),
+    scale_pairs={
         "input_layernorm": ("self_attn.qkv_proj",),
         "self_attn.qkv_proj[2]": ("self_attn.o_proj",),
         "post_attention_layernorm": ("mlp.gate_up_proj",),
@@ -124,8 +124,8 @@ QWEN3_MOE = replace(
         "mlp.experts.gate_up_proj": "expert (ffn | ffn) hidden",
         "mlp.experts.down_proj": "expert hidden ffn",
     },
-    readers=(QKV, ("self_attn.o_proj",)),
-    feeds={
+    consumers=(QKV, ("self_attn.o_proj",)),
+    scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
         "post_attention_layernorm": ("mlp.gate", "mlp.experts.gate_up_proj"),
@@ -158,8 +158,8 @@ GPT2 = Anatomy(
         "transformer.ln_f.bias": "hidden",
         "lm_head.weight": "vocab hidden",
     },
-    readers=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
-    feeds={
+    consumers=(("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)),
+    scale_pairs={
         "ln_1": ("attn.c_attn",),
         "attn.c_attn[2]": ("attn.c_proj",),
         "ln_2": ("mlp.c_fc",),
@@ -204,8 +204,8 @@ OPT = Anatomy(
         f"{OPT_DECODER}.project_out.weight": "embed hidden if word_embed_proj_dim != hidden_size",
         "lm_head.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
     },
-    readers=(QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
-    feeds={
+    consumers=(QKV, ("self_attn.out_proj",), ("fc1",), ("fc2",)),
+    scale_pairs={
         "self_attn_layer_norm if do_layer_norm_before and layer_norm_elementwise_affine": QKV,
         "self_attn.v_proj": ("self_attn.out_proj",),
         "final_layer_norm if do_layer_norm_before and layer_norm_elementwise_affine": ("fc1",),
@@ -245,8 +245,8 @@ GPT_NEOX = Anatomy(
         "gpt_neox.final_layer_norm.bias": "hidden",
         "lm_head.weight": "vocab hidden",
     },
-    readers=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
-    feeds={
+    consumers=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    scale_pairs={
         "input_layernorm": ("attention.query_key_value",),
         "attention.query_key_value[2]": ("attention.dense",),
         "post_attention_layernorm": ("mlp.dense_h_to_4h",),  # with parallel residual too: each norm has its own reader

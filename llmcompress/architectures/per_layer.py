@@ -113,5 +113,5 @@ def _empty(block: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None
             setattr(linear, leaf, nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False))
             if leaf == "weight":
                 linear.out_features, linear.in_features = linear.weight.shape
-    attention, _, reader = str(anatomy.reader_of("kv")).rpartition(".")
+    attention, _, reader = str(anatomy.consumer_of("kv")).rpartition(".")
     block.set_submodule(attention, Absent(block.get_submodule(attention), reader))

@@ -26,8 +26,10 @@ class Anatomy:
     layers: str  # the ModuleList of blocks
     block: Rows  # parameter in a block -> spelling
     outer: Rows  # parameter outside the blocks -> spelling
-    readers: tuple[tuple[str, ...], ...]  # linears of a block by the input they read, in order of computation
-    feeds: Mapping[str, tuple[str, ...]]  # multiply the output of a key by s > 0, divide these readers' columns: same model
+    consumers: tuple[tuple[str, ...], ...]  # linears of a block by the input they read, in order of computation
+    scale_pairs: Mapping[
+        str, tuple[str, ...]
+    ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
     sizes: Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
     embedding: str
     norm: str | None  # the final norm; some OPT models have none
@@ -40,7 +42,7 @@ class Anatomy:
     @property
     def linears(self) -> tuple[str, ...]:
         """The 2-D linear maps of a block by module name, in order of computation; routers left out."""
-        return tuple(linear for group in self.readers for linear in group)
+        return tuple(linear for group in self.consumers for linear in group)
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -75,7 +77,7 @@ class Anatomy:
             sizes["q"] = heads // max(sizes["kv"], 1)
         return sizes
 
-    def reader_of(self, axis: str) -> str | None:
+    def consumer_of(self, axis: str) -> str | None:
         """The linear whose columns run along an axis inside a block; None where there is no such one, as for experts."""
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
@@ -85,10 +87,12 @@ class Anatomy:
         empty = {name for name, row in self.block.items() if not all(Spelling.parse(row).shape(sizes))}
         if not empty:
             return self
-        readers = tuple(group for group in self.readers if f"{group[0]}.weight" not in empty)
-        there = {linear for group in readers for linear in group}
-        feeds = {key: kept for key, old in self.feeds.items() if (kept := tuple(name for name in old if name in there))}
-        return replace(self, readers=readers, feeds=feeds)
+        consumers = tuple(group for group in self.consumers if f"{group[0]}.weight" not in empty)
+        there = {linear for group in consumers for linear in group}
+        scale_pairs = {
+            key: kept for key, old in self.scale_pairs.items() if (kept := tuple(name for name in old if name in there))
+        }
+        return replace(self, consumers=consumers, scale_pairs=scale_pairs)
 
     def input_of(self, linear: str) -> Term:
         """What the columns of a linear of a block run along."""
@@ -99,7 +103,7 @@ class Anatomy:
         return Spelling.parse(self.block[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
-        """A key of `feeds` as a block's module or parameter, the part of it if it is fused, and the axes of its output."""
+        """A key of `scale_pairs` as a block's module or parameter, the part of it if it is fused, and the axes of its output."""
         name, _, number = key.rstrip("]").partition("[")
         part = int(number) if number else None
         spelling = Spelling.parse(self.block.get(f"{name}.weight") or self.block[name])
@@ -119,8 +123,8 @@ class Anatomy:
                 raise ModelError(f"a {self.family} model with {condition} is not one that llmcompress knows; use one without")
         block = {name: row for name, text in self.block.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
-        feeds = {key: readers for text, readers in self.feeds.items() if (key := _choose(text, config))}
-        return replace(self, block=block, outer=outer, feeds=feeds, norm=_choose(self.norm or "", config))
+        scale_pairs = {key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))}
+        return replace(self, block=block, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
 
 
 def _choose(text: str, config: Any) -> str | None:

@@ -44,12 +44,12 @@ LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is c
 
 
 @dataclass(frozen=True)
-class Blocks:
+class CalibrationData:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
     what the calibration text has besides, where a stage trains. `bos` is the token that each window begins with, None where it
-    is text from the start; the stream is without it, and whoever cuts windows from it calls `begun`. `spec` is what was asked
+    is text from the start; the stream is without it, and whoever cuts windows from it calls `with_bos`. `spec` is what was asked
     for; of a Hub data set with its commit and the split that evaluates.
     """
 
@@ -92,7 +92,7 @@ def load_data(
     vocab_size: int,
     max_length: int | None,
     training: Callable[[int], int] = lambda length: 0,
-) -> Blocks:
+) -> CalibrationData:
     """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions (None: no limit).
 
     `training` says how many tokens to train on where windows have a length; fewer are given where the text has no more.
@@ -113,7 +113,7 @@ def load_data(
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0], bos)
     trained = spec.samples * lengths[0] + training(lengths[0] + before)
     calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained), bos)
-    _refuse_foreign(begun(torch.cat([calibration, evaluation])[None], bos), vocab_size)
+    _refuse_foreign(with_bos(torch.cat([calibration, evaluation])[None], bos), vocab_size)
     asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
     length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
     for name, want, have in asked:
@@ -124,16 +124,16 @@ def load_data(
     trains = training(length + before)
     _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
-    blocks, evaluates = begun(pool[drawn], bos), begun(ahead.clone(), bos)
+    blocks, evaluates = with_bos(pool[drawn], bos), with_bos(ahead.clone(), bos)
     read = spec.model_copy(update={"revision": texts.revision, "evaluation_split": texts.evaluation_split})
-    found = Blocks(blocks, evaluates, read, _sha256(blocks, evaluates), bos=bos)
+    found = CalibrationData(blocks, evaluates, read, _sha256(blocks, evaluates), bos=bos)
     if not trains:
         return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)
     return replace(found, training=every[others].flatten()[:trains].clone())
 
 
-def begun(windows_NL: Tensor, bos: int | None) -> Tensor:
+def with_bos(windows_NL: Tensor, bos: int | None) -> Tensor:
     """Windows [N, L] with BOS before each, [N, L + 1]; as they are where there is no BOS."""
     return windows_NL if bos is None else F.pad(windows_NL, (1, 0), value=bos)
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from llmcompress import hub
-from llmcompress.data.row_cache import Row, Shelf
+from llmcompress.data.row_cache import Row, RowCache
 from llmcompress.data.rows import Piece, row_pieces
 from llmcompress.data.sources import DataSpec, Texts
 from llmcompress.errors import DataError, first_line
@@ -28,7 +28,7 @@ def hub_texts(spec: DataSpec) -> Texts:
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     commit = hub.dataset_commit(spec.source, spec.revision)
-    shelf = Shelf(spec.source, spec.config, commit)
+    shelf = RowCache(spec.source, spec.config, commit)
     try:
         splits = shelf.splits or datasets.get_dataset_split_names(spec.source, config_name=spec.config, revision=commit)
     except DataError:
@@ -47,7 +47,7 @@ def _offline(spec: DataSpec) -> Texts:
     """A Hub data set as `datasets.load_dataset` has left it in its cache, or as far as it was streamed."""
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
-    shelf = Shelf.find(spec.source, spec.config, spec.revision)
+    shelf = RowCache.find(spec.source, spec.config, spec.revision)
     wanted = shelf.commit if shelf else spec.revision
     try:
         every = datasets.load_dataset(spec.source, spec.config, revision=wanted)

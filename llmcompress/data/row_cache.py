@@ -26,7 +26,7 @@ END: dict[str, str] = {}  # a row is a string, a list of messages or null
 
 
 @dataclass(frozen=True)
-class Shelf:
+class RowCache:
     """One configuration of a data set at a commit."""
 
     source: str
@@ -34,7 +34,7 @@ class Shelf:
     commit: str
 
     @classmethod
-    def find(cls, source: str, config: str | None, revision: str | None) -> Shelf | None:
+    def find(cls, source: str, config: str | None, revision: str | None) -> RowCache | None:
         """The one that a branch, tag or commit stood for when it was last put there; None where none was."""
         file = _place(source, config, revision) / "commit"
         return cls(source, config, _read(file)) if file.is_file() else None

@@ -13,14 +13,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
-Made = TypeVar("Made", bound=Tensor | nn.Module)
+Derived = TypeVar("Derived", bound=Tensor | nn.Module)
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of values that are stored as floats
-MADE: Any = (
+DERIVED: Any = (
     WeakTensorKeyDictionary()
 )  # weight -> what it was when something was made of it, and that thing for as long as it is
 
 
-class Layout(Protocol):
+class StoredLayout(Protocol):
     """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their values."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -36,11 +36,11 @@ class StoredModule(nn.Module):
     `scheme.shapes` says which tensors these are; a bias comes on top.
     """
 
-    scheme: Layout
+    scheme: StoredLayout
     exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
 
     def _store(
-        self, scheme: Layout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
+        self, scheme: StoredLayout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
     ) -> None:
         """Register the parameters; called once, at construction."""
         self.scheme, self.rows, self.columns = scheme, rows, columns
@@ -87,7 +87,7 @@ class StoredLinear(StoredModule, nn.Linear):
         self,
         in_features: int,
         out_features: int,
-        scheme: Layout,
+        scheme: StoredLayout,
         *,
         bias: bool,
         dtype: torch.dtype | None = None,
@@ -102,15 +102,15 @@ class StoredLinear(StoredModule, nn.Linear):
             self.register_buffer(self.beside, None, persistent=False)
         cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
 
-    def beside_weight(self, make: Callable[[], Made]) -> Made:
+    def beside_weight(self, make: Callable[[], Derived]) -> Derived:
         """What `make` makes of the weight, once for all linears that have this very weight."""
         weight = self.weight
         now = weight.device, weight.data_ptr(), weight._version
-        before, held = MADE.get(weight, (None, lambda: None))
+        before, held = DERIVED.get(weight, (None, lambda: None))
         if before == now and (found := held()) is not None:
-            return cast(Made, found)
+            return cast(Derived, found)
         made = make()
-        MADE[weight] = now, weakref.ref(made)
+        DERIVED[weight] = now, weakref.ref(made)
         return made
 
 

@@ -33,14 +33,14 @@ from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 
 stock: Any = bitsandbytes.functional  # typed in part only
 LINEARS = (StockLinear4bit, Linear8bitLt)  # what transformers makes of its layouts
-Format = Literal["nf4", "fp4"]
+FourBitFormat = Literal["nf4", "fp4"]
 BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_BLOCK = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
 
 
-def grid(format: Format) -> Tensor:
+def grid(format: FourBitFormat) -> Tensor:
     """The levels of a format, float32 [16], indexed by code; fp4's are not sorted."""
     return cast(Tensor, stock.get_4bit_type(format, device="cpu"))
 
@@ -81,7 +81,7 @@ class Packed:
 
     codes_RC: Tensor
     absmax_RG: Tensor
-    format: Format
+    format: FourBitFormat
     block: int
     dtype: torch.dtype
     nested: DoubleQuantized | None = None
@@ -109,7 +109,7 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 
-def quantize_nearest(weight: Tensor, format: Format, block: int, double_quant: bool) -> Packed:
+def quantize_nearest(weight: Tensor, format: FourBitFormat, block: int, double_quant: bool) -> Packed:
     """Stock bitsandbytes: each block's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
     data, state = stock.quantize_4bit(weight, blocksize=block, compress_statistics=double_quant, quant_type=format)
     return _read(data, state)
@@ -184,10 +184,10 @@ def _read(data: Tensor, state: Any) -> Packed:
         nested = DoubleQuantized(absmax, state.state2.absmax, state.state2.code, state.offset)
         absmax = nested.decode()
     require_sound(f"a 4-bit linear of {R} x {C}", [finite(absmax, "scales")])
-    return Packed(codes, absmax, cast(Format, state.quant_type), block, state.dtype, nested)
+    return Packed(codes, absmax, cast(FourBitFormat, state.quant_type), block, state.dtype, nested)
 
 
-def refusal(shape: Sequence[int], format: Format, block: int) -> str | None:
+def refusal(shape: Sequence[int], format: FourBitFormat, block: int) -> str | None:
     """Why the kernels can't take a linear [R, C] in this format, or None.
 
     Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every block:
@@ -300,7 +300,9 @@ def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> l
     return sorted({*kept, *beside})
 
 
-def quantization_config(format: Format, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]) -> dict[str, Any]:
+def quantization_config(
+    format: FourBitFormat, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
+) -> dict[str, Any]:
     """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list` does.
 
     transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular expression) or is

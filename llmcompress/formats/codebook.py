@@ -25,7 +25,7 @@ from llmcompress.kernels import lut_gemm
 
 
 @dataclass(frozen=True)
-class Codebook:
+class CodebookLayout:
     """How many levels a codebook has, how many adjacent rows share it (None: all of a linear), and the type of a level.
 
     Errors: ValueError.
@@ -130,10 +130,10 @@ class CodebookWeight:
 
     codes_RC: Tensor
     levels_GL: Tensor
-    layout: Codebook
+    layout: CodebookLayout
 
     @classmethod
-    def of(cls, palette: Palette, layout: Codebook) -> CodebookWeight:
+    def of(cls, palette: Palette, layout: CodebookLayout) -> CodebookWeight:
         """A solved linear. Errors: ValueError where its codebooks are of another layout, or its levels are not storable."""
         (R, C), levels = palette.index_RC.shape, palette.levels_GL
         G = layout.shapes(R, C)["weight_levels"][0]
@@ -152,7 +152,7 @@ class CodebookWeight:
         return look_up(self.codes_RC.int(), self.levels_GL.to(dtype), self.layout.sharing(len(self.codes_RC)))
 
 
-def read(tensors: Mapping[str, Tensor], layout: Codebook, rows: int, columns: int) -> CodebookWeight:
+def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, columns: int) -> CodebookWeight:
     """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if rows < 1 or seen != layout.shapes(rows, columns):
@@ -163,13 +163,13 @@ def read(tensors: Mapping[str, Tensor], layout: Codebook, rows: int, columns: in
     return CodebookWeight(codes_RC, tensors["weight_levels"], layout)
 
 
-def _weight(packed: Tensor, levels_GL: Tensor, layout: Codebook, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _weight(packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     """The weight [R, C] by torch."""
     codes_RC = unpack(packed[0], shape[1], layout.index_bits)
     return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
 
 
-def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: Codebook, shape: tuple[int, int]) -> Tensor:
+def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]) -> Tensor:
     """Of an input [..., C], [..., R] in its type, by the kernel where there is one."""
     if not _usable(input, packed, levels_GL):
         return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
@@ -182,7 +182,9 @@ class _LookUp(torch.autograd.Function):
     """The product forwards; backwards the weight is looked up again, so that none is kept from one to the other."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, packed: Tensor, levels_GL: Tensor, layout: Codebook, shape: tuple[int, int]) -> Tensor:
+    def forward(
+        ctx: Any, input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+    ) -> Tensor:
         ctx.save_for_backward(packed, levels_GL)
         ctx.layout, ctx.shape = layout, shape
         return _product(input, packed, levels_GL, layout, shape)
@@ -205,7 +207,7 @@ class CodebookLinear(StoredLinear):
     Gradients go to the input and the bias; the weight has none.
     """
 
-    scheme: Codebook
+    scheme: CodebookLayout
     weight_levels: Tensor
 
     def prepare(self) -> None:

@@ -25,13 +25,13 @@ NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
 
 @dataclass(frozen=True)
-class FourBit:
+class FourBitLayout:
     """A linear in bitsandbytes' 4-bit format: `block` weights share a scale, itself in 8 bits with `double_quant`.
 
     Errors: ValueError.
     """
 
-    format: bitsandbytes_layout.Format
+    format: bitsandbytes_layout.FourBitFormat
     block: int
     double_quant: bool = False
 
@@ -76,7 +76,7 @@ def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
 
 
 def read(
-    tensors: Mapping[str, Tensor], scheme: FourBit, rows: int, columns: int, dtype: torch.dtype
+    tensors: Mapping[str, Tensor], scheme: FourBitLayout, rows: int, columns: int, dtype: torch.dtype
 ) -> bitsandbytes_layout.Packed:
     """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
@@ -95,7 +95,7 @@ def read(
 class FourBitLinear(StoredLinear):
     """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
 
-    scheme: FourBit
+    scheme: FourBitLayout
     kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
 
     @torch.no_grad()
@@ -141,6 +141,6 @@ class FourBitLinear(StoredLinear):
 def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
     """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
     R, C = packed.codes_RC.shape
-    scheme = FourBit(packed.format, packed.block, packed.double_quant)
+    scheme = FourBitLayout(packed.format, packed.block, packed.double_quant)
     module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")
     return hold(module, tensors(packed), bias, device)

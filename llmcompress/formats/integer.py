@@ -26,9 +26,9 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.formats.value_checks import Flaw, finite, flaw_of, scaled_rows, within
 
-Format = Literal["w8a8", "w4a8", "w4a4", "w8a16", "w4a16"]
+IntegerFormat = Literal["w8a8", "w4a8", "w4a4", "w8a16", "w4a16"]
 Activations = Literal["dynamic", "static", "none"]
-FORMATS: tuple[Format, ...] = ("w8a8", "w4a8", "w4a4", "w8a16", "w4a16")
+FORMATS: tuple[IntegerFormat, ...] = ("w8a8", "w4a8", "w4a4", "w8a16", "w4a16")
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "static", "none")
 LARGEST = activation_quantization.LARGEST
 HIGH = 256  # a 16-bit code is 256 times one int8 code plus another
@@ -37,14 +37,14 @@ WIDEST = (2**31 - 1) // 127**2  # columns whose products of codes still sum to a
 
 
 @dataclass(frozen=True)
-class Scheme:
+class IntegerLayout:
     """How a linear is stored and multiplied: bits of weights and activations, scales of activations, columns a multiplier.
 
     Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not ("none": the weight is
     dequantised). `block` is for 4-bit weights alone; the last block of a row may be shorter. Errors: ValueError.
     """
 
-    format: Format
+    format: IntegerFormat
     activations: Activations = "dynamic"
     block: int | None = None
 
@@ -114,7 +114,7 @@ class IntegerWeight:
 
     codes_RC: Tensor
     scale_R: Tensor
-    scheme: Scheme
+    scheme: IntegerLayout
     multiplier_RG: Tensor | None = None
     input_scale: Tensor | None = None
 
@@ -134,7 +134,7 @@ class IntegerWeight:
             raise (ValueError if bool(self.scale_R.isfinite().all()) else Overflow)(why)
 
     def _flaws(self) -> list[Flaw]:
-        """As `Scheme.flaws`, of codes that are not packed."""
+        """As `IntegerLayout.flaws`, of codes that are not packed."""
         largest = LARGEST[self.scheme.weight_bits]
         codes = within(self.codes_RC, -largest, largest, f"codes of {self.scheme.format}")
         scales = self.scheme.flaws_of_scales(self.scale_R, self.multiplier_RG, self.input_scale)
@@ -164,7 +164,7 @@ class IntegerWeight:
         return {name: tensor.contiguous() for name, tensor in found.items()}
 
 
-def read(tensors: Mapping[str, Tensor], scheme: Scheme, columns: int | None = None) -> IntegerWeight:
+def read(tensors: Mapping[str, Tensor], scheme: IntegerLayout, columns: int | None = None) -> IntegerWeight:
     """The inverse of `IntegerWeight.tensors`, bit for bit; an odd number of `columns` of 4 bits must be told.
 
     Errors: ModelError where the tensors are not those of a linear in this scheme.
@@ -258,7 +258,7 @@ class Int8Weight:
 
     def as_integer(self) -> IntegerWeight:
         """The same codes in our layout, for models that mix formats; it multiplies without LLM.int8's columns in floats."""
-        return IntegerWeight(self.codes_RC, self.absmax_R / 127, Scheme("w8a8"))
+        return IntegerWeight(self.codes_RC, self.absmax_R / 127, IntegerLayout("w8a8"))
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of one linear as bitsandbytes names them on the disk: `weight`, `SCB`, `weight_format`."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from llmcompress.errors import ModelError
 from llmcompress.formats import integer
 from llmcompress.formats.base import StoredModule
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear
 
 SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")  # rows * embed_scale, in the type of the rows
@@ -40,7 +40,7 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
     Errors: ModelError for an embedding that does what is not known here.
     """
 
-    scheme: Scheme
+    scheme: IntegerLayout
     weight_scale: Tensor
     like: Tensor
 
@@ -48,7 +48,7 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         self,
         name: str,
         plain: nn.Module,
-        scheme: Scheme,
+        scheme: IntegerLayout,
         *,
         dtype: torch.dtype,
         device: torch.device | str | None = None,

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from llmcompress.formats import bitsandbytes_layout, integer
 from llmcompress.formats.base import StoredLinear, hold
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
@@ -33,7 +33,7 @@ class IntegerLinear(StoredLinear):
     Gradients go straight through the rounding of the activations, to the input and the bias; the weight has none.
     """
 
-    scheme: Scheme
+    scheme: IntegerLayout
     weight_scale: Tensor
     weight_multiplier: Tensor
     input_scale: Tensor

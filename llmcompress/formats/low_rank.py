@@ -22,7 +22,7 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 
 @dataclass(frozen=True)
-class Factored:
+class FactoredLayout:
     """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that rank.
 
     The parts are weights like any others, in the type of the model. Errors: ValueError.
@@ -85,7 +85,7 @@ class Factored:
 class FactoredWeight:
     """One linear in parts: whole [R, C] of `shared`, left [R, K] and right [K, C] of a basis or of a difference."""
 
-    layout: Factored
+    layout: FactoredLayout
     whole_RC: Tensor | None = None
     left_RK: Tensor | None = None
     right_KC: Tensor | None = None
@@ -114,7 +114,7 @@ class FactoredWeight:
         return made.to(dtype)
 
 
-def read(tensors: Mapping[str, Tensor], layout: Factored, rows: int, columns: int) -> FactoredWeight:
+def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, columns: int) -> FactoredWeight:
     """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
     seen = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "bias"}
     expected = {name: shape for name, (shape, _) in layout.shapes(rows, columns).items()}
@@ -133,7 +133,7 @@ class FactoredLinear(StoredLinear):
     The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to (`requires_grad_`).
     """
 
-    scheme: Factored
+    scheme: FactoredLayout
     exact = False
     weight_left: Tensor
     weight_right: Tensor

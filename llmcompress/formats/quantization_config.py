@@ -9,14 +9,14 @@ from typing import Any, cast
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.registry import Layout, layouts_of
+from llmcompress.formats.registry import AnyLayout, layouts_of
 from llmcompress.io.checkpoint import named_ties
 
 METHOD = "llmcompress"
 
 
 def quantization_config(
-    schemes: Sequence[tuple[Layout, Sequence[str]]], ties: Mapping[str, str] | None = None
+    schemes: Sequence[tuple[AnyLayout, Sequence[str]]], ties: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors: ModelError."""
     entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
@@ -45,7 +45,7 @@ class CompressedConfig(QuantizationConfigMixin):
         if ties is not None and (named := named_ties(ties)):
             self.ties = named
 
-    def assigned(self) -> dict[str, Layout]:
+    def assigned(self) -> dict[str, AnyLayout]:
         """The layout of each linear, by full name."""
         return layouts_of(self.schemes)
 

@@ -17,19 +17,21 @@ from llmcompress.algorithms.activation_quantization import round_but_outliers, r
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer, low_rank, sparse
 from llmcompress.formats.base import Inputs
-from llmcompress.formats.codebook import Codebook, CodebookWeight
-from llmcompress.formats.four_bit import FourBit
-from llmcompress.formats.integer import Int8Weight, IntegerWeight, Scheme
-from llmcompress.formats.low_rank import Factored, FactoredWeight
-from llmcompress.formats.sparse import Sparse, SparseWeight
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.io.checkpoint import BESIDE, FACTORS
 
-Stored = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
-Made = Sparse | Factored | Codebook  # the layouts that are not of quantised linears
-Layout = Scheme | FourBit | Made  # of a linear in a model that needs our plug-in, as config.json has it
-KINDS: dict[Any, type[Layout]] = {  # by format; every other is a Scheme
-    **{"nf4": FourBit, "fp4": FourBit, "sparse": Sparse},
-    **{"shared": Factored, "basis": Factored, "codebook": Codebook},
+StoredWeight = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout  # the layouts that are not of quantised linears
+AnyLayout = (
+    IntegerLayout | FourBitLayout | RewrittenLayout
+)  # of a linear in a model that needs our plug-in, as config.json has it
+KINDS: dict[Any, type[AnyLayout]] = {  # by format; every other is a Scheme
+    **{"nf4": FourBitLayout, "fp4": FourBitLayout, "sparse": SparseLayout},
+    **{"shared": FactoredLayout, "basis": FactoredLayout, "codebook": CodebookLayout},
 }
 MARKS = (
     ".weight.absmax",
@@ -53,21 +55,21 @@ def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return bitsandbytes_layout.parts_of(linear, tensors) if f"{linear}.weight.absmax" in tensors else beside
 
 
-def read(parts: Mapping[str, Tensor], layout: Layout | None = None, shape: tuple[int, int] | None = None) -> Stored:
+def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None) -> StoredWeight:
     """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its shape.
 
     Errors: ModelError for damaged ones.
     """
-    if isinstance(layout, FourBit):
+    if isinstance(layout, FourBitLayout):
         assert shape is not None
         return four_bit.read(parts, layout, *shape, torch.float32)
-    if isinstance(layout, Sparse):
+    if isinstance(layout, SparseLayout):
         assert shape is not None
         return sparse.read(parts, layout, *shape)
-    if isinstance(layout, Factored):
+    if isinstance(layout, FactoredLayout):
         assert shape is not None
         return low_rank.read(parts, layout, *shape)
-    if isinstance(layout, Codebook):
+    if isinstance(layout, CodebookLayout):
         assert shape is not None
         return codebook.read(parts, layout, *shape)
     if layout is not None:
@@ -75,12 +77,12 @@ def read(parts: Mapping[str, Tensor], layout: Layout | None = None, shape: tuple
     return Int8Weight.read(parts) if "SCB" in parts else bitsandbytes_layout.unpack(parts)
 
 
-def tensors_of(stored: Stored) -> dict[str, Tensor]:
+def tensors_of(stored: StoredWeight) -> dict[str, Tensor]:
     """The tensors of a linear as they are written, by their names in it."""
     return bitsandbytes_layout.tensors(stored) if isinstance(stored, bitsandbytes_layout.Packed) else stored.tensors()
 
 
-def dequantize(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
+def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
     """The weight [R, C] that the codes stand for."""
     return (
         bitsandbytes_layout.dequantize(stored, dtype)
@@ -89,17 +91,17 @@ def dequantize(stored: Stored, dtype: torch.dtype = torch.float32) -> Tensor:
     )
 
 
-def layouts_of(schemes: Any) -> dict[str, Layout]:
+def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
     """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
     if not isinstance(schemes, list | tuple):
         raise ModelError(f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source")
-    found: dict[str, Layout] = {}
+    found: dict[str, AnyLayout] = {}
     for entry in schemes:
         if not isinstance(entry, Mapping):
             raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
         fields = {name: value for name, value in entry.items() if name != "linears"}
         try:
-            layout = KINDS.get(str(fields.get("format")), Scheme)(**fields)
+            layout = KINDS.get(str(fields.get("format")), IntegerLayout)(**fields)
         except (TypeError, ValueError) as error:
             why = f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again from its source"
             raise ModelError(f"config.json has a scheme {_shown(fields)} that {why}") from None
@@ -129,9 +131,9 @@ def int8_inputs(threshold: float) -> Inputs:
     return rounded
 
 
-def layout_inputs(layout: Layout, input_scale: Tensor | float | None) -> Inputs | None:
+def layout_inputs(layout: AnyLayout, input_scale: Tensor | float | None) -> Inputs | None:
     """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
-    if not isinstance(layout, Scheme) or layout.activations == "none":
+    if not isinstance(layout, IntegerLayout) or layout.activations == "none":
         return None
     bits = layout.activation_bits
     return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.overflow import require_within
-from llmcompress.algorithms.quantize_weight import Rounded
+from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import blocks_of, integer_scales
 from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.base import Inputs
-from llmcompress.formats.integer import Int8Weight, IntegerWeight, Scheme
+from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 
 
 @dataclass(frozen=True)
-class FourBit:
+class FourBitScheme:
     """NF4 or FP4 in bitsandbytes' layout: a scale a block, in float32 or in 8 bits."""
 
     format: Literal["nf4", "fp4"]
@@ -67,7 +67,7 @@ class FourBit:
         """The scales as they will be read back."""
         return bitsandbytes_layout.double_quantize(scale_RG).decode() if self.double_quant else scale_RG
 
-    def store(self, result: Rounded, input_scale: float | None = None) -> registry.Stored:
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
         """Codes, with scales that are yet to be snapped."""
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
         codes_RC = self.grid.codes[result.index_RC.cpu()]
@@ -82,18 +82,18 @@ class FourBit:
         """The one scale of inputs that reach `top`, where there is such a scale."""
         return None
 
-    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.Stored:
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
         require_within(W_RC, self.dtype, "weights")
         return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.block, self.double_quant)
 
-    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.Stored:
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
         return registry.read(parts)
 
 
 @dataclass(frozen=True)
-class Int8:
+class Int8Scheme:
     """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers apart."""
 
     threshold: float
@@ -120,7 +120,7 @@ class Int8:
         """The scales as they will be read back."""
         return scale_RG
 
-    def store(self, result: Rounded, input_scale: float | None = None) -> registry.Stored:
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
         """Codes and scales."""
         return Int8Weight(self.grid.codes[result.index_RC.cpu()], result.scale_RG[:, 0].cpu())
 
@@ -132,20 +132,20 @@ class Int8:
         """The one scale of inputs that reach `top`, where there is such a scale."""
         return None
 
-    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.Stored:
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes."""
         return integer.quantize_nearest(W_RC.cpu())
 
-    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.Stored:
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
         return registry.read(parts)
 
 
 @dataclass(frozen=True)
-class Integer:
+class IntegerScheme:
     """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a block besides."""
 
-    scheme: Scheme
+    scheme: IntegerLayout
     range: str = "mse"  # what a static scale of inputs is chosen by
     signs = (False,)
 
@@ -190,7 +190,7 @@ class Integer:
         step_R, multiplier_RG = integer_scales(scale_RG, integer.MULTIPLIER)
         return step_R[:, None] * multiplier_RG
 
-    def store(self, result: Rounded, input_scale: float | None = None) -> registry.Stored:
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
         """Codes, with scales that are yet to be snapped."""
         largest, multiplier = integer.LARGEST[self.scheme.weight_bits], None
         step_R = result.scale_RG[:, 0]
@@ -216,16 +216,16 @@ class Integer:
         """The one scale of inputs that reach `top`, where there is such a scale."""
         return top / integer.LARGEST[self.scheme.activation_bits] if self.static else None
 
-    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.Stored:
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Absmax scales, nearest codes."""
         scale_RG = blocks_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
         scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
         snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
-        return self.store(Rounded(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)
+        return self.store(RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)
 
-    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.Stored:
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
         return integer.read(parts, self.scheme, columns)
 
 
-Coding = FourBit | Int8 | Integer
+QuantScheme = FourBitScheme | Int8Scheme | IntegerScheme

@@ -27,7 +27,7 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 
 @dataclass(frozen=True)
-class Sparse:
+class SparseLayout:
     """What stays of a linear, and the type of its values: `keep` of the weights, or n of every m in a row (`pattern` "n:m").
 
     A last group of fewer than m columns keeps up to n. Errors: ValueError.
@@ -114,10 +114,10 @@ class SparseWeight:
 
     values: Tensor
     mask_RC: Tensor
-    layout: Sparse
+    layout: SparseLayout
 
     @classmethod
-    def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: Sparse) -> SparseWeight:
+    def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: SparseLayout) -> SparseWeight:
         """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of another kind."""
         if not layout.allows(mask_RC):
             raise ValueError(f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves")
@@ -137,7 +137,7 @@ class SparseWeight:
         return fill(self.mask_RC, self.values).to(dtype)
 
 
-def read(tensors: Mapping[str, Tensor], layout: Sparse, rows: int, columns: int) -> SparseWeight:
+def read(tensors: Mapping[str, Tensor], layout: SparseLayout, rows: int, columns: int) -> SparseWeight:
     """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
@@ -156,7 +156,7 @@ class SparseLinear(StoredLinear):
     is filled in at every forward.
     """
 
-    scheme: Sparse
+    scheme: SparseLayout
     weight_mask: Tensor
     dense: Tensor | None
     beside = "dense"

@@ -6,7 +6,7 @@ Before the weights are read each named linear is replaced by the module that sto
 the tensors of the file: loading, saving, offloading and sharding are transformers' own. An embedding can be among them, and a
 head tied to it, which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
 one of two tied weights, a tensor that the checkpoint lacks. Without the import, transformers warns of an unknown method and
-loads a plain model, which fails at the shapes that `Scheme.shapes` chose for that.
+loads a plain model, which fails at the shapes that `IntegerLayout.shapes` chose for that.
 """
 
 from __future__ import annotations
@@ -28,23 +28,23 @@ from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import StoredLinear, StoredModule
-from llmcompress.formats.codebook import Codebook, CodebookLinear
-from llmcompress.formats.four_bit import FourBit, FourBitLinear
-from llmcompress.formats.integer import Scheme
+from llmcompress.formats.codebook import CodebookLayout, CodebookLinear
+from llmcompress.formats.four_bit import FourBitLayout, FourBitLinear
+from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.integer_embedding import IntegerEmbedding, share
 from llmcompress.formats.integer_linear import IntegerLinear
-from llmcompress.formats.low_rank import Factored, FactoredLinear
+from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear
 from llmcompress.formats.quantization_config import METHOD as METHOD
 from llmcompress.formats.quantization_config import CompressedConfig as CompressedConfig
 from llmcompress.formats.quantization_config import quantization_config as quantization_config
 from llmcompress.formats.quantization_config import read_config as read_config
-from llmcompress.formats.registry import Layout
-from llmcompress.formats.sparse import Sparse, SparseLinear
+from llmcompress.formats.registry import AnyLayout
+from llmcompress.formats.sparse import SparseLayout, SparseLinear
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
 
-MODULES: dict[type[Layout], Any] = {
-    **{Scheme: IntegerLinear, FourBit: FourBitLinear, Sparse: SparseLinear},
-    **{Factored: FactoredLinear, Codebook: CodebookLinear},
+MODULES: dict[type[AnyLayout], Any] = {
+    **{IntegerLayout: IntegerLinear, FourBitLayout: FourBitLinear, SparseLayout: SparseLinear},
+    **{FactoredLayout: FactoredLinear, CodebookLayout: CodebookLinear},
 }
 
 
@@ -186,13 +186,13 @@ def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding
             cast(Any, kind).dtype = property(_dtype)  # a save writes it to config.json, masks of a static cache are of it
 
 
-def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, Layout], dtype: torch.dtype) -> set[str]:
+def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype) -> set[str]:
     """Replace the embeddings among the names of the config, with the heads that are tied to them; all names replaced."""
     modules, ties, done = dict(model.named_modules()), dict[str, str](model.all_tied_weights_keys), set[str]()
     for name, scheme in assigned.items():
         if not isinstance(plain := modules.get(name), nn.Embedding):
             continue
-        if not isinstance(scheme, Scheme) or scheme.block is not None or scheme.activations == "static":
+        if not isinstance(scheme, IntegerLayout) or scheme.block is not None or scheme.activations == "static":
             raise ModelError(f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)")
         heads = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
         if wrong := [head for head in heads if assigned.get(head) != scheme]:
@@ -224,7 +224,7 @@ def _marked(module: Any) -> Any:
     return module
 
 
-def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[str, Layout]:
+def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict[str, AnyLayout]:
     """The names as they are in this model; without its head, a model has shorter names and lacks those outside it."""
     if model.get_output_embeddings() is None:  # whose head is of another kind, or none
         assigned = {name: scheme for name, scheme in assigned.items() if name != "lm_head"}
@@ -234,7 +234,7 @@ def _resolved(model: PreTrainedModel, assigned: Mapping[str, Layout]) -> dict[st
     return {name.removeprefix(prefix): scheme for name, scheme in assigned.items() if name.startswith(prefix)}
 
 
-def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.dtype) -> StoredLinear:
+def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: torch.dtype) -> StoredLinear:
     """The module that takes the place of a plain linear, without memory. Errors: ModelError where it can't."""
     modules = dict(model.named_modules())
     module = modules.get(name)
@@ -248,7 +248,9 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: Layout, dtype: torch.
             f"config.json gives {name} a scheme, but its weight is tied to another; untie them (tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-    if isinstance(scheme, Factored) and scheme.rank > R * C:  # a basis of several layers can have more than the rank of one
+    if (
+        isinstance(scheme, FactoredLayout) and scheme.rank > R * C
+    ):  # a basis of several layers can have more than the rank of one
         raise ModelError(
             f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of another model"
         )

@@ -26,7 +26,7 @@ Value = TypeVar("Value")
 
 
 @dataclass
-class Block:
+class DecoderLayer:
     """One decoder block in memory, and the batches of hidden states [B, L, D] that enter it (on the CPU)."""
 
     index: int
@@ -128,7 +128,7 @@ class Block:
         self._whole, self.module = self._whole or self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
-        """Divide what a key of `feeds` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
+        """Divide what a key of `scale_pairs` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
 
         factor: positive, shaped as the axes of the producer's output. A norm is rounded to `dtype`, in which it is stored,
         and its readers are multiplied by what it is then really divided by: so nothing is lost by it.
@@ -147,23 +147,23 @@ class Block:
             produced = [f"{name}.bias"]
         else:
             produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]  # experts have a bare name
-        readers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.feeds[key]]
-        for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in readers)]:
+        consumers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]]
+        for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in consumers)]:
             if row in rows:
                 parameter = self.module.get_parameter(row)
                 parameter.data = scale(parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within)
-        return [row for row in (name, f"{name}.weight", f"{name}.bias", *readers) if row in rows]
+        return [row for row in (name, f"{name}.weight", f"{name}.bias", *consumers) if row in rows]
 
     @torch.no_grad()
     def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:
         """Second moments of what the linears of `groups` read, by linear; linears that read the same input share one object.
 
-        A group is an entry of `anatomy.readers`; none given means all. Where there is a reference, what the full model reads
+        A group is an entry of `anatomy.consumers`; none given means all. Where there is a reference, what the full model reads
         there is taken against what is read here.
         """
-        wanted = groups or self.anatomy.readers
+        wanted = groups or self.anatomy.consumers
         found = {}
-        for linear in (readers[0] for readers in wanted):
+        for linear in (consumers[0] for consumers in wanted):
             whole = self._whole.get_parameter(f"{linear}.weight") if self._whole else None
             wide = None if whole is None else self.oriented(linear, whole).shape[1]
             found[linear] = Moments(self.weight(linear).shape[1], self.device, wide)
@@ -176,7 +176,7 @@ class Block:
                     f"{self.name}.{name} reads activations that are too large to be squared in float32, or rounded as the "
                     "format of the layers rounds them; take a sound base, skip the layer, or use another format"
                 )
-        return {linear: found[readers[0]] for readers in wanted for linear in readers}
+        return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
     def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """What the first linear of each group reads, batch by batch, here and in the full model (empty without a reference).
@@ -184,7 +184,7 @@ class Block:
         A pass goes no further through the block than the groups need; one through all of it leaves `targets` behind, and the
         tokens of each expert.
         """
-        linears, whole = {readers[0] for readers in groups}, self.anatomy.readers[-1] in groups
+        linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
         with torch.no_grad(), self._listening(linears, whole) as read:
             for i, hidden in enumerate(self.inputs):

@@ -37,7 +37,7 @@ def foreign_method(folder: Path) -> str | None:
     return None if method in OWN else str(method)
 
 
-class Foreign:
+class WholeModel:
     """A model in memory, as from_pretrained loads it from a folder. Errors: ModelError where it can't be loaded here."""
 
     def __init__(self, folder: Path, device: torch.device, method: str) -> None:

@@ -30,11 +30,11 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import registry
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
-from llmcompress.modeling.layerwise import Outline, Resident
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.model_config import load_config, require_stored
 
 
-class OnDisk(Resident):
+class DiskModel(LayerwiseModel):
     """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
 
     def __init__(
@@ -89,7 +89,7 @@ class OnDisk(Resident):
         """A weight's key in the checkpoint, with those of the scales beside it."""
         return _with_codes(key, self.checkpoint)
 
-    def codes(self, name: str) -> registry.Stored | None:
+    def codes(self, name: str) -> registry.StoredWeight | None:
         """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
         target = f"{name}.weight"
         key = self.sources.get(target, [""])[0]
@@ -123,7 +123,7 @@ class OnDisk(Resident):
         check_finite(tensor, key)
         return tensor
 
-    def _stored(self, key: str, target: str, names: Iterable[str]) -> registry.Stored:
+    def _stored(self, key: str, target: str, names: Iterable[str]) -> registry.StoredWeight:
         """The codes of parameter `target`, whose parts are called so beside `key`."""
         linear = target.removesuffix(".weight")
         parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
@@ -148,12 +148,12 @@ class OnDisk(Resident):
         self.model.requires_grad_(False)
 
 
-def outlined(folder: Path, config: PretrainedConfig, device: torch.device) -> Outline:
+def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:
     """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that they hold.
 
     Raises ModelError where weights lack.
     """
-    outline = Outline(config, device, torch.float32)
+    outline = MetaModel(config, device, torch.float32)
     outline.model.tie_weights()  # so that a tied head counts once
     if Checkpoint.is_whole(folder):
         outline.place = str(folder)
@@ -165,7 +165,7 @@ def outlined(folder: Path, config: PretrainedConfig, device: torch.device) -> Ou
     return outline
 
 
-def taken(checkpoint: Checkpoint, resident: Resident) -> tuple[Checkpoint, dict[str, list[str]]]:
+def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint, dict[str, list[str]]]:
     """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
 
     All else is no part of the model: masks that old checkpoints store, layers that this class does not have. A tied model may
@@ -197,7 +197,7 @@ def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> d
     return {target: dtype for target, dtype in found.items() if dtype.is_floating_point}
 
 
-def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: Resident) -> bool:
+def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel) -> bool:
     """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that it loads."""
     head, embedding = (sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding))
     if not head or not embedding or embedding[0] in checkpoint.aliases:

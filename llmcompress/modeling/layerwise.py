@@ -1,6 +1,6 @@
 """Where a model's weights are while it is worked on: one decoder block here, the rest on disk or in the live model.
 
-A `Resident` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
+A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
 outside the blocks are loaded once; those of a block while it is visited, always as a copy in the working precision on the
 working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
 model in memory give the same numbers. The price is that each visit to a block reads it again.
@@ -30,8 +30,8 @@ from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
-from llmcompress.formats.low_rank import Factored
-from llmcompress.formats.registry import Layout, Stored
+from llmcompress.formats.low_rank import FactoredLayout
+from llmcompress.formats.registry import AnyLayout, StoredWeight
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
@@ -40,7 +40,7 @@ from llmcompress.modeling.rotation import Rotation
 TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
 
 
-class Resident(ABC):
+class LayerwiseModel(ABC):
     """A causal language model of which one decoder block at a time is in memory."""
 
     def __init__(
@@ -48,7 +48,7 @@ class Resident(ABC):
         config: PretrainedConfig,
         device: torch.device,
         dtype: torch.dtype,
-        layouts: Mapping[str, Layout] | None = None,
+        layouts: Mapping[str, AnyLayout] | None = None,
         ties: Mapping[str, str] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
@@ -92,12 +92,12 @@ class Resident(ABC):
         return not (mixed(self.config) or self.layouts or self.ties)
 
     @property
-    def twins(self) -> dict[str, str]:
+    def shared_linears(self) -> dict[str, str]:
         """The linears that are wholly another's weight, by full name: shared, and nothing added."""
         linears = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()}
-        return {name: source for name, source in linears.items() if self.layouts.get(name) == Factored("shared")}
+        return {name: source for name, source in linears.items() if self.layouts.get(name) == FactoredLayout("shared")}
 
-    def block_name(self, index: int) -> str:
+    def layer_name(self, index: int) -> str:
         """`model.layers.3`."""
         return f"{self.anatomy.layers}.{index}"
 
@@ -150,7 +150,7 @@ class Resident(ABC):
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
         for index in range(len(self.layers)):
-            sizes, block = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.block_name(index)
+            sizes, block = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
             rows = self.anatomy.block.items()
             total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{block}.{name}") for name, row in rows)
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
@@ -160,7 +160,7 @@ class Resident(ABC):
         found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
-            if isinstance(layout, Factored):
+            if isinstance(layout, FactoredLayout):
                 found += (math.prod(shape) - layout.parameters(shape, common=name not in tied)) * one
             elif name in tied:
                 found += math.prod(shape) * one
@@ -169,7 +169,7 @@ class Resident(ABC):
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """Block `index` with its weights, for as long as the context lasts."""
-        prefix, module = self.block_name(index) + ".", self.layers[index]
+        prefix, module = self.layer_name(index) + ".", self.layers[index]
         try:
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
@@ -259,7 +259,7 @@ class Resident(ABC):
     def fingerprint(self) -> str:
         """A digest of the weights, which no other training shares."""
 
-    def codes(self, name: str) -> Stored | None:
+    def codes(self, name: str) -> StoredWeight | None:
         """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
         return None
 
@@ -268,7 +268,7 @@ class Resident(ABC):
         """Put the weights `names` of the skeleton in place, in the working dtype, on the working device."""
 
 
-class Outline(Resident):
+class MetaModel(LayerwiseModel):
     """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared, no weights."""
 
     place = "the config"  # or the folder
@@ -285,7 +285,7 @@ class Outline(Resident):
         raise ModelError("a config has no weights; give a folder that holds safetensors")
 
 
-class Live(Resident):
+class InMemoryModel(LayerwiseModel):
     """Weights in memory by their names in the model, as its state dict has them; they are read and never changed.
 
     `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
@@ -297,8 +297,8 @@ class Live(Resident):
         source: Mapping[str, Tensor],
         device: torch.device,
         dtype: torch.dtype = torch.float32,
-        quantized: Mapping[str, Stored] | None = None,
-        layouts: Mapping[str, Layout] | None = None,
+        quantized: Mapping[str, StoredWeight] | None = None,
+        layouts: Mapping[str, AnyLayout] | None = None,
         ties: Mapping[str, str] | None = None,
     ) -> None:
         self.source, self.quantized = source, dict(quantized or {})
@@ -318,7 +318,7 @@ class Live(Resident):
         """A digest of every tensor."""
         return tensors_digest(self.source)
 
-    def codes(self, name: str) -> Stored | None:
+    def codes(self, name: str) -> StoredWeight | None:
         """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
         return self.quantized.get(name)
 

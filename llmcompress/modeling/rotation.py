@@ -5,7 +5,7 @@ linears that read them, an RMS norm commutes with a rotation, and one matrix R1 
 weight that writes it is turned and every weight that reads it turned back. Between values and output projection attention
 mixes tokens and not channels, so a second matrix R2 may turn the channels of each head. As an orthogonal matrix is the inverse
 of its transpose, reading and writing need the same product along the axis, and the table of spellings says where that is:
-`hidden` for R1; for R2 `d` on both sides of an entry of `feeds` whose scale runs along it. The result is a plain model of the
+`hidden` for R1; for R2 `d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
 same config that costs nothing more at run time.
 
 Weights come and go one set at a time, all outside the blocks or all of one block, so the memory is that of one set twice, and
@@ -79,8 +79,8 @@ class Rotation:
         offset = self.anatomy.norm_offset
         folded = {
             f"{reader}{end}": offset + tensors[f"{norm}.weight"].double()
-            for norm, readers in norms.items()
-            for reader in readers
+            for norm, consumers in norms.items()
+            for reader in consumers
             for end in ("", ".weight")  # experts are parameters of their own
         }
         rewritten = {}
@@ -165,9 +165,9 @@ def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
 
 
 def _unplaced(anatomy: Anatomy) -> str | None:
-    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `feeds`."""
+    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `scale_pairs`."""
     norms = _norms(anatomy)
-    followed = {reader for readers in norms.values() for reader in readers}
+    followed = {reader for consumers in norms.values() for reader in consumers}
     for norm in _gains(anatomy.block):
         if norm not in norms:
             return f"the gain of {norm} stands after its sublayer, where no linear can take it in"
@@ -203,14 +203,14 @@ def _gains(rows: Mapping[str, str]) -> list[str]:
 
 def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
     """Each norm of a block over the hidden axis that linears follow, with these."""
-    return {norm: anatomy.feeds[norm] for norm in _gains(anatomy.block) if norm in anatomy.feeds}
+    return {norm: anatomy.scale_pairs[norm] for norm in _gains(anatomy.block) if norm in anatomy.scale_pairs}
 
 
 def _values(anatomy: Anatomy) -> dict[str, int | None]:
     """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what reads it."""
     found: dict[str, int | None] = {}
-    for key, readers in anatomy.feeds.items():
+    for key, consumers in anatomy.scale_pairs.items():
         name, part, axes = anatomy.producer(key)
         if HEAD_DIM in axes:
-            found |= {name: part, **dict.fromkeys(readers)}
+            found |= {name: part, **dict.fromkeys(consumers)}
     return found

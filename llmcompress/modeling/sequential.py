@@ -27,15 +27,17 @@ from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import ModelError
 from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a block
 SAMPLE = 8192  # tokens that decide what goes or what is shared
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a block, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
-Edit = Callable[[Block], Mapping[str, Tensor]]  # a block in memory -> the parameters that it is to run with in place of its own
+Edit = Callable[
+    [DecoderLayer], Mapping[str, Tensor]
+]  # a block in memory -> the parameters that it is to run with in place of its own
 Edits = Mapping[int, Edit | None]  # by block; None: it is passed over
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
 
@@ -51,7 +53,7 @@ def batches_of(windows: Tensor) -> list[Tensor]:
 
 
 @contextmanager
-def _stubbed(resident: Resident, stub: Callable[..., Tensor]) -> Iterator[None]:
+def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[None]:
     """For a while, every block of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
     for index, layer in enumerate(resident.layers):
         layer.forward = partial(stub, index)
@@ -63,7 +65,7 @@ def _stubbed(resident: Resident, stub: Callable[..., Tensor]) -> Iterator[None]:
 
 
 @torch.no_grad()
-def enter(resident: Resident, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
+def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
     """The hidden states [B, L, D] that enter the first block, and the arguments that each block is called with."""
     arguments: dict[int, list[dict[str, Any]]] = {}
     signature = inspect.signature(type(resident.layers[0]).forward)
@@ -90,7 +92,7 @@ def enter(resident: Resident, batches: Sequence[Tensor]) -> tuple[list[Tensor], 
     return streams, arguments
 
 
-def leave(resident: Resident, hidden: Tensor) -> Tensor:
+def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     """Logits [B, L, V] of hidden states [B, L, D] that left the last block: final norm, head and all that goes with them."""
     anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
     tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
@@ -99,7 +101,9 @@ def leave(resident: Resident, hidden: Tensor) -> Tensor:
         return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
 
-def walk(resident: Resident, windows: Tensor, *, reference: bool = False, through: bool = False) -> Iterator[Block]:
+def walk(
+    resident: LayerwiseModel, windows: Tensor, *, reference: bool = False, through: bool = False
+) -> Iterator[DecoderLayer]:
     """Each block in turn, with the hidden states of token `windows` [S, L] that enter it.
 
     What the caller does to a block's weights is what later blocks see. With `reference`, the stream of the unchanged model
@@ -116,22 +120,22 @@ def walk(resident: Resident, windows: Tensor, *, reference: bool = False, throug
             if through or not last:
                 full, inputs = block.targets, block.outputs(block.inputs)
     if through:
-        yield Block(
+        yield DecoderLayer(
             len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
         )
 
 
 def _block(
-    resident: Resident, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
-) -> Block:
+    resident: LayerwiseModel, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
+) -> DecoderLayer:
     """Block `index`, which is in memory, with the states that enter it."""
     own = {size: per_block[index] for size, per_block in arguments.items()}
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
-    return Block(index, resident.block_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
+    return DecoderLayer(index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
 
 
 @contextmanager
-def together(resident: Resident, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[Block]]:
+def together(resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[DecoderLayer]]:
     """Several blocks in memory at once, with the states of `windows` that enter each of them."""
     _, arguments = enter(resident, batches_of(windows))
     with ExitStack() as stack:
@@ -141,7 +145,7 @@ def together(resident: Resident, windows: Tensor, entering: Mapping[int, list[Te
 
 @torch.no_grad()
 def variants(
-    resident: Resident, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
+    resident: LayerwiseModel, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
 ) -> dict[Key | None, list[Tensor]]:
     """The states that leave the last block under each set of edits on top of those of `base`, and under None with these alone.
 
@@ -166,12 +170,12 @@ def variants(
     return streams
 
 
-def _as_it_is(block: Block) -> dict[str, Tensor]:
+def _as_it_is(block: DecoderLayer) -> dict[str, Tensor]:
     return {}
 
 
 def without_each(
-    resident: Resident, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
+    resident: LayerwiseModel, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
 ) -> dict[Part | None, list[Tensor]]:
     """The states that leave the last block without each of the candidates, and under None with all of them.
 
@@ -201,7 +205,7 @@ def divergence(expected: Tensor, found: Tensor) -> float:
 
 @torch.no_grad()
 def divergences(
-    model: Resident, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
+    model: LayerwiseModel, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
 ) -> dict[Key, float]:
     """KL in nats a token of the predictions from each stream's last states, from those of the full model.
 
@@ -215,7 +219,7 @@ def divergences(
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
-def logits(resident: Resident, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
+def logits(resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
     """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
 
     All blocks are gone through once, before the first one.
@@ -229,7 +233,7 @@ def logits(resident: Resident, windows: Tensor, track: Track = untracked, unscor
 
 
 @contextmanager
-def head_reads(resident: Resident) -> Iterator[list[Tensor]]:
+def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
     """A list that the head adds to what it reads, [B, L, D], each time states leave."""
     read: list[Tensor] = []
     head = resident.model.get_submodule(resident.anatomy.head)
@@ -241,7 +245,7 @@ def head_reads(resident: Resident) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
+def head_input(resident: LayerwiseModel, block: DecoderLayer) -> tuple[Tensor, Moments]:
     """The head's weight [V, D], and the second moments of what it reads when the states of the Block after the last leave."""
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
@@ -255,7 +259,7 @@ def head_input(resident: Resident, block: Block) -> tuple[Tensor, Moments]:
 
 
 def output_fisher(
-    resident: Resident, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
+    resident: LayerwiseModel, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
     """For each block, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
 
@@ -288,7 +292,7 @@ def following(scores: Tensor, tokens: Tensor) -> Tensor:
 
 
 def gradients(
-    resident: Resident,
+    resident: LayerwiseModel,
     windows: Tensor,
     scratch: Path,
     labels: Callable[[Tensor, Tensor], Tensor],
@@ -332,7 +336,7 @@ def gradients(
 
 
 def _back(
-    resident: Resident,
+    resident: LayerwiseModel,
     index: int,
     arguments: Arguments,
     scratch: Path,

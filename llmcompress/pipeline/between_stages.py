@@ -8,7 +8,7 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard, writing
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.outcome import Outcome, write_weights
 
 REMADE = "the model that this stage left was damaged on the disk after an earlier run, and was written again from the journal"
@@ -19,7 +19,7 @@ def joint_folder(journal: Journal) -> Path:
     return journal.folder / "joint"
 
 
-def write_joint(journal: Journal, model: OnDisk, outcome: Outcome, base: Path) -> str | None:
+def write_joint(journal: Journal, model: DiskModel, outcome: Outcome, base: Path) -> str | None:
     """Have the model that a stage left on the disk, as it was written: it goes when the journal does.
 
     One that an earlier run has left is read whole, and written anew where it isn't what was written; then that is said.

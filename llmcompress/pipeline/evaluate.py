@@ -20,12 +20,12 @@ from transformers import AutoModelForCausalLM
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.foreign import Foreign, foreign_method
-from llmcompress.modeling.from_disk import OnDisk, no_progress_bar
+from llmcompress.modeling.foreign import WholeModel, foreign_method
+from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
 from llmcompress.modeling.model_config import defaults, load_config
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.modeling.sequential import logits as walked
-from llmcompress.pipeline.resolve import blocks_for, config_of, find_base, pick_device
+from llmcompress.pipeline.resolve import calibration_data, config_of, find_base, pick_device
 from llmcompress.report.metrics import Speed, fidelity, speed
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
@@ -46,19 +46,19 @@ def evaluate(
     """
     where = pick_device(device)
     subject = _opened(model, where)
-    blocks = blocks_for(subject, data or DataSpec(), tokenizer_of(subject.folder))
+    blocks = calibration_data(subject, data or DataSpec(), tokenizer_of(subject.folder))
     windows, unscored = blocks.evaluation, blocks.unscored
     base = None
     if against is not None:
         base = _logits(_opened(against, where), windows, track, unscored)
     measured = fidelity(_logits(subject, windows, track, unscored), blocks.scored, base)
-    fast = speed(subject.model, windows) if isinstance(subject, Foreign) else speed_of(subject.folder, windows, where)
+    fast = speed(subject.model, windows) if isinstance(subject, WholeModel) else speed_of(subject.folder, windows, where)
     result: dict[str, Any] = {
         "model": model,
         "perplexity": measured.perplexity,
         "perplexity_ci95": list(measured.perplexity_ci95),
         "tokens": measured.tokens,
-        "size_bytes": subject.size_bytes if isinstance(subject, Foreign) else subject.checkpoint.size_bytes,
+        "size_bytes": subject.size_bytes if isinstance(subject, WholeModel) else subject.checkpoint.size_bytes,
         "tokens_per_s": fast and fast.prefill_tokens_per_s,
     }
     if against is not None:
@@ -68,15 +68,15 @@ def evaluate(
     return result
 
 
-def _opened(name: str, device: torch.device) -> OnDisk | Foreign:
+def _opened(name: str, device: torch.device) -> DiskModel | WholeModel:
     folder = find_base(name, wanted="model").folder
     config_of(folder)
     method = foreign_method(folder)
-    return OnDisk(folder, device, quantized=True) if method is None else Foreign(folder, device, method)
+    return DiskModel(folder, device, quantized=True) if method is None else WholeModel(folder, device, method)
 
 
-def _logits(model: OnDisk | Foreign, windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
-    if isinstance(model, Foreign):
+def _logits(model: DiskModel | WholeModel, windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
+    if isinstance(model, WholeModel):
         return model.logits(windows, track, unscored)
     return walked(model, windows, track, unscored)
 

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.resize import changed
-from llmcompress.data.calibration import Blocks
+from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError
 from llmcompress.formats import (
     bitsandbytes_layout,
@@ -31,8 +31,8 @@ from llmcompress.formats import (
 from llmcompress.formats.codebook import CodebookWeight
 from llmcompress.formats.integer import Int8Weight, IntegerWeight
 from llmcompress.formats.low_rank import FactoredWeight
-from llmcompress.formats.registry import Stored
-from llmcompress.formats.schemes import Int8
+from llmcompress.formats.registry import StoredWeight
+from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.plain_modules import let_resize
@@ -40,16 +40,23 @@ from llmcompress.io.cache import cache_folder
 from llmcompress.io.journal import Journal
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.modeling.from_disk import no_progress_bar
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.outcome import Outcome, tensors_of
-from llmcompress.pipeline.resolve import at_commits, blocks_for, fresh_student, pick_device, require_kin, source_of
-from llmcompress.pipeline.stages import done, report_of, require_possible
+from llmcompress.pipeline.resolve import (
+    calibration_data,
+    pick_device,
+    pin_commits,
+    require_same_vocabulary,
+    source_of,
+    student_folder,
+)
+from llmcompress.pipeline.stages import report_of, require_possible, run_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, Source
-from llmcompress.stages.linear_rewriting import Written
+from llmcompress.stages.base import Context, ModelSource
+from llmcompress.stages.linear_rewriting import LinearScheme
 from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.tie.stage import Tie
 
@@ -74,14 +81,14 @@ def apply_recipe(
     if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
         raise ModelError("the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns")
     state, where = dict(model.state_dict()), pick_device(device)
-    base = Live(model.config, state, where)
+    base = InMemoryModel(model.config, state, where)
     require_possible(recipe, base)
-    pinned = at_commits(recipe)
-    require_kin(pinned, model.config, tokenizer)
-    blocks = blocks_for(base, recipe.data, tokenizer, recipe.training_tokens)
+    pinned = pin_commits(recipe)
+    require_same_vocabulary(pinned, model.config, tokenizer)
+    blocks = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
     chained = _chain(pinned, base, blocks, track)
     source, left, packed = chained.source, chained.left, chained.packed
-    base_model = Live(model.config, state, where)  # as it was, whatever a stage did to the other
+    base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
     ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (source, base_model))
     measured = fidelity(ours, blocks.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
@@ -132,22 +139,22 @@ def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
 class Chained:
     """What the stages have come to: dense weights by name, codes, how they are written, and what changed of the dense ones."""
 
-    source: Live
+    source: InMemoryModel
     left: dict[str, torch.Tensor]
-    packed: dict[str, Stored] = field(default_factory=dict)
-    chosen: dict[str, Written] = field(default_factory=dict)
+    packed: dict[str, StoredWeight] = field(default_factory=dict)
+    chosen: dict[str, LinearScheme] = field(default_factory=dict)
     quantization: dict[str, Any] | None = None  # of config.json
     dense: dict[str, torch.Tensor] = field(default_factory=dict)
     facts: list[StageFacts] = field(default_factory=list)
 
 
-def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
+def _chain(recipe: Recipe, base: InMemoryModel, blocks: CalibrationData, track: Track) -> Chained:
     """Do the stages, each journal in a folder that goes with it."""
 
-    def teacher(name: str | None) -> Source:
+    def teacher(name: str | None) -> ModelSource:
         if name is not None:
             return source_of(name, base.device)
-        return Source(partial(Live, base.config, base.source, base.device), base.fingerprint, base.fingerprint)
+        return ModelSource(partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint)
 
     now = Chained(base, dict(base.source))
     origin = list(range(len(base.layers)))
@@ -158,7 +165,7 @@ def _chain(recipe: Recipe, base: Live, blocks: Blocks, track: Track) -> Chained:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
             context = Context(teacher, origin, blocks, journal, folder, cache_folder(), recipe.data.seed, track)
-            now.facts.append(done(step.stage, now.source, context))
+            now.facts.append(run_stage(step.stage, now.source, context))
             outcome = Outcome(step.stage, now.source, journal)
             origin = outcome.left_of(origin)
             _take_in(now, outcome)
@@ -184,18 +191,18 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
     if config.tie_word_embeddings:
         for tensors in (now.left, weights):
             tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
-    now.source = Live(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
+    now.source = InMemoryModel(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
     for name, codes in now.packed.items():
         reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
         if reader and inputs:
             now.source.round_inputs(reader, inputs)
 
 
-def _student(name: str, seed: int, device: torch.device) -> Live:
+def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
     """The model that takes the place of the base."""
     with scratch_folder() as folder, no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(fresh_student(name, folder, seed))
-    return Live(model.config, dict(model.state_dict()), device)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student_folder(name, folder, seed))
+    return InMemoryModel(model.config, dict(model.state_dict()), device)
 
 
 def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
@@ -210,7 +217,7 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
     return cast(PreTrainedModel, model.train(like.training))
 
 
-def _install(model: PreTrainedModel, packed: dict[str, Stored], chained: Chained) -> None:
+def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: Chained) -> None:
     """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared is one tensor."""
     chosen, native_layout = chained.chosen, chained.source.plain
     for name, codes in packed.items():
@@ -226,7 +233,7 @@ def _install(model: PreTrainedModel, packed: dict[str, Stored], chained: Chained
         if isinstance(codes, bitsandbytes_layout.Packed):
             module = (bitsandbytes_layout if native_layout else four_bit).linear(codes, bias, device=model.device)
         elif isinstance(codes, Int8Weight):
-            threshold = coding.threshold if isinstance(coding, Int8) else 0.0
+            threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
             module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
         elif isinstance(codes, SparseWeight):
             module = sparse.linear(codes, bias, device=model.device)

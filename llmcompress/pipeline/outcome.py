@@ -15,15 +15,15 @@ from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
 from llmcompress.formats import bitsandbytes_layout, four_bit, integer, registry
-from llmcompress.formats.registry import Layout, Made, Stored
-from llmcompress.formats.schemes import FourBit, Int8, Integer
+from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.companion_files import is_inside
 from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import Writer
 from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Outline, Resident
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.model_config import without_flags
 from llmcompress.recipe.entries import Stage
 from llmcompress.recipe.recipe import FILE as RECIPE
@@ -32,21 +32,21 @@ from llmcompress.report.model_card import card, evaluations, front_matter
 from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
 from llmcompress.stages.base import OUTER
 from llmcompress.stages.distill.stage import Distill
-from llmcompress.stages.linear_rewriting import Written
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.linear_rewriting import LinearScheme
+from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.prune.stage import Cut, Prune
 from llmcompress.stages.share.stage import Share
 from llmcompress.stages.tie.stage import Tie
 
-Entry = tuple[dict[str, Stored], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
+Entry = tuple[dict[str, StoredWeight], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
 
 class Outcome:
     """What a stage made of a model, read from its journal: `chosen` says how linears are written, `kept` why others are not."""
 
-    def __init__(self, stage: Stage, model: Resident, journal: Journal) -> None:
+    def __init__(self, stage: Stage, model: LayerwiseModel, journal: Journal) -> None:
         self.stage, self.model, self.journal = stage, model, journal
-        self.chosen: dict[str, Written] = {}
+        self.chosen: dict[str, LinearScheme] = {}
         self.kept: dict[str, str] = {}
         self.cut = stage.cut(model, journal) if isinstance(stage, Prune) else Cut()
         if isinstance(stage, Prune | Distill | Tie):
@@ -55,7 +55,7 @@ class Outcome:
         self.chosen = dict(chosen)
 
     @property
-    def layouts(self) -> dict[str, Layout]:
+    def layouts(self) -> dict[str, AnyLayout]:
         """How the linears that need our plug-in are written, by full name."""
         if native_kind(self.chosen, self.model) is not None:
             return {}
@@ -65,7 +65,7 @@ class Outcome:
     def ties(self) -> dict[str, str]:
         """Tensors that are others, by their names in the model; those of a tied head apart, which its config tells of."""
         stage, shapes = self.stage, self.model.matrices()
-        found = stage.ties(self.model, self.journal) if isinstance(stage, Share | Basis) else {}
+        found = stage.ties(self.model, self.journal) if isinstance(stage, Share | LowRank) else {}
         for target, source in self.model.ties.items():
             linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
             if linear in self.chosen:  # which is written anew, and is still the other
@@ -91,7 +91,7 @@ class Outcome:
                 yield self._read(entry[0])
 
     def _read(self, tensors: Mapping[str, Tensor]) -> Entry:
-        linears: dict[str, Stored] = {}
+        linears: dict[str, StoredWeight] = {}
         parts, shapes, layouts = set[str](), self.model.matrices(), self.model.layouts
         ours = [name for name in (self.chosen | layouts) if f"{name}.weight" in tensors]
         for name in dict.fromkeys([*registry.quantized_linears(tensors), *ours]):
@@ -100,7 +100,7 @@ class Outcome:
                 linears[name] = self.chosen[name].read(found, shapes[name][1])
             else:  # has learned: 4-bit codes come in the native layout, whatever the model's
                 layout = layouts.get(name)
-                linears[name] = registry.read(found, layout if isinstance(layout, Made) else None, shapes[name])
+                linears[name] = registry.read(found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name])
             parts |= {f"{name}.{part}" for part in found}
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
@@ -132,18 +132,18 @@ class Outcome:
         return renumbered(name, self.model.anatomy.layers, self.cut.gone)
 
 
-def _dtype_of(model: Resident) -> dict[str, str]:
+def _dtype_of(model: LayerwiseModel) -> dict[str, str]:
     """What config.json says of the dtype in which most weights are stored."""
     return {"dtype": str(model.weight_dtype).removeprefix("torch.")}
 
 
-def head_names(model: Resident) -> set[str]:
+def head_names(model: LayerwiseModel) -> set[str]:
     """What the model and its files call the head's matrix."""
     head = f"{model.anatomy.head}.weight"
-    return {head, *(model.sources.get(head, []) if isinstance(model, OnDisk) else [])}
+    return {head, *(model.sources.get(head, []) if isinstance(model, DiskModel) else [])}
 
 
-def left_by(stage: Stage, model: Resident) -> Outline:
+def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
     """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
     config, layouts, ties, dtypes = model.config, model.layouts, model.ties, model.dtypes
     if isinstance(stage, Prune):
@@ -154,20 +154,20 @@ def left_by(stage: Stage, model: Resident) -> Outline:
         stage.require_possible(model)
         config = changed(config, {"tie_word_embeddings": True})
     elif not isinstance(stage, Distill):
-        chosen: Mapping[str, Written] = stage.choose(model)[0]
+        chosen: Mapping[str, LinearScheme] = stage.choose(model)[0]
         if native_kind(chosen, model) is None:
             layouts = layouts | {name: layout_of(how) for name, how in chosen.items()}
-        if isinstance(stage, Share | Basis):
+        if isinstance(stage, Share | LowRank):
             ties = ties | stage.ties(model)
-    return Outline(config, model.device, model.dtype, layouts, ties, dtypes)
+    return MetaModel(config, model.device, model.dtype, layouts, ties, dtypes)
 
 
-def native_kind(chosen: Mapping[str, Written], model: Resident) -> type[FourBit] | type[Int8] | None:
+def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> type[FourBitScheme] | type[Int8Scheme] | None:
     """Which native layout the whole model has, if one; none where something else in it needs our plug-in anyway."""
     if not model.plain:
         return None
     kinds = {type(coding) for coding in chosen.values()}
-    for kind in (FourBit, Int8):
+    for kind in (FourBitScheme, Int8Scheme):
         if kinds == {kind}:
             return kind
     return None
@@ -177,34 +177,34 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.chosen, outcome.model), next(iter(outcome.chosen.values()), None)
     skip = bitsandbytes_layout.skip_list(list(outcome.kept), outcome.chosen, outcome.model.model.base_model_prefix)
-    if kind is FourBit and isinstance(first, FourBit):  # each linear says for itself which 4 bits in which blocks
+    if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which blocks
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
-    if kind is Int8 and isinstance(first, Int8):
+    if kind is Int8Scheme and isinstance(first, Int8Scheme):
         return integer.int8_config(first.threshold, skip)
-    linears: dict[Layout, list[str]] = {}
+    linears: dict[AnyLayout, list[str]] = {}
     for name, layout in outcome.layouts.items():
         linears.setdefault(layout, []).append(name)
     return transformers_quantizer.quantization_config(list(linears.items()), outcome.ties)
 
 
-def layout_of(coding: Written) -> registry.Layout:
+def layout_of(coding: LinearScheme) -> registry.AnyLayout:
     """What config.json says of a linear in a model that needs our plug-in."""
-    if isinstance(coding, Made):
+    if isinstance(coding, RewrittenLayout):
         return coding
-    if isinstance(coding, Integer):
+    if isinstance(coding, IntegerScheme):
         return coding.scheme
-    assert isinstance(coding, FourBit)  # `together` leaves no Int8 beside others
-    return four_bit.FourBit(coding.format, coding.block, coding.double_quant)
+    assert isinstance(coding, FourBitScheme)  # `together` leaves no Int8 beside others
+    return four_bit.FourBitLayout(coding.format, coding.block, coding.double_quant)
 
 
-def tensors_of(packed: Stored, native_layout: bool) -> dict[str, Tensor]:
+def tensors_of(packed: StoredWeight, native_layout: bool) -> dict[str, Tensor]:
     """The tensors of a linear as they are written, by their names in it."""
     if isinstance(packed, bitsandbytes_layout.Packed) and not native_layout:
         return four_bit.tensors(packed)
     return registry.tensors_of(packed)
 
 
-def write_weights(writer: Writer, model: OnDisk, outcome: Outcome) -> Path:
+def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
     What a stage made is written under the names that the base has for it, everything else as the base stores it: each tensor
@@ -248,7 +248,7 @@ def _key(keys: Mapping[str, str], name: str) -> str:
     return f"{keys[f'{linear}.weight'].removesuffix('.weight')}.{part}"
 
 
-def ties_of(model: OnDisk) -> dict[str, str]:
+def ties_of(model: DiskModel) -> dict[str, str]:
     """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written once."""
     head, embedding = (model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding))
     return {head[0]: embedding[0]} if model.config.tie_word_embeddings and head and embedding else {}

@@ -13,20 +13,20 @@ from typing import Any
 
 import torch
 
-from llmcompress.formats.codebook import Codebook
-from llmcompress.formats.low_rank import Factored
-from llmcompress.formats.registry import Layout
-from llmcompress.formats.schemes import FourBit
-from llmcompress.modeling.from_disk import outlined
-from llmcompress.modeling.layerwise import Outline
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.low_rank import FactoredLayout
+from llmcompress.formats.registry import AnyLayout
+from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.modeling.from_disk import meta_model
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import SAMPLE, TOKENS_AT_ONCE
-from llmcompress.pipeline.outcome import left_by
-from llmcompress.pipeline.resolve import at_commits, config_of, find_base, pick_device
+from llmcompress.pipeline.outcome import outline_after
+from llmcompress.pipeline.resolve import config_of, find_base, pick_device, pin_commits
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.codebook.stage import Cluster
+from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.distill.stage import Distill
 from llmcompress.stages.fisher import tokens_for
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.prune import sublayer_dropping
 from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.quantize.embedding import apart
@@ -44,8 +44,8 @@ def plan_recipe(recipe: Recipe, *, base: str | None = None, device: str | None =
     """Rows for the base and for each stage, and notes in words; raises CompressError as `run_recipe` would for the same input."""
     recipe.require_own_names(base=base)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
-    config, recipe = config_of(found.folder, base=True), at_commits(recipe)
-    model = outlined(found.folder, config, pick_device(device))
+    config, recipe = config_of(found.folder, base=True), pin_commits(recipe)
+    model = meta_model(found.folder, config, pick_device(device))
     length = recipe.data.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     tokens, rate = recipe.data.samples * length, _rate(model.device)
     whole = {"parameters": model.parameters(), "size_bytes": model.stored_bytes()}
@@ -57,10 +57,10 @@ def plan_recipe(recipe: Recipe, *, base: str | None = None, device: str | None =
             stage.require_packages()
             if stage.student:
                 folder = find_base(stage.student, weights=False, wanted="student").folder
-                model = outlined(folder, config_of(folder, base=True), model.device)
+                model = meta_model(folder, config_of(folder, base=True), model.device)
             row = _distill(model, stage, length, rate, rows[-1]["size_bytes"])
         else:
-            left = left_by(stage, model)
+            left = outline_after(stage, model)
             left.model.tie_weights()
             if isinstance(stage, Prune):
                 row, said = _prune(model, stage, left, tokens, rate)
@@ -76,7 +76,7 @@ def plan_recipe(recipe: Recipe, *, base: str | None = None, device: str | None =
     return rows, [*notes, f"calibration: {recipe.data.samples} windows of {length} tokens, on {model.device}"]
 
 
-def per_token(model: Outline) -> Row:
+def per_token(model: MetaModel) -> Row:
     """Operations of the matrices for one token, and the bytes that it adds to the cache of keys and values.
 
     Operations of attention among tokens are not in it: they grow with the text.
@@ -91,20 +91,20 @@ def per_token(model: Outline) -> Row:
     return {"flops_per_token": 2 * weights, "kv_cache_bytes_per_token": cached}
 
 
-def _bits(model: Outline, linear: str) -> int:
+def _bits(model: MetaModel, linear: str) -> int:
     """Bits in which a weight of a linear is stored."""
     return 8 * model.dtype_of(f"{linear}.weight").itemsize
 
 
-def _multiplied(layout: Layout | None, shape: tuple[int, int]) -> int:
+def _multiplied(layout: AnyLayout | None, shape: tuple[int, int]) -> int:
     """Weights that one token is multiplied by; those of a product are two matrices."""
     whole = math.prod(shape)
-    if not isinstance(layout, Factored):
+    if not isinstance(layout, FactoredLayout):
         return whole
     return layout.rank * sum(shape) + (whole if layout.format == "shared" else 0)
 
 
-def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float) -> tuple[Row, list[str]]:
+def _prune(model: MetaModel, stage: Prune, left: MetaModel, tokens: int, rate: float) -> tuple[Row, list[str]]:
     """The row of a cut that leaves `left`, and notes in words."""
     cut = stage.cut(model)
     layers, notes = len(model.layers), list[str]()
@@ -120,8 +120,8 @@ def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float
         notes.append("the run finds the sublayers that lose least; what stands here is without the last ones")
     else:
         maps, sizes = dict(model.linear_maps()), stage.sizes(model)
-        readers = [f"{model.block_name(0)}.{model.anatomy.reader_of(axis)}" for axis in stage.axes]
-        C = max(maps[reader][1] if reader in maps else model.config.hidden_size for reader in readers)
+        consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes]
+        C = max(maps[reader][1] if reader in maps else model.config.hidden_size for reader in consumers)
         solved = layers * (4.0 * C**2 * tokens + 8.0 * C**3)  # moments and removal
         work = 4 * 2.0 * inner * tokens + solved
         if stage.sensitive or stage.worth in ("obs", "taylor"):
@@ -146,7 +146,7 @@ def _prune(model: Outline, stage: Prune, left: Outline, tokens: int, rate: float
 
 
 def _tie(
-    model: Outline, stage: Tie | Share | Cluster | Basis, left: Outline, tokens: int, rate: float, size: int
+    model: MetaModel, stage: Tie | Share | Codebook | LowRank, left: MetaModel, tokens: int, rate: float, size: int
 ) -> tuple[Row, list[str]]:
     """The row of what is shared, which begins at `size` bytes, and notes in words."""
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
@@ -173,7 +173,7 @@ def _tie(
     return row, notes
 
 
-def _share(model: Outline, stage: Share, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
+def _share(model: MetaModel, stage: Share, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
     """What layers that share are called, the work, the floats held at once, and notes in words."""
     groups, layers = stage.groups_of(model), len(model.layers)
     spoken = f"{' and '.join(stage.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored"
@@ -186,13 +186,13 @@ def _share(model: Outline, stage: Share, inner: int, tokens: int) -> tuple[str, 
     return spoken, work, floats, found if searched else []
 
 
-def _rewrite(model: Outline, stage: Cluster | Basis, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
+def _rewrite(model: MetaModel, stage: Codebook | LowRank, inner: int, tokens: int) -> tuple[str, float, int, list[str]]:
     """What linears that are written anew are called, the work, bytes saved by codes, and notes in words."""
     (chosen, kept), saved = stage.choose(model), 0
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-    layouts = {name: layout for name, layout in chosen.items() if isinstance(layout, Codebook)}
-    work = 2.0 * inner * tokens * (7 if isinstance(stage, Basis) and stage.basis > 1 else 5)
-    if isinstance(stage, Cluster):
+    layouts = {name: layout for name, layout in chosen.items() if isinstance(layout, CodebookLayout)}
+    work = 2.0 * inner * tokens * (7 if isinstance(stage, LowRank) and stage.basis > 1 else 5)
+    if isinstance(stage, Codebook):
         spoken = f"codebook of {stage.codebook}"
         bits = {name: _bits(model, name) - layout.bits(shapes[name]) for name, layout in layouts.items()}
         saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
@@ -203,7 +203,7 @@ def _rewrite(model: Outline, stage: Cluster | Basis, inner: int, tokens: int) ->
     return spoken, work, saved, [said] if kept else []
 
 
-def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
+def _sparsify(model: MetaModel, stage: Sparsify, tokens: int, rate: float) -> tuple[Row, list[str]]:
     """The row of weights that become zero, and notes in words."""
     chosen, kept = stage.choose(model)
     shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
@@ -228,7 +228,7 @@ def _sparsify(model: Outline, stage: Sparsify, tokens: int, rate: float) -> tupl
     return row, [f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})"] if kept else []
 
 
-def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int) -> Row:
+def _distill(model: MetaModel, stage: Distill, length: int, rate: float, size: int) -> Row:
     """The row of a training that begins at `size` bytes; the teacher is taken to be as large as the student."""
     parameters, tokens = model.parameters(), stage.tokens(length)
     what = stage.loss if stage.train == "all" else f"{stage.train}, {stage.loss}"
@@ -243,10 +243,12 @@ def _distill(model: Outline, stage: Distill, length: int, rate: float, size: int
     }
 
 
-def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: int) -> tuple[Row, list[str]]:
+def _quantize(model: MetaModel, stage: Quantize, tokens: int, rate: float, size: int) -> tuple[Row, list[str]]:
     """The row of a quantisation that begins at `size` bytes, and notes in words."""
     chosen, kept = stage.choose(model)
-    chosen = {name: coding for name, coding in chosen.items() if name not in model.twins}  # what is shared is stored once
+    chosen = {
+        name: coding for name, coding in chosen.items() if name not in model.shared_linears
+    }  # what is shared is stored once
     shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
     solved = [name for name in shapes if name not in apart(model)]
     parameters = model.parameters()
@@ -254,7 +256,9 @@ def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: i
     bits = {
         name: math.prod(shape) * (chosen[name].bits - _bits(model, name)) for name, shape in shapes.items()
     }  # over the base's
-    rows_of = {name: 0 if isinstance(chosen[name], FourBit) else 32 * shape[0] for name, shape in shapes.items()}  # scales
+    rows_of = {
+        name: 0 if isinstance(chosen[name], FourBitScheme) else 32 * shape[0] for name, shape in shapes.items()
+    }  # scales
     saved = -sum((bits[name] + rows_of[name]) * (1 - left[name]) for name in shapes) / 8
     formats = ", ".join(dict.fromkeys(coding.format for coding in chosen.values()))
     row = {
@@ -268,7 +272,7 @@ def _quantize(model: Outline, stage: Quantize, tokens: int, rate: float, size: i
     return row, [f"{len(shapes)} linears are quantised, {len(kept)} kept ({'; '.join(reasons)})"] if kept else []
 
 
-def _memory(model: Outline, stage: Quantize, tokens: int) -> int:
+def _memory(model: MetaModel, stage: Quantize, tokens: int) -> int:
     """Bytes held at once: the largest block with its solver's matrices, what lies outside the blocks, and the hidden states."""
     inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
     every = sum(p.numel() for p in model.model.parameters())
@@ -282,7 +286,7 @@ def _memory(model: Outline, stage: Quantize, tokens: int) -> int:
     return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
 
 
-def _work(model: Outline, stage: Quantize, shapes: dict[str, tuple[int, int]], chosen: list[str], tokens: int) -> float:
+def _work(model: MetaModel, stage: Quantize, shapes: dict[str, tuple[int, int]], chosen: list[str], tokens: int) -> float:
     """Multiplications and additions of a stage."""
     inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
     forward = 2.0 * inner * tokens

@@ -18,19 +18,19 @@ from transformers import (
 from transformers.utils import logging
 
 from llmcompress import hub
-from llmcompress.data.calibration import DEMO, DEMO_MODEL, Blocks, load_data
+from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.io.user_paths import path_of, shortened
-from llmcompress.modeling.from_disk import OnDisk, no_progress_bar
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.model_config import defaults, load_config, require_readable, skeleton
 from llmcompress.modeling.sequential import logits
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.base import Source
+from llmcompress.stages.base import ModelSource
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
         logging.set_verbosity(level)
 
 
-def require_computable(model: Resident) -> None:
+def require_computable(model: LayerwiseModel) -> None:
     """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one read of the base.
 
     Two tokens go through every block. Errors: ModelError.
@@ -122,7 +122,7 @@ def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
-def at_commits(recipe: Recipe) -> Recipe:
+def pin_commits(recipe: Recipe) -> Recipe:
     """The recipe with its teachers and students at the commits that their names stand for now; those in folders stay.
 
     So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say which.
@@ -135,14 +135,14 @@ def at_commits(recipe: Recipe) -> Recipe:
     return recipe.renamed(at_commit)
 
 
-def source_of(name: str, device: torch.device) -> Source:
+def source_of(name: str, device: torch.device) -> ModelSource:
     """A model by folder, Hub id or `demo`, not read yet."""
     folder = find_base(name, wanted="teacher").folder
     checkpoint = Checkpoint.open(folder)
-    return Source(partial(OnDisk, folder, device), checkpoint.fingerprint, checkpoint.digest)
+    return ModelSource(partial(DiskModel, folder, device), checkpoint.fingerprint, checkpoint.digest)
 
 
-def require_kin(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
     for step in recipe.stages:
         for role, name in step.others.items():
@@ -165,7 +165,7 @@ def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase)
     return None
 
 
-def fresh_student(name: str, folder: Path, seed: int, *, write: bool = True) -> Path:
+def student_folder(name: str, folder: Path, seed: int, *, write: bool = True) -> Path:
     """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed.
 
     With `write=False` another process is taken to write them.
@@ -193,12 +193,12 @@ class Configured(Protocol):
         """What it is built from."""
 
 
-def blocks_for(
-    model: Resident | Configured,
+def calibration_data(
+    model: LayerwiseModel | Configured,
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     training: Callable[[int], int] = lambda length: 0,
-) -> Blocks:
+) -> CalibrationData:
     """The token windows of a recipe's data for this model, and so many tokens to train on where windows have a length."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

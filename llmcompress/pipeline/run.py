@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from llmcompress.data.calibration import Blocks
+from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError, OutputError, first_line
 from llmcompress.integrations import distributed
@@ -33,29 +33,29 @@ from llmcompress.io.output_folder import Writer, journal_folder, partial_folder
 from llmcompress.io.safetensors_writer import discard
 from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.io.user_paths import path_of
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.between_stages import joint_folder, write_joint
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import Outcome, companions, require_pictures, write_weights
 from llmcompress.pipeline.resolve import (
     Base,
-    at_commits,
-    blocks_for,
+    calibration_data,
     config_of,
     find_base,
-    fresh_student,
     pick_device,
+    pin_commits,
     require_computable,
-    require_kin,
     require_loadable,
+    require_same_vocabulary,
     source_of,
+    student_folder,
 )
-from llmcompress.pipeline.stages import done, report_of, require_possible
+from llmcompress.pipeline.stages import report_of, require_possible, run_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, Source
+from llmcompress.stages.base import Context, ModelSource
 from llmcompress.stages.distill.stage import Distill
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
@@ -88,8 +88,8 @@ def run_recipe(
     config = config_of(found.folder, base=True)
     spec = recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
     where, tokenizer = pick_device(device), tokenizer_of(found.folder)
-    pinned = at_commits(recipe)
-    require_kin(pinned, config, tokenizer)
+    pinned = pin_commits(recipe)
+    require_same_vocabulary(pinned, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
     with (
         Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
@@ -97,12 +97,12 @@ def run_recipe(
         else nullcontext() as writer
     ):
         distributed.wait()
-        model = OnDisk(_student(pinned, place, spec.seed) or found.folder, where)
+        model = DiskModel(_student(pinned, place, spec.seed) or found.folder, where)
         require_possible(pinned, model)
         require_computable(model)
         require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
-        blocks = blocks_for(model, spec, tokenizer, recipe.training_tokens)
+        blocks = calibration_data(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, blocks.sha256):
             raise DataError(
                 f"{spec.source} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
@@ -125,7 +125,7 @@ def run_recipe(
 class Chained:
     """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
 
-    model: OnDisk
+    model: DiskModel
     outcome: Outcome
     facts: list[StageFacts]
 
@@ -137,16 +137,16 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
     with distributed.first_alone() as writes:
         if writes:
             discard(place / "student")  # whatever is there
-        return fresh_student(recipe.student, place / "student", seed, write=writes)
+        return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Path, track: Track) -> Chained:
+def _chain(recipe: Recipe, model: DiskModel, base: Base, blocks: CalibrationData, place: Path, track: Track) -> Chained:
     """Do the stages.
 
     Of several processes the first does them, and the others come in where there is training.
     """
 
-    def teacher(name: str | None) -> Source:
+    def teacher(name: str | None) -> ModelSource:
         return source_of(name or str(base.folder), model.device)
 
     others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
@@ -160,7 +160,7 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             context = Context(teacher, origin, blocks, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
             if distributed.first() or isinstance(step.stage, Distill):
-                facts.append(done(step.stage, model, context))
+                facts.append(run_stage(step.stage, model, context))
         distributed.wait()
         outcome = Outcome(step.stage, model, journal)
         origin = outcome.left_of(origin)
@@ -168,15 +168,15 @@ def _chain(recipe: Recipe, model: OnDisk, base: Base, blocks: Blocks, place: Pat
             with distributed.first_alone() as writes:
                 if writes and (note := write_joint(journal, model, outcome, base.folder)):
                     facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
-            model = OnDisk(joint_folder(journal), model.device, quantized=bool(outcome.chosen) or model.has_codes)
+            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.chosen) or model.has_codes)
     return Chained(model, outcome, facts)
 
 
 def _measure(
-    base: Base, folder: Path, out: str, device: torch.device, blocks: Blocks, track: Track
+    base: Base, folder: Path, out: str, device: torch.device, blocks: CalibrationData, track: Track
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
-    written, base_model = OnDisk(folder, device, quantized=True), OnDisk(base.folder, device)
+    written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
     ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (written, base_model))
     measured = fidelity(ours, blocks.scored, theirs)
     before = ModelFacts(
@@ -199,7 +199,7 @@ def _measure(
     return before, after, measured
 
 
-def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: Blocks) -> str:
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: CalibrationData) -> str:
     """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
@@ -217,7 +217,7 @@ def source_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _speed_of_base(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
+def _speed_of_base(folder: Path, blocks: CalibrationData, device: torch.device) -> dict[str, Any]:
     """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
     try:
         return _speed(folder, blocks, device)
@@ -226,7 +226,7 @@ def _speed_of_base(folder: Path, blocks: Blocks, device: torch.device) -> dict[s
         return {}
 
 
-def _speed(folder: Path, blocks: Blocks, device: torch.device) -> dict[str, Any]:
+def _speed(folder: Path, blocks: CalibrationData, device: torch.device) -> dict[str, Any]:
     fast = speed_of(folder, blocks.evaluation, device)
     if fast is None:
         return {}

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 
 import torch
 
-from llmcompress.data.calibration import Blocks
+from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import ModelError
-from llmcompress.formats.schemes import FourBit
-from llmcompress.modeling.layerwise import Resident
-from llmcompress.pipeline.outcome import left_by
+from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.pipeline.outcome import outline_after
 from llmcompress.recipe.entries import Stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, environment
@@ -26,13 +26,13 @@ from llmcompress.report.schema import (
     Report,
     StageFacts,
 )
-from llmcompress.stages.base import Context, naming, require_numbers
-from llmcompress.stages.codebook.stage import Cluster
+from llmcompress.stages.base import Context, naming_layer, require_numbers
+from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.distill.stage import Distill
 from llmcompress.stages.quantize.stage import Quantize
 
 
-def require_possible(recipe: Recipe, model: Resident) -> None:
+def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
     """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
     scaled = False
     for step in recipe.stages:
@@ -48,16 +48,16 @@ def require_possible(recipe: Recipe, model: Resident) -> None:
                 raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
         elif isinstance(stage, Quantize):
             stage.rotation(model, recipe.data.seed)
-            scaled = scaled or any(isinstance(coding, FourBit) for coding in stage.choose(model)[0].values())
-        scaled = scaled or isinstance(stage, Cluster)
-        model = left_by(stage, model)
+            scaled = scaled or any(isinstance(coding, FourBitScheme) for coding in stage.choose(model)[0].values())
+        scaled = scaled or isinstance(stage, Codebook)
+        model = outline_after(stage, model)
 
 
-def done(stage: Stage, model: Resident, context: Context) -> StageFacts:
+def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFacts:
     """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
     start = time.monotonic()
     earlier = sum(context.journal.has(stage.name, index) for index in range(len(model.layers) + 1))
-    with naming(f"stage {stage.name}"):
+    with naming_layer(f"stage {stage.name}"):
         facts = stage.apply(model, context)
     if earlier:
         facts.notes.append(
@@ -77,7 +77,7 @@ def report_of(
     before: ModelFacts,
     after: ModelFacts,
     measured: Fidelity,
-    blocks: Blocks,
+    blocks: CalibrationData,
     stages: Sequence[StageFacts],
     cost: CostFacts,
     device: torch.device,

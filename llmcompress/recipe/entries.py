@@ -20,16 +20,16 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema
 
-from llmcompress.stages.codebook.stage import Cluster
+from llmcompress.stages.codebook.stage import Codebook
 from llmcompress.stages.distill.stage import Distill
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.quantize.stage import Quantize
 from llmcompress.stages.share.stage import Share
 from llmcompress.stages.sparsify.stage import Sparsify
 from llmcompress.stages.tie.stage import Tie
 
-Stage = Prune | Sparsify | Tie | Share | Cluster | Basis | Distill | Quantize
+Stage = Prune | Sparsify | Tie | Share | Codebook | LowRank | Distill | Quantize
 
 
 def _prune_by(entry: Any) -> str:
@@ -54,18 +54,18 @@ def _tie_by(entry: Any) -> str:
     return "<weights>"
 
 
-TIES: dict[str, Any] = {"<weights>": Tie, "<layers>": Share, "<codebook>": Cluster, "<basis>": Basis}
+TIES: dict[str, Any] = {"<weights>": Tie, "<layers>": Share, "<codebook>": Codebook, "<basis>": LowRank}
 TIE_KEYS = {"weights": "<weights>", "codebook": "<codebook>", "basis": "<basis>", "layers": "<layers>", "pairs": "<layers>"}
 Tying = Annotated[
     Annotated[Tie, Tag("<weights>")]
     | Annotated[Share, Tag("<layers>")]
-    | Annotated[Cluster, Tag("<codebook>")]
-    | Annotated[Basis, Tag("<basis>")],
+    | Annotated[Codebook, Tag("<codebook>")]
+    | Annotated[LowRank, Tag("<basis>")],
     Discriminator(_tie_by),
 ]
 
 
-class Step(BaseModel):
+class StageEntry(BaseModel):
     """One entry of `stages`: the name of a stage and its settings."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +86,7 @@ class Step(BaseModel):
         return {name: {} if settings is None else settings for name, settings in entry.items()}
 
     @model_validator(mode="after")
-    def _one_stage(self) -> Step:
+    def _one_stage(self) -> StageEntry:
         if len(self.model_fields_set) != 1:
             given = " and ".join(sorted(self.model_fields_set)) or "nothing"
             raise ValueError(f"an entry is one stage, this one has {given}; use one of {', '.join(STAGES)}")
@@ -143,19 +143,19 @@ class Step(BaseModel):
 
 
 ROLES = ("teacher", "student")
-STAGES = tuple(Step.model_fields)
+STAGES = tuple(StageEntry.model_fields)
 
 
-def require_order(steps: Sequence[Step]) -> None:
+def require_order(steps: Sequence[StageEntry]) -> None:
     """Refuse stages that can't follow each other. Errors: ValueError, which says why."""
     quantized = shared = False
-    coded: Cluster | None = None
+    coded: Codebook | None = None
     for number, step in enumerate(steps):
         lesson = step.distill
         if shared and step.prune:
             raise ValueError("prune comes before tie: weights that are shared, products or codes can't be cut any more")
         healed = any(before.distill for before in steps[:number])
-        if healed and isinstance(step.tie, Tie | Share | Basis) and not any(s.distill for s in steps[number:]):
+        if healed and isinstance(step.tie, Tie | Share | LowRank) and not any(s.distill for s in steps[number:]):
             raise ValueError("distill heals what comes before it, and tie comes after the last one; put distill after tie")
         if coded and step.quantize and coded.skip == () and (step.quantize.head, step.quantize.embedding) == ("keep", "keep"):
             raise ValueError(
@@ -171,8 +171,8 @@ def require_order(steps: Sequence[Step]) -> None:
         if lesson and lesson.student and number:
             raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
         quantized = quantized or step.quantize is not None
-        coded = step.tie if isinstance(step.tie, Cluster) else coded
-        shared = shared or isinstance(step.tie, Share | Cluster | Basis)
+        coded = step.tie if isinstance(step.tie, Codebook) else coded
+        shared = shared or isinstance(step.tie, Share | Codebook | LowRank)
     for step, after in pairwise(steps):
         if isinstance(step.prune, Sparsify):
             why = "rounding would move its zeros" if after.quantize else "its zeros are stored by place"

@@ -27,7 +27,7 @@ from llmcompress.io.local_names import short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.safetensors_writer import put, writing
 from llmcompress.io.user_paths import path_of
-from llmcompress.recipe.entries import AXIS, PATTERN, TIES, Step, require_order
+from llmcompress.recipe.entries import AXIS, PATTERN, TIES, StageEntry, require_order
 from llmcompress.report.model_card import recipe_card
 from llmcompress.report.schema import CARD, RecipeFacts
 from llmcompress.stages.distill.stage import Distill
@@ -74,7 +74,7 @@ class Recipe(BaseModel):
     )
     revision: str | None = Field(default=None, min_length=1, description="commit, branch or tag of a base on the Hub")
     data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
-    stages: Annotated[tuple[Step, ...], Field(min_length=1)]
+    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
     accept: Accept = Accept()
     _origin: RecipeFacts | None = PrivateAttr(default=None)
 
@@ -290,7 +290,7 @@ def _known(path: tuple[int | str, ...]) -> list[str]:
     model: Any = Recipe
     for part in path:
         if part == "stages":
-            model = Step
+            model = StageEntry
         elif model is Quantize and part == "overrides":
             model = Override
         elif isinstance(part, str):

@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 
-from llmcompress.data.calibration import Blocks
+from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track
 
 OUTER = "outer"  # what the journal calls what lies outside the blocks
 
 
 @contextmanager
-def naming(layer: str) -> Iterator[None]:
+def naming_layer(layer: str) -> Iterator[None]:
     """Say of which layer a method says that its numbers are too large. Errors: ModelError."""
     try:
         yield
@@ -48,10 +48,10 @@ def require_numbers(value: Any, layer: str) -> None:
 
 
 @dataclass(frozen=True)
-class Source:
+class ModelSource:
     """A model that is not read yet."""
 
-    open: Callable[[], Resident]
+    open: Callable[[], LayerwiseModel]
     fingerprint: Callable[[], str]  # a digest of its config and every weight
     digest: Callable[[], str]  # one of the weights alone
 
@@ -60,9 +60,9 @@ class Source:
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
-    teacher: Callable[[str | None], Source]  # a model by its name; without one, that which the run began with
+    teacher: Callable[[str | None], ModelSource]  # a model by its name; without one, that which the run began with
     origin: Sequence[int]  # which layers of that one the model's own were
-    data: Blocks
+    data: CalibrationData
     journal: Journal
     scratch: Path  # a folder for files that only this run reads
     cache: Path  # a folder for what other runs may read too

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import metric_factor
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import output_fisher
 from llmcompress.stages.base import Context
 
@@ -19,7 +19,7 @@ def tokens_for(width: int) -> int:
     return max(TOKENS, 8 * width)
 
 
-def find_fisher(model: Resident, context: Context) -> None:
+def find_fisher(model: LayerwiseModel, context: Context) -> None:
     """Have the journal hold the matrix of each block, for the model as it is now."""
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
@@ -36,14 +36,14 @@ def fisher(context: Context, index: int) -> Tensor:
     return context.journal.load(FISHER, index)[0]["F_DD"]
 
 
-def metric(model: Resident, context: Context, index: int) -> Tensor | None:
+def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:
     """M [D, D], such that an error e of what a sublayer adds in a block costs |e M|^2 nats a token; None where none is known.
 
     That is where a norm follows the sublayer, which the matrix of the block does not reach through.
     """
-    rows, feeds = model.anatomy.block, model.anatomy.feeds
+    rows, scale_pairs = model.anatomy.block, model.anatomy.scale_pairs
     gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
-    if gains - feeds.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
+    if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None
     return nats_factor(fisher(context, index).to(model.device))
 

@@ -20,22 +20,22 @@ from llmcompress.algorithms.least_squares import bias_shift
 from llmcompress.algorithms.quantize_weight import output_error, weight_error
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
-from llmcompress.formats.codebook import Codebook
-from llmcompress.formats.registry import Made, Stored
-from llmcompress.formats.schemes import Coding
-from llmcompress.formats.sparse import Sparse
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.registry import RewrittenLayout, StoredWeight
+from llmcompress.formats.schemes import QuantScheme
+from llmcompress.formats.sparse import SparseLayout
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Facts, naming
+from llmcompress.stages.base import Context, Facts, naming_layer
 
-Written = Coding | Made  # how one linear is written
-Shaped = TypeVar("Shaped", Sparse, Codebook)  # layouts that look at the shape of a linear alone
+LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
+Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at the shape of a linear alone
 
 
-def inner(model: Resident, parts: Sequence[str]) -> dict[str, None]:
+def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
     """The full names that parts of a block have in all blocks, in order."""
-    return {f"{model.block_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
+    return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
 
 
 def require_known(what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()) -> None:
@@ -53,7 +53,7 @@ def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) 
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def install(block: Block, written: Mapping[str, Written], tensors: Mapping[str, Tensor]) -> None:
+def install(block: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
     """What the journal holds in place of the block's weights and biases, with what kernels do to the inputs."""
     for linear, how in written.items():
         parts = registry.parts_of(f"{block.name}.{linear}", tensors)
@@ -66,7 +66,7 @@ def install(block: Block, written: Mapping[str, Written], tensors: Mapping[str, 
             block.rounds[linear] = inputs
 
 
-def refused(name: str, model: Resident, ours: Collection[str], skip: Iterable[str]) -> str | None:
+def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
     """Why a stage that rewrites the linears of blocks leaves this one as it is, or None."""
     if name == model.anatomy.head:
         return "the head stays"
@@ -78,7 +78,7 @@ def refused(name: str, model: Resident, ours: Collection[str], skip: Iterable[st
 
 
 def rewritable(
-    model: Resident, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
+    model: LayerwiseModel, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
     """The linears of blocks that their layouts take, by full name, and those to keep with the reason.
 
@@ -107,10 +107,12 @@ class Rewriting:
 
     stage: str
     what: str
-    solve: Callable[[str, Tensor, Moments, Any], Stored]
+    solve: Callable[[str, Tensor, Moments, Any], StoredWeight]
     calibrated: bool = True
 
-    def done(self, model: Resident, context: Context, chosen: Mapping[str, Made], kept: Mapping[str, str]) -> Facts:
+    def done(
+        self, model: LayerwiseModel, context: Context, chosen: Mapping[str, RewrittenLayout], kept: Mapping[str, str]
+    ) -> Facts:
         """Do every block that the journal does not hold yet; leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(self.stage, index) for index in range(layers)):
@@ -128,16 +130,16 @@ class Rewriting:
         return facts
 
     def _block(
-        self, block: Block, layouts: Mapping[str, Made], dtype_of: Callable[[str], torch.dtype]
+        self, block: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the block that change, by their full names, and what that cost; they are put in place."""
         tensors: dict[str, Tensor] = {}
         facts = []
-        for readers in [group for group in block.anatomy.readers if layouts.keys() & set(group)]:
-            moments = block.moments(readers)
-            for linear in [linear for linear in readers if linear in layouts]:
+        for consumers in [group for group in block.anatomy.consumers if layouts.keys() & set(group)]:
+            moments = block.moments(consumers)
+            for linear in [linear for linear in consumers if linear in layouts]:
                 W_RC, layout, name = block.weight(linear), layouts[linear], f"{block.name}.{linear}"
-                with naming(name):
+                with naming_layer(name):
                     packed = self.solve(name, W_RC, moments[linear], layout)
                 S_RC = registry.dequantize(packed).to(W_RC.device)
                 block.set_weight(linear, S_RC)

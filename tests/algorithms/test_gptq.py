@@ -16,15 +16,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.algorithms.gptq import descend, gptq
-from llmcompress.algorithms.grids import Format, Grid, grid
+from llmcompress.algorithms.grids import Grid, GridFormat, grid
 from llmcompress.algorithms.hessian import damped
 from llmcompress.algorithms.scales import search_scales, spread
 
-FORMATS: tuple[Format, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
 DAMP = 0.01
 
 
-def precise(format: Format) -> Grid:
+def precise(format: GridFormat) -> Grid:
     """The grid in float64."""
     single = grid(format)
     return Grid(single.levels.double(), single.middles.double(), single.codes)
@@ -90,7 +90,7 @@ def plain_descent(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, le
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block", [1, 8, 16, 64])
-def test_gptq_gives_the_codes_of_the_plain_form(format: Format, block: int) -> None:
+def test_gptq_gives_the_codes_of_the_plain_form(format: GridFormat, block: int) -> None:
     W_RC, H_CC = problem(block)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, block)
@@ -98,7 +98,7 @@ def test_gptq_gives_the_codes_of_the_plain_form(format: Format, block: int) -> N
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_gptq_lets_the_columns_left_make_up_for_the_rounded_ones_in_the_best_way(format: Format) -> None:
+def test_gptq_lets_the_columns_left_make_up_for_the_rounded_ones_in_the_best_way(format: GridFormat) -> None:
     W_RC, H_CC = problem(1, C=48)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
@@ -127,7 +127,7 @@ def test_the_width_of_a_panel_changes_no_code(width: int) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_without_correlation_gptq_is_nearest_rounding(format: Format) -> None:
+def test_without_correlation_gptq_is_nearest_rounding(format: GridFormat) -> None:
     W_RC, _ = problem(3)
     levels = grid(format)
     for H_CC in (torch.eye(64), torch.diag(torch.linspace(5, 0.1, 64)), torch.zeros(64, 64)):
@@ -138,7 +138,7 @@ def test_without_correlation_gptq_is_nearest_rounding(format: Format) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_weights_that_are_on_the_grid_keep_their_codes(format: Format) -> None:
+def test_weights_that_are_on_the_grid_keep_their_codes(format: GridFormat) -> None:
     _, H_CC = problem(4)
     levels, generator = precise(format), torch.Generator().manual_seed(4)
     index = torch.randint(len(levels.levels), (32, 64), generator=generator)
@@ -172,7 +172,7 @@ def test_fewer_tokens_than_columns_are_enough(tokens: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("rows", [1, 32])
-def test_the_arguments_are_left_as_they_were(format: Format, rows: int) -> None:
+def test_the_arguments_are_left_as_they_were(format: GridFormat, rows: int) -> None:
     W_RC, H_CC = problem(7, R=rows)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
@@ -187,7 +187,7 @@ def test_the_arguments_are_left_as_they_were(format: Format, rows: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
-def test_descent_gives_the_codes_of_the_plain_form(format: Format, seed: int) -> None:
+def test_descent_gives_the_codes_of_the_plain_form(format: GridFormat, seed: int) -> None:
     W_RC, H_CC = problem(seed, R=16, C=48)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
@@ -206,7 +206,7 @@ def test_descent_gives_the_codes_of_the_plain_form(format: Format, seed: int) ->
     format=st.sampled_from(FORMATS),
 )
 def test_descent_from_any_codes_never_raises_the_objective(
-    seed: int, R: int, G: int, block: int, tokens: int, width: int, format: Format
+    seed: int, R: int, G: int, block: int, tokens: int, width: int, format: GridFormat
 ) -> None:
     W_RC, H_CC = problem(seed, R, G * block, tokens)
     levels, generator = precise(format), torch.Generator().manual_seed(seed)
@@ -233,7 +233,7 @@ def test_in_float32_descent_from_gptq_raises_the_objective_by_rounding_at_most(s
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(4))
-def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format: Format, seed: int) -> None:
+def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format: GridFormat, seed: int) -> None:
     """Against all 16^4 codes of a row of four columns: not the best of all, which is not promised, but close."""
     W_RC, H_CC = problem(seed, R=1, C=4, tokens=20)
     levels = precise(format)
@@ -260,7 +260,7 @@ def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("seed", range(5))
-def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(format: Format, block: int, seed: int) -> None:
+def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(format: GridFormat, block: int, seed: int) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed))
     levels = grid(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, block)

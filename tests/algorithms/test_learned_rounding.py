@@ -14,21 +14,21 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.gptq import gptq
-from llmcompress.algorithms.grids import Format, grid
+from llmcompress.algorithms.grids import GridFormat, grid
 from llmcompress.algorithms.learned_rounding import _round, learn, start_position
-from llmcompress.algorithms.quantize_weight import Rounded, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.algorithms.scales import blocks_of, search_scales, spread
 from tests.algorithms.test_gptq import nearest, problem
 
-FORMATS: tuple[Format, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
 BLOCK = 16
 
 
-def linear(seed: int, format: Format) -> tuple[Tensor, Tensor, Rounded]:
+def linear(seed: int, format: GridFormat) -> tuple[Tensor, Tensor, RoundedWeight]:
     """Weights, moments and the solution of GPTQ, float32."""
     W_RC, H_CC = (x.float() for x in problem(seed))
     S_RG = search_scales(W_RC, H_CC.diagonal(), grid(format), BLOCK)
-    return W_RC, H_CC, Rounded(gptq(W_RC, H_CC, S_RG, grid(format)), S_RG)
+    return W_RC, H_CC, RoundedWeight(gptq(W_RC, H_CC, S_RG, grid(format)), S_RG)
 
 
 def wrong(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> Tensor:
@@ -37,7 +37,9 @@ def wrong(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> Tensor:
     return ((E @ H_CC) * E).sum()
 
 
-def one_linear(W_RC: Tensor, H_CC: Tensor, start: Rounded, format: Format, steps: int, rate: float = 0.01) -> Rounded:
+def one_linear(
+    W_RC: Tensor, H_CC: Tensor, start: RoundedWeight, format: GridFormat, steps: int, rate: float = 0.01
+) -> RoundedWeight:
     def loss(rounded: Mapping[str, Tensor], step: int) -> Tensor:
         return wrong(W_RC, rounded["linear"], H_CC)
 
@@ -48,7 +50,7 @@ def one_linear(W_RC: Tensor, H_CC: Tensor, start: Rounded, format: Format, steps
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
-def test_training_starts_at_exactly_the_codes_of_the_start(format: Format, seed: int) -> None:
+def test_training_starts_at_exactly_the_codes_of_the_start(format: GridFormat, seed: int) -> None:
     W_RC, _, start = linear(seed, format)
     position = start_position(W_RC, start, grid(format))
     assert torch.equal(position.round().long(), start.index_RC)
@@ -56,15 +58,15 @@ def test_training_starts_at_exactly_the_codes_of_the_start(format: Format, seed:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_training_starts_at_the_codes_of_any_start_however_far_from_the_weights(format: Format) -> None:
+def test_training_starts_at_the_codes_of_any_start_however_far_from_the_weights(format: GridFormat) -> None:
     W_RC, _, start = linear(0, format)
     generator = torch.Generator().manual_seed(0)
-    anywhere = Rounded(torch.randint(len(grid(format).levels), W_RC.shape, generator=generator), start.scale_RG)
+    anywhere = RoundedWeight(torch.randint(len(grid(format).levels), W_RC.shape, generator=generator), start.scale_RG)
     assert torch.equal(start_position(W_RC, anywhere, grid(format)).round().long(), anywhere.index_RC)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_weight_whose_code_is_the_nearest_starts_at_its_own_position(format: Format) -> None:
+def test_a_weight_whose_code_is_the_nearest_starts_at_its_own_position(format: GridFormat) -> None:
     W_RC, _, start = linear(1, format)
     position = start_position(W_RC, start, grid(format))
     own = grid(format).position(W_RC / spread(start.scale_RG, BLOCK))
@@ -76,7 +78,7 @@ def test_a_weight_whose_code_is_the_nearest_starts_at_its_own_position(format: F
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("layout", ["rows", "columns", "expanded"])
-def test_the_gradient_is_the_straight_through_one(format: Format, layout: str) -> None:
+def test_the_gradient_is_the_straight_through_one(format: GridFormat, layout: str) -> None:
     levels, generator = grid(format), torch.Generator().manual_seed(2)
     top = len(levels.levels) - 1
     position = (torch.rand(6, 32, generator=generator) * (top + 1) - 0.5).requires_grad_()
@@ -96,7 +98,7 @@ def test_the_gradient_is_the_straight_through_one(format: Format, layout: str) -
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_position_off_the_grid_rounds_to_its_end(format: Format) -> None:
+def test_a_position_off_the_grid_rounds_to_its_end(format: GridFormat) -> None:
     position = torch.tensor([[-3.0, -0.6, 15.7, 40.0]])
     assert torch.equal(_round(position, torch.tensor([[2.0]]), grid(format)), torch.tensor([[-2.0, -2.0, 2.0, 2.0]]))
 
@@ -106,7 +108,7 @@ def test_a_step_of_one_goes_one_code_towards_the_loss(sign: float) -> None:
     levels, index = grid("nf4"), torch.tensor([[*range(1, 15), 4, 9]])
     way = torch.tensor([[1, -1] * 8])
     scale = torch.tensor([[0.3 * sign]])
-    start, target = Rounded(index, scale), Rounded(index + way, scale).weight(levels)
+    start, target = RoundedWeight(index, scale), RoundedWeight(index + way, scale).weight(levels)
     result = learn(
         {"a": start.weight(levels)},
         {"a": start},
@@ -123,7 +125,7 @@ def test_a_step_of_one_goes_one_code_towards_the_loss(sign: float) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
 def test_steps_too_small_to_change_a_code_learn_the_scales_and_lose_nothing_on_gptqs_own_objective(
-    format: Format, seed: int
+    format: GridFormat, seed: int
 ) -> None:
     W_RC, H_CC, start = linear(seed, format)
     result = one_linear(W_RC, H_CC, start, format, steps=100, rate=1e-5)
@@ -134,9 +136,9 @@ def test_steps_too_small_to_change_a_code_learn_the_scales_and_lose_nothing_on_g
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
-def test_learning_from_nearest_rounding_finds_better_codes(format: Format, seed: int) -> None:
+def test_learning_from_nearest_rounding_finds_better_codes(format: GridFormat, seed: int) -> None:
     W_RC, H_CC, start = linear(seed, format)
-    start = Rounded(nearest(W_RC, start.scale_RG, grid(format)), start.scale_RG)
+    start = RoundedWeight(nearest(W_RC, start.scale_RG, grid(format)), start.scale_RG)
     result = one_linear(W_RC, H_CC, start, format, steps=100, rate=0.003)
     assert not torch.equal(result.index_RC, start.index_RC)
     before, after = (wrong(W_RC, x.weight(grid(format)), H_CC) for x in (start, result))
@@ -180,7 +182,7 @@ def test_the_loss_sees_every_step_once_and_the_codes_of_the_start_first() -> Non
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(3))
-def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Format, seed: int) -> None:
+def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: GridFormat, seed: int) -> None:
     X_TC = torch.randn(256, 64, generator=torch.Generator().manual_seed(seed))
     A_RC, B_RC = (problem(seed + offset)[0].float() for offset in (0, 10))
     rough = torch.where(A_RC > 0, 1, -1) * A_RC.abs().mean(1, keepdim=True)  # one bit a weight
@@ -195,7 +197,7 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Form
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: Format) -> None:
+def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: GridFormat) -> None:
     """A small block with a nonlinearity, whose inputs lost something in the blocks before: down(relu(up(x)))."""
     generator = torch.Generator().manual_seed(0)
     X_TC = torch.randn(512, 64, generator=generator)

@@ -15,13 +15,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.algorithms.gptq import descend, gptq
-from llmcompress.algorithms.grids import Format, grid
-from llmcompress.algorithms.quantize_weight import Rounded, Snap, output_error, solve, weight_error
+from llmcompress.algorithms.grids import GridFormat, grid
+from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap, output_error, solve, weight_error
 from llmcompress.algorithms.scales import blocks_of, search_scales
 from llmcompress.formats import bitsandbytes_layout
 from tests.algorithms.test_gptq import lost, nearest, problem
 
-FORMATS: tuple[Format, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
 
 
 def exact(S_RG: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def single(seed: int, R: int = 32, C: int = 64, tokens: int = 256) -> tuple[Tens
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block", [16, 64])
 @pytest.mark.parametrize("seed", range(4))
-def test_solving_beats_gptq_alone_which_beats_nearest(format: Format, block: int, seed: int) -> None:
+def test_solving_beats_gptq_alone_which_beats_nearest(format: GridFormat, block: int, seed: int) -> None:
     W_RC, H_CC = single(seed)
     levels = grid(format)
     searched, absmax = search_scales(W_RC, H_CC.diagonal(), levels, block), blocks_of(W_RC, block).abs().amax(-1)
@@ -71,7 +71,7 @@ def test_solving_beats_gptq_alone_which_beats_nearest(format: Format, block: int
     format=st.sampled_from(FORMATS),
 )
 def test_a_further_round_never_loses_under_exact_scales(
-    seed: int, R: int, G: int, block: int, tokens: int, format: Format
+    seed: int, R: int, G: int, block: int, tokens: int, format: GridFormat
 ) -> None:
     W_RC, H_CC = single(seed, R, G * block, tokens)
     levels = grid(format)
@@ -91,7 +91,9 @@ def test_without_rounds_solving_is_a_search_and_gptq() -> None:
 
 @pytest.mark.parametrize("snap", [coarse, doubly])
 @pytest.mark.parametrize("format", FORMATS)
-def test_the_scales_returned_are_those_snapped_last_and_the_codes_are_made_for_them_snapped(format: Format, snap: Snap) -> None:
+def test_the_scales_returned_are_those_snapped_last_and_the_codes_are_made_for_them_snapped(
+    format: GridFormat, snap: Snap
+) -> None:
     W_RC, H_CC = single(1)
     levels = grid(format)
     asked: list[Tensor] = []
@@ -121,7 +123,7 @@ def test_codes_make_up_for_storable_scales(snap: Snap, seed: int) -> None:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("case", ["no weights", "no inputs", "dead channels", "a block of zeros", "one token"])
-def test_degenerate_linears_end_in_finite_weights(format: Format, case: str) -> None:
+def test_degenerate_linears_end_in_finite_weights(format: GridFormat, case: str) -> None:
     W_RC, H_CC = single(3, tokens=1 if case == "one token" else 256)
     if case == "no weights":
         W_RC = torch.zeros_like(W_RC)
@@ -144,7 +146,7 @@ def test_a_linear_on_the_grid_comes_back_as_it_was() -> None:
     generator = torch.Generator().manual_seed(4)
     index = torch.randint(16, (32, 64), generator=generator)
     index[:, ::16] = 15  # the largest magnitude of every block is its scale, as stock bitsandbytes writes it
-    W_RC = Rounded(index, torch.rand(32, 4, generator=generator) + 0.1).weight(grid("nf4"))
+    W_RC = RoundedWeight(index, torch.rand(32, 4, generator=generator) + 0.1).weight(grid("nf4"))
     solved = solve(W_RC, H_CC, grid("nf4"), 16, snap=exact)
     assert torch.equal(solved.index_RC, index)
     torch.testing.assert_close(solved.weight(grid("nf4")), W_RC, rtol=1e-4, atol=1e-5)
@@ -158,7 +160,7 @@ def test_the_arguments_are_left_as_they_were() -> None:
 
 
 def test_a_rounded_weight_is_level_times_scale() -> None:
-    rounded = Rounded(torch.tensor([[0, 15, 7, 8], [15, 0, 15, 0]]), torch.tensor([[2.0, 10.0], [-1.0, 0.5]]))
+    rounded = RoundedWeight(torch.tensor([[0, 15, 7, 8], [15, 0, 15, 0]]), torch.tensor([[2.0, 10.0], [-1.0, 0.5]]))
     weight = rounded.weight(grid("nf4"))
     torch.testing.assert_close(weight, torch.tensor([[-2.0, 2.0, 0.0, 0.7958029955625534], [-1.0, 1.0, 0.5, -0.5]]))
 

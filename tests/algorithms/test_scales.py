@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from llmcompress.algorithms.grids import Format, grid
+from llmcompress.algorithms.grids import GridFormat, grid
 from llmcompress.algorithms.scales import blocks_of, fit_scales, search_scales, spread
 from tests.algorithms.test_gptq import lost, nearest, problem
 
-FORMATS: tuple[Format, ...] = ("nf4", "fp4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
 
 
 def absmax(W_RC: Tensor, block: int) -> Tensor:
     return blocks_of(W_RC, block).abs().amax(-1)
 
 
-def block_errors(W_RC: Tensor, S_RG: Tensor, h_C: Tensor, format: Format) -> Tensor:
+def block_errors(W_RC: Tensor, S_RG: Tensor, h_C: Tensor, format: GridFormat) -> Tensor:
     """Weighed squared error of every block under nearest codes [R, G]."""
     levels, block = grid(format), W_RC.shape[1] // S_RG.shape[1]
     Q_RC = levels.levels[nearest(W_RC, S_RG, levels)] * spread(S_RG, block)
@@ -56,7 +56,7 @@ def test_blocks_and_spread_agree_on_which_columns_share_a_scale() -> None:
     seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), block=st.sampled_from([1, 4, 32]), signed=st.booleans()
 )
 def test_in_no_block_is_a_searched_scale_worse_than_absmax(
-    format: Format, seed: int, R: int, G: int, block: int, signed: bool
+    format: GridFormat, seed: int, R: int, G: int, block: int, signed: bool
 ) -> None:
     W_RC, h_C = some(seed, R, G * block)
     found = search_scales(W_RC, h_C, grid(format), block, signed=signed)
@@ -67,7 +67,7 @@ def test_in_no_block_is_a_searched_scale_worse_than_absmax(
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), block=st.sampled_from([1, 4, 32]))
-def test_a_free_sign_is_in_no_block_worse_than_none(format: Format, seed: int, R: int, G: int, block: int) -> None:
+def test_a_free_sign_is_in_no_block_worse_than_none(format: GridFormat, seed: int, R: int, G: int, block: int) -> None:
     W_RC, h_C = some(seed, R, G * block)
     free, fixed = (search_scales(W_RC, h_C, grid(format), block, signed=signed) for signed in (True, False))
     assert bool((fixed > 0).all())
@@ -84,7 +84,7 @@ def test_a_free_sign_pays_on_an_uneven_grid() -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_block_that_absmax_rounds_without_error_keeps_it(format: Format) -> None:
+def test_a_block_that_absmax_rounds_without_error_keeps_it(format: GridFormat) -> None:
     levels = grid(format).levels
     W_RC = torch.stack([levels * 0.3, levels.flip(0) * 7])
     assert torch.equal(search_scales(W_RC, torch.ones(len(levels)), grid(format), len(levels)), absmax(W_RC, len(levels)))
@@ -108,7 +108,7 @@ def test_scales_of_tiny_and_huge_weights_are_finite_and_not_zero(size: float) ->
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("block", [8, 16, 64])
-def test_fitted_scales_are_the_least_squares_solution(format: Format, block: int) -> None:
+def test_fitted_scales_are_the_least_squares_solution(format: GridFormat, block: int) -> None:
     W_RC, H_CC = (x.float() for x in problem(block))
     levels = grid(format)
     S_RG = absmax(W_RC, block)
@@ -136,7 +136,7 @@ def test_fitting_finds_the_scales_that_weights_on_the_grid_were_made_with() -> N
     tokens=st.integers(1, 60),
     format=st.sampled_from(FORMATS),
 )
-def test_fitting_never_raises_the_objective(seed: int, R: int, G: int, block: int, tokens: int, format: Format) -> None:
+def test_fitting_never_raises_the_objective(seed: int, R: int, G: int, block: int, tokens: int, format: GridFormat) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed, R, G * block, tokens))
     levels, S_RG = grid(format), absmax(W_RC, block)
     index = nearest(W_RC, S_RG, levels)

@@ -110,9 +110,9 @@ def test_every_family_has_a_pico_model_and_every_condition_is_decided_both_ways(
         for name, text in [*table.block.items(), *table.outer.items()]:
             if " if " in text:
                 assert len({{**a.block, **a.outer}.get(name) for a in found}) == 2, f"{family}: {name}: {text}"
-        for text in table.feeds:
+        for text in table.scale_pairs:
             if " if " in text:
-                assert len({text.split(" if ")[0] in a.feeds for a in found}) == 2, f"{family}: {text}"
+                assert len({text.split(" if ")[0] in a.scale_pairs for a in found}) == 2, f"{family}: {text}"
 
 
 # 2. Permuting an axis through the table is an identity, and every row has a part in it.
@@ -173,7 +173,7 @@ def rescaled(case: Subject, key: str, left_out: str | None = None) -> dict[str, 
             continue
         if module == name:
             weights[full] = scale(weight + offset, spelled, case.sizes, axes, factor, part) - offset
-        elif module in case.anatomy.feeds[key] and not row.endswith("bias"):
+        elif module in case.anatomy.scale_pairs[key] and not row.endswith("bias"):
             weights[full] = scale(weight, spelled, case.sizes, axes, 1 / factor)
     return weights
 
@@ -181,9 +181,9 @@ def rescaled(case: Subject, key: str, left_out: str | None = None) -> dict[str, 
 @every_config
 def test_crossing_a_scale_along_feeds_leaves_the_logits(family: str, overrides: dict[str, Any]) -> None:
     case = case_of(family, overrides)
-    for key, readers in case.anatomy.feeds.items():
+    for key, consumers in case.anatomy.scale_pairs.items():
         assert moved(case, case.logits(rescaled(case, key))) <= EXACT, key
-        for module in (case.anatomy.producer(key)[0], *readers):
+        for module in (case.anatomy.producer(key)[0], *consumers):
             assert moved(case, case.logits(rescaled(case, key, left_out=module))) > MOVED, (key, module)
 
 
@@ -194,7 +194,7 @@ def test_whatever_reads_a_norm_before_it_is_in_feeds(family: str, overrides: dic
     norms = {row.removesuffix(".weight") for row, axes in case.anatomy.block.items() if axes == "hidden" and "weight" in row}
     after = {"post_attention_layernorm", "post_feedforward_layernorm"} if "gemma" in family else set()
     after = norms if not getattr(case.model.config, "do_layer_norm_before", True) else after
-    assert norms - set(case.anatomy.feeds) == after
+    assert norms - set(case.anatomy.scale_pairs) == after
 
 
 # 4. The facts about modules are those of the model.
@@ -221,7 +221,7 @@ def test_readers_are_the_linears_of_a_block_by_the_input_they_get(family: str, o
     case.logits({})
     for handle in handles:
         handle.remove()
-    assert tuple(tuple(names) for _, names in groups) == case.anatomy.readers
+    assert tuple(tuple(names) for _, names in groups) == case.anatomy.consumers
     assert set(case.anatomy.linears) == set(linears)
     assert case.anatomy.conv1d == {name for name, module in linears.items() if isinstance(module, Conv1D)}
 

@@ -18,8 +18,8 @@ from llmcompress.architectures.resize import changed, resized
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live, Outline
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel, MetaModel
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.resolve import config_of
 from llmcompress.pipeline.run import run_recipe
@@ -38,8 +38,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def outline(family: str, **config: Any) -> Outline:
-    return Outline(pico(family, **config).config, CPU, torch.float32)
+def outline(family: str, **config: Any) -> MetaModel:
+    return MetaModel(pico(family, **config).config, CPU, torch.float32)
 
 
 def narrowed(family: str, widths: dict[str, list[int]]) -> Any:
@@ -52,7 +52,7 @@ def narrowed(family: str, widths: dict[str, list[int]]) -> Any:
 def test_each_block_has_the_width_that_its_config_says(family: str) -> None:
     config = narrowed(family, {"ffn": [192, 320]})
     assert mixed(config)
-    model = Outline(config, CPU, torch.float32)
+    model = MetaModel(config, CPU, torch.float32)
     assert [model.sizes_of(index)["ffn"] for index in range(2)] == [192, 320]
     assert [config_of_layer(config, index).num_hidden_layers for index in range(2)] == [2, 2]
     for index, layer in enumerate(model.layers):
@@ -65,7 +65,7 @@ def test_each_block_has_the_width_that_its_config_says(family: str) -> None:
 
 def test_widths_that_are_the_same_in_all_layers_are_said_once() -> None:
     config = narrowed("llama", {"ffn": [192, 256]})
-    model = Outline(config, CPU, torch.float32)
+    model = MetaModel(config, CPU, torch.float32)
     again = changed(config, resized(config, model.anatomy, {"ffn": [128, 128]}))
     assert not mixed(again) and again.intermediate_size == 128
     both = changed(config, resized(config, model.anatomy, {"kv": [1, 2]}))
@@ -180,12 +180,12 @@ def test_a_mixed_config_is_read_from_disk_as_it_was_written(tmp_path: Path) -> N
     state = {n: t[:192].clone() if ".0.mlp" in n and "down" not in n else t for n, t in model.state_dict().items()}
     down = "model.layers.0.mlp.down_proj.weight"
     state[down] = state[down][:, :192].clone()
-    source = Live(config, state, CPU)
+    source = InMemoryModel(config, state, CPU)
     assert source.sizes_of(0)["ffn"] == 192
     config.save_pretrained(tmp_path)
     assert mixed(config_of(tmp_path)) and config_of_layer(config_of(tmp_path), 0).intermediate_size == 192
     with pytest.raises(ModelError):
-        OnDisk(tmp_path, CPU)  # no weights there
+        DiskModel(tmp_path, CPU)  # no weights there
 
 
 def test_a_plan_says_that_the_run_finds_the_widths() -> None:

@@ -17,10 +17,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from llmcompress.algorithms.distillation_losses import IGNORED
-from llmcompress.data.calibration import Blocks, begun, bos_of, load_data
+from llmcompress.data.calibration import CalibrationData, bos_of, load_data, with_bos
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import divergences, following, gradients, next_tokens, output_fisher, walk
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.reproduce import reproduce
@@ -30,8 +30,8 @@ from llmcompress.report.console import print_evaluation, print_report
 from llmcompress.report.model_card import BOS, card
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.feature_matching import Matching
-from llmcompress.stages.distill.teacher import Said, asked, said
-from llmcompress.stages.distill.trainer import Objective, Windows, measured
+from llmcompress.stages.distill.teacher import TeacherOutput, forward_arguments, output_of
+from llmcompress.stages.distill.trainer import Objective, SequenceDataset, measured
 from tests.artefacts import CPU
 from tests.bases import VOCABULARY, bos_tokenizer, byte_tokenizer, save_base, save_bos_base, write_text
 from tests.models import noise, pico
@@ -62,7 +62,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def load(tokenizer: PreTrainedTokenizerFast, text: Path, training: int = 0, **spec: Any) -> Blocks:
+def load(tokenizer: PreTrainedTokenizerFast, text: Path, training: int = 0, **spec: Any) -> CalibrationData:
     entries = {"source": str(text)} | SMALL | spec
     return load_data(DataSpec.model_validate(entries), tokenizer, VOCABULARY + 1, 96, lambda length: training * length)
 
@@ -88,12 +88,12 @@ def test_every_window_begins_with_bos_and_is_text_after_it(text: Path) -> None:
 def test_every_training_window_begins_with_bos_too(text: Path) -> None:
     blocks = load(bos_tokenizer(), text, training=20)
     assert len(blocks.training) == 20 * 24 and VOCABULARY not in blocks.training
-    windows = Windows(blocks.training, 16, 9, seed=1, bos=blocks.bos)
+    windows = SequenceDataset(blocks.training, 16, 9, seed=1, bos=blocks.bos)
     rows = torch.stack([windows[number]["input_ids"] for number in range(9)])
     assert rows.shape == (9, 16) and (rows[:, 0] == VOCABULARY).all()
     assert torch.equal(windows.windows_NL[:, 1:].flatten(), blocks.training[: 20 * 24 // 15 * 15])
-    again = Windows(blocks.training, 15, 9, seed=1)
-    assert torch.equal(windows.windows_NL, begun(again.windows_NL, VOCABULARY))
+    again = SequenceDataset(blocks.training, 15, 9, seed=1)
+    assert torch.equal(windows.windows_NL, with_bos(again.windows_NL, VOCABULARY))
     trained = {tuple(window.tolist()) for window in blocks.training.view(-1, 24)[:, :23]}
     assert not trained & {tuple(window[1:].tolist()) for side in (blocks.calibration, blocks.evaluation) for window in side}
 
@@ -194,9 +194,9 @@ def test_the_distance_from_a_base_is_that_of_the_predictions_made_after_text(tex
 
 
 def test_losses_between_streams_do_not_count_bos(base: Path, other: Path, text: Path) -> None:
-    windows, model = load(bos_tokenizer(), text).calibration, OnDisk(base, CPU)
+    windows, model = load(bos_tokenizer(), text).calibration, DiskModel(base, CPU)
     *_, last = walk(model, windows, through=True)
-    *_, found = walk(OnDisk(other, CPU), windows, through=True)
+    *_, found = walk(DiskModel(other, CPU), windows, through=True)
     aside = [hidden.clone() for hidden in found.inputs]
     for hidden in aside:
         hidden[:, 0] = 0
@@ -214,20 +214,20 @@ def test_the_label_after_bos_is_not_learnt() -> None:
 
 
 def test_gradients_are_those_of_the_predictions_made_after_text(base: Path, tmp_path: Path) -> None:
-    tokens, model = begun(torch.randint(3, 250, (3, 11)), VOCABULARY), AutoModelForCausalLM.from_pretrained(base)
+    tokens, model = with_bos(torch.randint(3, 250, (3, 11)), VOCABULARY), AutoModelForCausalLM.from_pretrained(base)
     weight = model.model.layers[0].mlp.down_proj.weight
     scores = model(tokens, use_cache=False).logits
     F.cross_entropy(scores[:, 1:-1].flatten(0, 1), tokens[:, 2:].flatten(), reduction="sum").backward()
     watched = ("mlp.down_proj.weight",)
-    steps = {i: found for i, _, found in gradients(OnDisk(base, CPU), tokens, tmp_path, following, watched, unscored=1)}
+    steps = {i: found for i, _, found in gradients(DiskModel(base, CPU), tokens, tmp_path, following, watched, unscored=1)}
     torch.testing.assert_close(steps[0][watched[0]], weight.grad, rtol=0, atol=1e-4 * float(weight.grad.abs().max()))
 
 
 def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp_path: Path) -> None:
-    tokens = begun(torch.randint(3, 250, (3, 11)), VOCABULARY)
-    model = OnDisk(base, CPU)
+    tokens = with_bos(torch.randint(3, 250, (3, 11)), VOCABULARY)
+    model = DiskModel(base, CPU)
     last = len(model.layers) - 1
-    with_bos, without = (dict(output_fisher(model, tokens, tmp_path, 0, unscored=n))[last] for n in (0, 1))
+    begun, without = (dict(output_fisher(model, tokens, tmp_path, 0, unscored=n))[last] for n in (0, 1))
     grads: list[Tensor] = []
     generator = torch.Generator().manual_seed(0)
 
@@ -241,15 +241,15 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     expected = torch.cat(grads).flatten(0, 1)
     assert float(torch.cat(grads)[:, 0].abs().max()) == 0  # nothing after the last block reads the states of another position
     torch.testing.assert_close(without, expected.T @ expected / len(expected))
-    assert not torch.allclose(with_bos, without, rtol=1e-3)
+    assert not torch.allclose(begun, without, rtol=1e-3)
 
 
 def test_a_student_is_measured_and_taught_by_the_predictions_made_after_text() -> None:
-    ids = begun(torch.randint(3, 150, (2, 9)), 1)
+    ids = with_bos(torch.randint(3, 150, (2, 9)), 1)
     student, teacher = pico("llama"), pico("llama", rms_norm_eps=0.5)
     with torch.no_grad():
-        own, theirs = (model(**asked(ids)) for model in (student, teacher))
-        taught, found = said(teacher, theirs), said(student, own)
+        own, theirs = (model(**forward_arguments(ids)) for model in (student, teacher))
+        taught, found = output_of(teacher, theirs), output_of(student, own)
         logits = (one.scores.logits(one.scores.product(torch.arange(20))).view(2, 10, -1) for one in (taught, found))
         log_p, log_q = (each.log_softmax(-1) for each in logits)
         kl, nll = measured(student, ids, taught, 1, own)
@@ -262,13 +262,13 @@ def test_a_student_is_measured_and_taught_by_the_predictions_made_after_text() -
 
 
 def test_states_and_attention_at_bos_are_not_matched() -> None:
-    def states(seed: int, first: float) -> Said:
+    def states(seed: int, first: float) -> TeacherOutput:
         hidden = noise(2, 5, 8, seed=seed)
         hidden[:, 0] = first * hidden[:, 0]
         maps = noise(2, 3, 5, 5, seed=seed + 1)
         maps[:, :, 0] *= first
         scores: Any = None
-        return Said(scores, (hidden, hidden), (maps.softmax(-1),))
+        return TeacherOutput(scores, (hidden, hidden), (maps.softmax(-1),))
 
     for hidden, attention in ((1.0, 0.0), (0.0, 1.0)):
         matching = Matching.of(1, 1, (), "mse", hidden, attention, 1)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from llmcompress.data.calibration import DEMO_MODEL, Blocks, _chunks, _tokenise, load_data
+from llmcompress.data.calibration import DEMO_MODEL, CalibrationData, _chunks, _tokenise, load_data
 from llmcompress.data.local_files import file_texts
 from llmcompress.data.python_docs import python_docs
 from llmcompress.data.sources import DataSpec
@@ -53,7 +53,9 @@ def write_rows(file: Path, rows: list[str], column: str = "text") -> Path:
     return file
 
 
-def load(tokenizer: PreTrainedTokenizerFast, vocab_size: int = 256, max_length: int | None = 4096, **spec: object) -> Blocks:
+def load(
+    tokenizer: PreTrainedTokenizerFast, vocab_size: int = 256, max_length: int | None = 4096, **spec: object
+) -> CalibrationData:
     small: dict[str, object] = {"samples": 8, "length": 64, "evaluation_samples": 4}
     return load_data(DataSpec.model_validate(small | spec), tokenizer, vocab_size, max_length)
 

@@ -12,9 +12,9 @@ import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from llmcompress.data.calibration import Blocks, _tokenise, load_data
+from llmcompress.data.calibration import CalibrationData, _tokenise, load_data
 from llmcompress.data.local_files import file_texts
-from llmcompress.data.row_cache import Shelf
+from llmcompress.data.row_cache import RowCache
 from llmcompress.data.rows import Chat, row_pieces, spelled
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError
@@ -62,7 +62,7 @@ def write(file: Path, column: str, rows: list[Any], **others: list[Any]) -> Path
     return file
 
 
-def load(tokenizer: PreTrainedTokenizerFast, source: Path, **spec: Any) -> Blocks:
+def load(tokenizer: PreTrainedTokenizerFast, source: Path, **spec: Any) -> CalibrationData:
     entries = {"source": str(source), "samples": 8, "length": 32, "evaluation_samples": 2} | spec
     return load_data(DataSpec.model_validate(entries), tokenizer, VOCABULARY + 2, 96)
 
@@ -223,7 +223,7 @@ told(contents, 3, column="messages")
 
 def test_a_shelf_keeps_conversations_as_they_will_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
-    shelf, asked = Shelf("user/chats", None, "ab" * 20), []
+    shelf, asked = RowCache("user/chats", None, "ab" * 20), []
 
     def more(start: int) -> Iterator[dict[str, Any]]:
         asked.append(start)

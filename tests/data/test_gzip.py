@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmcompress.data.calibration import Blocks, _chunks, load_data
+from llmcompress.data.calibration import CalibrationData, _chunks, load_data
 from llmcompress.data.local_files import LONGEST_ROW, _lines, file_texts, kind_of
 from llmcompress.data.sources import CHUNK, DataSpec
 from llmcompress.errors import DataError
@@ -22,7 +22,7 @@ from tests.bases import byte_tokenizer, write_text
 SMALL = {"samples": 8, "length": 24, "evaluation_samples": 4}
 
 
-def load(source: Path, **spec: Any) -> Blocks:
+def load(source: Path, **spec: Any) -> CalibrationData:
     return load_data(DataSpec.model_validate({"source": str(source)} | SMALL | spec), byte_tokenizer(), 256, 96)
 
 

@@ -14,7 +14,7 @@ import pytest
 import tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from llmcompress.data.calibration import Blocks, load_data
+from llmcompress.data.calibration import CalibrationData, load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError
 from tests.bases import byte_tokenizer, save_base, write_text
@@ -23,7 +23,7 @@ from tests.clients import shell
 SMALL = {"samples": 8, "length": 24, "evaluation_samples": 4}
 
 
-def load(source: Path | str, tokenizer: PreTrainedTokenizerFast | None = None, **spec: Any) -> Blocks:
+def load(source: Path | str, tokenizer: PreTrainedTokenizerFast | None = None, **spec: Any) -> CalibrationData:
     entries = {"source": str(source)} | SMALL | spec
     return load_data(DataSpec.model_validate(entries), tokenizer or byte_tokenizer(), 256, 96)
 

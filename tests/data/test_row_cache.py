@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from llmcompress.data.row_cache import Row, Shelf
+from llmcompress.data.row_cache import Row, RowCache
 from llmcompress.errors import DataError
 
 TEXTS = ["a", None, "b\u2028c\n", "", "é"]
-SHELF = Shelf("user/texts", None, "ab" * 20)
+SHELF = RowCache("user/texts", None, "ab" * 20)
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ def test_another_column_split_or_commit_is_another_file() -> None:
     asked: list[int] = []
     assert read(5, stream(asked)) == TEXTS
     assert [row["text"] for row in islice(SHELF.rows("test", "text", stream(asked)), 1)] == ["a"]
-    other = Shelf("user/texts", "en", SHELF.commit)
+    other = RowCache("user/texts", "en", SHELF.commit)
     assert [row["text"] for row in islice(other.rows("train", "text", stream(asked)), 1)] == ["a"]
     assert asked == [0, 0, 0]
 
@@ -74,13 +74,13 @@ def test_a_column_that_is_none_or_holds_no_text_is_given_as_it_is_and_not_kept(c
 
 
 def test_a_branch_stands_for_what_it_stood_for_last() -> None:
-    assert Shelf.find("user/texts", None, "main") is None and SHELF.splits == []
+    assert RowCache.find("user/texts", None, "main") is None and SHELF.splits == []
     SHELF.remember("main", ["train", "test"])
-    assert Shelf.find("user/texts", None, "main") == Shelf.find("user/texts", None, SHELF.commit) == SHELF
-    assert Shelf.find("user/texts", None, None) is None and SHELF.splits == ["train", "test"]
-    later = Shelf("user/texts", None, "cd" * 20)
+    assert RowCache.find("user/texts", None, "main") == RowCache.find("user/texts", None, SHELF.commit) == SHELF
+    assert RowCache.find("user/texts", None, None) is None and SHELF.splits == ["train", "test"]
+    later = RowCache("user/texts", None, "cd" * 20)
     later.remember("main", ["train"])
-    assert Shelf.find("user/texts", None, "main") == later and SHELF.splits == ["train", "test"]
+    assert RowCache.find("user/texts", None, "main") == later and SHELF.splits == ["train", "test"]
 
 
 @pytest.mark.parametrize("content", [b'"a"\n"b', b"\xff", b"no"])

@@ -23,7 +23,7 @@ from tests.models import pico
 
 stock: Any = functional  # typed in part only
 Linear4bit, Params4bit = cast(Any, modules).Linear4bit, cast(Any, modules).Params4bit
-FORMATS: tuple[bitsandbytes_layout.Format, ...] = ("nf4", "fp4")
+FORMATS: tuple[bitsandbytes_layout.FourBitFormat, ...] = ("nf4", "fp4")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 repacks = pytest.mark.skipif(not stock.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing")
 
@@ -41,7 +41,7 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def own(
-    format: bitsandbytes_layout.Format, block: int, double_quant: bool, dtype: torch.dtype = torch.float32
+    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool, dtype: torch.dtype = torch.float32
 ) -> bitsandbytes_layout.Packed:
     """Codes and scales that no nearest rounding gives: all codes, scales of both signs and zero."""
     generator = torch.Generator().manual_seed(block)
@@ -73,7 +73,7 @@ def equal(a: bitsandbytes_layout.Packed, b: bitsandbytes_layout.Packed) -> bool:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_code_under_scale_one_is_its_level(format: bitsandbytes_layout.Format) -> None:
+def test_a_code_under_scale_one_is_its_level(format: bitsandbytes_layout.FourBitFormat) -> None:
     codes = torch.arange(16, dtype=torch.uint8).repeat(32, 4)
     packed = bitsandbytes_layout.Packed(codes, torch.ones(32, 1), format, 64, torch.float32)
     assert torch.equal(theirs(packed, torch.float32), bitsandbytes_layout.grid(format).repeat(32, 4))
@@ -82,7 +82,9 @@ def test_a_code_under_scale_one_is_its_level(format: bitsandbytes_layout.Format)
 @pytest.mark.parametrize(
     ("format", "block", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.BLOCKS, (False, True))]
 )
-def test_dequantising_is_bit_equal_to_bitsandbytes(format: bitsandbytes_layout.Format, block: int, double_quant: bool) -> None:
+def test_dequantising_is_bit_equal_to_bitsandbytes(
+    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool
+) -> None:
     packed = own(format, block, double_quant)
     for dtype in DTYPES:
         assert torch.equal(bitsandbytes_layout.dequantize(packed, dtype), theirs(packed, dtype))
@@ -92,7 +94,7 @@ def test_dequantising_is_bit_equal_to_bitsandbytes(format: bitsandbytes_layout.F
     ("format", "block", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.BLOCKS, (False, True))]
 )
 def test_nearest_rounding_writes_the_bytes_of_stock_bitsandbytes(
-    format: bitsandbytes_layout.Format, block: int, double_quant: bool
+    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool
 ) -> None:
     for dtype in DTYPES:
         weight = noise(48, max(256, block), dtype=dtype)
@@ -106,7 +108,7 @@ def test_nearest_rounding_writes_the_bytes_of_stock_bitsandbytes(
 
 @pytest.mark.parametrize(("format", "double_quant", "dtype"), [*itertools.product(FORMATS, (False, True), DTYPES)])
 def test_packing_and_unpacking_returns_the_same_linear(
-    format: bitsandbytes_layout.Format, double_quant: bool, dtype: torch.dtype
+    format: bitsandbytes_layout.FourBitFormat, double_quant: bool, dtype: torch.dtype
 ) -> None:
     packed = own(format, 64, double_quant, dtype)
     assert equal(bitsandbytes_layout.unpack(bitsandbytes_layout.tensors(packed)), packed)
@@ -137,7 +139,7 @@ def test_scales_that_do_not_decode_are_no_linear() -> None:
         replace(packed, block=96)
 
 
-def runs_on_the_kernel(R: int, C: int, block: int, format: bitsandbytes_layout.Format) -> bool:
+def runs_on_the_kernel(R: int, C: int, block: int, format: bitsandbytes_layout.FourBitFormat) -> bool:
     """Whether a stock module computes the right thing without gradients."""
     n = R * C
     codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
@@ -159,7 +161,7 @@ def runs_on_the_kernel(R: int, C: int, block: int, format: bitsandbytes_layout.F
 
 @repacks
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_linear_is_refused_exactly_where_the_kernels_fail(format: bitsandbytes_layout.Format) -> None:
+def test_a_linear_is_refused_exactly_where_the_kernels_fail(format: bitsandbytes_layout.FourBitFormat) -> None:
     whole = [(64, max(128, block), block) for block in bitsandbytes_layout.BLOCKS] + [
         (32, block, block) for block in bitsandbytes_layout.BLOCKS
     ]
@@ -177,7 +179,7 @@ def test_a_refusal_says_which_block_would_fit() -> None:
 
 
 @pytest.mark.parametrize(("format", "double_quant"), [*itertools.product(FORMATS, (False, True))])
-def test_a_live_linear_computes_with_our_weight(format: bitsandbytes_layout.Format, double_quant: bool) -> None:
+def test_a_live_linear_computes_with_our_weight(format: bitsandbytes_layout.FourBitFormat, double_quant: bool) -> None:
     packed, bias, x = own(format, 64, double_quant), noise(64, seed=3), noise(5, 256, seed=4)
     module = bitsandbytes_layout.linear(packed, bias)
     exact = torch.nn.functional.linear(x, bitsandbytes_layout.dequantize(packed), bias)
@@ -188,7 +190,7 @@ def test_a_live_linear_computes_with_our_weight(format: bitsandbytes_layout.Form
 
 @pytest.mark.parametrize(("format", "double_quant"), [*itertools.product(FORMATS, (False, True))])
 def test_a_live_linear_gives_its_exact_codes_back_after_a_forward(
-    format: bitsandbytes_layout.Format, double_quant: bool
+    format: bitsandbytes_layout.FourBitFormat, double_quant: bool
 ) -> None:
     packed, bias, x = own(format, 64, double_quant), noise(64, seed=3), noise(5, 256, seed=4)
     module = bitsandbytes_layout.linear(packed, bias)
@@ -205,7 +207,7 @@ def test_a_live_linear_gives_its_exact_codes_back_after_a_forward(
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_gradients_pass_through_a_live_linear_after_a_forward_repacked_it(format: bitsandbytes_layout.Format) -> None:
+def test_gradients_pass_through_a_live_linear_after_a_forward_repacked_it(format: bitsandbytes_layout.FourBitFormat) -> None:
     packed = own(format, 64, double_quant=False)
     module, bias = bitsandbytes_layout.linear(packed, noise(64)), noise(64)
     x = noise(3, 256, seed=1).requires_grad_()
@@ -253,7 +255,7 @@ KEPT = "model.layers.1.mlp.down_proj"
 
 
 def test_a_plain_from_pretrained_dequantises_what_we_computed(tmp_path: Path) -> None:
-    variants: list[tuple[bitsandbytes_layout.Format, int, bool]] = [
+    variants: list[tuple[bitsandbytes_layout.FourBitFormat, int, bool]] = [
         *(("nf4", block, double_quant) for block in (32, 64, 128, 256) for double_quant in (False, True)),
         ("fp4", 64, False),
         ("fp4", 128, True),

@@ -21,7 +21,7 @@ from llmcompress.algorithms.codebook import Palette, kmeans, nearest
 from llmcompress.errors import ModelError
 from llmcompress.formats import codebook
 from llmcompress.formats.base import DTYPES
-from llmcompress.formats.codebook import Codebook, CodebookLinear, CodebookWeight, pack, read, unpack
+from llmcompress.formats.codebook import CodebookLayout, CodebookLinear, CodebookWeight, pack, read, unpack
 from llmcompress.formats.registry import dequantize, layouts_of, parts_of, quantized_linears
 from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import linears, write_in
@@ -29,27 +29,27 @@ from tests.integrations.test_transformers_quantizer import LOADER, load, logits
 from tests.models import FAMILIES, pico
 
 LAYOUTS = (
-    Codebook(16, 1, "float16"),
-    Codebook(16, None, "float32"),
-    Codebook(8, 1, "bfloat16"),
-    Codebook(4, 5, "float16"),
-    Codebook(256, None, "float16"),
+    CodebookLayout(16, 1, "float16"),
+    CodebookLayout(16, None, "float32"),
+    CodebookLayout(8, 1, "bfloat16"),
+    CodebookLayout(4, 5, "float16"),
+    CodebookLayout(256, None, "float16"),
 )
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name}, {layout.dtype}")
 
 
-def clustered(W_RC: Tensor, layout: Codebook) -> CodebookWeight:
+def clustered(W_RC: Tensor, layout: CodebookLayout) -> CodebookWeight:
     """The nearest of the levels of k-means."""
     rows = layout.sharing(len(W_RC))
     levels = layout.snap(kmeans(W_RC, torch.ones(W_RC.shape[1]), layout.entries, rows))
     return CodebookWeight.of(Palette(nearest(W_RC, levels, rows), levels, rows), layout)
 
 
-def weight(R: int, C: int, layout: Codebook, seed: int = 0) -> CodebookWeight:
+def weight(R: int, C: int, layout: CodebookLayout, seed: int = 0) -> CodebookWeight:
     return clustered(torch.randn(R, C, generator=torch.Generator().manual_seed(seed)), layout)
 
 
-def artefact(folder: Path, model: PreTrainedModel, layout: Codebook) -> PreTrainedModel:
+def artefact(folder: Path, model: PreTrainedModel, layout: CodebookLayout) -> PreTrainedModel:
     """Write a model whose linears are in codebooks, and give the model itself the values of these."""
     return write_in(folder, model, layout, lambda W_RC: clustered(W_RC, layout))
 
@@ -74,7 +74,7 @@ def plain_pack(codes: list[int], bits: int) -> list[int]:
 def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     rows: int, columns: int, seed: int, entries: int, shared: int | None, dtype: str
 ) -> None:
-    layout = Codebook(entries, shared, dtype)
+    layout = CodebookLayout(entries, shared, dtype)
     made = weight(rows, columns, layout, seed)
     tensors = made.tensors()
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout.shapes(rows, columns)
@@ -97,18 +97,18 @@ def test_indices_lie_in_their_bytes_from_the_highest_bit_on(bits: int, data: st.
 
 
 def test_the_bits_of_a_weight_are_those_that_one_counts_by_hand() -> None:
-    assert Codebook(16, 1, "float16").bits((10, 256)) == 4 + 16 * 16 / 256
-    assert Codebook(8, None, "float32").bits((64, 64)) == 3 + 8 * 32 / 64**2
-    assert Codebook(4, 4, "bfloat16").bits((6, 32)) == 2 + 2 * 4 * 16 / (6 * 32), "the last codebook is of two rows"
-    assert Codebook(16, 1, "float16").refusal((8, 64)) is None
-    assert "take 8192 bits each" not in (Codebook(256, 1, "float16").refusal((8, 768)) or "")
-    assert Codebook(256, 1, "float16").refusal((8, 256)) == (
+    assert CodebookLayout(16, 1, "float16").bits((10, 256)) == 4 + 16 * 16 / 256
+    assert CodebookLayout(8, None, "float32").bits((64, 64)) == 3 + 8 * 32 / 64**2
+    assert CodebookLayout(4, 4, "bfloat16").bits((6, 32)) == 2 + 2 * 4 * 16 / (6 * 32), "the last codebook is of two rows"
+    assert CodebookLayout(16, 1, "float16").refusal((8, 64)) is None
+    assert "take 8192 bits each" not in (CodebookLayout(256, 1, "float16").refusal((8, 768)) or "")
+    assert CodebookLayout(256, 1, "float16").refusal((8, 256)) == (
         "8 x 256 weights take 24 bits each in a codebook of 256 a row, and 16 as they are"
     )
 
 
 @by_layout
-def test_what_a_layout_says_is_read_back_from_json(layout: Codebook) -> None:
+def test_what_a_layout_says_is_read_back_from_json(layout: CodebookLayout) -> None:
     config = json.loads(json.dumps(transformers_quantizer.quantization_config([(layout, ["a.b"])])))
     assert layouts_of(config["schemes"]) == {"a.b": layout}
 
@@ -148,15 +148,15 @@ def test_a_palette_of_another_layout_is_refused() -> None:
     levels = kmeans(W_RC, torch.ones(20), 16, 2)
     palette = Palette(nearest(W_RC, levels, 2), levels, 2)
     with pytest.raises(ValueError, match="snap them"):
-        CodebookWeight.of(palette, Codebook(16, 2, "float16"))
-    for layout in (Codebook(16, 1, "float32"), Codebook(8, 2, "float32"), Codebook(16, None, "float32")):
+        CodebookWeight.of(palette, CodebookLayout(16, 2, "float16"))
+    for layout in (CodebookLayout(16, 1, "float32"), CodebookLayout(8, 2, "float32"), CodebookLayout(16, None, "float32")):
         with pytest.raises(ValueError, match="are not Codebook"):
             CodebookWeight.of(palette, layout)
-    assert torch.equal(CodebookWeight.of(palette, Codebook(16, 2, "float32")).dequantize(), palette.weight())
+    assert torch.equal(CodebookWeight.of(palette, CodebookLayout(16, 2, "float32")).dequantize(), palette.weight())
 
 
 def test_levels_beyond_float16_become_its_largest() -> None:
-    layout = Codebook(4, 1, "float16")
+    layout = CodebookLayout(4, 1, "float16")
     assert layout.snap(torch.tensor([[-1e6, 0.1, 1.0, 70000.0]])).tolist()[0][::3] == [-65504.0, 65504.0]
 
 
@@ -175,7 +175,7 @@ def test_a_linear_in_codebooks_is_found_among_the_tensors_of_a_checkpoint() -> N
 @by_layout
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("tokens", [1, 5, 40])
-def test_a_module_computes_what_the_weight_does(layout: Codebook, bias: bool, tokens: int) -> None:
+def test_a_module_computes_what_the_weight_does(layout: CodebookLayout, bias: bool, tokens: int) -> None:
     made, bias_R = weight(24, 37, layout), torch.randn(24) if bias else None
     module = codebook.linear(made, bias_R)
     x = torch.randn(2, tokens, 37, requires_grad=True)
@@ -264,7 +264,7 @@ def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path
 
 
 @by_layout
-def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(layout: Codebook, tmp_path: Path) -> None:
+def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(layout: CodebookLayout, tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
         plain = artefact(tmp_path / family, pico(family), layout)
         model = load(tmp_path / family)

@@ -15,43 +15,43 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from llmcompress.algorithms.codebook import Palette
-from llmcompress.algorithms.quantize_weight import Rounded
+from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.sparsegpt import keep_mask
 from llmcompress.architectures.per_layer import ALLOW
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout, integer_embedding, registry
-from llmcompress.formats.codebook import Codebook, CodebookWeight
-from llmcompress.formats.four_bit import FourBit
-from llmcompress.formats.integer import Int8Weight, IntegerWeight, Scheme
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import IntegerEmbedding
-from llmcompress.formats.low_rank import Factored, FactoredWeight
-from llmcompress.formats.registry import Layout, Stored
-from llmcompress.formats.schemes import Integer
-from llmcompress.formats.sparse import Sparse, SparseWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.formats.schemes import IntegerScheme
+from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.checkpoint import Checkpoint
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, distance, live, load, measured, write_in
 from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import noise, pico
 
-LAYOUTS: tuple[Layout, ...] = (
-    Scheme("w8a8"),
-    Scheme("w8a8", "static"),
-    Scheme("w8a16"),
-    Scheme("w4a8", block=32),
-    Scheme("w4a4", "static", 16),
-    Scheme("w4a16", "none", 64),
-    FourBit("nf4", 64),
-    FourBit("fp4", 32, double_quant=True),
-    Sparse("2:4", "float32"),
-    Sparse("unstructured", "float16", 0.5),
-    Factored("shared"),
-    Factored("shared", 4),
-    Factored("basis", 6),
-    Codebook(16, 1, "float16"),
-    Codebook(4, None, "bfloat16"),
+LAYOUTS: tuple[AnyLayout, ...] = (
+    IntegerLayout("w8a8"),
+    IntegerLayout("w8a8", "static"),
+    IntegerLayout("w8a16"),
+    IntegerLayout("w4a8", block=32),
+    IntegerLayout("w4a4", "static", 16),
+    IntegerLayout("w4a16", "none", 64),
+    FourBitLayout("nf4", 64),
+    FourBitLayout("fp4", 32, double_quant=True),
+    SparseLayout("2:4", "float32"),
+    SparseLayout("unstructured", "float16", 0.5),
+    FactoredLayout("shared"),
+    FactoredLayout("shared", 4),
+    FactoredLayout("basis", 6),
+    CodebookLayout(16, 1, "float16"),
+    CodebookLayout(4, None, "bfloat16"),
 )
 by_layout = pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: str(layout.name if hasattr(layout, "name") else layout)
@@ -59,27 +59,27 @@ by_layout = pytest.mark.parametrize(
 NAME = "model.layers.1.mlp.down_proj"
 
 
-def made(W_RC: Tensor, layout: Layout) -> Stored:
+def made(W_RC: Tensor, layout: AnyLayout) -> StoredWeight:
     """A weight in a layout, as simply as it goes."""
-    if isinstance(layout, FourBit):
+    if isinstance(layout, FourBitLayout):
         return bitsandbytes_layout.quantize_nearest(W_RC, layout.format, layout.block, layout.double_quant)
-    if isinstance(layout, Sparse):
+    if isinstance(layout, SparseLayout):
         return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
-    if isinstance(layout, Factored):
+    if isinstance(layout, FactoredLayout):
         rank = layout.rank
         left, right = (W_RC[:, :rank].clone(), W_RC[:rank].clone()) if rank else (None, None)
         return FactoredWeight(layout, W_RC if layout.format == "shared" else None, left, right)
-    if isinstance(layout, Codebook):
+    if isinstance(layout, CodebookLayout):
         R = len(W_RC)
         levels = layout.snap(
             torch.linspace(-0.3, 0.3, layout.entries).repeat(layout.shapes(*W_RC.shape)["weight_levels"][0][0], 1)
         )
         index = (W_RC[..., None] - levels[torch.arange(R) // layout.sharing(R)][:, None]).abs().argmin(-1)
         return CodebookWeight.of(Palette(index, levels, layout.sharing(R)), layout)
-    return Integer(layout).nearest(W_RC, 0.04 if layout.activations == "static" else None)
+    return IntegerScheme(layout).nearest(W_RC, 0.04 if layout.activations == "static" else None)
 
 
-def damages(part: str, tensor: Tensor, layout: Layout) -> Iterator[Tensor]:
+def damages(part: str, tensor: Tensor, layout: AnyLayout) -> Iterator[Tensor]:
     """The tensor with one value of it damaged, in every way there is."""
     values: tuple[float, ...] = (float("nan"), float("inf"), -float("inf"))
     if part == "weight_scale":
@@ -90,7 +90,7 @@ def damages(part: str, tensor: Tensor, layout: Layout) -> Iterator[Tensor]:
         values += (-1.0,)
     elif not tensor.is_floating_point():
         values = {"weight_multiplier": (0, 19, 255), "weight_mask": ()}.get(part, ())
-        if part == "weight" and isinstance(layout, Scheme):
+        if part == "weight" and isinstance(layout, IntegerLayout):
             values = (-128,) if layout.block is None else (0x08, 0x80)
     for value in values:
         damaged = tensor.clone()
@@ -108,7 +108,7 @@ def assert_one_line(act: Callable[[], Any], *words: str) -> None:
 
 
 @by_layout
-def test_values_that_can_not_be_are_refused_by_all_who_read_them(layout: Layout, tmp_path: Path) -> None:
+def test_values_that_can_not_be_are_refused_by_all_who_read_them(layout: AnyLayout, tmp_path: Path) -> None:
     write_in(tmp_path, pico("llama", vocab_size=VOCABULARY), layout, lambda W_RC: made(W_RC, layout))
     whole, model = load_file(tmp_path / "model.safetensors"), load(tmp_path)
     module: Any = model.get_submodule(NAME)
@@ -131,7 +131,7 @@ def test_values_that_can_not_be_are_refused_by_all_who_read_them(layout: Layout,
 
 
 def test_a_damaged_bias_and_a_damaged_embedding_are_refused(tmp_path: Path) -> None:
-    write_in(tmp_path / "bias", pico("qwen2"), Scheme("w8a8"), lambda W_RC: made(W_RC, Scheme("w8a8")))
+    write_in(tmp_path / "bias", pico("qwen2"), IntegerLayout("w8a8"), lambda W_RC: made(W_RC, IntegerLayout("w8a8")))
     file = tmp_path / "bias/model.safetensors"
     whole, name = load_file(file), "model.layers.0.self_attn.q_proj.bias"
     save_file({**whole, name: whole[name].index_fill(0, torch.tensor(3), torch.inf)}, file, {"format": "pt"})
@@ -139,7 +139,7 @@ def test_a_damaged_bias_and_a_damaged_embedding_are_refused(tmp_path: Path) -> N
         lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "bias"), "q_proj is damaged: the bias must be finite"
     )
     plain = pico("llama").get_input_embeddings()
-    module: Any = integer_embedding.embedding("embed", plain, made(plain.weight.data, Scheme("w8a8")))  # type: ignore[arg-type]
+    module: Any = integer_embedding.embedding("embed", plain, made(plain.weight.data, IntegerLayout("w8a8")))  # type: ignore[arg-type]
     assert isinstance(module, IntegerEmbedding)
     module.require_sound("embed")
     module.weight.data[0, 0, 0] = -128
@@ -148,18 +148,18 @@ def test_a_damaged_bias_and_a_damaged_embedding_are_refused(tmp_path: Path) -> N
 
 def test_a_scale_of_zero_is_that_of_a_row_of_zeros() -> None:
     codes = torch.tensor([[3, -4], [0, 0]], dtype=torch.int8)
-    assert torch.equal(IntegerWeight(codes, torch.tensor([0.5, 0.0]), Scheme("w8a8")).dequantize()[1], torch.zeros(2))
+    assert torch.equal(IntegerWeight(codes, torch.tensor([0.5, 0.0]), IntegerLayout("w8a8")).dequantize()[1], torch.zeros(2))
     with pytest.raises(ValueError, match="positive, or zero for a row of zeros"):
-        IntegerWeight(codes, torch.tensor([0.0, 0.5]), Scheme("w8a8"))
+        IntegerWeight(codes, torch.tensor([0.0, 0.5]), IntegerLayout("w8a8"))
     empty = Int8Weight(codes, torch.tensor([1.0, 0.0])).as_integer()  # stock bitsandbytes gives a row of zeros a scale of zero
-    assert torch.equal(registry.read(empty.tensors(), Scheme("w8a8"), (2, 2)).dequantize(), empty.dequantize())  # type: ignore[union-attr]
+    assert torch.equal(registry.read(empty.tensors(), IntegerLayout("w8a8"), (2, 2)).dequantize(), empty.dequantize())  # type: ignore[union-attr]
 
 
 def test_a_fitted_scale_below_zero_is_written_as_the_same_weights_under_one_above() -> None:
-    coding, W = Integer(Scheme("w8a8")), noise(4, 8)
+    coding, W = IntegerScheme(IntegerLayout("w8a8")), noise(4, 8)
     index = coding.grid.nearest(W / W.abs().amax(1, keepdim=True))
     scale = W.abs().amax(1, keepdim=True) * torch.tensor([[1.0], [-1.0], [1e-45], [0.0]])
-    packed: Any = coding.store(Rounded(index, scale))
+    packed: Any = coding.store(RoundedWeight(index, scale))
     expected = coding.grid.levels[index] * scale
     torch.testing.assert_close(packed.dequantize(), expected)
     assert bool((packed.scale_R >= 0).all()) and float(packed.scale_R[1]) > 0
@@ -263,7 +263,7 @@ def test_a_config_that_can_not_be_is_refused_in_one_line(plain: Path) -> None:
     for said, why in CONFIGS:
         rewrite(plain, original, quantization_config={"quant_method": transformers_quantizer.METHOD, **said})
         assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), why)
-        assert_one_line(lambda: OnDisk(plain, CPU, quantized=True), why)
+        assert_one_line(lambda: DiskModel(plain, CPU, quantized=True), why)
     rewrite(
         plain,
         original,
@@ -272,7 +272,7 @@ def test_a_config_that_can_not_be_is_refused_in_one_line(plain: Path) -> None:
     assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), "a rank of 1000000 for")
     for nothing in (3, [1], "w8a8"):
         rewrite(plain, original, quantization_config=nothing)
-        assert_one_line(lambda: OnDisk(plain, CPU, quantized=True), "no object")
+        assert_one_line(lambda: DiskModel(plain, CPU, quantized=True), "no object")
     rewrite(plain, original, quantization_config={"quant_method": transformers_quantizer.METHOD, "schemes": [], "ties": None})
     assert Checkpoint.open(plain, base=False).aliases == {}
     assert distance(measured(plain), live(load(plain))) < 1e-5
@@ -294,7 +294,7 @@ def test_layers_that_can_not_be_are_refused_in_one_line(plain: Path) -> None:
     ):
         ours = {"quant_method": transformers_quantizer.METHOD, "schemes": []}
         rewrite(plain, original, per_layer_config={"0": own}, quantization_config=ours, **{ALLOW: True})
-        for act in (lambda: AutoModelForCausalLM.from_pretrained(plain), lambda: OnDisk(plain, CPU, quantized=True)):
+        for act in (lambda: AutoModelForCausalLM.from_pretrained(plain), lambda: DiskModel(plain, CPU, quantized=True)):
             with pytest.raises(CompressError) as caught:
                 act()
             assert len(str(caught.value).splitlines()) == 1
@@ -303,8 +303,8 @@ def test_layers_that_can_not_be_are_refused_in_one_line(plain: Path) -> None:
 
 def test_a_block_wider_than_a_row_is_one_block() -> None:
     W_RC = noise(4, 24)
-    packed: Any = made(W_RC, Scheme("w4a8", block=24))
-    wide = replace(packed, scheme=Scheme("w4a8", block=100_000))
+    packed: Any = made(W_RC, IntegerLayout("w4a8", block=24))
+    wide = replace(packed, scheme=IntegerLayout("w4a8", block=100_000))
     assert torch.equal(wide.dequantize(), packed.dequantize())
 
 

@@ -16,14 +16,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import integer
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear, linear, weight_of
 from tests.models import noise, pico
 
 stock: Any = functional  # typed in part only
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SCHEMES = [
-    Scheme(format, activations, None if format.startswith("w8") else 8)
+    IntegerLayout(format, activations, None if format.startswith("w8") else 8)
     for format, activations in itertools.product(integer.FORMATS, integer.ACTIVATIONS)
 ]
 SHAPES = [(1, 1), (7, 3), (17, 33), (5, 127), (32, 64)]  # most divide by nothing
@@ -33,7 +33,7 @@ by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{sch
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
 
 
-def own(scheme: Scheme, R: int, C: int, *, unit: bool = False) -> IntegerWeight:
+def own(scheme: IntegerLayout, R: int, C: int, *, unit: bool = False) -> IntegerWeight:
     """Random codes of the whole range; with `unit`, scales of one, so that every output is an integer."""
     g = torch.Generator().manual_seed(R * C)
     largest, step = integer.LARGEST[scheme.weight_bits], torch.tensor(1.0 if unit else 0.03)
@@ -66,7 +66,7 @@ def product(weight: IntegerWeight, bias: Tensor | None, x: Tensor) -> Tensor:
 
 @by_scheme
 @pytest.mark.parametrize("shape", SHAPES)
-def test_writing_and_reading_returns_the_same_linear(scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_writing_and_reading_returns_the_same_linear(scheme: IntegerLayout, shape: tuple[int, int]) -> None:
     weight = own(scheme, *shape)
     again = integer.read(weight.tensors(), scheme, shape[1])
     for field in ("codes_RC", "scale_R", "multiplier_RG", "input_scale"):
@@ -76,12 +76,12 @@ def test_writing_and_reading_returns_the_same_linear(scheme: Scheme, shape: tupl
 
 
 def test_an_even_row_says_itself_how_long_it_is() -> None:
-    weight = own(Scheme("w4a8", block=8), 5, 24)
+    weight = own(IntegerLayout("w4a8", block=8), 5, 24)
     assert torch.equal(integer.read(weight.tensors(), weight.scheme).codes_RC, weight.codes_RC)
 
 
 @by_scheme
-def test_no_plain_linear_has_the_shape_of_our_weight(scheme: Scheme) -> None:
+def test_no_plain_linear_has_the_shape_of_our_weight(scheme: IntegerLayout) -> None:
     for R, C in itertools.product(range(1, 40), range(2, 40)):
         (shape, _) = scheme.shapes(R, C)["weight"]
         assert shape not in {(R, C), (C, R)}
@@ -93,17 +93,17 @@ def test_the_layout_of_four_bits_is_code_plus_eight_with_the_even_column_high() 
 
 
 def test_code_times_multiplier_always_fits_eight_bits() -> None:
-    weight = own(Scheme("w4a4", block=8), 300, 16)
+    weight = own(IntegerLayout("w4a4", block=8), 300, 16)
     exact = weight.codes_RC.long() * cast(Tensor, weight.multiplier_RG).long().repeat_interleave(8, 1)
     assert torch.equal(weight.expanded().long(), exact) and int(exact.abs().max()) == 126
 
 
 @by_scheme
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dequantising_is_the_product_of_the_parts(scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_dequantising_is_the_product_of_the_parts(scheme: IntegerLayout, shape: tuple[int, int]) -> None:
     weight = own(scheme, *shape)
     exact = product(
-        replace(weight, scheme=Scheme(scheme.format, "none", scheme.block), input_scale=None), None, torch.eye(shape[1])
+        replace(weight, scheme=IntegerLayout(scheme.format, "none", scheme.block), input_scale=None), None, torch.eye(shape[1])
     )
     for dtype in DTYPES:
         assert torch.equal(weight.dequantize(dtype), exact.T.float().to(dtype))
@@ -111,7 +111,7 @@ def test_dequantising_is_the_product_of_the_parts(scheme: Scheme, shape: tuple[i
 
 @pytest.mark.parametrize("damage", ["lost", "extra", "codes", "zero", "multiplier", "nan", "type", "shape", "step"])
 def test_a_damaged_linear_is_refused(damage: str) -> None:
-    scheme = Scheme("w4a8", "static", 8)
+    scheme = IntegerLayout("w4a8", "static", 8)
     stored = {name: tensor.clone() for name, tensor in own(scheme, 4, 16).tensors().items()}
     if damage == "lost":
         del stored["weight_scale"]
@@ -141,14 +141,14 @@ def test_a_scheme_that_cannot_be_is_refused() -> None:
         {"format": "w4a8"},
     ):
         with pytest.raises(ValueError, match=r"w2a8|half|no block|needs a block"):
-            Scheme(**cast(Any, fields))
+            IntegerLayout(**cast(Any, fields))
 
 
 def test_a_row_whose_sum_may_not_fit_an_int32_is_refused() -> None:
     columns = integer.WIDEST + 1
     assert 127 * 127 * integer.WIDEST < 2**31 <= 127 * 127 * columns
     with pytest.raises(ValueError, match="at most"):
-        IntegerWeight(torch.zeros(1, columns, dtype=torch.int8), torch.ones(1), Scheme("w8a8"))
+        IntegerWeight(torch.zeros(1, columns, dtype=torch.int8), torch.ones(1), IntegerLayout("w8a8"))
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -172,7 +172,7 @@ def test_halves_are_rounded_to_even_and_a_stored_scale_clips() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_activations_beyond_half_precision_stay_finite(dtype: torch.dtype) -> None:
-    weight = own(Scheme("w8a8"), 17, 33)
+    weight = own(IntegerLayout("w8a8"), 17, 33)
     x = (noise(4, 33) * 1e5).to(dtype)
     x[2] = 0
     with torch.no_grad():
@@ -188,13 +188,13 @@ def test_tiny_rows_keep_codes_in_range_and_rows_that_are_not_finite_say_so() -> 
     assert bool((scale[:2] > 0).all())  # or a division by it is not finite, and its code is whatever the machine makes of that
     assert bool(((codes[:2] * scale[:2]).double() - x[:2].double()).abs().le(1.2e-38).all())
     with torch.no_grad():
-        found = linear(IntegerWeight(torch.ones(3, 2, dtype=torch.int8), torch.ones(3), Scheme("w8a8")), None)(x)
+        found = linear(IntegerWeight(torch.ones(3, 2, dtype=torch.int8), torch.ones(3), IntegerLayout("w8a8")), None)(x)
     assert bool(found[:2].isfinite().all()) and not bool(found[2:].isfinite().any())
 
 
 @by_scheme
 @pytest.mark.parametrize("shape", SHAPES)
-def test_the_product_of_integers_is_exact(scheme: Scheme, shape: tuple[int, int]) -> None:
+def test_the_product_of_integers_is_exact(scheme: IntegerLayout, shape: tuple[int, int]) -> None:
     weight = own(scheme, *shape, unit=True)
     largest = integer.LARGEST[scheme.activation_bits]
     bound = min(largest, (2**24 // 127 - largest) // shape[1])
@@ -208,7 +208,7 @@ def test_the_product_of_integers_is_exact(scheme: Scheme, shape: tuple[int, int]
 
 @by_scheme
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_linear_computes_the_dequantised_product(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_a_linear_computes_the_dequantised_product(scheme: IntegerLayout, dtype: torch.dtype) -> None:
     weight, bias, x = own(scheme, 17, 133), noise(17, seed=3), noise(2, 5, 133, seed=4).to(dtype)
     module = linear(weight, bias)
     with torch.no_grad():
@@ -229,7 +229,7 @@ def test_two_int8_codes_hold_every_16_bit_code() -> None:
 # torch 2.13's own compiler does what the warning is about
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @by_scheme
-def test_a_linear_compiles_into_one_graph(scheme: Scheme) -> None:
+def test_a_linear_compiles_into_one_graph(scheme: IntegerLayout) -> None:
     module, x = linear(own(scheme, 17, 33), noise(17, seed=3)), noise(2, 5, 33, seed=4)
     compiled = torch.compile(module, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
@@ -242,7 +242,7 @@ def test_a_linear_compiles_into_one_graph(scheme: Scheme) -> None:
 
 @by_scheme
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gradients_go_straight_through_the_rounding(scheme: Scheme, dtype: torch.dtype) -> None:
+def test_gradients_go_straight_through_the_rounding(scheme: IntegerLayout, dtype: torch.dtype) -> None:
     weight, bias, x = own(scheme, 17, 33), noise(17, seed=3), noise(2, 5, 33, seed=4).to(dtype).requires_grad_()
     module, grad = linear(weight, bias), noise(2, 5, 17, seed=5).to(dtype)
     module.bias.requires_grad_()
@@ -254,7 +254,7 @@ def test_gradients_go_straight_through_the_rounding(scheme: Scheme, dtype: torch
 
 
 def test_an_adapter_below_and_above_learns() -> None:
-    module = linear(own(Scheme("w4a8", block=8), 17, 33), None)
+    module = linear(own(IntegerLayout("w4a8", block=8), 17, 33), None)
     below, above, x = nn.Linear(33, 33), nn.Linear(17, 3), noise(64, 33)
     optimiser = torch.optim.Adam([*below.parameters(), *above.parameters()], lr=1e-2)
     losses = []
@@ -268,7 +268,7 @@ def test_an_adapter_below_and_above_learns() -> None:
 
 
 def test_a_new_module_allocates_integers_alone() -> None:
-    module = IntegerLinear(64, 32, Scheme("w4a8", block=16), bias=False)
+    module = IntegerLinear(64, 32, IntegerLayout("w4a8", block=16), bias=False)
     assert isinstance(module, nn.Linear)
     assert {name: p.numel() * p.element_size() for name, p in module.named_parameters()} == {
         "weight": 32 * 64 // 2,
@@ -278,7 +278,7 @@ def test_a_new_module_allocates_integers_alone() -> None:
 
 
 @by_scheme
-def test_a_cast_model_keeps_exact_scales_and_the_bytes_of_the_disk(scheme: Scheme) -> None:
+def test_a_cast_model_keeps_exact_scales_and_the_bytes_of_the_disk(scheme: IntegerLayout) -> None:
     weight, x = own(scheme, 16, 24), noise(3, 24).bfloat16()
     module = linear(weight, noise(16))
     with torch.no_grad():
@@ -293,7 +293,7 @@ def test_a_cast_model_keeps_exact_scales_and_the_bytes_of_the_disk(scheme: Schem
 
 
 def test_a_module_that_was_not_prepared_computes_the_same_and_keeps_nothing() -> None:
-    module, x = linear(own(Scheme("w4a4", block=8), 17, 33), None), noise(3, 33)
+    module, x = linear(own(IntegerLayout("w4a4", block=8), 17, 33), None), noise(3, 33)
     with torch.no_grad():
         before = module(x)
         assert module.expanded is not None
@@ -302,7 +302,7 @@ def test_a_module_that_was_not_prepared_computes_the_same_and_keeps_nothing() ->
 
 
 def test_loading_other_codes_into_a_module_expands_them_anew() -> None:
-    one, other = own(Scheme("w4a8", block=8), 17, 33), own(Scheme("w4a8", block=8), 17, 33)
+    one, other = own(IntegerLayout("w4a8", block=8), 17, 33), own(IntegerLayout("w4a8", block=8), 17, 33)
     other = replace(other, codes_RC=-other.codes_RC)
     module, empty, x = linear(one, None), IntegerLinear(33, 17, one.scheme, bias=False), noise(3, 33)
     for target in (module, empty):
@@ -373,7 +373,7 @@ def test_plain_transformers_loads_our_int8_codes(tmp_path: Path) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @by_scheme
-def test_a_gpu_computes_what_a_cpu_does(scheme: Scheme) -> None:
+def test_a_gpu_computes_what_a_cpu_does(scheme: IntegerLayout) -> None:
     for dtype, (R, C) in itertools.product(DTYPES, [(32, 64), (17, 33)]):
         module, x = linear(own(scheme, R, C), noise(R)), noise(5, C).to(dtype)
         with torch.no_grad():

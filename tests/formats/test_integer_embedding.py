@@ -17,8 +17,8 @@ from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbed
 
 from llmcompress.algorithms.rowwise_int8 import round_rows
 from llmcompress.errors import ModelError
-from llmcompress.formats.four_bit import FourBit
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import IntegerEmbedding, embedding
 from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import distance
@@ -27,14 +27,16 @@ from tests.models import pico
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = torch.arange(3, 27)[None]
 FAMILIES = ("llama", "gemma3_text", "gpt2", "opt", "gpt_neox")
-W8A8, NONE = Scheme("w8a8"), Scheme("w8a8", "none")
+W8A8, NONE = IntegerLayout("w8a8"), IntegerLayout("w8a8", "none")
 
 
-def rounded(weight: Tensor, scheme: Scheme = W8A8) -> IntegerWeight:
+def rounded(weight: Tensor, scheme: IntegerLayout = W8A8) -> IntegerWeight:
     return IntegerWeight(*round_rows(weight.detach()), scheme)
 
 
-def artefact(folder: Path, family: str = "llama", scheme: Scheme | None = None, *, tied: bool = True, **config: Any) -> Any:
+def artefact(
+    folder: Path, family: str = "llama", scheme: IntegerLayout | None = None, *, tied: bool = True, **config: Any
+) -> Any:
     """Write a model whose embedding, and head if tied, is in int8; returns the float model of the same weights."""
     model = cast(Any, pico(family, tie_word_embeddings=tied, **config))
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
@@ -209,9 +211,9 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path) -> None:
         ([(W8A8, [name])], "lm_head, tied to it, not the same"),
         ([(W8A8, [name]), (NONE, [head])], "lm_head, tied to it, not the same"),
         ([(W8A8, [head])], "its weight is tied to another"),
-        ([(Scheme("w4a8", block=32), [name, head])], "an embedding has int8 rows"),
-        ([(Scheme("w8a8", "static"), [name, head])], "an embedding has int8 rows"),
-        ([(FourBit("nf4", 64), [name, head])], "an embedding has int8 rows"),
+        ([(IntegerLayout("w4a8", block=32), [name, head])], "an embedding has int8 rows"),
+        ([(IntegerLayout("w8a8", "static"), [name, head])], "an embedding has int8 rows"),
+        ([(FourBitLayout("nf4", 64), [name, head])], "an embedding has int8 rows"),
     ):
         artefact(tmp_path)
         config = json.loads((tmp_path / "config.json").read_text())

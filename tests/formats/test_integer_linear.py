@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.formats import integer, integer_linear
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import PIECE, float_sums, integer_sums, linear, scaled
 from tests.models import noise
 
@@ -54,9 +54,13 @@ def test_sums_of_the_integer_kernel_are_exact(shape: tuple[int, int], tokens: in
 
 
 @pytest.mark.parametrize(
-    "scheme", [Scheme("w8a8"), Scheme("w8a8", "static"), Scheme("w4a4", block=8), Scheme("w8a16")], ids=str
+    "scheme",
+    [IntegerLayout("w8a8"), IntegerLayout("w8a8", "static"), IntegerLayout("w4a4", block=8), IntegerLayout("w8a16")],
+    ids=str,
 )
-def test_a_processor_with_a_kernel_computes_what_one_without_does(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_processor_with_a_kernel_computes_what_one_without_does(
+    scheme: IntegerLayout, monkeypatch: pytest.MonkeyPatch
+) -> None:
     largest = integer.LARGEST[scheme.weight_bits]
     groups = None if scheme.block is None else torch.full((17, 5), 3, dtype=torch.uint8)
     step = torch.tensor(0.02) if scheme.activations == "static" else None

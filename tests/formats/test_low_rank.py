@@ -13,17 +13,17 @@ from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import low_rank
-from llmcompress.formats.low_rank import Factored, FactoredLinear, FactoredWeight, read
+from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear, FactoredWeight, read
 from llmcompress.formats.registry import layouts_of, parts_of, tensors_of
 from tests.models import noise
 
 R, C = 24, 37
-LAYOUTS = (Factored("shared"), Factored("shared", 5), Factored("basis", 6))
+LAYOUTS = (FactoredLayout("shared"), FactoredLayout("shared", 5), FactoredLayout("basis", 6))
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
 by_type = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
 
-def weight(layout: Factored, rows: int = R, columns: int = C, seed: int = 0) -> FactoredWeight:
+def weight(layout: FactoredLayout, rows: int = R, columns: int = C, seed: int = 0) -> FactoredWeight:
     """Random parts, float32."""
     whole = noise(rows, columns, seed=seed) if layout.format == "shared" else None
     left = noise(rows, layout.rank, seed=seed + 1) if layout.rank else None
@@ -31,7 +31,7 @@ def weight(layout: Factored, rows: int = R, columns: int = C, seed: int = 0) -> 
     return FactoredWeight(layout, whole, left, right)
 
 
-def dense(tensors: dict[str, Tensor], layout: Factored) -> Tensor:
+def dense(tensors: dict[str, Tensor], layout: FactoredLayout) -> Tensor:
     """The weight [R, C] that stored tensors stand for, as the table of the layouts has it, in float64."""
     part = {name: tensor.double() for name, tensor in tensors.items()}
     if layout.format == "basis":
@@ -40,7 +40,7 @@ def dense(tensors: dict[str, Tensor], layout: Factored) -> Tensor:
     return part["weight"][0] + difference
 
 
-def live(layout: Factored, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[FactoredLinear, Tensor]:
+def live(layout: FactoredLayout, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[FactoredLinear, Tensor]:
     """A module and the weight that it stands for, float64."""
     made = weight(layout).to(dtype)
     module = low_rank.linear(made, noise(R, seed=9).to(dtype) if bias else None)
@@ -53,13 +53,13 @@ def live(layout: Factored, dtype: torch.dtype = torch.float32, bias: bool = True
 @pytest.mark.parametrize(
     ("layout", "shapes"),
     [
-        (Factored("shared"), {"weight": (1, R, C)}),
-        (Factored("shared", 5), {"weight": (1, R, C), "weight_left": (R, 5), "weight_right": (5, C)}),
-        (Factored("basis", 6), {"weight": (1, R, 6), "weight_right": (6, C)}),
+        (FactoredLayout("shared"), {"weight": (1, R, C)}),
+        (FactoredLayout("shared", 5), {"weight": (1, R, C), "weight_left": (R, 5), "weight_right": (5, C)}),
+        (FactoredLayout("basis", 6), {"weight": (1, R, 6), "weight_right": (6, C)}),
     ],
 )
 def test_what_lies_on_the_disk_is_the_parts_and_the_weight_has_an_axis_of_one(
-    layout: Factored, shapes: dict[str, tuple[int, ...]]
+    layout: FactoredLayout, shapes: dict[str, tuple[int, ...]]
 ) -> None:
     assert {name: shape for name, (shape, _) in layout.shapes(R, C).items()} == shapes
     assert {name: tuple(tensor.shape) for name, tensor in weight(layout).tensors().items()} == shapes
@@ -71,9 +71,9 @@ def test_what_lies_on_the_disk_is_the_parts_and_the_weight_has_an_axis_of_one(
 
 
 def test_what_is_shared_without_a_difference_costs_the_others_nothing() -> None:
-    assert Factored("shared").parameters((R, C), common=False) == 0
-    assert Factored("shared", 5).parameters((R, C), common=False) == 5 * (R + C)
-    assert Factored("basis", 6).parameters((R, C), common=False) == 6 * R
+    assert FactoredLayout("shared").parameters((R, C), common=False) == 0
+    assert FactoredLayout("shared", 5).parameters((R, C), common=False) == 5 * (R + C)
+    assert FactoredLayout("basis", 6).parameters((R, C), common=False) == 6 * R
 
 
 @pytest.mark.parametrize(
@@ -91,14 +91,14 @@ def test_what_is_shared_without_a_difference_costs_the_others_nothing() -> None:
 )
 def test_a_layout_that_can_not_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=r"no format|the rank of"):
-        Factored(**fields)
+        FactoredLayout(**fields)
     with pytest.raises(ModelError, match="that this llmcompress doesn't know") as told:
         layouts_of([{**fields, "linears": ["a"]}])
     assert "\n" not in str(told.value)
 
 
 @by_layout
-def test_a_rank_above_that_of_the_weight_is_refused(layout: Factored) -> None:
+def test_a_rank_above_that_of_the_weight_is_refused(layout: FactoredLayout) -> None:
     assert layout.refusal((R, C)) is None and layout.refusal((layout.rank or 1, C)) is None
     if layout.rank:
         assert f"a rank of {layout.rank} is no less than" in str(layout.refusal((layout.rank - 1, C)))
@@ -123,7 +123,7 @@ def test_names_say_the_rank_where_there_is_one() -> None:
 def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     rows: int, columns: int, rank: int, format: Any, dtype: torch.dtype, seed: int
 ) -> None:
-    layout = Factored(format, max(rank, 1) if format == "basis" else rank)
+    layout = FactoredLayout(format, max(rank, 1) if format == "basis" else rank)
     made = weight(layout, rows, columns, seed).to(dtype)
     tensors = made.tensors()
     for again in (layout.read(tensors, columns), read({**tensors, "bias": noise(rows)}, layout, rows, columns)):
@@ -141,14 +141,14 @@ def test_a_matrix_that_is_only_shared_is_that_matrix() -> None:
 
 
 @by_layout
-def test_parts_are_rounded_to_a_type_each_by_itself(layout: Factored) -> None:
+def test_parts_are_rounded_to_a_type_each_by_itself(layout: FactoredLayout) -> None:
     exact, half = weight(layout), weight(layout).to(torch.bfloat16)
     for name, tensor in half.tensors().items():
         assert torch.equal(tensor, exact.tensors()[name].to(torch.bfloat16)) and tensor.is_contiguous()
 
 
 @by_layout
-def test_tensors_that_are_no_such_linear_are_refused_in_one_line(layout: Factored) -> None:
+def test_tensors_that_are_no_such_linear_are_refused_in_one_line(layout: FactoredLayout) -> None:
     good = weight(layout).tensors()
     wrong: list[dict[str, Tensor]] = [
         {**good, "weight": good["weight"][0]},
@@ -176,7 +176,7 @@ def test_tensors_that_are_no_such_linear_are_refused_in_one_line(layout: Factore
 
 @by_layout
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_module_computes_what_the_dense_weight_does(layout: Factored, bias: bool) -> None:
+def test_a_module_computes_what_the_dense_weight_does(layout: FactoredLayout, bias: bool) -> None:
     module, W_RC = live(layout, bias=bias)
     plain = nn.functional.linear(noise(2, 5, C).double(), W_RC, noise(R, seed=9).double() if bias else None)
     found = module(noise(2, 5, C))
@@ -187,7 +187,7 @@ def test_a_module_computes_what_the_dense_weight_does(layout: Factored, bias: bo
 
 @by_layout
 @by_type
-def test_in_half_precision_it_is_as_near_as_the_type_allows(layout: Factored, dtype: torch.dtype) -> None:
+def test_in_half_precision_it_is_as_near_as_the_type_allows(layout: FactoredLayout, dtype: torch.dtype) -> None:
     module, W_RC = live(layout, dtype)
     x = noise(16, C).to(dtype)
     plain = nn.functional.linear(x.double(), W_RC, noise(R, seed=9).to(dtype).double())
@@ -197,7 +197,7 @@ def test_in_half_precision_it_is_as_near_as_the_type_allows(layout: Factored, dt
 
 
 @by_layout
-def test_the_output_is_in_the_type_of_the_input_whatever_that_of_the_parts(layout: Factored) -> None:
+def test_the_output_is_in_the_type_of_the_input_whatever_that_of_the_parts(layout: FactoredLayout) -> None:
     module, W_RC = live(layout, torch.bfloat16)
     x = noise(3, C)
     plain = nn.functional.linear(x.double(), W_RC, noise(R, seed=9).bfloat16().double())
@@ -207,7 +207,7 @@ def test_the_output_is_in_the_type_of_the_input_whatever_that_of_the_parts(layou
 
 
 @by_layout
-def test_gradients_go_to_the_input_and_to_parts_that_are_told_to_learn(layout: Factored) -> None:
+def test_gradients_go_to_the_input_and_to_parts_that_are_told_to_learn(layout: FactoredLayout) -> None:
     module, W_RC = live(layout)
     x, upstream = noise(4, C).requires_grad_(), noise(4, R, seed=3)
     module(x).backward(upstream)
@@ -223,7 +223,7 @@ def test_gradients_go_to_the_input_and_to_parts_that_are_told_to_learn(layout: F
 
 
 @by_layout
-def test_parts_are_cast_and_moved_with_the_model(layout: Factored) -> None:
+def test_parts_are_cast_and_moved_with_the_model(layout: FactoredLayout) -> None:
     module, _ = live(layout)
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
     nn.Sequential(module).to(torch.bfloat16)
@@ -233,7 +233,7 @@ def test_parts_are_cast_and_moved_with_the_model(layout: Factored) -> None:
 
 
 @by_layout
-def test_a_state_dict_is_the_tensors_of_the_disk_and_loads_again(layout: Factored) -> None:
+def test_a_state_dict_is_the_tensors_of_the_disk_and_loads_again(layout: FactoredLayout) -> None:
     made, bias_R = weight(layout, seed=5), noise(R)
     module = FactoredLinear(C, R, layout, bias=True)
     assert {name: tuple(t.shape) for name, t in module.state_dict().items() if name != "bias"} == {
@@ -250,7 +250,7 @@ def test_a_state_dict_is_the_tensors_of_the_disk_and_loads_again(layout: Factore
 
 
 @by_layout
-def test_a_module_holds_copies_and_gives_out_none_of_its_own(layout: Factored) -> None:
+def test_a_module_holds_copies_and_gives_out_none_of_its_own(layout: FactoredLayout) -> None:
     made = weight(layout)
     module = low_rank.linear(made, None)
     expected = module(torch.eye(C)).clone()
@@ -275,7 +275,7 @@ def test_a_module_tells_what_it_is() -> None:
 
 
 @by_layout
-def test_a_damaged_module_is_refused_where_its_weight_is_asked_for(layout: Factored) -> None:
+def test_a_damaged_module_is_refused_where_its_weight_is_asked_for(layout: FactoredLayout) -> None:
     module, _ = live(layout)
     module.weight = nn.Parameter(module.weight.data[:, :-1], requires_grad=False)
     with pytest.raises(ModelError, match=f"a linear of {R} x {C} in Factored"):

@@ -23,7 +23,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import sparse
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.registry import dequantize, layouts_of, parts_of, quantized_linears
-from llmcompress.formats.sparse import Sparse, SparseLinear, SparseWeight, read
+from llmcompress.formats.sparse import SparseLayout, SparseLinear, SparseWeight, read
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.io.checkpoint import Checkpoint
 from tests.artefacts import linears, write_in
@@ -31,21 +31,21 @@ from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, dista
 from tests.models import FAMILIES, pico
 
 LAYOUTS = (
-    Sparse("2:4", "float32"),
-    Sparse("4:8", "float32"),
-    Sparse("1:3", "float32"),
-    Sparse("unstructured", "float32", 0.5),
-    Sparse("unstructured", "float32", 0.3),
+    SparseLayout("2:4", "float32"),
+    SparseLayout("4:8", "float32"),
+    SparseLayout("1:3", "float32"),
+    SparseLayout("unstructured", "float32", 0.5),
+    SparseLayout("unstructured", "float32", 0.3),
 )
 by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name} {layout.keep or ''}".strip())
 
 
-def weight(R: int, C: int, layout: Sparse, seed: int = 0) -> SparseWeight:
+def weight(R: int, C: int, layout: SparseLayout, seed: int = 0) -> SparseWeight:
     W_RC = torch.randn(R, C, generator=torch.Generator().manual_seed(seed))
     return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(C)), layout)
 
 
-def artefact(folder: Path, model: PreTrainedModel, layout: Sparse) -> PreTrainedModel:
+def artefact(folder: Path, model: PreTrainedModel, layout: SparseLayout) -> PreTrainedModel:
     """Write a model whose linears lost their smallest weights, and set these to zero in the model itself."""
 
     def thinned(W_RC: Tensor) -> SparseWeight:
@@ -65,7 +65,7 @@ def artefact(folder: Path, model: PreTrainedModel, layout: Sparse) -> PreTrained
 def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     rows: int, columns: int, seed: int, pattern: str | float, dtype: str
 ) -> None:
-    layout = Sparse(pattern, dtype) if isinstance(pattern, str) else Sparse("unstructured", dtype, pattern)
+    layout = SparseLayout(pattern, dtype) if isinstance(pattern, str) else SparseLayout("unstructured", dtype, pattern)
     made = weight(rows, columns, layout, seed)
     tensors = made.tensors()
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout.shapes(rows, columns)
@@ -79,12 +79,14 @@ def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
 
 
 def test_the_bits_of_a_weight_are_those_that_one_counts_by_hand() -> None:
-    assert Sparse("2:4", "bfloat16").bits((1, 64)) == 9 and Sparse("unstructured", "float32", 0.25).bits((1, 64)) == 9
-    assert Sparse("4:8", "float16").bits((1, 12)) == pytest.approx(8 * (2 * 8 + 2) / 12), "the last 4 of 12 all stay"
+    assert (
+        SparseLayout("2:4", "bfloat16").bits((1, 64)) == 9 and SparseLayout("unstructured", "float32", 0.25).bits((1, 64)) == 9
+    )
+    assert SparseLayout("4:8", "float16").bits((1, 12)) == pytest.approx(8 * (2 * 8 + 2) / 12), "the last 4 of 12 all stay"
 
 
 @by_layout
-def test_what_a_layout_says_is_read_back_from_json(layout: Sparse) -> None:
+def test_what_a_layout_says_is_read_back_from_json(layout: SparseLayout) -> None:
     config = json.loads(json.dumps(transformers_quantizer.quantization_config([(layout, ["a.b"])])))
     assert layouts_of(config["schemes"]) == {"a.b": layout}
 
@@ -112,7 +114,7 @@ def test_a_layout_that_can_not_be_is_refused(fields: dict[str, Any]) -> None:
 
 
 def test_a_mask_of_another_pattern_is_refused() -> None:
-    layout, W_RC = Sparse("2:4", "float32"), torch.randn(4, 8)
+    layout, W_RC = SparseLayout("2:4", "float32"), torch.randn(4, 8)
     uneven = torch.zeros(4, 8, dtype=torch.bool)
     uneven[:, :4] = True
     with pytest.raises(ValueError, match="is not what Sparse"):
@@ -145,7 +147,7 @@ def test_a_sparse_linear_is_found_among_the_tensors_of_a_checkpoint() -> None:
 
 @by_layout
 @pytest.mark.parametrize("bias", [True, False])
-def test_a_module_computes_what_the_dense_weight_does(layout: Sparse, bias: bool) -> None:
+def test_a_module_computes_what_the_dense_weight_does(layout: SparseLayout, bias: bool) -> None:
     made, bias_R = weight(24, 37, layout), torch.randn(24) if bias else None
     module = sparse.linear(made, bias_R)
     x = torch.randn(2, 5, 37, requires_grad=True)
@@ -162,7 +164,7 @@ def test_a_module_computes_what_the_dense_weight_does(layout: Sparse, bias: bool
 
 
 def test_values_keep_their_type_and_the_dense_weight_follows_the_model() -> None:
-    made = weight(16, 24, Sparse("2:4", "float32"))
+    made = weight(16, 24, SparseLayout("2:4", "float32"))
     module = sparse.linear(made, torch.randn(16))
     module.to(torch.bfloat16)
     assert module.weight.dtype == torch.float32 and module.weight_mask.dtype == torch.uint8
@@ -174,7 +176,7 @@ def test_values_keep_their_type_and_the_dense_weight_follows_the_model() -> None
 
 
 def test_a_module_that_gets_other_values_computes_with_them() -> None:
-    layout = Sparse("unstructured", "float32", 0.5)
+    layout = SparseLayout("unstructured", "float32", 0.5)
     module, other = SparseLinear(24, 16, layout, bias=False), weight(16, 24, layout, seed=1)
     module.load_state_dict(other.tensors())
     assert torch.equal(module(torch.eye(24)).T, other.dequantize())
@@ -200,7 +202,7 @@ def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path
 
 
 @by_layout
-def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(layout: Sparse, tmp_path: Path) -> None:
+def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(layout: SparseLayout, tmp_path: Path) -> None:
     for family in ("llama", "gpt2"):
         plain = artefact(tmp_path / family, pico(family), layout)
         assert torch.equal(logits(load(tmp_path / family)), logits(plain))

@@ -21,9 +21,9 @@ from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import StoredModule
-from llmcompress.formats.integer import Scheme
-from llmcompress.formats.low_rank import Factored
-from llmcompress.formats.registry import Layout
+from llmcompress.formats.integer import IntegerLayout
+from llmcompress.formats.low_rank import FactoredLayout
+from llmcompress.formats.registry import AnyLayout
 from llmcompress.integrations.plain_modules import ours
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -39,7 +39,7 @@ by_layout = pytest.mark.parametrize(
 TARGETS = ["q_proj", "down_proj"]
 
 
-def artefact(folder: Path, layout: Layout, family: str = "llama") -> Path:
+def artefact(folder: Path, layout: AnyLayout, family: str = "llama") -> Path:
     write_in(folder, pico(family, vocab_size=VOCABULARY), layout, lambda W_RC: made(W_RC, layout))
     return folder
 
@@ -58,12 +58,12 @@ def named(folder: Path) -> list[str]:
     return [name for scheme in said["schemes"] for name in scheme["linears"]]
 
 
-def unrounded(layout: Layout) -> bool:
-    return not isinstance(layout, Scheme) or layout.activations == "none"
+def unrounded(layout: AnyLayout) -> bool:
+    return not isinstance(layout, IntegerLayout) or layout.activations == "none"
 
 
 @by_layout
-def test_a_merged_adapter_leaves_plain_linears_that_compute_the_same(layout: Layout, tmp_path: Path) -> None:
+def test_a_merged_adapter_leaves_plain_linears_that_compute_the_same(layout: AnyLayout, tmp_path: Path) -> None:
     model = adapted(load(artefact(tmp_path / "model", layout)))
     expected = {}
     for name, module in model.base_model.model.named_modules():
@@ -86,7 +86,7 @@ def test_a_merged_adapter_leaves_plain_linears_that_compute_the_same(layout: Lay
 
 
 def test_an_adapter_is_merged_and_taken_out_again(tmp_path: Path) -> None:
-    model = adapted(load(artefact(tmp_path, Scheme("w8a8", "none"))))
+    model = adapted(load(artefact(tmp_path, IntegerLayout("w8a8", "none"))))
     before = live(model)
     model.merge_adapter()
     torch.testing.assert_close(live(model), before, rtol=1e-3, atol=1e-3)
@@ -96,7 +96,7 @@ def test_an_adapter_is_merged_and_taken_out_again(tmp_path: Path) -> None:
 
 def test_a_model_all_of_whose_linears_are_merged_into_is_a_plain_one(tmp_path: Path) -> None:
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    merged = adapted(load(artefact(tmp_path / "model", Scheme("w4a8", block=32))), every).merge_and_unload()
+    merged = adapted(load(artefact(tmp_path / "model", IntegerLayout("w4a8", block=32))), every).merge_and_unload()
     assert not list(ours(merged))
     merged.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
@@ -104,7 +104,7 @@ def test_a_model_all_of_whose_linears_are_merged_into_is_a_plain_one(tmp_path: P
 
 
 def test_a_merged_conv1d_is_one_again(tmp_path: Path) -> None:
-    model = adapted(load(artefact(tmp_path / "model", Scheme("w8a8", "none"), "gpt2")), ["c_attn"])
+    model = adapted(load(artefact(tmp_path / "model", IntegerLayout("w8a8", "none"), "gpt2")), ["c_attn"])
     before = live(model)
     merged = model.merge_and_unload()
     assert isinstance(merged.transformer.h[0].attn.c_attn, Conv1D)
@@ -134,7 +134,7 @@ def test_an_adapter_on_one_of_two_layers_that_share_is_refused_before_anything_c
 @pytest.mark.slow
 @pytest.mark.parametrize("first", ["peft", "llmcompress"])
 def test_merging_works_whichever_is_imported_first(first: str, tmp_path: Path) -> None:
-    artefact(tmp_path, Scheme("w8a8", "none"))
+    artefact(tmp_path, IntegerLayout("w8a8", "none"))
     code = """
 import importlib, sys
 for name in sys.argv[1].split(","):
@@ -201,7 +201,7 @@ def test_an_adapter_on_one_of_two_that_are_one_matrix_is_refused(text: Path, tmp
 
 
 @by_layout
-def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: Layout, tmp_path: Path) -> None:
+def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: AnyLayout, tmp_path: Path) -> None:
     model: Any = load(artefact(tmp_path, layout))
     before = live(model)
     assert torch.equal(live(copy.deepcopy(model)), before)
@@ -221,7 +221,7 @@ def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: Layout, 
 
 
 @by_layout
-def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_same(layout: Layout, tmp_path: Path) -> None:
+def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_same(layout: AnyLayout, tmp_path: Path) -> None:
     model: Any = load(artefact(tmp_path / "model", layout))
     options: Any = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS), "pad_token_id": 0}
     cached = model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options)
@@ -236,7 +236,7 @@ def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_sam
 
 
 def test_layers_of_a_shared_layout_that_share_nothing_are_merged_into_apart(tmp_path: Path) -> None:
-    model = adapted(load(artefact(tmp_path, Factored("shared"))), ["layers.0.mlp.down_proj"])
+    model = adapted(load(artefact(tmp_path, FactoredLayout("shared"))), ["layers.0.mlp.down_proj"])
     other = model.base_model.model.model.layers[1].mlp.down_proj.dequantized(torch.float32)
     before = live(model)
     merged = model.merge_and_unload()
@@ -245,7 +245,7 @@ def test_layers_of_a_shared_layout_that_share_nothing_are_merged_into_apart(tmp_
 
 
 def test_a_model_goes_when_its_last_name_does(tmp_path: Path) -> None:
-    model = load(artefact(tmp_path, Scheme("w8a8")))
+    model = load(artefact(tmp_path, IntegerLayout("w8a8")))
     gone = weakref.ref(model.model.layers[0].mlp.up_proj)
     gc.disable()
     try:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
 from llmcompress.report.schema import Report
-from llmcompress.stages.distill.config import Lesson
+from llmcompress.stages.distill.config import DistillConfig
 from tests.bases import save_base, staged_recipe, write_text
 
 
@@ -52,10 +52,10 @@ def test_a_batch_that_does_not_divide_among_processes_is_told(monkeypatch: pytes
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert distributed.count() == 3
     with pytest.raises(CompressError, match="batch 16 does not divide among 3 processes"):
-        Lesson().micro(128)
-    assert Lesson(batch=12).micro(1024) == 4
+        DistillConfig().micro(128)
+    assert DistillConfig(batch=12).micro(1024) == 4
     with pytest.raises(CompressError, match="batch 12 does not divide among 3 processes, 6 at once"):
-        Lesson(batch=12, micro_batch=6).micro(128)
+        DistillConfig(batch=12, micro_batch=6).micro(128)
 
 
 def test_one_process_waits_for_no_other() -> None:

@@ -20,34 +20,34 @@ from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout, four_bit, integer
-from llmcompress.formats.four_bit import FourBit, FourBitLinear
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.four_bit import FourBitLayout, FourBitLinear
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import linears
 from tests.models import FAMILIES, pico
 
-Any_ = Scheme | FourBit
+Any_ = IntegerLayout | FourBitLayout
 STEP = torch.tensor(0.04)  # of static activations
 TOKENS = torch.arange(3, 27)[None]
 SCHEMES: tuple[Any_, ...] = (
-    Scheme("w8a8"),
-    Scheme("w8a8", "static"),
-    Scheme("w8a8", "none"),
-    Scheme("w4a8", block=32),
-    Scheme("w4a8", "static", 24),  # divides nothing
-    Scheme("w4a4", block=16),
-    Scheme("w4a4", "static", 64),
-    FourBit("nf4", 64),
-    FourBit("nf4", 32, double_quant=True),
-    FourBit("fp4", 64),
+    IntegerLayout("w8a8"),
+    IntegerLayout("w8a8", "static"),
+    IntegerLayout("w8a8", "none"),
+    IntegerLayout("w4a8", block=32),
+    IntegerLayout("w4a8", "static", 24),  # divides nothing
+    IntegerLayout("w4a4", block=16),
+    IntegerLayout("w4a4", "static", 64),
+    FourBitLayout("nf4", 64),
+    FourBitLayout("nf4", 32, double_quant=True),
+    FourBitLayout("fp4", 64),
 )
 by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format}-{getattr(s, 'activations', '')}{s.block}")
 
 
 def nearest(W: Tensor, scheme: Any_) -> IntegerWeight | bitsandbytes_layout.Packed:
     """Round to nearest: integers with a row's scale, and the nearest multiplier for each block's own."""
-    if isinstance(scheme, FourBit):
+    if isinstance(scheme, FourBitLayout):
         return bitsandbytes_layout.quantize_nearest(W.contiguous(), scheme.format, scheme.block, scheme.double_quant)
     step = STEP.clone() if scheme.activations == "static" else None
     if scheme.block is None:
@@ -76,7 +76,7 @@ class Rounded(nn.Module):
         self.weight, self.bias, self.scheme = W, bias, scheme
 
     def forward(self, x: Tensor) -> Tensor:
-        if isinstance(self.scheme, Scheme) and self.scheme.activations != "none":
+        if isinstance(self.scheme, IntegerLayout) and self.scheme.activations != "none":
             largest = 2 ** (self.scheme.activation_bits - 1) - 1
             step = STEP if self.scheme.activations == "static" else x.abs().amax(-1, keepdim=True) / largest
             x = (x / step).round().clamp(-largest, largest) * step
@@ -131,15 +131,15 @@ def test_a_loaded_model_computes_what_rounding_in_floats_does(scheme: Any_, tmp_
         assert len(ours) == (8 if family == "gpt2" else 14)
         assert not any(tensor.requires_grad for m in ours for part, tensor in m.named_parameters() if part != "bias")
         # the 4-bit kernel of some CPUs computes in bfloat16; an activation that falls on the other side of a half moves 1e-3
-        assert distance(logits(model), logits(oracle)) < (0.02 if isinstance(scheme, FourBit) else 3e-3)
-        if isinstance(scheme, Scheme) and scheme.activations == "none":
+        assert distance(logits(model), logits(oracle)) < (0.02 if isinstance(scheme, FourBitLayout) else 3e-3)
+        if isinstance(scheme, IntegerLayout) and scheme.activations == "none":
             torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path) -> None:
     oracle = pico(family)
-    artefact(tmp_path, oracle, [Scheme("w8a8"), Scheme("w4a8", block=32), Scheme("w4a4", "static", 24)])
+    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), IntegerLayout("w4a4", "static", 24)])
     model = load(tmp_path)
     before = logits(model)
     model.save_pretrained(tmp_path / "again")
@@ -198,7 +198,9 @@ def test_a_process_without_llmcompress_refuses_every_format(tmp_path: Path) -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_model_in_half_precision_keeps_its_scales(dtype: torch.dtype, tmp_path: Path) -> None:
     oracle = pico("llama")
-    artefact(tmp_path, oracle, [Scheme("w8a8"), Scheme("w4a8", block=32), FourBit("nf4", 64, double_quant=True)])
+    artefact(
+        tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64, double_quant=True)]
+    )
     exact = load(tmp_path)
     for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype)):
         assert model.lm_head.weight.dtype == dtype
@@ -226,7 +228,7 @@ def test_a_model_on_the_disk_computes_the_same(scheme: Any_, tmp_path: Path) -> 
         model = load(folder, device_map={k: v for k, v in places.items() if k in present}, offload_folder=str(folder / "off"))
         assert any(p.device.type == "meta" for p in model.parameters())
         # without its kernel a 4-bit weight is exact, where the kernel of some CPUs computes in bfloat16
-        tolerance = 0.02 if isinstance(scheme, FourBit) else 0
+        tolerance = 0.02 if isinstance(scheme, FourBitLayout) else 0
         torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
         with pytest.raises(ModelError, match="offloaded"):
             model.dequantize()
@@ -240,7 +242,7 @@ def test_an_automatic_device_map_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_dequantising_gives_a_plain_model(family: str, tmp_path: Path) -> None:
     oracle, plain = pico(family), pico(family)
-    artefact(tmp_path, oracle, [Scheme("w8a8"), Scheme("w4a8", block=32), FourBit("nf4", 64)])
+    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64)])
     model = load(tmp_path).dequantize()
     for name, module in linears(plain).items():
         found, expected = model.get_submodule(name), cast(Any, oracle.get_submodule(name))
@@ -262,7 +264,7 @@ def test_tokens_are_the_same_with_and_without_a_cache(scheme: Any_, tmp_path: Pa
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama", tie_word_embeddings=True), [Scheme("w8a8")])
+    artefact(tmp_path, pico("llama", tie_word_embeddings=True), [IntegerLayout("w8a8")])
     model = load(tmp_path)
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.dtype == torch.float32
     model.save_pretrained(tmp_path / "again")
@@ -270,7 +272,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 
 def test_a_model_without_its_head_loads_the_same_file(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [Scheme("w4a8", block=32)])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w4a8", block=32)])
     body = cast(Any, AutoModel.from_pretrained(tmp_path))
     with torch.no_grad():
         assert torch.equal(body(TOKENS).last_hidden_state, load(tmp_path).model(TOKENS).last_hidden_state)
@@ -296,7 +298,7 @@ def test_a_lost_tensor_is_an_error(scheme: Any_, place: str, tmp_path: Path) -> 
 
 
 def test_a_tensor_of_another_type_or_shape_is_an_error(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [Scheme("w8a8")])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w8a8")])
     whole, name = load_file(tmp_path / "model.safetensors"), "model.layers.1.mlp.down_proj.weight"
     save_file({**whole, name: whole[name].float()}, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(ModelError, match=r"float32 in the checkpoint, not torch\.int8"):
@@ -324,7 +326,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path) -> None:
         (["model.layers.0"], False, "no such linear"),
         (["lm_head"], True, "tied"),
     ):
-        artefact(tmp_path, pico("llama", tie_word_embeddings=tied), [Scheme("w8a8")])
+        artefact(tmp_path, pico("llama", tie_word_embeddings=tied), [IntegerLayout("w8a8")])
         config = json.loads((tmp_path / "config.json").read_text())
         config["quantization_config"]["schemes"][0]["linears"] += names
         (tmp_path / "config.json").write_text(json.dumps(config))
@@ -354,21 +356,21 @@ def test_a_4_bit_linear_makes_its_kernel_where_its_codes_are() -> None:
     packed = bitsandbytes_layout.quantize_nearest(
         pico("llama").get_parameter("model.layers.0.mlp.up_proj.weight").detach(), "nf4", 64, True
     )
-    module = FourBitLinear(64, 320, FourBit("nf4", 64, True), bias=False)
+    module = FourBitLinear(64, 320, FourBitLayout("nf4", 64, True), bias=False)
     module.load_state_dict(four_bit.tensors(packed))
     assert torch.equal(module.dequantized(torch.float32), bitsandbytes_layout.dequantize(packed)) and len(module.kernel) == 1
     assert module.to("meta").kernel == ()
 
 
 def test_importing_the_plugin_again_is_harmless(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [Scheme("w8a8")])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w8a8")])
     before = logits(load(tmp_path))
     importlib.reload(transformers_quantizer)
     assert torch.equal(logits(load(tmp_path)), before)
 
 
 def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [Scheme("w8a8"), Scheme("w4a8", block=32)])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32)])
     model = load(tmp_path)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-3, atol=1e-3)
@@ -381,7 +383,9 @@ def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft 0.21 still asks for
 def test_a_lora_adapter_trains_on_top_and_is_loaded_again(tmp_path: Path) -> None:
-    artefact(tmp_path / "model", pico("llama"), [Scheme("w8a8"), Scheme("w4a8", block=32), FourBit("nf4", 64)])
+    artefact(
+        tmp_path / "model", pico("llama"), [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64)]
+    )
     model, before = load(tmp_path / "model"), logits(load(tmp_path / "model"))
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], r=4, task_type="CAUSAL_LM")
     adapted = peft.get_peft_model(model, config)

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, weights_of
 from tests.bases import save_base, staged_recipe, write_text
@@ -80,6 +80,6 @@ def test_a_budget_of_bytes_holds_where_the_base_stores_masks(family: str, tmp_pa
 def test_a_file_of_which_nothing_is_taken_counts_for_the_size_of_the_base(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", max_shard_size="200KB")
     whole = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    model = OnDisk(base, CPU)
+    model = DiskModel(base, CPU)
     none = model.checkpoint.only([])
     assert model.checkpoint.size_bytes == none.size_bytes == whole and not none.tensors

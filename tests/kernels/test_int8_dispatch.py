@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.formats import integer, integer_linear
-from llmcompress.formats.integer import Scheme
-from llmcompress.formats.schemes import Integer
+from llmcompress.formats.integer import IntegerLayout
+from llmcompress.formats.schemes import IntegerScheme
 from llmcompress.kernels import int8_dispatch
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and int8_dispatch.int8_triton is not None
@@ -105,9 +105,11 @@ def test_few_tokens_get_the_plain_product(bits: int, tokens: int, rows: int, col
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
-@pytest.mark.parametrize("scheme", [Scheme("w8a8"), Scheme("w8a16"), Scheme("w4a8", block=32), Scheme("w8a8", "static")])
-def test_a_linear_on_a_gpu_is_that_of_a_cpu_for_few_tokens_and_many(scheme: Scheme) -> None:
-    found: Any = Integer(scheme).nearest(noise(96, 64).cpu(), 0.03 if scheme.activations == "static" else None)
+@pytest.mark.parametrize(
+    "scheme", [IntegerLayout("w8a8"), IntegerLayout("w8a16"), IntegerLayout("w4a8", block=32), IntegerLayout("w8a8", "static")]
+)
+def test_a_linear_on_a_gpu_is_that_of_a_cpu_for_few_tokens_and_many(scheme: IntegerLayout) -> None:
+    found: Any = IntegerScheme(scheme).nearest(noise(96, 64).cpu(), 0.03 if scheme.activations == "static" else None)
     module = integer_linear.linear(found, noise(96).cpu())
     for shape in ((64,), (1, 64), (2, 3, 64), (int8_dispatch.FEW, 64), (int8_dispatch.FEW + 1, 64), (4, 100, 64)):
         x = noise(*shape).cpu()

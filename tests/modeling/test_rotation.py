@@ -311,8 +311,8 @@ def test_rows_that_do_not_say_where_a_rotation_goes_are_refused() -> None:
     config = pico("llama").config
     anatomy = anatomy_of(config)
     assert refusal(anatomy, config) is None
-    feeds = dict(anatomy.feeds)
-    half = anatomy.extend("llama", feeds={**feeds, "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj")})
+    scale_pairs = dict(anatomy.scale_pairs)
+    half = anatomy.extend("llama", scale_pairs={**scale_pairs, "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj")})
     assert "which norm self_attn.v_proj reads" in str(refusal(half, config))
     square = anatomy.extend("llama", block={"self_attn.q_proj.weight": "hidden hidden"})
     assert "which norm self_attn.q_proj reads" in str(refusal(square, config))
@@ -320,5 +320,7 @@ def test_rows_that_do_not_say_where_a_rotation_goes_are_refused() -> None:
     assert "whether model.project stands before the final norm" in str(refusal(projected, config))
     biased = anatomy.extend("llama", block={"input_layernorm.bias": "hidden"})
     assert LAYER_NORM in str(refusal(biased, config))
-    without = anatomy.extend("llama", feeds={key: readers for key, readers in feeds.items() if key != "self_attn.v_proj"})
+    without = anatomy.extend(
+        "llama", scale_pairs={key: consumers for key, consumers in scale_pairs.items() if key != "self_attn.v_proj"}
+    )
     assert "leave R2 out" in str(refusal(without, config)) and refusal(without, config, r2=False) is None

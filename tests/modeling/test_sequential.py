@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
 from llmcompress.modeling import sequential as walking
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live, Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.sequential import head_input, logits, output_fisher, walk
 from tests.models import FAMILIES, pico
 
@@ -38,10 +38,10 @@ def test_the_blocks_one_by_one_give_the_logits_of_the_model(family: str, where: 
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
     if where == "live":
-        resident: Resident = Live(model.config, model.state_dict(), CPU)
+        resident: LayerwiseModel = InMemoryModel(model.config, model.state_dict(), CPU)
     else:
         model.save_pretrained(tmp_path)
-        resident = OnDisk(tmp_path, CPU)
+        resident = DiskModel(tmp_path, CPU)
     walked = torch.cat(list(logits(resident, tokens)))
     assert (walked - whole).abs().max() <= 1e-5 * whole.abs().max()
     assert all(p.is_meta for layer in resident.layers for p in layer.parameters()), "a block stayed in memory"
@@ -52,8 +52,8 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
     model = pico(family)
     tokens = windows(model.config.vocab_size)
     read: dict[str, list[Tensor]] = {}
-    resident = Live(model.config, model.state_dict(), CPU)
-    names = [f"{resident.block_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    names = [f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: read.setdefault(name, []).append(args[0].flatten(0, -2))
@@ -73,7 +73,7 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
 
 def test_linears_that_read_one_input_share_one_matrix() -> None:
     model = pico("llama")
-    blocks = walk(Live(model.config, model.state_dict(), CPU), windows(100))
+    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
     block = next(blocks)  # in memory for as long as the walk stands at it
     moments = block.moments()
     assert moments["self_attn.q_proj"] is moments["self_attn.v_proj"]
@@ -95,21 +95,21 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
     def note(kind: str, name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         read[kind][name] = args[0].flatten(0, -2)
 
-    resident = Live(model.config, model.state_dict(), CPU)
-    names = [f"{resident.block_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    names = [f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
     changed = copy.deepcopy(model)
     spy("full", model)
     spy("changed", changed)
     model(tokens, use_cache=False)
     for block in walk(resident, tokens, reference=True):
-        for readers in block.anatomy.readers:
+        for consumers in block.anatomy.consumers:
             changed(tokens, use_cache=False)
-            for linear, moments in block.moments(readers).items():
+            for linear, moments in block.moments(consumers).items():
                 full, x = (read[kind][f"{block.name}.{linear}"] for kind in ("full", "changed"))
                 for found, expected in ((moments.H_CC, x.T @ x / len(x)), (moments.X_CC, full.T @ x / len(x))):
                     assert found is not None
                     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
-            for linear in readers:
+            for linear in consumers:
                 block.set_weight(linear, 0.9 * block.weight(linear))
                 changed.get_parameter(f"{block.name}.{linear}.weight").data.mul_(0.9)
     assert all(not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :])
@@ -117,7 +117,7 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
 
 def test_a_pass_ends_where_its_group_has_read() -> None:
     model = pico("llama")
-    blocks = walk(Live(model.config, model.state_dict(), CPU), windows(100), reference=True)
+    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100), reference=True)
     block = next(blocks)
     ran: list[str] = []
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
@@ -135,10 +135,11 @@ def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not
     model = pico("qwen3")
     tokens = windows(model.config.vocab_size)
     plain = [
-        (block.inputs, block.targets) for block in walk(Live(model.config, model.state_dict(), CPU), tokens, reference=True)
+        (block.inputs, block.targets)
+        for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True)
     ]
     changed: list[tuple[list[Tensor], list[Tensor]]] = []
-    for block in walk(Live(model.config, model.state_dict(), CPU), tokens, reference=True):
+    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True):
         changed.append((block.inputs, block.targets))
         block.set_weight("mlp.down_proj", torch.zeros_like(block.weight("mlp.down_proj")))
     assert all(torch.equal(a, b) for a, b in zip(plain[0][0], changed[0][0], strict=True))
@@ -150,7 +151,7 @@ def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_outputs_by_inputs_whatever_way_they_are_stored(family: str) -> None:
     model = pico(family)
-    blocks = walk(Live(model.config, model.state_dict(), CPU), windows(100))
+    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
     block = next(blocks)
     hidden = block.inputs[0]
     before = block.run(hidden)
@@ -171,7 +172,7 @@ def test_weights_are_outputs_by_inputs_whatever_way_they_are_stored(family: str)
 def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradients(family: str, tmp_path: Path) -> None:
     model = pico(family).requires_grad_(False)
     tokens = windows(model.config.vocab_size)[:4]
-    resident = Live(model.config, model.state_dict(), CPU)
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
     found = dict(output_fisher(resident, tokens, tmp_path, seed=3))
     assert sorted(found) == list(range(len(resident.layers)))
     assert list(tmp_path.iterdir()) == [], "scratch files were left behind"
@@ -196,9 +197,9 @@ def test_the_fisher_matrix_predicts_the_divergence_of_a_small_error(tmp_path: Pa
     """KL per token is e F e^T / 2 for a small error e of the states that leave the last block."""
     model = pico("llama")
     tokens = torch.randint(1, model.config.vocab_size, (64, 24), generator=torch.Generator().manual_seed(5))
-    resident = Live(model.config, model.state_dict(), CPU)
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
     F_DD = dict(output_fisher(resident, tokens, tmp_path, seed=0))[len(resident.layers) - 1]
-    last: Block | None = None
+    last: DecoderLayer | None = None
     for block in walk(resident, tokens, through=True):
         last = block
     assert last is not None
@@ -217,7 +218,7 @@ def test_the_fisher_matrix_predicts_the_divergence_of_a_small_error(tmp_path: Pa
 def test_the_heads_moments_are_those_of_the_normed_states() -> None:
     model = pico("llama", tie_word_embeddings=False)
     tokens = windows(model.config.vocab_size)
-    resident = Live(model.config, model.state_dict(), CPU)
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
     for block in walk(resident, tokens, through=True):
         last = block
     W_RC, moments = head_input(resident, last)
@@ -231,7 +232,7 @@ def test_the_heads_moments_are_those_of_the_normed_states() -> None:
 def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
     model = pico("llama", tie_word_embeddings=False)
     tokens = windows(model.config.vocab_size)
-    resident = Live(model.config, model.state_dict(), CPU)
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
     for block in walk(resident, tokens, reference=True, through=True):
         last = block
         if block.name:
@@ -252,7 +253,7 @@ def test_a_weight_with_nan_is_refused_by_name(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* NaN or infinite"):
-        list(logits(OnDisk(tmp_path, CPU), windows(100)))
+        list(logits(DiskModel(tmp_path, CPU), windows(100)))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -260,13 +261,13 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
-        list(logits(OnDisk(tmp_path, CPU), windows(100)))
+        list(logits(DiskModel(tmp_path, CPU), windows(100)))
 
 
 def test_the_tokens_of_each_expert_are_counted() -> None:
     model = pico("qwen3_moe")
     tokens = windows(model.config.vocab_size)
-    for block in walk(Live(model.config, model.state_dict(), CPU), tokens):
+    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens):
         assert block.expert_tokens == {}
         block.moments()
         assert sum(block.expert_tokens.values()) == tokens.numel() * model.config.num_experts_per_tok

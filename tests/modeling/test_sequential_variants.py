@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.modeling import sequential as walking
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import (
     Edit,
     Edits,
@@ -57,8 +57,8 @@ def model_of(family: str) -> PreTrainedModel:
     return pico(family, **{depth: LAYERS, **more}).requires_grad_(False)
 
 
-def resident_of(model: PreTrainedModel) -> Live:
-    return Live(model.config, model.state_dict(), CPU)
+def resident_of(model: PreTrainedModel) -> InMemoryModel:
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 def layers_of(model: PreTrainedModel) -> nn.ModuleList:
@@ -168,7 +168,7 @@ def test_variants_leave_the_model_as_it_was_and_no_block_in_memory() -> None:
     model = model_of("llama")
     resident, edit, made = resident_of(model), scaled("mlp.up_proj", 0.0)[0], list[int]()
 
-    def counted(block: Block) -> Mapping[str, Tensor]:
+    def counted(block: DecoderLayer) -> Mapping[str, Tensor]:
         made.append(block.index)
         assert not any(parameter.is_meta for parameter in block.module.parameters())
         return edit(block)
@@ -184,7 +184,7 @@ def test_variants_leave_the_model_as_it_was_and_no_block_in_memory() -> None:
 def test_where_all_pass_over_a_block_it_is_never_read() -> None:
     model = model_of("llama")
     state = {name: tensor for name, tensor in model.state_dict().items() if ".layers.1." not in name}
-    resident = Live(model.config, state, CPU)  # a model that lacks the weights of a block
+    resident = InMemoryModel(model.config, state, CPU)  # a model that lacks the weights of a block
     found = variants(resident, TOKENS, {"first": {0: None}}, {1: None})
     close(found[None], leaving(changed(model, {1: None})))
     close(found["first"], leaving(changed(model, {0: None, 1: None})))
@@ -257,7 +257,7 @@ def test_blocks_in_memory_together_compute_what_the_model_does(family: str) -> N
         with together(resident, TOKENS, entering) as blocks:
             assert [block.index for block in blocks] == list(wanted)
             for block in blocks:
-                assert block.name == resident.block_name(block.index)
+                assert block.name == resident.layer_name(block.index)
                 close(block.outputs(block.inputs), outs[block.index])
                 for linear in block.anatomy.linears:
                     own = layers_of(model)[block.index].get_parameter(f"{linear}.weight")

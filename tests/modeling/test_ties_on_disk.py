@@ -17,10 +17,10 @@ from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 import llmcompress  # noqa: F401  (teaches from_pretrained our formats)
 from llmcompress.errors import ModelError
-from llmcompress.formats.low_rank import Factored, FactoredLinear, FactoredWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear, FactoredWeight
 from llmcompress.io.checkpoint import INDEX, Checkpoint
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import logits as streamed
 from tests.artefacts import CPU
 from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, load, logits
@@ -34,7 +34,7 @@ LINEARS = {  # that are shared, in a block
     "gpt_neox": ("mlp.dense_h_to_4h",),
 }
 LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
-SHARED, ADDED, BASIS = Factored("shared"), Factored("shared", 4), Factored("basis", 8)
+SHARED, ADDED, BASIS = FactoredLayout("shared"), FactoredLayout("shared", 4), FactoredLayout("basis", 8)
 by_family = pytest.mark.parametrize("family", LINEARS)
 by_layout = pytest.mark.parametrize("layout", [SHARED, ADDED, BASIS], ids=lambda layout: layout.name)
 
@@ -43,13 +43,13 @@ def names_of(family: str, index: int) -> list[str]:
     return [f"{LAYERS[family]}.{index}.{linear}" for linear in LINEARS[family]]
 
 
-def ties_of(family: str, layout: Factored = SHARED) -> dict[str, str]:
+def ties_of(family: str, layout: FactoredLayout = SHARED) -> dict[str, str]:
     """Layer 1's are layer 0's."""
     pairs = zip(names_of(family, 1), names_of(family, 0), strict=True)
     return {f"{own}.{layout.common}": f"{first}.{layout.common}" for own, first in pairs}
 
 
-def parts_of(W_RC: Tensor, layout: Factored, seed: int) -> FactoredWeight:
+def parts_of(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
     """What is common is the same for all seeds."""
     rows, columns = W_RC.shape
     if layout.format == "basis":
@@ -60,7 +60,7 @@ def parts_of(W_RC: Tensor, layout: Factored, seed: int) -> FactoredWeight:
 
 
 def artefact(
-    folder: Path, family: str = "llama", layout: Factored = SHARED, *, short: bool = False, **config: Any
+    folder: Path, family: str = "llama", layout: FactoredLayout = SHARED, *, short: bool = False, **config: Any
 ) -> PreTrainedModel:
     """Write a checkpoint of two layers that share; the plain model that is the same function.
 
@@ -116,7 +116,7 @@ def size_of(model: PreTrainedModel) -> int:
 @by_layout
 @pytest.mark.parametrize("short", [False, True])
 def test_what_is_tied_is_there_under_both_names_and_lies_on_the_disk_once(
-    family: str, layout: Factored, short: bool, tmp_path: Path
+    family: str, layout: FactoredLayout, short: bool, tmp_path: Path
 ) -> None:
     artefact(tmp_path, family, layout, short=short)
     base = f"{LAYERS[family].partition('.')[0]}." if short else ""
@@ -210,12 +210,12 @@ def test_a_model_that_shares_is_no_base(tmp_path: Path) -> None:
 @by_layout
 @pytest.mark.parametrize("short", [False, True])
 def test_block_by_block_it_computes_what_the_plain_model_does(
-    family: str, layout: Factored, short: bool, tmp_path: Path
+    family: str, layout: FactoredLayout, short: bool, tmp_path: Path
 ) -> None:
     model = artefact(tmp_path, family, layout, short=short)
-    resident = OnDisk(tmp_path, CPU, quantized=True)
+    resident = DiskModel(tmp_path, CPU, quantized=True)
     assert resident.ties == ties_of(family, layout) and set(resident.layouts.values()) == {layout}
-    plain = Live(model.config, model.state_dict(), CPU)
+    plain = InMemoryModel(model.config, model.state_dict(), CPU)
     assert torch.equal(next(streamed(resident, TOKENS)), next(streamed(plain, TOKENS)))
     for name in (*names_of(family, 0), *names_of(family, 1)):
         found = resident.codes(name)
@@ -227,7 +227,7 @@ def test_block_by_block_it_computes_what_the_plain_model_does(
 # transformers
 
 
-def require_shared(model: nn.Module, family: str, layout: Factored, prefix: str = "") -> None:
+def require_shared(model: nn.Module, family: str, layout: FactoredLayout, prefix: str = "") -> None:
     """What is tied is one tensor, and nothing else is."""
     ties = ties_of(family, layout)
     for own, first in ties.items():
@@ -244,7 +244,7 @@ def require_shared(model: nn.Module, family: str, layout: Factored, prefix: str 
 @by_layout
 @pytest.mark.parametrize("short", [False, True])
 def test_from_pretrained_loads_one_tensor_for_all_that_share_it(
-    family: str, layout: Factored, short: bool, tmp_path: Path
+    family: str, layout: FactoredLayout, short: bool, tmp_path: Path
 ) -> None:
     plain = artefact(tmp_path, family, layout, short=short)
     model = load(tmp_path)
@@ -260,7 +260,9 @@ def test_from_pretrained_loads_one_tensor_for_all_that_share_it(
     ("family", "config"), [("opt", {}), ("gpt2", {}), ("gpt_neox", {}), ("llama", {"mlp_bias": True, "attention_bias": True})]
 )
 @by_layout
-def test_biases_stay_each_layers_own_and_whole(family: str, config: dict[str, Any], layout: Factored, tmp_path: Path) -> None:
+def test_biases_stay_each_layers_own_and_whole(
+    family: str, config: dict[str, Any], layout: FactoredLayout, tmp_path: Path
+) -> None:
     plain = artefact(tmp_path, family, layout, **config)
     stored = load_file(tmp_path / "model.safetensors")
     model = load(tmp_path)
@@ -278,7 +280,7 @@ def test_biases_stay_each_layers_own_and_whole(family: str, config: dict[str, An
 
 @by_family
 @by_layout
-def test_a_loaded_model_is_saved_as_the_same_bytes(family: str, layout: Factored, tmp_path: Path) -> None:
+def test_a_loaded_model_is_saved_as_the_same_bytes(family: str, layout: FactoredLayout, tmp_path: Path) -> None:
     artefact(tmp_path / "once", family, layout)
     model = load(tmp_path / "once")
     model.save_pretrained(tmp_path / "again")
@@ -292,7 +294,7 @@ def test_a_loaded_model_is_saved_as_the_same_bytes(family: str, layout: Factored
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @by_layout
-def test_in_half_precision_it_is_still_one_tensor(dtype: torch.dtype, layout: Factored, tmp_path: Path) -> None:
+def test_in_half_precision_it_is_still_one_tensor(dtype: torch.dtype, layout: FactoredLayout, tmp_path: Path) -> None:
     plain = artefact(tmp_path, "llama", layout)
     for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype), copy.deepcopy(load(tmp_path)).to(dtype)):
         require_shared(model, "llama", layout)
@@ -312,7 +314,7 @@ def test_a_model_without_its_head_shares_too(family: str, short: bool, tmp_path:
 
 
 @by_layout
-def test_what_is_shared_is_one_parameter_for_an_optimizer(layout: Factored, tmp_path: Path) -> None:
+def test_what_is_shared_is_one_parameter_for_an_optimizer(layout: FactoredLayout, tmp_path: Path) -> None:
     artefact(tmp_path, "llama", layout)
     model = load(tmp_path)
     own, first = next(iter(ties_of("llama", layout).items()))
@@ -324,7 +326,9 @@ def test_what_is_shared_is_one_parameter_for_an_optimizer(layout: Factored, tmp_
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 @by_layout
-def test_dequantised_it_is_a_plain_model_whose_layers_share_nothing(family: str, layout: Factored, tmp_path: Path) -> None:
+def test_dequantised_it_is_a_plain_model_whose_layers_share_nothing(
+    family: str, layout: FactoredLayout, tmp_path: Path
+) -> None:
     plain = artefact(tmp_path, family, layout)
     model = load(tmp_path).dequantize()
     assert torch.equal(logits(model), logits(plain))
@@ -359,7 +363,7 @@ def test_ties_that_are_no_names_are_refused_by_from_pretrained_too(ties: Any, tm
 
 
 @by_layout
-def test_a_model_on_the_disk_computes_the_same(layout: Factored, tmp_path: Path) -> None:
+def test_a_model_on_the_disk_computes_the_same(layout: FactoredLayout, tmp_path: Path) -> None:
     plain = artefact(tmp_path, "llama", layout)
     places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"), "cpu")
     model = load(tmp_path, device_map=places | {"model.layers": "disk"}, offload_folder=str(tmp_path / "off"))

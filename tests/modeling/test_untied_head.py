@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import ModelError
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -109,9 +109,9 @@ def test_a_model_in_memory_is_taken_by_its_weights(stage: dict[str, Any], tmp_pa
 def test_a_head_in_memory_that_equals_the_embedding_is_the_embedding(tmp_path: Path) -> None:
     model = pico("llama", tie_word_embeddings=True)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert Live(model.config, state, CPU).config.tie_word_embeddings is True
+    assert InMemoryModel(model.config, state, CPU).config.tie_word_embeddings is True
     state["lm_head.weight"][0, 0] += 1
-    other = Live(model.config, state, CPU)
+    other = InMemoryModel(model.config, state, CPU)
     assert other.config.tie_word_embeddings is False and model.config.tie_word_embeddings is True
     assert torch.equal(other.model.get_parameter("lm_head.weight"), state["lm_head.weight"])
 
@@ -132,10 +132,12 @@ def test_a_head_that_is_equal_as_it_is_loaded_is_the_embedding(tmp_path: Path) -
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16().float()
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * (1 + 1e-4)
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    assert OnDisk(base, CPU).config.tie_word_embeddings is False
+    assert DiskModel(base, CPU).config.tie_word_embeddings is False
     (base / "config.json").write_text(json.dumps(config_of(base) | {"dtype": "bfloat16"}))
     loaded = AutoModelForCausalLM.from_pretrained(base)
-    assert OnDisk(base, CPU).config.tie_word_embeddings is (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is True
+    assert (
+        DiskModel(base, CPU).config.tie_word_embeddings is (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is True
+    )
 
 
 @pytest.mark.parametrize("stage", [NF4_HEAD, INT8, {"prune": {"axis": "layer", "keep": 1}}], ids=["nf4", "int8", "layer"])
@@ -188,5 +190,5 @@ def test_a_teacher_predicts_by_its_own_head(tmp_path: Path, text: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_no_family_ties_anything_but_head_and_embedding(family: str) -> None:
     model = pico(family)
-    anatomy = Live(model.config, model.state_dict(), CPU).anatomy
+    anatomy = InMemoryModel(model.config, model.state_dict(), CPU).anatomy
     assert model._tied_weights_keys == {f"{anatomy.head}.weight": f"{anatomy.embedding}.weight"}

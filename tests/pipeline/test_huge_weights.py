@@ -17,7 +17,7 @@ from llmcompress.algorithms.overflow import Overflow, require_within
 from llmcompress.algorithms.quantize_weight import output_error, weight_error
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.pipeline.run import run_recipe
-from llmcompress.stages.base import naming, require_numbers
+from llmcompress.stages.base import naming_layer, require_numbers
 from tests.bases import save_base, staged_recipe, write_text
 
 UP = "model.layers.0.mlp.up_proj"
@@ -120,8 +120,8 @@ def test_a_method_that_overflows_is_told_with_its_layer() -> None:
     require_within(torch.tensor([65504.0]), torch.float16, "weights")
     with pytest.raises(Overflow, match="don't fit bfloat16"):
         require_within(torch.tensor([3.4e38, 1.0]), torch.bfloat16, "weights")
-    with pytest.raises(ModelError, match=rf"{UP}: weights up to 7e\+04 don't fit float16") as caught, naming(UP):
+    with pytest.raises(ModelError, match=rf"{UP}: weights up to 7e\+04 don't fit float16") as caught, naming_layer(UP):
         require_within(torch.tensor([7e4]), torch.float16, "weights")
     assert len(str(caught.value).splitlines()) == 1
-    with pytest.raises(ModelError, match=UP), naming(UP):
+    with pytest.raises(ModelError, match=UP), naming_layer(UP):
         torch.linalg.cholesky(-torch.eye(2))

@@ -22,7 +22,7 @@ from llmcompress.formats import registry
 from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -80,7 +80,7 @@ def base_of(name: str, everything: dict[str, Path]) -> Path:
 
 def dequantized(folder: Path) -> dict[str, Tensor]:
     """The quantised linears of an artefact [R, C] by their names in the file."""
-    tensors, resident = weights_of(folder), OnDisk(folder, CPU, quantized=True)
+    tensors, resident = weights_of(folder), DiskModel(folder, CPU, quantized=True)
     linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in resident.sources.items()}
     shapes = dict(resident.linear_maps())
     return {
@@ -99,7 +99,7 @@ def test_an_artefact_loads_and_computes_what_was_measured(name: str, everything:
     assert kinds == {"Linear8bitLt" if name in INT8 else "IntegerLinear"}
     found = live(model)
     assert distance(found, measured(everything[name])) < NEAR[name]
-    base = torch.cat(list(logits(OnDisk(base_of(name, everything), CPU), TOKENS)))
+    base = torch.cat(list(logits(DiskModel(base_of(name, everything), CPU), TOKENS)))
     assert distance(found, base) > 1e-3, "it is the base"
 
 
@@ -324,7 +324,7 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
     wanted = was[f"{layer}mlp.down_proj.weight"].double() * units[:, 0]
     step = wanted.abs().amax(1, keepdim=True) / 127
     assert bool(((down - wanted).abs() <= 0.501 * step).all())
-    assert distance(measured(out), torch.cat(list(logits(OnDisk(base, CPU), TOKENS)))) < 0.02
+    assert distance(measured(out), torch.cat(list(logits(DiskModel(base, CPU), TOKENS)))) < 0.02
     assert distance(live(load(out)), measured(out)) < 3e-3
 
 
@@ -337,7 +337,7 @@ def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_cross
     assert float((by - 1).abs().max()) > 0.05, "nothing crossed"
     wanted = was[f"{layer}self_attn.k_proj.weight"].double() * by
     torch.testing.assert_close(now[f"{layer}self_attn.k_proj.weight"].double(), wanted, rtol=1e-5, atol=1e-8)
-    base_logits = torch.cat(list(logits(OnDisk(base, CPU), TOKENS)))
+    base_logits = torch.cat(list(logits(DiskModel(base, CPU), TOKENS)))
     assert 1e-3 < distance(measured(out), base_logits) < 0.25
     assert "Linear4bit" in {type(module).__name__ for module in load(out).modules()}
 

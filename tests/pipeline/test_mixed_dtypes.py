@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -146,7 +146,7 @@ def test_a_budget_of_bytes_counts_each_tensor_in_its_own_dtype(tmp_path: Path, t
 def test_the_dtype_of_a_model_is_that_of_most_bytes(tmp_path: Path) -> None:
     """There are more norms than matrices in a model without much else."""
     base = mixed_base(tmp_path / "base", "gpt2", matrices_in(torch.bfloat16), None)
-    model = OnDisk(base, CPU)
+    model = DiskModel(base, CPU)
     assert model.weight_dtype is torch.bfloat16
     assert model.dtype_of("transformer.h.0.ln_1.weight") is torch.float32
     assert model.dtype_of("lm_head.weight") is torch.bfloat16

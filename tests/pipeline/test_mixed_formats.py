@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import AcceptError, ModelError, RecipeError
-from llmcompress.formats.schemes import FourBit, Int8, Integer
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -148,14 +148,14 @@ def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
     stage = Quantize.model_validate(
         {"block": 32, "overrides": {"ffn": {"double_quant": True}, "*.up_proj": {"format": "w4a8"}, "*.1.*": {"block": 128}}}
     )
-    chosen, _ = stage.choose(Live(pico("llama").config, pico("llama").state_dict(), CPU))
+    chosen, _ = stage.choose(InMemoryModel(pico("llama").config, pico("llama").state_dict(), CPU))
     inner = "model.layers.0."
-    assert chosen[f"{inner}self_attn.q_proj"] == FourBit("nf4", 32, False, torch.float32)
-    assert chosen[f"{inner}mlp.gate_proj"] == FourBit("nf4", 32, True, torch.float32)
+    assert chosen[f"{inner}self_attn.q_proj"] == FourBitScheme("nf4", 32, False, torch.float32)
+    assert chosen[f"{inner}mlp.gate_proj"] == FourBitScheme("nf4", 32, True, torch.float32)
     up = chosen[f"{inner}mlp.up_proj"]
-    assert isinstance(up, Integer) and up.scheme.block == 64, "another format starts from its own defaults"
+    assert isinstance(up, IntegerScheme) and up.scheme.block == 64, "another format starts from its own defaults"
     assert "model.layers.1.mlp.gate_proj" not in chosen, "rows of 64 don't divide into blocks of 128"
-    assert chosen["model.layers.1.self_attn.o_proj"] == FourBit("nf4", 128, False, torch.float32)
+    assert chosen["model.layers.1.self_attn.o_proj"] == FourBitScheme("nf4", 128, False, torch.float32)
 
 
 @pytest.mark.parametrize(
@@ -169,7 +169,7 @@ def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
 def test_an_override_that_can_not_be_is_refused_before_anything_is_read(overrides: dict[str, Any], why: str) -> None:
     model = pico("llama")
     with pytest.raises(ModelError, match=why):
-        Quantize.model_validate({"overrides": overrides}).choose(Live(model.config, model.state_dict(), CPU))
+        Quantize.model_validate({"overrides": overrides}).choose(InMemoryModel(model.config, model.state_dict(), CPU))
 
 
 @pytest.mark.parametrize(
@@ -195,8 +195,8 @@ def test_a_linear_that_is_spared_keeps_its_bytes_in_our_layout_and_its_dtype_els
     for format, wide in (("w8a8", "w8a16"), ("w4a8", "w4a16"), ("w4a4", "w4a16")):
         coding = Quantize.model_validate({"format": format}).coding(torch.float32)
         found = spared(coding)
-        assert isinstance(found, Integer) and found.format == wide and found.bits == coding.bits
-    assert spared(FourBit("nf4", 64, False, torch.float32)) is None and spared(Int8(0.0)) is None
+        assert isinstance(found, IntegerScheme) and found.format == wide and found.bits == coding.bits
+    assert spared(FourBitScheme("nf4", 64, False, torch.float32)) is None and spared(Int8Scheme(0.0)) is None
     assert spared(Quantize.model_validate({"format": "w8a8", "activations": "none"}).coding(torch.float32)) is None
 
 
@@ -213,7 +213,7 @@ def test_the_cost_of_a_linear_is_the_error_of_its_block_in_the_metric() -> None:
     model = pico("llama", num_hidden_layers=1)
     coding = Quantize.model_validate({"format": "w4a4"}).coding(torch.float32)
     windows = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
-    for block in walk(Live(model.config, model.state_dict(), CPU), windows):
+    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows):
         fisher = Moments(64, CPU)
         fisher.add(torch.randn(500, 64, generator=torch.Generator().manual_seed(1)))
         found = costs(block, {"mlp.down_proj": coding, "self_attn.q_proj": coding}, fisher.H_CC)
@@ -249,7 +249,7 @@ def test_what_is_protected_is_said_and_costs_less(format: str, text: Path, tmp_p
     kept = [entry.name for entry in spare.stages[0].kept if entry.why == "protect"]
     wide = [linear.name for linear in spare.linears if linear.format == "w8a16"]
     assert bool(kept) == (format == "int8") and bool(wide) == (format == "w8a8")
-    shapes = dict(Live(pico("llama").config, pico("llama").state_dict(), CPU).linear_maps())
+    shapes = dict(InMemoryModel(pico("llama").config, pico("llama").state_dict(), CPU).linear_maps())
     sizes = {name: shape[0] * shape[1] for name, shape in shapes.items() if name != "lm_head"}
     assert sum(sizes[name] for name in (*kept, *wide)) <= 0.3 * sum(sizes.values())
     if format == "w8a8":

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.io.checkpoint import DEEPEST, INDEX, Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.model_config import FLAGS, load_config
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
-from llmcompress.pipeline.resolve import blocks_for, config_of, find_base, require_computable, require_loadable
+from llmcompress.pipeline.resolve import calibration_data, config_of, find_base, require_computable, require_loadable
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.stages import require_possible
 from llmcompress.recipe.recipe import Recipe
@@ -73,11 +73,11 @@ def start(base: Path, recipe: Recipe) -> None:
     config = config_of(found.folder, base=True)
     tokenizer = tokenizer_of(found.folder)
     Checkpoint.open(found.folder)
-    model = OnDisk(found.folder, CPU)
+    model = DiskModel(found.folder, CPU)
     require_possible(recipe, model)
     require_computable(model)
     require_loadable(found.folder, config)
-    blocks_for(model, recipe.data, tokenizer)
+    calibration_data(model, recipe.data, tokenizer)
 
 
 def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
@@ -203,12 +203,12 @@ SWITCHES: list[dict[str, Any]] = [
 
 def test_flags_that_change_what_a_forward_returns_change_no_number(base: Path) -> None:
     tokens = torch.arange(12).view(1, -1)
-    plain = torch.cat(list(logits(OnDisk(base, CPU), tokens)))
+    plain = torch.cat(list(logits(DiskModel(base, CPU), tokens)))
     sound = fields_of(base)
     for flags in SWITCHES:
         (base / "config.json").write_text(json.dumps({**sound, **flags}))
         require_loadable(base, load_config(base))
-        assert torch.equal(torch.cat(list(logits(OnDisk(base, CPU), tokens))), plain), flags
+        assert torch.equal(torch.cat(list(logits(DiskModel(base, CPU), tokens))), plain), flags
 
 
 def test_an_artefact_of_a_base_with_flags_loads_and_answers_as_others_do(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError, ModelError, RecipeError
 from llmcompress.io.checkpoint import Checkpoint
-from llmcompress.modeling.layerwise import Outline
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.plan import per_token, plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import save_base, small_recipe, staged_recipe, write_text
@@ -138,7 +138,7 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: str) -> None:
     model: Any = pico(family)
-    row = per_token(Outline(model.config, torch.device("cpu"), torch.float32))
+    row = per_token(MetaModel(model.config, torch.device("cpu"), torch.float32))
     cache: Any = DynamicCache(config=model.config)
     multiplied = 0
 

@@ -22,7 +22,7 @@ from llmcompress.errors import AcceptError, DataError, ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe, source_digest
@@ -121,7 +121,7 @@ def test_plain_transformers_loads_what_we_computed(
     exact, fast = seen.pop("exact logits"), seen.pop("logits")
     assert seen.keys() == own.keys() == {linear.name for linear in Report.of(out).linears}
     assert all(torch.equal(seen[linear], own[linear]) for linear in own)
-    ours = torch.cat(list(logits(OnDisk(out, CPU, quantized=True), TOKENS)))
+    ours = torch.cat(list(logits(DiskModel(out, CPU, quantized=True), TOKENS)))
     assert distance(exact, ours) < 1e-4
     assert distance(fast, ours) < 0.1  # the kernel computes in bfloat16
 
@@ -308,7 +308,7 @@ def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path
     assert codes.keys() == own.keys() and all(torch.equal(codes[name], own[name]) for name in own)
     with torch.no_grad():
         fast = model(TOKENS).logits
-    assert distance(fast, torch.cat(list(logits(OnDisk(tmp_path / "out", CPU, quantized=True), TOKENS)))) < 0.1
+    assert distance(fast, torch.cat(list(logits(DiskModel(tmp_path / "out", CPU, quantized=True), TOKENS)))) < 0.1
     model.save_pretrained(tmp_path / "saved")
     assert all(torch.equal(weight, own[name]) for name, weight in own_weights(tmp_path / "saved").items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")

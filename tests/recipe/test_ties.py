@@ -10,8 +10,8 @@ import yaml
 
 from llmcompress.errors import RecipeError
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.codebook.stage import Cluster
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.codebook.stage import Codebook
+from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.share.stage import Share
 from llmcompress.stages.tie.stage import Tie
 
@@ -22,11 +22,11 @@ KINDS: dict[str, type[Any]] = {
     "{layers: cka, groups: 1, parts: [ffn, attention], residual_rank: 8, steps: 0}": Share,
     "{pairs: [[0, 1]]}": Share,
     "{pairs: [[2, 3, 4], [5, 6]], parts: [attention]}": Share,
-    "{codebook: 16}": Cluster,
-    "{codebook: 256, per: group, rows: 4, skip: ['*.down_proj']}": Cluster,
-    "{codebook: 4, per: linear}": Cluster,
-    "{basis: 2, rank: 64}": Basis,
-    "{basis: 1, keep: 0.5, skip: ['*.k_proj']}": Basis,
+    "{codebook: 16}": Codebook,
+    "{codebook: 256, per: group, rows: 4, skip: ['*.down_proj']}": Codebook,
+    "{codebook: 4, per: linear}": Codebook,
+    "{basis: 2, rank: 64}": LowRank,
+    "{basis: 1, keep: 0.5, skip: ['*.k_proj']}": LowRank,
 }
 TIES = {
     "weights": "{weights: [embedding, head]}",

@@ -13,16 +13,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import AcceptError, ModelError
-from llmcompress.formats.codebook import Codebook, CodebookLinear
+from llmcompress.formats.codebook import CodebookLayout, CodebookLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
-from llmcompress.stages.codebook.stage import Cluster
+from llmcompress.stages.codebook.stage import Codebook
 from tests.artefacts import CPU, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -60,7 +60,7 @@ def codebooks(model: PreTrainedModel) -> dict[str, CodebookLinear]:
 def clustered(folder: Path, family: str, entries: int, rows: int | None, dtype: torch.dtype) -> PreTrainedModel:
     """A base whose linears have at most so many values in each `rows` rows of outputs, all of them values of a type."""
     model, generator = pico(family, vocab_size=VOCABULARY, **narrow(family)), torch.Generator().manual_seed(3)
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     for name, (R, C) in source.linear_maps():
         if name.startswith(source.anatomy.layers):
             at_once = rows or R
@@ -86,9 +86,9 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, te
     report = run_recipe(recipe(text, base, cluster(entries)), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
-    source = Live(model.config, pico(family, **narrow(family)).state_dict(), CPU)
+    source = InMemoryModel(model.config, pico(family, **narrow(family)).state_dict(), CPU)
     assert set(codebooks(model)) == {linear.name for linear in report.linears}
-    assert set(codebooks(model)) == {f"{source.block_name(0)}.{name}" for name in source.anatomy.linears}
+    assert set(codebooks(model)) == {f"{source.layer_name(0)}.{name}" for name in source.anatomy.linears}
     for linear in report.linears:
         module = codebooks(model)[linear.name]
         weight = module.dequantized(torch.float32)
@@ -152,7 +152,7 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     assert rows[1]["stage"] == f"tie (codebook of {settings['codebook']})" and rows[1]["seconds"] > 0
     assert f"{len(report.linears)} linears are rewritten, {len(report.kept)} kept" in " ".join(notes)
     assert distance(live(load(out)), measured(out)) < 1e-5
-    shapes = dict(Live(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps())
+    shapes = dict(InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps())
     bits = sum(linear.bits * shapes[linear.name][0] * shapes[linear.name][1] for linear in report.linears)
     stored = sum(t.nbytes for name, t in weights_of(out).items() if f"{name.removesuffix('_levels')}_levels" in weights_of(out))
     assert bits == pytest.approx(8 * stored)
@@ -275,11 +275,11 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 
 def test_linears_that_would_become_no_smaller_are_kept_with_the_reason() -> None:
     model = pico("llama")
-    source = Live(model.config, model.state_dict(), CPU)
-    stage = Cluster.model_validate({"codebook": 256, "per": "group", "rows": 8})
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
+    stage = Codebook.model_validate({"codebook": 256, "per": "group", "rows": 8})
     chosen, kept = stage.choose(source)
     assert set(chosen) == {f"model.layers.{index}.{name}" for index in (0, 1) for name in ("mlp.down_proj", "self_attn.o_proj")}
-    assert set(chosen.values()) == {Codebook(256, 8, "float16")}
+    assert set(chosen.values()) == {CodebookLayout(256, 8, "float16")}
     why = "320 x 64 weights take 16 bits each in a codebook of 256 for 8 rows, and 16 as they are"
     assert kept["model.layers.1.mlp.up_proj"] == why
 

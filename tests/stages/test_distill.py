@@ -27,9 +27,9 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill import stage
-from llmcompress.stages.distill.student import still
-from llmcompress.stages.distill.teacher import asked, said
-from llmcompress.stages.distill.trainer import DistillTrainer, Watch, Windows, answering, continued, last_checkpoint
+from llmcompress.stages.distill.student import freeze
+from llmcompress.stages.distill.teacher import forward_arguments, output_of
+from llmcompress.stages.distill.trainer import DistillTrainer, SequenceDataset, Watch, answering, continued, last_checkpoint
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -54,17 +54,17 @@ def weights(folder: Path) -> dict[str, Tensor]:
 def test_scores_are_those_of_the_model(family: str) -> None:
     model, ids = pico(family).eval(), torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = said(model, model(**asked(ids))).scores
+        found = output_of(model, model(**forward_arguments(ids))).scores
         assert torch.equal(found.logits(found.product(torch.arange(18))), model(ids).logits.flatten(0, 1))
 
 
 def test_windows_come_once_each_in_an_order_of_the_seed_and_then_again() -> None:
     tokens = torch.arange(50)
-    windows = Windows(tokens, 8, 9, seed=1)
+    windows = SequenceDataset(tokens, 8, 9, seed=1)
     assert len(windows) == 9 and windows.windows_NL.shape == (6, 8)
     first = torch.stack([windows[i]["input_ids"] for i in range(6)])
     assert torch.equal(first.flatten().sort().values, tokens[:48])
-    again, other = Windows(tokens, 8, 9, seed=1), Windows(tokens, 8, 9, seed=2)
+    again, other = SequenceDataset(tokens, 8, 9, seed=1), SequenceDataset(tokens, 8, 9, seed=2)
     assert torch.equal(again.order, windows.order) and not torch.equal(other.order, windows.order)
 
 
@@ -80,7 +80,7 @@ def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
 
 def test_dropout_is_off() -> None:
     model = pico("gpt2", resid_pdrop=0.5, attn_pdrop=0.5, embd_pdrop=0.5).train()
-    still(model)
+    freeze(model)
     ids = torch.randint(3, 100, (1, 9))
     assert torch.equal(model(ids).logits, model(ids).logits)
 

@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.algorithms.distillation_losses import HiddenKind
 from llmcompress.errors import ModelError
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.stages.distill.feature_matching import Matching, projection_of
 from llmcompress.stages.distill.student import whole
-from llmcompress.stages.distill.teacher import Said, asked, said
+from llmcompress.stages.distill.teacher import TeacherOutput, forward_arguments, output_of
 from tests.artefacts import CPU
 from tests.models import noise, pico
 
@@ -25,10 +25,10 @@ KINDS: tuple[HiddenKind, ...] = ("mse", "cosine")
 WEIGHTS = [("mse", 1.0, 0.0), ("cosine", 1.0, 0.0), ("mse", 0.0, 1.0), ("cosine", 0.5, 2.0)]
 
 
-def spoken(model: PreTrainedModel) -> Said:
+def spoken(model: PreTrainedModel) -> TeacherOutput:
     """All that a model says of some text, with gradient."""
     model.set_attn_implementation("eager")
-    return said(model, model(**asked(IDS, output_attentions=True)))
+    return output_of(model, model(**forward_arguments(IDS, output_attentions=True)))
 
 
 def base(**config: Any) -> PreTrainedModel:
@@ -37,7 +37,7 @@ def base(**config: Any) -> PreTrainedModel:
 
 def cut(model: PreTrainedModel, *kept: int) -> PreTrainedModel:
     """The model with these layers alone."""
-    found = cast(Any, whole(Live(model.config, dict(model.state_dict()), CPU)))
+    found = cast(Any, whole(InMemoryModel(model.config, dict(model.state_dict()), CPU)))
     found.model.layers = nn.ModuleList(found.model.layers[index] for index in kept)
     found.config.num_hidden_layers = len(kept)
     for index, layer in enumerate(found.model.layers):
@@ -45,11 +45,11 @@ def cut(model: PreTrainedModel, *kept: int) -> PreTrainedModel:
     return cast(PreTrainedModel, found)
 
 
-def made(hidden: int = 0, seed: int = 0, layers: int = 2, heads: int = 3, **like: Any) -> Said:
+def made(hidden: int = 0, seed: int = 0, layers: int = 2, heads: int = 3, **like: Any) -> TeacherOutput:
     """Hidden states and attention maps drawn at random."""
     states = tuple(noise(2, 5, hidden or 8, seed=seed + n) for n in range(layers + 1))
     maps = tuple((3 * noise(2, heads, 5, 5, seed=seed + 50 + n)).softmax(-1) for n in range(layers))
-    return Said(cast(Any, None), states, maps)
+    return TeacherOutput(cast(Any, None), states, maps)
 
 
 # which layers
@@ -121,7 +121,7 @@ def test_a_model_whose_layers_were_cut_is_apart_where_they_are_missing(
     assert same == [True, True, False]  # before the cut all is as it was
 
 
-def reference(matching: Matching, student: Said, teacher: Said, W_ED: Tensor | None) -> float:
+def reference(matching: Matching, student: TeacherOutput, teacher: TeacherOutput, W_ED: Tensor | None) -> float:
     """The loss, number by number, in float64."""
     total = 0.0
     for n, yours in enumerate(matching.layers):
@@ -169,26 +169,28 @@ def test_the_loss_of_unequal_widths_goes_through_the_projection(kind: HiddenKind
 
 def test_mse_is_a_share_of_what_the_teacher_has() -> None:
     student, teacher = made(seed=1), made(seed=2)
-    large = [Said(one.scores, tuple(100 * h for h in one.hidden_BLD), one.attention_BHLL) for one in (student, teacher)]
+    large = [
+        TeacherOutput(one.scores, tuple(100 * h for h in one.hidden_BLD), one.attention_BHLL) for one in (student, teacher)
+    ]
     matching = Matching.of(2, 2, (), "mse", 1.0, 0.0)
     assert float(matching.loss(large[0], large[1], None)) == pytest.approx(
         float(matching.loss(student, teacher, None)), rel=1e-5
     )
-    nothing = Said(student.scores, tuple(torch.zeros_like(h) for h in student.hidden_BLD), ())
+    nothing = TeacherOutput(student.scores, tuple(torch.zeros_like(h) for h in student.hidden_BLD), ())
     assert float(matching.loss(nothing, teacher, None)) == pytest.approx(1.0)
 
 
 def test_what_enters_the_first_layer_is_not_matched() -> None:
     student, teacher = made(seed=1), made(seed=2)
     matching = Matching.of(2, 2, (), "mse", 1.0, 0.0)
-    other = Said(student.scores, (noise(2, 5, 8, seed=9), *student.hidden_BLD[1:]), student.attention_BHLL)
+    other = TeacherOutput(student.scores, (noise(2, 5, 8, seed=9), *student.hidden_BLD[1:]), student.attention_BHLL)
     assert torch.equal(matching.loss(other, teacher, None), matching.loss(student, teacher, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_in_half_precision_are_compared_in_full(dtype: torch.dtype) -> None:
     student, teacher = (
-        Said(one.scores, tuple(h.to(dtype) for h in one.hidden_BLD), tuple(a.to(dtype) for a in one.attention_BHLL))
+        TeacherOutput(one.scores, tuple(h.to(dtype) for h in one.hidden_BLD), tuple(a.to(dtype) for a in one.attention_BHLL))
         for one in (made(hidden=6, seed=1), made(hidden=8, seed=2))
     )
     matching, projection = Matching.of(2, 2, (), "mse", 1.0, 1.0), nn.Linear(6, 8, bias=False)
@@ -227,7 +229,7 @@ def test_a_projection_that_is_known_is_found() -> None:
     x, W_ED = noise(4, 30, 6, seed=1), noise(9, 6, seed=2)
     found = cast(nn.Linear, projection_of(x, x @ W_ED.T))
     assert torch.allclose(found.weight, W_ED, atol=1e-5)
-    states = Said(cast(Any, None), (x, x, x)), Said(cast(Any, None), (x, x @ W_ED.T, x @ W_ED.T))
+    states = TeacherOutput(cast(Any, None), (x, x, x)), TeacherOutput(cast(Any, None), (x, x @ W_ED.T, x @ W_ED.T))
     assert float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(*states, found).detach()) < 1e-10
 
 
@@ -239,7 +241,7 @@ def test_a_student_fresh_from_its_config_has_a_projection_of_plain_size(family: 
         student = AutoModelForCausalLM.from_config(like).eval()  # states after its norms sum to zero, but for rounding
     text = torch.randint(3, 160, (4, 96), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        own, taught = (said(model, model(**asked(text))) for model in (student, teacher))
+        own, taught = (output_of(model, model(**forward_arguments(text))) for model in (student, teacher))
         projection = projection_of(own.hidden_BLD[-1], taught.hidden_BLD[-1])
         assert float(cast(nn.Linear, projection).weight.abs().max()) < 10
         assert float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(own, taught, projection)) < 1  # a share of the teacher's

@@ -16,19 +16,28 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.algorithms.codebook import kmeans, nearest
 from llmcompress.errors import ModelError
 from llmcompress.formats import base, bitsandbytes_layout, registry
-from llmcompress.formats.codebook import Codebook, CodebookWeight
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.integer import Int8Weight
-from llmcompress.formats.low_rank import Factored, FactoredWeight
-from llmcompress.modeling.layerwise import Live
-from llmcompress.stages.distill.parametrizations import Levels, Making, Parts, Rounded, Scaled, make, making_of, parameters_of
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.modeling.layerwise import InMemoryModel
+from llmcompress.stages.distill.parametrizations import (
+    CodebookLevels,
+    FactoredParts,
+    ScaledCodes,
+    StoredRounding,
+    WeightParametrization,
+    attach,
+    parameters_of,
+    parametrization_of,
+)
 from llmcompress.stages.distill.student import Student, Train, whole
 from tests.artefacts import CPU
 from tests.models import noise, pico
 from tests.stages.test_distill_student import IDS, live, logits, move, state, turned, weight_of
 
 R, C = 32, 128
-LAYOUTS = (Factored("shared"), Factored("shared", 5), Factored("basis", 6))
-BOOKS = (Codebook(16, 1, "float16"), Codebook(4, 8, "float32"), Codebook(256, None, "bfloat16"))
+LAYOUTS = (FactoredLayout("shared"), FactoredLayout("shared", 5), FactoredLayout("basis", 6))
+BOOKS = (CodebookLayout(16, 1, "float16"), CodebookLayout(4, 8, "float32"), CodebookLayout(256, None, "bfloat16"))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -36,7 +45,7 @@ def packed(double_quant: bool) -> bitsandbytes_layout.Packed:
     return bitsandbytes_layout.quantize_nearest(noise(R, C), "nf4", 64, double_quant)
 
 
-def clustered(W_RC: Tensor, layout: Codebook) -> CodebookWeight:
+def clustered(W_RC: Tensor, layout: CodebookLayout) -> CodebookWeight:
     """Of the levels of k-means."""
     rows = layout.sharing(len(W_RC))
     levels = layout.snap(kmeans(W_RC, torch.ones(W_RC.shape[1]), layout.entries, rows))
@@ -44,13 +53,13 @@ def clustered(W_RC: Tensor, layout: Codebook) -> CodebookWeight:
     return CodebookWeight(codes, levels.to(base.DTYPES[layout.dtype]), layout)
 
 
-def parts(layout: Factored, dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredWeight:
+def parts(layout: FactoredLayout, dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredWeight:
     whole = noise(R, C, seed=seed) if layout.format == "shared" else None
     left, right = (noise(R, layout.rank, seed=seed + 1), noise(layout.rank, C, seed=seed + 2)) if layout.rank else (None, None)
     return FactoredWeight(layout, whole, left, right).to(dtype)
 
 
-WEIGHTS: dict[str, Callable[[], registry.Stored]] = {
+WEIGHTS: dict[str, Callable[[], registry.StoredWeight]] = {
     "nf4": lambda: packed(False),
     "nf4, scales in 8 bits": lambda: packed(True),
     **{layout.name: partial(clustered, noise(R, C), layout) for layout in BOOKS},
@@ -60,14 +69,14 @@ by_weight = pytest.mark.parametrize("what", WEIGHTS)
 by_way = pytest.mark.parametrize("transposed", [False, True])
 
 
-def module_of(weight: registry.Stored, transposed: bool) -> tuple[nn.Module, Making]:
+def module_of(weight: registry.StoredWeight, transposed: bool) -> tuple[nn.Module, WeightParametrization]:
     """A linear, or a Conv1D, whose weight is made of parts."""
     W_RC = registry.dequantize(weight)
     module: nn.Module = Conv1D(R, C) if transposed else nn.Linear(C, R)
     cast(Any, module).weight = nn.Parameter(W_RC.T.contiguous() if transposed else W_RC.clone())
-    making = making_of(weight, transposed)
+    making = parametrization_of(weight, transposed)
     assert making is not None
-    make(module, making, CPU)
+    attach(module, making, CPU)
     return module, making
 
 
@@ -76,11 +85,11 @@ def made(module: nn.Module) -> Tensor:
     return turned(module, cast(Tensor, module.weight)).detach()
 
 
-def values(module: nn.Module, making: Making) -> list[Tensor]:
+def values(module: nn.Module, making: WeightParametrization) -> list[Tensor]:
     return [module.get_parameter(name.removeprefix(".")).data for name in parameters_of("", making).values()]
 
 
-def shift(module: nn.Module, making: Making, size: float = 0.1) -> None:
+def shift(module: nn.Module, making: WeightParametrization, size: float = 0.1) -> None:
     for number, tensor in enumerate(values(module, making)):
         tensor.add_(size * noise(*tensor.shape, seed=number))
 
@@ -174,17 +183,17 @@ def moved_levels(weight: CodebookWeight, by_GL: Tensor) -> Tensor:
     )
 
 
-def exactly(making: Making, parameters: list[Tensor]) -> Tensor:
+def exactly(making: WeightParametrization, parameters: list[Tensor]) -> Tensor:
     """The weight [R, C] of parameters that nothing rounds, by loops over rows."""
-    if isinstance(making, Scaled):
+    if isinstance(making, ScaledCodes):
         levels_RC = bitsandbytes_layout.grid("nf4").double()[making.packed.codes_RC.int()]
         scale_RG = making.packed.absmax_RG.double() * parameters[0]
         return levels_RC * scale_RG.repeat_interleave(making.packed.block, 1)
-    if isinstance(making, Levels):
+    if isinstance(making, CodebookLevels):
         rows = making.weight.layout.sharing(R)
         levels_GL = moved_levels(making.weight, parameters[0])
         return torch.stack([levels_GL[r // rows][making.weight.codes_RC[r].int()] for r in range(R)])
-    assert isinstance(making, Parts)
+    assert isinstance(making, FactoredParts)
     if making.weight.layout.format == "basis":
         return parameters[0] @ parameters[1]
     return parameters[0] + parameters[1] @ parameters[2] if len(parameters) > 1 else parameters[0]
@@ -204,7 +213,7 @@ def test_levels_are_used_as_they_will_be_stored() -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_parts_of_a_model_in_half_precision_are_written_rounded(layout: Factored) -> None:
+def test_parts_of_a_model_in_half_precision_are_written_rounded(layout: FactoredLayout) -> None:
     weight = parts(layout, torch.bfloat16)
     module, making = module_of(weight, False)
     assert {tensor.dtype for tensor in values(module, making)} == {torch.float32}
@@ -223,14 +232,14 @@ def test_parts_of_a_model_in_half_precision_are_written_rounded(layout: Factored
 
 
 def test_a_weight_of_which_nothing_could_learn_has_no_making() -> None:
-    assert making_of(Int8Weight(torch.ones(R, C, dtype=torch.int8), torch.ones(R)), False) is None
+    assert parametrization_of(Int8Weight(torch.ones(R, C, dtype=torch.int8), torch.ones(R)), False) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_rounded_parameter_has_the_value_of_one_and_the_gradient_of_the_other(dtype: torch.dtype) -> None:
     norm = nn.LayerNorm(64)
     norm.weight.data = noise(64)
-    parametrize.register_parametrization(norm, "weight", Rounded(dtype))
+    parametrize.register_parametrization(norm, "weight", StoredRounding(dtype))
     assert torch.equal(norm.weight, noise(64).to(dtype).float()) and norm.weight.dtype == torch.float32
     norm.weight.square().sum().backward()
     exact = norm.get_parameter("parametrizations.weight.original")
@@ -244,20 +253,22 @@ SHARED = {"llama": ("mlp.up_proj", "self_attn.o_proj"), "gpt2": ("mlp.c_fc", "ml
 LAYERS = 3
 
 
-def tied(family: str, layout: Factored | Codebook, dtype: torch.dtype = torch.float32, **config: Any) -> Live:
+def tied(
+    family: str, layout: FactoredLayout | CodebookLayout, dtype: torch.dtype = torch.float32, **config: Any
+) -> InMemoryModel:
     """A pico model whose layers have some parts of linears in common, all with the first."""
     names = {"gpt2": "n_layer"}
     model = cast(Any, pico(family, **{names.get(family, "num_hidden_layers"): LAYERS, **config})).to(dtype)
     plain, weights = live(model), dict(model.state_dict())
-    quantized: dict[str, registry.Stored] = {}
+    quantized: dict[str, registry.StoredWeight] = {}
     ties: dict[str, str] = {}
     for linear in SHARED[family]:
         for index in range(LAYERS):
-            first, name = (f"{plain.block_name(number)}.{linear}" for number in (0, index))
+            first, name = (f"{plain.layer_name(number)}.{linear}" for number in (0, index))
             module = plain.model.get_submodule(name)
             W_RC = turned(module, weights[f"{first}.weight"]).float().contiguous()
-            if isinstance(layout, Codebook):
-                weight: registry.Stored = quantized[first] if index else clustered(W_RC, layout)
+            if isinstance(layout, CodebookLayout):
+                weight: registry.StoredWeight = quantized[first] if index else clustered(W_RC, layout)
                 common = list(registry.tensors_of(weight))
             else:
                 weight, common = factors(W_RC, layout, index).to(dtype), [layout.common]
@@ -267,10 +278,10 @@ def tied(family: str, layout: Factored | Codebook, dtype: torch.dtype = torch.fl
         f"{name}.weight": turned(plain.model.get_submodule(name), registry.dequantize(weight))
         for name, weight in quantized.items()
     }
-    return Live(model.config, weights, CPU, quantized=quantized, layouts=dict.fromkeys(quantized, layout), ties=ties)
+    return InMemoryModel(model.config, weights, CPU, quantized=quantized, layouts=dict.fromkeys(quantized, layout), ties=ties)
 
 
-def factors(W_RC: Tensor, layout: Factored, seed: int) -> FactoredWeight:
+def factors(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
     """The same common part whatever the seed, and others of the layer's own."""
     rows, columns = W_RC.shape
     if layout.format == "basis":
@@ -282,7 +293,7 @@ def factors(W_RC: Tensor, layout: Factored, seed: int) -> FactoredWeight:
     return FactoredWeight(layout, W_RC, noise(rows, layout.rank, seed=seed) / layout.rank, right)
 
 
-def again(resident: Live, learned: dict[str, Tensor]) -> PreTrainedModel:
+def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedModel:
     """The model that a checkpoint with these tensors in place of its own is, each linear plain and by itself."""
     found = dict(resident.source)
     found |= {name: t for name, t in learned.items() if name.rpartition(".")[0] not in resident.layouts or "bias" in name}
@@ -292,7 +303,7 @@ def again(resident: Live, learned: dict[str, Tensor]) -> PreTrainedModel:
             found[f"{name}.weight"] = turned(resident.model.get_submodule(name), registry.dequantize(weight))
     if resident.config.tie_word_embeddings:
         found[f"{resident.anatomy.head}.weight"] = found[f"{resident.anatomy.embedding}.weight"]
-    return whole(Live(resident.config, found, CPU))
+    return whole(InMemoryModel(resident.config, found, CPU))
 
 
 FAMILIES_AND_LAYOUTS = [(family, layout) for family in SHARED for layout in LAYOUTS]
@@ -301,7 +312,7 @@ FAMILIES_AND_LAYOUTS = [(family, layout) for family in SHARED for layout in LAYO
 @pytest.mark.parametrize(("family", "layout"), FAMILIES_AND_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_what_layers_share_is_one_parameter_and_the_function_is_that_of_the_model(
-    family: str, layout: Factored, dtype: torch.dtype
+    family: str, layout: FactoredLayout, dtype: torch.dtype
 ) -> None:
     resident = tied(family, layout, dtype)
     student = Student(resident, "all", rank=4, seed=0)
@@ -324,7 +335,7 @@ def parameter(student: Student, stored_name: str) -> nn.Parameter:
 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILIES_AND_LAYOUTS)
-def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(family: str, layout: Factored) -> None:
+def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(family: str, layout: FactoredLayout) -> None:
     resident = tied(family, layout)
     student = Student(resident, "all", rank=4, seed=0)
     move(student, 0.03)
@@ -333,7 +344,7 @@ def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(family: str, 
     plain = again(resident, student.learned(state(student))).double().requires_grad_()
     (plain(IDS).logits * upstream.double()).sum().backward()
     for linear in SHARED[family]:
-        names = [f"{resident.block_name(index)}.{linear}" for index in range(LAYERS)]
+        names = [f"{resident.layer_name(index)}.{linear}" for index in range(LAYERS)]
         by_layer = []
         for name in names:
             module = plain.get_submodule(name)
@@ -349,7 +360,9 @@ def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(family: str, 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILIES_AND_LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_what_was_learned_is_the_student_and_the_same_in_all_layers(family: str, layout: Factored, dtype: torch.dtype) -> None:
+def test_what_was_learned_is_the_student_and_the_same_in_all_layers(
+    family: str, layout: FactoredLayout, dtype: torch.dtype
+) -> None:
     resident = tied(family, layout, dtype)
     student = Student(resident, "all", rank=4, seed=0)
     before = logits(student.model)
@@ -367,7 +380,7 @@ def test_what_was_learned_is_the_student_and_the_same_in_all_layers(family: str,
     assert float((found - expected).norm() / expected.norm()) < tolerance < float((before - expected).norm() / expected.norm())
 
 
-def with_head(resident: Live, learned: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_head(resident: InMemoryModel, learned: dict[str, Tensor]) -> dict[str, Tensor]:
     """A tied head is the embedding."""
     if not resident.config.tie_word_embeddings:
         return learned
@@ -375,7 +388,7 @@ def with_head(resident: Live, learned: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, BOOKS[1]], ids=lambda layout: layout.name)
-def test_the_resident_does_not_see_what_a_student_learns(layout: Factored | Codebook) -> None:
+def test_the_resident_does_not_see_what_a_student_learns(layout: FactoredLayout | CodebookLayout) -> None:
     resident = tied("llama", layout)
     student = Student(resident, "all", rank=4, seed=0)
     move(student)
@@ -385,7 +398,7 @@ def test_the_resident_does_not_see_what_a_student_learns(layout: Factored | Code
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
-def test_training_norms_leaves_what_is_shared_alone(layout: Factored) -> None:
+def test_training_norms_leaves_what_is_shared_alone(layout: FactoredLayout) -> None:
     resident = tied("llama", layout)
     student = Student(resident, "norms", rank=4, seed=0)
     assert student.learning and all("norm" in name for name in student.learning)
@@ -405,11 +418,11 @@ def test_parts_of_products_are_no_scales() -> None:
 @pytest.mark.parametrize("train", ["scales", "all"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("layout", BOOKS[:2], ids=lambda layout: layout.name)
-def test_levels_that_layers_share_learn_as_one(train: Train, family: str, layout: Codebook) -> None:
+def test_levels_that_layers_share_learn_as_one(train: Train, family: str, layout: CodebookLayout) -> None:
     resident = tied(family, layout)
     student = Student(resident, train, rank=4, seed=0)
     assert torch.equal(logits(student.model), logits(whole(resident)))
-    assert all(isinstance(making, Levels) for making in student.makings.values()) and len(student.makings) == 2 * LAYERS
+    assert all(isinstance(making, CodebookLevels) for making in student.makings.values()) and len(student.makings) == 2 * LAYERS
     levels = [f"{name}.weight_levels" for name in resident.layouts]
     assert len({id(parameter(student, name)) for name in levels}) == 2 and len(student.same) == 2 * (LAYERS - 1)
     learning = set(student.learning)

@@ -18,12 +18,12 @@ from llmcompress.architectures.resize import changed, resized
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout, registry
 from llmcompress.formats.integer import Int8Weight
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live, Outline
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.modeling.sequential import logits as streamed
-from llmcompress.stages.distill.parametrizations import Scaled
-from llmcompress.stages.distill.student import Student, Train, still, whole
+from llmcompress.stages.distill.parametrizations import ScaledCodes
+from llmcompress.stages.distill.student import Student, Train, freeze, whole
 from tests.artefacts import CPU
 from tests.bases import save_base
 from tests.models import FAMILIES, VARIANTS, noise, pico
@@ -31,7 +31,12 @@ from tests.models import FAMILIES, VARIANTS, noise, pico
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS)
 CODED = ("llama", "gpt2", "opt", "qwen3_moe")  # plain linears, Conv1D, biases everywhere, experts that stay plain
-FORMATS: tuple[tuple[bitsandbytes_layout.Format, bool], ...] = (("nf4", False), ("nf4", True), ("fp4", False), ("fp4", True))
+FORMATS: tuple[tuple[bitsandbytes_layout.FourBitFormat, bool], ...] = (
+    ("nf4", False),
+    ("nf4", True),
+    ("fp4", False),
+    ("fp4", True),
+)
 CODINGS = [("llama", *coding) for coding in FORMATS] + [(family, *coding) for family in CODED[1:] for coding in FORMATS[:2]]
 
 FACTOR = "parametrizations.weight.original"  # where torch keeps what a parametrised weight is made of
@@ -39,11 +44,11 @@ FACTOR = "parametrizations.weight.original"  # where torch keeps what a parametr
 
 def packed_of(student: Student) -> dict[str, bitsandbytes_layout.Packed]:
     """The codes whose scales learn, by linear."""
-    return {name: making.packed for name, making in student.makings.items() if isinstance(making, Scaled)}
+    return {name: making.packed for name, making in student.makings.items() if isinstance(making, ScaledCodes)}
 
 
-def live(model: PreTrainedModel) -> Live:
-    return Live(model.config, dict(model.state_dict()), CPU)
+def live(model: PreTrainedModel) -> InMemoryModel:
+    return InMemoryModel(model.config, dict(model.state_dict()), CPU)
 
 
 @torch.no_grad()
@@ -58,13 +63,13 @@ def turned(module: nn.Module, weight: Tensor) -> Tensor:
 
 def coded(
     family: str,
-    format: bitsandbytes_layout.Format = "nf4",
+    format: bitsandbytes_layout.FourBitFormat = "nf4",
     double_quant: bool = False,
     dtype: torch.dtype = torch.float32,
     spread: float = 0.0,
     outside: bool = False,
     **config: Any,
-) -> Live:
+) -> InMemoryModel:
     """A pico model with 4-bit codes of the linears of its blocks (and its head, if `outside`), its scales spread by factors."""
     model = cast(PreTrainedModel, cast(Any, pico(family, **config)).to(dtype))
     plain, weights, packed = live(model), dict(model.state_dict()), {}
@@ -79,7 +84,7 @@ def coded(
             absmax = nested.decode() if nested else absmax
             packed[name] = bitsandbytes_layout.Packed(found.codes_RC, absmax, format, 64, dtype, nested)
             weights[f"{name}.weight"] = turned(module, bitsandbytes_layout.dequantize(packed[name], torch.float32))
-    return Live(model.config, weights, CPU, quantized=packed)
+    return InMemoryModel(model.config, weights, CPU, quantized=packed)
 
 
 def state(student: Student) -> dict[str, Tensor]:
@@ -94,7 +99,7 @@ def move(student: Student, size: float = 0.1) -> None:
         parameter.add_(size * noise(*parameter.shape, seed=number))
 
 
-def again(resident: Live, learned: dict[str, Tensor]) -> PreTrainedModel:
+def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedModel:
     """The model that a checkpoint with these tensors in place of its own is."""
     plain = {name: tensor for name, tensor in learned.items() if name in resident.source and tensor.is_floating_point()}
     found = dict(resident.source) | plain
@@ -103,13 +108,13 @@ def again(resident: Live, learned: dict[str, Tensor]) -> PreTrainedModel:
         found[f"{name}.weight"] = turned(resident.model.get_submodule(name), weight)
     if resident.config.tie_word_embeddings:
         found[f"{resident.anatomy.head}.weight"] = found[f"{resident.anatomy.embedding}.weight"]
-    return whole(Live(resident.config, found, CPU))
+    return whole(InMemoryModel(resident.config, found, CPU))
 
 
 @torch.no_grad()
-def narrowed(family: str, widths: dict[str, list[int]]) -> tuple[PreTrainedModel, Live]:
+def narrowed(family: str, widths: dict[str, list[int]]) -> tuple[PreTrainedModel, InMemoryModel]:
     """A random model whose layers have widths of their own."""
-    plain = Outline(pico(family, num_hidden_layers=len(next(iter(widths.values())))).config, CPU, torch.float32)
+    plain = MetaModel(pico(family, num_hidden_layers=len(next(iter(widths.values())))).config, CPU, torch.float32)
     config = changed(plain.config, resized(plain.config, plain.anatomy, widths))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     anatomy = anatomy_of(config)
@@ -176,7 +181,7 @@ def test_a_whole_model_reads_what_its_kernels_make_of_inputs() -> None:
 
 def test_a_folder_in_half_precision_is_whole_in_the_working_precision(tmp_path: Path) -> None:
     pico("llama", vocab_size=256).bfloat16().save_pretrained(save_base(tmp_path / "base"))
-    resident = OnDisk(tmp_path / "base", CPU)
+    resident = DiskModel(tmp_path / "base", CPU)
     found = whole(resident)
     assert resident.weight_dtype is torch.bfloat16 and {p.dtype for p in found.parameters()} == {torch.float32}
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
@@ -211,7 +216,7 @@ def test_a_still_model_in_training_is_the_model_in_use(family: str) -> None:
     model = pico(family, **dropping)
     expected, model = logits(model), model.train()
     assert not torch.equal(logits(model), expected)
-    still(model)
+    freeze(model)
     assert torch.equal(logits(model), expected) and model.training
 
 
@@ -303,7 +308,7 @@ def weight_of(student: Student, name: str) -> Tensor:
 
 @pytest.mark.parametrize(("family", "format", "double_quant"), CODINGS)
 def test_factors_of_one_leave_the_weights_as_the_codes_say(
-    family: str, format: bitsandbytes_layout.Format, double_quant: bool
+    family: str, format: bitsandbytes_layout.FourBitFormat, double_quant: bool
 ) -> None:
     resident = coded(family, format, double_quant, dtype=torch.bfloat16 if family == "opt" else torch.float32)
     student = Student(resident, "scales", rank=16, seed=0)
@@ -314,7 +319,9 @@ def test_factors_of_one_leave_the_weights_as_the_codes_say(
 
 
 @pytest.mark.parametrize(("format", "double_quant"), FORMATS)
-def test_scales_that_did_not_learn_are_written_as_they_were(format: bitsandbytes_layout.Format, double_quant: bool) -> None:
+def test_scales_that_did_not_learn_are_written_as_they_were(
+    format: bitsandbytes_layout.FourBitFormat, double_quant: bool
+) -> None:
     resident = coded("llama", format, double_quant)
     student = Student(resident, "scales", rank=16, seed=0)
     learned = student.learned(state(student))
@@ -372,7 +379,7 @@ def test_scales_in_eight_bits_have_the_gradient_of_exact_ones() -> None:
 @pytest.mark.parametrize(("family", "format", "double_quant"), CODINGS)
 @pytest.mark.parametrize("spread", [0.0, 2.0])
 def test_learned_scales_are_read_back_as_the_student_used_them(
-    family: str, format: bitsandbytes_layout.Format, double_quant: bool, spread: float
+    family: str, format: bitsandbytes_layout.FourBitFormat, double_quant: bool, spread: float
 ) -> None:
     resident = coded(family, format, double_quant, spread=spread)
     student = Student(resident, "scales", rank=16, seed=0)
@@ -460,7 +467,7 @@ def test_scales_of_a_model_without_4_bit_linears_are_refused(what: str) -> None:
     if what == "int8":
         name = "model.layers.0.mlp.up_proj"
         codes = torch.ones(320, 64, dtype=torch.int8)
-        resident = Live(model.config, model.state_dict(), CPU, quantized={name: Int8Weight(codes, torch.ones(320))})
+        resident = InMemoryModel(model.config, model.state_dict(), CPU, quantized={name: Int8Weight(codes, torch.ones(320))})
     with pytest.raises(ModelError, match="here are none; use all, norms or lora") as told:
         Student(resident, "scales", rank=16, seed=0)
     assert "\n" not in str(told.value)
@@ -471,7 +478,7 @@ def test_all_of_a_quantised_model_is_all_but_its_codes() -> None:
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight").detach()
     packed = bitsandbytes_layout.quantize_nearest(weight, "nf4", 64, double_quant=False)
     state = dict(model.state_dict()) | {"model.layers.0.mlp.up_proj.weight": bitsandbytes_layout.dequantize(packed)}
-    resident = Live(model.config, state, CPU, quantized={"model.layers.0.mlp.up_proj": packed})
+    resident = InMemoryModel(model.config, state, CPU, quantized={"model.layers.0.mlp.up_proj": packed})
     student = Student(resident, "all", rank=16, seed=0)
     every = {name for name, _ in model.named_parameters()} - {"model.layers.0.mlp.up_proj.weight"}
     assert set(student.learning) == every | {f"model.layers.0.mlp.up_proj.{FACTOR}"}

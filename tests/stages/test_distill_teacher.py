@@ -16,9 +16,18 @@ from transformers import PreTrainedModel
 from llmcompress.algorithms.distillation_losses import Scores, TopK, token_loss, top_k
 from llmcompress.errors import OutputError
 from llmcompress.formats import bitsandbytes_layout
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import untracked
-from llmcompress.stages.distill.teacher import SHARD, WINDOW, Kept, Present, Said, asked, loaded, said
+from llmcompress.stages.distill.teacher import (
+    SHARD,
+    WINDOW,
+    CachedTeacher,
+    LiveTeacher,
+    TeacherOutput,
+    forward_arguments,
+    loaded,
+    output_of,
+)
 from tests.artefacts import CPU, distance
 from tests.models import FAMILIES, VARIANTS, pico
 
@@ -30,8 +39,8 @@ CAPPED: tuple[tuple[str, dict[str, Any]], ...] = tuple(
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS, *CAPPED)
 
 
-def live(model: PreTrainedModel) -> Live:
-    return Live(model.config, dict(model.state_dict()), CPU)
+def live(model: PreTrainedModel) -> InMemoryModel:
+    return InMemoryModel(model.config, dict(model.state_dict()), CPU)
 
 
 @torch.no_grad()
@@ -51,7 +60,7 @@ def made(scores: Scores) -> Tensor:
 def test_what_is_said_is_what_the_model_says(family: str, config: dict[str, Any]) -> None:
     model = pico(family, **config)
     with torch.no_grad():
-        found = said(model, model(**asked(IDS)))
+        found = output_of(model, model(**forward_arguments(IDS)))
     assert torch.equal(made(found.scores), logits(model))
     assert len(found.hidden_BLD) == 3 and not found.attention_BHLL
     assert torch.equal(found.hidden_BLD[-1].flatten(0, 1), found.scores.hidden_TD)
@@ -61,7 +70,7 @@ def test_what_is_said_is_what_the_model_says(family: str, config: dict[str, Any]
 def test_where_attention_goes_is_said_where_it_is_asked_for(family: str) -> None:
     model = pico(family)
     model.set_attn_implementation("eager")
-    found = Present(model, V)({"input_ids": IDS}, output_attentions=True)
+    found = LiveTeacher(model, V)({"input_ids": IDS}, output_attentions=True)
     assert len(found.attention_BHLL) == 2
     for map_BHLL in found.attention_BHLL:
         assert map_BHLL.shape == (2, 4 if family in ("gpt2", "opt", "gpt_neox") else 8, 9, 9)
@@ -72,7 +81,7 @@ def test_where_attention_goes_is_said_where_it_is_asked_for(family: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_of_a_wider_vocabulary_the_first_tokens_are_said(family: str) -> None:
     model = pico(family)
-    found = Present(model, 100)({"input_ids": IDS}).scores
+    found = LiveTeacher(model, 100)({"input_ids": IDS}).scores
     assert found.shape() == (18, 100)
     assert torch.allclose(made(found), logits(model)[:, :100], atol=1e-5)
 
@@ -80,13 +89,13 @@ def test_of_a_wider_vocabulary_the_first_tokens_are_said(family: str) -> None:
 def test_a_bias_of_the_head_is_cut_with_it() -> None:
     model = cast(Any, pico("llama"))
     model.lm_head.bias = nn.Parameter(torch.arange(V) * 0.1)
-    assert torch.allclose(made(Present(model, 100)({"input_ids": IDS}).scores), logits(model)[:, :100], atol=1e-5)
-    assert torch.allclose(made(Present(model, V)({"input_ids": IDS}).scores), logits(model), atol=1e-5)
+    assert torch.allclose(made(LiveTeacher(model, 100)({"input_ids": IDS}).scores), logits(model)[:, :100], atol=1e-5)
+    assert torch.allclose(made(LiveTeacher(model, V)({"input_ids": IDS}).scores), logits(model), atol=1e-5)
 
 
 def test_a_teacher_is_in_use_and_does_not_learn() -> None:
     model = pico("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
-    expected, teacher = logits(model), Present(model.train().requires_grad_(), V)
+    expected, teacher = logits(model), LiveTeacher(model.train().requires_grad_(), V)
     with torch.enable_grad():
         found = teacher({"input_ids": IDS, "window": torch.arange(2)})
     assert torch.equal(made(found.scores), expected)
@@ -112,7 +121,7 @@ def test_a_teacher_in_4_bits_says_what_its_dequantised_weights_say(family: str) 
     plain = {n: m for n, m in model.named_modules() if type(m) is nn.Linear and "layers." in n}
     teacher = loaded(live(model), "nf4")
     assert four_bit(teacher).keys() == plain.keys() and len(plain) >= 8
-    found = made(Present(teacher, V)({"input_ids": IDS}).scores)
+    found = made(LiveTeacher(teacher, V)({"input_ids": IDS}).scores)
     for name, module in four_bit(teacher).items():
         packed = bitsandbytes_layout.packed_of(module)
         assert (packed.format, packed.block, packed.double_quant) == ("nf4", 64, False)
@@ -138,37 +147,37 @@ def windows(count: int, seed: int = 0, vocabulary: int = V) -> Tensor:
     return torch.randint(0, vocabulary, (count, L), generator=torch.Generator().manual_seed(seed))
 
 
-class Recorded(Present):
+class Recorded(LiveTeacher):
     """A teacher that remembers the windows that it was asked for."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         super().__init__(model, vocabulary)
         self.seen: list[Tensor] = []
 
-    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> Said:
+    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> TeacherOutput:
         self.seen.append(batch["input_ids"])
         return super().__call__(batch, **more)
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Present:
-    return Present(pico("llama"), V)
+def teacher() -> LiveTeacher:
+    return LiveTeacher(pico("llama"), V)
 
 
-def absent() -> Present:
+def absent() -> LiveTeacher:
     raise AssertionError("the teacher was asked again")
 
 
 def kept(
     folder: Path,
-    teacher: Present | Callable[[], Present],
+    teacher: LiveTeacher | Callable[[], LiveTeacher],
     windows_NL: Tensor,
     key: str = "one",
     k: int = K,
     temperature: float = 1.0,
-) -> Kept:
-    return Kept(
-        folder, key, (lambda: teacher) if isinstance(teacher, Present) else teacher, windows_NL, k, temperature, untracked
+) -> CachedTeacher:
+    return CachedTeacher(
+        folder, key, (lambda: teacher) if isinstance(teacher, LiveTeacher) else teacher, windows_NL, k, temperature, untracked
     )
 
 
@@ -185,7 +194,7 @@ def same(a: TopK, b: TopK) -> bool:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_what_was_kept_is_the_top_of_what_the_teacher_said(temperature: float, teacher: Present, tmp_path: Path) -> None:
+def test_what_was_kept_is_the_top_of_what_the_teacher_said(temperature: float, teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(150)
     found = kept(tmp_path, teacher, text, temperature=temperature)
     for numbers in ((0,), (149, 0, 64, 63), (70, 70), tuple(range(150))):
@@ -198,10 +207,10 @@ def test_what_was_kept_is_the_top_of_what_the_teacher_said(temperature: float, t
         assert recalled.log_p_TK1.shape == (len(numbers) * L, K + 1)
 
 
-def test_what_was_kept_teaches_as_the_teacher_does(teacher: Present, tmp_path: Path) -> None:
+def test_what_was_kept_teaches_as_the_teacher_does(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(6)
     student = pico("llama", num_hidden_layers=1)
-    own = said(student, student(**asked(text))).scores
+    own = output_of(student, student(**forward_arguments(text))).scores
     here = batch(text, *range(6))
     exact = top_k(teacher(here).scores, K)
     recalled = kept(tmp_path, teacher, text)(here).scores
@@ -213,7 +222,7 @@ def test_what_was_kept_teaches_as_the_teacher_does(teacher: Present, tmp_path: P
 def test_a_teacher_is_asked_once_for_each_window(tmp_path: Path) -> None:
     recorded, text, calls = Recorded(pico("llama"), V), windows(150), 0
 
-    def once() -> Present:
+    def once() -> LiveTeacher:
         nonlocal calls
         calls += 1
         return recorded if calls == 1 else absent()
@@ -243,7 +252,7 @@ def test_of_a_longer_text_only_what_is_new_is_asked(tmp_path: Path) -> None:
     assert torch.equal(longer(here).scores.index_TK, exact.index_TK)
 
 
-def test_one_that_was_interrupted_asks_only_for_the_rest(teacher: Present, tmp_path: Path) -> None:
+def test_one_that_was_interrupted_asks_only_for_the_rest(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(SHARD * 3)
 
     def stopping(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -254,7 +263,7 @@ def test_one_that_was_interrupted_asks_only_for_the_rest(teacher: Present, tmp_p
             yield thing
 
     with pytest.raises(KeyboardInterrupt):
-        Kept(tmp_path, "one", lambda: teacher, text, K, 1.0, stopping)
+        CachedTeacher(tmp_path, "one", lambda: teacher, text, K, 1.0, stopping)
     found = kept(tmp_path, teacher, text)
     assert found.asked == SHARD
     assert same(found(batch(text, 5, 190)).scores, kept(tmp_path / "other", teacher, text)(batch(text, 5, 190)).scores)
@@ -264,7 +273,7 @@ def flipped(data: bytes) -> bytes:
     return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
 
 
-def test_a_damaged_shard_is_asked_again(teacher: Present, tmp_path: Path) -> None:
+def test_a_damaged_shard_is_asked_again(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(SHARD + 10)
     here = batch(text, *range(SHARD + 10))
     expected = kept(tmp_path, teacher, text)(here).scores
@@ -279,7 +288,7 @@ def test_a_damaged_shard_is_asked_again(teacher: Present, tmp_path: Path) -> Non
     assert kept(tmp_path, teacher, text).asked == SHARD
 
 
-def test_a_shard_under_the_name_of_another_is_not_taken_for_it(teacher: Present, tmp_path: Path) -> None:
+def test_a_shard_under_the_name_of_another_is_not_taken_for_it(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(SHARD)
     kept(tmp_path, teacher, text, key="two")
     (theirs,) = files(tmp_path)
@@ -290,7 +299,7 @@ def test_a_shard_under_the_name_of_another_is_not_taken_for_it(teacher: Present,
     assert found.asked == SHARD and same(found(batch(text, 0)).scores, expected)
 
 
-def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: Present, tmp_path: Path) -> None:
+def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(5)
     kept(tmp_path, teacher, text)
     other = text.clone()
@@ -306,8 +315,8 @@ def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: Present, tm
     assert kept(tmp_path, absent, text).asked == 0 and len(files(tmp_path)) == 2  # what is there is not driven out
 
 
-def test_another_teacher_says_something_else(teacher: Present, tmp_path: Path) -> None:
-    text, other = windows(5), Present(pico("llama", num_hidden_layers=1), V)
+def test_another_teacher_says_something_else(teacher: LiveTeacher, tmp_path: Path) -> None:
+    text, other = windows(5), LiveTeacher(pico("llama", num_hidden_layers=1), V)
     mine, theirs = kept(tmp_path, teacher, text, "mine"), kept(tmp_path, other, text, "theirs")
     here = batch(text, *range(5))
     assert not same(mine(here).scores, theirs(here).scores)
@@ -317,7 +326,7 @@ def test_another_teacher_says_something_else(teacher: Present, tmp_path: Path) -
 @pytest.mark.parametrize(("vocabulary", "width"), [(1 << 16, 2), (70000, 4)])
 def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_path: Path) -> None:
     text = windows(2)
-    large = Present(pico("llama", vocab_size=vocabulary, num_hidden_layers=1), vocabulary)
+    large = LiveTeacher(pico("llama", vocab_size=vocabulary, num_hidden_layers=1), vocabulary)
     found, here = kept(tmp_path, large, text), batch(text, 1, 0)
     exact = top_k(large(here).scores, K)
     assert torch.equal(found(here).scores.index_TK, exact.index_TK)
@@ -326,7 +335,7 @@ def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_p
 
 
 @pytest.mark.parametrize(("k", "numbers"), [(1, 1), (K, K), (V - 1, V - 1), (V, V - 1), (100000, V - 1)])
-def test_so_many_bytes_are_kept_of_a_token(k: int, numbers: int, teacher: Present, tmp_path: Path) -> None:
+def test_so_many_bytes_are_kept_of_a_token(k: int, numbers: int, teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(SHARD + 3)
     found = kept(tmp_path, teacher, text, k=k)
     assert found.token_bytes == 2 * numbers + 2 * (numbers + 1)
@@ -344,7 +353,7 @@ def test_so_many_bytes_are_kept_of_a_token(k: int, numbers: int, teacher: Presen
     assert torch.allclose(total, torch.ones(L), atol=2e-3)
 
 
-def test_what_was_kept_of_a_sure_teacher_is_finite(teacher: Present, tmp_path: Path) -> None:
+def test_what_was_kept_of_a_sure_teacher_is_finite(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(2)
     found = kept(tmp_path, teacher, text, k=4, temperature=1e-3)(batch(text, 0, 1)).scores
     assert bool(found.log_p_TK1.isfinite().all()) and float(found.log_p_TK1.min()) < -100
@@ -352,7 +361,7 @@ def test_what_was_kept_of_a_sure_teacher_is_finite(teacher: Present, tmp_path: P
 
 def test_of_a_narrower_vocabulary_only_its_tokens_are_kept(tmp_path: Path) -> None:
     text, model = windows(3, vocabulary=40), pico("llama")
-    found = kept(tmp_path, Present(model, 40), text, k=K)(batch(text, 0, 1, 2)).scores
+    found = kept(tmp_path, LiveTeacher(model, 40), text, k=K)(batch(text, 0, 1, 2)).scores
     expected = top_k(logits(model, text)[:, :40], K)
     assert torch.equal(found.index_TK, expected.index_TK) and int(found.index_TK.max()) < 40
     assert torch.allclose(found.log_p_TK1, expected.log_p_TK1, atol=1e-2)
@@ -360,7 +369,7 @@ def test_of_a_narrower_vocabulary_only_its_tokens_are_kept(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("below", [".", "a/b"])
 def test_a_folder_that_can_not_be_written_is_told_in_one_line(
-    below: str, teacher: Present, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    below: str, teacher: LiveTeacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "file"))
@@ -369,7 +378,7 @@ def test_a_folder_that_can_not_be_written_is_told_in_one_line(
     assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "in the way"
 
 
-def test_a_shard_that_can_not_be_written_is_told_too(teacher: Present, tmp_path: Path) -> None:
+def test_a_shard_that_can_not_be_written_is_told_too(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(2)
     kept(tmp_path, teacher, text)
     (shard,) = files(tmp_path)

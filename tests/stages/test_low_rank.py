@@ -14,16 +14,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import AcceptError, ModelError
-from llmcompress.formats.low_rank import Factored, FactoredLinear
+from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live, Resident
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
-from llmcompress.stages.low_rank.stage import Basis
+from llmcompress.stages.low_rank.stage import LowRank
 from tests.artefacts import CPU, TOKENS, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, noise, pico
@@ -42,9 +42,9 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 8) ->
     return staged_recipe(text, base, *(stages or (basis(),)), samples=samples, length=24)
 
 
-def resident(family: str = "llama", **config: Any) -> Resident:
+def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
     model = pico(family, **config)
-    return Live(model.config, model.state_dict(), CPU)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
@@ -70,7 +70,7 @@ def stored_of(folder: Path) -> int:
 def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedModel:
     """A base whose linears have a rank, in rows that all layers have in common."""
     model = pico(family, vocab_size=VOCABULARY, **config)
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     for name, (R, C) in source.linear_maps():
         if name.startswith(source.anatomy.layers):
             number = sum(map(ord, name.split(".", 4)[-1]))  # of the linear, whichever layer it is in
@@ -135,10 +135,10 @@ def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, 
 
 def test_a_rank_just_below_break_even_is_chosen_and_the_next_is_not() -> None:
     source = resident("gpt2")  # c_fc is 320 x 64: two of them and a basis have K (2 320 + 64) weights
-    chosen, kept = Basis.model_validate({"basis": 2, "rank": 58}).choose(source)
-    assert "transformer.h.0.mlp.c_fc" in chosen and chosen["transformer.h.1.mlp.c_fc"] == Factored("basis", 58)
+    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 58}).choose(source)
+    assert "transformer.h.0.mlp.c_fc" in chosen and chosen["transformer.h.1.mlp.c_fc"] == FactoredLayout("basis", 58)
     assert 58 * (2 * 320 + 64) < 2 * 320 * 64 <= 59 * (2 * 320 + 64)
-    chosen, kept = Basis.model_validate({"basis": 2, "rank": 59}).choose(source)
+    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 59}).choose(source)
     assert kept["transformer.h.0.mlp.c_fc"] == "a product of rank 59 for 320 x 64 weights stores no less"
     assert set(chosen) == {f"transformer.h.{index}.mlp.c_proj" for index in (0, 1)}, "64 x 320: K (2 64 + 320)"
 
@@ -187,11 +187,11 @@ def test_layers_of_other_widths_are_not_in_one_group(text: Path, tmp_path: Path)
 
 def test_what_is_skipped_is_kept_with_the_others_of_its_group() -> None:
     source = resident()
-    chosen, kept = Basis.model_validate({"basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}).choose(source)
+    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}).choose(source)
     assert kept["model.layers.1.mlp.up_proj"] == "skip"
     assert kept["model.layers.0.mlp.up_proj"] == "another of its group is kept"
     assert kept["lm_head"] == "the head stays" and len(chosen) == 12
-    moe = Basis.model_validate({"basis": 2, "rank": 8}).choose(resident("qwen3_moe"))[1]
+    moe = LowRank.model_validate({"basis": 2, "rank": 8}).choose(resident("qwen3_moe"))[1]
     assert moe["model.layers.0.mlp.experts.down_proj"] == "3-D experts, which are stored whole"
 
 
@@ -313,5 +313,5 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
 
 
 def test_a_share_too_small_for_any_rank_is_said() -> None:
-    _, kept = Basis.model_validate({"basis": 1, "keep": 0.03}).choose(resident())
+    _, kept = LowRank.model_validate({"basis": 1, "keep": 0.03}).choose(resident())
     assert kept["model.layers.0.self_attn.k_proj"] == "keep leaves no rank of 32 x 64 weights"

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from llmcompress.errors import AcceptError, ModelError, RecipeError
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live, Resident
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.sequential import divergences, without_each
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -35,9 +35,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def resident(family: str = "llama", **config: Any) -> Resident:
+def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
     model = pico(family, **config)
-    return Live(model.config, model.state_dict(), CPU)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axis, f) for f in HEADS for axis in ("kv", "q")]
@@ -49,7 +49,7 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, f
     base = save_base(tmp_path / "base", family)
     report = run_recipe(staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
     model = load(tmp_path / "out")
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     assert source.sizes[axis] == KEEP[axis]
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
     told: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
@@ -78,7 +78,7 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     anatomy = resident(family).anatomy
     for layer in model.get_submodule(anatomy.layers).children():
         for axis, units in (("ffn", dead), ("kv", torch.arange(64, 128))):  # (kv q d) = (2 4 16): the second kv head
-            reader = anatomy.reader_of(axis)
+            reader = anatomy.consumer_of(axis)
             if reader and (axis == "ffn" or family in HEADS):
                 weight = layer.get_parameter(f"{reader}.weight").data
                 (weight.T if reader in anatomy.conv1d else weight)[:, units] = 0
@@ -191,7 +191,7 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tm
 
 def test_the_loss_said_is_that_of_the_model_without_the_layer() -> None:
     model = pico("llama", num_hidden_layers=3)
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         expected = model(windows).logits.log_softmax(-1)
@@ -279,9 +279,9 @@ def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
 
 
 def test_the_reader_of_an_axis_is_the_linear_whose_columns_run_along_it() -> None:
-    assert resident("llama").anatomy.reader_of("kv") == "self_attn.o_proj"
-    assert resident("gpt2").anatomy.reader_of("ffn") == "mlp.c_proj"
-    assert resident("qwen3_moe").anatomy.reader_of("ffn") is None
+    assert resident("llama").anatomy.consumer_of("kv") == "self_attn.o_proj"
+    assert resident("gpt2").anatomy.consumer_of("ffn") == "mlp.c_proj"
+    assert resident("qwen3_moe").anatomy.consumer_of("ffn") is None
 
 
 def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, tmp_path: Path) -> None:

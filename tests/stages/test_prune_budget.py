@@ -11,7 +11,7 @@ import torch
 
 from llmcompress.architectures.resize import changed
 from llmcompress.errors import ModelError, RecipeError
-from llmcompress.modeling.layerwise import Outline
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.prune.allocation import of_a_unit, widths
@@ -21,8 +21,8 @@ from tests.bases import save_base, write_text
 from tests.models import FAMILIES, pico
 
 
-def outline(family: str = "llama", **config: Any) -> Outline:
-    model = Outline(pico(family, **config).config, CPU, torch.float32)
+def outline(family: str = "llama", **config: Any) -> MetaModel:
+    model = MetaModel(pico(family, **config).config, CPU, torch.float32)
     model.model.tie_weights()
     return model
 
@@ -39,7 +39,7 @@ def test_parameters_are_counted_as_torch_counts_them(family: str, tied: bool) ->
 def test_a_uniform_budget_is_reached_from_below(family: str, budget: dict[str, Any]) -> None:
     model = outline(family)
     stage = Prune.model_validate({"axis": "ffn", "allocation": "uniform", **budget})
-    left = Outline(changed(model.config, stage.changes(model)), CPU, torch.float32)
+    left = MetaModel(changed(model.config, stage.changes(model)), CPU, torch.float32)
     left.model.tie_weights()
     each = 1 if "parameters" in budget else 4  # bytes
     reached, allowed = each * sum(p.numel() for p in left.model.parameters()), stage.allowed(model)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live, Resident
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -31,9 +31,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def resident(family: str, **config: Any) -> Resident:
+def resident(family: str, **config: Any) -> LayerwiseModel:
     model = pico(family, **config)
-    return Live(model.config, model.state_dict(), CPU)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 def save_flat(folder: Path, family: str, keep: int, **config: Any) -> Path:
@@ -43,7 +43,7 @@ def save_flat(folder: Path, family: str, keep: int, **config: Any) -> Path:
     into = basis @ basis.T
     source = resident(family, vocab_size=256, tie_word_embeddings=False, **config)
     rows = {
-        f"{source.block_name(i)}.{name}": row for i in range(len(source.layers)) for name, row in source.anatomy.block.items()
+        f"{source.layer_name(i)}.{name}": row for i in range(len(source.layers)) for name, row in source.anatomy.block.items()
     }
     rows |= {f"{source.anatomy.embedding}.weight": "vocab hidden"}
     for name, row in rows.items():
@@ -155,7 +155,7 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
             layer.mlp.experts.down_proj.data[silent] = 0  # type: ignore[union-attr, operator]
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     windows = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     for block in walk(source, windows):
         worth_E = experts.worth(block)

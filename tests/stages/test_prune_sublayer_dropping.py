@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmcompress.errors import ModelError
-from llmcompress.modeling.layerwise import Live, Outline
+from llmcompress.modeling.layerwise import InMemoryModel, MetaModel
 from llmcompress.modeling.sequential import divergences, without_each
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
@@ -56,9 +56,9 @@ def test_what_is_left_is_the_model_whose_part_says_nothing(family: str, text: Pa
     save_base(tmp_path / "base", family, **deeper(family, 3))
     model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out")
-    anatomy = Live(model.config, model.state_dict(), CPU).anatomy
+    anatomy = InMemoryModel(model.config, model.state_dict(), CPU).anatomy
     for index, axis in gone(report):
-        model.get_parameter(f"{anatomy.layers}.{index}.{anatomy.reader_of(axis)}.weight").data.zero_()
+        model.get_parameter(f"{anatomy.layers}.{index}.{anatomy.consumer_of(axis)}.weight").data.zero_()
         assert index
     found = load(tmp_path / "out")
     assert distance(live(found), live(model)) < 1e-6
@@ -85,7 +85,7 @@ def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path:
 
 def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
     model = pico("llama", num_hidden_layers=3)
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
     every: list[tuple[int, str | None]] = [(i, reader) for i in range(3) for reader in ("self_attn.o_proj", "mlp.down_proj")]
     already: list[tuple[int, str | None]] = [(1, "mlp.down_proj")]
@@ -177,7 +177,7 @@ def test_a_plan_says_how_many_go(text: Path, tmp_path: Path) -> None:
 def test_what_can_not_go_is_refused(family: str, settings: dict[str, Any], why: str) -> None:
     stage = Prune(**settings)
     with pytest.raises(ModelError, match=why):
-        stage.changes(Outline(pico(family).config, CPU, torch.float32))
+        stage.changes(MetaModel(pico(family).config, CPU, torch.float32))
 
 
 def test_an_axis_that_a_layer_has_lost_is_not_cut_again(text: Path, tmp_path: Path) -> None:
@@ -191,6 +191,6 @@ def test_an_axis_that_a_layer_has_lost_is_not_cut_again(text: Path, tmp_path: Pa
 
 
 def test_the_first_attention_of_each_kind_stays() -> None:
-    model = Outline(pico("gemma3_text", **deeper("gemma3_text", 4)).config, CPU, torch.float32)
+    model = MetaModel(pico("gemma3_text", **deeper("gemma3_text", 4)).config, CPU, torch.float32)
     there = {axis: {index for index, other in sublayer_dropping.candidates(model) if other == axis} for axis in ("kv", "ffn")}
     assert there == {"kv": {2, 3}, "ffn": {1, 2, 3}}

@@ -14,8 +14,8 @@ from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live, Resident
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
@@ -31,9 +31,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def resident(family: str = "llama", **config: Any) -> Resident:
+def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
     model = pico(family, vocab_size=VOCABULARY, **config)
-    return Live(model.config, model.state_dict(), CPU)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
@@ -53,7 +53,7 @@ def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
     ],
 )
 def test_nearest_is_stock_bitsandbytes(
-    family: str, format: bitsandbytes_layout.Format, block: int, double_quant: bool, text: Path, tmp_path: Path
+    family: str, format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
     settings = {"format": format, "block": block, "double_quant": double_quant}
@@ -279,7 +279,7 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(t
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     run_recipe(small_recipe(text, base), tmp_path / "out")
-    written = OnDisk(tmp_path / "out", CPU, quantized=True)
+    written = DiskModel(tmp_path / "out", CPU, quantized=True)
     assert "lm_head.weight" not in written.checkpoint.tensors
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight

@@ -20,8 +20,8 @@ from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import enter, logits
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
@@ -79,7 +79,7 @@ def is_shared(model: PreTrainedModel) -> bool:
 @by_case
 def test_an_artefact_loads_and_computes_what_was_measured(case: Case, artefacts: dict[Case, Path]) -> None:
     folder, tied = artefacts[case], case[1]
-    model, resident = cast(Any, load(folder)), OnDisk(artefacts[case], CPU, quantized=True)
+    model, resident = cast(Any, load(folder)), DiskModel(artefacts[case], CPU, quantized=True)
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     assert type(embedding) is IntegerEmbedding and isinstance(head, IntegerLinear) == tied
     assert not any(p.requires_grad for p in embedding.parameters())
@@ -98,8 +98,8 @@ def test_an_artefact_loads_and_computes_what_was_measured(case: Case, artefacts:
 @by_case
 def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(case: Case, artefacts: dict[Case, Path]) -> None:
     (family, tied), folder = case, artefacts[case]
-    tensors, name = load_file(folder / "model.safetensors"), OnDisk(folder, CPU, quantized=True).anatomy.embedding
-    V, D = OnDisk(base_of(folder), CPU).matrices()[name]
+    tensors, name = load_file(folder / "model.safetensors"), DiskModel(folder, CPU, quantized=True).anatomy.embedding
+    V, D = DiskModel(base_of(folder), CPU).matrices()[name]
     assert tensors[f"{name}.weight"].shape == (1, V, D) and tensors[f"{name}.weight"].dtype == torch.int8
     assert tensors[f"{name}.weight_scale"].shape == (V,) and tensors[f"{name}.weight_scale"].dtype == torch.float32
     dense = [part for part, tensor in tensors.items() if tensor.shape == (V, D)]  # the head, as the base calls it
@@ -141,7 +141,7 @@ def test_tokens_are_the_same_with_and_without_a_cache(case: Case, artefacts: dic
 @by_case
 def test_a_report_counts_the_embedding_once(case: Case, artefacts: dict[Case, Path], text: Path) -> None:
     report, checkpoint = Report.of(artefacts[case]), Checkpoint.open(artefacts[case], base=False)
-    name = OnDisk(base_of(artefacts[case]), CPU).anatomy.embedding
+    name = DiskModel(base_of(artefacts[case]), CPU).anatomy.embedding
     (entry,) = [linear for linear in report.linears if linear.name == name]
     assert entry == report.linears[0] and entry.format == "w8a8" and entry.bits == 8.0
     facts = entry.model_dump()
@@ -176,7 +176,9 @@ def test_a_process_without_llmcompress_refuses_the_embedding(artefacts: dict[Cas
     out = subprocess.run(arguments, check=True, timeout=600, capture_output=True, text=True).stdout
     told = json.loads(out.splitlines()[-1])
     for folder in artefacts.values():
-        assert f"{OnDisk(folder, CPU, quantized=True).anatomy.embedding}.weight" in told[str(folder)], "it was loaded as floats"
+        assert f"{DiskModel(folder, CPU, quantized=True).anatomy.embedding}.weight" in told[str(folder)], (
+            "it was loaded as floats"
+        )
 
 
 @pytest.mark.slow
@@ -247,7 +249,7 @@ def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Pa
     assert model.dtype == model.model.dtype == model.model.norm.weight.dtype == torch.bfloat16 and (
         is_shared(model) or not tied
     )
-    rows, read = model.get_input_embeddings()(TOKENS), OnDisk(tmp_path / "out", CPU, quantized=True).model
+    rows, read = model.get_input_embeddings()(TOKENS), DiskModel(tmp_path / "out", CPU, quantized=True).model
     assert rows.dtype == torch.bfloat16 and distance(rows.float(), cast(Any, read).get_input_embeddings()(TOKENS)) < 0.01
     assert distance(live(model), measured(tmp_path / "out")) < 0.1
     model.save_pretrained(tmp_path / "again")
@@ -286,7 +288,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate:
         run_recipe(recipe, out)
         assert bytes_of(out) == bytes_of(tmp_path / "once") and Report.of(out).linears == Report.of(tmp_path / "once").linears
     assert distance(live(load(out)), measured(out)) < 0.01
-    base_logits = torch.cat(list(logits(OnDisk(base, CPU), TOKENS)))
+    base_logits = torch.cat(list(logits(DiskModel(base, CPU), TOKENS)))
     assert distance(measured(out), base_logits) < 0.1
 
 
@@ -302,8 +304,8 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
 
     monkeypatch.setattr(Quantize, "_block", watch)
     run_recipe(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
-    model = OnDisk(base, CPU).model
-    rounded = OnDisk(tmp_path / "out", CPU, quantized=True).model.get_parameter("model.embed_tokens.weight")
+    model = DiskModel(base, CPU).model
+    rounded = DiskModel(tmp_path / "out", CPU, quantized=True).model.get_parameter("model.embed_tokens.weight")
     full = model.get_parameter("model.embed_tokens.weight")
     inputs, reference = torch.cat(seen["inputs"]).flatten(0, -2), torch.cat(seen["reference"]).flatten(0, -2)
     ids = torch.cdist(reference, full).argmin(1)
@@ -342,7 +344,7 @@ def test_a_model_without_its_head_or_with_another_loads_the_same_file(artefacts:
 
 
 def test_an_embedding_that_is_kept_changes_nothing() -> None:
-    source = Live(pico("llama").config, pico("llama").state_dict(), CPU)
+    source = InMemoryModel(pico("llama").config, pico("llama").state_dict(), CPU)
     before, _ = enter(source, [TOKENS % 160])
     chosen, kept = Quantize.model_validate({"format": "w8a8"}).choose(source)
     assert "model.embed_tokens" not in chosen and kept["lm_head"] == "head: keep"

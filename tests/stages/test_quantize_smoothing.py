@@ -17,11 +17,11 @@ from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.shape_grammar import scale
 from llmcompress.errors import RecipeError
 from llmcompress.formats import registry
-from llmcompress.formats.integer import Scheme
-from llmcompress.formats.schemes import Coding, FourBit, Int8, Integer
+from llmcompress.formats.integer import IntegerLayout
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
 from llmcompress.modeling import sequential as walking
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
@@ -43,36 +43,36 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 72)  # 8 windows of 24 tokens: batches of 3, 3 and 2
 
 
-def blocks(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[Block]:
+def blocks(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[DecoderLayer]:
     """The blocks of a model whose weights are stored in `dtype`."""
     cast(nn.Module, model).to(dtype)
     windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
-    return walk(Live(model.config, model.state_dict(), CPU), windows)
+    return walk(InMemoryModel(model.config, model.state_dict(), CPU), windows)
 
 
-def weights(block: Block) -> dict[str, Tensor]:
+def weights(block: DecoderLayer) -> dict[str, Tensor]:
     return {name: parameter.data for name, parameter in block.module.named_parameters()}
 
 
-def restore(block: Block, before: Mapping[str, Tensor]) -> None:
+def restore(block: DecoderLayer, before: Mapping[str, Tensor]) -> None:
     for name, data in before.items():
         block.module.get_parameter(name).data = data
 
 
-def drawn(block: Block, key: str, spread: float = 1.0) -> Tensor:
+def drawn(block: DecoderLayer, key: str, spread: float = 1.0) -> Tensor:
     """A factor for each unit of a producer, by e^spread up or down."""
     _, _, axes = block.anatomy.producer(key)
     shape = [block.sizes[axis] for axis in axes]
     return (spread * torch.randn(shape, generator=torch.Generator().manual_seed(2))).exp()
 
 
-def moved(block: Block, before: Sequence[Tensor]) -> float:
+def moved(block: DecoderLayer, before: Sequence[Tensor]) -> float:
     """How far the outputs are from those before, over the largest of them."""
     pairs = list(zip(block.outputs(block.inputs), before, strict=True))
     return max(float((now - then).abs().max() / then.abs().max()) for now, then in pairs)
 
 
-def norm_of(block: Block, key: str) -> str | None:
+def norm_of(block: DecoderLayer, key: str) -> str | None:
     """The weight of a producer that is a norm."""
     return f"{key}.weight" if block.anatomy.block.get(f"{key}.weight") == "hidden" else None
 
@@ -82,7 +82,7 @@ def norm_of(block: Block, key: str) -> str | None:
 def test_a_scale_that_crosses_leaves_the_output_of_the_block(family: str, config: dict[str, Any], dtype: torch.dtype) -> None:
     for block in blocks(pico(family, **config), dtype):
         before, outputs = weights(block), block.outputs(block.inputs)
-        for key in set(block.anatomy.feeds) - {"mlp.experts.gate_up_proj[1]"}:
+        for key in set(block.anatomy.scale_pairs) - {"mlp.experts.gate_up_proj[1]"}:
             changed = block.cross(key, drawn(block, key), dtype)
             assert moved(block, outputs) <= SAME, key
             now = weights(block)
@@ -109,7 +109,7 @@ def test_the_readers_get_what_the_norm_is_really_divided_by(family: str) -> None
     checked = 0
     for block in blocks(pico(family), torch.bfloat16):
         offset = block.anatomy.norm_offset
-        for key, readers in block.anatomy.feeds.items():
+        for key, consumers in block.anatomy.scale_pairs.items():
             norm, before, factor = norm_of(block, key), weights(block), drawn(block, key)
             if norm is None:
                 continue
@@ -118,7 +118,7 @@ def test_the_readers_get_what_the_norm_is_really_divided_by(family: str) -> None
             assert torch.equal(now[norm], now[norm].bfloat16().float()), "it can't be stored as it is"
             real = (before[norm].double() + offset) / (now[norm].double() + offset)
             assert float((real / factor - 1).abs().max()) > 1e-3, "bfloat16 rounded nothing: this shows nothing"
-            for reader in readers:
+            for reader in consumers:
                 row = reader if reader in block.anatomy.block else f"{reader}.weight"
                 columns = real[:, None] if reader in block.anatomy.conv1d else real
                 torch.testing.assert_close(now[row].double(), before[row].double() * columns, rtol=1e-6, atol=0)
@@ -137,7 +137,7 @@ def test_the_widest_factors_cross_too(family: str, dtype: torch.dtype) -> None:
     """Factors are kept within 4096, either way; what is divided by so much must not round to nothing."""
     for block in blocks(pico(family), dtype):
         before, outputs = weights(block), block.outputs(block.inputs)
-        for key in block.anatomy.feeds:
+        for key in block.anatomy.scale_pairs:
             factor = drawn(block, key)
             factor.flatten()[::3], factor.flatten()[1::3] = 4096.0, 1 / 4096
             block.cross(key, factor, dtype)
@@ -149,7 +149,7 @@ def test_the_widest_factors_cross_too(family: str, dtype: torch.dtype) -> None:
 def test_a_channel_that_a_norm_shuts_off_stays_shut_off(family: str) -> None:
     model = pico(family)
     anatomy = anatomy_of(model.config)
-    key = next(iter(anatomy.feeds))
+    key = next(iter(anatomy.scale_pairs))
     for layer in model.get_submodule(anatomy.layers).children():
         layer.get_parameter(f"{key}.weight").data[5:9] = -anatomy.norm_offset
     for block in blocks(model):
@@ -162,16 +162,16 @@ def test_a_channel_that_a_norm_shuts_off_stays_shut_off(family: str) -> None:
 def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
     model = pico("qwen2")
     windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
-    plain = [block.targets for block in walk(Live(model.config, model.state_dict(), CPU), windows, reference=True)]
-    for block in walk(Live(model.config, model.state_dict(), CPU), windows, reference=True):
-        for key in block.anatomy.feeds:
+    plain = [block.targets for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)]
+    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True):
+        for key in block.anatomy.scale_pairs:
             block.cross(key, drawn(block, key), torch.float32)
         block.set_weight("mlp.down_proj", 0.5 * block.weight("mlp.down_proj"))
         for now, then in zip(block.targets, plain[block.index], strict=True):
             assert float((now - then).abs().max() / then.abs().max()) <= 2 * SAME
 
 
-def rounded_error(block: Block, readers: Sequence[str], coding: Coding, aims: Sequence[Tensor]) -> float:
+def rounded_error(block: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]) -> float:
     """What the nearest codes of the readers and the rounding of their inputs cost in the block's output, in plain hooks."""
 
     def read(module: nn.Module, args: tuple[Tensor, ...], *, bits: int | None) -> tuple[Tensor, ...]:
@@ -179,7 +179,7 @@ def rounded_error(block: Block, readers: Sequence[str], coding: Coding, aims: Se
 
     bits = None if coding.input_largest is None else 4 if coding.input_largest == 7 else 8
     before, hooks = weights(block), []
-    for reader in readers:
+    for reader in consumers:
         block.set_weight(reader, registry.dequantize(coding.nearest(block.weight(reader))))
         hooks.append(block.module.get_submodule(reader).register_forward_pre_hook(partial(read, bits=bits)))
     outs = block.outputs(block.inputs[: len(aims)])
@@ -189,32 +189,36 @@ def rounded_error(block: Block, readers: Sequence[str], coding: Coding, aims: Se
     return sum(float(((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()) for out, aim in zip(outs, aims, strict=True))
 
 
-SEARCHED: list[tuple[Coding, str, torch.dtype]] = [
-    (Integer(Scheme("w8a8")), "smoothquant", torch.float32),
-    (Int8(0.0), "smoothquant", torch.bfloat16),
-    (Integer(Scheme("w4a8", block=32)), "smoothquant", torch.float16),
-    (Integer(Scheme("w4a4", block=64)), "awq", torch.float32),
-    (FourBit("nf4", 64, False, torch.bfloat16), "awq", torch.bfloat16),
-    (Integer(Scheme("w8a8", "none")), "awq", torch.bfloat16),
+SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
+    (IntegerScheme(IntegerLayout("w8a8")), "smoothquant", torch.float32),
+    (Int8Scheme(0.0), "smoothquant", torch.bfloat16),
+    (IntegerScheme(IntegerLayout("w4a8", block=32)), "smoothquant", torch.float16),
+    (IntegerScheme(IntegerLayout("w4a4", block=64)), "awq", torch.float32),
+    (FourBitScheme("nf4", 64, False, torch.bfloat16), "awq", torch.bfloat16),
+    (IntegerScheme(IntegerLayout("w8a8", "none")), "awq", torch.bfloat16),
 ]
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt", "qwen3_moe"])
 @pytest.mark.parametrize(("coding", "method", "dtype"), SEARCHED, ids=[f"{coding.format}-{how}" for coding, how, _ in SEARCHED])
-def test_the_search_never_ends_worse_than_no_smoothing(family: str, coding: Coding, method: Any, dtype: torch.dtype) -> None:
+def test_the_search_never_ends_worse_than_no_smoothing(
+    family: str, coding: QuantScheme, method: Any, dtype: torch.dtype
+) -> None:
     for block in blocks(pico(family, num_hidden_layers=1, **one_layer(family)), dtype):
         before, outputs = weights(block), block.outputs(block.inputs)
         found = Smooth(method=method).search(block, dict.fromkeys(block.anatomy.linears, coding), lambda name: dtype)
         after = weights(block)
         assert moved(block, outputs) <= SAME, "the search changed what the block computes"
         assert not block.rounds, "a rounding of the search was left behind"
-        assert set(found) == {key for key, readers in block.anatomy.feeds.items() if set(readers) & set(block.anatomy.linears)}
+        assert set(found) == {
+            key for key, consumers in block.anatomy.scale_pairs.items() if set(consumers) & set(block.anatomy.linears)
+        }
         restore(block, before)
         for key, factor in found.items():
-            readers = [reader for reader in block.anatomy.feeds[key] if reader in block.anatomy.linears]
-            plain = rounded_error(block, readers, coding, outputs[:2])
+            consumers = [reader for reader in block.anatomy.scale_pairs[key] if reader in block.anatomy.linears]
+            plain = rounded_error(block, consumers, coding, outputs[:2])
             block.cross(key, factor, dtype)
-            assert rounded_error(block, readers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
+            assert rounded_error(block, consumers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
         assert all(torch.equal(data, after[name]) for name, data in weights(block).items()), (
             "it says other factors than its own"
         )
@@ -226,11 +230,11 @@ def one_layer(family: str) -> dict[str, Any]:
 
 def test_a_given_exponent_is_that_of_the_papers() -> None:
     """Largest input and weight of a unit over all columns that read it, four query heads for each value channel."""
-    coding: Coding = Integer(Scheme("w8a8"))
+    coding: QuantScheme = IntegerScheme(IntegerLayout("w8a8"))
     linears = ["self_attn.o_proj", "mlp.down_proj"]
     for block in blocks(pico("llama")):
         read: dict[str, list[Tensor]] = {linear: [] for linear in linears}
-        for inputs, _ in block.reads(*block.anatomy.readers):
+        for inputs, _ in block.reads(*block.anatomy.consumers):
             for linear in linears:
                 read[linear].append(inputs[linear].flatten(0, -2).double())
         before = weights(block)
@@ -252,7 +256,7 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
 
 def test_only_what_is_rounded_is_smoothed() -> None:
     for block in blocks(pico("llama")):
-        found = Smooth().search(block, {"mlp.gate_proj": Integer(Scheme("w8a8"))}, lambda name: torch.float32)
+        found = Smooth().search(block, {"mlp.gate_proj": IntegerScheme(IntegerLayout("w8a8"))}, lambda name: torch.float32)
         assert list(found) == ["post_attention_layernorm"]
 
 
@@ -263,7 +267,7 @@ def plant(model: PreTrainedModel) -> PreTrainedModel:
     anatomy = anatomy_of(model.config)
     sizes, generator = anatomy.axis_sizes(model.config), torch.Generator().manual_seed(4)
     for layer in model.get_submodule(anatomy.layers).children():
-        for key, readers in anatomy.feeds.items():
+        for key, consumers in anatomy.scale_pairs.items():
             if anatomy.block.get(f"{key}.weight") != "hidden":
                 continue
             factor = torch.ones(sizes["hidden"])
@@ -272,7 +276,7 @@ def plant(model: PreTrainedModel) -> PreTrainedModel:
             gain.copy_((gain + anatomy.norm_offset) * factor - anatomy.norm_offset)
             if f"{key}.bias" in anatomy.block:
                 layer.get_parameter(f"{key}.bias").data.mul_(factor)
-            for reader in readers:
+            for reader in consumers:
                 columns, row = layer.get_parameter(f"{reader}.weight").data, anatomy.block[f"{reader}.weight"]
                 columns.copy_(scale(columns, row, sizes, ("hidden",), 1 / factor))
     return model

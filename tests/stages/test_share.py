@@ -24,8 +24,8 @@ from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.formats.low_rank import FactoredLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.from_disk import OnDisk
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
@@ -56,14 +56,14 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 4) ->
 def linears(family: str, *parts: str, **config: Any) -> list[str]:
     """The linears of a block that run along the axis of a part, by name."""
     model = pico(family, **config)
-    source = Live(model.config, model.state_dict(), CPU)
+    source = InMemoryModel(model.config, model.state_dict(), CPU)
     of = {"attention": "attn", "ffn": "mlp"} if family != "gpt_neox" else {"attention": "attention.", "ffn": "mlp"}
     names = [name for name in source.anatomy.linears if any(of[part] in name for part in parts)]
     return names + ([name for name in source.anatomy.linears if "fc" in name] if family == "opt" and "ffn" in parts else [])
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    source = Live(pico(model.config.model_type).config, pico(model.config.model_type).state_dict(), CPU)
+    source = InMemoryModel(pico(model.config.model_type).config, pico(model.config.model_type).state_dict(), CPU)
     return list(model.get_submodule(source.anatomy.layers).children())
 
 
@@ -597,5 +597,5 @@ def test_what_is_measured_block_by_block_is_what_the_loss_says(text: Path, tmp_p
     model = pico("opt", vocab_size=VOCABULARY)
     model.load_state_dict(whole, strict=False)
     model.tie_weights()
-    found = torch.cat(list(logits(OnDisk(out, CPU, quantized=True), TOKENS)))
+    found = torch.cat(list(logits(DiskModel(out, CPU, quantized=True), TOKENS)))
     assert distance(found, live(model)) < 1e-5

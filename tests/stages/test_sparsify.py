@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.sparsegpt import unpack_mask
 from llmcompress.errors import AcceptError, ModelError, RecipeError
-from llmcompress.formats.sparse import Sparse, SparseLinear
+from llmcompress.formats.sparse import SparseLayout, SparseLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
@@ -127,8 +127,8 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     model = pico("llama", num_hidden_layers=1)
     windows = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
     stage = Sparsify.model_validate({"pattern": "2:4"})
-    resident = Live(model.config, model.state_dict(), CPU)
-    layouts = {linear: Sparse("2:4", "float32") for linear in resident.anatomy.linears}
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    layouts = {linear: SparseLayout("2:4", "float32") for linear in resident.anatomy.linears}
     for block in walk(resident, windows, reference=True):
         before = {linear: block.weight(linear) for linear in layouts}
         tensors, facts = Rewriting("sparsify", "", stage._solve)._block(block, layouts, lambda name: torch.float32)
@@ -153,8 +153,10 @@ def test_more_kept_is_less_lost_and_more_bytes(text: Path, tmp_path: Path) -> No
         assert (less.compressed.parameters or 0) < (more.compressed.parameters or 0)
 
 
-@pytest.mark.parametrize("layout", [Sparse("2:4", "float32"), Sparse("unstructured", "float32", 0.5)], ids=lambda x: x.pattern)
-def test_a_zero_that_may_stay_stays(layout: Sparse) -> None:
+@pytest.mark.parametrize(
+    "layout", [SparseLayout("2:4", "float32"), SparseLayout("unstructured", "float32", 0.5)], ids=lambda x: x.pattern
+)
+def test_a_zero_that_may_stay_stays(layout: SparseLayout) -> None:
     W_RC = torch.ones(3, 8)
     W_RC[:, 2:4] = 0
     W_RC[:, 6:] = 0

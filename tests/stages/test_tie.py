@@ -21,7 +21,7 @@ from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
-from llmcompress.modeling.layerwise import Live
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import leave
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
@@ -59,9 +59,9 @@ def untied(folder: Path, family: str = "llama", **config: Any) -> Path:
     return save_base(folder, family, tie_word_embeddings=False, **config)
 
 
-def resident(family: str, **config: Any) -> Live:
+def resident(family: str, **config: Any) -> InMemoryModel:
     model = pico(family, tie_word_embeddings=False, **config)
-    return Live(model.config, model.state_dict(), CPU)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
 def calibration(told: Recipe) -> Tensor:

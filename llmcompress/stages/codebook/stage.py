@@ -17,17 +17,17 @@ from llmcompress.algorithms.codebook import solve_codebook
 from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.formats.base import DTYPES
-from llmcompress.formats.codebook import Codebook, CodebookWeight
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import Context, Facts
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
 STAGE = "codebook"
 
 
-class Cluster(BaseModel):
+class Codebook(BaseModel):
     """`tie: {codebook, per, rows, skip}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -41,27 +41,27 @@ class Cluster(BaseModel):
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
 
     @model_validator(mode="after")
-    def _rows_of_groups(self) -> Cluster:
+    def _rows_of_groups(self) -> Codebook:
         if self.rows is not None and self.per != "group":
             raise ValueError(f"rows is for per: group, not {self.per}")
         if self.rows is None and self.per == "group":
             raise ValueError("per: group needs rows, how many adjacent rows share a codebook, as 4")
         return self
 
-    def layout(self, model: Resident, linear: str) -> Codebook:
+    def layout(self, model: LayerwiseModel, linear: str) -> CodebookLayout:
         """How a linear of a model, by its full name, is written."""
         dtype = "bfloat16" if model.dtype_of(f"{linear}.weight") is torch.bfloat16 else "float16"
-        return Codebook(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
+        return CodebookLayout(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
-    def choose(self, model: Resident) -> tuple[dict[str, Codebook], dict[str, str]]:
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
         return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
 
-    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Codebook], dict[str, str]]:
+    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""
         return self.choose(model)
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every block that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         facts = Rewriting(STAGE, f"tie (codebook of {self.codebook})", _solve).done(model, context, chosen, kept)
@@ -69,7 +69,7 @@ class Cluster(BaseModel):
         return facts
 
 
-def _solve(name: str, W_RC: Tensor, moments: Moments, layout: Codebook) -> CodebookWeight:
+def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> CodebookWeight:
     """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
     require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))

@@ -25,7 +25,7 @@ WITHIN = ("hidden", "attention")  # losses that need a teacher in memory
 PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
 
 
-class Lesson(BaseModel):
+class DistillConfig(BaseModel):
     """Who learns what from whom, for how long and at which rate."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -81,7 +81,7 @@ class Lesson(BaseModel):
     trackers: tuple[str, ...] = Field(default=(), strict=False, description="that the Trainer reports to, like tensorboard")
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Lesson:
+    def _fits_together(self) -> DistillConfig:
         if self.micro_batch and self.batch % self.micro_batch:
             raise ValueError(f"micro_batch {self.micro_batch} is no divisor of batch {self.batch}")
         if self.skew is not None and self.loss not in SKEW:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.distillation_losses import HiddenKind, attention_kl, hidden_loss, layer_map
 from llmcompress.errors import ModelError
-from llmcompress.stages.distill.teacher import Said
+from llmcompress.stages.distill.teacher import TeacherOutput
 
 RCOND = 1e-5  # of the largest singular value: less is what float32 makes of nothing
 PROJECTION = "distill_projection"  # what it is called in the student, so that it is saved and resumed with it
@@ -58,7 +58,7 @@ class Matching:
         """What a forward pass must say."""
         return {"output_attentions": True} if self.attention else {}
 
-    def loss(self, student: Said, teacher: Said, projection: nn.Linear | None) -> Tensor:
+    def loss(self, student: TeacherOutput, teacher: TeacherOutput, projection: nn.Linear | None) -> Tensor:
         """The weighted sum of both losses, each the mean over layers; mse is a share of the teacher's mean square."""
         parts, skip = [], self.unscored
         if self.hidden:

@@ -22,7 +22,7 @@ from llmcompress.formats.codebook import CodebookWeight
 from llmcompress.formats.low_rank import FactoredWeight
 
 
-class Making(nn.Module):
+class WeightParametrization(nn.Module):
     """How a weight is made of parameters; `codes`: beside codes that stay. `transposed`: stored [C, R]."""
 
     codes: ClassVar[bool]
@@ -46,11 +46,11 @@ class Making(nn.Module):
         """What the weight is made of to begin with."""
 
     @abstractmethod
-    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.Stored:
+    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
         """What is written of a weight made of these, in a model of that type."""
 
 
-class Scaled(Making):
+class ScaledCodes(WeightParametrization):
     """Levels of 4 bits that stay: each block's are multiplied by a scale, a factor [R, G] times what it was."""
 
     codes = True
@@ -79,7 +79,7 @@ class Scaled(Making):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return torch.ones_like(cast(Tensor, self.absmax_RG))
 
-    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.Stored:
+    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
         absmax_RG = cast(Tensor, self.absmax_RG)
         scale_RG = (absmax_RG * parameters[0].to(absmax_RG)).cpu()
         if torch.equal(scale_RG, self.packed.absmax_RG.cpu()):
@@ -88,7 +88,7 @@ class Scaled(Making):
         return replace(self.packed, absmax_RG=nested.decode() if nested else scale_RG, nested=nested)
 
 
-class Levels(Making):
+class CodebookLevels(WeightParametrization):
     """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at first by none."""
 
     codes = True
@@ -114,12 +114,12 @@ class Levels(Making):
     def right_inverse(self, weight: Tensor) -> Tensor:
         return torch.zeros_like(cast(Tensor, self.levels_GL))
 
-    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.Stored:
+    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
         levels_GL = self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
         return replace(self.weight, levels_GL=levels_GL)
 
 
-class Parts(Making):
+class FactoredParts(WeightParametrization):
     """A matrix that layers share, with or without a difference left @ right; or left @ right alone."""
 
     codes = False
@@ -139,7 +139,7 @@ class Parts(Making):
         own = [part.to(weight, copy=True) for part in parts]  # what is stored stays as it is
         return own if len(own) > 1 else own[0]
 
-    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.Stored:
+    def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
         found = dict(zip(self.parts, parameters, strict=True))
         if self.weight.layout.format == "basis":
             made = FactoredWeight(self.weight.layout, left_RK=found["weight"], right_KC=found["weight_right"])
@@ -152,7 +152,7 @@ class Parts(Making):
         return [tensors[part][0] if part == "weight" else tensors[part] for part in self.parts]
 
 
-class Rounded(nn.Module):
+class StoredRounding(nn.Module):
     """A parameter that is rounded to the type in which it will be stored."""
 
     def __init__(self, dtype: torch.dtype) -> None:
@@ -169,21 +169,21 @@ def as_stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     return rounded(x.detach()) + (x - x.detach())  # in this order the value is exact
 
 
-def making_of(weight: registry.Stored, transposed: bool) -> Making | None:
+def parametrization_of(weight: registry.StoredWeight, transposed: bool) -> WeightParametrization | None:
     """How a weight can learn beside its codes, or None where there is nothing that could."""
     if isinstance(weight, bitsandbytes_layout.Packed):
-        return Scaled(weight, transposed)
+        return ScaledCodes(weight, transposed)
     if isinstance(weight, CodebookWeight):
-        return Levels(weight, transposed)
-    return Parts(weight, transposed) if isinstance(weight, FactoredWeight) else None
+        return CodebookLevels(weight, transposed)
+    return FactoredParts(weight, transposed) if isinstance(weight, FactoredWeight) else None
 
 
-def make(linear: nn.Module, making: Making, device: torch.device) -> None:
+def attach(linear: nn.Module, making: WeightParametrization, device: torch.device) -> None:
     """Have the weight of a linear be made of parameters from now on."""
     parametrize.register_parametrization(linear, "weight", making.to(device), unsafe=True)
 
 
-def parameters_of(name: str, making: Making) -> dict[str, str]:
+def parameters_of(name: str, making: WeightParametrization) -> dict[str, str]:
     """The names of the parameters that the weight of a linear of that name is made of, by the tensors that are stored."""
     place = f"{name}.parametrizations.weight.original"
     return {part: f"{place}{i if len(making.parts) > 1 else ''}" for i, part in enumerate(making.parts)}

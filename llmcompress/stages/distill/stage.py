@@ -20,25 +20,25 @@ from transformers import EarlyStoppingCallback, PrinterCallback
 from llmcompress.errors import DataError, ModelError
 from llmcompress.integrations import distributed
 from llmcompress.modeling.from_disk import no_progress_bar
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import OUTER, Context, Facts
-from llmcompress.stages.distill.config import WITHIN, Lesson
+from llmcompress.stages.distill.config import WITHIN, DistillConfig
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching, projection_of
 from llmcompress.stages.distill.student import Student
-from llmcompress.stages.distill.teacher import WINDOW, Kept, Present, Teacher, asked, loaded, said
-from llmcompress.stages.distill.trainer import DistillTrainer, Objective, Watch, Windows, last_checkpoint
+from llmcompress.stages.distill.teacher import WINDOW, CachedTeacher, LiveTeacher, Teacher, forward_arguments, loaded, output_of
+from llmcompress.stages.distill.trainer import DistillTrainer, Objective, SequenceDataset, Watch, last_checkpoint
 
 STAGE, DONE = "distill", "distilled"
 HELD = 32  # windows that measure
 POINTS = 200  # of a curve in the report
 
 
-class Distill(Lesson):
+class Distill(DistillConfig):
     """`distill: {loss, steps, learning_rate, batch, length, teacher, student, train, cache, ...}`."""
 
     name: ClassVar[str] = STAGE
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Train, unless the journal holds the result; leave the weights that learned there, block by block."""
         journal = context.journal
         entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]
@@ -51,7 +51,7 @@ class Distill(Lesson):
         details = {"length": context.data.calibration.shape[1]} | self.model_dump(mode="json", include=told, exclude_none=True)
         return Facts(STAGE, notes=notes, details=details | found)
 
-    def _train(self, model: Resident, context: Context) -> None:
+    def _train(self, model: LayerwiseModel, context: Context) -> None:
         folder, length = context.journal.folder / "training", self.length or context.data.calibration.shape[1]
         text, unscored = context.data.training, context.data.unscored
         if length < 2 + unscored:
@@ -61,7 +61,7 @@ class Distill(Lesson):
                 f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
-        windows = Windows(text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos)
+        windows = SequenceDataset(text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos)
         held, notes = context.data.calibration[:HELD], list[str]()
         objective = self._objective(model, student, context, windows, held, notes)
         earlier = last_checkpoint(folder)
@@ -102,22 +102,30 @@ class Distill(Lesson):
         return notes
 
     def _objective(
-        self, model: Resident, student: Student, context: Context, windows: Windows, held_NL: Tensor, notes: list[str]
+        self,
+        model: LayerwiseModel,
+        student: Student,
+        context: Context,
+        windows: SequenceDataset,
+        held_NL: Tensor,
+        notes: list[str],
     ) -> Objective:
         """What the student is to come near; the teacher is read only if something is to be asked of it."""
         source = context.teacher(self.teacher)
 
         @functools.cache
-        def present() -> Present:
+        def present() -> LiveTeacher:
             teacher = loaded(source.open(), self.teacher_format)
             if self.attention:
                 teacher.set_attn_implementation("eager")
-            return Present(teacher, model.config.vocab_size)
+            return LiveTeacher(teacher, model.config.vocab_size)
 
-        def kept() -> list[Kept]:
+        def kept() -> list[CachedTeacher]:
             key = f"{source.digest()} {self.teacher_format} {model.dtype} {model.config.vocab_size}"
             wanted = ((windows.windows_NL, self.temperature), (held_NL, 1.0))
-            return [Kept(context.cache, key, present, asked_NL, self.top_k, t, context.track) for asked_NL, t in wanted]
+            return [
+                CachedTeacher(context.cache, key, present, asked_NL, self.top_k, t, context.track) for asked_NL, t in wanted
+            ]
 
         teacher: Teacher
         examiner: Teacher
@@ -137,13 +145,15 @@ class Distill(Lesson):
         options = self.loss, self.label_share, self.temperature, self.skew
         return Objective(*options, teacher if taught else None, examiner, matching, generator, context.data.unscored)
 
-    def _matching(self, student: Student, teacher: Present, ids_BL: Tensor, origin: Sequence[int], unscored: int) -> Matching:
+    def _matching(
+        self, student: Student, teacher: LiveTeacher, ids_BL: Tensor, origin: Sequence[int], unscored: int
+    ) -> Matching:
         """How layers are held against each other; gives the student the linear between unequal widths."""
         if self.attention:
             student.model.set_attn_implementation("eager")
         with torch.no_grad():
             more = {"output_attentions": True} if self.attention else {}
-            own = said(student.model, student.model(**asked(ids_BL, **more)))
+            own = output_of(student.model, student.model(**forward_arguments(ids_BL, **more)))
             taught = teacher({"input_ids": ids_BL}, **more)
         layers, teachers = len(own.hidden_BLD) - 1, len(taught.hidden_BLD) - 1
         if self.attention and (len(own.attention_BHLL) < layers or len(taught.attention_BHLL) < teachers):
@@ -157,7 +167,7 @@ class Distill(Lesson):
         return Matching.of(layers, teachers, origin, self.hidden_loss, self.hidden, self.attention, unscored)
 
 
-def _said_of(kept: Sequence[Kept]) -> str:
+def _said_of(kept: Sequence[CachedTeacher]) -> str:
     """What was kept, in words."""
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
@@ -187,10 +197,10 @@ def _state(trainer: DistillTrainer, student: Student) -> Mapping[str, Tensor]:
     return {name: parameter.data for name, parameter in student.model.named_parameters()}
 
 
-def _leave(model: Resident, context: Context, learned: Mapping[str, Tensor]) -> None:
+def _leave(model: LayerwiseModel, context: Context, learned: Mapping[str, Tensor]) -> None:
     """Have the journal hold what has learned: a block an entry, and what lies outside them."""
     for index in range(len(model.layers)):
-        prefix = f"{model.block_name(index)}."
+        prefix = f"{model.layer_name(index)}."
         inside = {name: tensor for name, tensor in learned.items() if name.startswith(prefix)}
         context.journal.save(STAGE, index, inside, {})
     outside = {name: tensor for name, tensor in learned.items() if not name.startswith(f"{model.anatomy.layers}.")}

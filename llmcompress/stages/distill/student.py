@@ -22,13 +22,19 @@ from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import registry
-from llmcompress.modeling.layerwise import Resident
-from llmcompress.stages.distill.parametrizations import Making, Rounded, make, making_of, parameters_of
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.stages.distill.parametrizations import (
+    StoredRounding,
+    WeightParametrization,
+    attach,
+    parameters_of,
+    parametrization_of,
+)
 
 Train = Literal["all", "norms", "scales", "lora"]
 
 
-def whole(resident: Resident, ready: Callable[[nn.Module], None] = lambda block: None) -> PreTrainedModel:
+def whole(resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda block: None) -> PreTrainedModel:
     """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see.
 
     `ready` is given each block before the next one is read.
@@ -36,7 +42,7 @@ def whole(resident: Resident, ready: Callable[[nn.Module], None] = lambda block:
     model = copy.deepcopy(resident.model)
     for index in range(len(resident.layers)):
         with resident.block(index) as module:
-            block = model.get_submodule(resident.block_name(index))
+            block = model.get_submodule(resident.layer_name(index))
             for name, parameter in module.named_parameters():
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(parameter.data.clone(), requires_grad=False)
@@ -46,7 +52,7 @@ def whole(resident: Resident, ready: Callable[[nn.Module], None] = lambda block:
     return model
 
 
-def still(model: nn.Module) -> None:
+def freeze(model: nn.Module) -> None:
     """Turn off what makes a model in training another function than in use: all dropout."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
@@ -59,12 +65,12 @@ def still(model: nn.Module) -> None:
 class Student:
     """A model in training: `model` itself, and `trained`, what a Trainer is to be given of it."""
 
-    def __init__(self, resident: Resident, train: Train, rank: int, seed: int) -> None:
+    def __init__(self, resident: LayerwiseModel, train: Train, rank: int, seed: int) -> None:
         self.model, self.train, self.dtype_of = whole(resident), train, resident.dtype_of
         self.trained: nn.Module = self.model
-        self.makings: dict[str, Making] = {}  # of linears that are no plain weights
+        self.makings: dict[str, WeightParametrization] = {}  # of linears that are no plain weights
         self.same: dict[str, str] = {}  # a parameter that is another one -> that one
-        still(self.model)
+        freeze(self.model)
         if train == "lora":
             self._adapt(resident, rank, seed)
         else:
@@ -89,7 +95,7 @@ class Student:
         if tied | self.same.keys():  # or transformers warns that a checkpoint lacks them
             self.model._keys_to_ignore_on_save = sorted(tied | self.same.keys())
 
-    def _adapt(self, resident: Resident, rank: int, seed: int) -> None:
+    def _adapt(self, resident: LayerwiseModel, rank: int, seed: int) -> None:
         try:
             import peft
         except ImportError:
@@ -102,13 +108,13 @@ class Student:
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
-    def _make(self, coded: Mapping[str, registry.Stored], resident: Resident) -> None:
+    def _make(self, coded: Mapping[str, registry.StoredWeight], resident: LayerwiseModel) -> None:
         """Let what weights are made of learn, where it is to; what layers share is one parameter."""
         for name, codes in coded.items():
             module = self.model.get_submodule(name)
-            if (making := making_of(codes, isinstance(module, Conv1D))) is not None:
+            if (making := parametrization_of(codes, isinstance(module, Conv1D))) is not None:
                 self.makings[name] = making
-                make(module, making, resident.device)
+                attach(module, making, resident.device)
         for target, source in resident.ties.items():
             linear, other = (name.rpartition(".")[0] for name in (target, source))
             part = target.rpartition(".")[2]
@@ -129,7 +135,7 @@ class Student:
             dtype = self.dtype_of(name)
             if parameter.requires_grad and parameter.dim() == 1 and dtype.itemsize < 4:
                 owner, _, leaf = name.rpartition(".")
-                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, Rounded(dtype))
+                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, StoredRounding(dtype))
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""

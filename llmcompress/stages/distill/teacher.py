@@ -23,7 +23,7 @@ from llmcompress.algorithms.distillation_losses import Scores, TopK, top_k
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.stages.distill.student import whole
 
@@ -32,14 +32,14 @@ WINDOW = "window"  # the number of a window among all that a teacher was asked, 
 
 
 @dataclass(frozen=True, eq=False)
-class Recalled:
+class CachedOutput:
     """What was kept of what a model said of B windows."""
 
     scores: TopK
 
 
 @dataclass(frozen=True, eq=False)
-class Said:
+class TeacherOutput:
     """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way there."""
 
     scores: Scores
@@ -50,11 +50,11 @@ class Said:
 class Teacher(Protocol):
     """Whoever answers for a batch {input_ids [B, L], window [B]}."""
 
-    def __call__(self, batch: Mapping[str, Tensor], **asked: bool) -> Said | Recalled:
+    def __call__(self, batch: Mapping[str, Tensor], **forward_arguments: bool) -> TeacherOutput | CachedOutput:
         """What it says of the batch."""
 
 
-def said(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> Said:
+def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
     """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if given."""
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
@@ -62,27 +62,27 @@ def said(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> S
     scores = Scores(
         found.hidden_states[-1].flatten(0, 1), head.weight[:vocabulary], None if bias is None else bias[:vocabulary], cap=cap
     )
-    return Said(scores, found.hidden_states, found.attentions or ())
+    return TeacherOutput(scores, found.hidden_states, found.attentions or ())
 
 
-def asked(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
-    """The arguments of a forward pass that is to be read by `said`."""
+def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
+    """The arguments of a forward pass that is to be read by `output_of`."""
     return {"input_ids": ids_BL, "output_hidden_states": True, "logits_to_keep": 1, "use_cache": False, **more}
 
 
-class Present:
+class LiveTeacher:
     """A model in memory that answers as it is asked."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self.model, self.vocabulary = model.requires_grad_(False).eval(), vocabulary
 
     @torch.no_grad()
-    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> Said:
+    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> TeacherOutput:
         """What it says of the batch."""
-        return said(self.model, self.model(**asked(batch["input_ids"], **more)), self.vocabulary)
+        return output_of(self.model, self.model(**forward_arguments(batch["input_ids"], **more)), self.vocabulary)
 
 
-def loaded(resident: Resident, format: str | None) -> PreTrainedModel:
+def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
     """A teacher whole in memory; the linears of its blocks in `format`, if given, where the kernels take them."""
 
     def quantized(block: nn.Module) -> None:
@@ -100,14 +100,14 @@ def loaded(resident: Resident, format: str | None) -> PreTrainedModel:
     return model
 
 
-class Kept:
+class CachedTeacher:
     """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher` first, once."""
 
     def __init__(
         self,
         folder: Path,
         key: str,
-        teacher: Callable[[], Present],
+        teacher: Callable[[], LiveTeacher],
         windows_NL: Tensor,
         k: int,
         temperature: float,
@@ -131,14 +131,14 @@ class Kept:
         found = self.journal.get(name, 0)
         return found is not None and found[1] == {"name": name}
 
-    def _ask(self, teacher: Present, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
+    def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
         for name in track(lacking, "ask the teacher", len(lacking)):
             found = [self._top(teacher, windows, k) for windows in batches_of(lacking[name])]
             index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             small = index.to(torch.uint16).view(torch.int16) if teacher.vocabulary <= 1 << 16 else index.to(torch.int32)
             self.journal.save(name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, {"name": name})
 
-    def _top(self, teacher: Present, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
+    def _top(self, teacher: LiveTeacher, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
         scores = teacher({"input_ids": ids_BL.to(teacher.model.device)}).scores
         top = top_k(scores, min(k, teacher.vocabulary - 1), temperature=self.temperature)
         return (part.unflatten(0, ids_BL.shape) for part in (top.index_TK, top.log_p_TK1))
@@ -148,14 +148,16 @@ class Kept:
         """What is kept of a token."""
         return sum(tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.shards[0].values())
 
-    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> Recalled:
+    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> CachedOutput:
         """What it said of the windows of the batch."""
         where, device = [divmod(int(n), SHARD) for n in batch[WINDOW]], batch["input_ids"].device
         index, log_p = (
             torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device) for part in ("index", "log_p")
         )
         index = index.view(torch.uint16) if index.dtype == torch.int16 else index
-        return Recalled(TopK(index.long(), log_p.float().log_softmax(-1), self.temperature))  # rounded, they sum to one no more
+        return CachedOutput(
+            TopK(index.long(), log_p.float().log_softmax(-1), self.temperature)
+        )  # rounded, they sum to one no more
 
 
 def _name(windows_NL: Tensor) -> str:

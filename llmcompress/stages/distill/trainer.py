@@ -30,18 +30,18 @@ from transformers import (
 )
 
 from llmcompress.algorithms.distillation_losses import Kind, token_loss
-from llmcompress.data.calibration import begun
+from llmcompress.data.calibration import with_bos
 from llmcompress.integrations import distributed
 from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.safetensors_writer import discard, put
 from llmcompress.modeling.sequential import next_tokens
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
-from llmcompress.stages.distill.teacher import WINDOW, Recalled, Said, Teacher, asked, said
+from llmcompress.stages.distill.teacher import WINDOW, CachedOutput, Teacher, TeacherOutput, forward_arguments, output_of
 
 OWN = "own"  # in a batch: which windows the student is to go on with by itself
 
 
-class Windows(Dataset[dict[str, Tensor]]):
+class SequenceDataset(Dataset[dict[str, Tensor]]):
     """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
 
     Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is marked for the student
@@ -50,7 +50,7 @@ class Windows(Dataset[dict[str, Tensor]]):
 
     def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None) -> None:
         text = length - int(bos is not None)
-        self.windows_NL, self.count = begun(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
+        self.windows_NL, self.count = with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
         self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
         self.own = torch.rand(count, generator=generator) < own
@@ -77,26 +77,26 @@ class Objective:
     generator: int | None = None  # the seed of what the student writes itself, if it does
     unscored: int = 0  # positions at the start of a window whose predictions do not count
 
-    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled | None, found: Any) -> Tensor:
+    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput | None, found: Any) -> Tensor:
         """The loss of a batch, given what a forward pass of the student found."""
-        own, labels_T = said(student, found), next_tokens(ids_BL, self.unscored).flatten()
+        own, labels_T = output_of(student, found), next_tokens(ids_BL, self.unscored).flatten()
         loss = token_loss(
             self.kind, own.scores, taught.scores if taught else None, labels_T=labels_T,
             label_share=self.label_share, temperature=self.temperature, skew=self.skew,
         )  # fmt: skip
-        if self.matching is not None and isinstance(taught, Said):
+        if self.matching is not None and isinstance(taught, TeacherOutput):
             loss = loss + self.matching.loss(own, taught, getattr(student, PROJECTION, None))
         return loss
 
 
 def measured(
-    student: PreTrainedModel, ids_BL: Tensor, taught: Said | Recalled, unscored: int, found: Any
+    student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput, unscored: int, found: Any
 ) -> tuple[Tensor, Tensor]:
     """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found.
 
     What is predicted at the first `unscored` positions of a window counts in neither.
     """
-    scores = said(student, found).scores
+    scores = output_of(student, found).scores
     nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL, unscored).flatten())
     counts_BL = torch.ones_like(ids_BL)
     counts_BL[:, :unscored] = 0
@@ -156,7 +156,7 @@ class DistillTrainer(Trainer):
         objective, ids = self.objective, self._written(inputs)
         more = objective.matching.asked if objective.matching else {}
         taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
-        loss = model(**asked(ids, **more), then=partial(objective.loss, self.student, ids, taught))
+        loss = model(**forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught))
         return (loss, {}) if return_outputs else loss
 
     def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -175,7 +175,7 @@ class DistillTrainer(Trainer):
         with torch.no_grad():
             ids, taught = batch["input_ids"], self.objective.examiner(batch)
             found = partial(measured, self.student, ids, taught, self.objective.unscored)
-            kl, nll = model(**asked(ids), then=found)
+            kl, nll = model(**forward_arguments(ids), then=found)
         self.nll.append(nll)
         return kl.detach(), None, None
 

@@ -18,10 +18,10 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.low_rank import coefficients, shared_basis
 from llmcompress.errors import ModelError
-from llmcompress.formats.low_rank import Factored, FactoredWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import Context, Facts
 from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known
@@ -29,7 +29,7 @@ from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, requi
 STAGE, FOUND = "basis", "found"  # in the journal
 
 
-class Basis(BaseModel):
+class LowRank(BaseModel):
     """`tie: {basis, rank or keep, skip}`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -45,12 +45,12 @@ class Basis(BaseModel):
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
 
     @model_validator(mode="after")
-    def _one_of_them(self) -> Basis:
+    def _one_of_them(self) -> LowRank:
         if (self.rank is None) == (self.keep is None):
             raise ValueError("give rank or keep, one of them")
         return self
 
-    def groups(self, model: Resident) -> list[list[int]]:
+    def groups(self, model: LayerwiseModel) -> list[list[int]]:
         """The layers that have a basis in common: neighbours of the same widths."""
         groups: list[list[int]] = []
         for index in range(len(model.layers)):
@@ -62,17 +62,17 @@ class Basis(BaseModel):
                 groups.append([index])
         return groups
 
-    def choose(self, model: Resident) -> tuple[dict[str, Factored], dict[str, str]]:
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
         if self.basis > len(model.layers):
             raise ModelError(f"basis: {self.basis} is more than the {len(model.layers)} layers of this model; use fewer")
         ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
         require_known("skip", self.skip, ours)
-        chosen: dict[str, Factored] = {}
+        chosen: dict[str, FactoredLayout] = {}
         kept = {name: why for name in shapes if (why := refused(name, model, ours, self.skip))}
         for group in self.groups(model):
             for linear in model.anatomy.linears:
-                names = [f"{model.block_name(index)}.{linear}" for index in group]
+                names = [f"{model.layer_name(index)}.{linear}" for index in group]
                 if names[0] not in shapes or any(name in kept for name in names):
                     kept |= {name: "another of its group is kept" for name in names if name in shapes and name not in kept}
                     continue
@@ -81,7 +81,7 @@ class Basis(BaseModel):
                 fewer = rank >= 1 and rank * (len(group) * R + C) < len(group) * R * C and rank <= min(C, len(group) * R)
                 why = f"a product of rank {rank} for {R} x {C} weights stores no less"
                 if fewer:
-                    chosen |= dict.fromkeys(names, Factored("basis", rank))
+                    chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
                 else:
                     kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
@@ -90,33 +90,33 @@ class Basis(BaseModel):
             raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
         return chosen, kept
 
-    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Factored], dict[str, str]]:
+    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""
         return self.choose(model)
 
-    def ties(self, model: Resident, journal: Journal | None = None) -> dict[str, str]:
+    def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """Which stored tensors are others, by name: the bases."""
         chosen, _ = self.choose(model)
         pairs = [
-            (f"{model.block_name(index)}.{linear}", f"{model.block_name(group[0])}.{linear}")
+            (f"{model.layer_name(index)}.{linear}", f"{model.layer_name(group[0])}.{linear}")
             for group in self.groups(model)
             for index in group[1:]
             for linear in model.anatomy.linears
         ]
         return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every block that the journal does not hold yet; leave its tensors and facts there."""
         (chosen, kept), groups = self.choose(model), self.groups(model)
         if self.basis > 1:
             self._find(model, context, groups, chosen)
-        number_of = {model.block_name(index): number for number, group in enumerate(groups) for index in group}
+        number_of = {model.layer_name(index): number for number, group in enumerate(groups) for index in group}
 
         @functools.lru_cache(maxsize=1)  # groups come one after another
         def found(number: int) -> dict[str, Tensor]:
             return context.journal.load(FOUND, number)[0]
 
-        def solve(name: str, W_RC: Tensor, moments: Moments, layout: Factored) -> FactoredWeight:
+        def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
             block = next(block for block in number_of if name.startswith(f"{block}."))
             W_RC = retarget(W_RC.float(), moments)
             if self.basis > 1:
@@ -124,7 +124,7 @@ class Basis(BaseModel):
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
             first, linear = groups[number_of[block]][0], name.removeprefix(f"{block}.")
-            dtype = model.dtype_of(f"{model.block_name(first)}.{linear}.weight")  # one for the group, as the basis is
+            dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")  # one for the group, as the basis is
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
             return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
@@ -137,7 +137,9 @@ class Basis(BaseModel):
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True)
         return facts
 
-    def _find(self, model: Resident, context: Context, groups: Sequence[Sequence[int]], chosen: dict[str, Factored]) -> None:
+    def _find(
+        self, model: LayerwiseModel, context: Context, groups: Sequence[Sequence[int]], chosen: dict[str, FactoredLayout]
+    ) -> None:
         """Journal the bases of every group, by linear: what its layers read in the full model decides."""
         journal = context.journal
         if all(journal.has(FOUND, number) for number in range(len(groups))):

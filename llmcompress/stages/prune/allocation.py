@@ -13,8 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor
 
 from llmcompress.algorithms.allocation import Option, allocate
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import batches_of, divergences, walk
 from llmcompress.stages.base import Context
 from llmcompress.stages.fisher import find_fisher, metric
@@ -26,7 +26,7 @@ Curves = Mapping[str, Sequence[Sequence[float]]]  # axis -> for each block, the 
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each block keeps
 
 
-def curves(model: Resident, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
+def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
     """The nats a token that each block loses by what it keeps of each axis, as far as they add up.
 
     A block alone is cut to three quarters, and what the model loses by that is measured: its curve is multiplied so that it
@@ -64,7 +64,7 @@ def _measured_at(units: int) -> int:
     return max(1, min(units - 1, round(0.75 * units)))
 
 
-def without(block: Block, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:
+def without(block: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:
     """What leaves a block for its first inputs where `count` units of an axis stay; the block is then as it was."""
     before = {name: parameter.data for name, parameter in block.module.named_parameters()}
     cut(block, axis, count, Score("obs", metric_RR), mend=True)
@@ -74,7 +74,7 @@ def without(block: Block, axis: str, count: int, metric_RR: Tensor | None, batch
     return out
 
 
-def of_a_unit(model: Resident, axis: str, spent: Callable[[Widths], int]) -> list[int]:
+def of_a_unit(model: LayerwiseModel, axis: str, spent: Callable[[Widths], int]) -> list[int]:
     """What one unit of an axis takes in each block, in the parameters or bytes that `spent` says of widths."""
     layers = len(model.layers)
     none = spent({axis: (0,) * layers})

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from llmcompress.errors import ModelError
 from llmcompress.io.safe_parsing import MOST_COUNTED, MOST_STORED
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 HEADER = 160  # bytes that a file's header spends on a tensor, at most, and on itself
@@ -56,11 +56,11 @@ class Budget(BaseModel):
             raise ValueError(f"give one of keep, parameters and size, not {' and '.join(given) or 'none'}")
         return self
 
-    def spent(self, model: Resident, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+    def spent(self, model: LayerwiseModel, widths: Mapping[str, Sequence[int]] | None = None) -> int:
         """What the model takes of the budget, if it has these widths: bytes where it is a size, else parameters."""
         return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
 
-    def allowed(self, model: Resident) -> int:
+    def allowed(self, model: LayerwiseModel) -> int:
         """What the model may take: bytes with `size`, parameters with `parameters`."""
         if self.size is not None:
             tensors = len(model.anatomy.rows(model.config)) + 1
@@ -69,7 +69,7 @@ class Budget(BaseModel):
         whole = model.parameters()
         return int(self.parameters * whole) if isinstance(self.parameters, float) else self.parameters
 
-    def layers(self, model: Resident) -> int:
+    def layers(self, model: LayerwiseModel) -> int:
         """How many layers stay. Errors: ModelError where none would go, or too many had to."""
         total = len(model.layers)
         if self.keep is not None:
@@ -81,12 +81,12 @@ class Budget(BaseModel):
                 return total - gone
         raise self.refuse(model, whole - sum(own[:-1]))
 
-    def _of_layer(self, model: Resident, index: int) -> int:
+    def _of_layer(self, model: LayerwiseModel, index: int) -> int:
         """What one layer takes of the budget."""
-        sizes = {f"{model.block_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
+        sizes = {f"{model.layer_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
         return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
 
-    def uniform(self, model: Resident, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
+    def uniform(self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
         """Units of an axis that stay in blocks that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
@@ -128,7 +128,7 @@ class Budget(BaseModel):
             )
         return count
 
-    def refuse(self, model: Resident, least: int) -> ModelError:
+    def refuse(self, model: LayerwiseModel, least: int) -> ModelError:
         """The error where the budget is less than the `least` that the model can take of it."""
         said, unit = (
             (f"parameters: {self.parameters:g}", "parameters") if self.size is None else (f"size: {self.size}", "bytes")

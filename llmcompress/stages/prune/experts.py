@@ -7,20 +7,20 @@ from torch import Tensor
 
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.errors import ModelError
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 
 AXIS = "expert"
 
 
-def require_enough(model: Resident, count: int) -> None:
+def require_enough(model: LayerwiseModel, count: int) -> None:
     """Refuse fewer experts than each token is routed to. Errors: ModelError."""
     if count < (chosen := model.config.num_experts_per_tok):
         raise ModelError(f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or more')
 
 
 @torch.no_grad()
-def worth(block: Block) -> Tensor:
+def worth(block: DecoderLayer) -> Tensor:
     """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the length of its answer.
 
     Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and not over those
@@ -47,7 +47,7 @@ def worth(block: Block) -> Tensor:
     return worth_E / max(tokens, 1)
 
 
-def cut(block: Block, count: int) -> tuple[dict[str, Tensor], float]:
+def cut(block: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
     """The parameters that change where `count` experts stay, by name in the block, and the share of the worth that goes."""
     worth_E = worth(block)
     kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values

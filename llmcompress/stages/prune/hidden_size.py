@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments, retarget, translate
 from llmcompress.architectures.shape_grammar import Spelling, take
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Outline, Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation, refusal
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import OUTER, Context
@@ -27,14 +27,14 @@ AXIS, DIRECTIONS, STAGE = "hidden", "directions", "prune"  # the last two in the
 SAMPLE = 2  # batches that tell the error
 
 
-def why_not(model: Resident, score: str) -> str | None:
+def why_not(model: LayerwiseModel, score: str) -> str | None:
     """Why the hidden state of a model can't be cut so, if it can't."""
     if model.anatomy.norm_offset:
         return "its embedding is scaled by the hidden width"
     return refusal(model.anatomy, model.config, r1=True, r2=False) if score == "pca" else None
 
 
-def find_directions(model: Resident, context: Context, score: str) -> None:
+def find_directions(model: LayerwiseModel, context: Context, score: str) -> None:
     """Have the journal hold the directions [D, D], those first that stay longest: columns, or for `activation` an order [D].
 
     Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the whole model,
@@ -57,7 +57,7 @@ def find_directions(model: Resident, context: Context, score: str) -> None:
     journal.save(DIRECTIONS, 0, {"directions": order.cpu().contiguous()}, {})
 
 
-def cut(model: Resident, context: Context, outline: Outline, score: str, mend: bool) -> list[dict[str, Any]]:
+def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool) -> list[dict[str, Any]]:
     """Cut every block that the journal does not hold yet, and what lies outside them; what that cost, by block."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
     order = journal.load(DIRECTIONS, 0)[0]["directions"]
@@ -84,12 +84,12 @@ def cut(model: Resident, context: Context, outline: Outline, score: str, mend: b
     return [journal.load(STAGE, index)[1] for index in range(layers)]
 
 
-def _block(block: Block, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
+def _block(block: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
     """Make a block narrow, and solve its linears anew; the relative error of the states that leave it."""
     anatomy, whole = block.anatomy, {linear: block.weight(linear) for linear in block.anatomy.linears}
     tensors = _narrow({name: block.module.get_parameter(name).data for name in anatomy.block}, anatomy.block, block.sizes, kept)
     block.become(narrow, _with_gains(tensors, anatomy.block, _share(block)))
-    for group in anatomy.readers if mend else ():
+    for group in anatomy.consumers if mend else ():
         moments = block.moments(group)[group[0]]
         reads = AXIS in Spelling((anatomy.input_of(group[0]),)).axes
         for linear in group:
@@ -101,7 +101,7 @@ def _block(block: Block, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
 
 
 @torch.no_grad()
-def _outer(model: Resident, outline: Outline, block: Block, kept: Tensor, mend: bool) -> dict[str, Tensor]:
+def _outer(model: LayerwiseModel, outline: MetaModel, block: DecoderLayer, kept: Tensor, mend: bool) -> dict[str, Tensor]:
     """What lies outside the blocks, narrow; `block` is the one after the last."""
     anatomy, tied = model.anatomy, model.config.tie_word_embeddings
     rows = {name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")}
@@ -131,7 +131,7 @@ def _with_gains(tensors: dict[str, Tensor], rows: Mapping[str, str], share: floa
     return {name: tensor * share if name in gains else tensor for name, tensor in tensors.items()}
 
 
-def _share(block: Block) -> float:
+def _share(block: DecoderLayer) -> float:
     """The root mean square of the narrow states over that of the whole ones, in the mean."""
     pairs = zip(block.inputs, block.reference, strict=True)
     ratios = [(x.pow(2).mean(-1) / full.pow(2).mean(-1).clamp_min(1e-30)).sqrt().flatten() for x, full in pairs]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.saliency import block_influence
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Part, divergences, walk, without_each
 from llmcompress.stages.base import Context
 
 
-def find(model: Resident, context: Context, count: int, score: str) -> dict[str, Any]:
+def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dict[str, Any]:
     """Which blocks go so that `count` stay, in the order in which they go, and what is known of the loss after each.
 
     Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full model in place of
@@ -41,7 +41,7 @@ def find(model: Resident, context: Context, count: int, score: str) -> dict[str,
 
 
 def greedy(
-    model: Resident,
+    model: LayerwiseModel,
     context: Context,
     candidates: Sequence[Part],
     more: Callable[[Sequence[Part]], bool],

@@ -21,8 +21,8 @@ from torch import Tensor
 from llmcompress.architectures.resize import changed, resized, shortened
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Outline, Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import following, gradients, walk
 from llmcompress.stages.base import Context, Facts
 from llmcompress.stages.fisher import TOKENS, find_fisher, metric
@@ -112,12 +112,12 @@ class Prune(Budget):
             (self.allocation or ("uniform" if self.keep else "sensitivity")) == "sensitivity"
         )
 
-    def sizes(self, model: Resident) -> Widths:
+    def sizes(self, model: LayerwiseModel) -> Widths:
         """How many units there are in each block. Errors: ModelError where an axis can't be cut."""
         if self.of_parts:
             return sublayer_dropping.sizes(model)
         for axis in self.axes:
-            if axis not in model.sizes or (axis in INNER and model.anatomy.reader_of(axis) is None):
+            if axis not in model.sizes or (axis in INNER and model.anatomy.consumer_of(axis) is None):
                 raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
             if axis == "hidden" and (why := hidden_size.why_not(model, self.worth)):
                 raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
@@ -126,7 +126,7 @@ class Prune(Budget):
             raise ModelError(f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers")
         return found
 
-    def cut(self, model: Resident, journal: Journal | None = None) -> Cut:
+    def cut(self, model: LayerwiseModel, journal: Journal | None = None) -> Cut:
         """What the stage leaves; without the journal of what it has found, as if blocks were alike and the last layers went.
 
         Raises ModelError where the axis can't be cut, or not so far.
@@ -141,14 +141,14 @@ class Prune(Budget):
             return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
         return Cut(self._plain(model))
 
-    def changes(self, model: Resident, cut: Cut | None = None) -> dict[str, Any]:
+    def changes(self, model: LayerwiseModel, cut: Cut | None = None) -> dict[str, Any]:
         """What changes in the config. Errors: ModelError where transformers has no such model."""
         cut = cut or self.cut(model)
         if self.of_layers:
             return shortened(model.config, [index for index in range(len(model.layers)) if index not in cut.gone])
         return resized(model.config, model.anatomy, cut.widths)
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Cut every block that the journal does not hold yet; leave its tensors and facts there."""
         if self.of_layers:
             return self._shorten(model, context)
@@ -165,7 +165,7 @@ class Prune(Budget):
         if cut.widths == sizes:  # the model is left as it is, to the bit
             return Facts(STAGE, notes=notes, details=details)
         self._find_out(model, context)
-        outline = Outline(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
+        outline = MetaModel(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
         if self.axis == "hidden":
             hidden_size.find_directions(model, context, self.worth)
             facts = hidden_size.cut(model, context, outline, self.worth, self.repair)
@@ -173,7 +173,7 @@ class Prune(Budget):
             facts = self._blocks(model, context, outline, cut)
         return Facts(STAGE, blocks=facts, notes=notes, details=details)
 
-    def _blocks(self, model: Resident, context: Context, outline: Outline, cut: Cut) -> list[dict[str, Any]]:
+    def _blocks(self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut) -> list[dict[str, Any]]:
         """Cut block after block; what that cost."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(STAGE, index) for index in range(layers)):
@@ -186,7 +186,7 @@ class Prune(Budget):
                 block.become(copy.deepcopy(outline.layers[block.index]), inner)
         return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
 
-    def _block(self, block: Block, model: Resident, context: Context, counts: Mapping[str, int]) -> None:
+    def _block(self, block: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]) -> None:
         """Cut a block along each axis in turn, and journal what changes in it."""
         named: dict[str, Tensor] = {}
         cuts: list[dict[str, Any]] = []
@@ -203,7 +203,7 @@ class Prune(Budget):
             cuts.append({"name": block.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
         context.journal.save(STAGE, block.index, named, {"cuts": cuts})
 
-    def _shorten(self, model: Resident, context: Context) -> Facts:
+    def _shorten(self, model: LayerwiseModel, context: Context) -> Facts:
         journal, total = context.journal, len(model.layers)
         if not journal.has(STAGE, 0):
             journal.save(STAGE, 0, {}, layer_dropping.find(model, context, self.layers(model), self.worth))
@@ -225,10 +225,10 @@ class Prune(Budget):
             "widths": {axis: list(n) for axis, n in cut.widths.items()},
         }
 
-    def _multiple(self, model: Resident, axis: str) -> int:
+    def _multiple(self, model: LayerwiseModel, axis: str) -> int:
         return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
 
-    def _plain(self, model: Resident) -> Widths:
+    def _plain(self, model: LayerwiseModel) -> Widths:
         """Widths as if all blocks were to lose alike."""
         sizes = self.sizes(model)
         if self.keep is None and len(self.axes) > 1:
@@ -238,7 +238,7 @@ class Prune(Budget):
             experts.require_enough(model, min(found["expert"]))
         return found
 
-    def _alike(self, model: Resident, sizes: Widths) -> Widths:
+    def _alike(self, model: LayerwiseModel, sizes: Widths) -> Widths:
         """Widths that are the same share of every axis and within the budget, for a plan."""
         allowed = self.allowed(model)
         shares = [share / 64 for share in range(64, 0, -1)]
@@ -248,7 +248,7 @@ class Prune(Budget):
                 return found
         raise self.refuse(model, reached)
 
-    def _allocate(self, model: Resident, context: Context) -> dict[str, Any]:
+    def _allocate(self, model: LayerwiseModel, context: Context) -> dict[str, Any]:
         """The widths of all blocks, and what they are expected to lose."""
         unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
         none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
@@ -266,7 +266,7 @@ class Prune(Budget):
         nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
         return {"widths": found, "expected_nats": nats}
 
-    def _find_out(self, model: Resident, context: Context) -> None:
+    def _find_out(self, model: LayerwiseModel, context: Context) -> None:
         """Have the journal hold what the score asks of the whole model, as it is now."""
         journal, layers = context.journal, len(model.layers)
         if self.worth == "obs":
@@ -275,14 +275,14 @@ class Prune(Budget):
             return
         windows = context.data.calibration
         windows = windows[: -(-TOKENS // windows.shape[1])]
-        readers = {axis: f"{model.anatomy.reader_of(axis)}.weight" for axis in self.axes}
+        consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.axes}
         unscored = context.data.unscored
-        found = gradients(model, windows, context.scratch, following, tuple(readers.values()), unscored=unscored)
+        found = gradients(model, windows, context.scratch, following, tuple(consumers.values()), unscored=unscored)
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
-            worth = {axis: structured.taylor(model, index, axis, by_name[name]).cpu() for axis, name in readers.items()}
+            worth = {axis: structured.taylor(model, index, axis, by_name[name]).cpu() for axis, name in consumers.items()}
             journal.save(TAYLOR, index, worth, {})
 
-    def _score(self, model: Resident, context: Context, index: int, axis: str) -> structured.Score:
+    def _score(self, model: LayerwiseModel, context: Context, index: int, axis: str) -> structured.Score:
         """The score, with what was found out about a block."""
         M_DD = metric(model, context, index) if self.worth == "obs" else None
         found = context.journal.get(TAYLOR, index) if self.worth == "taylor" else None

@@ -17,8 +17,8 @@ from llmcompress.algorithms.least_squares import bias_shift, repair
 from llmcompress.algorithms.obs import Removal, remove
 from llmcompress.algorithms.quantize_weight import output_error
 from llmcompress.architectures.shape_grammar import Spelling, take, units_along
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Reading:
     units: int
 
     @classmethod
-    def of(cls, block: Block, axis: str) -> Reading:
+    def of(cls, block: DecoderLayer, axis: str) -> Reading:
         """Runs the calibration text through the block as far as the linear."""
-        linear = block.anatomy.reader_of(axis)
+        linear = block.anatomy.consumer_of(axis)
         assert linear is not None
-        moments = block.moments(next(group for group in block.anatomy.readers if linear in group))[linear]
+        moments = block.moments(next(group for group in block.anatomy.consumers if linear in group))[linear]
         unit_C = units_along(block.anatomy.input_of(linear), block.sizes, axis).to(block.device)
         return cls(linear, block.weight(linear), moments, unit_C, block.sizes[axis])
 
@@ -58,7 +58,7 @@ class Score:
     worth_U: Tensor | None = None
 
 
-def kept(block: Block, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
+def kept(block: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
     """The `count` units that stay, int64 in rising order."""
     W_RC, unit_C, units = aim_RC, read.unit_C, read.units
     norm_C = read.moments.H_CC.diagonal().sqrt()
@@ -81,9 +81,9 @@ def kept(block: Block, axis: str, read: Reading, aim_RC: Tensor, score: Score, c
     return worth_U.argsort(descending=True, stable=True)[:count].sort().values
 
 
-def taylor(model: Resident, index: int, axis: str, gradient: Tensor) -> Tensor:
+def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
     """What each unit of an axis in a block is worth to first order, by the gradient of the linear that reads it, as stored."""
-    reader = model.anatomy.reader_of(axis)
+    reader = model.anatomy.consumer_of(axis)
     assert reader is not None
     with model.block(index) as module:
         weight = module.get_parameter(f"{reader}.weight").data
@@ -94,7 +94,7 @@ def taylor(model: Resident, index: int, axis: str, gradient: Tensor) -> Tensor:
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 
-def cut(block: Block, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
+def cut(block: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
     """The parameters that change where `count` units stay, by their names in the block, and the relative output error.
 
     With `mend` the linear that reads the axis is solved anew for what is left, and for what blocks before have lost. The block

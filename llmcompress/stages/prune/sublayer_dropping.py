@@ -15,8 +15,8 @@ from torch import Tensor
 
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.errors import ModelError
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Part
 from llmcompress.stages.base import Context
 from llmcompress.stages.prune.allocation import Widths
@@ -26,11 +26,11 @@ from llmcompress.stages.prune.layer_dropping import greedy
 PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units of where it is gone
 
 
-def candidates(model: Resident) -> list[tuple[int, str]]:
+def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
     """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
     anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
-    readers = {axis: anatomy.reader_of(axis) for axis in PARTS}  # transformers' Conv1D takes no empty input
-    axes = [axis for axis, name in readers.items() if name and name not in anatomy.conv1d and (heads or axis != "kv")]
+    consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}  # transformers' Conv1D takes no empty input
+    axes = [axis for axis, name in consumers.items() if name and name not in anatomy.conv1d and (heads or axis != "kv")]
     kinds: Sequence[str] = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     first = {"kv": {kinds.index(kind) for kind in kinds}, "ffn": {0}}
     found = [
@@ -44,13 +44,13 @@ def candidates(model: Resident) -> list[tuple[int, str]]:
     return found
 
 
-def sizes(model: Resident) -> Widths:
+def sizes(model: LayerwiseModel) -> Widths:
     """How many units each block has of the axes of parts."""
     axes = dict.fromkeys(axis for _, axis in candidates(model))
     return {axis: model.widths_of(axis) for axis in axes}
 
 
-def widths(model: Resident, gone: Sequence[tuple[int, str]]) -> Widths:
+def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
     """The same without some parts."""
     return {
         axis: tuple(0 if (index, axis) in gone else size for index, size in enumerate(counts))
@@ -58,7 +58,7 @@ def widths(model: Resident, gone: Sequence[tuple[int, str]]) -> Widths:
     }
 
 
-def enough(model: Resident, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
+def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
     """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than can."""
     every = candidates(model)
     if budget.keep is not None:
@@ -70,7 +70,7 @@ def enough(model: Resident, budget: Budget, gone: Sequence[tuple[int, str]]) -> 
     return reached <= budget.allowed(model)
 
 
-def guess(model: Resident, budget: Budget) -> list[tuple[int, str]]:
+def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
     """The last parts, as many as the stage asks for: what a plan goes by."""
     gone: list[tuple[int, str]] = []
     for part in reversed(candidates(model)):
@@ -81,14 +81,14 @@ def guess(model: Resident, budget: Budget) -> list[tuple[int, str]]:
     return gone
 
 
-def find(model: Resident, context: Context, budget: Budget) -> dict[str, Any]:
+def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
     """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least a parameter.
 
     Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for blocks and the KL divergence from the full
     model for the perplexity.
     """
-    axis_of = {model.anatomy.reader_of(axis): axis for axis in PARTS}
-    parts: list[Part] = [(index, model.anatomy.reader_of(axis)) for index, axis in candidates(model)]
+    axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
+    parts: list[Part] = [(index, model.anatomy.consumer_of(axis)) for index, axis in candidates(model)]
 
     def named(gone: Sequence[Part]) -> list[tuple[int, str]]:
         return [(index, axis_of[reader]) for index, reader in gone]
@@ -103,7 +103,7 @@ def find(model: Resident, context: Context, budget: Budget) -> dict[str, Any]:
     return {"gone": named(gone), "kl_nats": kl_nats}
 
 
-def cut(block: Block, counts: dict[str, int]) -> dict[str, Tensor]:
+def cut(block: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
     """The empty tensors of the parts that go, by their names in the block."""
     return {
         name: take(block.module.get_parameter(name).data, row, block.sizes, axis, [])
@@ -113,7 +113,7 @@ def cut(block: Block, counts: dict[str, int]) -> dict[str, Tensor]:
     }
 
 
-def spoken(gone: Sequence[Sequence[Any]], model: Resident) -> str:
+def spoken(gone: Sequence[Sequence[Any]], model: LayerwiseModel) -> str:
     """What goes, in words."""
     said = [
         f"{PARTS[axis]} of layer{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}"

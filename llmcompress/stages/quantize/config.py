@@ -14,11 +14,11 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.integer import FORMATS, Scheme
-from llmcompress.formats.schemes import Coding, FourBit, Int8, Integer
+from llmcompress.formats.integer import FORMATS, IntegerLayout
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
 
 
-class Format(BaseModel):
+class FormatConfig(BaseModel):
     """`format, block, double_quant, threshold, activations, range`: how linears are written, and what their kernels round."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -35,7 +35,7 @@ class Format(BaseModel):
     range: Literal["minmax", "percentile", "mse"] = Field(default="mse", description="what a static scale is chosen by")
 
     @model_validator(mode="after")
-    def _only_where_it_means_something(self) -> Format:
+    def _only_where_it_means_something(self) -> FormatConfig:
         belongs = {
             "block": (self.format not in ("int8", "w8a8", "w8a16"), f"4-bit formats; {self.format} has one scale a row"),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
@@ -48,44 +48,49 @@ class Format(BaseModel):
                 raise ValueError(f"{name} is for {where}")
         return self
 
-    def coding(self, dtype: torch.dtype) -> Coding:
+    def coding(self, dtype: torch.dtype) -> QuantScheme:
         """How a linear of a model stored in `dtype` is written."""
         if self.format == "nf4" or self.format == "fp4":
-            return FourBit(self.format, self.block, self.double_quant, dtype)
+            return FourBitScheme(self.format, self.block, self.double_quant, dtype)
         if self.format == "int8":
-            return Int8(self.threshold)
-        return Integer(Scheme(self.format, self.activations, None if self.format.startswith("w8") else self.block), self.range)
+            return Int8Scheme(self.threshold)
+        return IntegerScheme(
+            IntegerLayout(self.format, self.activations, None if self.format.startswith("w8") else self.block), self.range
+        )
 
     def settings(self) -> dict[str, Any]:
         """The fields of a format that were given."""
-        return {name: getattr(self, name) for name in Format.model_fields if name in self.model_fields_set}
+        return {name: getattr(self, name) for name in FormatConfig.model_fields if name in self.model_fields_set}
 
 
-class Override(Format):
+class Override(FormatConfig):
     """Settings for some linears: those not given are the stage's, unless another format is."""
 
-    def over(self, own: Format) -> Format:
+    def over(self, own: FormatConfig) -> FormatConfig:
         """The settings that hold for these linears, where the stage's are `own`. Errors: ValueError as for any Format."""
         same = self.format == own.format or "format" not in self.model_fields_set
-        return Format(**((own.settings() if same else {}) | self.settings()))
+        return FormatConfig(**((own.settings() if same else {}) | self.settings()))
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> Override:
         return self  # what an override lacks the stage has: `over` checks the two together
 
 
-def together(codings: Mapping[str, Coding], *, native: bool = True) -> dict[str, Coding]:
+def together(codings: Mapping[str, QuantScheme], *, native: bool = True) -> dict[str, QuantScheme]:
     """The codings of one model as they can stand beside each other, and without `native` beside our plug-in.
 
     Errors: ModelError where one can't.
     """
     alike = native and len(set(codings.values())) == 1
-    if alike or all(isinstance(coding, FourBit) for coding in codings.values()):
+    if alike or all(isinstance(coding, FourBitScheme) for coding in codings.values()):
         return dict(codings)
     for linear, coding in codings.items():
-        if isinstance(coding, Int8) and coding.threshold:
+        if isinstance(coding, Int8Scheme) and coding.threshold:
             raise ModelError(
                 f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout, as LLM.int8 has "
                 "it; set it to 0 beside others, or beside embedding: int8"
             )
-    return {name: Integer(Scheme("w8a8")) if isinstance(coding, Int8) else coding for name, coding in codings.items()}
+    return {
+        name: IntegerScheme(IntegerLayout("w8a8")) if isinstance(coding, Int8Scheme) else coding
+        for name, coding in codings.items()
+    }

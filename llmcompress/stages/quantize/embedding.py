@@ -16,18 +16,18 @@ from torch import Tensor
 
 from llmcompress.algorithms.rowwise_int8 import round_rows
 from llmcompress.formats import registry
-from llmcompress.formats.integer import IntegerWeight, Scheme
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import factor_of
-from llmcompress.formats.schemes import Coding, Integer
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import batches_of, enter
 from llmcompress.stages.base import OUTER, Context
-from llmcompress.stages.quantize.config import Format
+from llmcompress.stages.quantize.config import FormatConfig
 
 PIECE = 1 << 20  # weights at a time, where errors are summed
 
 
-def embedding_codings(model: Resident, head: Format) -> dict[str, Coding]:
+def embedding_codings(model: LayerwiseModel, head: FormatConfig) -> dict[str, QuantScheme]:
     """How the embedding is written, and a head tied to it, whose settings would be `head`; by full name.
 
     Raises ModelError for an embedding of a kind that can't be rounded.
@@ -36,20 +36,22 @@ def embedding_codings(model: Resident, head: Format) -> dict[str, Coding]:
     factor_of(name, model.model.get_submodule(name))
     shared = model.reader(name)
     if shared is None:
-        return {name: Integer(Scheme("w8a8", "none"))}
+        return {name: IntegerScheme(IntegerLayout("w8a8", "none"))}
     if head.coding(model.weight_dtype).input_largest is None:
-        coding = Integer(Scheme("w8a8", "none"))
+        coding = IntegerScheme(IntegerLayout("w8a8", "none"))
     else:
-        coding = Integer(Scheme("w8a16" if head.format in ("w8a16", "w4a16") else "w8a8"))
+        coding = IntegerScheme(IntegerLayout("w8a16" if head.format in ("w8a16", "w4a16") else "w8a8"))
     return {name: coding, shared: coding}
 
 
-def apart(model: Resident) -> set[str]:
+def apart(model: LayerwiseModel) -> set[str]:
     """The embedding, and the head that is the same matrix: what no walk solves for."""
     return {model.anatomy.embedding, model.reader(model.anatomy.embedding) or model.anatomy.embedding}
 
 
-def settle_outer(model: Resident, context: Context, chosen: Mapping[str, Coding]) -> tuple[list[Tensor], list[dict[str, Any]]]:
+def settle_outer(
+    model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
     """Journal what lies outside the blocks and changes, and let the model embed, and a tied head predict, by int8 codes.
 
     Returns the states that the embedding gave before, and what the report says of it; both empty where it is kept.
@@ -67,14 +69,16 @@ def settle_outer(model: Resident, context: Context, chosen: Mapping[str, Coding]
 
 
 @torch.no_grad()
-def _entry(model: Resident, chosen: Mapping[str, Coding], windows: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _entry(
+    model: LayerwiseModel, chosen: Mapping[str, QuantScheme], windows: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a rotation changed, in the type of the base, and the embedding's codes, with its errors."""
     name, outer = model.anatomy.embedding, dict[str, Tensor]()
     if model.rotation:  # a tied parameter once
         outer = {part: p.data for part, p in model.model.named_parameters() if part in model.anatomy.outer}
     tensors = model.as_stored(outer)
     coding = chosen.get(name)
-    if not isinstance(coding, Integer):
+    if not isinstance(coding, IntegerScheme):
         return tensors, {}
     tensors.pop(f"{name}.weight", None)
     W_VD = model.model.get_parameter(f"{name}.weight").data

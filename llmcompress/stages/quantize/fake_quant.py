@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from llmcompress.formats import registry
-from llmcompress.formats.schemes import Coding
-from llmcompress.modeling.decoder_layer import Block
+from llmcompress.formats.schemes import QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
 
 
 @torch.no_grad()
-def trial(block: Block, codings: Mapping[str, Coding], tops: Mapping[str, float], batches: Sequence[Tensor]) -> list[Tensor]:
+def trial(
+    block: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
+) -> list[Tensor]:
     """The block's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
 
     tops: the largest input of each linear, for static scales. The block stays as it was.

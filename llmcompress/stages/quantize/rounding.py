@@ -14,13 +14,13 @@ from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import Moments, metric_factor, retarget
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
-from llmcompress.algorithms.quantize_weight import Rounded, output_error, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
-from llmcompress.formats.registry import Stored
-from llmcompress.formats.schemes import Coding, Integer
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.stages.base import naming
+from llmcompress.formats.registry import StoredWeight
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.stages.base import naming_layer
 
 METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
 
@@ -37,19 +37,19 @@ def half_is_fast(device: torch.device) -> bool:
 class Solution:
     """Codes with scales as they are read back, and the same as it is stored."""
 
-    rounded: Rounded
-    stored: Stored
+    rounded: RoundedWeight
+    stored: StoredWeight
 
 
 @dataclass(frozen=True)
 class Rounding:
     """How each linear of a block is written, by its name in it, and the device of the weights."""
 
-    codings: Mapping[str, Coding]
+    codings: Mapping[str, QuantScheme]
     device: torch.device
     dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the block
     pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
-    known: Mapping[str, Stored] = field(default_factory=dict)  # of one that an earlier layer has, its codes
+    known: Mapping[str, StoredWeight] = field(default_factory=dict)  # of one that an earlier layer has, its codes
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
@@ -73,7 +73,7 @@ class Rounding:
         return solution.rounded.weight(self.grid(linear))
 
     def in_turn(
-        self, block: Block, weights: Mapping[str, Tensor]
+        self, block: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
         """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
 
@@ -82,15 +82,15 @@ class Rounding:
         solved: dict[str, Solution] = {}
         moments: dict[str, Moments] = {}
         scales: dict[str, float] = {}
-        for readers in block.anatomy.readers:
-            scales |= self.round_inputs(block, (readers,), weights)
-            moments |= block.moments(readers)
-            for linear in [linear for linear in readers if linear in weights]:
+        for consumers in block.anatomy.consumers:
+            scales |= self.round_inputs(block, (consumers,), weights)
+            moments |= block.moments(consumers)
+            for linear in [linear for linear in consumers if linear in weights]:
                 read = self.pooled.get(linear, moments[linear])
                 if linear in self.known:
                     Q_RC = registry.dequantize(self.known[linear]).to(self.device)
                 else:
-                    with naming(f"{block.name}.{linear}"):
+                    with naming_layer(f"{block.name}.{linear}"):
                         solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
                     Q_RC = self.weight(linear, solved[linear])
                 block.set_weight(linear, Q_RC)
@@ -99,7 +99,7 @@ class Rounding:
                     block.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
-    def given(self, scales: Mapping[str, float]) -> dict[str, Stored]:
+    def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
         """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
         found = dict(self.known)
         for linear in found.keys() & scales.keys():
@@ -108,30 +108,32 @@ class Rounding:
             found[linear] = replace(weight, input_scale=torch.tensor(scales[linear]))
         return found
 
-    def round_inputs(self, block: Block, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]) -> dict[str, float]:
+    def round_inputs(
+        self, block: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
+    ) -> dict[str, float]:
         """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
         static = {
             linear: coding
             for linear, coding in self.codings.items()
-            if linear in weights and isinstance(coding, Integer) and coding.static
+            if linear in weights and isinstance(coding, IntegerScheme) and coding.static
         }
-        seen = {readers[0]: Magnitudes(block.device) for readers in groups if static.keys() & set(readers)}
-        for read, _ in block.reads(*(readers for readers in groups if readers[0] in seen)) if seen else ():
+        seen = {consumers[0]: Magnitudes(block.device) for consumers in groups if static.keys() & set(consumers)}
+        for read, _ in block.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
             for name, magnitudes in seen.items():
                 magnitudes.add(read[name])
         scales: dict[str, float] = {}
-        for readers in groups:
-            for linear in [linear for linear in readers if linear in static]:
+        for consumers in groups:
+            for linear in [linear for linear in consumers if linear in static]:
                 bits, range = static[linear].scheme.activation_bits, static[linear].range
-                scales[linear] = static_scale(seen[readers[0]], bits, range)
-        for linear in [linear for readers in groups for linear in readers if linear in weights]:
+                scales[linear] = static_scale(seen[consumers[0]], bits, range)
+        for linear in [linear for consumers in groups for linear in consumers if linear in weights]:
             if inputs := self.codings[linear].inputs(scales.get(linear)):
                 block.rounds[linear] = inputs
         return scales
 
     def learned(
         self,
-        block: Block,
+        block: DecoderLayer,
         weights: Mapping[str, Tensor],
         solved: Mapping[str, Solution],
         F_DD: Tensor,
@@ -155,7 +157,7 @@ class Rounding:
             return ((out - block.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
 
         @torch.no_grad()
-        def whole(solution: Mapping[str, Rounded]) -> float:
+        def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
             return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(block.inputs)) / sum(map(len, block.inputs))
 
@@ -175,5 +177,5 @@ class Rounding:
         return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
 
 
-def _stored(coding: Coding, result: Rounded, input_scale: float | None) -> Solution:
-    return Solution(Rounded(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))
+def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
+    return Solution(RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))

@@ -15,24 +15,24 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from llmcompress.formats.integer import Format
-from llmcompress.formats.schemes import Coding, Integer
-from llmcompress.modeling.decoder_layer import Block
+from llmcompress.formats.integer import IntegerFormat
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 2  # batches that decide
 
 
-def spared(coding: Coding) -> Coding | None:
+def spared(coding: QuantScheme) -> QuantScheme | None:
     """How a linear that is spared is written; None: not at all."""
-    if not isinstance(coding, Integer) or coding.scheme.activations == "none":
+    if not isinstance(coding, IntegerScheme) or coding.scheme.activations == "none":
         return None
-    wide = cast(Format, f"w{coding.scheme.weight_bits}a16")
+    wide = cast(IntegerFormat, f"w{coding.scheme.weight_bits}a16")
     return replace(coding, scheme=replace(coding.scheme, format=wide))
 
 
 @torch.no_grad()
-def costs(block: Block, codings: Mapping[str, Coding], F_DD: Tensor) -> dict[str, float]:
+def costs(block: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
     """KL in nats a token that sparing each linear would save, by its name in the block."""
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
     moments, sample = block.moments() if static else {}, block.inputs[:SAMPLE]

@@ -1,9 +1,9 @@
 """Smoothing before the rounding: a scale for each channel crosses from a producer to its readers, as far as a search says.
 
-It is decided for one entry of `feeds` after another, by the error that the readers' rounding (nearest codes, and the kernel's
+It is decided for one entry of `scale_pairs` after another, by the error that the readers' rounding (nearest codes, and the kernel's
 rounding of what they read) makes in the output of the whole block, as a share of each token's output, which the next norm will
 divide by. Candidates are the exponents of the papers, a fit of all factors to the noise to expect, and no scale at all: a block
-is never made worse on the sample that decides. The function of the model stays the same: see `Block.cross`.
+is never made worse on the sample that decides. The function of the model stays the same: see `DecoderLayer.cross`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
-from llmcompress.formats.schemes import Coding
-from llmcompress.modeling.decoder_layer import Block
+from llmcompress.formats.schemes import QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 2  # batches that decide
@@ -35,20 +35,22 @@ class Smooth(BaseModel):
     method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
 
-    def search(self, block: Block, codings: Mapping[str, Coding], dtype_of: Callable[[str], torch.dtype]) -> dict[str, Tensor]:
-        """The factor of each entry of `feeds` with a reader among `codings`; they have crossed when this returns.
+    def search(
+        self, block: DecoderLayer, codings: Mapping[str, QuantScheme], dtype_of: Callable[[str], torch.dtype]
+    ) -> dict[str, Tensor]:
+        """The factor of each entry of `scale_pairs` with a reader among `codings`; they have crossed when this returns.
 
         `dtype_of` says in which dtype a parameter is stored, by its name in the block.
         """
         moments, found = block.moments(), {}
         aims = [aim.to(block.device) for aim in block.outputs(block.inputs[:SAMPLE])]  # before anything is rounded
-        with closing(block.reads(*block.anatomy.readers)) as reads:
+        with closing(block.reads(*block.anatomy.consumers)) as reads:
             read = dict(next(reads)[0])  # of the first batch
-        for key, readers in block.anatomy.feeds.items():
-            reading = [reader for reader in readers if reader in codings]
+        for key, consumers in block.anatomy.scale_pairs.items():
+            reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
-            first = next(group[0] for group in block.anatomy.readers if reading[0] in group)
+            first = next(group[0] for group in block.anatomy.consumers if reading[0] in group)
             X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
             factors = self._candidates(block, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(block, key))
@@ -58,11 +60,11 @@ class Smooth(BaseModel):
         return found
 
     def _candidates(
-        self, block: Block, key: str, readers: Sequence[str], moments: Moments, X_TC: Tensor, coding: Coding
+        self, block: DecoderLayer, key: str, consumers: Sequence[str], moments: Moments, X_TC: Tensor, coding: QuantScheme
     ) -> list[Tensor]:
         """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes nothing."""
-        unit_C, shape = _units(block, key, readers[0])
-        weights = [block.weight(reader) for reader in readers]
+        unit_C, shape = _units(block, key, consumers[0])
+        weights = [block.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
         top, tops, size = (_largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt()))
         exponents = EXPONENTS if self.alpha == "auto" else (self.alpha,)
@@ -79,10 +81,10 @@ class Smooth(BaseModel):
 
     def _loss(
         self,
-        block: Block,
+        block: DecoderLayer,
         key: str,
         factor: Tensor,
-        codings: Mapping[str, Coding],
+        codings: Mapping[str, QuantScheme],
         moments: Moments,
         dtype: torch.dtype,
         aims: Sequence[Tensor],
@@ -99,12 +101,12 @@ class Smooth(BaseModel):
         return float(sum(errors))
 
 
-def norm_of(block: Block, key: str) -> str:
-    """The parameter, by its name in the block, that takes a factor in if the producer of a key of `feeds` is a norm."""
+def norm_of(block: DecoderLayer, key: str) -> str:
+    """The parameter, by its name in the block, that takes a factor in if the producer of a key of `scale_pairs` is a norm."""
     return f"{block.anatomy.producer(key)[0]}.weight"
 
 
-def _units(block: Block, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
+def _units(block: DecoderLayer, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
     """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape of those units."""
     _, _, axes = block.anatomy.producer(key)
     term = Spelling((block.anatomy.input_of(reader),))

@@ -23,18 +23,18 @@ from llmcompress.algorithms.quantize_weight import output_error, weight_error
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
-from llmcompress.formats.low_rank import Factored
-from llmcompress.formats.schemes import Coding
+from llmcompress.formats.low_rank import FactoredLayout
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.modeling.sequential import head_input, walk
-from llmcompress.stages.base import Context, Facts, naming
+from llmcompress.stages.base import Context, Facts, naming_layer
 from llmcompress.stages.fisher import find_fisher, fisher
 from llmcompress.stages.linear_rewriting import inner, install, mean_bits, require_known
-from llmcompress.stages.quantize.config import Format, Override, together
+from llmcompress.stages.quantize.config import FormatConfig, Override, together
 from llmcompress.stages.quantize.embedding import apart, embedding_codings, settle_outer
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.sensitivity import costs, most_hurt, spared
@@ -46,7 +46,7 @@ ALONE = ("smooth", "rotate", "protect", "rounding")  # what one weight for sever
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 
-class Quantize(Format):
+class Quantize(FormatConfig):
     """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
 
     name: ClassVar[str] = STAGE
@@ -81,23 +81,23 @@ class Quantize(Format):
                 raise ValueError(f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
         return self
 
-    def rotation(self, model: Resident, seed: int) -> Rotation | None:
+    def rotation(self, model: LayerwiseModel, seed: int) -> Rotation | None:
         """The rotation that is to come first, if one is; raises ModelError where the model can't be rotated."""
         if not self.rotate:
             return None
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
-    def choose(self, model: Resident) -> tuple[dict[str, Coding], dict[str, str]]:
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """How each linear to quantise is written, by full name, and those to keep with the reason; `protect` left out.
 
         Raises ModelError where none is left, or an override can't stand beside the rest.
         """
-        chosen: dict[str, Coding] = {}
+        chosen: dict[str, QuantScheme] = {}
         kept: dict[str, str] = {}
         rows, ours = model.anatomy.rows(model.config), inner(model, model.anatomy.linears)
         require_known("skip", self.skip, ours)
         require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
-        if model.twins and (
+        if model.shared_linears and (
             alone := [name for name in ALONE if getattr(self, name) not in (None, False, 0.0, "gptq", "nearest")]
         ):
             raise ModelError(f"{alone[0]} is for layers by themselves, and some of this model share weights; leave {alone[0]}")
@@ -116,7 +116,7 @@ class Quantize(Format):
         if self.embedding == "int8":
             chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
             kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
-        for name, source in model.twins.items():  # one weight, one code
+        for name, source in model.shared_linears.items():  # one weight, one code
             chosen.pop(name, None)
             kept.pop(name, None)
             if source in chosen:
@@ -125,7 +125,7 @@ class Quantize(Format):
                 kept[name] = kept[source]
         return together(chosen, native=model.plain), kept
 
-    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Coding], dict[str, str]]:
+    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
         chosen, kept = self.choose(model)
         for name in journal.load(PROTECTED, 0)[1]["linears"] if self.protect else ():
@@ -136,15 +136,15 @@ class Quantize(Format):
                 kept[name] = "protect"
         return chosen, kept
 
-    def _settings(self, name: str, spelling: str) -> Format:
+    def _settings(self, name: str, spelling: str) -> FormatConfig:
         """What holds for one linear: of several overrides that match, the last."""
-        found: Format = self
+        found: FormatConfig = self
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern) or (spelling and pattern in Spelling.parse(spelling).axes):
                 found = override.over(self)
         return found
 
-    def _why_not(self, name: str, model: Resident, ours: Collection[str]) -> str | None:
+    def _why_not(self, name: str, model: LayerwiseModel, ours: Collection[str]) -> str | None:
         if name == model.anatomy.head:
             if self.head == "keep":
                 return "head: keep"
@@ -155,13 +155,13 @@ class Quantize(Format):
                 )
         elif name not in ours:
             return "outside the blocks"
-        elif (layout := model.layouts.get(name)) is not None and layout != Factored("shared"):
+        elif (layout := model.layouts.get(name)) is not None and layout != FactoredLayout("shared"):
             return f"is stored as {layout.format} already"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
             return "skip"
         return None
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
         if rotation := self.rotation(model, context.seed):
             model.turn(rotation)
@@ -190,11 +190,13 @@ class Quantize(Format):
         facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
         return facts
 
-    def _walk(self, model: Resident, context: Context, chosen: dict[str, Coding], steps: int, full: Sequence[Tensor]) -> None:
+    def _walk(
+        self, model: LayerwiseModel, context: Context, chosen: dict[str, QuantScheme], steps: int, full: Sequence[Tensor]
+    ) -> None:
         """Do the blocks; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
         journal = context.journal
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
-        pooled = self._pooled(model, context, chosen) if calibrated and model.twins else {}
+        pooled = self._pooled(model, context, chosen) if calibrated and model.shared_linears else {}
         blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
         for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
             head = block.index == len(model.layers)
@@ -213,24 +215,28 @@ class Quantize(Format):
             if not head:
                 install(block, codings, journal.load(STAGE, block.index)[0])
 
-    def _pooled(self, model: Resident, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
+    def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
         """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
-        twins, found = model.twins, dict[str, Moments]()
-        wanted = {name for pair in twins.items() for name in pair if pair[0] in chosen}
+        shared_linears, found = model.shared_linears, dict[str, Moments]()
+        wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
         for block in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
             here = [name for name in block.anatomy.linears if f"{block.name}.{name}" in wanted]
-            groups = [group for group in block.anatomy.readers if set(group) & set(here)]
+            groups = [group for group in block.anatomy.consumers if set(group) & set(here)]
             moments = block.moments(*groups) if groups else {}
             for linear in here:
-                source = twins.get(name := f"{block.name}.{linear}", name)
+                source = shared_linears.get(name := f"{block.name}.{linear}", name)
                 found[source] = found[source].joined(moments[linear]) if source in found else moments[linear]
         return found
 
     def _known(
-        self, model: Resident, block: Block, chosen: Mapping[str, Coding], journal: Journal
-    ) -> dict[str, registry.Stored]:
+        self, model: LayerwiseModel, block: DecoderLayer, chosen: Mapping[str, QuantScheme], journal: Journal
+    ) -> dict[str, registry.StoredWeight]:
         """The codes of a block's linears that are those of earlier layers, by full name."""
-        here = {name: source for name, source in model.twins.items() if name in chosen and name.startswith(f"{block.name}.")}
+        here = {
+            name: source
+            for name, source in model.shared_linears.items()
+            if name in chosen and name.startswith(f"{block.name}.")
+        }
         tensors: dict[str, Tensor] = {}
         for index in {int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()}:
             tensors |= journal.load(STAGE, index)[0]
@@ -238,7 +244,7 @@ class Quantize(Format):
         return {name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
 
     def _smoothed(
-        self, block: Block, codings: Mapping[str, Coding], context: Context, dtype_of: Callable[[str], torch.dtype]
+        self, block: DecoderLayer, codings: Mapping[str, QuantScheme], context: Context, dtype_of: Callable[[str], torch.dtype]
     ) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
         if self.smooth is None:
@@ -251,17 +257,17 @@ class Quantize(Format):
                 block.module.get_parameter(name).data = data
             journal.save(SMOOTH, block.index, {key: factor.cpu() for key, factor in found.items()}, {})
         factors, changed = journal.load(SMOOTH, block.index)[0], set()
-        for key in block.anatomy.feeds:
+        for key in block.anatomy.scale_pairs:
             if key in factors:
                 changed |= set(block.cross(key, factors[key].to(block.device), dtype_of(norm_of(block, key))))
         return sorted((changed | set(self._turned(block, codings))) - {f"{linear}.weight" for linear in codings})
 
-    def _turned(self, block: Block, linears: Iterable[str]) -> list[str]:
+    def _turned(self, block: DecoderLayer, linears: Iterable[str]) -> list[str]:
         """All parameters that stay dense, where a rotation changed them."""
         inside = {f"{linear}.weight" for linear in linears}
         return [name for name in block.anatomy.block if name not in inside] if self.rotate else []
 
-    def _find_hurt(self, model: Resident, context: Context, chosen: Mapping[str, Coding]) -> None:
+    def _find_hurt(self, model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]) -> None:
         """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
@@ -272,16 +278,16 @@ class Quantize(Format):
             found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
         journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
 
-    def _block(self, block: Block, rounding: Rounding, context: Context) -> Entry:
+    def _block(self, block: DecoderLayer, rounding: Rounding, context: Context) -> Entry:
         codings = rounding.codings
         weights = {linear: block.weight(linear) for linear in codings}
         notes: dict[str, Any] = {}
         if self.rounding == "nearest":
-            scales = rounding.round_inputs(block, block.anatomy.readers, weights)
+            scales = rounding.round_inputs(block, block.anatomy.consumers, weights)
             moments = block.moments()
             packed = {}
             for linear, W_RC in weights.items():
-                with naming(f"{block.name}.{linear}"):
+                with naming_layer(f"{block.name}.{linear}"):
                     packed[linear] = codings[linear].nearest(W_RC, scales.get(linear))
         else:
             solved, moments, scales = rounding.in_turn(block, weights)
@@ -304,17 +310,17 @@ class Quantize(Format):
             notes["expert_tokens"] = list(block.expert_tokens.values())
         return tensors, {"name": block.name, "linears": facts, **notes}
 
-    def _head(self, model: Resident, block: Block, rounding: Rounding) -> Entry:
+    def _head(self, model: LayerwiseModel, block: DecoderLayer, rounding: Rounding) -> Entry:
         name = model.anatomy.head
         coding, (W_RC, moments) = rounding.codings[name], head_input(model, block)
         scale = coding.static_scale(float(moments.top_C.max()))
         nearest = self.rounding == "nearest"
-        with naming(name):
+        with naming_layer(name):
             packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
 
-def _in_block(model: Resident, block: Block) -> Callable[[str], torch.dtype]:
+def _in_block(model: LayerwiseModel, block: DecoderLayer) -> Callable[[str], torch.dtype]:
     """The dtype in which a parameter of a block is stored, by its name there."""
     return lambda name: model.dtype_of(f"{block.name}.{name}")
 
@@ -333,12 +339,12 @@ def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
     return lines
 
 
-def _named(name: str, packed: registry.Stored) -> dict[str, Tensor]:
+def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
     """The tensors of a linear under the names they have in a checkpoint."""
     return {f"{name}.{part}": tensor.cpu() for part, tensor in registry.tensors_of(packed).items()}
 
 
-def _facts(name: str, coding: Coding, W_RC: Tensor, packed: registry.Stored, moments: Moments) -> dict[str, Any]:
+def _facts(name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments) -> dict[str, Any]:
     Q_RC = registry.dequantize(packed).to(W_RC.device)
     return {
         "name": name,

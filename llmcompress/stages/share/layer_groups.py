@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.layer_similarity import adjacent, agglomerate, cka, cosines
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Edit, divergences, variants, walk
 from llmcompress.stages.base import Context
 
@@ -26,7 +26,7 @@ AT_ONCE = 24  # swaps in one pass: each has a stream of hidden states of its own
 Groups = list[list[int]]
 
 
-def find(model: Resident, context: Context, linears: Sequence[str], count: int, by: Likeness) -> dict[str, Any]:
+def find(model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness) -> dict[str, Any]:
     """The layers in `count` groups that are to share `linears`, the first of each the one that it starts from, and the loss.
 
     What is known of the loss is the KL in nats a token of plain swaps, with `kl` alone.
@@ -74,8 +74,8 @@ def _swaps(likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, i
     return found
 
 
-def _with_weights_of(model: Resident, linears: Sequence[str], source: int) -> Edit:
-    def edit(block: Block) -> dict[str, Tensor]:
+def _with_weights_of(model: LayerwiseModel, linears: Sequence[str], source: int) -> Edit:
+    def edit(block: DecoderLayer) -> dict[str, Tensor]:
         with model.block(source) as module:
             return {f"{linear}.weight": module.get_parameter(f"{linear}.weight").data.clone() for linear in linears}
 
@@ -83,14 +83,14 @@ def _with_weights_of(model: Resident, linears: Sequence[str], source: int) -> Ed
 
 
 @torch.no_grad()
-def _likeness(model: Resident, context: Context, linears: Sequence[str]) -> dict[str, Tensor]:
+def _likeness(model: LayerwiseModel, context: Context, linears: Sequence[str]) -> dict[str, Tensor]:
     """Between any two layers: the cosine of their weights, and the CKA of what the part puts out."""
     windows = context.data.calibration
     weights: list[Tensor] = []
     outputs: list[Tensor] = []
     for block in walk(model, windows[: -(-TOKENS // windows.shape[1])]):
         weights.append(torch.cat([block.weight(linear).flatten() for linear in linears]).cpu())
-        last = next(group for group in block.anatomy.readers if linears[-1] in group)
+        last = next(group for group in block.anatomy.consumers if linears[-1] in group)
         read = torch.cat([read[last[0]].flatten(0, -2) for read, _ in block.reads(last)])
         outputs.append((read @ block.weight(linears[-1]).T).cpu())
     return {"cosine": cosines(weights), "cka": cka(outputs)}

@@ -22,12 +22,12 @@ from llmcompress.algorithms.layer_similarity import adjacent, descend
 from llmcompress.algorithms.low_rank import shared_basis
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
-from llmcompress.formats.low_rank import Factored, FactoredWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.decoder_layer import Block
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import together, walk
 from llmcompress.stages.base import Context, Facts
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
@@ -80,7 +80,7 @@ class Share(BaseModel):
             raise ValueError("pairs name a layer twice; a layer is in one group")
         return self
 
-    def linears(self, model: Resident) -> list[str]:
+    def linears(self, model: LayerwiseModel) -> list[str]:
         """The linears of a block that are shared, in order of computation. Errors: ModelError where a part has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
@@ -90,7 +90,7 @@ class Share(BaseModel):
             found += of
         return [name for name in anatomy.linears if name in found]
 
-    def groups_of(self, model: Resident, journal: Journal | None = None) -> list[list[int]]:
+    def groups_of(self, model: LayerwiseModel, journal: Journal | None = None) -> list[list[int]]:
         """The layers that share, the first of each group the one that stores; without a journal of what was found, a guess.
 
         Raises ModelError where there are no such layers, or layers of a group differ in width.
@@ -109,7 +109,7 @@ class Share(BaseModel):
             self._alike(model, group)
         return found
 
-    def _alike(self, model: Resident, group: Sequence[int]) -> None:
+    def _alike(self, model: LayerwiseModel, group: Sequence[int]) -> None:
         first = model.sizes_of(group[0])
         for linear in self.linears(model):
             for axis in Spelling.parse(model.anatomy.block[f"{linear}.weight"]).axes:
@@ -120,11 +120,11 @@ class Share(BaseModel):
                             "weights of different shapes can't be one, group layers of the same widths"
                         )
 
-    def choose(self, model: Resident, journal: Journal | None = None) -> tuple[dict[str, Factored], dict[str, str]]:
+    def choose(self, model: LayerwiseModel, journal: Journal | None = None) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """How each linear that is shared is written, by full name, and those to keep with the reason."""
-        linears, layout = self.linears(model), Factored("shared", self.residual_rank)
+        linears, layout = self.linears(model), FactoredLayout("shared", self.residual_rank)
         chosen = {
-            f"{model.block_name(index)}.{linear}": layout
+            f"{model.layer_name(index)}.{linear}": layout
             for group in self.groups_of(model, journal)
             for index in group
             for linear in linears
@@ -138,20 +138,20 @@ class Share(BaseModel):
         others = dict.fromkeys(inner(model, linears), "shares with no other layer")
         return chosen, {name: why for name, why in others.items() if name not in chosen}
 
-    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Factored], dict[str, str]]:
+    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """As `choose`, once `apply` has found the groups."""
         return self.choose(model, journal)
 
-    def ties(self, model: Resident, journal: Journal | None = None) -> dict[str, str]:
+    def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """Which stored tensors are others, by name."""
         return {
-            f"{model.block_name(index)}.{linear}.weight": f"{model.block_name(group[0])}.{linear}.weight"
+            f"{model.layer_name(index)}.{linear}.weight": f"{model.layer_name(group[0])}.{linear}.weight"
             for group in self.groups_of(model, journal)
             for index in group[1:]
             for linear in self.linears(model)
         }
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Find the groups, fit what each shares, and leave in the journal what becomes of every block."""
         journal, linears = context.journal, self.linears(model)
         if not journal.has(GROUPS, 0):
@@ -176,7 +176,7 @@ class Share(BaseModel):
         facts.details = told | {k: v for k, v in journal.load(GROUPS, 0)[1].items() if k != "groups"}
         return facts
 
-    def _fit_all(self, model: Resident, context: Context, linears: Sequence[str]) -> None:
+    def _fit_all(self, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> None:
         journal, groups = context.journal, self.groups_of(model, context.journal)
         windows = context.data.calibration
         windows = windows[: -(-TOKENS // windows.shape[1])]
@@ -196,14 +196,14 @@ class Share(BaseModel):
             tensors, facts = journal.load(FIT, number)
             for index in group:
                 own = {name.removeprefix(f"{index}:"): t for name, t in tensors.items() if name.startswith(f"{index}:")}
-                dtypes = {name: model.dtype_of(f"{model.block_name(group[0])}.{name}.weight") for name in linears}
+                dtypes = {name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears}
                 done[index] = self._stored(model, index, dtypes, tensors, own), {"nats": facts["nats"][str(index)]}
         for index in range(len(model.layers)):
             tensors, facts = done.get(index, ({}, {}))
-            journal.save(STAGE, index, tensors, {"name": model.block_name(index), "linears": [], **facts})
+            journal.save(STAGE, index, tensors, {"name": model.layer_name(index), "linears": [], **facts})
 
     def _fit(
-        self, model: Resident, context: Context, group: Sequence[int], linears: Sequence[str], windows: Tensor
+        self, model: LayerwiseModel, context: Context, group: Sequence[int], linears: Sequence[str], windows: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before and after."""
         entering = {}
@@ -238,14 +238,14 @@ class Share(BaseModel):
 
     def _stored(
         self,
-        model: Resident,
+        model: LayerwiseModel,
         index: int,
         dtypes: Mapping[str, torch.dtype],
         shared: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """What a block is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
-        name, layout, found = model.block_name(index), Factored("shared", self.residual_rank), dict[str, Tensor]()
+        name, layout, found = model.layer_name(index), FactoredLayout("shared", self.residual_rank), dict[str, Tensor]()
         for linear, dtype in dtypes.items():
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
             weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
@@ -257,7 +257,7 @@ class Share(BaseModel):
 class _Member:
     """A layer of a group: its block in memory, what it is to put out, and how much each error of that is felt."""
 
-    def __init__(self, block: Block, linears: Sequence[str], F_DD: Tensor) -> None:
+    def __init__(self, block: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
         self.block, self.index = block, block.index
         self.metric_DD = nats_factor(F_DD.to(block.device))
         self.weights = {linear: block.weight(linear) for linear in linears}

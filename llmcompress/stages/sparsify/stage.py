@@ -18,9 +18,9 @@ from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.saliency import wanda_weights
 from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
-from llmcompress.formats.sparse import Sparse, SparseWeight
+from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import Context, Facts
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
@@ -63,23 +63,23 @@ class Sparsify(BaseModel):
             raise ValueError(f"keep is for pattern: unstructured; {self.pattern} says how many stay")
         return self
 
-    def choose(self, model: Resident) -> tuple[dict[str, Sparse], dict[str, str]]:
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, SparseLayout], dict[str, str]]:
         """How each linear that loses weights is written, by full name, and those to keep with the reason.
 
         Raises ModelError where none is left.
         """
 
-        def layout(name: str) -> Sparse:
+        def layout(name: str) -> SparseLayout:
             dtype = str(model.dtype_of(f"{name}.weight")).removeprefix("torch.")
-            return Sparse(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
+            return SparseLayout(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
 
         return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
-    def settled(self, model: Resident, journal: Journal) -> tuple[dict[str, Sparse], dict[str, str]]:
+    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, SparseLayout], dict[str, str]]:
         """As `choose`: there is nothing that only `apply` finds out."""
         return self.choose(model)
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every block that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         rewriting = Rewriting(STAGE, f"prune ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
@@ -87,7 +87,7 @@ class Sparsify(BaseModel):
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
 
-    def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: Sparse) -> SparseWeight:
+    def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: SparseLayout) -> SparseWeight:
         """What stays of a linear."""
         keep = layout.choice(W_RC.shape[1])
         if self.score == "sparsegpt":
@@ -97,7 +97,7 @@ class Sparsify(BaseModel):
         return SparseWeight.of(W_RC, keep_mask(score_RC, keep), layout)
 
 
-def stays(W_RC: Tensor, layout: Sparse) -> Tensor:
+def stays(W_RC: Tensor, layout: SparseLayout) -> Tensor:
     """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them stay too."""
     if layout.allows(mask_RC := W_RC != 0):
         return mask_RC

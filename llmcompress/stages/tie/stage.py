@@ -20,7 +20,7 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.tied_embeddings import tie
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.errors import ModelError
-from llmcompress.modeling.layerwise import Resident
+from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
 from llmcompress.stages.base import OUTER, Context, Facts
 
@@ -51,7 +51,7 @@ class Tie(BaseModel):
             )
         return self
 
-    def require_possible(self, model: Resident) -> None:
+    def require_possible(self, model: LayerwiseModel) -> None:
         """Refuse a model whose two matrices can't be one. Errors: ModelError."""
         anatomy, rows = model.anatomy, model.anatomy.outer
         head, embedding = f"{anatomy.head}.weight", f"{anatomy.embedding}.weight"
@@ -62,7 +62,7 @@ class Tie(BaseModel):
                 f'the embedding of this model is "{rows[embedding]}" and its head "{rows[head]}"; they can\'t be one'
             )
 
-    def apply(self, model: Resident, context: Context) -> Facts:
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Leave the matrix in the journal, and with it what makes the channels that the head reads."""
         self.require_possible(model)
         journal = context.journal
@@ -73,7 +73,7 @@ class Tie(BaseModel):
         return Facts(STAGE, notes=notes, details={"weights": list(self.weights), "fit": self.fit} | found)
 
     @torch.no_grad()
-    def _made(self, model: Resident, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that change, in the type of the base, and what is known of their loss."""
         anatomy = model.anatomy
         E, O = (model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head))  # noqa: E741
@@ -110,7 +110,7 @@ class Tie(BaseModel):
 class _Trial:
     """What the model's predictions lose with other weights outside its blocks, on some windows of the calibration text."""
 
-    def __init__(self, model: Resident, context: Context) -> None:
+    def __init__(self, model: LayerwiseModel, context: Context) -> None:
         windows = context.data.calibration
         self.model, self.windows = model, windows[: -(-SAMPLE // windows.shape[1])]
         self.unscored = context.data.unscored
@@ -134,7 +134,7 @@ class _Trial:
 
 
 @contextmanager
-def _placed(model: Resident, made: Mapping[str, Tensor]) -> Iterator[None]:
+def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]:
     """For a while, these in place of the model's own outside its blocks, the embedding's matrix for the head too."""
     anatomy = model.anatomy
     stored = model.as_stored(made)  # as it will be read back
@@ -150,7 +150,7 @@ def _placed(model: Resident, made: Mapping[str, Tensor]) -> Iterator[None]:
             parameter.data = before[name]
 
 
-def _with_gain(model: Resident, gain_D: Tensor) -> dict[str, Tensor]:
+def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
     """What makes the channels that the head reads, each multiplied by a gain; nothing where nothing does."""
     anatomy, sizes = model.anatomy, model.sizes
     read = Spelling.parse(anatomy.outer[f"{anatomy.head}.weight"]).dims[-1]
@@ -165,7 +165,7 @@ def _with_gain(model: Resident, gain_D: Tensor) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _statistics(model: Resident, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How often each token is seen or said (twice), what the model feels of its embedding, and what its head reads."""
     anatomy, windows = model.anatomy, context.data.calibration
     V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
