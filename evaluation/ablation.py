@@ -2,7 +2,7 @@
 
     python evaluation/ablation.py [--model demo] [--threads 2]
 
-All variants write NF4 at block 64 with float32 scales: the same bytes. KL against the base on 64 windows of 256 tokens, 256
+All variants write NF4 at layer 64 with float32 scales: the same bytes. KL against the base on 64 windows of 256 tokens, 256
 windows calibrate. The result goes to evaluation/results/ablation-MODEL.json; evaluation/NOTES.md says what it means.
 """
 
@@ -25,7 +25,7 @@ from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.hessian import retarget
 from llmcompress.algorithms.quantize_weight import RoundedWeight
-from llmcompress.algorithms.scales import blocks_of, fit_scales, search_scales, spread
+from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
 from llmcompress.data.sources import DataSpec
 from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.io.tokenizer import tokenizer_of
@@ -42,7 +42,7 @@ Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it i
 
 
 def absmax(W_RC: Tensor) -> Tensor:
-    return blocks_of(W_RC, BLOCK).abs().amax(-1).clamp_min(1e-12)
+    return groups_of(W_RC, BLOCK).abs().amax(-1).clamp_min(1e-12)
 
 
 def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: int) -> Linear:
@@ -72,15 +72,15 @@ class Variants:
         self.fisher: dict[int, Tensor] = {}
         chosen, _ = Quantize().choose(self.model)
         inner = (name.removeprefix(f"{self.model.anatomy.layers}.").partition(".")[2] for name in chosen)
-        self.linears = tuple(dict.fromkeys(inner))  # by name in a block: those whose shape the format takes
+        self.linears = tuple(dict.fromkeys(inner))  # by name in a layer: those whose shape the format takes
 
     def score(self, change: Callable[[DecoderLayer], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
-        """KL and seconds of a model whose every block is changed so."""
+        """KL and seconds of a model whose every layer is changed so."""
         start, changed = time.monotonic(), {}
-        for block in walk(self.model, self.data.calibration, reference=reference):
-            for linear, W_RC in change(block).items():
-                block.set_weight(linear, W_RC)
-                changed[f"{block.name}.{linear}.weight"] = block.oriented(linear, W_RC)
+        for layer in walk(self.model, self.data.calibration, reference=reference):
+            for linear, W_RC in change(layer).items():
+                layer.set_weight(linear, W_RC)
+                changed[f"{layer.name}.{linear}.weight"] = layer.oriented(linear, W_RC)
         seconds = time.monotonic() - start
         read = self.model._read
         by_key = {self.model.sources[target][0]: W for target, W in changed.items()}
@@ -90,25 +90,25 @@ class Variants:
         return {"kl_nats_mean": float(measured.kl_nats_mean or 0), "seconds": seconds}
 
     def alone(self, linear: Linear) -> dict[str, float]:
-        def change(block: DecoderLayer) -> dict[str, Tensor]:
-            moments = block.moments()
-            return {name: linear(block.weight(name), moments[name].H_CC) for name in self.linears}
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
+            moments = layer.moments()
+            return {name: linear(layer.weight(name), moments[name].H_CC) for name in self.linears}
 
         return self.score(change)
 
     def in_turn(self, *, asymmetric: bool = True, at_once: bool = False) -> dict[str, float]:
-        """Linears solved for one after another; `at_once`: all from one pass over the block as it was."""
+        """Linears solved for one after another; `at_once`: all from one pass over the layer as it was."""
         linear = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
 
-        def change(block: DecoderLayer) -> dict[str, Tensor]:
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
             changed = {}
-            consumers = block.anatomy.consumers
+            consumers = layer.anatomy.consumers
             for groups in [consumers] if at_once else [(group,) for group in consumers]:
-                moments = block.moments(*groups)
+                moments = layer.moments(*groups)
                 for name in [name for group in groups for name in group if name in self.linears]:
-                    W_RC, seen = block.weight(name), moments[name]
+                    W_RC, seen = layer.weight(name), moments[name]
                     changed[name] = linear(retarget(W_RC, seen) if asymmetric else W_RC, seen.H_CC)
-                    block.set_weight(name, changed[name])
+                    layer.set_weight(name, changed[name])
             return changed
 
         return self.score(change, reference=True)
@@ -119,13 +119,13 @@ class Variants:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
         rounding = Rounding(dict.fromkeys(self.linears, FourBitScheme("nf4", BLOCK, False, torch.float32)), CPU)
 
-        def change(block: DecoderLayer) -> dict[str, Tensor]:
-            F_DD = self.fisher[block.index]
+        def change(layer: DecoderLayer) -> dict[str, Tensor]:
+            F_DD = self.fisher[layer.index]
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))
-            weights = {name: block.weight(name) for name in self.linears}
-            solved, _, _ = rounding.in_turn(block, weights)
-            aim = block if target == "full" else replace(block, reference=block.inputs, _targets=[])
+            weights = {name: layer.weight(name) for name in self.linears}
+            solved, _, _ = rounding.in_turn(layer, weights)
+            aim = layer if target == "full" else replace(layer, reference=layer.inputs, _targets=[])
             trained, _ = rounding.learned(aim, weights, solved, F_DD, input_scales={}, steps=steps, seed=0)
             return {name: rounding.weight(name, solution) for name, solution in trained.items()}
 
@@ -160,7 +160,7 @@ def main() -> None:
         "learned": variants.learned,
         "learned, 100 steps": lambda: variants.learned(steps=100),
         "learned, plain squared error": lambda: variants.learned(metric="plain"),
-        "learned, block's own output as target": lambda: variants.learned(target="own"),
+        "learned, layer's own output as target": lambda: variants.learned(target="own"),
     }
     rows: list[dict[str, Any]] = []
     for name, job in jobs.items():

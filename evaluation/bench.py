@@ -51,7 +51,7 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "tie-plain": "stages: [{tie: {weights: [embedding, head]}}]",
     "share-ffn": "stages: [{tie: {layers: auto, parts: [ffn], groups: 3}}]",
     "basis-75": "stages: [{tie: {basis: 2, keep: 0.75}}]",
-    "nf4-gptq-32": "stages: [{quantize: {format: nf4, block: 32}}]",  # about the bytes of codebook-16
+    "nf4-gptq-32": "stages: [{quantize: {format: nf4, group_size: 32}}]",  # about the bytes of codebook-16
     "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256

@@ -122,7 +122,7 @@ def measure(point: Point, folder: Path, text: Path, threads: int) -> Row:
     torch.set_num_threads(threads)
     baseline, start, others = peak_memory_bytes(), time.perf_counter(), others_cpu_s()
     data = {"source": str(text), "samples": point.tokens // LENGTH, "length": LENGTH, "evaluation_samples": EVALUATION}
-    stages = [{"quantize": {"format": "nf4", "block": 64, "rounding": point.rounding}}]
+    stages = [{"quantize": {"format": "nf4", "group_size": 64, "rounding": point.rounding}}]
     recipe = Recipe.model_validate({"data": data, "stages": stages})
     with tempfile.TemporaryDirectory(dir=folder.parent) as out:
         report = run_recipe(recipe, Path(out) / "out", base=str(folder))

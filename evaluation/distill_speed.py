@@ -65,14 +65,14 @@ class Timed(stage.DistillTrainer):
         super().__init__(**{**settings, "callbacks": [*settings["callbacks"], Timed.last]})
 
 
-def staged(model: DiskModel, base: DiskModel, blocks: Any, folder: Path, steps: int, **settings: Any) -> float:
+def staged(model: DiskModel, base: DiskModel, layers: Any, folder: Path, steps: int, **settings: Any) -> float:
     """Steps per second of the stage, its evaluations apart: they come after the last step."""
     lesson = Distill(steps=steps, batch=BATCH, micro_batch=MICRO, learning_rate=1e-5, evaluate_every=steps, **settings)
     with tempfile.TemporaryDirectory() as scratch:
         journal = Journal(Path(scratch) / "journal", "timed")
         source = source_of(str(base.folder), base.device)
         lesson.apply(
-            model, Context(lambda name: source, range(len(model.layers)), blocks, journal, Path(scratch), folder, 0, untracked)
+            model, Context(lambda name: source, range(len(model.layers)), layers, journal, Path(scratch), folder, 0, untracked)
         )
     ends = Timed.last.ends
     return (len(ends) - 1) / (ends[-1] - ends[0])
@@ -99,8 +99,8 @@ def bare(model: DiskModel, base: DiskModel, windows: Tensor, steps: int) -> floa
 def measure(base: DiskModel, text: str, keep: float, steps: int, rounds: int) -> dict[str, Any]:
     """All ways beside each other, for a student of a share of the layers."""
     spec = DataSpec(source=text, samples=32, length=LENGTH)
-    blocks = calibration_data(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
-    windows = blocks.training.view(-1, LENGTH)
+    layers = calibration_data(base, spec, tokenizer_of(base.folder), lambda length: steps * BATCH * length)
+    windows = layers.training.view(-1, LENGTH)
     with tempfile.TemporaryDirectory() as folder:
         model, cache = base, Path(folder) / "cache"
         if keep < 1:
@@ -110,8 +110,8 @@ def measure(base: DiskModel, text: str, keep: float, steps: int, rounds: int) ->
             model = DiskModel(Path(folder) / "cut", base.device)
         ways: dict[str, Callable[[], float]] = {
             "bare loop": lambda: bare(model, base, windows, steps),
-            "distill": lambda: staged(model, base, blocks, cache, steps),
-            "distill, kept teacher": lambda: staged(model, base, blocks, cache, steps, cache=True),
+            "distill": lambda: staged(model, base, layers, cache, steps),
+            "distill, kept teacher": lambda: staged(model, base, layers, cache, steps, cache=True),
         }
         found: dict[str, list[float]] = {name: [] for name in ways}
         for _ in range(rounds):

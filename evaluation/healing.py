@@ -2,7 +2,7 @@
 
     python evaluation/healing.py [--models demo wikilm-8m] [--rows ...] [--threads 2]
 
-A model is cut to 60 % of the parameters of its blocks, as loses least in evaluation/pruning.py, and trained on the rest of the
+A model is cut to 60 % of the parameters of its layers, as loses least in evaluation/pruning.py, and trained on the rest of the
 text that calibrated, 4 windows of 256 tokens a step. `long` is the one to look at; the others are its loss and others' at fewer
 steps, all alike but for what their name says. Each row is a whole `run_recipe` of the cut model and its own report; `kl_cut` is
 the loss without training. The result goes to evaluation/results/healing.json.

@@ -3,7 +3,7 @@
     python evaluation/lookup_speed.py [--threads 2] [--pace 1] [--out FILE]
 
 Weights are random; those of the codebook are rounded to sixteen quantiles of a normal distribution, which each row has in
-float16, those of nf4 in blocks of 64. What a weight is does not change what its product costs. All three have the same inputs,
+float16, those of nf4 in layers of 64. What a weight is does not change what its product costs. All three have the same inputs,
 in float32 and in bfloat16, and take turns in short bursts in one process, as in speed.py; the 10th percentile and the median of
 their calls are held against nf4's. Every output is held against the product of the weight that the linear stands for. Which
 kernels run depends on the processor: bitsandbytes has a product of 4 bits for AVX512-BF16 and dequantises elsewhere; ours says

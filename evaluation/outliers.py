@@ -41,14 +41,14 @@ def plant(base: Path, folder: Path) -> None:
     """The model in `base` with outliers planted, saved in `folder`."""
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     state, draw = model.state_dict(), torch.Generator().manual_seed(0)
-    for block in walk(InMemoryModel(model.config, state, torch.device("cpu")), torch.zeros(1, 2, dtype=torch.int64)):
-        for key in [key for key in block.anatomy.scale_pairs if block.anatomy.block.get(f"{key}.weight") == "hidden"]:
-            factor = torch.ones(block.sizes["hidden"])
+    for layer in walk(InMemoryModel(model.config, state, torch.device("cpu")), torch.zeros(1, 2, dtype=torch.int64)):
+        for key in [key for key in layer.anatomy.scale_pairs if layer.anatomy.layer.get(f"{key}.weight") == "hidden"]:
+            factor = torch.ones(layer.sizes["hidden"])
             where = torch.randperm(len(factor), generator=draw)[:CHANNELS]
             factor[where] = 1 / (LEAST + (MOST - LEAST) * torch.rand(CHANNELS, generator=draw))
-            block.cross(key, factor, torch.float32)
-        for name, parameter in block.module.named_parameters():
-            model.get_parameter(f"{block.name}.{name}").data.copy_(parameter)
+            layer.cross(key, factor, torch.float32)
+        for name, parameter in layer.module.named_parameters():
+            model.get_parameter(f"{layer.name}.{name}").data.copy_(parameter)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(base).save_pretrained(folder)
 

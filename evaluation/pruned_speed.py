@@ -1,4 +1,4 @@
-"""How much faster is a model of fewer parameters? Random-weight Llamas cut to 60 % of their blocks, beside the whole one.
+"""How much faster is a model of fewer parameters? Random-weight Llamas cut to 60 % of their layers, beside the whole one.
 
     python evaluation/pruned_speed.py [--threads 2]
 

@@ -2,7 +2,7 @@
 
     python evaluation/pruning.py [--models demo wikilm-8m] [--shares 0.8 0.6] [--rows obs ...] [--threads 2]
 
-A share is that of the parameters of the decoder blocks that stay. Scores and allocations cut the feed-forward width until it is
+A share is that of the parameters of the decoder layers that stay. Scores and allocations cut the feed-forward width until it is
 reached, exactly where its units allow; layers and sublayers go until it is. `hidden` narrows embedding and head too, so
 its models are smaller than the others at the same share. Each row is a whole `run_recipe` from disk to disk and its own report,
 on windows of 256 tokens, 64 of which calibrate. The result goes to evaluation/results/pruning.json.

@@ -23,7 +23,7 @@ BASELINE |= {"ffn-75-obs": "ffn-75-magnitude", "kv-half": "kv-half-magnitude", "
 BASELINE |= {"ffn-budget": "ffn-budget-uniform", "hidden-75": "hidden-75-plain"}
 BASELINE |= {"wanda-2-4": "magnitude-2-4", "sparsegpt-2-4": "magnitude-2-4", "sparsegpt-50": "magnitude-50"}
 STOCK |= dict.fromkeys(("ffn-75-magnitude", "kv-half-magnitude"), "magnitude, nothing repaired")
-STOCK |= {"depth-75-influence": "block influence", "ffn-budget-uniform": "as many in every layer"}
+STOCK |= {"depth-75-influence": "layer influence", "ffn-budget-uniform": "as many in every layer"}
 STOCK |= {"hidden-75-plain": "nothing repaired"}
 STOCK |= dict.fromkeys(("magnitude-2-4", "magnitude-50"), "magnitude, one shot")
 STOCK["wanda-50"] = "wanda, one shot"
@@ -31,7 +31,7 @@ BASELINE |= {"heal-after-prune": "ffn-budget", "prune-heal-quantize": "ffn-75-nf
 BASELINE |= {"scale-tuning-nf4": "nf4-gptq", "nf4-learned-tuned": "nf4-gptq"}
 UNTRAINED = {"ffn-budget": "untrained", "ffn-75-nf4": "untrained", "depth-50-kl": "untrained", "nf4-gptq": "gptq alone"}
 BASELINE |= {"tie-head": "tie-plain", "share-ffn-heal": "share-ffn", "basis-heal": "basis-75", "codebook-16": "nf4-gptq-32"}
-UNTRAINED |= dict.fromkeys(("tie-plain", "share-ffn", "basis-75"), "untrained") | {"nf4-gptq-32": "nf4 in blocks of 32"}
+UNTRAINED |= dict.fromkeys(("tie-plain", "share-ffn", "basis-75"), "untrained") | {"nf4-gptq-32": "nf4 in layers of 32"}
 
 
 def ratio(rows: dict[str, dict[str, Any]], name: str) -> str:

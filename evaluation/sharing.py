@@ -83,7 +83,7 @@ def rows_of(name: str, model: MetaModel) -> dict[str, Stages]:
         "codebook of 16 a row": [{"tie": {"codebook": 16}}],
         "codebook of 256 a linear": [{"tie": {"codebook": 256, "per": "linear"}}],
         "nf4": [{"quantize": {"format": "nf4"}}],
-        "nf4, block 32": [{"quantize": {"format": "nf4", "block": 32}}],
+        "nf4, layer 32": [{"quantize": {"format": "nf4", "group_size": 32}}],
         "w8a16": [{"quantize": {"format": "w8a16"}}],
     }.items():
         rows[f"ways: {way}"] = stages

@@ -151,7 +151,7 @@ def candidates(device: torch.device) -> list[Candidate]:
     others: dict[str, Make] = {
         "w8a8": partial(own, IntegerLayout("w8a8")),
         "w8a8, static": partial(own, IntegerLayout("w8a8", "static")),
-        "w4a8": partial(own, IntegerLayout("w4a8", block=BLOCK)),
+        "w4a8": partial(own, IntegerLayout("w4a8", layer=BLOCK)),
         "int8": lambda W: partial(
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),

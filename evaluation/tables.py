@@ -156,7 +156,7 @@ def _speed(result: Any) -> str:
 
 
 def pruning() -> str:
-    """What structured pruning loses at the same share of the blocks, ours and Torch-Pruning's."""
+    """What structured pruning loses at the same share of the layers, ours and Torch-Pruning's."""
     ours, theirs, parts = load("pruning"), load("rivals-pruning"), []
     for model, share in dict.fromkeys((row["model"], row["share"]) for row in (ours or {"rows": []})["rows"]):
         lines = []
@@ -167,8 +167,8 @@ def pruning() -> str:
                 lines.append([what, *sizes, f"{row['kl_nats_mean']:.4f}", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}"])
         lines.sort(key=lambda cells: float(cells[3]))
         base = next(row["base_perplexity"] for row in ours["rows"] if row["model"] == model)
-        parts.append(f"**{model}**, {100 * share:.0f} % of the parameters of its blocks (base perplexity {base:.2f}):\n")
-        parts.append(table(["what", "M in blocks", "M in all", "KL, nats", "perplexity", "seconds"], lines) + "\n")
+        parts.append(f"**{model}**, {100 * share:.0f} % of the parameters of its layers (base perplexity {base:.2f}):\n")
+        parts.append(table(["what", "M in layers", "M in all", "KL, nats", "perplexity", "seconds"], lines) + "\n")
     return "\n".join(parts)
 
 
@@ -179,7 +179,7 @@ def pruned_speed() -> str:
         return ""
     keys = ("block_parameters", "flops", "reading_time", "decoding_time")
     lines = [[row["cut"], *(f"{row[key]:.3f}" for key in keys), str(row["kv_cache_bytes_per_token"])] for row in result["rows"]]
-    header = ["cut", "block parameters", "operations", "time to read", "time to decode", "cache, bytes a token"]
+    header = ["cut", "layer parameters", "operations", "time to read", "time to decode", "cache, bytes a token"]
     where = f"{result['hardware']}, commit {result['commit']}"
     return f"As shares of the whole model's, in the same run ({where}):\n\n{table(header, lines)}\n"
 
@@ -202,7 +202,7 @@ def healing() -> str:
             for row in sorted(rows, key=lambda row: float(row["kl_nats_mean"]))
         ]
         first = rows[0]
-        what = f"**{model}**, cut to 60 % of the parameters of its blocks ({first['cut']}; KL {first['kl_cut']:.4f} untrained, "
+        what = f"**{model}**, cut to 60 % of the parameters of its layers ({first['cut']}; KL {first['kl_cut']:.4f} untrained, "
         parts.append(f"{what}base perplexity {first['base_perplexity']:.2f}; {result['hardware']}):\n")
         parts.append(table(["training", "tokens", "rate", "KL, nats", "won back", "perplexity", "seconds"], lines) + "\n")
     return "\n".join(parts)

@@ -3,7 +3,7 @@
     python evaluation/throughput.py [--threads 2] [--quick] [--out FILE]
 
 The bare pass is the whole model as from_pretrained gives it, in float32, on the batches that the walk uses, its logits dropped.
-Perplexity reads the model from disk block by block, as `llmcompress evaluate` does, and measures the logits; with a base it
+Perplexity reads the model from disk layer by layer, as `llmcompress evaluate` does, and measures the logits; with a base it
 also takes the KL, and is held against two bare passes. The three take turns in one process, so that a busy machine slows all
 of them, and the ratio is the median over the turns. About two minutes on two cores; the result goes to
 evaluation/results/throughput.json. With --quick (seconds, the demo model alone) only --out is written.

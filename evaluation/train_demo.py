@@ -3,7 +3,7 @@
 Question: can a model of under 4 MB, trained in half an hour on a laptop's CPU, be good enough that 4-bit rounding costs
 something and calibration wins it back? The text is `python-docs`; its evaluation part is never seen. Muon for the matrices
 (more progress per token than AdamW), AdamW for embedding and norms, cosine to zero, windows of 256 tokens and of 512 for the
-last fifth. Every width divides by 64, so each linear takes 4-bit blocks of 64. Same versions and threads give the same bytes.
+last fifth. Every width divides by 64, so each linear takes 4-bit layers of 64. Same versions and threads give the same bytes.
 
     python evaluation/train_demo.py --out llmcompress/demo
 """

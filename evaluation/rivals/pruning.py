@@ -3,7 +3,7 @@
     python evaluation/rivals/pruning.py --work DIR [--models demo wikilm-8m] [--shares 0.8 0.6]
 
 For each model: the windows that `evaluation/bench.py` uses, then every importance in every scope (see rival_torchpruning.py) at
-every share of the parameters of the decoder blocks, each in the rival's own environment (made once under DIR, as run.py does),
+every share of the parameters of the decoder layers, each in the rival's own environment (made once under DIR, as run.py does),
 then the score of the checkpoint that it wrote (see score.py). The result goes to evaluation/results/rivals-pruning.json. Run in
 the project's own environment; what was cut once lies under DIR and is only scored again.
 """
@@ -32,7 +32,7 @@ SPENT = ("seconds", "cpu_seconds", "peak_memory_bytes")
 
 
 def parameters(folder: Path) -> tuple[int, int]:
-    """How many a checkpoint holds in its decoder blocks, and in all; tied ones lie there once."""
+    """How many a checkpoint holds in its decoder layers, and in all; tied ones lie there once."""
     counts = {name: count for name, (count, _) in stored(folder).items()}
     return sum(count for name, count in counts.items() if name.startswith("model.layers.")), sum(counts.values())
 
@@ -54,13 +54,13 @@ def measure(row: dict[str, Any], base: Path, calibration: Path, evaluation: Path
     made, scored = json.loads(facts.read_text()), json.loads(scores.read_text())
     config = json.loads((model / "config.json").read_text())
     versions = json.loads(subprocess.check_output([python, "-c", ASK_VERSIONS, PACKAGE, "torch", "transformers"], text=True))
-    (blocks, every), (base_blocks, base_every) = parameters(model), parameters(base)
+    (layers, every), (base_blocks, base_every) = parameters(model), parameters(base)
     return {
         **row,
         "rival": f"{PACKAGE} {versions[PACKAGE]}",
         "method": made["method"],
         "shape": {name: config[name] for name in SHAPE},
-        "block_parameters": blocks,
+        "block_parameters": layers,
         "base_block_parameters": base_blocks,
         "parameters": every,
         "base_parameters": base_every,

@@ -1,4 +1,4 @@
-"""AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group, block by block.
+"""AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group, layer by layer.
 
 Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8 windows each.
 torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.

@@ -1,7 +1,7 @@
 """llm-compressor (vLLM project): GPTQ with static activation order, written as compressed-tensors.
 
 Source: Frantar et al. 2022, arXiv:2210.17323. W4A16 symmetric; the block-by-block pipeline, which GPTQ chooses by itself,
-gives later blocks the outputs of the quantised earlier ones.
+gives later layers the outputs of the quantised earlier ones.
 """
 
 from job import Job

@@ -3,7 +3,7 @@
 Source: Fang et al. 2023, arXiv:2301.12900. As in its own example for language models (examples/LLMs/prune_llm.py): one ratio
 for all that is cut, ranked within each group of coupled layers, widths rounded to 4, key and value heads kept where queries
 share them. `scope` says what is cut: all (the example: hidden width, ffn and query heads), inner (ffn and query heads) or ffn.
-The ratio is the least that leaves at most `share` of the parameters of the decoder blocks, by bisection. Taylor takes the
+The ratio is the least that leaves at most `share` of the parameters of the decoder layers, by bisection. Taylor takes the
 gradient of the mean loss over all calibration windows, magnitude looks at no text. Nothing is repaired or trained afterwards.
 
 Version 1.6.1 has two faults that stand in the way. Its search for a group never ends on the slices of rotary embeddings and on
@@ -89,12 +89,12 @@ def keep_shared(pruner: tp.pruner.BasePruner, shared: set[torch.nn.Module]) -> N
 
 
 def size(model: PreTrainedModel) -> int:
-    """Parameters of the decoder blocks."""
+    """Parameters of the decoder layers."""
     return sum(parameter.numel() for parameter in model.model.layers.parameters())
 
 
 def search(base: PreTrainedModel, importance: str, scope: str, share: float) -> tuple[PreTrainedModel, float]:
-    """The base cut by the least ratio that leaves at most `share` of its blocks, and that ratio."""
+    """The base cut by the least ratio that leaves at most `share` of its layers, and that ratio."""
     low, high, best = 0.0, 1.0, None
     for _ in range(TRIALS):
         ratio = (low + high) / 2
@@ -104,7 +104,7 @@ def search(base: PreTrainedModel, importance: str, scope: str, share: float) -> 
         else:
             high, best = ratio, model
     if best is None or size(best) < (1 - SLACK) * share * size(base):
-        raise SystemExit(f"no ratio leaves {(1 - SLACK) * share:.4f} to {share} of the blocks")
+        raise SystemExit(f"no ratio leaves {(1 - SLACK) * share:.4f} to {share} of the layers")
     return best, high
 
 

@@ -1,4 +1,4 @@
-"""GPTQ under static blocks, and the descent over codes that goes on where it stops.
+"""GPTQ under static groups, and the descent over codes that goes on where it stops.
 
 Both minimise tr(E H E^T), the squared output error on the calibration inputs. GPTQ fixes the columns one by one and lets
 those not yet fixed absorb the error; it never looks back. Coordinate descent looks at every column again with all others
@@ -19,7 +19,7 @@ from llmcompress.algorithms.scales import spread
 def gptq(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 0.01, width: int = 64) -> Tensor:
     """Level indices [R, C] of W under fixed scales, each column's error pushed onto the columns not yet rounded.
 
-    Columns go in order of falling second moment (activation order); the scale of a column is that of its block, fixed
+    Columns go in order of falling second moment (activation order); the scale of a column is that of its group, fixed
     beforehand, so any order is free.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: activation order under static groups.

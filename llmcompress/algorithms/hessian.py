@@ -117,7 +117,7 @@ def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
     """Lower triangular R with R R^T = F + damping: the squared length of e R is the error e [D] weighed by F.
 
-    F is scaled to a mean diagonal of one first, so that losses of different blocks are of one size.
+    F is scaled to a mean diagonal of one first, so that losses of different layers are of one size.
     """
     mean, eye = F_DD.diagonal().mean(), torch.eye(len(F_DD), device=F_DD.device)
     F = eye if mean == 0 else F_DD / mean

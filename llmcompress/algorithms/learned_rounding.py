@@ -1,7 +1,7 @@
-"""Rounding learned on the output of a whole block, by gradient descent from GPTQ's solution.
+"""Rounding learned on the output of a whole layer, by gradient descent from GPTQ's solution.
 
-GPTQ sees one linear at a time. Here the codes and scales of all linears of a block move together, so that they make up
-for each other and for what earlier blocks lost. A weight is a *position* on its grid (3.25: a quarter of the way from level
+GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that they make up
+for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a quarter of the way from level
 3 to level 4), which is rounded on the way forward and gets the gradient of its rounded value on the way back; steps are
 therefore in units of the local code spacing, the same everywhere on an uneven grid.
 """
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap
-from llmcompress.algorithms.scales import blocks_of, spread
+from llmcompress.algorithms.scales import groups_of, spread
 
 RATE = 1.25e-3  # code spacings a step, at first: eight times that undoes by noise half of what 200 steps win
 SCALE_RATE = 2e-3  # of a scale, relative to itself
@@ -39,10 +39,10 @@ class _Round(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, scale: Tensor, grid: Grid) -> Tensor:
-        block = position.shape[1] // scale.shape[1]
+        group_size = position.shape[1] // scale.shape[1]
         index = position.round().clamp_(0, len(grid.levels) - 1).int().flatten()
         steps = grid.spacing(torch.arange(len(grid.levels), device=index.device))
-        levels, step = (blocks_of(table.index_select(0, index).view_as(position), block) for table in (grid.levels, steps))
+        levels, step = (groups_of(table.index_select(0, index).view_as(position), group_size) for table in (grid.levels, steps))
         ctx.save_for_backward(levels, step, scale)
         return (levels * scale[..., None]).view_as(position)
 
@@ -50,8 +50,8 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
         (grad,) = grads
         levels, step, scale = ctx.saved_tensors
-        blocks = grad.view_as(levels)
-        return (blocks * step * scale[..., None]).view_as(grad), (blocks * levels).sum(-1), None
+        groups = grad.view_as(levels)
+        return (groups * step * scale[..., None]).view_as(grad), (groups * levels).sum(-1), None
 
 
 def start_position(W_RC: Tensor, start: RoundedWeight, grid: Grid) -> Tensor:

@@ -21,7 +21,7 @@ Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the storable scales neares
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A linear on a grid: level indices int64 [R, C] and one scale per row and block of columns [R, G]."""
+    """A linear on a grid: level indices int64 [R, C] and one scale per row and group_size of columns [R, G]."""
 
     index_RC: Tensor
     scale_RG: Tensor
@@ -35,7 +35,7 @@ def solve(
     W_RC: Tensor,
     H_CC: Tensor,
     grid: Grid,
-    block: int,
+    group_size: int,
     *,
     snap: Snap | None = None,
     signed: bool = True,
@@ -46,10 +46,10 @@ def solve(
 
     With `snap` the codes are those for the storable scales nearest to the ones found, which are returned before snapping.
 
-    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a block of columns is one scale.
+    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a group of columns is one scale.
     """
     snap = snap or (lambda scale_RG: scale_RG)
-    found = search_scales(W_RC, H_CC.diagonal(), grid, block, signed=signed)
+    found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed)
     scale = snap(found)
     index = gptq(W_RC, H_CC, scale, grid, damp=damp)
     for _ in range(rounds):

@@ -118,7 +118,7 @@ def obs(W_RC: Tensor, H_CC: Tensor, unit_C: Tensor, units: int, damp: float = 0.
 
 
 def block_influence(x: Tensor, y: Tensor) -> float:
-    """1 - the mean cosine between what enters a block and what leaves it, over tokens [..., D]: 0 where nothing turns.
+    """1 - the mean cosine between what enters a layer and what leaves it, over tokens [..., D]: 0 where nothing turns.
 
     Source: ShortGPT, Men et al. 2024, arXiv:2403.03853.
     """

@@ -1,6 +1,6 @@
 """Block scales: searched before the codes are known, and solved for once they are.
 
-A scale is the stored absmax of a block of columns, and may be negative: NF4's levels are not symmetric, so the sign is a
+A scale is the stored absmax of a group of columns, and may be negative: NF4's levels are not symmetric, so the sign is a
 free bit that says which tail gets the finer steps.
 """
 
@@ -12,23 +12,23 @@ from torch import Tensor
 from llmcompress.algorithms.grids import Grid
 
 
-def blocks_of(W_RC: Tensor, block: int) -> Tensor:
-    """W as [R, G, block]."""
-    return W_RC.reshape(len(W_RC), -1, block)
+def groups_of(W_RC: Tensor, group_size: int) -> Tensor:
+    """W as [R, G, group_size]."""
+    return W_RC.reshape(len(W_RC), -1, group_size)
 
 
-def spread(S_RG: Tensor, block: int) -> Tensor:
+def spread(S_RG: Tensor, group_size: int) -> Tensor:
     """One scale per weight, [R, C]."""
-    return S_RG.repeat_interleave(block, dim=1)
+    return S_RG.repeat_interleave(group_size, dim=1)
 
 
-def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, block: int, *, signed: bool = True, steps: int = 24) -> Tensor:
-    """Scales [R, G] that minimise the rounding error of each block, weighed by the second moment h of each column.
+def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24) -> Tensor:
+    """Scales [R, G] that minimise the rounding error of each group, weighed by the second moment h of each column.
 
-    Tries the block's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first of equals
-    stays, so a block that no input reaches keeps its absolute maximum, and a block of zeros gets scale 1.
+    Tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first of equals
+    stays, so a group that no input reaches keeps its absolute maximum, and a group of zeros gets scale 1.
     """
-    W, h = blocks_of(W_RC, block), blocks_of(h_C[None], block)
+    W, h = groups_of(W_RC, group_size), groups_of(h_C[None], group_size)
     top = W.abs().amax(-1, keepdim=True)
     top = torch.where(top > 0, top, torch.ones_like(top))
     best, least = top, torch.full_like(top, float("inf"))
@@ -44,19 +44,19 @@ def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, block: int, *, signed: 
 def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor:
     """Scales [R, G] that minimise tr((W - QS) H (W - QS)^T) with the levels Q [R, C] held fixed: closed form, row by row.
 
-    A row whose system is singular (all its levels zero in some block) or whose solution is not usable keeps its old scales.
+    A row whose system is singular (all its levels zero in some group) or whose solution is not usable keeps its old scales.
     """
     R, G = S_RG.shape
     rows = max(1, 2**24 // (G * G))  # the systems of so many rows at once: 64 MiB
     if rows < R:
         parts = zip(W_RC.split(rows), Q_RC.split(rows), S_RG.split(rows), strict=True)
         return torch.cat([fit_scales(W, H_CC, Q, S) for W, Q, S in parts])
-    block = W_RC.shape[1] // G
-    Q = blocks_of(Q_RC, block)
+    group_size = W_RC.shape[1] // G
+    Q = groups_of(Q_RC, group_size)
     A_RGG = torch.empty(R, G, G, device=W_RC.device)
     for g in range(G):
-        A_RGG[:, g] = (blocks_of(Q[:, g] @ H_CC[g * block : (g + 1) * block], block) * Q).sum(-1)
-    b_RG = (blocks_of(W_RC @ H_CC, block) * Q).sum(-1)
+        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(-1)
+    b_RG = (groups_of(W_RC @ H_CC, group_size) * Q).sum(-1)
     diagonal = A_RGG.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
     fitted, failed = torch.linalg.solve_ex(A_RGG, b_RG)

@@ -2,7 +2,7 @@
 
 Multiplying a column of every reader by s and what it reads by 1 / s changes nothing, but what is rounded: an input channel that
 towers over the rest costs its whole token the precision (SmoothQuant), and a column that much is read through deserves finer
-steps than its block gives it (AWQ). How far to go is one exponent, which is searched.
+steps than its group gives it (AWQ). How far to go is one exponent, which is searched.
 """
 
 from __future__ import annotations
@@ -37,15 +37,22 @@ def awq(input_size: Tensor, alpha: float) -> Tensor:
 
 
 def fitted(
-    X_TC: Tensor, W_RC: Tensor, unit_C: Tensor, start_U: Tensor, *, input_largest: int | None, weight_largest: int, block: int
+    X_TC: Tensor,
+    W_RC: Tensor,
+    unit_C: Tensor,
+    start_U: Tensor,
+    *,
+    input_largest: int | None,
+    weight_largest: int,
+    group_size: int,
 ) -> Tensor:
     """Factor [U] of the units' weights under which rounding is expected to cost least, by gradient descent from `start_U`.
 
     Rounding x to multiples of a step d adds noise of variance d^2 / 12. With steps of absmax / largest, for each token of the
-    inputs X (None: they are not rounded) and for each block of a row of W, the squared error of X W^T is in the mean 1 / 12 of
+    inputs X (None: they are not rounded) and for each group of a row of W, the squared error of X W^T is in the mean 1 / 12 of
         mean_t max_c (x_tc / s_c)^2 sum_c s_c^2 |w_c|^2 / largest_x^2
           + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2
-    where c of the second term runs over the columns of block b. unit_C: the unit of each column. Whoever weighs tokens
+    where c of the second term runs over the columns of group b. unit_C: the unit of each column. Whoever weighs tokens
     unequally scales the rows of X.
     """
     log_U = start_U.clamp_min(1e-12).log().requires_grad_()
@@ -56,8 +63,8 @@ def fitted(
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
         square_C = (2 * log_U).exp()[unit_C]
-        scaled = (W * square_C).reshape(len(W), -1, block).amax(-1).sum(0)
-        loss = scaled @ (size_C / square_C).reshape(-1, block).sum(-1) / weight_largest**2
+        scaled = (W * square_C).reshape(len(W), -1, group_size).amax(-1).sum(0)
+        loss = scaled @ (size_C / square_C).reshape(-1, group_size).sum(-1) / weight_largest**2
         if input_largest is not None:
             loss = loss + (X / square_C).amax(1).mean() * (square_C @ weight_C) / input_largest**2
         optimizer.zero_grad()

@@ -17,7 +17,7 @@ from llmcompress.errors import ModelError
 
 __all__ = ["FAMILIES", "Anatomy", "anatomy_of"]
 
-# The families. In a block: kv = key-value heads, q = query heads of each kv head, d = head_dim; models without grouped
+# The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models without grouped
 # heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands after its sublayer, no scale through
 # an activation other than relu. "x[1]" is the second part of a fused weight.
 
@@ -40,7 +40,7 @@ GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
 MISTRAL = Anatomy(
     family="mistral",
     layers="model.layers",
-    block={
+    layer={
         "input_layernorm.weight": "hidden",
         **ATTENTION,
         "post_attention_layernorm.weight": "hidden",
@@ -69,7 +69,7 @@ MISTRAL = Anatomy(
 )
 LLAMA = MISTRAL.extend(
     "llama",
-    block={
+    layer={
         **ATTENTION_BIAS,
         "mlp.gate_proj.bias": "ffn if mlp_bias",
         "mlp.up_proj.bias": "ffn if mlp_bias",
@@ -78,12 +78,12 @@ LLAMA = MISTRAL.extend(
 )
 QWEN2 = MISTRAL.extend(
     "qwen2",
-    block={"self_attn.q_proj.bias": "(kv q d)", "self_attn.k_proj.bias": "(kv d)", "self_attn.v_proj.bias": "(kv d)"},
+    layer={"self_attn.q_proj.bias": "(kv q d)", "self_attn.k_proj.bias": "(kv d)", "self_attn.v_proj.bias": "(kv d)"},
 )
-QWEN3 = MISTRAL.extend("qwen3", block={**ATTENTION_BIAS, **HEAD_NORMS})
+QWEN3 = MISTRAL.extend("qwen3", layer={**ATTENTION_BIAS, **HEAD_NORMS})
 GEMMA2 = MISTRAL.extend(
     "gemma2",
-    block={**ATTENTION_BIAS, "pre_feedforward_layernorm.weight": "hidden", "post_feedforward_layernorm.weight": "hidden"},
+    layer={**ATTENTION_BIAS, "pre_feedforward_layernorm.weight": "hidden", "post_feedforward_layernorm.weight": "hidden"},
     scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
@@ -92,11 +92,11 @@ GEMMA2 = MISTRAL.extend(
     },
     norm_offset=1.0,
 )
-GEMMA3 = GEMMA2.extend("gemma3_text", block=HEAD_NORMS)
+GEMMA3 = GEMMA2.extend("gemma3_text", layer=HEAD_NORMS)
 PHI3 = replace(
     MISTRAL,
     family="phi3",
-    block={
+    layer={
         "input_layernorm.weight": "hidden",
         "self_attn.qkv_proj.weight": "(kv q d | kv d | kv d) hidden",
         "self_attn.o_proj.weight": "hidden (kv q d)",
@@ -114,7 +114,7 @@ PHI3 = replace(
 )
 QWEN3_MOE = replace(
     MISTRAL.extend("qwen3_moe", sizes={"expert": "num_experts", "ffn": "moe_intermediate_size"}),
-    block={
+    layer={
         "input_layernorm.weight": "hidden",
         **ATTENTION,
         **ATTENTION_BIAS,
@@ -132,12 +132,12 @@ QWEN3_MOE = replace(
         "mlp.experts.gate_up_proj[1]": ("mlp.experts.down_proj",),
     },
     router=("mlp.gate",),
-    refuses=("mlp_only_layers", "decoder_sparse_step != 1", "num_experts == 0"),  # blocks of two kinds
+    refuses=("mlp_only_layers", "decoder_sparse_step != 1", "num_experts == 0"),  # layers of two kinds
 )
 GPT2 = Anatomy(
     family="gpt2",
     layers="transformer.h",
-    block={
+    layer={
         "ln_1.weight": "hidden",
         "ln_1.bias": "hidden",
         "attn.c_attn.weight": "hidden (kv d | kv d | kv d)",
@@ -175,7 +175,7 @@ OPT_DECODER = "model.decoder"
 OPT = Anatomy(
     family="opt",
     layers=f"{OPT_DECODER}.layers",
-    block={
+    layer={
         "self_attn_layer_norm.weight": "hidden if layer_norm_elementwise_affine",
         "self_attn_layer_norm.bias": "hidden if layer_norm_elementwise_affine",
         "self_attn.q_proj.weight": "(kv d) hidden",
@@ -225,7 +225,7 @@ OPT = Anatomy(
 GPT_NEOX = Anatomy(
     family="gpt_neox",
     layers="gpt_neox.layers",
-    block={
+    layer={
         "input_layernorm.weight": "hidden",
         "input_layernorm.bias": "hidden",
         "post_attention_layernorm.weight": "hidden",
@@ -280,14 +280,14 @@ def _rows_to_add(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The table that a new family needs, as far as names and shapes tell it."""
     names = {"hidden": "hidden_size", "ffn": "intermediate_size", "vocab": "vocab_size", "d": "head_dim"}
     known = {size: axis for axis in reversed(names) if (size := getattr(config, names[axis], None))}
-    rows: dict[str, dict[str, str]] = {"block": {}, "outer": {}}
-    layers = '"the ModuleList of blocks"'
+    rows: dict[str, dict[str, str]] = {"layer": {}, "outer": {}}
+    layers = '"the ModuleList of layers"'
     for name, shape in shapes.items():
         prefix, first, inner = name.partition(".0.")
         if first:
             layers = f'"{prefix}"'
         if first or not re.search(r"\.\d+\.", name):
-            rows["block" if first else "outer"][inner or name] = " ".join(known.get(n, str(n)) for n in shape)
+            rows["layer" if first else "outer"][inner or name] = " ".join(known.get(n, str(n)) for n in shape)
     if not shapes:
-        rows = {"block": {"each parameter of a block": "its axes"}, "outer": {"each other parameter": "its axes"}}
-    return f"Anatomy(layers={layers}, block={rows['block']}, outer={rows['outer']}, ...)"
+        rows = {"layer": {"each parameter of a layer": "its axes"}, "outer": {"each other parameter": "its axes"}}
+    return f"Anatomy(layers={layers}, layer={rows['layer']}, outer={rows['outer']}, ...)"

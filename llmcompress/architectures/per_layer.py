@@ -1,9 +1,9 @@
 """Layers of different widths: what a config says of each, and the model that it means.
 
 transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by that, but most of
-its families build every block from what is said for all. So their blocks are built again here, each from a config of its own.
-A block may have nothing left of its attention or of its feed-forward part: no heads, or no neurons. Its weights are then empty,
-and stand in the checkpoint as such. Where blocks are not built anew no shape there fits, and loading fails, as it should.
+its families build every layer from what is said for all. So their layers are built again here, each from a config of its own.
+A layer may have nothing left of its attention or of its feed-forward part: no heads, or no neurons. Its weights are then empty,
+and stand in the checkpoint as such. Where layers are not built anew no shape there fits, and loading fails, as it should.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import CompressError, ModelError
 
 SCHEMA = "per_layer_config"
-ALLOW = "allow_global_per_layer_attribute_access"  # or a model can't even be built for its blocks to be replaced
+ALLOW = "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
 
 
 def mixed(config: PretrainedConfig) -> bool:
@@ -63,12 +63,12 @@ class Absent(nn.Module):
         self.reader = reader
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """What the block adds for hidden states [B, L, D], and no attention map."""
+        """What the layer adds for hidden states [B, L, D], and no attention map."""
         return self.get_submodule(self.reader)(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), None
 
 
 def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy) -> None:
-    """Build the blocks of a model anew where its config says that they differ; their weights are to come."""
+    """Build the layers of a model anew where its config says that they differ; their weights are to come."""
     config = model.config
     if not mixed(config):
         return
@@ -85,7 +85,7 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
 
 
 def _built(kind: type[nn.Module], config: PretrainedConfig, index: int, anatomy: Anatomy) -> nn.Module:
-    """One block, with weights that are not set, as the config says that it is."""
+    """One layer, with weights that are not set, as the config says that it is."""
     own = config.per_layer_config[index]
     sizes = anatomy.axis_sizes(own)
     if not sizes["kv"]:  # which no family builds
@@ -94,24 +94,24 @@ def _built(kind: type[nn.Module], config: PretrainedConfig, index: int, anatomy:
             setattr(own, own.attribute_map.get(anatomy.sizes[axis], anatomy.sizes[axis]), 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        built: nn.Module = kind(own, index)  # so are the blocks of all families
+        built: nn.Module = kind(own, index)  # so are the layers of all families
     for module in built.modules():
         if getattr(module, "config", None) is own:
-            module.config = config  # type: ignore[assignment]  # what is set for the model reaches its blocks
+            module.config = config  # type: ignore[assignment]  # what is set for the model reaches its layers
     if not sizes["kv"]:
         _empty(built, anatomy, sizes)
     return built
 
 
-def _empty(block: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
-    """Leave a block without attention, and its weights without what runs along the heads."""
-    for name, row in anatomy.block.items():
+def _empty(layer: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
+    """Leave a layer without attention, and its weights without what runs along the heads."""
+    for name, row in anatomy.layer.items():
         if "kv" in Spelling.parse(row).axes:
             owner, _, leaf = name.rpartition(".")
-            linear: Any = block.get_submodule(owner)
+            linear: Any = layer.get_submodule(owner)
             old = linear.get_parameter(leaf)
             setattr(linear, leaf, nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False))
             if leaf == "weight":
                 linear.out_features, linear.in_features = linear.weight.shape
     attention, _, reader = str(anatomy.consumer_of("kv")).rpartition(".")
-    block.set_submodule(attention, Absent(block.get_submodule(attention), reader))
+    layer.set_submodule(attention, Absent(layer.get_submodule(attention), reader))

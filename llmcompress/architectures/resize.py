@@ -24,10 +24,10 @@ TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias
 
 
 def resized(config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What changes in the config when each block keeps so many units of some axes. Errors: ModelError where none can."""
+    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where none can."""
     layers, different = config.num_hidden_layers, [axis for axis, counts in widths.items() if len(set(counts)) > 1]
     if inseparable := [axis for axis in different if axis in anatomy.outer_axes]:
-        raise ModelError(f'axis "{inseparable[0]}" has one size in the whole model; keep as many of it in every block')
+        raise ModelError(f'axis "{inseparable[0]}" has one size in the whole model; keep as many of it in every layer')
     if mixed(config) or different:
         said = overrides(config)
         for index, fields in enumerate(said):
@@ -82,7 +82,7 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
 
 
 def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
-    """The name of a tensor, in the model or in a file, once blocks are gone from `layers`; None if it goes with one."""
+    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes with one."""
     found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
     if found is None or not gone:
         return name

@@ -23,10 +23,10 @@ class Anatomy:
     """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in them."""
 
     family: str  # model_type
-    layers: str  # the ModuleList of blocks
-    block: Rows  # parameter in a block -> spelling
-    outer: Rows  # parameter outside the blocks -> spelling
-    consumers: tuple[tuple[str, ...], ...]  # linears of a block by the input they read, in order of computation
+    layers: str  # the ModuleList of layers
+    layer: Rows  # parameter in a layer -> spelling
+    outer: Rows  # parameter outside the layers -> spelling
+    consumers: tuple[tuple[str, ...], ...]  # linears of a layer by the input they read, in order of computation
     scale_pairs: Mapping[
         str, tuple[str, ...]
     ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
@@ -41,13 +41,13 @@ class Anatomy:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The 2-D linear maps of a block by module name, in order of computation; routers left out."""
+        """The 2-D linear maps of a layer by module name, in order of computation; routers left out."""
         return tuple(linear for group in self.consumers for linear in group)
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The 3-D parameters of a block: one linear map [out, in] for each expert."""
-        return tuple(name for name, spelling in self.block.items() if len(Spelling.parse(spelling).dims) == 3)
+        """The 3-D parameters of a layer: one linear map [out, in] for each expert."""
+        return tuple(name for name, spelling in self.layer.items() if len(Spelling.parse(spelling).dims) == 3)
 
     @property
     def outer_axes(self) -> frozenset[str]:
@@ -56,16 +56,16 @@ class Anatomy:
 
     def rows(self, config: Any) -> dict[str, str]:
         """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
-        inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.block.items()}
+        inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.layer.items()}
         return {**self.outer, **inner}
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
         """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
-        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a block that lost them
+        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer that lost them
         hidden = config.hidden_size
         implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
         sizes = {}
-        for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.block.values()) for a in Spelling.parse(row).axes):
+        for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes):
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
             size = implied.get(axis) if size is None else size
             if size is None:
@@ -78,13 +78,13 @@ class Anatomy:
         return sizes
 
     def consumer_of(self, axis: str) -> str | None:
-        """The linear whose columns run along an axis inside a block; None where there is no such one, as for experts."""
+        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for experts."""
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
 
     def left(self, sizes: Mapping[str, int]) -> Anatomy:
-        """The facts of one block in which an axis may have no units: without the linears and feeds that are empty there."""
-        empty = {name for name, row in self.block.items() if not all(Spelling.parse(row).shape(sizes))}
+        """The facts of one layer in which an axis may have no units: without the linears and feeds that are empty there."""
+        empty = {name for name, row in self.layer.items() if not all(Spelling.parse(row).shape(sizes))}
         if not empty:
             return self
         consumers = tuple(group for group in self.consumers if f"{group[0]}.weight" not in empty)
@@ -95,36 +95,36 @@ class Anatomy:
         return replace(self, consumers=consumers, scale_pairs=scale_pairs)
 
     def input_of(self, linear: str) -> Term:
-        """What the columns of a linear of a block run along."""
-        return Spelling.parse(self.block[f"{linear}.weight"]).dims[0 if linear in self.conv1d else -1]
+        """What the columns of a linear of a layer run along."""
+        return Spelling.parse(self.layer[f"{linear}.weight"]).dims[0 if linear in self.conv1d else -1]
 
     def output_of(self, linear: str) -> Term:
-        """What the rows of a linear of a block run along."""
-        return Spelling.parse(self.block[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
+        """What the rows of a linear of a layer run along."""
+        return Spelling.parse(self.layer[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
-        """A key of `scale_pairs` as a block's module or parameter, the part of it if it is fused, and the axes of its output."""
+        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the axes of its output."""
         name, _, number = key.rstrip("]").partition("[")
         part = int(number) if number else None
-        spelling = Spelling.parse(self.block.get(f"{name}.weight") or self.block[name])
+        spelling = Spelling.parse(self.layer.get(f"{name}.weight") or self.layer[name])
         dims = (spelling if part is None else spelling.part(part)).dims
         output = dims if len(dims) == 1 else dims[1:] if name in self.conv1d else dims[:-1]
         return name, part, Spelling(output).axes
 
-    def extend(self, family: str, *, block: Rows | None = None, sizes: Rows | None = None, **facts: Any) -> Anatomy:
+    def extend(self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any) -> Anatomy:
         """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes its place."""
-        block, sizes = {**self.block, **(block or {})}, {**self.sizes, **(sizes or {})}
-        return replace(self, family=family, block=block, sizes=sizes, **facts)
+        layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
+        return replace(self, family=family, layer=layer, sizes=sizes, **facts)
 
     def at(self, config: Any) -> Anatomy:
         """The facts of one config: each condition decided, the rows it rules out left out."""
         for condition in self.refuses:
             if _holds(condition, config):
                 raise ModelError(f"a {self.family} model with {condition} is not one that llmcompress knows; use one without")
-        block = {name: row for name, text in self.block.items() if (row := _choose(text, config))}
+        layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
         scale_pairs = {key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))}
-        return replace(self, block=block, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
+        return replace(self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
 
 
 def _choose(text: str, config: Any) -> str | None:

@@ -1,7 +1,7 @@
-"""Token blocks for calibration and evaluation, from any text a user can name.
+"""Token sequences for calibration and evaluation, from any text a user can name.
 
 Text is joined, tokenised without special tokens and cut into non-overlapping windows of one length, as the GPTQ papers do; so
-numbers compare with theirs and a block is a plain int64 matrix. Calibration windows are drawn by seed from the head of the
+numbers compare with theirs and a sequence is a row of a plain int64 matrix. Calibration windows are drawn by seed from the head of the
 calibration text (16 windows for each one asked for, so a data set of terabytes costs no more than a small one); evaluation
 windows are the first of the evaluation text, in order. The two texts come from different files, splits or rows, and a window
 found in both is refused. It costs about four seconds of one core per million tokens.
@@ -97,7 +97,7 @@ def load_data(
 
     `training` says how many tokens to train on where windows have a length; fewer are given where the text has no more.
 
-    Equal spec, text and tokenizer give equal blocks. Errors: DataError for text that is missing, too short, the same on both
+    Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is missing, too short, the same on both
     sides, or not what the model reads.
     """
     if tokenizer is None:
@@ -124,9 +124,9 @@ def load_data(
     trains = training(length + before)
     _refuse_overlap(spec.source, every if trains else pool, ahead)
     drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
-    blocks, evaluates = with_bos(pool[drawn], bos), with_bos(ahead.clone(), bos)
+    drawn_NL, evaluates = with_bos(pool[drawn], bos), with_bos(ahead.clone(), bos)
     read = spec.model_copy(update={"revision": texts.revision, "evaluation_split": texts.evaluation_split})
-    found = CalibrationData(blocks, evaluates, read, _sha256(blocks, evaluates), bos=bos)
+    found = CalibrationData(drawn_NL, evaluates, read, _sha256(drawn_NL, evaluates), bos=bos)
     if not trains:
         return found
     others = torch.ones(len(every), dtype=torch.bool).index_fill(0, drawn, False)

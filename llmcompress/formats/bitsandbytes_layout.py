@@ -1,9 +1,9 @@
 """The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock kernels run.
 
-The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each `block` consecutive
+The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each `group_size` consecutive
 weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes' own functions write the tensors, so the
 names and bytes are theirs; decoding is spelled in plain torch, bit-equal to theirs wherever theirs is right (see `refusal`).
-R rows (out), C columns (in), G = C / block blocks a row. Codes cost a byte a weight until `tensors` packs them.
+R rows (out), C columns (in), G = C / group_size groups a row. Codes cost a byte a weight until `tensors` packs them.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 stock: Any = bitsandbytes.functional  # typed in part only
 LINEARS = (StockLinear4bit, Linear8bitLt)  # what transformers makes of its layouts
 FourBitFormat = Literal["nf4", "fp4"]
-BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
-NESTED_BLOCK = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
+NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
 
@@ -60,21 +60,21 @@ class DoubleQuantized:
     def decode(self) -> Tensor:
         """The scales, float32, in the shape of `codes`, bit-equal to what bitsandbytes decodes on a CPU."""
         place = torch.arange(self.codes.numel(), device=self.codes.device).reshape(self.codes.shape)
-        return self.levels[self.codes.int()] * self.nested_absmax[place // NESTED_BLOCK] + self.offset
+        return self.levels[self.codes.int()] * self.nested_absmax[place // NESTED_GROUP] + self.offset
 
 
 def double_quantize(absmax: Tensor) -> DoubleQuantized:
     """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in row-major order."""
     flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
     offset = flat.mean()
-    codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_BLOCK)
+    codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
     found = (codes.reshape(absmax.shape), state.absmax, state.code, offset)
     return DoubleQuantized(*(tensor.to(absmax.device) for tensor in found))
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / block], dtype of the weight.
+    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of the weight.
 
     With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors: ValueError.
     """
@@ -82,7 +82,7 @@ class Packed:
     codes_RC: Tensor
     absmax_RG: Tensor
     format: FourBitFormat
-    block: int
+    group_size: int
     dtype: torch.dtype
     nested: DoubleQuantized | None = None
 
@@ -90,8 +90,8 @@ class Packed:
         R, C = self.codes_RC.shape
         if self.codes_RC.dtype != torch.uint8 or self.absmax_RG.dtype != torch.float32:
             raise ValueError(f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}")
-        if C % self.block or self.absmax_RG.shape != (R, C // self.block):
-            raise ValueError(f"codes {R} x {C} in blocks of {self.block} can't have scales {tuple(self.absmax_RG.shape)}")
+        if C % self.group_size or self.absmax_RG.shape != (R, C // self.group_size):
+            raise ValueError(f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}")
         if self.nested is not None and not torch.equal(self.nested.decode(), self.absmax_RG):
             raise ValueError("the scales are not what their double quantisation decodes to")
 
@@ -105,13 +105,13 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes' dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
-    weight = levels.reshape(R, G, packed.block) * packed.absmax_RG[..., None]  # float32, rounded once below
+    weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]  # float32, rounded once below
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 
-def quantize_nearest(weight: Tensor, format: FourBitFormat, block: int, double_quant: bool) -> Packed:
-    """Stock bitsandbytes: each block's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
-    data, state = stock.quantize_4bit(weight, blocksize=block, compress_statistics=double_quant, quant_type=format)
+def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
+    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
+    data, state = stock.quantize_4bit(weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format)
     return _read(data, state)
 
 
@@ -150,14 +150,14 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
         absmax=packed.absmax_RG.reshape(-1).contiguous(),
         shape=packed.codes_RC.shape,
         code=grid(packed.format).to(packed.codes_RC.device),
-        blocksize=packed.block,
+        blocksize=packed.group_size,
         quant_type=packed.format,
         dtype=packed.dtype,
     )
     if packed.nested is not None:
         nested = packed.nested
         state.absmax, state.offset, state.nested = nested.codes.reshape(-1).contiguous(), nested.offset, True
-        state.state2 = stock.QuantState(nested.nested_absmax, code=nested.levels, blocksize=NESTED_BLOCK, dtype=torch.float32)
+        state.state2 = stock.QuantState(nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32)
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
 
 
@@ -172,7 +172,7 @@ def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
 
 def _read(data: Tensor, state: Any) -> Packed:
     """A Packed from bitsandbytes' own objects, in the layout of the disk."""
-    (R, C), block = state.shape, state.blocksize
+    (R, C), group_size = state.shape, state.blocksize
     if not state.nested and state.absmax.dtype != torch.float32:
         raise ModelError(
             f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a forward on a CPU "
@@ -184,23 +184,23 @@ def _read(data: Tensor, state: Any) -> Packed:
         nested = DoubleQuantized(absmax, state.state2.absmax, state.state2.code, state.offset)
         absmax = nested.decode()
     require_sound(f"a 4-bit linear of {R} x {C}", [finite(absmax, "scales")])
-    return Packed(codes, absmax, cast(FourBitFormat, state.quant_type), block, state.dtype, nested)
+    return Packed(codes, absmax, cast(FourBitFormat, state.quant_type), group_size, state.dtype, nested)
 
 
-def refusal(shape: Sequence[int], format: FourBitFormat, block: int) -> str | None:
+def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str | None:
     """Why the kernels can't take a linear [R, C] in this format, or None.
 
-    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every block:
-    - whole blocks in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it computes in bfloat16);
+    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every group_size:
+    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it computes in bfloat16);
     - R of 1, 7, 8, 16, 24, 31, 33, 48, 63: AssertionError in the repacking before the kernel;
-    - C % block != 0 (block > C too): RuntimeError there; and with blocks across rows its dequantisation itself is wrong where
+    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its dequantisation itself is wrong where
       the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C = 100, 172, 200).
     """
     R, C = shape
-    if C % block:
-        fitting = [size for size in BLOCKS if C % size == 0]
-        advice = f"use block {max(fitting)}" if fitting else "no block size fits"
-        return f"{format} rows of {C} weights don't divide into blocks of {block} ({advice})"
+    if C % group_size:
+        fitting = [size for size in GROUP_SIZES if C % size == 0]
+        advice = f"use group_size {max(fitting)}" if fitting else "no group_size fits"
+        return f"{format} rows of {C} weights don't divide into groups of {group_size} ({advice})"
     if R % ROWS:
         return f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 needs"
     return None

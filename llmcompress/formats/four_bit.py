@@ -1,10 +1,10 @@
 """nf4 and fp4 linears in models that mix formats, where the stock layout can't stand beside another one.
 
 The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`), because the dotted ones need the
-stock loader; the format, block and type that bitsandbytes keeps in a tensor of JSON are in config.json. Each forward is that
+stock loader; the format, group_size and type that bitsandbytes keeps in a tensor of JSON are in config.json. Each forward is that
 of a stock module made of them (`prepare`), and so on the stock kernels. That module holds a second copy of the codes, for the
 CPU kernel reorders its own in place: 1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded,
-the weight is dequantised in every forward. R rows (out), C columns (in), G = C / block.
+the weight is dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
 """
 
 from __future__ import annotations
@@ -26,33 +26,37 @@ NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
 @dataclass(frozen=True)
 class FourBitLayout:
-    """A linear in bitsandbytes' 4-bit format: `block` weights share a scale, itself in 8 bits with `double_quant`.
+    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with `double_quant`.
 
     Errors: ValueError.
     """
 
     format: bitsandbytes_layout.FourBitFormat
-    block: int
+    group_size: int
     double_quant: bool = False
 
     def __post_init__(self) -> None:
-        if self.format not in ("nf4", "fp4") or type(self.block) is not int or self.block not in bitsandbytes_layout.BLOCKS:
+        if (
+            self.format not in ("nf4", "fp4")
+            or type(self.group_size) is not int
+            or self.group_size not in bitsandbytes_layout.GROUP_SIZES
+        ):
             raise ValueError(
-                f"no format {self.format!r} in blocks of {self.block!r}; blocks are {', '.join(map(str, bitsandbytes_layout.BLOCKS))}"
+                f"no format {self.format!r} in groups of {self.group_size!r}; groups are {', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
             )
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
-        if columns % self.block or rows * columns % 2:
-            raise ModelError(f"{rows} x {columns} weights don't divide into {self.format} blocks of {self.block}")
-        scales = rows * columns // self.block
+        if columns % self.group_size or rows * columns % 2:
+            raise ModelError(f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}")
+        scales = rows * columns // self.group_size
         shapes = {"weight": ((rows * columns // 2, 1), torch.uint8)}
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {**shapes, "weight_absmax": ((scales,), torch.float32)}
         if self.double_quant:
             found["weight_absmax"] = (scales,), torch.uint8
-            sizes = (-(-scales // bitsandbytes_layout.NESTED_BLOCK), 256, 1)
+            sizes = (-(-scales // bitsandbytes_layout.NESTED_GROUP), 256, 1)
             found.update({name: ((size,), torch.float32) for name, size in zip(NESTED, sizes, strict=True)})
         return found
 
@@ -89,7 +93,7 @@ def read(
         nested_absmax, levels, offset = (tensors[name] for name in NESTED)
         nested = bitsandbytes_layout.DoubleQuantized(absmax, nested_absmax, levels, offset.reshape(()))
         absmax = nested.decode()
-    return bitsandbytes_layout.Packed(codes, absmax, scheme.format, scheme.block, dtype, nested)
+    return bitsandbytes_layout.Packed(codes, absmax, scheme.format, scheme.group_size, dtype, nested)
 
 
 class FourBitLinear(StoredLinear):
@@ -102,7 +106,7 @@ class FourBitLinear(StoredLinear):
     def prepare(self) -> None:
         """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels refuse."""
         self.kernel = ()
-        refused = bitsandbytes_layout.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.block)
+        refused = bitsandbytes_layout.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.group_size)
         if self.weight.device.type != "meta" and refused is None:
             self.kernel = (
                 self.beside_weight(lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)),
@@ -133,14 +137,12 @@ class FourBitLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return (
-            f"{super().extra_repr()}, {self.scheme.format}, block={self.scheme.block}, double_quant={self.scheme.double_quant}"
-        )
+        return f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, double_quant={self.scheme.double_quant}"
 
 
 def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
     """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
     R, C = packed.codes_RC.shape
-    scheme = FourBitLayout(packed.format, packed.block, packed.double_quant)
+    scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
     module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")
     return hold(module, tensors(packed), bias, device)

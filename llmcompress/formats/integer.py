@@ -1,12 +1,12 @@
 """Weights and activations as integers: what lies on the disk, what it means, and the rounding of tokens.
 
 Two layouts. LLM.int8's (`Int8Weight`) is bitsandbytes' own, and plain transformers loads it. Ours (`IntegerWeight`) is for
-products whose two factors are integers: int8 codes with one scale a row, or int4 codes in blocks of columns with an integer
-multiplier a block, so that code times multiplier still fits int8 and ONE float scale a row is left; then the sum over all
+products whose two factors are integers: int8 codes with one scale a row, or int4 codes in groups of columns with an integer
+multiplier a group, so that code times multiplier still fits int8 and ONE float scale a row is left; then the sum over all
 columns stays in integers and bitsandbytes' int8 kernel computes it. No kernel here knows int4: such a weight is 0.5 byte on
 the disk and is expanded to 1 byte to be multiplied. A stock loader must not take our tensors for a float weight: it would load
 codes as numbers and say nothing. So every `weight` has a shape that no plain linear has, which it refuses.
-R rows (out), C columns (in), G = ceil(C / block) groups of columns, T tokens.
+R rows (out), C columns (in), G = ceil(C / group_size) groups of columns, T tokens.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class IntegerLayout:
     """How a linear is stored and multiplied: bits of weights and activations, scales of activations, columns a multiplier.
 
     Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not ("none": the weight is
-    dequantised). `block` is for 4-bit weights alone; the last block of a row may be shorter. Errors: ValueError.
+    dequantised). `group_size` is for 4-bit weights alone; the last group of a row may be shorter. Errors: ValueError.
     """
 
     format: IntegerFormat
     activations: Activations = "dynamic"
-    block: int | None = None
+    group_size: int | None = None
 
     def __post_init__(self) -> None:
         if self.format not in FORMATS or self.activations not in ACTIVATIONS:
@@ -54,10 +54,10 @@ class IntegerLayout:
                 f"no scheme {self.format!r} with {self.activations!r} activations: use one of {', '.join(FORMATS)} "
                 f"with {', '.join(ACTIVATIONS)}"
             )
-        if self.weight_bits == 8 and self.block is not None:
-            raise ValueError(f"{self.format} has one scale a row and no block, got block {self.block}")
-        if self.weight_bits == 4 and (type(self.block) is not int or not 1 <= self.block <= WIDEST):
-            raise ValueError(f"{self.format} needs a block of 1 to {WIDEST} columns, got {self.block!r}")
+        if self.weight_bits == 8 and self.group_size is not None:
+            raise ValueError(f"{self.format} has one scale a row and no group, got group_size {self.group_size}")
+        if self.weight_bits == 4 and (type(self.group_size) is not int or not 1 <= self.group_size <= WIDEST):
+            raise ValueError(f"{self.format} needs a group of 1 to {WIDEST} columns, got {self.group_size!r}")
 
     @property
     def weight_bits(self) -> int:
@@ -72,11 +72,11 @@ class IntegerLayout:
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-        if self.block is None:
+        if self.group_size is None:
             shapes["weight"] = (1, rows, columns), torch.int8
         else:
             shapes["weight"] = (rows, -(-columns // 2)), torch.uint8
-            shapes["weight_multiplier"] = (rows, -(-columns // self.block)), torch.uint8
+            shapes["weight_multiplier"] = (rows, -(-columns // self.group_size)), torch.uint8
         shapes["weight_scale"] = (rows,), torch.float32
         if self.activations == "static":
             shapes["input_scale"] = (1,), torch.float32
@@ -86,7 +86,7 @@ class IntegerLayout:
         """What must hold of the stored tensors of a linear, by their names in it."""
         weight, scale_R = tensors["weight"], tensors["weight_scale"]
         largest, codes = LARGEST[self.weight_bits], f"codes of {self.format}"
-        if self.block is None:
+        if self.group_size is None:
             found = [within(weight, -largest, largest, codes), scaled_rows(scale_R, weight[0], 0)]
         else:  # the code -8 is a half byte of zero
             lowest = (weight < 16).any() | ((weight & 15) == 0).any()
@@ -142,7 +142,7 @@ class IntegerWeight:
 
     def expanded(self) -> Tensor:
         """The integers that are multiplied, codes times multipliers: int8 [R, C]."""
-        return expand(self.codes_RC, self.multiplier_RG, self.scheme.block)
+        return expand(self.codes_RC, self.multiplier_RG, self.scheme.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [R, C], computed in float32 and rounded once to `dtype`."""
@@ -171,12 +171,12 @@ def read(tensors: Mapping[str, Tensor], scheme: IntegerLayout, columns: int | No
     """
     weight = tensors.get("weight", torch.empty(0, 0))
     rows = weight.shape[-2] if weight.dim() > 1 else 0
-    C = columns if columns is not None else weight.shape[-1] * (1 if scheme.block is None else 2)
+    C = columns if columns is not None else weight.shape[-1] * (1 if scheme.group_size is None else 2)
     expected = scheme.shapes(rows, C)
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != expected:
         raise ModelError(f"a linear of {rows} x {C} in {scheme} has the tensors {expected}, not {seen}")
-    codes = weight[0] if scheme.block is None else unpack(weight, C)
+    codes = weight[0] if scheme.group_size is None else unpack(weight, C)
     scale = tensors["input_scale"].reshape(()) if "input_scale" in tensors else None
     try:
         return IntegerWeight(codes, tensors["weight_scale"], scheme, tensors.get("weight_multiplier"), scale)
@@ -198,12 +198,12 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
     return codes.sub_(8)[:, :columns].contiguous()
 
 
-def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, block: int | None) -> Tensor:
+def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, group_size: int | None) -> Tensor:
     """Codes times the multipliers of their groups, int8 [R, C]; the codes themselves where there are none."""
-    if multiplier_RG is None or block is None:
+    if multiplier_RG is None or group_size is None:
         return codes_RC
     C = codes_RC.shape[1]
-    return codes_RC * multiplier_RG.to(torch.int8).repeat_interleave(min(block, C), dim=1)[:, :C]
+    return codes_RC * multiplier_RG.to(torch.int8).repeat_interleave(min(group_size, C), dim=1)[:, :C]
 
 
 def quantize_tokens(

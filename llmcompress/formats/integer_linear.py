@@ -44,16 +44,16 @@ class IntegerLinear(StoredLinear):
     def prepare(self) -> None:
         """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there (meta)."""
         self.expanded = None
-        if self.scheme.block is not None and self.weight.device.type != "meta":
+        if self.scheme.group_size is not None and self.weight.device.type != "meta":
             self.expanded = self.beside_weight(self._expand)
 
     def _expand(self) -> Tensor:
         codes = integer.unpack(self.weight, self.in_features)
-        return integer.expand(codes, self.weight_multiplier, self.scheme.block)
+        return integer.expand(codes, self.weight_multiplier, self.scheme.group_size)
 
     def matrix(self) -> Tensor:
         """The integers that are multiplied, int8 [R, C]; not to be written to."""
-        if self.scheme.block is None:
+        if self.scheme.group_size is None:
             return self.weight[0]
         return self.expanded if self.expanded is not None else self._expand()
 
@@ -87,7 +87,7 @@ class IntegerLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, block={self.scheme.block}"
+        return f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, group_size={self.scheme.group_size}"
 
 
 def scaled(sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -33,6 +33,7 @@ KINDS: dict[Any, type[AnyLayout]] = {  # by format; every other is a Scheme
     **{"nf4": FourBitLayout, "fp4": FourBitLayout, "sparse": SparseLayout},
     **{"shared": FactoredLayout, "basis": FactoredLayout, "codebook": CodebookLayout},
 }
+RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
 MARKS = (
     ".weight.absmax",
     ".SCB",
@@ -99,7 +100,7 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
     for entry in schemes:
         if not isinstance(entry, Mapping):
             raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
-        fields = {name: value for name, value in entry.items() if name != "linears"}
+        fields = {RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"}
         try:
             layout = KINDS.get(str(fields.get("format")), IntegerLayout)(**fields)
         except (TypeError, ValueError) as error:

@@ -15,7 +15,7 @@ from torch import Tensor
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.algorithms.quantize_weight import RoundedWeight
-from llmcompress.algorithms.scales import blocks_of, integer_scales
+from llmcompress.algorithms.scales import groups_of, integer_scales
 from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
@@ -23,10 +23,10 @@ from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 
 @dataclass(frozen=True)
 class FourBitScheme:
-    """NF4 or FP4 in bitsandbytes' layout: a scale a block, in float32 or in 8 bits."""
+    """NF4 or FP4 in bitsandbytes' layout: a scale a group, in float32 or in 8 bits."""
 
     format: Literal["nf4", "fp4"]
-    block: int
+    group_size: int
     double_quant: bool
     dtype: torch.dtype  # in which the base stores its weights, and in which the kernels are to compute
 
@@ -43,7 +43,7 @@ class FourBitScheme:
     @property
     def bits(self) -> float:
         """Bits a weight on disk, scales included."""
-        return 4 + (8 + 32 / bitsandbytes_layout.NESTED_BLOCK if self.double_quant else 32) / self.block
+        return 4 + (8 + 32 / bitsandbytes_layout.NESTED_GROUP if self.double_quant else 32) / self.group_size
 
     @property
     def input_largest(self) -> int | None:
@@ -57,11 +57,11 @@ class FourBitScheme:
 
     def columns(self, shape: tuple[int, ...]) -> int:
         """How many columns share a scale."""
-        return self.block
+        return self.group_size
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] can't be stored so, or None."""
-        return bitsandbytes_layout.refusal(shape, self.format, self.block)
+        return bitsandbytes_layout.refusal(shape, self.format, self.group_size)
 
     def snap(self, scale_RG: Tensor) -> Tensor:
         """The scales as they will be read back."""
@@ -72,7 +72,7 @@ class FourBitScheme:
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
         codes_RC = self.grid.codes[result.index_RC.cpu()]
         scale_RG = nested.decode() if nested else result.scale_RG.cpu()
-        return bitsandbytes_layout.Packed(codes_RC, scale_RG, self.format, self.block, self.dtype, nested)
+        return bitsandbytes_layout.Packed(codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds what a linear reads: not at all."""
@@ -85,7 +85,7 @@ class FourBitScheme:
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
         require_within(W_RC, self.dtype, "weights")
-        return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.block, self.double_quant)
+        return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.group_size, self.double_quant)
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
@@ -143,7 +143,7 @@ class Int8Scheme:
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a block besides."""
+    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group besides."""
 
     scheme: IntegerLayout
     range: str = "mse"  # what a static scale of inputs is chosen by
@@ -162,7 +162,7 @@ class IntegerScheme:
     @property
     def bits(self) -> float:
         """Bits a weight on disk, multipliers included; the scale of a row is left out."""
-        return self.scheme.weight_bits + (8 / self.scheme.block if self.scheme.block else 0)
+        return self.scheme.weight_bits + (8 / self.scheme.group_size if self.scheme.group_size else 0)
 
     @property
     def input_largest(self) -> int | None:
@@ -176,16 +176,20 @@ class IntegerScheme:
 
     def columns(self, shape: tuple[int, ...]) -> int:
         """How many columns share a scale."""
-        return self.scheme.block or shape[1]
+        return self.scheme.group_size or shape[1]
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] can't be stored so, or None."""
-        C, block = shape[1], self.scheme.block
-        return f"{self.format} rows of {C} weights don't divide into blocks of {block}" if block and C % block else None
+        C, group_size = shape[1], self.scheme.group_size
+        return (
+            f"{self.format} rows of {C} weights don't divide into groups of {group_size}"
+            if group_size and C % group_size
+            else None
+        )
 
     def snap(self, scale_RG: Tensor) -> Tensor:
         """The scales as they will be read back."""
-        if self.scheme.block is None:
+        if self.scheme.group_size is None:
             return scale_RG
         step_R, multiplier_RG = integer_scales(scale_RG, integer.MULTIPLIER)
         return step_R[:, None] * multiplier_RG
@@ -194,7 +198,7 @@ class IntegerScheme:
         """Codes, with scales that are yet to be snapped."""
         largest, multiplier = integer.LARGEST[self.scheme.weight_bits], None
         step_R = result.scale_RG[:, 0]
-        if self.scheme.block is not None:
+        if self.scheme.group_size is not None:
             step_R, found_RG = integer_scales(result.scale_RG, integer.MULTIPLIER)
             multiplier = found_RG.to(torch.uint8).cpu()
         scale_R = (step_R / largest).cpu()
@@ -218,7 +222,7 @@ class IntegerScheme:
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Absmax scales, nearest codes."""
-        scale_RG = blocks_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
+        scale_RG = groups_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
         scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
         snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
         return self.store(RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)

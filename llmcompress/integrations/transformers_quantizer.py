@@ -192,7 +192,7 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], d
     for name, scheme in assigned.items():
         if not isinstance(plain := modules.get(name), nn.Embedding):
             continue
-        if not isinstance(scheme, IntegerLayout) or scheme.block is not None or scheme.activations == "static":
+        if not isinstance(scheme, IntegerLayout) or scheme.group_size is not None or scheme.activations == "static":
             raise ModelError(f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)")
         heads = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
         if wrong := [head for head in heads if assigned.get(head) != scheme]:
@@ -206,7 +206,7 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], d
 
 
 def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
-    """The blocks of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
+    """The layers of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
     path = anatomy.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else anatomy.layers
     try:
         return cast(nn.ModuleList, model.get_submodule(path))

@@ -54,7 +54,7 @@ class Writer:
 
     Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals are the run's. It
     is held by a lock from the start until the end. As a context it drops what an error leaves behind; only a journal that holds
-    a finished block stays, to go on from, and a result that could not be published.
+    a finished layer stays, to go on from, and a result that could not be published.
     Errors: OutputError where another process works there, where `out` exists (unless overwrite), is or holds the base, or lacks
     `size_bytes` of space.
     """

@@ -1,6 +1,6 @@
-"""One decoder block in memory, with the activations that enter it, and what its linears read of them.
+"""One decoder layer in memory, with the activations that enter it, and what its linears read of them.
 
-Two streams of hidden states may reach a block: `inputs`, as the compressed blocks before it left them, and `reference`, as
+Two streams of hidden states may reach a layer: `inputs`, as the compressed layers before it left them, and `reference`, as
 the full model has them. What a stage does to a weight, or to what a linear reads, changes the one and never the other; a scale
 that crosses from a producer to its readers changes neither.
 """
@@ -27,7 +27,7 @@ Value = TypeVar("Value")
 
 @dataclass
 class DecoderLayer:
-    """One decoder block in memory, and the batches of hidden states [B, L, D] that enter it (on the CPU)."""
+    """One decoder layer in memory, and the batches of hidden states [B, L, D] that enter it (on the CPU)."""
 
     index: int
     name: str  # model.layers.3
@@ -40,12 +40,12 @@ class DecoderLayer:
     reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
     expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
-    _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the block
+    _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the layer
     _targets: list[Tensor] = field(default_factory=list)
-    _whole: nn.Module | None = None  # what the block was, where a stage has put a narrower one in its place
+    _whole: nn.Module | None = None  # what the layer was, where a stage has put a narrower one in its place
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The block's output [B, L, D], with `parameters` (by name in the block, as stored) in place of its own."""
+        """The layer's output [B, L, D], with `parameters` (by name in the layer, as stored) in place of its own."""
         hooks = [
             self.module.get_submodule(linear).register_forward_pre_hook(partial(_round_input, rounded), prepend=True)
             for linear, rounded in self.rounds.items()
@@ -63,16 +63,16 @@ class DecoderLayer:
         return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
 
     def _full(self, hidden: Tensor) -> Tensor:
-        """What the block as it was makes of the full model's states."""
+        """What the layer as it was makes of the full model's states."""
         return self._run(self._whole or self.module, hidden, self._originals)
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
-        """The block's outputs for all `batches`, on the CPU."""
+        """The layer's outputs for all `batches`, on the CPU."""
         return self._sound([self.run(hidden).cpu() for hidden in batches])
 
     def _sound(self, batches: list[Tensor]) -> list[Tensor]:
-        """The states that leave the block, if they are numbers. Errors: ModelError."""
+        """The states that leave the layer, if they are numbers. Errors: ModelError."""
         if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
             raise ModelError(
                 f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for float32 or "
@@ -82,7 +82,7 @@ class DecoderLayer:
 
     @property
     def targets(self) -> list[Tensor]:
-        """What the block as it was makes of `reference`, on the CPU: found once, by `moments` where it goes that far."""
+        """What the layer as it was makes of `reference`, on the CPU: found once, by `moments` where it goes that far."""
         if not self._targets:
             with torch.no_grad():
                 self._targets = [self._full(hidden).cpu() for hidden in self.reference]
@@ -104,7 +104,7 @@ class DecoderLayer:
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
 
     def own(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
-        """What there is for linears of this block, by their full names, by their names in it."""
+        """What there is for linears of this layer, by their full names, by their names in it."""
         names = {linear: f"{self.name}.{linear}" for linear in self.anatomy.linears}
         return {linear: by_name[name] for linear, name in names.items() if name in by_name}
 
@@ -134,7 +134,7 @@ class DecoderLayer:
         and its readers are multiplied by what it is then really divided by: so nothing is lost by it.
         """
         name, part, axes = self.anatomy.producer(key)
-        rows, offset = self.anatomy.block, self.anatomy.norm_offset
+        rows, offset = self.anatomy.layer, self.anatomy.norm_offset
         if rows.get(f"{name}.weight") == "hidden":
             gain = self.module.get_parameter(f"{name}.weight")
             before = gain.data + offset
@@ -181,7 +181,7 @@ class DecoderLayer:
     def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """What the first linear of each group reads, batch by batch, here and in the full model (empty without a reference).
 
-        A pass goes no further through the block than the groups need; one through all of it leaves `targets` behind, and the
+        A pass goes no further through the layer than the groups need; one through all of it leaves `targets` behind, and the
         tokens of each expert.
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups

@@ -1,6 +1,6 @@
 """A model that others quantised, in a format that only transformers reads: loaded whole, run by its own forward.
 
-Formats of llmcompress and bitsandbytes are read block by block (`ondisk`). For every other transformers decides whether it can
+Formats of llmcompress and bitsandbytes are read layer by layer (`ondisk`). For every other transformers decides whether it can
 be loaded here: it names the package that is missing, or asks for a GPU.
 """
 
@@ -25,11 +25,11 @@ from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.report.metrics import size_bytes
 
-OWN = (METHOD, "bitsandbytes")  # what is read block by block
+OWN = (METHOD, "bitsandbytes")  # what is read layer by layer
 
 
 def foreign_method(folder: Path) -> str | None:
-    """By what method others quantised a model; None for one that is read block by block. Errors: ModelError."""
+    """By what method others quantised a model; None for one that is read layer by layer. Errors: ModelError."""
     said = read_json(folder / "config.json").get("quantization_config")
     if not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit"):  # an old bitsandbytes config
         return None

@@ -1,4 +1,4 @@
-"""A model that lies on disk, plain or quantised: a checkpoint folder of which one block at a time is in memory.
+"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in memory.
 
 The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
 """
@@ -220,7 +220,7 @@ def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar at each load; here one load is one block."""
+    """Transformers draws a bar at each load; here one load is one layer."""
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

@@ -1,9 +1,9 @@
-"""Where a model's weights are while it is worked on: one decoder block here, the rest on disk or in the live model.
+"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live model.
 
 A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
-outside the blocks are loaded once; those of a block while it is visited, always as a copy in the working precision on the
+outside the layers are loaded once; those of a layer while it is visited, always as a copy in the working precision on the
 working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
-model in memory give the same numbers. The price is that each visit to a block reads it again.
+model in memory give the same numbers. The price is that each visit to a layer reads it again.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
 
-TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each block, or after several small ones
+TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
 
 
 class LayerwiseModel(ABC):
-    """A causal language model of which one decoder block at a time is in memory."""
+    """A causal language model of which one decoder layer at a time is in memory."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class LayerwiseModel(ABC):
         head._parameters["weight"] = nn.Parameter(torch.empty_like(head.get_parameter("weight").data), requires_grad=False)
 
     def _bring_outer(self) -> None:
-        """Load everything outside the blocks; called once, at the end of construction."""
+        """Load everything outside the layers; called once, at the end of construction."""
         inside = self.anatomy.layers + "."
         self._bring([name for name in self.model.state_dict() if not name.startswith(inside)])
         self.model.tie_weights()
@@ -102,15 +102,15 @@ class LayerwiseModel(ABC):
         return f"{self.anatomy.layers}.{index}"
 
     def anatomy_of_block(self, index: int) -> Anatomy:
-        """The table as it is for one block, without linears that are empty there."""
+        """The table as it is for one layer, without linears that are empty there."""
         return self.anatomy.left(self.sizes_of(index))
 
     def sizes_of(self, index: int) -> dict[str, int]:
-        """The units on each axis in one block; only the widths inside blocks can differ between them."""
+        """The units on each axis in one layer; only the widths inside layers can differ between them."""
         return self.anatomy.axis_sizes(config_of_layer(self.config, index))
 
     def widths_of(self, axis: str) -> tuple[int, ...]:
-        """The units on one axis in each block."""
+        """The units on one axis in each layer."""
         return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
 
     @cached_property
@@ -136,7 +136,7 @@ class LayerwiseModel(ABC):
         }
 
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each block, if given."""
+        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each layer, if given."""
         return self._sum(widths or {}, lambda name: 1)
 
     def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
@@ -150,9 +150,9 @@ class LayerwiseModel(ABC):
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
         for index in range(len(self.layers)):
-            sizes, block = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
-            rows = self.anatomy.block.items()
-            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{block}.{name}") for name, row in rows)
+            sizes, layer = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
+            rows = self.anatomy.layer.items()
+            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows)
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
@@ -167,14 +167,14 @@ class LayerwiseModel(ABC):
         return found
 
     @contextmanager
-    def block(self, index: int) -> Iterator[nn.Module]:
-        """Block `index` with its weights, for as long as the context lasts."""
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer `index` with its weights, for as long as the context lasts."""
         prefix, module = self.layer_name(index) + ".", self.layers[index]
         try:
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
-                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.block)
+                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer)
             yield module
         finally:
             for owner in module.modules():
@@ -338,7 +338,7 @@ class InMemoryModel(LayerwiseModel):
 def _trim() -> None:
     """Have glibc give back what is free on its heap; other C libraries are left alone.
 
-    Blocks that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
+    Layers that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

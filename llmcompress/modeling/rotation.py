@@ -1,6 +1,6 @@
 """A model's weights turned so that its activations lose their outliers and its function stays.
 
-Nothing between the blocks of a pre-norm model singles out a channel but the gains of the norms: once these are folded into the
+Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these are folded into the
 linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn the hidden state everywhere if every
 weight that writes it is turned and every weight that reads it turned back. Between values and output projection attention
 mixes tokens and not channels, so a second matrix R2 may turn the channels of each head. As an orthogonal matrix is the inverse
@@ -8,7 +8,7 @@ of its transpose, reading and writing need the same product along the axis, and 
 `hidden` for R1; for R2 `d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
 same config that costs nothing more at run time.
 
-Weights come and go one set at a time, all outside the blocks or all of one block, so the memory is that of one set twice, and
+Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of one set twice, and
 a float64 copy of a value or output projection. The time is D multiplications a weight for width D.
 """
 
@@ -34,7 +34,7 @@ class Rotation:
     """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed` draws them.
 
     Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is learned here, and R2
-    is the same in all blocks. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
+    is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
     """
 
     def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True) -> None:
@@ -47,7 +47,7 @@ class Rotation:
         self._tied = bool(config.tie_word_embeddings)
 
     def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights outside the blocks (embedding, final norm, head) after the rotation: new, float32, by their full names.
+        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by their full names.
 
         Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is tied.
         """
@@ -57,12 +57,12 @@ class Rotation:
         return self._rewrite(tensors, anatomy.outer, norms, {})
 
     def inner(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """All weights of one block, any of them, after the rotation: new, float32, by their names in the block.
+        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the layer.
 
-        `sizes` are those of its axes, where blocks differ in them. Raises ValueError unless the names are those of the anatomy.
+        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are those of the anatomy.
         """
-        _require(tensors, self.anatomy.block, set())
-        return self._rewrite(tensors, self.anatomy.block, _norms(self.anatomy), _values(self.anatomy), sizes)
+        _require(tensors, self.anatomy.layer, set())
+        return self._rewrite(tensors, self.anatomy.layer, _norms(self.anatomy), _values(self.anatomy), sizes)
 
     @torch.no_grad()
     def _rewrite(
@@ -158,7 +158,7 @@ def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) 
 
 def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
     """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is rms_norm_eps."""
-    rows = {**anatomy.block, **anatomy.outer}
+    rows = {**anatomy.layer, **anatomy.outer}
     if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
     return "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
@@ -168,10 +168,10 @@ def _unplaced(anatomy: Anatomy) -> str | None:
     """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `scale_pairs`."""
     norms = _norms(anatomy)
     followed = {reader for consumers in norms.values() for reader in consumers}
-    for norm in _gains(anatomy.block):
+    for norm in _gains(anatomy.layer):
         if norm not in norms:
             return f"the gain of {norm} stands after its sublayer, where no linear can take it in"
-    for name, row in anatomy.block.items():
+    for name, row in anatomy.layer.items():
         module, dims = _module(name), Spelling.parse(row).dims
         if len(dims) > 1:
             *outputs, inputs = reversed(dims) if module in anatomy.conv1d else dims
@@ -202,8 +202,8 @@ def _gains(rows: Mapping[str, str]) -> list[str]:
 
 
 def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
-    """Each norm of a block over the hidden axis that linears follow, with these."""
-    return {norm: anatomy.scale_pairs[norm] for norm in _gains(anatomy.block) if norm in anatomy.scale_pairs}
+    """Each norm of a layer over the hidden axis that linears follow, with these."""
+    return {norm: anatomy.scale_pairs[norm] for norm in _gains(anatomy.layer) if norm in anatomy.scale_pairs}
 
 
 def _values(anatomy: Anatomy) -> dict[str, int | None]:

@@ -1,12 +1,12 @@
-"""The model block by block, with the activations that enter and leave each block.
+"""The model layer by layer, with the activations that enter and leave each layer.
 
-A stage sees one decoder block at a time, in memory on the working device and in the working precision, with the hidden
-states that reach it: `inputs`, as the compressed blocks before it left them, and, where asked for, `reference`, as the full
-model has them. What lies outside the blocks (embedding, final norm, head, masks, rotary tables, soft caps) is run by the
-model's own code with its blocks stubbed out, so no family needs a line here.
+A stage sees one decoder layer at a time, in memory on the working device and in the working precision, with the hidden
+states that reach it: `inputs`, as the compressed layers before it left them, and, where asked for, `reference`, as the full
+model has them. What lies outside the layers (embedding, final norm, head, masks, rotary tables, soft caps) is run by the
+model's own code with its layers stubbed out, so no family needs a line here.
 
-It costs one forward pass of each block to advance each stream, and the memory of one block and of the streams: the number
-of layers does not matter. Where the blocks come from is the business of `residency.py`.
+It costs one forward pass of each layer to advance each stream, and the memory of one layer and of the streams: the number
+of layers does not matter. Where the layers come from is the business of `residency.py`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 
-TOKENS_AT_ONCE = 2048  # in one forward pass of a block
+TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
-Part = tuple[int, str | None]  # a block, or a linear of it
+Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
 Edit = Callable[
     [DecoderLayer], Mapping[str, Tensor]
-]  # a block in memory -> the parameters that it is to run with in place of its own
-Edits = Mapping[int, Edit | None]  # by block; None: it is passed over
-Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> block -> its keyword arguments: masks, rotary tables
+]  # a layer in memory -> the parameters that it is to run with in place of its own
+Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
+Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> layer -> its keyword arguments: masks, rotary tables
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -54,7 +54,7 @@ def batches_of(windows: Tensor) -> list[Tensor]:
 
 @contextmanager
 def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[None]:
-    """For a while, every block of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
+    """For a while, every layer of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
     for index, layer in enumerate(resident.layers):
         layer.forward = partial(stub, index)
     try:
@@ -66,7 +66,7 @@ def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[
 
 @torch.no_grad()
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
-    """The hidden states [B, L, D] that enter the first block, and the arguments that each block is called with."""
+    """The hidden states [B, L, D] that enter the first layer, and the arguments that each layer is called with."""
     arguments: dict[int, list[dict[str, Any]]] = {}
     signature = inspect.signature(type(resident.layers[0]).forward)
 
@@ -93,7 +93,7 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
 
 
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """Logits [B, L, V] of hidden states [B, L, D] that left the last block: final norm, head and all that goes with them."""
+    """Logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and all that goes with them."""
     anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
     tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
     hidden = hidden.to(resident.device)
@@ -104,31 +104,31 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
 def walk(
     resident: LayerwiseModel, windows: Tensor, *, reference: bool = False, through: bool = False
 ) -> Iterator[DecoderLayer]:
-    """Each block in turn, with the hidden states of token `windows` [S, L] that enter it.
+    """Each layer in turn, with the hidden states of token `windows` [S, L] that enter it.
 
-    What the caller does to a block's weights is what later blocks see. With `reference`, the stream of the unchanged model
-    runs beside it. The last block is run only if the caller wants the states that leave it (`through`): it then gets one
-    more Block, without a module, whose inputs they are.
+    What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the unchanged model
+    runs beside it. The last layer is run only if the caller wants the states that leave it (`through`): it then gets one
+    more Layer, without a module, whose inputs they are.
     """
     inputs, arguments = enter(resident, batches_of(windows))
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
-        with resident.block(index) as module:
-            block = _block(resident, index, module, arguments, inputs, full)
-            yield block
+        with resident.layer(index) as module:
+            layer = _layer(resident, index, module, arguments, inputs, full)
+            yield layer
             if through or not last:
-                full, inputs = block.targets, block.outputs(block.inputs)
+                full, inputs = layer.targets, layer.outputs(layer.inputs)
     if through:
         yield DecoderLayer(
             len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
         )
 
 
-def _block(
+def _layer(
     resident: LayerwiseModel, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
 ) -> DecoderLayer:
-    """Block `index`, which is in memory, with the states that enter it."""
+    """Layer `index`, which is in memory, with the states that enter it."""
     own = {size: per_block[index] for size, per_block in arguments.items()}
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
     return DecoderLayer(index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
@@ -136,20 +136,20 @@ def _block(
 
 @contextmanager
 def together(resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[DecoderLayer]]:
-    """Several blocks in memory at once, with the states of `windows` that enter each of them."""
+    """Several layers in memory at once, with the states of `windows` that enter each of them."""
     _, arguments = enter(resident, batches_of(windows))
     with ExitStack() as stack:
-        modules = {index: stack.enter_context(resident.block(index)) for index in entering}
-        yield [_block(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
+        modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
+        yield [_layer(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
 
 
 @torch.no_grad()
 def variants(
     resident: LayerwiseModel, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
 ) -> dict[Key | None, list[Tensor]]:
-    """The states that leave the last block under each set of edits on top of those of `base`, and under None with these alone.
+    """The states that leave the last layer under each set of edits on top of those of `base`, and under None with these alone.
 
-    One pass: each block runs once for every set that began before it or begins there.
+    One pass: each layer runs once for every set that began before it or begins there.
     """
     inputs, arguments = enter(resident, batches_of(windows))
     base = base or {}
@@ -161,25 +161,25 @@ def variants(
         wanted = {key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is)) for key in streams}
         if all(edit is None for edit in wanted.values()):
             continue
-        with resident.block(index) as module:
-            block = _block(resident, index, module, arguments, [], [])
-            changed = {edit: edit(block) for edit in dict.fromkeys(wanted.values()) if edit is not None}
+        with resident.layer(index) as module:
+            layer = _layer(resident, index, module, arguments, [], [])
+            changed = {edit: edit(layer) for edit in dict.fromkeys(wanted.values()) if edit is not None}
             for key, edit in wanted.items():
                 if edit is not None:
-                    streams[key] = [block.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
+                    streams[key] = [layer.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
     return streams
 
 
-def _as_it_is(block: DecoderLayer) -> dict[str, Tensor]:
+def _as_it_is(layer: DecoderLayer) -> dict[str, Tensor]:
     return {}
 
 
 def without_each(
     resident: LayerwiseModel, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
 ) -> dict[Part | None, list[Tensor]]:
-    """The states that leave the last block without each of the candidates, and under None with all of them.
+    """The states that leave the last layer without each of the candidates, and under None with all of them.
 
-    A part is a block, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
+    A part is a layer, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
     out by all.
     """
 
@@ -187,7 +187,7 @@ def without_each(
         if None in linears:
             return None
         names = [f"{linear}.weight" for linear in linears]
-        return lambda block: {name: torch.zeros_like(block.module.get_parameter(name)) for name in names}
+        return lambda layer: {name: torch.zeros_like(layer.module.get_parameter(name)) for name in names}
 
     lost: dict[int, list[str | None]] = {}
     for index, linear in gone:
@@ -222,10 +222,10 @@ def divergences(
 def logits(resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
     """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
 
-    All blocks are gone through once, before the first one.
+    All layers are gone through once, before the first one.
     """
-    for block in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
-        last = block
+    for layer in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
+        last = layer
     for hidden in last.inputs:
         with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
             scores = leave(resident, hidden[:, unscored:])
@@ -245,14 +245,14 @@ def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
 
 
 @torch.no_grad()
-def head_input(resident: LayerwiseModel, block: DecoderLayer) -> tuple[Tensor, Moments]:
-    """The head's weight [V, D], and the second moments of what it reads when the states of the Block after the last leave."""
+def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
+    """The head's weight [V, D], and the second moments of what it reads when the states of the Layer after the last leave."""
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
     with head_reads(resident) as read:
-        for i, hidden in enumerate(block.inputs):
+        for i, hidden in enumerate(layer.inputs):
             read.clear()
-            for states in (hidden, *block.reference[i : i + 1]):
+            for states in (hidden, *layer.reference[i : i + 1]):
                 leave(resident, states)
             moments.add(*read)
     return W_RC, moments
@@ -261,12 +261,12 @@ def head_input(resident: LayerwiseModel, block: DecoderLayer) -> tuple[Tensor, M
 def output_fisher(
     resident: LayerwiseModel, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
 ) -> Iterator[tuple[int, Tensor]]:
-    """For each block, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
+    """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
 
-    With `first`, at last -1 and that of the states that enter the first block.
+    With `first`, at last -1 and that of the states that enter the first layer.
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
-    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a block the model feels. What is
+    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a layer the model feels. What is
     predicted at the first `unscored` positions of a window does not count.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
@@ -301,19 +301,19 @@ def gradients(
     first: bool = False,
     unscored: int = 0,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
-    """For each block, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
+    """For each layer, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
 
     They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
-    change of sign; labels at the first `unscored` positions do not count. `watched` are parameters by their names in the block.
-    With `first`, at last -1 and the gradients of the states that enter the first block.
+    change of sign; labels at the first `unscored` positions do not count. `watched` are parameters by their names in the layer.
+    With `first`, at last -1 and the gradients of the states that enter the first layer.
 
-    The pass back goes block by block as the pass forward does; the states in between wait in the folder `scratch`.
+    The pass back goes layer by layer as the pass forward does; the states in between wait in the folder `scratch`.
     """
     batches, grads = batches_of(windows), list[Tensor]()
-    for block in walk(resident, windows, through=True):
-        last = block
+    for layer in walk(resident, windows, through=True):
+        last = layer
         with writing(scratch):
-            save_file({str(i): hidden for i, hidden in enumerate(block.inputs)}, scratch / f"states-{block.index}.safetensors")
+            save_file({str(i): hidden for i, hidden in enumerate(layer.inputs)}, scratch / f"states-{layer.index}.safetensors")
     for tokens, hidden in zip(batches, last.inputs, strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
@@ -344,15 +344,15 @@ def _back(
     watched: Sequence[str],
     found: dict[str, Tensor],
 ) -> list[Tensor]:
-    """Gradients of the states that enter block `index`, from those of the states that leave it; those watched into `found`."""
+    """Gradients of the states that enter layer `index`, from those of the states that leave it; those watched into `found`."""
     states = load_file(scratch / f"states-{index}.safetensors")
     out = []
-    with resident.block(index) as module:
-        block = _block(resident, index, module, arguments, [], [])
+    with resident.layer(index) as module:
+        layer = _layer(resident, index, module, arguments, [], [])
         parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):
             hidden = states[str(i)].to(resident.device).requires_grad_()
-            block.run(hidden).backward(grad.to(resident.device))
+            layer.run(hidden).backward(grad.to(resident.device))
             assert hidden.grad is not None
             out.append(hidden.grad.cpu())
         found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}

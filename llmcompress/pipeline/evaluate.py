@@ -1,6 +1,6 @@
 """What a model is worth, and how far it is from its base: `llmcompress evaluate`.
 
-Both models are read from disk one block at a time and computed in float32, 4-bit codes as the weights that they stand for, so
+Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that they stand for, so
 that two numbers differ by the weights and by nothing else. What others quantised, in formats that only transformers reads, is
 loaded whole and runs by its own forward (`foreign`). Speed is measured on the model as from_pretrained loads it, with
 the kernels that it will run on.
@@ -46,12 +46,12 @@ def evaluate(
     """
     where = pick_device(device)
     subject = _opened(model, where)
-    blocks = calibration_data(subject, data or DataSpec(), tokenizer_of(subject.folder))
-    windows, unscored = blocks.evaluation, blocks.unscored
+    sequences = calibration_data(subject, data or DataSpec(), tokenizer_of(subject.folder))
+    windows, unscored = sequences.evaluation, sequences.unscored
     base = None
     if against is not None:
         base = _logits(_opened(against, where), windows, track, unscored)
-    measured = fidelity(_logits(subject, windows, track, unscored), blocks.scored, base)
+    measured = fidelity(_logits(subject, windows, track, unscored), sequences.scored, base)
     fast = speed(subject.model, windows) if isinstance(subject, WholeModel) else speed_of(subject.folder, windows, where)
     result: dict[str, Any] = {
         "model": model,

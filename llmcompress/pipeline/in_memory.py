@@ -85,12 +85,12 @@ def apply_recipe(
     require_possible(recipe, base)
     pinned = pin_commits(recipe)
     require_same_vocabulary(pinned, model.config, tokenizer)
-    blocks = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
-    chained = _chain(pinned, base, blocks, track)
+    sequences = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
+    chained = _chain(pinned, base, sequences, track)
     source, left, packed = chained.source, chained.left, chained.packed
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
-    ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (source, base_model))
-    measured = fidelity(ours, blocks.scored, theirs)
+    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model))
+    measured = fidelity(ours, sequences.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
         model=name, parameters=parameters(model), size_bytes=_size(state),
@@ -112,7 +112,7 @@ def apply_recipe(
         perplexity_ci95=measured.perplexity_ci95,
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-    report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
+    report = report_of(recipe, before, after, measured, sequences, chained.facts, cost, where)
     report.require(**recipe.accept.model_dump())
     if source.config is not base.config:
         model = _rebuilt(source.config, left, model)
@@ -148,7 +148,7 @@ class Chained:
     facts: list[StageFacts] = field(default_factory=list)
 
 
-def _chain(recipe: Recipe, base: InMemoryModel, blocks: CalibrationData, track: Track) -> Chained:
+def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, track: Track) -> Chained:
     """Do the stages, each journal in a folder that goes with it."""
 
     def teacher(name: str | None) -> ModelSource:
@@ -164,7 +164,7 @@ def _chain(recipe: Recipe, base: InMemoryModel, blocks: CalibrationData, track: 
     for step in recipe.stages:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
-            context = Context(teacher, origin, blocks, journal, folder, cache_folder(), recipe.data.seed, track)
+            context = Context(teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track)
             now.facts.append(run_stage(step.stage, now.source, context))
             outcome = Outcome(step.stage, now.source, journal)
             origin = outcome.left_of(origin)

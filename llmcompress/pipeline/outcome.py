@@ -76,7 +76,7 @@ class Outcome:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """A journal's entry at a time: block by block, the head, and what changed outside."""
+        """A journal's entry at a time: layer by layer, the head, and what changed outside."""
         if isinstance(self.stage, Prune) and self.stage.of_layers:
             return  # nothing is changed that stays
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
@@ -177,7 +177,7 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.chosen, outcome.model), next(iter(outcome.chosen.values()), None)
     skip = bitsandbytes_layout.skip_list(list(outcome.kept), outcome.chosen, outcome.model.model.base_model_prefix)
-    if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which blocks
+    if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which layers
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
         return integer.int8_config(first.threshold, skip)
@@ -194,7 +194,7 @@ def layout_of(coding: LinearScheme) -> registry.AnyLayout:
     if isinstance(coding, IntegerScheme):
         return coding.scheme
     assert isinstance(coding, FourBitScheme)  # `together` leaves no Int8 beside others
-    return four_bit.FourBitLayout(coding.format, coding.block, coding.double_quant)
+    return four_bit.FourBitLayout(coding.format, coding.group_size, coding.double_quant)
 
 
 def tensors_of(packed: StoredWeight, native_layout: bool) -> dict[str, Tensor]:

@@ -273,14 +273,14 @@ def _quantize(model: MetaModel, stage: Quantize, tokens: int, rate: float, size:
 
 
 def _memory(model: MetaModel, stage: Quantize, tokens: int) -> int:
-    """Bytes held at once: the largest block with its solver's matrices, what lies outside the blocks, and the hidden states."""
+    """Bytes held at once: the largest layer with its solver's matrices, what lies outside the sequences, and the hidden states."""
     inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
     every = sum(p.numel() for p in model.model.parameters())
     outer = every - sum(p.numel() for layer in model.layers for p in layer.parameters())
     D = model.config.hidden_size
     streams = tokens * D * (2 if stage.rounding == "nearest" else 4)  # inputs and outputs, here and in the full model
     widest = max(columns for _, (_, columns) in model.linear_maps())
-    # a block in float32, as it was and as it becomes, its codes as int64; gradients, positions and moments of Adam if trained
+    # a layer in float32, as it was and as it becomes, its codes as int64; gradients, positions and moments of Adam if trained
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + streams + 4 * widest * widest
     return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
@@ -309,4 +309,4 @@ def _rate(device: torch.device) -> float:
     while time.perf_counter() - start < 0.2:
         (X @ X).sum().item()
         count += 1
-    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)  # blocks run at about 0.6 of a bare product
+    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)  # layers run at about 0.6 of a bare product

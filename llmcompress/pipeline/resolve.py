@@ -95,7 +95,7 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
 def require_computable(model: LayerwiseModel) -> None:
     """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one read of the base.
 
-    Two tokens go through every block. Errors: ModelError.
+    Two tokens go through every layer. Errors: ModelError.
     """
     try:
         for _ in logits(model, torch.zeros(1, 2, dtype=torch.int64)):

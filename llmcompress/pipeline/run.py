@@ -1,6 +1,6 @@
 """compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
 
-Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished block
+Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished layer
 is in the journal, the artefact is measured from the disk it was written to, and it appears under its name only when it is
 whole and within what the recipe accepts. A run that died is started again with the same arguments and goes on.
 """
@@ -76,7 +76,7 @@ def run_recipe(
 
     `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
     hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
-    the recipe's bounds: then nothing is published, and the finished blocks are kept.
+    the recipe's bounds: then nothing is published, and the finished layers are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base, data=data)
@@ -102,19 +102,19 @@ def run_recipe(
         require_computable(model)
         require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
-        blocks = calibration_data(model, spec, tokenizer, recipe.training_tokens)
-        if tokens_sha256 not in (None, blocks.sha256):
+        sequences = calibration_data(model, spec, tokenizer, recipe.training_tokens)
+        if tokens_sha256 not in (None, sequences.sha256):
             raise DataError(
-                f"{spec.source} gives tokens with sha256 {blocks.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
                 "give the same text with --data, or the same base with --base"
             )
-        chained = _chain(pinned, model, found, blocks, place, track)
+        chained = _chain(pinned, model, found, sequences, place, track)
         if writer is not None:
             folder = write_weights(writer, chained.model, chained.outcome)
             keep_tokens(folder, tokenizer, found.folder)
-            before, after, measured = _measure(found, folder, str(out), where, blocks, track)
+            before, after, measured = _measure(found, folder, str(out), where, sequences, track)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-            report = report_of(recipe, before, after, measured, blocks, chained.facts, cost, where)
+            report = report_of(recipe, before, after, measured, sequences, chained.facts, cost, where)
             report.require(**recipe.accept.model_dump())
             writer.publish(companions(report, recipe, found.folder, place))
     distributed.wait()
@@ -140,7 +140,7 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _chain(recipe: Recipe, model: DiskModel, base: Base, blocks: CalibrationData, place: Path, track: Track) -> Chained:
+def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track) -> Chained:
     """Do the stages.
 
     Of several processes the first does them, and the others come in where there is training.
@@ -153,12 +153,12 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, blocks: CalibrationData
     fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
     origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
     for number, step in enumerate(recipe.stages):
-        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, blocks)
+        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, sequences)
         with distributed.first_alone() as writes:
             journal = Journal(folder, key) if writes else None
         journal = journal or Journal(folder, key)
         with tempfile.TemporaryDirectory(dir=place) as scratch:
-            context = Context(teacher, origin, blocks, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            context = Context(teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
             if distributed.first() or isinstance(step.stage, Distill):
                 facts.append(run_stage(step.stage, model, context))
         distributed.wait()
@@ -173,12 +173,12 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, blocks: CalibrationData
 
 
 def _measure(
-    base: Base, folder: Path, out: str, device: torch.device, blocks: CalibrationData, track: Track
+    base: Base, folder: Path, out: str, device: torch.device, sequences: CalibrationData, track: Track
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, blocks.evaluation, track, blocks.unscored) for each in (written, base_model))
-    measured = fidelity(ours, blocks.scored, theirs)
+    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model))
+    measured = fidelity(ours, sequences.scored, theirs)
     before = ModelFacts(
         model=base.name,
         revision=base.revision,
@@ -186,7 +186,7 @@ def _measure(
         size_bytes=base_model.checkpoint.size_bytes,
         perplexity=measured.base_perplexity,
         perplexity_ci95=measured.base_perplexity_ci95,
-        **_speed_of_base(base.folder, blocks, device),
+        **_speed_of_base(base.folder, sequences, device),
     )
     after = ModelFacts(
         model=out,
@@ -194,16 +194,16 @@ def _measure(
         size_bytes=written.checkpoint.size_bytes,
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
-        **_speed(folder, blocks, device),
+        **_speed(folder, sequences, device),
     )
     return before, after, measured
 
 
-def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], blocks: CalibrationData) -> str:
-    """Digest of all that decides what a stage makes of a block: what is done, to which weights, on which tokens, by what."""
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
+    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [*fingerprints, blocks.sha256, blocks.training_sha256, versions, source_digest(Path(__file__).parents[1])]
+    made_of = [*fingerprints, sequences.sha256, sequences.training_sha256, versions, source_digest(Path(__file__).parents[1])]
     text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -217,17 +217,17 @@ def source_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _speed_of_base(folder: Path, blocks: CalibrationData, device: torch.device) -> dict[str, Any]:
+def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
     """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
     try:
-        return _speed(folder, blocks, device)
+        return _speed(folder, sequences, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
         warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
         return {}
 
 
-def _speed(folder: Path, blocks: CalibrationData, device: torch.device) -> dict[str, Any]:
-    fast = speed_of(folder, blocks.evaluation, device)
+def _speed(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
+    fast = speed_of(folder, sequences.evaluation, device)
     if fast is None:
         return {}
     return {

@@ -42,7 +42,7 @@ def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
             stage.micro(stage.length or 1)
             if stage.train == "scales" and not scaled:
                 raise ModelError(
-                    "train: scales is for nf4 and fp4 blocks and for codebooks, and the stages before leave none; train norms"
+                    "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; train norms"
                 )
             if stage.train == "lora" and model.layouts:
                 raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
@@ -61,13 +61,13 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
         facts = stage.apply(model, context)
     if earlier:
         facts.notes.append(
-            f"{earlier} blocks were done by an earlier run that was interrupted; the seconds are those of this run"
+            f"{earlier} layers were done by an earlier run that was interrupted; the seconds are those of this run"
         )
     if damaged := context.journal.damaged:
         facts.notes.append(
             f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
         )
-    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "blocks": facts.blocks}
+    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "layers": facts.layers}
     require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
 
@@ -77,7 +77,7 @@ def report_of(
     before: ModelFacts,
     after: ModelFacts,
     measured: Fidelity,
-    blocks: CalibrationData,
+    sequences: CalibrationData,
     stages: Sequence[StageFacts],
     cost: CostFacts,
     device: torch.device,
@@ -90,12 +90,12 @@ def report_of(
         compressed=after,
         fidelity=FidelityFacts.model_validate(measured.facts()),
         data=DataFacts(
-            source=blocks.spec.source,
-            **_place(blocks.spec),
-            sha256=blocks.sha256,
-            calibration_tokens=blocks.calibration_tokens,
-            evaluation_tokens=blocks.evaluation_tokens,
-            bos=True if blocks.unscored else None,
+            source=sequences.spec.source,
+            **_place(sequences.spec),
+            sha256=sequences.sha256,
+            calibration_tokens=sequences.calibration_tokens,
+            evaluation_tokens=sequences.evaluation_tokens,
+            bos=True if sequences.unscored else None,
         ),
         stages=tuple(stages),
         cost=cost,

@@ -259,7 +259,7 @@ def _kind(value: Any) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing wrong, as `stages.0.quantize.blok: unknown key; did you mean block?`."""
+    """The first thing wrong, as `stages.0.quantize.formt: unknown key; did you mean format?`."""
     errors = error.errors(include_url=False)
     beside = [one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]]
     first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]  # what is missing may be misspelt

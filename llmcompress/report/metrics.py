@@ -1,7 +1,7 @@
 """What a model is worth and what it costs: perplexity, divergence from its base, bytes, tokens per second, memory.
 
 Fidelity reads batches of logits rather than a model, so that whoever runs the forward passes (a model in memory, or one walked
-block by block from disk) is measured by the same code. A batch is gone through once, a few tokens at a time and in float32:
+layer by layer from disk) is measured by the same code. A batch is gone through once, a few tokens at a time and in float32:
 that copy stays in the processor's cache, and memory stays bounded at a vocabulary of 150 thousand. Perplexity costs 2 to 6 us a
 token at a vocabulary of 4096 on one core (the fused cross entropy is twice as fast there as a hand-written logsumexp), a few
 hundredths of the forward pass of a model of 8 M parameters; divergence costs five to ten times that. Nothing here changes a

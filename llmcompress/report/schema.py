@@ -276,7 +276,7 @@ _GENTLER = {  # what asks less of a stage, in the words of a recipe
     "prune": "a larger keep",
     "tie": "fewer ties",
     "distill": "more distillation steps",
-    "quantize": "rounding: learned, a smaller block or more calibration samples",
+    "quantize": "rounding: learned, a smaller group_size or more calibration samples",
 }
 
 

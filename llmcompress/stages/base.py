@@ -17,7 +17,7 @@ from llmcompress.io.journal import Journal
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track
 
-OUTER = "outer"  # what the journal calls what lies outside the blocks
+OUTER = "outer"  # what the journal calls what lies outside the layers
 
 
 @contextmanager
@@ -78,11 +78,11 @@ class Facts:
     linears: list[dict[str, Any]] = field(default_factory=list)
     kept: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    blocks: list[dict[str, Any]] = field(default_factory=list)  # one entry a block
+    layers: list[dict[str, Any]] = field(default_factory=list)  # one entry a layer
     details: dict[str, Any] = field(default_factory=dict)  # how the stage was set
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
-        """Take in what the journal says of blocks, and of the linears in each."""
+        """Take in what the journal says of layers, and of the linears in each."""
         for entry in entries:
             self.linears += entry.pop("linears")
-            self.blocks.append(entry)
+            self.layers.append(entry)

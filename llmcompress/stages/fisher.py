@@ -1,4 +1,4 @@
-"""Which errors of a block the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
+"""Which errors of a layer the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def tokens_for(width: int) -> int:
 
 
 def find_fisher(model: LayerwiseModel, context: Context) -> None:
-    """Have the journal hold the matrix of each block, for the model as it is now."""
+    """Have the journal hold the matrix of each layer, for the model as it is now."""
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
@@ -32,16 +32,16 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
 
 
 def fisher(context: Context, index: int) -> Tensor:
-    """The matrix [D, D] of a block: an error e of the states that leave it costs e F e^T / 2 nats a token."""
+    """The matrix [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats a token."""
     return context.journal.load(FISHER, index)[0]["F_DD"]
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:
-    """M [D, D], such that an error e of what a sublayer adds in a block costs |e M|^2 nats a token; None where none is known.
+    """M [D, D], such that an error e of what a sublayer adds in a layer costs |e M|^2 nats a token; None where none is known.
 
-    That is where a norm follows the sublayer, which the matrix of the block does not reach through.
+    That is where a norm follows the sublayer, which the matrix of the layer does not reach through.
     """
-    rows, scale_pairs = model.anatomy.block, model.anatomy.scale_pairs
+    rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
     gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
     if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None

@@ -1,6 +1,6 @@
 """What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in place, the order.
 
-The order is that of the computation: each block with the inputs that the blocks before it give as they have become, and in it
+The order is that of the computation: each layer with the inputs that the layers before it give as they have become, and in it
 the linears that read one input after another, so that each makes good what those before it lost against the full model.
 """
 
@@ -34,7 +34,7 @@ Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at
 
 
 def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
-    """The full names that parts of a block have in all blocks, in order."""
+    """The full names that parts of a layer have in all layers, in order."""
     return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
 
 
@@ -53,25 +53,25 @@ def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) 
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
-def install(block: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
-    """What the journal holds in place of the block's weights and biases, with what kernels do to the inputs."""
+def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
+    """What the journal holds in place of the layer's weights and biases, with what kernels do to the inputs."""
     for linear, how in written.items():
-        parts = registry.parts_of(f"{block.name}.{linear}", tensors)
-        packed = how.read(parts, block.weight(linear).shape[1])
-        block.set_weight(linear, registry.dequantize(packed))
-        if (bias := tensors.get(f"{block.name}.{linear}.bias")) is not None:
-            block.set_bias(linear, bias)
-        scale = parts["input_scale"].to(block.device) if "input_scale" in parts else None
+        parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
+        packed = how.read(parts, layer.weight(linear).shape[1])
+        layer.set_weight(linear, registry.dequantize(packed))
+        if (bias := tensors.get(f"{layer.name}.{linear}.bias")) is not None:
+            layer.set_bias(linear, bias)
+        scale = parts["input_scale"].to(layer.device) if "input_scale" in parts else None
         if inputs := how.inputs(scale):
-            block.rounds[linear] = inputs
+            layer.rounds[linear] = inputs
 
 
 def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
-    """Why a stage that rewrites the linears of blocks leaves this one as it is, or None."""
+    """Why a stage that rewrites the linears of layers leaves this one as it is, or None."""
     if name == model.anatomy.head:
         return "the head stays"
     if name not in ours:
-        return "outside the blocks"
+        return "outside the layers"
     if (layout := model.layouts.get(name)) is not None:
         return f"is stored as {layout.format} already"
     return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
@@ -80,7 +80,7 @@ def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Itera
 def rewritable(
     model: LayerwiseModel, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
-    """The linears of blocks that their layouts take, by full name, and those to keep with the reason.
+    """The linears of layers that their layouts take, by full name, and those to keep with the reason.
 
     `layout_of` is asked with the full name of each linear.
     Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
@@ -113,45 +113,45 @@ class Rewriting:
     def done(
         self, model: LayerwiseModel, context: Context, chosen: Mapping[str, RewrittenLayout], kept: Mapping[str, str]
     ) -> Facts:
-        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(self.stage, index) for index in range(layers)):
-            blocks = walk(model, context.data.calibration, reference=self.calibrated)
-            for block in context.track(blocks, self.what, layers):
-                layouts = block.own(chosen)
-                if journal.has(self.stage, block.index):
-                    install(block, layouts, journal.load(self.stage, block.index)[0])
+            visited = walk(model, context.data.calibration, reference=self.calibrated)
+            for layer in context.track(visited, self.what, layers):
+                layouts = layer.own(chosen)
+                if journal.has(self.stage, layer.index):
+                    install(layer, layouts, journal.load(self.stage, layer.index)[0])
                 else:
-                    journal.save(self.stage, block.index, *self._block(block, layouts, model.dtype_of))
+                    journal.save(self.stage, layer.index, *self._layer(layer, layouts, model.dtype_of))
         facts = Facts(self.stage, kept=[{"name": name, "why": why} for name, why in kept.items()])
         facts.add(journal.load(self.stage, index)[1] for index in range(layers))
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         facts.details = {"bits": mean_bits({entry["name"]: entry["bits"] for entry in facts.linears}, shapes)}
         return facts
 
-    def _block(
-        self, block: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
+    def _layer(
+        self, layer: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the block that change, by their full names, and what that cost; they are put in place."""
+        """The tensors of the layer that change, by their full names, and what that cost; they are put in place."""
         tensors: dict[str, Tensor] = {}
         facts = []
-        for consumers in [group for group in block.anatomy.consumers if layouts.keys() & set(group)]:
-            moments = block.moments(consumers)
+        for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
+            moments = layer.moments(consumers)
             for linear in [linear for linear in consumers if linear in layouts]:
-                W_RC, layout, name = block.weight(linear), layouts[linear], f"{block.name}.{linear}"
+                W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
                 with naming_layer(name):
                     packed = self.solve(name, W_RC, moments[linear], layout)
                 S_RC = registry.dequantize(packed).to(W_RC.device)
-                block.set_weight(linear, S_RC)
+                layer.set_weight(linear, S_RC)
                 parts = registry.tensors_of(packed)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-                if self.calibrated and (bias := f"{linear}.bias") in block.anatomy.block:
+                if self.calibrated and (bias := f"{linear}.bias") in layer.anatomy.layer:
                     shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
                     dtype = dtype_of(f"{name}.bias")
-                    block.shift_bias(linear, shift_R, dtype)
-                    tensors[f"{name}.bias"] = block.module.get_parameter(bias).data.to(dtype).cpu()
+                    layer.shift_bias(linear, shift_R, dtype)
+                    tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
                 lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
                 errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
                 bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
                 facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
-        return tensors, {"name": block.name, "linears": facts}
+        return tensors, {"name": layer.name, "linears": facts}

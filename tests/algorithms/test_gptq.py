@@ -89,11 +89,11 @@ def plain_descent(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, le
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block", [1, 8, 16, 64])
-def test_gptq_gives_the_codes_of_the_plain_form(format: GridFormat, block: int) -> None:
-    W_RC, H_CC = problem(block)
+@pytest.mark.parametrize("group_size", [1, 8, 16, 64])
+def test_gptq_gives_the_codes_of_the_plain_form(format: GridFormat, group_size: int) -> None:
+    W_RC, H_CC = problem(group_size)
     levels = precise(format)
-    S_RG = search_scales(W_RC, H_CC.diagonal(), levels, block)
+    S_RG = search_scales(W_RC, H_CC.diagonal(), levels, group_size)
     assert torch.equal(gptq(W_RC, H_CC, S_RG, levels, width=16), plain_gptq(W_RC, H_CC, S_RG, levels))
 
 
@@ -200,15 +200,15 @@ def test_descent_gives_the_codes_of_the_plain_form(format: GridFormat, seed: int
     seed=st.integers(0, 9999),
     R=st.integers(1, 5),
     G=st.integers(1, 4),
-    block=st.integers(1, 6),
+    group_size=st.integers(1, 6),
     tokens=st.integers(1, 40),
     width=st.integers(1, 9),
     format=st.sampled_from(FORMATS),
 )
 def test_descent_from_any_codes_never_raises_the_objective(
-    seed: int, R: int, G: int, block: int, tokens: int, width: int, format: GridFormat
+    seed: int, R: int, G: int, group_size: int, tokens: int, width: int, format: GridFormat
 ) -> None:
-    W_RC, H_CC = problem(seed, R, G * block, tokens)
+    W_RC, H_CC = problem(seed, R, G * group_size, tokens)
     levels, generator = precise(format), torch.Generator().manual_seed(seed)
     S_RG = torch.randn(R, G, generator=generator, dtype=torch.float64) * 0.1
     index = torch.randint(len(levels.levels), W_RC.shape, generator=generator)
@@ -258,12 +258,12 @@ def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("seed", range(5))
-def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(format: GridFormat, block: int, seed: int) -> None:
+def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(format: GridFormat, group_size: int, seed: int) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed))
     levels = grid(format)
-    S_RG = search_scales(W_RC, H_CC.diagonal(), levels, block)
+    S_RG = search_scales(W_RC, H_CC.diagonal(), levels, group_size)
     start = gptq(W_RC, H_CC, S_RG, levels)
     rounded = [nearest(W_RC, S_RG, levels), start, descend(W_RC, H_CC, start, S_RG, levels)]
     plain, greedy, descended = (lost(W_RC, index, S_RG, H_CC, levels) for index in rounded)

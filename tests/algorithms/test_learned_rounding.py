@@ -17,7 +17,7 @@ from llmcompress.algorithms.gptq import gptq
 from llmcompress.algorithms.grids import GridFormat, grid
 from llmcompress.algorithms.learned_rounding import _round, learn, start_position
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
-from llmcompress.algorithms.scales import blocks_of, search_scales, spread
+from llmcompress.algorithms.scales import groups_of, search_scales, spread
 from tests.algorithms.test_gptq import nearest, problem
 
 FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
@@ -94,7 +94,7 @@ def test_the_gradient_is_the_straight_through_one(format: GridFormat, layout: st
     step = (above - below) / torch.where((index == 0) | (index == top), 1, 2)
     assert position.grad is not None and scale.grad is not None
     torch.testing.assert_close(position.grad, weigh * step * S)
-    torch.testing.assert_close(scale.grad, blocks_of(weigh * levels.levels[index], BLOCK).sum(-1))
+    torch.testing.assert_close(scale.grad, groups_of(weigh * levels.levels[index], BLOCK).sum(-1))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -198,7 +198,7 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Grid
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: GridFormat) -> None:
-    """A small block with a nonlinearity, whose inputs lost something in the blocks before: down(relu(up(x)))."""
+    """A small layer with a nonlinearity, whose inputs lost something in the layers before: down(relu(up(x)))."""
     generator = torch.Generator().manual_seed(0)
     X_TC = torch.randn(512, 64, generator=generator)
     drifted = X_TC + 0.3 * torch.randn(512, 8, generator=generator) @ torch.randn(8, 64, generator=generator) / 8**0.5

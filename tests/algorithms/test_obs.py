@@ -19,7 +19,7 @@ from tests.algorithms.test_saliency import fitted_loss
 DAMP = 0.01
 UNITS = {
     "single columns": torch.arange(10),
-    "equal blocks": torch.arange(12) // 3,
+    "equal layers": torch.arange(12) // 3,
     "scattered, of different sizes": torch.tensor([1, 0, -1, 2, 1, 1, 0, -1, 3, 2, 3, 0, 4]),
 }
 
@@ -73,8 +73,8 @@ def test_the_loss_at_a_count_is_what_repair_leaves(case: str) -> None:
 
 
 def test_when_all_is_gone_the_whole_output_is_lost() -> None:
-    W_RC, H_CC, units = linear(UNITS["equal blocks"], 0)
-    found, H = remove(W_RC, H_CC, UNITS["equal blocks"], units, damp=DAMP), damped(H_CC, DAMP)
+    W_RC, H_CC, units = linear(UNITS["equal layers"], 0)
+    found, H = remove(W_RC, H_CC, UNITS["equal layers"], units, damp=DAMP), damped(H_CC, DAMP)
     torch.testing.assert_close(found.losses[-1], ((W_RC @ H) * W_RC).sum())
 
 
@@ -109,7 +109,7 @@ def test_units_of_zeros_go_first_and_cost_nothing(seed: int, zero: set[int], cas
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999), order=st.permutations(range(4)), width=st.integers(1, 16))
 def test_renaming_the_units_renames_their_order(seed: int, order: list[int], width: int) -> None:
-    unit_C, names = UNITS["equal blocks"], torch.tensor(order)
+    unit_C, names = UNITS["equal layers"], torch.tensor(order)
     W_RC, H_CC, units = linear(unit_C, seed)
     found, renamed = remove(W_RC, H_CC, unit_C, units), remove(W_RC, H_CC, names[unit_C], units, width=width)
     assert renamed.order.tolist() == names[found.order].tolist()
@@ -147,8 +147,8 @@ def test_a_removal_stops_where_it_is_told_and_goes_the_same_way_until_then() -> 
 
 
 def test_a_removal_of_nothing_keeps_all() -> None:
-    W_RC, H_CC, units = linear(UNITS["equal blocks"], 0)
-    found = remove(W_RC, H_CC, UNITS["equal blocks"], units, least=units)
+    W_RC, H_CC, units = linear(UNITS["equal layers"], 0)
+    found = remove(W_RC, H_CC, UNITS["equal layers"], units, least=units)
     assert len(found.order) == len(found.losses) == 0
     assert found.kept(units).tolist() == list(range(units)) and found.loss(units) == 0
 
@@ -177,7 +177,7 @@ def test_units_whose_inputs_never_fire_go_first_and_cost_nothing() -> None:
 
 
 def test_weights_and_moments_are_left_as_they_are() -> None:
-    W_RC, H_CC, units = linear(UNITS["equal blocks"], 0)
+    W_RC, H_CC, units = linear(UNITS["equal layers"], 0)
     before = W_RC.clone(), H_CC.clone()
-    remove(W_RC, H_CC, UNITS["equal blocks"], units, width=1)
+    remove(W_RC, H_CC, UNITS["equal layers"], units, width=1)
     assert torch.equal(W_RC, before[0]) and torch.equal(H_CC, before[1])

@@ -17,7 +17,7 @@ from torch import Tensor
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import GridFormat, grid
 from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap, output_error, solve, weight_error
-from llmcompress.algorithms.scales import blocks_of, search_scales
+from llmcompress.algorithms.scales import groups_of, search_scales
 from llmcompress.formats import bitsandbytes_layout
 from tests.algorithms.test_gptq import lost, nearest, problem
 
@@ -44,13 +44,13 @@ def single(seed: int, R: int = 32, C: int = 64, tokens: int = 256) -> tuple[Tens
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("seed", range(4))
-def test_solving_beats_gptq_alone_which_beats_nearest(format: GridFormat, block: int, seed: int) -> None:
+def test_solving_beats_gptq_alone_which_beats_nearest(format: GridFormat, group_size: int, seed: int) -> None:
     W_RC, H_CC = single(seed)
     levels = grid(format)
-    searched, absmax = search_scales(W_RC, H_CC.diagonal(), levels, block), blocks_of(W_RC, block).abs().amax(-1)
-    solved = solve(W_RC, H_CC, levels, block, snap=exact)
+    searched, absmax = search_scales(W_RC, H_CC.diagonal(), levels, group_size), groups_of(W_RC, group_size).abs().amax(-1)
+    solved = solve(W_RC, H_CC, levels, group_size, snap=exact)
     objectives = [
         lost(W_RC, solved.index_RC, solved.scale_RG, H_CC, levels),
         lost(W_RC, gptq(W_RC, H_CC, searched, levels), searched, H_CC, levels),
@@ -66,16 +66,16 @@ def test_solving_beats_gptq_alone_which_beats_nearest(format: GridFormat, block:
     seed=st.integers(0, 9999),
     R=st.integers(1, 6),
     G=st.integers(1, 4),
-    block=st.sampled_from([2, 8, 16]),
+    group_size=st.sampled_from([2, 8, 16]),
     tokens=st.integers(1, 90),
     format=st.sampled_from(FORMATS),
 )
 def test_a_further_round_never_loses_under_exact_scales(
-    seed: int, R: int, G: int, block: int, tokens: int, format: GridFormat
+    seed: int, R: int, G: int, group_size: int, tokens: int, format: GridFormat
 ) -> None:
-    W_RC, H_CC = single(seed, R, G * block, tokens)
+    W_RC, H_CC = single(seed, R, G * group_size, tokens)
     levels = grid(format)
-    results = [solve(W_RC, H_CC, levels, block, snap=exact, rounds=rounds) for rounds in range(5)]
+    results = [solve(W_RC, H_CC, levels, group_size, snap=exact, rounds=rounds) for rounds in range(5)]
     objectives = [lost(W_RC, result.index_RC, result.scale_RG, H_CC, levels) for result in results]
     slack = 2e-5 * float(((W_RC @ H_CC) * W_RC).sum())  # float32, and the ridge under the fitted scales
     assert all(after <= before + slack for before, after in itertools.pairwise(objectives))
@@ -115,14 +115,14 @@ def test_the_scales_returned_are_those_snapped_last_and_the_codes_are_made_for_t
 @pytest.mark.parametrize("seed", range(3))
 def test_codes_make_up_for_storable_scales(snap: Snap, seed: int) -> None:
     W_RC, H_CC = single(seed)
-    levels, stored = grid("nf4"), snap(blocks_of(W_RC, 16).abs().amax(-1))
+    levels, stored = grid("nf4"), snap(groups_of(W_RC, 16).abs().amax(-1))
     solved = solve(W_RC, H_CC, levels, 16, snap=snap)
     stock = lost(W_RC, nearest(W_RC, stored, levels), stored, H_CC, levels)
     assert lost(W_RC, solved.index_RC, snap(solved.scale_RG), H_CC, levels) < 0.5 * stock
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("case", ["no weights", "no inputs", "dead channels", "a block of zeros", "one token"])
+@pytest.mark.parametrize("case", ["no weights", "no inputs", "dead channels", "a group of zeros", "one token"])
 def test_degenerate_linears_end_in_finite_weights(format: GridFormat, case: str) -> None:
     W_RC, H_CC = single(3, tokens=1 if case == "one token" else 256)
     if case == "no weights":
@@ -131,7 +131,7 @@ def test_degenerate_linears_end_in_finite_weights(format: GridFormat, case: str)
         H_CC = torch.zeros_like(H_CC)
     elif case == "dead channels":
         H_CC[:20], H_CC[:, :20] = 0, 0
-    elif case == "a block of zeros":
+    elif case == "a group of zeros":
         W_RC[:, 16:32] = 0
     solved = solve(W_RC, H_CC, grid(format), 16, snap=exact)
     Q_RC = solved.weight(grid(format))
@@ -145,7 +145,7 @@ def test_a_linear_on_the_grid_comes_back_as_it_was() -> None:
     _, H_CC = single(4)
     generator = torch.Generator().manual_seed(4)
     index = torch.randint(16, (32, 64), generator=generator)
-    index[:, ::16] = 15  # the largest magnitude of every block is its scale, as stock bitsandbytes writes it
+    index[:, ::16] = 15  # the largest magnitude of every layer is its scale, as stock bitsandbytes writes it
     W_RC = RoundedWeight(index, torch.rand(32, 4, generator=generator) + 0.1).weight(grid("nf4"))
     solved = solve(W_RC, H_CC, grid("nf4"), 16, snap=exact)
     assert torch.equal(solved.index_RC, index)

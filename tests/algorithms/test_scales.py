@@ -1,4 +1,4 @@
-"""The scale search for what it promises of every block, and the closed form against float64 least squares."""
+"""The scale search for what it promises of every layer, and the closed form against float64 least squares."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.algorithms.grids import GridFormat, grid
-from llmcompress.algorithms.scales import blocks_of, fit_scales, search_scales, spread
+from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
 from tests.algorithms.test_gptq import lost, nearest, problem
 
 FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4")
 
 
-def absmax(W_RC: Tensor, block: int) -> Tensor:
-    return blocks_of(W_RC, block).abs().amax(-1)
+def absmax(W_RC: Tensor, group_size: int) -> Tensor:
+    return groups_of(W_RC, group_size).abs().amax(-1)
 
 
 def block_errors(W_RC: Tensor, S_RG: Tensor, h_C: Tensor, format: GridFormat) -> Tensor:
-    """Weighed squared error of every block under nearest codes [R, G]."""
-    levels, block = grid(format), W_RC.shape[1] // S_RG.shape[1]
-    Q_RC = levels.levels[nearest(W_RC, S_RG, levels)] * spread(S_RG, block)
-    return blocks_of((W_RC - Q_RC).square() * h_C, block).sum(-1)
+    """Weighed squared error of every layer under nearest codes [R, G]."""
+    levels, layer = grid(format), W_RC.shape[1] // S_RG.shape[1]
+    Q_RC = levels.levels[nearest(W_RC, S_RG, levels)] * spread(S_RG, layer)
+    return groups_of((W_RC - Q_RC).square() * h_C, layer).sum(-1)
 
 
 def some(seed: int, R: int, C: int) -> tuple[Tensor, Tensor]:
@@ -35,10 +35,10 @@ def some(seed: int, R: int, C: int) -> tuple[Tensor, Tensor]:
     return W_RC, h_C
 
 
-def by_lstsq(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, block: int) -> Tensor:
+def by_lstsq(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, group_size: int) -> Tensor:
     """Row by row in float64: with H = L L^T, the scales s that bring L^T (w - Q s) closest to zero."""
     factor, C = torch.linalg.cholesky(H_CC.double()).T, W_RC.shape[1]
-    place = torch.nn.functional.one_hot(torch.arange(C) // block).double()  # [C, G]: which scale a column has
+    place = torch.nn.functional.one_hot(torch.arange(C) // group_size).double()  # [C, G]: which scale a column has
     A_RCG = factor @ (Q_RC.double()[..., None] * place)
     S_RG: Tensor = torch.linalg.lstsq(A_RCG, (W_RC.double() @ factor.T)[..., None]).solution[..., 0]
     return S_RG
@@ -46,30 +46,34 @@ def by_lstsq(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, block: int) -> Tensor:
 
 def test_blocks_and_spread_agree_on_which_columns_share_a_scale() -> None:
     W_RC, S_RG = torch.arange(24.0).reshape(2, 12), torch.tensor([[1.0, 10, 100], [2, 20, 200]])
-    assert blocks_of(W_RC, 4).shape == (2, 3, 4)
-    assert torch.equal(blocks_of(W_RC, 4) * S_RG[..., None], blocks_of(W_RC * spread(S_RG, 4), 4))
+    assert groups_of(W_RC, 4).shape == (2, 3, 4)
+    assert torch.equal(groups_of(W_RC, 4) * S_RG[..., None], groups_of(W_RC * spread(S_RG, 4), 4))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), block=st.sampled_from([1, 4, 32]), signed=st.booleans()
+    seed=st.integers(0, 9999),
+    R=st.integers(1, 6),
+    G=st.integers(1, 4),
+    group_size=st.sampled_from([1, 4, 32]),
+    signed=st.booleans(),
 )
 def test_in_no_block_is_a_searched_scale_worse_than_absmax(
-    format: GridFormat, seed: int, R: int, G: int, block: int, signed: bool
+    format: GridFormat, seed: int, R: int, G: int, group_size: int, signed: bool
 ) -> None:
-    W_RC, h_C = some(seed, R, G * block)
-    found = search_scales(W_RC, h_C, grid(format), block, signed=signed)
-    stock = block_errors(W_RC, absmax(W_RC, block), h_C, format)
+    W_RC, h_C = some(seed, R, G * group_size)
+    found = search_scales(W_RC, h_C, grid(format), group_size, signed=signed)
+    stock = block_errors(W_RC, absmax(W_RC, group_size), h_C, format)
     assert bool((block_errors(W_RC, found, h_C, format) <= stock * (1 + 1e-6)).all())
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), block=st.sampled_from([1, 4, 32]))
-def test_a_free_sign_is_in_no_block_worse_than_none(format: GridFormat, seed: int, R: int, G: int, block: int) -> None:
-    W_RC, h_C = some(seed, R, G * block)
-    free, fixed = (search_scales(W_RC, h_C, grid(format), block, signed=signed) for signed in (True, False))
+@given(seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), group_size=st.sampled_from([1, 4, 32]))
+def test_a_free_sign_is_in_no_block_worse_than_none(format: GridFormat, seed: int, R: int, G: int, group_size: int) -> None:
+    W_RC, h_C = some(seed, R, G * group_size)
+    free, fixed = (search_scales(W_RC, h_C, grid(format), group_size, signed=signed) for signed in (True, False))
     assert bool((fixed > 0).all())
     errors = block_errors(W_RC, fixed, h_C, format)
     assert bool((block_errors(W_RC, free, h_C, format) <= errors * (1 + 1e-6)).all())
@@ -107,14 +111,14 @@ def test_scales_of_tiny_and_huge_weights_are_finite_and_not_zero(size: float) ->
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("block", [8, 16, 64])
-def test_fitted_scales_are_the_least_squares_solution(format: GridFormat, block: int) -> None:
-    W_RC, H_CC = (x.float() for x in problem(block))
+@pytest.mark.parametrize("group_size", [8, 16, 64])
+def test_fitted_scales_are_the_least_squares_solution(format: GridFormat, group_size: int) -> None:
+    W_RC, H_CC = (x.float() for x in problem(group_size))
     levels = grid(format)
-    S_RG = absmax(W_RC, block)
+    S_RG = absmax(W_RC, group_size)
     Q_RC = levels.levels[nearest(W_RC, S_RG, levels)]
     fitted = fit_scales(W_RC, H_CC, Q_RC, S_RG)
-    torch.testing.assert_close(fitted.double(), by_lstsq(W_RC, H_CC, Q_RC, block), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(fitted.double(), by_lstsq(W_RC, H_CC, Q_RC, group_size), rtol=2e-3, atol=1e-4)
     assert not torch.equal(fitted, S_RG)
 
 
@@ -132,13 +136,15 @@ def test_fitting_finds_the_scales_that_weights_on_the_grid_were_made_with() -> N
     seed=st.integers(0, 9999),
     R=st.integers(1, 5),
     G=st.integers(1, 6),
-    block=st.integers(1, 8),
+    group_size=st.integers(1, 8),
     tokens=st.integers(1, 60),
     format=st.sampled_from(FORMATS),
 )
-def test_fitting_never_raises_the_objective(seed: int, R: int, G: int, block: int, tokens: int, format: GridFormat) -> None:
-    W_RC, H_CC = (x.float() for x in problem(seed, R, G * block, tokens))
-    levels, S_RG = grid(format), absmax(W_RC, block)
+def test_fitting_never_raises_the_objective(
+    seed: int, R: int, G: int, group_size: int, tokens: int, format: GridFormat
+) -> None:
+    W_RC, H_CC = (x.float() for x in problem(seed, R, G * group_size, tokens))
+    levels, S_RG = grid(format), absmax(W_RC, group_size)
     index = nearest(W_RC, S_RG, levels)
     fitted = fit_scales(W_RC, H_CC, levels.levels[index], S_RG)
     whole = float(((W_RC @ H_CC) * W_RC).sum())  # float32 and the ridge of 1e-6 cost some millionths of it

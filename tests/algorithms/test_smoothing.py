@@ -100,14 +100,14 @@ class Case:
     W_RC: Tensor
     input_largest: int | None
     weight_largest: int
-    block: int
+    group_size: int
 
     def fit(self, unit_C: Tensor | None = None, start: Tensor | None = None) -> Tensor:
         unit_C = torch.arange(self.X_TC.shape[1]) if unit_C is None else unit_C
         start = torch.ones(int(unit_C.max()) + 1) if start is None else start
         return fitted(
             self.X_TC, self.W_RC, unit_C, start,
-            input_largest=self.input_largest, weight_largest=self.weight_largest, block=self.block,
+            input_largest=self.input_largest, weight_largest=self.weight_largest, group_size=self.group_size,
         )  # fmt: skip
 
     def expected(self, factor_C: Tensor) -> float:
@@ -118,8 +118,8 @@ class Case:
             weights = sum(float(s[c] ** 2 * W[:, c].norm() ** 2) for c in range(len(s)))
             tops = [float((token / s).abs().max()) ** 2 for token in X]
             total += sum(tops) / len(tops) * weights / self.input_largest**2
-        for first in range(0, len(s), self.block):
-            columns = slice(first, first + self.block)
+        for first in range(0, len(s), self.group_size):
+            columns = slice(first, first + self.group_size)
             inputs = float((X[:, columns] / s[columns]).square().mean(0).sum())
             tops = [float((row[columns] * s[columns]).abs().max()) ** 2 for row in W]
             total += sum(tops) * inputs / self.weight_largest**2
@@ -132,9 +132,9 @@ class Case:
         if self.input_largest is not None:
             step = X.abs().amax(1, keepdim=True) / self.input_largest
             X = (X / step).round() * step
-        blocks = W.reshape(len(W), -1, self.block)
-        step = blocks.abs().amax(2, keepdim=True) / self.weight_largest
-        W = ((blocks / step).round() * step).reshape(W.shape)
+        groups = W.reshape(len(W), -1, self.group_size)
+        step = groups.abs().amax(2, keepdim=True) / self.weight_largest
+        W = ((groups / step).round() * step).reshape(W.shape)
         return float((X @ W.T - aim).square().sum(1).mean())
 
     def smoothed(self) -> list[Tensor]:

@@ -107,9 +107,9 @@ def test_every_family_has_a_pico_model_and_every_condition_is_decided_both_ways(
     assert set(TABLES) == set(FAMILIES)
     for family, table in TABLES.items():
         found = [anatomy_of(pico(family, **over).config) for name, over in [(family, {}), *VARIANTS] if name == family]
-        for name, text in [*table.block.items(), *table.outer.items()]:
+        for name, text in [*table.layer.items(), *table.outer.items()]:
             if " if " in text:
-                assert len({{**a.block, **a.outer}.get(name) for a in found}) == 2, f"{family}: {name}: {text}"
+                assert len({{**a.layer, **a.outer}.get(name) for a in found}) == 2, f"{family}: {name}: {text}"
         for text in table.scale_pairs:
             if " if " in text:
                 assert len({text.split(" if ")[0] in a.scale_pairs for a in found}) == 2, f"{family}: {text}"
@@ -161,7 +161,7 @@ def test_leaving_any_one_row_out_of_a_permutation_moves_the_logits(family: str, 
 
 
 def rescaled(case: Subject, key: str, left_out: str | None = None) -> dict[str, Tensor]:
-    """The weights after a scale has crossed from a producer to its readers in every block, less one of these modules."""
+    """The weights after a scale has crossed from a producer to its readers in every layer, less one of these modules."""
     name, part, axes = case.anatomy.producer(key)
     factor = torch.rand([case.sizes[axis] for axis in axes], generator=torch.Generator().manual_seed(2)).double() + 0.5
     weights = {}
@@ -191,7 +191,7 @@ def test_crossing_a_scale_along_feeds_leaves_the_logits(family: str, overrides: 
 def test_whatever_reads_a_norm_before_it_is_in_feeds(family: str, overrides: dict[str, Any]) -> None:
     """Every norm with a weight of the hidden width is a producer, unless it stands after its sublayer."""
     case = case_of(family, overrides)
-    norms = {row.removesuffix(".weight") for row, axes in case.anatomy.block.items() if axes == "hidden" and "weight" in row}
+    norms = {row.removesuffix(".weight") for row, axes in case.anatomy.layer.items() if axes == "hidden" and "weight" in row}
     after = {"post_attention_layernorm", "post_feedforward_layernorm"} if "gemma" in family else set()
     after = norms if not getattr(case.model.config, "do_layer_norm_before", True) else after
     assert norms - set(case.anatomy.scale_pairs) == after
@@ -203,8 +203,8 @@ def test_whatever_reads_a_norm_before_it_is_in_feeds(family: str, overrides: dic
 @every_config
 def test_readers_are_the_linears_of_a_block_by_the_input_they_get(family: str, overrides: dict[str, Any]) -> None:
     case = case_of(family, overrides)
-    block = case.model.get_submodule(f"{case.anatomy.layers}.0")
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    layer = case.model.get_submodule(f"{case.anatomy.layers}.0")
+    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     groups: list[tuple[Tensor, list[str]]] = []
 
     def watch(name: str) -> Callable[..., None]:
@@ -229,7 +229,7 @@ def test_readers_are_the_linears_of_a_block_by_the_input_they_get(family: str, o
 @every_config
 def test_every_matrix_of_a_block_is_a_linear_a_router_or_the_experts(family: str, overrides: dict[str, Any]) -> None:
     case = case_of(family, overrides)
-    matrices = {row for row, text in case.anatomy.block.items() if len(Spelling.parse(text).dims) > 1}
+    matrices = {row for row, text in case.anatomy.layer.items() if len(Spelling.parse(text).dims) > 1}
     known = {f"{name}.weight" for name in (*case.anatomy.linears, *case.anatomy.router)} | set(case.anatomy.experts)
     assert matrices == known
     assert bool(case.anatomy.experts) == bool(case.anatomy.router) == (family == "qwen3_moe")
@@ -257,7 +257,7 @@ def test_the_table_agrees_with_the_tensor_parallel_plan(family: str) -> None:
     plan = {name.removeprefix("layers.*."): style for name, style in (config.base_model_tp_plan or {}).items()}
     checked = set()
     for module, style in plan.items():
-        row = anatomy.block.get(f"{module}.weight") or anatomy.block.get(module)
+        row = anatomy.layer.get(f"{module}.weight") or anatomy.layer.get(module)
         if row is None:  # the module that holds the experts, and the dense MLP that is refused
             assert family == "qwen3_moe" and module in ("mlp.experts", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
             continue
@@ -284,12 +284,12 @@ def test_an_unknown_family_is_an_error_that_prints_the_rows_to_add() -> None:
         anatomy_of(config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     message = str(caught.value)
     assert "\n" not in message and '"lama" is no model family' in message and "qwen3_moe" in message
-    assert "Anatomy(layers=\"model.layers\", block={'self_attn.q_proj.weight': '128 hidden'" in message
+    assert "Anatomy(layers=\"model.layers\", layer={'self_attn.q_proj.weight': '128 hidden'" in message
     assert "'mlp.gate_proj.weight': 'ffn hidden'" in message and "outer={'model.embed_tokens.weight': 'vocab hidden'" in message
 
 
 def test_an_unknown_family_without_weights_at_hand_says_what_to_write() -> None:
-    with pytest.raises(ModelError, match=r"add its rows to llmcompress/anatomy\.py: .*'each parameter of a block': 'its axes'"):
+    with pytest.raises(ModelError, match=r"add its rows to llmcompress/anatomy\.py: .*'each parameter of a layer': 'its axes'"):
         anatomy_of(SimpleNamespace(model_type="lama"))
 
 

@@ -57,7 +57,7 @@ def test_each_block_has_the_width_that_its_config_says(family: str) -> None:
     assert [config_of_layer(config, index).num_hidden_layers for index in range(2)] == [2, 2]
     for index, layer in enumerate(model.layers):
         ours = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-        assert ours == {n: Spelling.parse(row).shape(model.sizes_of(index)) for n, row in model.anatomy.block.items()}
+        assert ours == {n: Spelling.parse(row).shape(model.sizes_of(index)) for n, row in model.anatomy.layer.items()}
     assert model.parameters() == sum(p.numel() for p in model.model.parameters()) + (
         0 if not config.tie_word_embeddings else -model.model.get_output_embeddings().weight.numel()
     )
@@ -111,7 +111,7 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     uneven = {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}
     followers: dict[str, dict[str, Any]] = {
-        "nf4": {"quantize": {"format": "nf4", "block": 32, "rotate": "heads"}},
+        "nf4": {"quantize": {"format": "nf4", "group_size": 32, "rotate": "heads"}},
         "int8": {"quantize": {"format": "int8", "smooth": {}}},
         "layer": {"prune": {"axis": "layer", "keep": 2}},
         "2:4": {"prune": {"pattern": "2:4"}},

@@ -20,7 +20,7 @@ from tests.campaign.forked import Child, run
 FORMATS = {
     "w8a8": "[{quantize: {format: w8a8}}]",
     "w8a8-static": "[{quantize: {format: w8a8, activations: static}}]",
-    "w4a8": "[{quantize: {format: w4a8, block: 32}}]",
+    "w4a8": "[{quantize: {format: w4a8, group_size: 32}}]",
     "int8-embedding": "[{quantize: {format: w8a8, embedding: int8}}]",
     "mixed": "[{quantize: {format: nf4, overrides: {'*.down_proj': {format: w8a8}}}}]",
     "sparse": "[{prune: {pattern: '2:4'}}]",

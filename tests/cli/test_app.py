@@ -110,9 +110,9 @@ def refused(done: Result, message: str, folder: Path, *, code: int = 2) -> None:
 
 
 WRONG_RECIPES = {
-    "unknown key": ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok: unknown key; did you mean block?"),
+    "unknown key": ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok: unknown key; did you mean layer?"),
     "wrong type": ("stages: [{quantize: {double_quant: 7}}]", "stages.0.quantize.double_quant"),
-    "impossible value": ("stages: [{quantize: {block: 48}}]", "stages.0.quantize.block"),
+    "impossible value": ("stages: [{quantize: {group_size: 48}}]", "stages.0.quantize.group_size"),
     "unknown stage": ("stages: [quantise]", "did you mean quantize?"),
     "no base": ("stages: [quantize]", "the recipe names no base; add base: to it or pass --base"),
     "missing base": ("{base: ./nonesuch, stages: [quantize]}", "base ./nonesuch is no folder"),
@@ -325,7 +325,7 @@ def test_what_can_not_be_evaluated_is_one_clear_line(shelf: Path, cli: Cli, tmp_
 @pytest.mark.slow
 def test_a_shell_sees_the_exit_codes(shelf: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("stages: [{quantize: {blok: 64}}]")
-    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean block?", tmp_path)
+    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean layer?", tmp_path)
     strict = (shelf / "recipe.yaml").read_text() + "accept: {kl_nats: 1.0e-9}\n"
     (tmp_path / "strict.yaml").write_text(strict)
     done = shell({"COLUMNS": "40"}, "run", tmp_path / "strict.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
@@ -345,7 +345,7 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [20_000, 150_000])  # bytes of one file: not even a block fits, or not the whole artefact
+@pytest.mark.parametrize("limit", [20_000, 150_000])  # bytes of one file: not even a layer fits, or not the whole artefact
 def test_a_disk_that_is_full_half_way_is_one_clear_line(limit: int, shelf: Path, tmp_path: Path) -> None:
     arguments = ["run", str(shelf / "recipe.yaml"), "--base", str(shelf / "base"), "--out", str(tmp_path / "out")]
     command = [sys.executable, "-c", FULL_DISK, str(limit), *arguments]

@@ -75,27 +75,27 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], **data: Any) -> Reci
 
 
 def test_every_window_begins_with_bos_and_is_text_after_it(text: Path) -> None:
-    plain, blocks = load(byte_tokenizer(), text, length=23), load(bos_tokenizer(), text)
-    assert (blocks.bos, blocks.unscored, plain.bos, plain.unscored) == (VOCABULARY, 1, None, 0)
-    for ours, theirs in ((blocks.calibration, plain.calibration), (blocks.evaluation, plain.evaluation)):
+    plain, layers = load(byte_tokenizer(), text, length=23), load(bos_tokenizer(), text)
+    assert (layers.bos, layers.unscored, plain.bos, plain.unscored) == (VOCABULARY, 1, None, 0)
+    for ours, theirs in ((layers.calibration, plain.calibration), (layers.evaluation, plain.evaluation)):
         assert ours.shape == (len(theirs), 24) and (ours[:, 0] == VOCABULARY).all()
         assert torch.equal(ours[:, 1:], theirs)
-    assert torch.equal(blocks.scored, plain.evaluation) and torch.equal(plain.scored, plain.evaluation)
-    assert blocks.sha256 != plain.sha256
-    assert (blocks.calibration_tokens, blocks.evaluation_tokens) == (8 * 24, 6 * 24)
+    assert torch.equal(layers.scored, plain.evaluation) and torch.equal(plain.scored, plain.evaluation)
+    assert layers.sha256 != plain.sha256
+    assert (layers.calibration_tokens, layers.evaluation_tokens) == (8 * 24, 6 * 24)
 
 
 def test_every_training_window_begins_with_bos_too(text: Path) -> None:
-    blocks = load(bos_tokenizer(), text, training=20)
-    assert len(blocks.training) == 20 * 24 and VOCABULARY not in blocks.training
-    windows = SequenceDataset(blocks.training, 16, 9, seed=1, bos=blocks.bos)
+    layers = load(bos_tokenizer(), text, training=20)
+    assert len(layers.training) == 20 * 24 and VOCABULARY not in layers.training
+    windows = SequenceDataset(layers.training, 16, 9, seed=1, bos=layers.bos)
     rows = torch.stack([windows[number]["input_ids"] for number in range(9)])
     assert rows.shape == (9, 16) and (rows[:, 0] == VOCABULARY).all()
-    assert torch.equal(windows.windows_NL[:, 1:].flatten(), blocks.training[: 20 * 24 // 15 * 15])
-    again = SequenceDataset(blocks.training, 15, 9, seed=1)
+    assert torch.equal(windows.windows_NL[:, 1:].flatten(), layers.training[: 20 * 24 // 15 * 15])
+    again = SequenceDataset(layers.training, 15, 9, seed=1)
     assert torch.equal(windows.windows_NL, with_bos(again.windows_NL, VOCABULARY))
-    trained = {tuple(window.tolist()) for window in blocks.training.view(-1, 24)[:, :23]}
-    assert not trained & {tuple(window[1:].tolist()) for side in (blocks.calibration, blocks.evaluation) for window in side}
+    trained = {tuple(window.tolist()) for window in layers.training.view(-1, 24)[:, :23]}
+    assert not trained & {tuple(window[1:].tolist()) for side in (layers.calibration, layers.evaluation) for window in side}
 
 
 def test_without_bos_the_windows_are_those_of_a_tokenizer_that_adds_none(text: Path) -> None:
@@ -239,7 +239,7 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     for index, found, _ in gradients(model, tokens, tmp_path, drawn):
         grads += found if index == last else []
     expected = torch.cat(grads).flatten(0, 1)
-    assert float(torch.cat(grads)[:, 0].abs().max()) == 0  # nothing after the last block reads the states of another position
+    assert float(torch.cat(grads)[:, 0].abs().max()) == 0  # nothing after the last layer reads the states of another position
     torch.testing.assert_close(without, expected.T @ expected / len(expected))
     assert not torch.allclose(begun, without, rtol=1e-3)
 

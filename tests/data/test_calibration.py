@@ -69,13 +69,13 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
     tmp_path: Path, by_bytes: PreTrainedTokenizerFast, name: str
 ) -> None:
     file = write_rows(tmp_path / name, sentences(400))
-    blocks = load(by_bytes, source=str(file), samples=90, evaluation_samples=12)
-    assert blocks.calibration.shape == (90, 64) and blocks.evaluation.shape == (12, 64)
-    assert blocks.calibration.dtype == blocks.evaluation.dtype == torch.int64
-    assert (blocks.calibration_tokens, blocks.evaluation_tokens, blocks.spec.source) == (90 * 64, 12 * 64, str(file))
-    first = spelled(by_bytes, blocks.evaluation).splitlines()[0]
+    layers = load(by_bytes, source=str(file), samples=90, evaluation_samples=12)
+    assert layers.calibration.shape == (90, 64) and layers.evaluation.shape == (12, 64)
+    assert layers.calibration.dtype == layers.evaluation.dtype == torch.int64
+    assert (layers.calibration_tokens, layers.evaluation_tokens, layers.spec.source) == (90 * 64, 12 * 64, str(file))
+    first = spelled(by_bytes, layers.evaluation).splitlines()[0]
     assert sentences(400).index(first) in range(355, 365)
-    for window in blocks.calibration:
+    for window in layers.calibration:
         lines = [line for line in spelled(by_bytes, window).splitlines()[1:-1] if line]
         assert all(sentences(400).index(line) < 365 for line in lines)
 
@@ -100,9 +100,9 @@ def test_the_evaluation_windows_are_the_first_of_the_evaluation_text_in_order(
     write_rows(tmp_path / "test.txt", sentences(100, seed=2))
     write_rows(tmp_path / "valid.txt", sentences(100, seed=3))
     (tmp_path / "trainer-notes.txt").write_text("not training text")
-    blocks = load(by_bytes, source=str(tmp_path))
-    assert spelled(by_bytes, blocks.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]  # valid comes before test
-    assert all(spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in blocks.calibration)
+    layers = load(by_bytes, source=str(tmp_path))
+    assert spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]  # valid comes before test
+    assert all(spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in layers.calibration)
 
 
 def test_a_folder_may_hold_shards_and_tables(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
@@ -110,8 +110,8 @@ def test_a_folder_may_hold_shards_and_tables(tmp_path: Path, by_bytes: PreTraine
     write_rows(tmp_path / "calibration-00001-of-00002.parquet", sentences(9, seed=2), column="story")
     write_rows(tmp_path / "heldout.jsonl", sentences(40, seed=3), column="story")
     both = "\n\n".join(sentences(9, seed=1) + sentences(9, seed=2))
-    blocks = load(by_bytes, source=str(tmp_path), column="story", samples=len(both) // 64)
-    windows = sorted(spelled(by_bytes, window) for window in blocks.calibration)
+    layers = load(by_bytes, source=str(tmp_path), column="story", samples=len(both) // 64)
+    windows = sorted(spelled(by_bytes, window) for window in layers.calibration)
     assert windows == sorted(both[start : start + 64] for start in range(0, len(both) - 63, 64))
 
 
@@ -127,9 +127,9 @@ def test_the_hash_is_over_both_token_tensors(tmp_path: Path, by_bytes: PreTraine
     import hashlib
     import struct
 
-    blocks = load(by_bytes, source=str(write_rows(tmp_path / "a.txt", sentences(400))))
-    tokens = blocks.calibration.flatten().tolist() + blocks.evaluation.flatten().tolist()
-    assert blocks.sha256 == hashlib.sha256(struct.pack(f"<{len(tokens)}q", *tokens)).hexdigest()
+    layers = load(by_bytes, source=str(write_rows(tmp_path / "a.txt", sentences(400))))
+    tokens = layers.calibration.flatten().tolist() + layers.evaluation.flatten().tolist()
+    assert layers.sha256 == hashlib.sha256(struct.pack(f"<{len(tokens)}q", *tokens)).hexdigest()
 
 
 def test_a_length_that_is_not_given_is_the_longest_that_model_and_text_allow(
@@ -299,9 +299,9 @@ def test_the_demo_model_reads_python_docs() -> None:
     if not (DEMO_MODEL / "tokenizer.json").is_file():
         pytest.skip(f"no demo model at {DEMO_MODEL}: run evaluation/train_demo.py")
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    blocks = load_data(DataSpec(), tokenizer, len(tokenizer), 512)
-    assert blocks.calibration.shape == (256, 512) and blocks.evaluation.shape == (64, 512)
-    assert str(tokenizer.decode(blocks.evaluation[0].tolist())) in python_docs()[1]
+    layers = load_data(DataSpec(), tokenizer, len(tokenizer), 512)
+    assert layers.calibration.shape == (256, 512) and layers.evaluation.shape == (64, 512)
+    assert str(tokenizer.decode(layers.evaluation[0].tolist())) in python_docs()[1]
 
 
 @pytest.mark.parametrize(("model", "text"), [("wikilm-8m", "wikitext-2"), ("stories260K", "tinystories")])
@@ -309,8 +309,8 @@ def test_the_shared_models_read_the_shared_texts(model: str, text: str) -> None:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: the shared models and texts are not part of the repository")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
-    blocks = load_data(DataSpec(source=str(SHARED / "data" / text), samples=32), tokenizer, len(tokenizer), 256)
-    assert blocks.calibration.shape == (32, 256) and blocks.evaluation.shape == (64, 256)
+    layers = load_data(DataSpec(source=str(SHARED / "data" / text), samples=32), tokenizer, len(tokenizer), 256)
+    assert layers.calibration.shape == (32, 256) and layers.evaluation.shape == (64, 256)
 
 
 def test_the_demo_model_is_small_and_knows_its_language() -> None:

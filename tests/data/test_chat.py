@@ -102,11 +102,11 @@ def test_special_tokens_of_the_template_are_encoded_as_such(tmp_path: Path) -> N
 def test_the_bos_of_a_template_is_not_doubled(tmp_path: Path) -> None:
     file = write(tmp_path / "a.jsonl", "messages", [talk(number) for number in range(100)])
     tokenizer = chat_tokenizer("{{ bos_token }}" + TEMPLATE, bos=True)
-    blocks = load(tokenizer, file)
-    for side in (blocks.calibration, blocks.evaluation):
+    layers = load(tokenizer, file)
+    for side in (layers.calibration, layers.evaluation):
         assert (side[:, 0] == VOCABULARY).all() and VOCABULARY not in side[:, 1:]
     assert (
-        str(tokenizer.decode(blocks.evaluation[0].tolist())) == "<s>" + written(90)[: len(blocks.evaluation[0]) + 5][: 31 + 6]
+        str(tokenizer.decode(layers.evaluation[0].tolist())) == "<s>" + written(90)[: len(layers.evaluation[0]) + 5][: 31 + 6]
     )
     kept = load(tokenizer, file, bos=False)  # no window has its own, so conversations begin as the template says
     assert VOCABULARY in kept.calibration and kept.evaluation[0, 0] == VOCABULARY

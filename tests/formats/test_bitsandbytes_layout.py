@@ -30,7 +30,7 @@ repacks = pytest.mark.skipif(not stock.has_avx512bf16(), reason="this CPU has no
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """From block 2048 up bitsandbytes' CPU dequantisation is compiled at first use, which takes most of a minute."""
+    """From layer 2048 up bitsandbytes' CPU dequantisation is compiled at first use, which takes most of a minute."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -41,16 +41,16 @@ def noise(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def own(
-    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool, dtype: torch.dtype = torch.float32
+    format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool, dtype: torch.dtype = torch.float32
 ) -> bitsandbytes_layout.Packed:
     """Codes and scales that no nearest rounding gives: all codes, scales of both signs and zero."""
-    generator = torch.Generator().manual_seed(block)
-    columns = max(256, block)
+    generator = torch.Generator().manual_seed(group_size)
+    columns = max(256, group_size)
     codes = torch.randint(16, (64, columns), generator=generator, dtype=torch.uint8)
-    absmax = torch.randn(64, columns // block, generator=generator) * 0.1
+    absmax = torch.randn(64, columns // group_size, generator=generator) * 0.1
     absmax[0, 0] = 0
     nested = bitsandbytes_layout.double_quantize(absmax) if double_quant else None
-    return bitsandbytes_layout.Packed(codes, nested.decode() if nested else absmax, format, block, dtype, nested)
+    return bitsandbytes_layout.Packed(codes, nested.decode() if nested else absmax, format, group_size, dtype, nested)
 
 
 def theirs(packed: bitsandbytes_layout.Packed, dtype: torch.dtype) -> Tensor:
@@ -68,7 +68,7 @@ def equal(a: bitsandbytes_layout.Packed, b: bitsandbytes_layout.Packed) -> bool:
     if a.nested is not None and b.nested is not None:
         fields = ("codes", "nested_absmax", "levels", "offset")
         nested = all(torch.equal(getattr(a.nested, field), getattr(b.nested, field)) for field in fields)
-    same = (a.format, a.block, a.dtype) == (b.format, b.block, b.dtype)
+    same = (a.format, a.group_size, a.dtype) == (b.format, b.group_size, b.dtype)
     return same and nested and torch.equal(a.codes_RC, b.codes_RC) and torch.equal(a.absmax_RG, b.absmax_RG)
 
 
@@ -80,28 +80,28 @@ def test_a_code_under_scale_one_is_its_level(format: bitsandbytes_layout.FourBit
 
 
 @pytest.mark.parametrize(
-    ("format", "block", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.BLOCKS, (False, True))]
+    ("format", "group_size", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.GROUP_SIZES, (False, True))]
 )
 def test_dequantising_is_bit_equal_to_bitsandbytes(
-    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool
+    format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool
 ) -> None:
-    packed = own(format, block, double_quant)
+    packed = own(format, group_size, double_quant)
     for dtype in DTYPES:
         assert torch.equal(bitsandbytes_layout.dequantize(packed, dtype), theirs(packed, dtype))
 
 
 @pytest.mark.parametrize(
-    ("format", "block", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.BLOCKS, (False, True))]
+    ("format", "group_size", "double_quant"), [*itertools.product(FORMATS, bitsandbytes_layout.GROUP_SIZES, (False, True))]
 )
 def test_nearest_rounding_writes_the_bytes_of_stock_bitsandbytes(
-    format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool
+    format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool
 ) -> None:
     for dtype in DTYPES:
-        weight = noise(48, max(256, block), dtype=dtype)
+        weight = noise(48, max(256, group_size), dtype=dtype)
         weight[3] = 0  # whole blocks of zeros
-        data, state = stock.quantize_4bit(weight, blocksize=block, compress_statistics=double_quant, quant_type=format)
+        data, state = stock.quantize_4bit(weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format)
         expected = {"weight": data, **{f"weight.{name}": value for name, value in state.as_dict(packed=True).items()}}
-        found = bitsandbytes_layout.tensors(bitsandbytes_layout.quantize_nearest(weight, format, block, double_quant))
+        found = bitsandbytes_layout.tensors(bitsandbytes_layout.quantize_nearest(weight, format, group_size, double_quant))
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
@@ -135,20 +135,20 @@ def test_scales_that_do_not_decode_are_no_linear() -> None:
     packed = own("nf4", 64, True)
     with pytest.raises(ValueError, match="decodes to"):
         replace(packed, absmax_RG=packed.absmax_RG * 1.01)
-    with pytest.raises(ValueError, match="blocks of 96"):
-        replace(packed, block=96)
+    with pytest.raises(ValueError, match="groups of 96"):
+        replace(packed, group_size=96)
 
 
-def runs_on_the_kernel(R: int, C: int, block: int, format: bitsandbytes_layout.FourBitFormat) -> bool:
+def runs_on_the_kernel(R: int, C: int, group_size: int, format: bitsandbytes_layout.FourBitFormat) -> bool:
     """Whether a stock module computes the right thing without gradients."""
     n = R * C
     codes = torch.randint(16, (n,), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    absmax = noise(-(-n // block)).abs()
-    state = stock.QuantState(absmax, torch.Size((R, C)), bitsandbytes_layout.grid(format), block, format, torch.float32)
+    absmax = noise(-(-n // group_size)).abs()
+    state = stock.QuantState(absmax, torch.Size((R, C)), bitsandbytes_layout.grid(format), group_size, format, torch.float32)
     module = Linear4bit(C, R, bias=False, compute_dtype=torch.float32, quant_type=format, device="meta").eval()
     data = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)
     module.weight = Params4bit.from_prequantized(data, state.as_dict(packed=True), device="cpu", module=module)
-    weight = (bitsandbytes_layout.grid(format)[codes.int()] * absmax.repeat_interleave(block)[:n]).reshape(R, C)
+    weight = (bitsandbytes_layout.grid(format)[codes.int()] * absmax.repeat_interleave(group_size)[:n]).reshape(R, C)
     x = noise(3, C, seed=5)
     try:
         with torch.no_grad():
@@ -162,19 +162,19 @@ def runs_on_the_kernel(R: int, C: int, block: int, format: bitsandbytes_layout.F
 @repacks
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_linear_is_refused_exactly_where_the_kernels_fail(format: bitsandbytes_layout.FourBitFormat) -> None:
-    whole = [(64, max(128, block), block) for block in bitsandbytes_layout.BLOCKS] + [
-        (32, block, block) for block in bitsandbytes_layout.BLOCKS
+    whole = [(64, max(128, group_size), group_size) for group_size in bitsandbytes_layout.GROUP_SIZES] + [
+        (32, group_size, group_size) for group_size in bitsandbytes_layout.GROUP_SIZES
     ]
-    columns = [(64, C, block) for C in (32, 96, 100, 160, 172, 192, 320, 384) for block in (32, 64, 128, 256)]
+    columns = [(64, C, group_size) for C in (32, 96, 100, 160, 172, 192, 320, 384) for group_size in (32, 64, 128, 256)]
     rows = [(R, 128, 64) for R in (1, 7, 8, 16, 24, 31, 32, 33, 48, 63, 96, 160)]
-    for R, C, block in whole + columns + rows:
-        refused = bitsandbytes_layout.refusal((R, C), format, block)
-        assert (refused is None) == runs_on_the_kernel(R, C, block, format), (R, C, block, refused)
+    for R, C, layer in whole + columns + rows:
+        refused = bitsandbytes_layout.refusal((R, C), format, layer)
+        assert (refused is None) == runs_on_the_kernel(R, C, layer, format), (R, C, layer, refused)
 
 
 def test_a_refusal_says_which_block_would_fit() -> None:
-    assert "use block 32" in (bitsandbytes_layout.refusal((64, 96), "nf4", 64) or "")
-    assert "no block size fits" in (bitsandbytes_layout.refusal((64, 172), "nf4", 64) or "")
+    assert "use layer 32" in (bitsandbytes_layout.refusal((64, 96), "nf4", 64) or "")
+    assert "no layer size fits" in (bitsandbytes_layout.refusal((64, 172), "nf4", 64) or "")
     assert "48 output rows" in (bitsandbytes_layout.refusal((48, 128), "nf4", 64) or "")
 
 
@@ -256,19 +256,19 @@ KEPT = "model.layers.1.mlp.down_proj"
 
 def test_a_plain_from_pretrained_dequantises_what_we_computed(tmp_path: Path) -> None:
     variants: list[tuple[bitsandbytes_layout.FourBitFormat, int, bool]] = [
-        *(("nf4", block, double_quant) for block in (32, 64, 128, 256) for double_quant in (False, True)),
+        *(("nf4", group_size, double_quant) for group_size in (32, 64, 128, 256) for double_quant in (False, True)),
         ("fp4", 64, False),
         ("fp4", 128, True),
     ]
     sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 12, "num_attention_heads": 4, "head_dim": 64}
     model = pico("llama", **sizes, num_key_value_heads=2, dtype="bfloat16").bfloat16()
     expected: dict[str, dict[str, Tensor]] = {}
-    for format, block, double_quant in variants:
-        folder = tmp_path / f"{format}-{block}-{double_quant}"
+    for format, layer, double_quant in variants:
+        folder = tmp_path / f"{format}-{layer}-{double_quant}"
         state, seen = dict(model.state_dict()), {}
         for name, module in model.named_modules():
             if isinstance(module, torch.nn.Linear) and name not in ("lm_head", KEPT):
-                packed = bitsandbytes_layout.quantize_nearest(module.weight.data.float(), format, block, double_quant)
+                packed = bitsandbytes_layout.quantize_nearest(module.weight.data.float(), format, layer, double_quant)
                 sign = -1.0 if not double_quant else 1.0  # a sign that no nearest rounding gives
                 packed = replace(packed, absmax_RG=packed.absmax_RG * sign, dtype=torch.bfloat16)
                 del state[f"{name}.weight"]

@@ -115,7 +115,7 @@ def test_what_a_layout_says_is_read_back_from_json(layout: CodebookLayout) -> No
 
 @pytest.mark.parametrize(
     "fields",
-    [{"entries": 5}, {"entries": "16"}, {"rows": 0}, {"rows": "all"}, {"rows": True}, {"dtype": "int8"}, {"block": 64}],
+    [{"entries": 5}, {"entries": "16"}, {"rows": 0}, {"rows": "all"}, {"rows": True}, {"dtype": "int8"}, {"group_size": 64}],
 )
 def test_a_layout_that_can_not_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="that this llmcompress doesn't know"):

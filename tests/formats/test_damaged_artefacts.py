@@ -40,7 +40,7 @@ LAYOUTS: tuple[AnyLayout, ...] = (
     IntegerLayout("w8a8"),
     IntegerLayout("w8a8", "static"),
     IntegerLayout("w8a16"),
-    IntegerLayout("w4a8", block=32),
+    IntegerLayout("w4a8", group_size=32),
     IntegerLayout("w4a4", "static", 16),
     IntegerLayout("w4a16", "none", 64),
     FourBitLayout("nf4", 64),
@@ -62,7 +62,7 @@ NAME = "model.layers.1.mlp.down_proj"
 def made(W_RC: Tensor, layout: AnyLayout) -> StoredWeight:
     """A weight in a layout, as simply as it goes."""
     if isinstance(layout, FourBitLayout):
-        return bitsandbytes_layout.quantize_nearest(W_RC, layout.format, layout.block, layout.double_quant)
+        return bitsandbytes_layout.quantize_nearest(W_RC, layout.format, layout.group_size, layout.double_quant)
     if isinstance(layout, SparseLayout):
         return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
     if isinstance(layout, FactoredLayout):
@@ -91,7 +91,7 @@ def damages(part: str, tensor: Tensor, layout: AnyLayout) -> Iterator[Tensor]:
     elif not tensor.is_floating_point():
         values = {"weight_multiplier": (0, 19, 255), "weight_mask": ()}.get(part, ())
         if part == "weight" and isinstance(layout, IntegerLayout):
-            values = (-128,) if layout.block is None else (0x08, 0x80)
+            values = (-128,) if layout.group_size is None else (0x08, 0x80)
     for value in values:
         damaged = tensor.clone()
         damaged.view(-1)[damaged.numel() // 2] = value
@@ -186,7 +186,7 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def zeros(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base with a matrix, blocks, rows and a column of zeros, and rows near the end of float32, and a text."""
+    """A base with a matrix, layers, rows and a column of zeros, and rows near the end of float32, and a text."""
     folder = tmp_path_factory.mktemp("zeros")
     base = save_base(folder / "base")
     weights = load_file(base / "model.safetensors")
@@ -227,10 +227,10 @@ CONFIGS: tuple[tuple[Any, str], ...] = (
     (entry(format="w2a2"), "w2a2"),
     (entry(format=["w8a8"]), "doesn't know"),
     (entry(format=None), "doesn't know"),
-    (entry(format="w4a8"), "needs a block"),
-    *((entry(format="w4a8", block=block), "needs a block") for block in ("x", -1, 0, 32.0, 10**10, True, [32])),
-    *((entry(format="nf4", block=block), "in blocks of") for block in ("x", 64.0, -64, None, [64])),
-    (entry(format="nf4", block=64, double_quant="yes"), "double_quant is true or false"),
+    (entry(format="w4a8"), "needs a group"),
+    *((entry(format="w4a8", group_size=size), "needs a group") for size in ("x", -1, 0, 32.0, 10**10, True, [32])),
+    *((entry(format="nf4", group_size=layer), "in layers of") for layer in ("x", 64.0, -64, None, [64])),
+    (entry(format="nf4", group_size=64, double_quant="yes"), "double_quant is true or false"),
     (entry(format="nf4"), "missing 1 required"),
     (entry(format="codebook", entries="x", rows=1, dtype="float16"), "no codebook of 'x' levels"),
     (entry(format="codebook", entries=16.0, rows=1, dtype="float16"), "no codebook of 16.0 levels"),
@@ -303,8 +303,8 @@ def test_layers_that_can_not_be_are_refused_in_one_line(plain: Path) -> None:
 
 def test_a_block_wider_than_a_row_is_one_block() -> None:
     W_RC = noise(4, 24)
-    packed: Any = made(W_RC, IntegerLayout("w4a8", block=24))
-    wide = replace(packed, scheme=IntegerLayout("w4a8", block=100_000))
+    packed: Any = made(W_RC, IntegerLayout("w4a8", group_size=24))
+    wide = replace(packed, scheme=IntegerLayout("w4a8", group_size=100_000))
     assert torch.equal(wide.dequantize(), packed.dequantize())
 
 

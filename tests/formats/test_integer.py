@@ -38,8 +38,8 @@ def own(scheme: IntegerLayout, R: int, C: int, *, unit: bool = False) -> Integer
     g = torch.Generator().manual_seed(R * C)
     largest, step = integer.LARGEST[scheme.weight_bits], torch.tensor(1.0 if unit else 0.03)
     multiplier = None
-    if scheme.block is not None:
-        multiplier = torch.randint(1, 19, (R, -(-C // scheme.block)), generator=g, dtype=torch.uint8)
+    if scheme.group_size is not None:
+        multiplier = torch.randint(1, 19, (R, -(-C // scheme.group_size)), generator=g, dtype=torch.uint8)
     return IntegerWeight(
         torch.randint(-largest, largest + 1, (R, C), generator=g, dtype=torch.int8),
         torch.ones(R) if unit else torch.rand(R, generator=g) * 0.01,
@@ -53,8 +53,8 @@ def product(weight: IntegerWeight, bias: Tensor | None, x: Tensor) -> Tensor:
     """What a linear should give, in float64, from the rounded tokens and the dequantised weight; float64 [T, R]."""
     columns = torch.arange(weight.codes_RC.shape[1])
     W = weight.codes_RC.double() * weight.scale_R.double()[:, None]
-    if weight.multiplier_RG is not None and weight.scheme.block is not None:
-        W = W * weight.multiplier_RG.double()[:, columns // weight.scheme.block]
+    if weight.multiplier_RG is not None and weight.scheme.group_size is not None:
+        W = W * weight.multiplier_RG.double()[:, columns // weight.scheme.group_size]
     x_TC = x.double().reshape(-1, x.shape[-1])
     largest = {4: 7, 8: 127, 16: 32639}[weight.scheme.activation_bits]
     if weight.scheme.activations != "none":
@@ -76,7 +76,7 @@ def test_writing_and_reading_returns_the_same_linear(scheme: IntegerLayout, shap
 
 
 def test_an_even_row_says_itself_how_long_it_is() -> None:
-    weight = own(IntegerLayout("w4a8", block=8), 5, 24)
+    weight = own(IntegerLayout("w4a8", group_size=8), 5, 24)
     assert torch.equal(integer.read(weight.tensors(), weight.scheme).codes_RC, weight.codes_RC)
 
 
@@ -93,7 +93,7 @@ def test_the_layout_of_four_bits_is_code_plus_eight_with_the_even_column_high() 
 
 
 def test_code_times_multiplier_always_fits_eight_bits() -> None:
-    weight = own(IntegerLayout("w4a4", block=8), 300, 16)
+    weight = own(IntegerLayout("w4a4", group_size=8), 300, 16)
     exact = weight.codes_RC.long() * cast(Tensor, weight.multiplier_RG).long().repeat_interleave(8, 1)
     assert torch.equal(weight.expanded().long(), exact) and int(exact.abs().max()) == 126
 
@@ -103,7 +103,9 @@ def test_code_times_multiplier_always_fits_eight_bits() -> None:
 def test_dequantising_is_the_product_of_the_parts(scheme: IntegerLayout, shape: tuple[int, int]) -> None:
     weight = own(scheme, *shape)
     exact = product(
-        replace(weight, scheme=IntegerLayout(scheme.format, "none", scheme.block), input_scale=None), None, torch.eye(shape[1])
+        replace(weight, scheme=IntegerLayout(scheme.format, "none", scheme.group_size), input_scale=None),
+        None,
+        torch.eye(shape[1]),
     )
     for dtype in DTYPES:
         assert torch.equal(weight.dequantize(dtype), exact.T.float().to(dtype))
@@ -137,10 +139,10 @@ def test_a_scheme_that_cannot_be_is_refused() -> None:
     for fields in (
         {"format": "w2a8"},
         {"format": "w8a8", "activations": "half"},
-        {"format": "w8a8", "block": 32},
+        {"format": "w8a8", "group_size": 32},
         {"format": "w4a8"},
     ):
-        with pytest.raises(ValueError, match=r"w2a8|half|no block|needs a block"):
+        with pytest.raises(ValueError, match=r"w2a8|half|no group|needs a group"):
             IntegerLayout(**cast(Any, fields))
 
 
@@ -254,7 +256,7 @@ def test_gradients_go_straight_through_the_rounding(scheme: IntegerLayout, dtype
 
 
 def test_an_adapter_below_and_above_learns() -> None:
-    module = linear(own(IntegerLayout("w4a8", block=8), 17, 33), None)
+    module = linear(own(IntegerLayout("w4a8", group_size=8), 17, 33), None)
     below, above, x = nn.Linear(33, 33), nn.Linear(17, 3), noise(64, 33)
     optimiser = torch.optim.Adam([*below.parameters(), *above.parameters()], lr=1e-2)
     losses = []
@@ -268,7 +270,7 @@ def test_an_adapter_below_and_above_learns() -> None:
 
 
 def test_a_new_module_allocates_integers_alone() -> None:
-    module = IntegerLinear(64, 32, IntegerLayout("w4a8", block=16), bias=False)
+    module = IntegerLinear(64, 32, IntegerLayout("w4a8", group_size=16), bias=False)
     assert isinstance(module, nn.Linear)
     assert {name: p.numel() * p.element_size() for name, p in module.named_parameters()} == {
         "weight": 32 * 64 // 2,
@@ -293,7 +295,7 @@ def test_a_cast_model_keeps_exact_scales_and_the_bytes_of_the_disk(scheme: Integ
 
 
 def test_a_module_that_was_not_prepared_computes_the_same_and_keeps_nothing() -> None:
-    module, x = linear(own(IntegerLayout("w4a4", block=8), 17, 33), None), noise(3, 33)
+    module, x = linear(own(IntegerLayout("w4a4", group_size=8), 17, 33), None), noise(3, 33)
     with torch.no_grad():
         before = module(x)
         assert module.expanded is not None
@@ -302,7 +304,7 @@ def test_a_module_that_was_not_prepared_computes_the_same_and_keeps_nothing() ->
 
 
 def test_loading_other_codes_into_a_module_expands_them_anew() -> None:
-    one, other = own(IntegerLayout("w4a8", block=8), 17, 33), own(IntegerLayout("w4a8", block=8), 17, 33)
+    one, other = own(IntegerLayout("w4a8", group_size=8), 17, 33), own(IntegerLayout("w4a8", group_size=8), 17, 33)
     other = replace(other, codes_RC=-other.codes_RC)
     module, empty, x = linear(one, None), IntegerLinear(33, 17, one.scheme, bias=False), noise(3, 33)
     for target in (module, empty):

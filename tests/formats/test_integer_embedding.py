@@ -211,7 +211,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path) -> None:
         ([(W8A8, [name])], "lm_head, tied to it, not the same"),
         ([(W8A8, [name]), (NONE, [head])], "lm_head, tied to it, not the same"),
         ([(W8A8, [head])], "its weight is tied to another"),
-        ([(IntegerLayout("w4a8", block=32), [name, head])], "an embedding has int8 rows"),
+        ([(IntegerLayout("w4a8", group_size=32), [name, head])], "an embedding has int8 rows"),
         ([(IntegerLayout("w8a8", "static"), [name, head])], "an embedding has int8 rows"),
         ([(FourBitLayout("nf4", 64), [name, head])], "an embedding has int8 rows"),
     ):

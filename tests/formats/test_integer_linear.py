@@ -55,14 +55,14 @@ def test_sums_of_the_integer_kernel_are_exact(shape: tuple[int, int], tokens: in
 
 @pytest.mark.parametrize(
     "scheme",
-    [IntegerLayout("w8a8"), IntegerLayout("w8a8", "static"), IntegerLayout("w4a4", block=8), IntegerLayout("w8a16")],
+    [IntegerLayout("w8a8"), IntegerLayout("w8a8", "static"), IntegerLayout("w4a4", group_size=8), IntegerLayout("w8a16")],
     ids=str,
 )
 def test_a_processor_with_a_kernel_computes_what_one_without_does(
     scheme: IntegerLayout, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = integer.LARGEST[scheme.weight_bits]
-    groups = None if scheme.block is None else torch.full((17, 5), 3, dtype=torch.uint8)
+    groups = None if scheme.group_size is None else torch.full((17, 5), 3, dtype=torch.uint8)
     step = torch.tensor(0.02) if scheme.activations == "static" else None
     weight = IntegerWeight(codes(17, 33).clamp(-largest, largest), noise(17, seed=2).abs(), scheme, groups, step)
     for dtype, bias in itertools.product(DTYPES, (None, noise(17, seed=3))):

@@ -24,16 +24,16 @@ FOUR_BIT: list[QuantScheme] = [
     FourBitScheme("fp4", 32, False, torch.float32),
 ]
 INTEGER: list[QuantScheme] = [
-    IntegerScheme(IntegerLayout(format, activations, None if format.startswith("w8") else block))
-    for format, activations, block in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
-    if not format.startswith("w8") or block == 64
+    IntegerScheme(IntegerLayout(format, activations, None if format.startswith("w8") else layer))
+    for format, activations, layer in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
+    if not format.startswith("w8") or layer == 64
 ]
 CODINGS: list[QuantScheme] = [*FOUR_BIT, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
 
 
 def name_of(coding: QuantScheme) -> str:
     if isinstance(coding, FourBitScheme):
-        return f"{coding.format}-{coding.block}{'-double' if coding.double_quant else ''}"
+        return f"{coding.format}-{coding.group_size}{'-double' if coding.double_quant else ''}"
     return f"int8-{coding.threshold}" if isinstance(coding, Int8Scheme) else f"{coding.format}-{coding.scheme.activations}"
 
 
@@ -93,7 +93,7 @@ def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
     if isinstance(coding, FourBitScheme):
         bound_RG = torch.full_like(scale_RG, 0.02 if coding.double_quant else 0.0)
     else:
-        share = 1 / 20 if isinstance(coding, IntegerScheme) and coding.scheme.block else 0.0
+        share = 1 / 20 if isinstance(coding, IntegerScheme) and coding.scheme.group_size else 0.0
         bound_RG = (share + 1e-6) * scale_RG.amax(1, keepdim=True).expand_as(scale_RG)
     assert bool((error <= bound_RG).all())
 
@@ -101,7 +101,7 @@ def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
 @pytest.mark.parametrize("coding", [Int8Scheme(0.0), *INTEGER], ids=name_of)
 def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(coding: QuantScheme) -> None:
     W_RC = noise(R, C, seed=2)
-    W_RC[3], W_RC[5, 64:128] = 0.0, 0.0  # a dead row, and a dead block of another
+    W_RC[3], W_RC[5, 64:128] = 0.0, 0.0  # a dead row, and a dead layer of another
     found = registry.dequantize(coding.nearest(W_RC, input_scale(coding))).double()
     top_RG = W_RC.reshape(R, -1, coding.columns((R, C))).abs().amax(-1)
     scale_RC = spread(coding.snap(torch.where(top_RG > 0, top_RG, torch.ones_like(top_RG))))
@@ -178,8 +178,8 @@ def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
 
     assert steps(Int8Scheme(0.0)) == (127, 127) and steps(FourBitScheme("nf4", 64, False, torch.float32))[0] is None
     assert [
-        steps(IntegerScheme(IntegerLayout(format, "dynamic", block)))
-        for format, block in zip(FORMATS, (None, 64, 64, None, 64), strict=True)
+        steps(IntegerScheme(IntegerLayout(format, "dynamic", layer)))
+        for format, layer in zip(FORMATS, (None, 64, 64, None, 64), strict=True)
     ] == [
         (127, 127),
         (127, 7),
@@ -192,10 +192,10 @@ def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
 @pytest.mark.parametrize("coding", [*FOUR_BIT, *INTEGER], ids=name_of)
 def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: QuantScheme) -> None:
     assert coding.refusal((64, 192)) is None
-    if isinstance(coding, IntegerScheme) and coding.scheme.block is None:
+    if isinstance(coding, IntegerScheme) and coding.scheme.group_size is None:
         assert coding.refusal((64, 200)) is None
     else:
-        assert f"{coding.format} rows of 200 weights don't divide into blocks of" in str(coding.refusal((64, 200)))
+        assert f"{coding.format} rows of 200 weights don't divide into layers of" in str(coding.refusal((64, 200)))
 
 
 def test_rows_out_matter_to_the_four_bit_kernels_alone() -> None:

@@ -105,7 +105,7 @@ def test_what_a_layout_says_is_read_back_from_json(layout: SparseLayout) -> None
         {"pattern": "unstructured", "keep": 1.0},
         {"pattern": "unstructured", "keep": "0.5"},
         {"pattern": "2:4", "dtype": "int8"},
-        {"pattern": "2:4", "block": 64},
+        {"pattern": "2:4", "group_size": 64},
     ],
 )
 def test_a_layout_that_can_not_be_is_refused(fields: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def test_an_adapter_is_merged_and_taken_out_again(tmp_path: Path) -> None:
 
 def test_a_model_all_of_whose_linears_are_merged_into_is_a_plain_one(tmp_path: Path) -> None:
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    merged = adapted(load(artefact(tmp_path / "model", IntegerLayout("w4a8", block=32))), every).merge_and_unload()
+    merged = adapted(load(artefact(tmp_path / "model", IntegerLayout("w4a8", group_size=32))), every).merge_and_unload()
     assert not list(ours(merged))
     merged.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())

@@ -34,32 +34,34 @@ SCHEMES: tuple[Any_, ...] = (
     IntegerLayout("w8a8"),
     IntegerLayout("w8a8", "static"),
     IntegerLayout("w8a8", "none"),
-    IntegerLayout("w4a8", block=32),
+    IntegerLayout("w4a8", group_size=32),
     IntegerLayout("w4a8", "static", 24),  # divides nothing
-    IntegerLayout("w4a4", block=16),
+    IntegerLayout("w4a4", group_size=16),
     IntegerLayout("w4a4", "static", 64),
     FourBitLayout("nf4", 64),
     FourBitLayout("nf4", 32, double_quant=True),
     FourBitLayout("fp4", 64),
 )
-by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda s: f"{s.format}-{getattr(s, 'activations', '')}{s.block}")
+by_scheme = pytest.mark.parametrize(
+    "scheme", SCHEMES, ids=lambda s: f"{s.format}-{getattr(s, 'activations', '')}{s.group_size}"
+)
 
 
 def nearest(W: Tensor, scheme: Any_) -> IntegerWeight | bitsandbytes_layout.Packed:
-    """Round to nearest: integers with a row's scale, and the nearest multiplier for each block's own."""
+    """Round to nearest: integers with a row's scale, and the nearest multiplier for each layer's own."""
     if isinstance(scheme, FourBitLayout):
-        return bitsandbytes_layout.quantize_nearest(W.contiguous(), scheme.format, scheme.block, scheme.double_quant)
+        return bitsandbytes_layout.quantize_nearest(W.contiguous(), scheme.format, scheme.group_size, scheme.double_quant)
     step = STEP.clone() if scheme.activations == "static" else None
-    if scheme.block is None:
+    if scheme.group_size is None:
         scale = W.abs().amax(1) / 127
         return IntegerWeight((W / scale[:, None]).round().to(torch.int8), scale, scheme, None, step)
     R, C = W.shape
-    G = -(-C // scheme.block)
-    blocks = nn.functional.pad(W, (0, G * scheme.block - C)).reshape(R, G, -1)
-    wanted = blocks.abs().amax(2) / 7
+    G = -(-C // scheme.group_size)
+    layers = nn.functional.pad(W, (0, G * scheme.group_size - C)).reshape(R, G, -1)
+    wanted = layers.abs().amax(2) / 7
     scale = wanted.amax(1) / integer.MULTIPLIER
     multiplier = (wanted / scale[:, None]).round().clamp(1, integer.MULTIPLIER)
-    codes = (blocks / (scale[:, None] * multiplier)[..., None]).round().clamp(-7, 7).reshape(R, -1)[:, :C]
+    codes = (layers / (scale[:, None] * multiplier)[..., None]).round().clamp(-7, 7).reshape(R, -1)[:, :C]
     return IntegerWeight(codes.to(torch.int8), scale, scheme, multiplier.to(torch.uint8), step)
 
 
@@ -139,7 +141,9 @@ def test_a_loaded_model_computes_what_rounding_in_floats_does(scheme: Any_, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path) -> None:
     oracle = pico(family)
-    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), IntegerLayout("w4a4", "static", 24)])
+    artefact(
+        tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), IntegerLayout("w4a4", "static", 24)]
+    )
     model = load(tmp_path)
     before = logits(model)
     model.save_pretrained(tmp_path / "again")
@@ -199,7 +203,9 @@ def test_a_process_without_llmcompress_refuses_every_format(tmp_path: Path) -> N
 def test_a_model_in_half_precision_keeps_its_scales(dtype: torch.dtype, tmp_path: Path) -> None:
     oracle = pico("llama")
     artefact(
-        tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64, double_quant=True)]
+        tmp_path,
+        oracle,
+        [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64, double_quant=True)],
     )
     exact = load(tmp_path)
     for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype)):
@@ -242,7 +248,7 @@ def test_an_automatic_device_map_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_dequantising_gives_a_plain_model(family: str, tmp_path: Path) -> None:
     oracle, plain = pico(family), pico(family)
-    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64)])
+    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64)])
     model = load(tmp_path).dequantize()
     for name, module in linears(plain).items():
         found, expected = model.get_submodule(name), cast(Any, oracle.get_submodule(name))
@@ -272,7 +278,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 
 def test_a_model_without_its_head_loads_the_same_file(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [IntegerLayout("w4a8", block=32)])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w4a8", group_size=32)])
     body = cast(Any, AutoModel.from_pretrained(tmp_path))
     with torch.no_grad():
         assert torch.equal(body(TOKENS).last_hidden_state, load(tmp_path).model(TOKENS).last_hidden_state)
@@ -317,7 +323,7 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path) -> None:
         (entry(format="w3a8"), "w3a8"),
         (entry(shuffle=True), "shuffle"),
         (entry(linears=["a", "a"]), "two schemes"),
-        (entry(format="nf4", block=48), "48"),
+        (entry(format="nf4", group_size=48), "48"),
     ):
         with pytest.raises(ModelError, match=why):
             transformers_quantizer.CompressedConfig(**cast(Any, config))
@@ -370,7 +376,7 @@ def test_importing_the_plugin_again_is_harmless(tmp_path: Path) -> None:
 
 
 def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
-    artefact(tmp_path, pico("llama"), [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32)])
+    artefact(tmp_path, pico("llama"), [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32)])
     model = load(tmp_path)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(logits(compiled), logits(model), rtol=1e-3, atol=1e-3)
@@ -384,7 +390,9 @@ def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft 0.21 still asks for
 def test_a_lora_adapter_trains_on_top_and_is_loaded_again(tmp_path: Path) -> None:
     artefact(
-        tmp_path / "model", pico("llama"), [IntegerLayout("w8a8"), IntegerLayout("w4a8", block=32), FourBitLayout("nf4", 64)]
+        tmp_path / "model",
+        pico("llama"),
+        [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64)],
     )
     model, before = load(tmp_path / "model"), logits(load(tmp_path / "model"))
     config = peft.LoraConfig(target_modules=["q_proj", "up_proj", "down_proj"], r=4, task_type="CAUSAL_LM")

@@ -42,7 +42,7 @@ HOSTILE: dict[str, str | bytes] = {
     "itself as a merge": "stages: &a {<<: *a}",
     "deep lists": "[" * (LARGEST - 1),
     "deep mappings": "{a: " * 6_000,
-    "deep blocks": "\n".join("  " * n + "a:" for n in range(300)),
+    "deep layers": "\n".join("  " * n + "a:" for n in range(300)),
     "deep dashes": "- " * 15_000,
     "many keys": "\n".join(f"k{n}: 1" for n in range(3000)),
     "long": b"#" * (LARGEST + 1),

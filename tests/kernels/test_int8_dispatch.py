@@ -106,7 +106,8 @@ def test_few_tokens_get_the_plain_product(bits: int, tokens: int, rows: int, col
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize(
-    "scheme", [IntegerLayout("w8a8"), IntegerLayout("w8a16"), IntegerLayout("w4a8", block=32), IntegerLayout("w8a8", "static")]
+    "scheme",
+    [IntegerLayout("w8a8"), IntegerLayout("w8a16"), IntegerLayout("w4a8", group_size=32), IntegerLayout("w8a8", "static")],
 )
 def test_a_linear_on_a_gpu_is_that_of_a_cpu_for_few_tokens_and_many(scheme: IntegerLayout) -> None:
     found: Any = IntegerScheme(scheme).nearest(noise(96, 64).cpu(), 0.03 if scheme.activations == "static" else None)

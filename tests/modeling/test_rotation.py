@@ -70,11 +70,11 @@ def prefixes(model: PreTrainedModel) -> list[str]:
 def turned_weights(model: PreTrainedModel, rotation: Rotation) -> dict[str, Tensor]:
     """Every weight after the rotation by its full name, set after set; a tied head stays out."""
     weights = dict(model.named_parameters())
-    blocks = prefixes(model)
-    found = rotation.outer({name: w for name, w in weights.items() if not name.startswith(tuple(blocks))})
-    for prefix in blocks:
-        block = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
-        found |= {prefix + name: w for name, w in rotation.inner(block).items()}
+    layers = prefixes(model)
+    found = rotation.outer({name: w for name, w in weights.items() if not name.startswith(tuple(layers))})
+    for prefix in layers:
+        layer = {name.removeprefix(prefix): w for name, w in weights.items() if name.startswith(prefix)}
+        found |= {prefix + name: w for name, w in rotation.inner(layer).items()}
     return found
 
 
@@ -159,10 +159,10 @@ def test_widths_that_are_no_power_of_two_are_turned_too(seed: int) -> None:
 def test_leaving_any_one_row_out_of_the_rotation_moves_the_logits(case: Case) -> None:
     model = pico(case[0], **case[1])
     before, after = dict(model.named_parameters()), turned_weights(model, rotation_of(model))
-    blocks, anatomy = prefixes(model), anatomy_of(model.config)
+    layers, anatomy = prefixes(model), anatomy_of(model.config)
     kept: set[str] = set()
-    for row in (*anatomy.outer, *anatomy.block):
-        full = [row] if row in anatomy.outer else [prefix + row for prefix in blocks]
+    for row in (*anatomy.outer, *anatomy.layer):
+        full = [row] if row in anatomy.outer else [prefix + row for prefix in layers]
         if all(torch.equal(after[name], before[name]) for name in full):
             kept.add(row)
         else:
@@ -194,10 +194,10 @@ def test_a_norm_that_adds_one_to_its_gain_is_left_at_zero() -> None:
     anatomy = anatomy_of(model.config)
     plain = Rotation(anatomy, model.config, 0)
     offset = Rotation(anatomy.extend("llama", norm_offset=1.0), model.config, 0)
-    block = {name: model.get_parameter(f"model.layers.0.{name}").detach() for name in anatomy.block}
-    norms = {name for name, row in anatomy.block.items() if row == "hidden"}
-    shifted = offset.inner({name: w - 1 if name in norms else w for name, w in block.items()})
-    for name, expected in plain.inner(block).items():
+    layer = {name: model.get_parameter(f"model.layers.0.{name}").detach() for name in anatomy.layer}
+    norms = {name for name, row in anatomy.layer.items() if row == "hidden"}
+    shifted = offset.inner({name: w - 1 if name in norms else w for name, w in layer.items()})
+    for name, expected in plain.inner(layer).items():
         torch.testing.assert_close(shifted[name], torch.zeros_like(expected) if name in norms else expected)
 
 
@@ -314,11 +314,11 @@ def test_rows_that_do_not_say_where_a_rotation_goes_are_refused() -> None:
     scale_pairs = dict(anatomy.scale_pairs)
     half = anatomy.extend("llama", scale_pairs={**scale_pairs, "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj")})
     assert "which norm self_attn.v_proj reads" in str(refusal(half, config))
-    square = anatomy.extend("llama", block={"self_attn.q_proj.weight": "hidden hidden"})
+    square = anatomy.extend("llama", layer={"self_attn.q_proj.weight": "hidden hidden"})
     assert "which norm self_attn.q_proj reads" in str(refusal(square, config))
     projected = anatomy.extend("llama", outer={**anatomy.outer, "model.project.weight": "hidden hidden"})
     assert "whether model.project stands before the final norm" in str(refusal(projected, config))
-    biased = anatomy.extend("llama", block={"input_layernorm.bias": "hidden"})
+    biased = anatomy.extend("llama", layer={"input_layernorm.bias": "hidden"})
     assert LAYER_NORM in str(refusal(biased, config))
     without = anatomy.extend(
         "llama", scale_pairs={key: consumers for key, consumers in scale_pairs.items() if key != "self_attn.v_proj"}

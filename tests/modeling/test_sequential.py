@@ -1,4 +1,4 @@
-"""The walk against the models themselves: block by block must be the same as all at once."""
+"""The walk against the models themselves: layer by layer must be the same as all at once."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_the_blocks_one_by_one_give_the_logits_of_the_model(family: str, where: 
         resident = DiskModel(tmp_path, CPU)
     walked = torch.cat(list(logits(resident, tokens)))
     assert (walked - whole).abs().max() <= 1e-5 * whole.abs().max()
-    assert all(p.is_meta for layer in resident.layers for p in layer.parameters()), "a block stayed in memory"
+    assert all(p.is_meta for layer in resident.layers for p in layer.parameters()), "a layer stayed in memory"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -61,9 +61,9 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
     with torch.no_grad():
         model(tokens, use_cache=False)
     checked = 0
-    for block in walk(resident, tokens):
-        for linear, moments in block.moments().items():
-            X_TC = torch.cat(read[f"{block.name}.{linear}"])
+    for layer in walk(resident, tokens):
+        for linear, moments in layer.moments().items():
+            X_TC = torch.cat(read[f"{layer.name}.{linear}"])
             expected = X_TC.T @ X_TC / len(X_TC)
             assert moments.tokens == len(X_TC) == tokens.numel()
             assert torch.allclose(moments.H_CC, expected, atol=1e-4 * float(expected.abs().max()))
@@ -73,9 +73,9 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
 
 def test_linears_that_read_one_input_share_one_matrix() -> None:
     model = pico("llama")
-    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
-    block = next(blocks)  # in memory for as long as the walk stands at it
-    moments = block.moments()
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
+    layer = next(layers)  # in memory for as long as the walk stands at it
+    moments = layer.moments()
     assert moments["self_attn.q_proj"] is moments["self_attn.v_proj"]
     assert moments["mlp.gate_proj"] is moments["mlp.up_proj"]
     assert len({id(shared) for shared in moments.values()}) == 4
@@ -101,47 +101,47 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
     spy("full", model)
     spy("changed", changed)
     model(tokens, use_cache=False)
-    for block in walk(resident, tokens, reference=True):
-        for consumers in block.anatomy.consumers:
+    for layer in walk(resident, tokens, reference=True):
+        for consumers in layer.anatomy.consumers:
             changed(tokens, use_cache=False)
-            for linear, moments in block.moments(consumers).items():
-                full, x = (read[kind][f"{block.name}.{linear}"] for kind in ("full", "changed"))
+            for linear, moments in layer.moments(consumers).items():
+                full, x = (read[kind][f"{layer.name}.{linear}"] for kind in ("full", "changed"))
                 for found, expected in ((moments.H_CC, x.T @ x / len(x)), (moments.X_CC, full.T @ x / len(x))):
                     assert found is not None
                     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
             for linear in consumers:
-                block.set_weight(linear, 0.9 * block.weight(linear))
-                changed.get_parameter(f"{block.name}.{linear}.weight").data.mul_(0.9)
+                layer.set_weight(linear, 0.9 * layer.weight(linear))
+                changed.get_parameter(f"{layer.name}.{linear}.weight").data.mul_(0.9)
     assert all(not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :])
 
 
 def test_a_pass_ends_where_its_group_has_read() -> None:
     model = pico("llama")
-    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100), reference=True)
-    block = next(blocks)
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100), reference=True)
+    layer = next(layers)
     ran: list[str] = []
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-        block.module.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: ran.append(name))
-    block.moments(("self_attn.o_proj",))
+        layer.module.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: ran.append(name))
+    layer.moments(("self_attn.o_proj",))
     assert not ran
-    block.moments(("mlp.down_proj",))
+    layer.moments(("mlp.down_proj",))
     assert set(ran) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}, "the last group runs to the end, for the targets"
     ran.clear()
-    assert all(torch.equal(*pair) for pair in zip(block.targets, block.outputs(block.reference), strict=True))
-    assert len(ran) == 3 * len(block.inputs), "the targets were found twice"
+    assert all(torch.equal(*pair) for pair in zip(layer.targets, layer.outputs(layer.reference), strict=True))
+    assert len(ran) == 3 * len(layer.inputs), "the targets were found twice"
 
 
 def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not() -> None:
     model = pico("qwen3")
     tokens = windows(model.config.vocab_size)
     plain = [
-        (block.inputs, block.targets)
-        for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True)
+        (layer.inputs, layer.targets)
+        for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True)
     ]
     changed: list[tuple[list[Tensor], list[Tensor]]] = []
-    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True):
-        changed.append((block.inputs, block.targets))
-        block.set_weight("mlp.down_proj", torch.zeros_like(block.weight("mlp.down_proj")))
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True):
+        changed.append((layer.inputs, layer.targets))
+        layer.set_weight("mlp.down_proj", torch.zeros_like(layer.weight("mlp.down_proj")))
     assert all(torch.equal(a, b) for a, b in zip(plain[0][0], changed[0][0], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(plain[1][0], changed[1][0], strict=True))
     for (_, plain_targets), (_, changed_targets) in zip(plain, changed, strict=True):
@@ -151,21 +151,21 @@ def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_outputs_by_inputs_whatever_way_they_are_stored(family: str) -> None:
     model = pico(family)
-    blocks = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
-    block = next(blocks)
-    hidden = block.inputs[0]
-    before = block.run(hidden)
-    for linear in block.anatomy.linears:
-        module = block.module.get_submodule(linear)
-        W_RC = block.weight(linear)
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
+    layer = next(layers)
+    hidden = layer.inputs[0]
+    before = layer.run(hidden)
+    for linear in layer.anatomy.linears:
+        module = layer.module.get_submodule(linear)
+        W_RC = layer.weight(linear)
         x = torch.randn(3, W_RC.shape[1])
         bias = module.bias if isinstance(module.bias, Tensor) else 0.0
         assert torch.allclose(module(x), x @ W_RC.T + bias, atol=1e-5)
-        block.set_weight(linear, W_RC)
-    assert torch.equal(block.run(hidden), before)
-    replaced = {f"{linear}.weight": block.oriented(linear, 2 * block.weight(linear)) for linear in block.anatomy.linears}
-    assert not torch.allclose(block.run(hidden, replaced), before)
-    assert torch.equal(block.run(hidden), before), "the block's own weights were changed"
+        layer.set_weight(linear, W_RC)
+    assert torch.equal(layer.run(hidden), before)
+    replaced = {f"{linear}.weight": layer.oriented(linear, 2 * layer.weight(linear)) for linear in layer.anatomy.linears}
+    assert not torch.allclose(layer.run(hidden, replaced), before)
+    assert torch.equal(layer.run(hidden), before), "the layer's own weights were changed"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
@@ -194,14 +194,14 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
 
 
 def test_the_fisher_matrix_predicts_the_divergence_of_a_small_error(tmp_path: Path) -> None:
-    """KL per token is e F e^T / 2 for a small error e of the states that leave the last block."""
+    """KL per token is e F e^T / 2 for a small error e of the states that leave the last layer."""
     model = pico("llama")
     tokens = torch.randint(1, model.config.vocab_size, (64, 24), generator=torch.Generator().manual_seed(5))
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     F_DD = dict(output_fisher(resident, tokens, tmp_path, seed=0))[len(resident.layers) - 1]
     last: DecoderLayer | None = None
-    for block in walk(resident, tokens, through=True):
-        last = block
+    for layer in walk(resident, tokens, through=True):
+        last = layer
     assert last is not None
     generator = torch.Generator().manual_seed(6)
     kl, predicted = 0.0, 0.0
@@ -219,8 +219,8 @@ def test_the_heads_moments_are_those_of_the_normed_states() -> None:
     model = pico("llama", tie_word_embeddings=False)
     tokens = windows(model.config.vocab_size)
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
-    for block in walk(resident, tokens, through=True):
-        last = block
+    for layer in walk(resident, tokens, through=True):
+        last = layer
     W_RC, moments = head_input(resident, last)
     with torch.no_grad():
         X_TC = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -233,10 +233,10 @@ def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
     model = pico("llama", tie_word_embeddings=False)
     tokens = windows(model.config.vocab_size)
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
-    for block in walk(resident, tokens, reference=True, through=True):
-        last = block
-        if block.name:
-            block.set_weight("mlp.down_proj", 0.5 * block.weight("mlp.down_proj"))
+    for layer in walk(resident, tokens, reference=True, through=True):
+        last = layer
+        if layer.name:
+            layer.set_weight("mlp.down_proj", 0.5 * layer.weight("mlp.down_proj"))
     _, moments = head_input(resident, last)
     with torch.no_grad():
         full = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
@@ -267,8 +267,8 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
 def test_the_tokens_of_each_expert_are_counted() -> None:
     model = pico("qwen3_moe")
     tokens = windows(model.config.vocab_size)
-    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens):
-        assert block.expert_tokens == {}
-        block.moments()
-        assert sum(block.expert_tokens.values()) == tokens.numel() * model.config.num_experts_per_tok
-        assert len(block.expert_tokens) == model.config.num_experts
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens):
+        assert layer.expert_tokens == {}
+        layer.moments()
+        assert sum(layer.expert_tokens.values()) == tokens.numel() * model.config.num_experts_per_tok
+        assert len(layer.expert_tokens) == model.config.num_experts

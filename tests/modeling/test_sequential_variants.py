@@ -35,7 +35,7 @@ from tests.models import noise, pico
 CPU = torch.device("cpu")
 LAYERS = 3
 TOKENS = torch.randint(1, 160, (5, 12), generator=torch.Generator().manual_seed(1))
-MLP = {  # linears of one part of a block
+MLP = {  # linears of one part of a layer
     "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "gemma2": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
     "gpt2": ("mlp.c_fc", "mlp.c_proj"),
@@ -82,7 +82,7 @@ def changed(model: PreTrainedModel, changes: Mapping[int, Change | None]) -> Pre
 
 @torch.no_grad()
 def leaving(model: PreTrainedModel) -> Tensor:
-    """The states that leave the last block of a whole model."""
+    """The states that leave the last layer of a whole model."""
     found: list[Tensor] = []
     hook = layers_of(model)[-1].register_forward_hook(lambda module, args, out: found.append(out))
     model(TOKENS, use_cache=False)
@@ -105,14 +105,14 @@ def as_in(model: PreTrainedModel, family: str, source: int) -> tuple[Edit, Chang
         for name, weight in weights.items():
             layer.get_parameter(name).data = weight
 
-    return (lambda block: weights), change
+    return (lambda layer: weights), change
 
 
 def scaled(linear: str, by: float) -> tuple[Edit, Change]:
     def change(layer: nn.Module) -> None:
         layer.get_parameter(f"{linear}.weight").data *= by
 
-    return (lambda block: {f"{linear}.weight": by * block.module.get_parameter(f"{linear}.weight")}), change
+    return (lambda layer: {f"{linear}.weight": by * layer.module.get_parameter(f"{linear}.weight")}), change
 
 
 # variants
@@ -145,7 +145,7 @@ def test_a_block_can_be_passed_over_first_last_or_between(family: str) -> None:
 
 @by_family
 def test_candidates_go_on_top_of_a_base(family: str) -> None:
-    """Where a candidate says nothing of a block the base decides, where it does it takes the place of the base's."""
+    """Where a candidate says nothing of a layer the base decides, where it does it takes the place of the base's."""
     model, first = model_of(family), MLP[family][0]
     (half, halve), (twice, double), (other, swap) = scaled(first, 0.5), scaled(first, 2.0), as_in(model, family, 2)
     base: Edits = {0: half, 1: None}
@@ -168,14 +168,14 @@ def test_variants_leave_the_model_as_it_was_and_no_block_in_memory() -> None:
     model = model_of("llama")
     resident, edit, made = resident_of(model), scaled("mlp.up_proj", 0.0)[0], list[int]()
 
-    def counted(block: DecoderLayer) -> Mapping[str, Tensor]:
-        made.append(block.index)
-        assert not any(parameter.is_meta for parameter in block.module.parameters())
-        return edit(block)
+    def counted(layer: DecoderLayer) -> Mapping[str, Tensor]:
+        made.append(layer.index)
+        assert not any(parameter.is_meta for parameter in layer.module.parameters())
+        return edit(layer)
 
     keys = range(4)
     first = variants(resident, TOKENS, {key: dict.fromkeys(range(LAYERS), counted) for key in keys})
-    assert made == sorted(made) and set(made) == set(range(LAYERS)), "block after block"
+    assert made == sorted(made) and set(made) == set(range(LAYERS)), "layer after layer"
     assert all(parameter.is_meta for parameter in resident.layers.parameters())
     assert all(torch.equal(a, b) for key in keys for a, b in zip(first[key], first[0], strict=True))
     close(variants(resident, TOKENS, {0: {0: edit}})[None], leaving(model))
@@ -184,7 +184,7 @@ def test_variants_leave_the_model_as_it_was_and_no_block_in_memory() -> None:
 def test_where_all_pass_over_a_block_it_is_never_read() -> None:
     model = model_of("llama")
     state = {name: tensor for name, tensor in model.state_dict().items() if ".layers.1." not in name}
-    resident = InMemoryModel(model.config, state, CPU)  # a model that lacks the weights of a block
+    resident = InMemoryModel(model.config, state, CPU)  # a model that lacks the weights of a layer
     found = variants(resident, TOKENS, {"first": {0: None}}, {1: None})
     close(found[None], leaving(changed(model, {1: None})))
     close(found["first"], leaving(changed(model, {0: None, 1: None})))
@@ -213,8 +213,8 @@ def test_without_each_is_the_model_without_blocks_and_with_linears_of_zeros(
         return change
 
     found = without_each(resident_of(model), TOKENS, parts, out)
-    blocks = {index for index, linear in out if linear is None}
-    assert found.keys() == {None} | {part for part in parts if part not in out and part[0] not in blocks}
+    layers = {index for index, linear in out if linear is None}
+    assert found.keys() == {None} | {part for part in parts if part not in out and part[0] not in layers}
     for part, states in found.items():
         close(states, leaving(done([*out, *([part] if part else [])])))
 
@@ -248,21 +248,21 @@ def test_blocks_in_memory_together_compute_what_the_model_does(family: str) -> N
     resident = resident_of(model)
     ins: dict[int, Tensor] = {}
     outs: dict[int, Tensor] = {}
-    for index, layer in enumerate(layers_of(model)):
-        layer.register_forward_pre_hook(lambda _, args, index=index: ins.__setitem__(index, args[0]))
-        layer.register_forward_hook(lambda _, args, out, index=index: outs.__setitem__(index, out))
+    for index, module in enumerate(layers_of(model)):
+        module.register_forward_pre_hook(lambda _, args, index=index: ins.__setitem__(index, args[0]))
+        module.register_forward_hook(lambda _, args, out, index=index: outs.__setitem__(index, out))
     model(TOKENS, use_cache=False)
     for wanted in ((0, 2), (2, 1), (1,)):
         entering = {index: list(ins[index].split(2)) for index in wanted}
-        with together(resident, TOKENS, entering) as blocks:
-            assert [block.index for block in blocks] == list(wanted)
-            for block in blocks:
-                assert block.name == resident.layer_name(block.index)
-                close(block.outputs(block.inputs), outs[block.index])
-                for linear in block.anatomy.linears:
-                    own = layers_of(model)[block.index].get_parameter(f"{linear}.weight")
-                    assert torch.equal(block.module.get_parameter(f"{linear}.weight"), own)
-        assert all(parameter.is_meta for parameter in resident.layers.parameters()), "a block stayed in memory"
+        with together(resident, TOKENS, entering) as layers:
+            assert [layer.index for layer in layers] == list(wanted)
+            for layer in layers:
+                assert layer.name == resident.layer_name(layer.index)
+                close(layer.outputs(layer.inputs), outs[layer.index])
+                for linear in layer.anatomy.linears:
+                    own = layers_of(model)[layer.index].get_parameter(f"{linear}.weight")
+                    assert torch.equal(layer.module.get_parameter(f"{linear}.weight"), own)
+        assert all(parameter.is_meta for parameter in resident.layers.parameters()), "a layer stayed in memory"
 
 
 def test_blocks_together_run_with_the_gradients_of_parameters_that_they_are_given() -> None:
@@ -270,15 +270,15 @@ def test_blocks_together_run_with_the_gradients_of_parameters_that_they_are_give
     resident = resident_of(model)
     states = noise(5, 12, 64)
     shared = noise(320, 64).requires_grad_()
-    with together(resident, TOKENS, {0: list(states.split(2)), 1: list(states.split(2))}) as blocks:
-        sums = [block.run(block.inputs[0], {"mlp.up_proj.weight": shared}).sum() for block in blocks]
+    with together(resident, TOKENS, {0: list(states.split(2)), 1: list(states.split(2))}) as layers:
+        sums = [layer.run(layer.inputs[0], {"mlp.up_proj.weight": shared}).sum() for layer in layers]
         each = [torch.autograd.grad(one, shared, retain_graph=True)[0] for one in sums]
         (both,) = torch.autograd.grad(torch.stack(sums).sum(), shared)
     torch.testing.assert_close(both, each[0] + each[1])
     assert not torch.allclose(each[0], each[1], rtol=0.1)
 
 
-# gradients to the first block
+# gradients to the first layer
 
 
 @by_family

@@ -125,16 +125,16 @@ def test_a_journal_whose_key_is_damaged_is_made_again_and_that_is_said(damage: s
     assert any("1 files of the journal were damaged on the disk (key)" in note for note in notes)
 
 
-BLOCKS: dict[str, Callable[[Path], object]] = {
+LAYERS: dict[str, Callable[[Path], object]] = {
     "flipped": lambda left: flipped(journal_file(left)),
     "emptied": lambda left: journal_file(left).write_bytes(b""),
     "folder": lambda left: folder_instead(journal_file(left)),
 }
 
 
-@pytest.mark.parametrize("damage", BLOCKS)
-def test_a_damaged_block_is_done_again_and_that_is_said(damage: str, two_stages: tuple[Recipe, Path]) -> None:
-    notes = go_on(*two_stages, f"block-{damage}", BLOCKS[damage])
+@pytest.mark.parametrize("damage", LAYERS)
+def test_a_damaged_layer_is_done_again_and_that_is_said(damage: str, two_stages: tuple[Recipe, Path]) -> None:
+    notes = go_on(*two_stages, f"layer-{damage}", LAYERS[damage])
     assert any("1 files of the journal were damaged on the disk" in note for note in notes)
 
 

@@ -97,7 +97,7 @@ def test_4_bit_codes_that_are_stored_as_another_type_are_read(
 
 
 def fp8(base: Path, folder: Path) -> Path:
-    """Fine-grained FP8 as DeepSeek's checkpoints have it: a scale for each block of BLOCK x BLOCK weights."""
+    """Fine-grained FP8 as DeepSeek's checkpoints have it: a scale for each layer of BLOCK x BLOCK weights."""
     tensors: dict[str, Tensor] = {}
     for name, tensor in load_file(base / "model.safetensors").items():
         if not is_linear(name):

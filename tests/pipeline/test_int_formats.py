@@ -41,12 +41,12 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8 none": ("qwen2", {"format": "w8a8", "activations": "none", "rounding": "nearest"}),
     "w8a8 none, rotated experts": ("qwen3_moe", {"format": "w8a8", "activations": "none", "rotate": True}),
     "w4a8": ("gpt2", {"format": "w4a8", "smooth": {}}),
-    "w4a8 static": ("qwen2", {"format": "w4a8", "activations": "static", "range": "percentile", "block": 32}),
-    "w4a4": ("qwen2", {"format": "w4a4", "block": 32, "smooth": {"method": "awq"}}),
+    "w4a8 static": ("qwen2", {"format": "w4a8", "activations": "static", "range": "percentile", "group_size": 32}),
+    "w4a4": ("qwen2", {"format": "w4a4", "group_size": 32, "smooth": {"method": "awq"}}),
     "w4a4 learned": ("llama", {"format": "w4a4", "rounding": "learned", "steps": 4, "activations": "static"}),
     "w8a16": ("llama", {"format": "w8a16"}),
     "w8a16 static": ("phi3", {"format": "w8a16", "activations": "static", "range": "minmax"}),
-    "w4a16": ("gpt2", {"format": "w4a16", "block": 32}),
+    "w4a16": ("gpt2", {"format": "w4a16", "group_size": 32}),
     "w4a4 none": ("phi3", {"format": "w4a4", "activations": "none"}),
 }
 INT8 = [name for name in RECIPES if name.startswith("int8")]
@@ -193,7 +193,7 @@ def test_a_model_in_memory_becomes_what_the_folder_is(name: str, everything: dic
 def test_a_report_counts_bits_and_parameters(name: str, everything: dict[str, Path]) -> None:
     report, checkpoint = Report.of(everything[name]), Checkpoint.open(everything[name], base=False)
     settings = RECIPES[name][1]
-    expected = 4 + 8 / 32 if settings.get("block") == 32 else BITS[settings["format"]]
+    expected = 4 + 8 / 32 if settings.get("layer") == 32 else BITS[settings["format"]]
     assert {(linear.format, linear.bits) for linear in report.linears} == {(settings["format"], expected)}
     base = Checkpoint.open(base_of(name, everything))
     assert report.compressed.parameters == checkpoint.parameters == base.parameters == report.base.parameters
@@ -285,7 +285,7 @@ def test_an_interrupted_run_with_smoothing_goes_on_and_gives_the_same_bytes(
     done = 2 - sum(name.startswith("quantize") for name in lost)
     report = run_recipe(smoothed(text, base), out)
     said = [note for note in report.stages[0].notes if "were done by an earlier run" in note]
-    assert len(said) == (done > 0) and all(note.startswith(f"{done} blocks") for note in said)
+    assert len(said) == (done > 0) and all(note.startswith(f"{done} layers") for note in said)
     for file in ("model.safetensors", "config.json"):
         assert (out / file).read_bytes() == (once / file).read_bytes(), file
     assert report.linears == Report.of(once).linears
@@ -362,8 +362,8 @@ def test_a_base_in_half_precision_keeps_its_dtype(dtype: torch.dtype, format: st
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ("format: int8, block: 64", "block is for 4-bit formats; int8 has one scale a row"),
-        ("format: w8a8, block: 64", "block is for 4-bit formats; w8a8 has one scale a row"),
+        ("format: int8, group_size: 64", "layer is for 4-bit formats; int8 has one scale a row"),
+        ("format: w8a8, group_size: 64", "layer is for 4-bit formats; w8a8 has one scale a row"),
         ("format: nf4, threshold: 6.0", "threshold is for int8, not nf4"),
         ("format: w8a8, threshold: 6.0", "threshold is for int8, not w8a8"),
         ("format: int8, threshold: -1.0", "threshold: .*greater than or equal to 0, not -1.0"),
@@ -387,7 +387,7 @@ def test_a_setting_that_means_nothing_here_is_refused_in_one_line(settings: str,
 @pytest.mark.slow
 def test_what_is_said_for_a_format_is_in_its_report(everything: dict[str, Path]) -> None:
     facts = Report.of(everything["w4a8 static"]).stages[0].model_dump()
-    assert {"format": "w4a8", "activations": "static", "range": "percentile", "block": 32}.items() <= facts.items()
+    assert {"format": "w4a8", "activations": "static", "range": "percentile", "group_size": 32}.items() <= facts.items()
     assert Report.of(everything["w4a8"]).stages[0].model_dump()["smooth"] == {"method": "smoothquant", "alpha": "auto"}
 
 

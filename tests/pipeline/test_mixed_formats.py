@@ -36,7 +36,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "nf4 and int8": ("llama", {"overrides": {"*.down_proj": {"format": "int8"}}}, {"down_proj": "w8a8", "_proj": "nf4"}),
     "w4a8 and fp4": (
         "gpt2",
-        {"format": "w4a8", "smooth": {}, "overrides": {"ffn": {"format": "fp4", "double_quant": True, "block": 32}}},
+        {"format": "w4a8", "smooth": {}, "overrides": {"ffn": {"format": "fp4", "double_quant": True, "group_size": 32}}},
         {"c_fc": "fp4", "mlp.c_proj": "fp4", "attn.c_proj": "w4a8", "c_attn": "w4a8"},
     ),
     "static and not": (
@@ -44,7 +44,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {
             "format": "w8a8",
             "activations": "static",
-            "overrides": {"kv": {"activations": "dynamic"}, "*.o_proj": {"format": "w4a16", "block": 32}},
+            "overrides": {"kv": {"activations": "dynamic"}, "*.o_proj": {"format": "w4a16", "group_size": 32}},
         },
         {"o_proj": "w4a16", "_proj": "w8a8"},
     ),
@@ -54,7 +54,7 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {"o_proj": "w4a4", "q_proj": "w8a8", "k_proj": "w8a8", "v_proj": "w8a8", "_proj": "nf4"},
     ),
 }
-NATIVE = {"overrides": {"ffn": {"block": 32}, "*.q_proj": {"format": "fp4", "double_quant": True}}}
+NATIVE = {"overrides": {"ffn": {"group_size": 32}, "*.q_proj": {"format": "fp4", "double_quant": True}}}
 
 
 @pytest.fixture(scope="module")
@@ -146,15 +146,18 @@ def test_several_blocks_and_4_bit_formats_load_without_the_plug_in(text: Path, t
 
 def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
     stage = Quantize.model_validate(
-        {"block": 32, "overrides": {"ffn": {"double_quant": True}, "*.up_proj": {"format": "w4a8"}, "*.1.*": {"block": 128}}}
+        {
+            "group_size": 32,
+            "overrides": {"ffn": {"double_quant": True}, "*.up_proj": {"format": "w4a8"}, "*.1.*": {"group_size": 128}},
+        }
     )
     chosen, _ = stage.choose(InMemoryModel(pico("llama").config, pico("llama").state_dict(), CPU))
     inner = "model.layers.0."
     assert chosen[f"{inner}self_attn.q_proj"] == FourBitScheme("nf4", 32, False, torch.float32)
     assert chosen[f"{inner}mlp.gate_proj"] == FourBitScheme("nf4", 32, True, torch.float32)
     up = chosen[f"{inner}mlp.up_proj"]
-    assert isinstance(up, IntegerScheme) and up.scheme.block == 64, "another format starts from its own defaults"
-    assert "model.layers.1.mlp.gate_proj" not in chosen, "rows of 64 don't divide into blocks of 128"
+    assert isinstance(up, IntegerScheme) and up.scheme.group_size == 64, "another format starts from its own defaults"
+    assert "model.layers.1.mlp.gate_proj" not in chosen, "rows of 64 don't divide into groups of 128"
     assert chosen["model.layers.1.self_attn.o_proj"] == FourBitScheme("nf4", 128, False, torch.float32)
 
 
@@ -175,9 +178,12 @@ def test_an_override_that_can_not_be_is_refused_before_anything_is_read(override
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("overrides: {ffn: {format: int8, block: 64}}", "overrides.ffn: block is for 4-bit formats; int8 has one scale a row"),
-        ("format: int8, overrides: {ffn: {block: 64}}", "overrides.ffn: block is for 4-bit formats"),
-        ("overrides: {ffn: {blok: 64}}", "overrides.ffn.blok: unknown key; did you mean block?"),
+        (
+            "overrides: {ffn: {format: int8, group_size: 64}}",
+            "overrides.ffn: layer is for 4-bit formats; int8 has one scale a row",
+        ),
+        ("format: int8, overrides: {ffn: {group_size: 64}}", "overrides.ffn: layer is for 4-bit formats"),
+        ("overrides: {ffn: {blok: 64}}", "overrides.ffn.blok: unknown key; did you mean layer?"),
         ("overrides: {ffn: {rounding: nearest}}", "overrides.ffn.rounding: unknown key"),
         ("protect: 1.0", "protect: .*less than 1"),
     ],
@@ -213,24 +219,24 @@ def test_the_cost_of_a_linear_is_the_error_of_its_block_in_the_metric() -> None:
     model = pico("llama", num_hidden_layers=1)
     coding = Quantize.model_validate({"format": "w4a4"}).coding(torch.float32)
     windows = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
-    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows):
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows):
         fisher = Moments(64, CPU)
         fisher.add(torch.randn(500, 64, generator=torch.Generator().manual_seed(1)))
-        found = costs(block, {"mlp.down_proj": coding, "self_attn.q_proj": coding}, fisher.H_CC)
-        assert not block.rounds, "a rounding of the search was left behind"
-        aims = block.outputs(block.inputs)
+        found = costs(layer, {"mlp.down_proj": coding, "self_attn.q_proj": coding}, fisher.H_CC)
+        assert not layer.rounds, "a rounding of the search was left behind"
+        aims = layer.outputs(layer.inputs)
         inputs = coding.inputs()
         assert inputs is not None
         lost = {}
         for linear in found:
-            W_RC, whole = block.weight(linear), []
+            W_RC, whole = layer.weight(linear), []
             for read in (inputs, cast(Any, spared(coding)).inputs()):
-                block.rounds[linear] = read
-                block.set_weight(linear, coding.nearest(W_RC).dequantize(torch.float32))  # type: ignore[union-attr]
-                errors = torch.cat(block.outputs(block.inputs)) - torch.cat(aims)
+                layer.rounds[linear] = read
+                layer.set_weight(linear, coding.nearest(W_RC).dequantize(torch.float32))  # type: ignore[union-attr]
+                errors = torch.cat(layer.outputs(layer.inputs)) - torch.cat(aims)
                 whole.append(float((errors @ fisher.H_CC * errors).sum(-1).mean() / 2))
-                block.set_weight(linear, W_RC)
-            block.rounds.clear()
+                layer.set_weight(linear, W_RC)
+            layer.rounds.clear()
             lost[linear] = whole[0] - whole[1]
         assert found == pytest.approx(lost, rel=1e-4)
 

@@ -38,10 +38,10 @@ def test_the_parameters_and_bytes_of_the_base_are_those_of_its_files(family: str
     ("family", "config", "settings"),
     [
         ("llama", {}, {}),
-        ("llama", {"intermediate_size": 172}, {"double_quant": True, "block": 32}),
+        ("llama", {"intermediate_size": 172}, {"double_quant": True, "group_size": 32}),
         ("qwen3_moe", {}, {"format": "fp4", "skip": ["*.q_proj"]}),
-        ("gpt2", {}, {"block": 64}),
-        ("llama", {"tie_word_embeddings": True}, {"block": 32}),
+        ("gpt2", {}, {"group_size": 64}),
+        ("llama", {"tie_word_embeddings": True}, {"group_size": 32}),
         ("llama", {}, {"head": "quantize"}),
         ("llama", {"dtype": "bfloat16"}, {}),
     ],
@@ -103,7 +103,7 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     recipe = small_recipe(text, base)
     for wrong, message in (
         ({"skip": ["nothing"]}, 'skip "nothing" matches no linear'),
-        ({"block": 4096}, "no linear of this model can be quantised"),
+        ({"group_size": 4096}, "no linear of this model can be quantised"),
     ):
         with pytest.raises(ModelError, match=message):
             plan_recipe(small_recipe(text, base, **wrong))

@@ -27,7 +27,7 @@ RECIPE = """
 data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}
 stages:
   - prune: {axis: ffn, keep: 0.75}
-  - quantize: {format: nf4, block: 32}
+  - quantize: {format: nf4, group_size: 32}
 """
 LOAD = """
 import sys, torch

@@ -139,7 +139,7 @@ def test_another_text_or_base_is_refused_before_the_run(shelf: Path, copy: Path,
 
 
 def test_what_is_no_artefact_is_refused(copy: Path, tmp_path: Path) -> None:
-    (copy / "recipe.yaml").write_text("stages: [{quantize: {block: 128}}]")
+    (copy / "recipe.yaml").write_text("stages: [{quantize: {group_size: 128}}]")
     with pytest.raises(CompressError, match=r"is not the recipe that report.json beside it tells of"):
         reproduce(str(copy))
     with pytest.raises(CompressError, match=r"no recipe file .*recipe.yaml; give the path"):

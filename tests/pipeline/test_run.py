@@ -166,7 +166,7 @@ def test_a_tied_base_is_stored_once_and_experts_stay_as_they_are(everyone: dict[
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory, text: Path) -> tuple[Path, Path]:
-    """A base of LAYERS blocks, and its artefact by learned rounding."""
+    """A base of LAYERS layers, and its artefact by learned rounding."""
     folder = tmp_path_factory.mktemp("llama")
     base = save_base(folder / "base", "llama", num_hidden_layers=LAYERS)
     (base / "chat_template.jinja").write_text("{{ messages }}")
@@ -217,7 +217,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(llama: tuple[Pat
     done = {file: file.stat().st_mtime_ns for file in journal.glob("quantize.*.safetensors")}
     assert 0 < len(done) < LAYERS and not out.exists()
     report = run_recipe(recipe, out)
-    assert any(f"{len(done)} blocks were done by an earlier run" in note for note in report.stages[0].notes)
+    assert any(f"{len(done)} layers were done by an earlier run" in note for note in report.stages[0].notes)
     assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
     assert contents(out)["config.json"] == contents(whole)["config.json"]
     assert not partial_folder(out).exists()
@@ -232,8 +232,8 @@ def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(llama: tuple[Pa
     files = sorted(journal.glob("quantize.*.safetensors"))
     assert len(files) == LAYERS and not out.exists()
     files[2].write_bytes(files[2].read_bytes()[:-1])
-    report = run_recipe(recipe, out)  # what is accepted does not decide what a block becomes
-    assert any(f"{LAYERS - 1} blocks were done by an earlier run" in note for note in report.stages[0].notes)
+    report = run_recipe(recipe, out)  # what is accepted does not decide what a layer becomes
+    assert any(f"{LAYERS - 1} layers were done by an earlier run" in note for note in report.stages[0].notes)
     assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
 
 

@@ -47,7 +47,7 @@ SURROGATES = (
     'stages: [{"\\ud800": 1}]',
     '"\\ud800": 1',
     'stages: [{quantize: {skip: ["\\ud800"]}}]',
-    'stages: [{quantize: {overrides: {"\\ud800": {block: 64}}}}]',
+    'stages: [{quantize: {overrides: {"\\ud800": {group_size: 64}}}}]',
     'stages: [{distill: {teacher: "\\ud800"}}]',
     'stages: [{distill: {trackers: ["\\ud800"]}}]',
 )

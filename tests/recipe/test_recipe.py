@@ -22,7 +22,7 @@ base: user/model
 revision: abc
 data: {source: wikitext-2, samples: 4, length: 16, seed: 1}
 stages:
-  - quantize: {format: fp4, block: 128, double_quant: true, rounding: learned, steps: 7, skip: ["*.q_proj"], head: quantize}
+  - quantize: {format: fp4, group_size: 128, double_quant: true, rounding: learned, steps: 7, skip: ["*.q_proj"], head: quantize}
 accept: {kl_nats: 0.05, top1_agreement: 0.9}
 """
 
@@ -40,13 +40,13 @@ def test_a_recipe_says_everything_in_a_few_lines() -> None:
     stage = recipe.stages[0].quantize
     assert stage is not None and stage is recipe.stages[0].stage
     assert (recipe.base, recipe.data.samples, recipe.accept.kl_nats) == ("user/model", 4, 0.05)
-    assert (stage.format, stage.block, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
+    assert (stage.format, stage.group_size, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
 
 
 @pytest.mark.parametrize("stage", ["- quantize", "- quantize:", "- quantize: {}", "- {quantize: {}}"])
 def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
     recipe = Recipe.parse(f"stages:\n{stage}")
-    assert recipe == Recipe.parse("stages: [{quantize: {format: nf4, block: 64, rounding: gptq}}]")
+    assert recipe == Recipe.parse("stages: [{quantize: {format: nf4, group_size: 64, rounding: gptq}}]")
     stage_ = recipe.stages[0].quantize
     assert stage_ is not None and (stage_.format, stage_.rounding) == ("nf4", "gptq")
 
@@ -58,7 +58,7 @@ def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
         ("bse: a\nstages: [quantize]", "bse", "base"),
         ("stages: [quantize]\naccpet: {}", "accpet", "accept"),
         ("data: {sampels: 3}\nstages: [quantize]", "data.sampels", "samples"),
-        ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok", "block"),
+        ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok", "layer"),
         ("stages: [{quantize: {roundings: gptq}}]", "stages.0.quantize.roundings", "rounding"),
         ("accept: {kl_nat: 1}\nstages: [quantize]", "accept.kl_nat", "kl_nats"),
     ],
@@ -77,7 +77,7 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
     ("stages", "message"),
     [
         ("[quantise]", '"quantise" is no stage; did you mean quantize?'),
-        ("[{quantise: {block: 64}}]", '"quantise" is no stage; did you mean quantize?'),
+        ("[{quantise: {group_size: 64}}]", '"quantise" is no stage; did you mean quantize?'),
         ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, tie, distill, quantize'),
         ("[{}]", "an entry is one stage, this one has nothing; use one of prune, tie, distill, quantize"),
         ("[]", "stages"),
@@ -101,9 +101,9 @@ def test_a_wrong_stage_is_told_so(stages: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "place"),
     [
-        ("block: 48", "block"),
-        ("block: true", "block"),
-        ("block: '64'", "block"),
+        ("group_size: 48", "layer"),
+        ("layer: true", "layer"),
+        ("layer: '64'", "layer"),
         ("format: int4", "format"),
         ("double_quant: 7", "double_quant"),
         ("rounding: best", "rounding"),
@@ -119,8 +119,8 @@ def test_an_impossible_setting_is_told_what_it_may_be(settings: str, place: str)
 
 
 def test_an_impossible_block_is_told_the_blocks_there_are() -> None:
-    message = refusal("stages: [{quantize: {block: 48}}]")
-    assert "stages.0.quantize.block" in message and "32, 64, 128" in message and "48" in message
+    message = refusal("stages: [{quantize: {group_size: 48}}]")
+    assert "stages.0.quantize.group_size" in message and "32, 64, 128" in message and "48" in message
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_a_value_of_the_wrong_kind_is_told_where_it_stands(text: str, place: str
         ("3", "holds a int, not a mapping"),
         ("stages: [", "is no YAML (line 1)"),
         ("base: a\nstages: [quantize]\nbase: b", 'is no YAML (line 3): "base" is given twice'),
-        ("stages: [{quantize: {block: 64, block: 32}}]", '"block" is given twice'),
+        ("stages: [{quantize: {group_size: 64, group_size: 32}}]", '"layer" is given twice'),
         ("a: b: c", "is no YAML (line 1)"),
         ("base: a\n\tstages: b", "is no YAML (line 2)"),
         ("base: !!python/object/apply:os.system ['true']\nstages: [quantize]", "is no YAML"),
@@ -208,7 +208,7 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
         Recipe.from_file(tmp_path / "large.yaml")
 
 
-@pytest.mark.parametrize("text", [FULL, "stages: [quantize]", "base: 'ü: #1'\nstages: [quantize: {block: 32}]"])
+@pytest.mark.parametrize("text", [FULL, "stages: [quantize]", "base: 'ü: #1'\nstages: [quantize: {group_size: 32}]"])
 def test_a_recipe_that_is_written_reads_back_the_same(text: str) -> None:
     recipe = Recipe.parse(text)
     written = recipe.to_yaml()
@@ -267,10 +267,10 @@ def test_a_recipe_is_saved_and_read_back_from_file_and_folder(tmp_path: Path) ->
 
 def test_equal_recipes_have_one_digest_and_others_another() -> None:
     one = Recipe.parse("stages: [quantize]")
-    spelled = Recipe.parse("{accept: {}, stages: [{quantize: {block: 64, format: nf4}}], data: {seed: 0}}")
+    spelled = Recipe.parse("{accept: {}, stages: [{quantize: {group_size: 64, format: nf4}}], data: {seed: 0}}")
     assert one == spelled and one.digest == spelled.digest and len(one.digest) == 64
     others = [
-        "stages: [{quantize: {block: 32}}]",
+        "stages: [{quantize: {group_size: 32}}]",
         "stages: [{quantize: {format: fp4}}]",
         "stages: [{quantize: {skip: [a]}}]",
         "{stages: [quantize], data: {seed: 1}}",
@@ -289,7 +289,7 @@ def test_the_recipes_we_ship_are_short_and_right(file: Path) -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-KEYS = st.sampled_from(["base", "data", "stages", "accept", "quantize", "block", "format", "samples", "kl_nats", "skip"])
+KEYS = st.sampled_from(["base", "data", "stages", "accept", "quantize", "layer", "format", "samples", "kl_nats", "skip"])
 values: Any = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=4)
 )

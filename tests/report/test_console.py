@@ -26,7 +26,7 @@ from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.stage import Distill
 
-RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the block\n"
+RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the layer\n"
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -226,7 +226,7 @@ def test_missed_bounds_are_one_line_with_what_was_measured_asked_and_to_try() ->
     assert str(error.value) == (
         "the result misses accept: kl_nats is 0.00201234568 and at most 0.001 was asked; "
         "top1_agreement is 0.978 and at least 0.99 was asked; "
-        "try rounding: learned, a smaller block or more calibration samples, or a looser bound"
+        "try rounding: learned, a smaller layer or more calibration samples, or a looser bound"
     )
     assert error.value.exit_code == 3
 

@@ -27,7 +27,7 @@ from tests.artefacts import CPU, assert_refused, assert_same_in_memory, distance
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
-# A block, narrow where it can be, for the solving of codes is most of the time here.
+# A layer, narrow where it can be, for the solving of codes is most of the time here.
 WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "qwen3_moe": "moe_intermediate_size"}
 
 
@@ -245,8 +245,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
     for lost in (["00001"], ["00000"]):
         with pytest.raises(AcceptError):
             run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
-        for block in lost:
-            (partial_folder(tmp_path / "again") / "journal" / f"codebook.{block}.safetensors").unlink()
+        for layer in lost:
+            (partial_folder(tmp_path / "again") / "journal" / f"codebook.{layer}.safetensors").unlink()
         report = run_recipe(told, tmp_path / "again", overwrite=True)
         assert any("interrupted" in note for note in report.stages[0].notes)
         for file in ("model.safetensors", "config.json"):

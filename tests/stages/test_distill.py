@@ -71,11 +71,11 @@ def test_windows_come_once_each_in_an_order_of_the_seed_and_then_again() -> None
 def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
     spec = DataSpec(source=str(text), samples=8, length=16, evaluation_samples=4)
     plain = load_data(spec, byte_tokenizer(), 256, None)
-    blocks = load_data(spec, byte_tokenizer(), 256, None, lambda length: 200 * length)
-    assert torch.equal(blocks.calibration, plain.calibration) and torch.equal(blocks.evaluation, plain.evaluation)
-    assert len(plain.training) == 0 and len(blocks.training) == 200 * 16
-    trained = {tuple(window.tolist()) for window in blocks.training.view(-1, 16)}
-    assert not trained & {tuple(window.tolist()) for side in (blocks.calibration, blocks.evaluation) for window in side}
+    layers = load_data(spec, byte_tokenizer(), 256, None, lambda length: 200 * length)
+    assert torch.equal(layers.calibration, plain.calibration) and torch.equal(layers.evaluation, plain.evaluation)
+    assert len(plain.training) == 0 and len(layers.training) == 200 * 16
+    trained = {tuple(window.tolist()) for window in layers.training.view(-1, 16)}
+    assert not trained & {tuple(window.tolist()) for side in (layers.calibration, layers.evaluation) for window in side}
 
 
 def test_dropout_is_off() -> None:
@@ -211,7 +211,7 @@ def test_one_that_was_interrupted_goes_on_and_ends_the_same(
     if family == "qwen3_moe":
         before = {"prune": {"axis": "expert", "keep": 2}}
     if settings.get("train") == "scales":
-        before = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}}
+        before = {"quantize": {"format": "nf4", "group_size": 32, "rounding": "nearest"}}
     lesson = {**TRAINED, "learning_rate": 1e-3, "evaluate_every": 2, **settings}
     recipe = staged_recipe(text, tmp_path / "base", before, {"distill": lesson})
     run_recipe(recipe, tmp_path / "whole")
@@ -279,7 +279,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     save_base(folder / "base")
     run_recipe(staged_recipe(text, folder / "base", CUT), folder / "cut")
     for double_quant in (False, True):
-        quantize = {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}
+        quantize = {"format": "nf4", "group_size": 32, "rounding": "nearest", "double_quant": double_quant}
         run_recipe(staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}")
     return folder
 
@@ -336,7 +336,7 @@ def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
 def test_a_quantised_model_learns_at_the_same_bytes(
     train: str, double_quant: bool, bases: Path, text: Path, tmp_path: Path
 ) -> None:
-    quantize = {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest", "double_quant": double_quant}}
+    quantize = {"quantize": {"format": "nf4", "group_size": 32, "rounding": "nearest", "double_quant": double_quant}}
     plain = Report.of(bases / f"nf4-{double_quant}")
     distilled = {"distill": {**TRAINED, "train": train, "learning_rate": 1e-3, "steps": 12}}
     report = run_recipe(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
@@ -355,7 +355,7 @@ def test_a_quantised_model_learns_at_the_same_bytes(
 
 def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    mixed = {"format": "nf4", "block": 32, "rounding": "nearest", "overrides": {"*.down_proj": {"format": "w8a8"}}}
+    mixed = {"format": "nf4", "group_size": 32, "rounding": "nearest", "overrides": {"*.down_proj": {"format": "w8a8"}}}
     plain = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}), tmp_path / "plain")
     distilled = {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3, "steps": 12}}
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out")
@@ -367,7 +367,7 @@ def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path
 def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = (
-        {"quantize": {"format": "nf4", "block": 32, "rounding": "nearest"}},
+        {"quantize": {"format": "nf4", "group_size": 32, "rounding": "nearest"}},
         {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3}},
     )
     written = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
@@ -437,7 +437,7 @@ def test_kin_that_speaks_otherwise_is_refused(text: Path, tmp_path: Path) -> Non
 def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = {"quantize": {"format": "int8", "rounding": "nearest"}}, {"distill": {**TRAINED, "train": "scales"}}
-    with pytest.raises(ModelError, match="nf4 and fp4 blocks and for codebooks"):
+    with pytest.raises(ModelError, match="nf4 and fp4 layers and for codebooks"):
         run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 
 

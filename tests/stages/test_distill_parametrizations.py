@@ -188,7 +188,7 @@ def exactly(making: WeightParametrization, parameters: list[Tensor]) -> Tensor:
     if isinstance(making, ScaledCodes):
         levels_RC = bitsandbytes_layout.grid("nf4").double()[making.packed.codes_RC.int()]
         scale_RG = making.packed.absmax_RG.double() * parameters[0]
-        return levels_RC * scale_RG.repeat_interleave(making.packed.block, 1)
+        return levels_RC * scale_RG.repeat_interleave(making.packed.group_size, 1)
     if isinstance(making, CodebookLevels):
         rows = making.weight.layout.sharing(R)
         levels_GL = moved_levels(making.weight, parameters[0])

@@ -70,7 +70,7 @@ def coded(
     outside: bool = False,
     **config: Any,
 ) -> InMemoryModel:
-    """A pico model with 4-bit codes of the linears of its blocks (and its head, if `outside`), its scales spread by factors."""
+    """A pico model with 4-bit codes of the linears of its layers (and its head, if `outside`), its scales spread by factors."""
     model = cast(PreTrainedModel, cast(Any, pico(family, **config)).to(dtype))
     plain, weights, packed = live(model), dict(model.state_dict()), {}
     for name, shape in plain.linear_maps():
@@ -192,11 +192,11 @@ def test_each_block_is_made_ready_before_the_next_is_read() -> None:
     model, seen = pico("llama", num_hidden_layers=3), list[nn.Module]()
     resident = live(model)
 
-    def ready(block: nn.Module) -> None:
-        assert not any(parameter.is_meta for parameter in block.parameters())
+    def ready(layer: nn.Module) -> None:
+        assert not any(parameter.is_meta for parameter in layer.parameters())
         assert all(parameter.is_meta for parameter in resident.layers.parameters())
-        seen.append(block)
-        cast(Any, block).mlp.down_proj.weight.data.zero_()
+        seen.append(layer)
+        cast(Any, layer).mlp.down_proj.weight.data.zero_()
 
     found = whole(resident, ready)
     assert seen == list(cast(Any, found).model.layers)
@@ -355,7 +355,7 @@ def test_the_gradient_of_a_factor_is_that_of_a_plain_model_summed_over_its_block
         module = plain.get_submodule(name)
         dW_RC = turned(module, cast(Tensor, cast(Tensor, module.weight).grad))
         levels_RC = bitsandbytes_layout.grid(packed.format).double()[packed.codes_RC.int()]
-        expected_RG = (dW_RC * levels_RC).unflatten(1, (-1, packed.block)).sum(-1) * packed.absmax_RG
+        expected_RG = (dW_RC * levels_RC).unflatten(1, (-1, packed.group_size)).sum(-1) * packed.absmax_RG
         found_RG = cast(Tensor, student.model.get_parameter(f"{name}.{FACTOR}").grad)
         assert float((found_RG - expected_RG).norm() / expected_RG.norm()) < 1e-4, name
     for name in (name for name in student.learning if not name.endswith(FACTOR)):
@@ -371,7 +371,7 @@ def test_scales_in_eight_bits_have_the_gradient_of_exact_ones() -> None:
     upstream = noise(*packed.codes_RC.shape)
     (cast(Tensor, student.model.get_submodule(name).weight) * upstream).sum().backward()
     levels_RC = bitsandbytes_layout.grid("nf4").double()[packed.codes_RC.int()]
-    expected_RG = (upstream.double() * levels_RC).unflatten(1, (-1, packed.block)).sum(-1) * packed.absmax_RG
+    expected_RG = (upstream.double() * levels_RC).unflatten(1, (-1, packed.group_size)).sum(-1) * packed.absmax_RG
     found_RG = cast(Tensor, student.model.get_parameter(f"{name}.{FACTOR}").grad)
     assert torch.allclose(found_RG, expected_RG.float(), rtol=1e-4, atol=1e-6)
 
@@ -389,7 +389,7 @@ def test_learned_scales_are_read_back_as_the_student_used_them(
     for name, before in packed_of(student).items():
         found = registry.read(registry.parts_of(name, learned))
         assert isinstance(found, bitsandbytes_layout.Packed) and torch.equal(found.codes_RC, before.codes_RC)
-        assert (found.format, found.block, found.dtype) == (before.format, before.block, before.dtype)
+        assert (found.format, found.group_size, found.dtype) == (before.format, before.group_size, before.dtype)
         exact_RG = before.absmax_RG * student.model.get_parameter(f"{name}.{FACTOR}").data
         expected_RG = bitsandbytes_layout.double_quantize(exact_RG).decode() if double_quant else exact_RG
         assert torch.equal(found.absmax_RG, expected_RG) and found.double_quant == double_quant

@@ -124,7 +124,7 @@ def test_a_teacher_in_4_bits_says_what_its_dequantised_weights_say(family: str) 
     found = made(LiveTeacher(teacher, V)({"input_ids": IDS}).scores)
     for name, module in four_bit(teacher).items():
         packed = bitsandbytes_layout.packed_of(module)
-        assert (packed.format, packed.block, packed.double_quant) == ("nf4", 64, False)
+        assert (packed.format, packed.group_size, packed.double_quant) == ("nf4", 64, False)
         assert distance(bitsandbytes_layout.dequantize(packed, torch.float32), plain[name].weight.data) < 0.15
         plain[name].weight.data.copy_(bitsandbytes_layout.dequantize(packed, torch.float32))
     assert distance(found, logits(model)) < 0.03  # the kernels compute in bfloat16

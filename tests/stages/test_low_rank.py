@@ -95,7 +95,7 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, 
     assert shared_names(model) == {f"{name}.weight_right" for name in inner}
     assert set(factored(model)) == {linear.name for linear in report.linears} and len(report.linears) == 2 * len(inner)
     assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [True] * len(inner)
-    lost = [linear.relative_error for linear in report.linears]  # what enters the first block has as few directions as tokens
+    lost = [linear.relative_error for linear in report.linears]  # what enters the first layer has as few directions as tokens
     assert all(0 <= error < 1 for error in lost) and max(lost) > 0.05
     whole = sum(R * C for name, (R, C) in source.linear_maps() if name in factored(model))
     assert stored_of(out) <= 0.5 * whole, "keep is a share of the parameters of the linears"

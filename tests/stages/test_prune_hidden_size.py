@@ -43,7 +43,7 @@ def save_flat(folder: Path, family: str, keep: int, **config: Any) -> Path:
     into = basis @ basis.T
     source = resident(family, vocab_size=256, tie_word_embeddings=False, **config)
     rows = {
-        f"{source.layer_name(i)}.{name}": row for i in range(len(source.layers)) for name, row in source.anatomy.block.items()
+        f"{source.layer_name(i)}.{name}": row for i in range(len(source.layers)) for name, row in source.anatomy.layer.items()
     }
     rows |= {f"{source.anatomy.embedding}.weight": "vocab hidden"}
     for name, row in rows.items():
@@ -100,11 +100,13 @@ def test_a_tied_model_loses_channels_and_generates_the_same_with_a_cache(text: P
         slow = model.generate(TOKENS, max_new_tokens=6, do_sample=False, pad_token_id=0, use_cache=False)  # type: ignore[operator]
     assert torch.equal(cached, slow)
     result, report = apply_recipe(
-        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}),
+        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "group_size": 32}}),
         AutoModelForCausalLM.from_pretrained(base),
         byte_tokenizer(),
     )
-    written = run_recipe(staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "block": 32}}), tmp_path / "nf4")
+    written = run_recipe(
+        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "group_size": 32}}), tmp_path / "nf4"
+    )
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert result.config.hidden_size == 32
 
@@ -150,19 +152,19 @@ def test_directions_come_in_the_order_of_their_variance(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Path) -> None:
     model = pico("qwen3_moe", vocab_size=256, num_experts=6)
-    for layer in model.get_submodule("model.layers").children():
+    for module in model.get_submodule("model.layers").children():
         for silent in (1, 4):
-            layer.mlp.experts.down_proj.data[silent] = 0  # type: ignore[union-attr, operator]
+            module.mlp.experts.down_proj.data[silent] = 0  # type: ignore[union-attr, operator]
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     windows = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    for block in walk(source, windows):
-        worth_E = experts.worth(block)
+    for layer in walk(source, windows):
+        worth_E = experts.worth(layer)
         assert worth_E[[1, 4]].tolist() == [0, 0] and bool((worth_E[[0, 2, 3, 5]] > 0).all())
-        tensors, lost = experts.cut(block, 4)
+        tensors, lost = experts.cut(layer, 4)
         assert lost == 0 and torch.equal(
-            tensors["mlp.gate.weight"], block.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
+            tensors["mlp.gate.weight"], layer.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
         )
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
     assert load(tmp_path / "out").config.num_experts == 4
@@ -173,11 +175,11 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
 def test_the_worth_of_an_expert_is_what_it_adds_to_the_tokens_sent_to_it() -> None:
     source = resident("qwen3_moe")
     windows = torch.randint(1, 150, (2, 24), generator=torch.Generator().manual_seed(0))
-    block = next(iter_ := walk(source, windows))
+    layer = next(iter_ := walk(source, windows))
     seen: list[tuple[torch.Tensor, ...]] = []
-    module = block.module.get_submodule("mlp.experts")
+    module = layer.module.get_submodule("mlp.experts")
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args))
-    block.outputs(block.inputs)
+    layer.outputs(layer.inputs)
     hook.remove()
     expected = torch.zeros(5)
     for x_TD, expert_TK, weight_TK in seen:
@@ -188,7 +190,7 @@ def test_the_worth_of_an_expert_is_what_it_adds_to_the_tokens_sent_to_it() -> No
                 expected[expert] += (
                     weight * (module.get_parameter("down_proj")[expert] @ (torch.nn.functional.silu(gate) * value)).norm()
                 )
-    torch.testing.assert_close(experts.worth(block), expected.detach() / 48, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(experts.worth(layer), expected.detach() / 48, rtol=1e-4, atol=1e-6)
     del iter_
 
 

@@ -43,7 +43,7 @@ def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
 
 
 @pytest.mark.parametrize(
-    ("family", "format", "block", "double_quant"),
+    ("family", "format", "group_size", "double_quant"),
     [
         ("llama", "nf4", 64, False),
         ("llama", "nf4", 64, True),
@@ -53,20 +53,20 @@ def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
     ],
 )
 def test_nearest_is_stock_bitsandbytes(
-    family: str, format: bitsandbytes_layout.FourBitFormat, block: int, double_quant: bool, text: Path, tmp_path: Path
+    family: str, format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
-    settings = {"format": format, "block": block, "double_quant": double_quant}
+    settings = {"format": format, "group_size": group_size, "double_quant": double_quant}
     run_recipe(small_recipe(text, base, rounding="nearest", **settings), tmp_path / "out")
     ours = own(tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(base)
     for name, packed in ours.items():
         weight = model.get_submodule(name).weight.data
         stock = bitsandbytes_layout.stock.quantize_4bit(
-            weight, blocksize=block, compress_statistics=double_quant, quant_type=format
+            weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
         )
         assert torch.equal(bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock.dequantize_4bit(*stock))
-    if block == 64:  # the only block that transformers quantises with
+    if group_size == 64:  # the only group_size that transformers quantises with
         config: Any = BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type=format,
@@ -80,13 +80,13 @@ def test_nearest_is_stock_bitsandbytes(
         assert all(torch.equal(theirs[name], found[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("format", "block", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)])
+@pytest.mark.parametrize(("format", "group_size", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)])
 def test_calibration_beats_nearest_at_the_same_bytes(
-    format: str, block: int, double_quant: bool, text: Path, tmp_path: Path
+    format: str, group_size: int, double_quant: bool, text: Path, tmp_path: Path
 ) -> None:
     wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
     base = save_base(tmp_path / "base", **wide)
-    settings: dict[str, Any] = {"format": format, "block": block, "double_quant": double_quant}
+    settings: dict[str, Any] = {"format": format, "group_size": group_size, "double_quant": double_quant}
     more = small_recipe(text).data.model_copy(update={"samples": 32, "evaluation_samples": 8})
     kl, sizes = {}, {}
     for rounding in ("nearest", "gptq", "learned"):
@@ -95,7 +95,7 @@ def test_calibration_beats_nearest_at_the_same_bytes(
         report = run_recipe(recipe, tmp_path / rounding)
         kl[rounding], sizes[rounding] = report.fidelity.kl_nats_mean or 0.0, report.compressed.size_bytes or 0
         assert {linear.bits for linear in report.linears} == {Quantize.model_validate(settings).coding(torch.float32).bits}
-        assert all(p.block == block and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
+        assert all(p.group_size == group_size and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
     assert 0 < kl["gptq"] < 0.9 * kl["nearest"] and 0 < kl["learned"] < 0.9 * kl["nearest"]
     assert max(sizes.values()) - min(sizes.values()) <= 7 * 20  # the offset of double quantisation is spelled in digits
 
@@ -205,15 +205,15 @@ def test_a_skip_that_matches_nothing_is_told_the_names_there_are() -> None:
 def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear of this model can be quantised"):
         Quantize(skip=("*",)).choose(resident())
-    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another block or skip"):
-        Quantize(block=4096).choose(resident())
+    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another layer or skip"):
+        Quantize(group_size=4096).choose(resident())
 
 
 def test_shapes_that_the_kernels_can_not_take_are_kept_with_the_reason(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", intermediate_size=172, num_hidden_layers=1)  # as stories260K is
     report = run_recipe(small_recipe(text, base), tmp_path / "out")
     why = {linear.name: linear.why for linear in report.kept}
-    assert "rows of 172 weights don't divide into blocks of 64" in why["model.layers.0.mlp.down_proj"]
+    assert "rows of 172 weights don't divide into groups of 64" in why["model.layers.0.mlp.down_proj"]
     assert all("172 output rows" in why[f"model.layers.0.mlp.{x}_proj"] for x in ("gate", "up"))
     assert len(report.linears) == 4
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -250,7 +250,7 @@ def test_a_journal_of_the_same_run_is_used_and_of_another_is_not(text: Path, tmp
 
 
 def damaged(recipe: Recipe, base: Path) -> Recipe:
-    """The recipe on a copy of the base whose second block holds a NaN."""
+    """The recipe on a copy of the base whose second layer holds a NaN."""
     from safetensors.torch import save_file
 
     folder = base.with_name("damaged")
@@ -286,9 +286,9 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(t
 
 
 def test_experts_that_saw_few_tokens_are_named() -> None:
-    blocks: list[dict[str, Any]] = [
+    layers: list[dict[str, Any]] = [
         {"name": "a", "expert_tokens": [5, 100, 2]},
         {"name": "b"},
         {"name": "c", "expert_tokens": [9]},
     ]
-    assert starved_experts(blocks, 6) == ["a: experts that saw fewer than 6 calibration tokens: 0 (5), 2 (2)"]
+    assert starved_experts(layers, 6) == ["a: experts that saw fewer than 6 calibration tokens: 0 (5), 2 (2)"]

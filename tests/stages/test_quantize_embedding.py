@@ -208,8 +208,8 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
     [
         ({"format": "nf4"}, ("w8a8", "none"), "FourBitLinear"),
         ({"format": "int8"}, ("w8a8", "dynamic"), "IntegerLinear"),
-        ({"format": "w4a4", "block": 32, "activations": "static"}, ("w8a8", "dynamic"), "IntegerLinear"),
-        ({"format": "w4a16", "block": 32}, ("w8a16", "dynamic"), "IntegerLinear"),
+        ({"format": "w4a4", "group_size": 32, "activations": "static"}, ("w8a8", "dynamic"), "IntegerLinear"),
+        ({"format": "w4a16", "group_size": 32}, ("w8a16", "dynamic"), "IntegerLinear"),
         ({"format": "w8a8", "activations": "none"}, ("w8a8", "none"), "IntegerLinear"),
         (
             {"format": "w4a8", "smooth": {}, "overrides": {"lm_head": {"format": "w8a16"}}},
@@ -296,13 +296,13 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, seen = save_base(tmp_path / "base", num_hidden_layers=1), dict[str, list[Tensor]]()
-    solve = Quantize._block
+    solve = Quantize._layer
 
-    def watch(stage: Quantize, block: Any, *rest: Any) -> Any:
-        seen.update(inputs=list(block.inputs), reference=list(block.reference))
-        return solve(stage, block, *rest)
+    def watch(stage: Quantize, layer: Any, *rest: Any) -> Any:
+        seen.update(inputs=list(layer.inputs), reference=list(layer.reference))
+        return solve(stage, layer, *rest)
 
-    monkeypatch.setattr(Quantize, "_block", watch)
+    monkeypatch.setattr(Quantize, "_layer", watch)
     run_recipe(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
     model = DiskModel(base, CPU).model
     rounded = DiskModel(tmp_path / "out", CPU, quantized=True).model.get_parameter("model.embed_tokens.weight")

@@ -43,90 +43,90 @@ def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 72)  # 8 windows of 24 tokens: batches of 3, 3 and 2
 
 
-def blocks(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[DecoderLayer]:
-    """The blocks of a model whose weights are stored in `dtype`."""
+def layers(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[DecoderLayer]:
+    """The layers of a model whose weights are stored in `dtype`."""
     cast(nn.Module, model).to(dtype)
     windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
     return walk(InMemoryModel(model.config, model.state_dict(), CPU), windows)
 
 
-def weights(block: DecoderLayer) -> dict[str, Tensor]:
-    return {name: parameter.data for name, parameter in block.module.named_parameters()}
+def weights(layer: DecoderLayer) -> dict[str, Tensor]:
+    return {name: parameter.data for name, parameter in layer.module.named_parameters()}
 
 
-def restore(block: DecoderLayer, before: Mapping[str, Tensor]) -> None:
+def restore(layer: DecoderLayer, before: Mapping[str, Tensor]) -> None:
     for name, data in before.items():
-        block.module.get_parameter(name).data = data
+        layer.module.get_parameter(name).data = data
 
 
-def drawn(block: DecoderLayer, key: str, spread: float = 1.0) -> Tensor:
+def drawn(layer: DecoderLayer, key: str, spread: float = 1.0) -> Tensor:
     """A factor for each unit of a producer, by e^spread up or down."""
-    _, _, axes = block.anatomy.producer(key)
-    shape = [block.sizes[axis] for axis in axes]
+    _, _, axes = layer.anatomy.producer(key)
+    shape = [layer.sizes[axis] for axis in axes]
     return (spread * torch.randn(shape, generator=torch.Generator().manual_seed(2))).exp()
 
 
-def moved(block: DecoderLayer, before: Sequence[Tensor]) -> float:
+def moved(layer: DecoderLayer, before: Sequence[Tensor]) -> float:
     """How far the outputs are from those before, over the largest of them."""
-    pairs = list(zip(block.outputs(block.inputs), before, strict=True))
+    pairs = list(zip(layer.outputs(layer.inputs), before, strict=True))
     return max(float((now - then).abs().max() / then.abs().max()) for now, then in pairs)
 
 
-def norm_of(block: DecoderLayer, key: str) -> str | None:
+def norm_of(layer: DecoderLayer, key: str) -> str | None:
     """The weight of a producer that is a norm."""
-    return f"{key}.weight" if block.anatomy.block.get(f"{key}.weight") == "hidden" else None
+    return f"{key}.weight" if layer.anatomy.layer.get(f"{key}.weight") == "hidden" else None
 
 
 @every_dtype
 @every_config
 def test_a_scale_that_crosses_leaves_the_output_of_the_block(family: str, config: dict[str, Any], dtype: torch.dtype) -> None:
-    for block in blocks(pico(family, **config), dtype):
-        before, outputs = weights(block), block.outputs(block.inputs)
-        for key in set(block.anatomy.scale_pairs) - {"mlp.experts.gate_up_proj[1]"}:
-            changed = block.cross(key, drawn(block, key), dtype)
-            assert moved(block, outputs) <= SAME, key
-            now = weights(block)
+    for layer in layers(pico(family, **config), dtype):
+        before, outputs = weights(layer), layer.outputs(layer.inputs)
+        for key in set(layer.anatomy.scale_pairs) - {"mlp.experts.gate_up_proj[1]"}:
+            changed = layer.cross(key, drawn(layer, key), dtype)
+            assert moved(layer, outputs) <= SAME, key
+            now = weights(layer)
             assert {name for name in now if not torch.equal(now[name], before[name])} == set(changed), key
-            left = [name for name in changed if name != norm_of(block, key)]
+            left = [name for name in changed if name != norm_of(layer, key)]
             for name in left:  # each has its part in it
-                block.module.get_parameter(name).data = before[name]
-                assert moved(block, outputs) > 100 * SAME, (key, name)
-                block.module.get_parameter(name).data = now[name]
-            restore(block, before)
+                layer.module.get_parameter(name).data = before[name]
+                assert moved(layer, outputs) > 100 * SAME, (key, name)
+                layer.module.get_parameter(name).data = now[name]
+            restore(layer, before)
 
 
 @every_dtype
 def test_a_scale_crosses_from_experts_to_experts(dtype: torch.dtype) -> None:
-    for block in blocks(pico("qwen3_moe"), dtype):
-        outputs = block.outputs(block.inputs)
+    for layer in layers(pico("qwen3_moe"), dtype):
+        outputs = layer.outputs(layer.inputs)
         key = "mlp.experts.gate_up_proj[1]"
-        assert set(block.cross(key, drawn(block, key), dtype)) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
-        assert moved(block, outputs) <= SAME
+        assert set(layer.cross(key, drawn(layer, key), dtype)) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+        assert moved(layer, outputs) <= SAME
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma2", "gpt2", "opt", "phi3"])
 def test_the_readers_get_what_the_norm_is_really_divided_by(family: str) -> None:
     checked = 0
-    for block in blocks(pico(family), torch.bfloat16):
-        offset = block.anatomy.norm_offset
-        for key, consumers in block.anatomy.scale_pairs.items():
-            norm, before, factor = norm_of(block, key), weights(block), drawn(block, key)
+    for layer in layers(pico(family), torch.bfloat16):
+        offset = layer.anatomy.norm_offset
+        for key, consumers in layer.anatomy.scale_pairs.items():
+            norm, before, factor = norm_of(layer, key), weights(layer), drawn(layer, key)
             if norm is None:
                 continue
-            block.cross(key, factor, torch.bfloat16)
-            now = weights(block)
+            layer.cross(key, factor, torch.bfloat16)
+            now = weights(layer)
             assert torch.equal(now[norm], now[norm].bfloat16().float()), "it can't be stored as it is"
             real = (before[norm].double() + offset) / (now[norm].double() + offset)
             assert float((real / factor - 1).abs().max()) > 1e-3, "bfloat16 rounded nothing: this shows nothing"
             for reader in consumers:
-                row = reader if reader in block.anatomy.block else f"{reader}.weight"
-                columns = real[:, None] if reader in block.anatomy.conv1d else real
+                row = reader if reader in layer.anatomy.layer else f"{reader}.weight"
+                columns = real[:, None] if reader in layer.anatomy.conv1d else real
                 torch.testing.assert_close(now[row].double(), before[row].double() * columns, rtol=1e-6, atol=0)
             if f"{key}.bias" in now:
                 torch.testing.assert_close(
                     now[f"{key}.bias"].double(), before[f"{key}.bias"].double() / real, rtol=1e-6, atol=0
                 )
-            restore(block, before)
+            restore(layer, before)
             checked += 1
     assert checked == 4
 
@@ -135,14 +135,14 @@ def test_the_readers_get_what_the_norm_is_really_divided_by(family: str) -> None
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text", "opt"])
 def test_the_widest_factors_cross_too(family: str, dtype: torch.dtype) -> None:
     """Factors are kept within 4096, either way; what is divided by so much must not round to nothing."""
-    for block in blocks(pico(family), dtype):
-        before, outputs = weights(block), block.outputs(block.inputs)
-        for key in block.anatomy.scale_pairs:
-            factor = drawn(block, key)
+    for layer in layers(pico(family), dtype):
+        before, outputs = weights(layer), layer.outputs(layer.inputs)
+        for key in layer.anatomy.scale_pairs:
+            factor = drawn(layer, key)
             factor.flatten()[::3], factor.flatten()[1::3] = 4096.0, 1 / 4096
-            block.cross(key, factor, dtype)
-            assert moved(block, outputs) <= SAME, key
-            restore(block, before)
+            layer.cross(key, factor, dtype)
+            assert moved(layer, outputs) <= SAME, key
+            restore(layer, before)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
@@ -150,50 +150,50 @@ def test_a_channel_that_a_norm_shuts_off_stays_shut_off(family: str) -> None:
     model = pico(family)
     anatomy = anatomy_of(model.config)
     key = next(iter(anatomy.scale_pairs))
-    for layer in model.get_submodule(anatomy.layers).children():
-        layer.get_parameter(f"{key}.weight").data[5:9] = -anatomy.norm_offset
-    for block in blocks(model):
-        outputs = block.outputs(block.inputs)
-        block.cross(key, drawn(block, key), torch.bfloat16)
-        assert not (block.module.get_parameter(f"{key}.weight").data[5:9] + anatomy.norm_offset).any()
-        assert moved(block, outputs) <= SAME
+    for module in model.get_submodule(anatomy.layers).children():
+        module.get_parameter(f"{key}.weight").data[5:9] = -anatomy.norm_offset
+    for layer in layers(model):
+        outputs = layer.outputs(layer.inputs)
+        layer.cross(key, drawn(layer, key), torch.bfloat16)
+        assert not (layer.module.get_parameter(f"{key}.weight").data[5:9] + anatomy.norm_offset).any()
+        assert moved(layer, outputs) <= SAME
 
 
 def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
     model = pico("qwen2")
     windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
-    plain = [block.targets for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)]
-    for block in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True):
-        for key in block.anatomy.scale_pairs:
-            block.cross(key, drawn(block, key), torch.float32)
-        block.set_weight("mlp.down_proj", 0.5 * block.weight("mlp.down_proj"))
-        for now, then in zip(block.targets, plain[block.index], strict=True):
+    plain = [layer.targets for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)]
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True):
+        for key in layer.anatomy.scale_pairs:
+            layer.cross(key, drawn(layer, key), torch.float32)
+        layer.set_weight("mlp.down_proj", 0.5 * layer.weight("mlp.down_proj"))
+        for now, then in zip(layer.targets, plain[layer.index], strict=True):
             assert float((now - then).abs().max() / then.abs().max()) <= 2 * SAME
 
 
-def rounded_error(block: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]) -> float:
-    """What the nearest codes of the readers and the rounding of their inputs cost in the block's output, in plain hooks."""
+def rounded_error(layer: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]) -> float:
+    """What the nearest codes of the readers and the rounding of their inputs cost in the layer's output, in plain hooks."""
 
     def read(module: nn.Module, args: tuple[Tensor, ...], *, bits: int | None) -> tuple[Tensor, ...]:
         return args if bits is None else (round_tokens(args[0], bits), *args[1:])
 
     bits = None if coding.input_largest is None else 4 if coding.input_largest == 7 else 8
-    before, hooks = weights(block), []
+    before, hooks = weights(layer), []
     for reader in consumers:
-        block.set_weight(reader, registry.dequantize(coding.nearest(block.weight(reader))))
-        hooks.append(block.module.get_submodule(reader).register_forward_pre_hook(partial(read, bits=bits)))
-    outs = block.outputs(block.inputs[: len(aims)])
+        layer.set_weight(reader, registry.dequantize(coding.nearest(layer.weight(reader))))
+        hooks.append(layer.module.get_submodule(reader).register_forward_pre_hook(partial(read, bits=bits)))
+    outs = layer.outputs(layer.inputs[: len(aims)])
     for hook in hooks:
         hook.remove()
-    restore(block, before)
+    restore(layer, before)
     return sum(float(((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()) for out, aim in zip(outs, aims, strict=True))
 
 
 SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
     (IntegerScheme(IntegerLayout("w8a8")), "smoothquant", torch.float32),
     (Int8Scheme(0.0), "smoothquant", torch.bfloat16),
-    (IntegerScheme(IntegerLayout("w4a8", block=32)), "smoothquant", torch.float16),
-    (IntegerScheme(IntegerLayout("w4a4", block=64)), "awq", torch.float32),
+    (IntegerScheme(IntegerLayout("w4a8", group_size=32)), "smoothquant", torch.float16),
+    (IntegerScheme(IntegerLayout("w4a4", group_size=64)), "awq", torch.float32),
     (FourBitScheme("nf4", 64, False, torch.bfloat16), "awq", torch.bfloat16),
     (IntegerScheme(IntegerLayout("w8a8", "none")), "awq", torch.bfloat16),
 ]
@@ -204,22 +204,22 @@ SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
 def test_the_search_never_ends_worse_than_no_smoothing(
     family: str, coding: QuantScheme, method: Any, dtype: torch.dtype
 ) -> None:
-    for block in blocks(pico(family, num_hidden_layers=1, **one_layer(family)), dtype):
-        before, outputs = weights(block), block.outputs(block.inputs)
-        found = Smooth(method=method).search(block, dict.fromkeys(block.anatomy.linears, coding), lambda name: dtype)
-        after = weights(block)
-        assert moved(block, outputs) <= SAME, "the search changed what the block computes"
-        assert not block.rounds, "a rounding of the search was left behind"
+    for layer in layers(pico(family, num_hidden_layers=1, **one_layer(family)), dtype):
+        before, outputs = weights(layer), layer.outputs(layer.inputs)
+        found = Smooth(method=method).search(layer, dict.fromkeys(layer.anatomy.linears, coding), lambda name: dtype)
+        after = weights(layer)
+        assert moved(layer, outputs) <= SAME, "the search changed what the layer computes"
+        assert not layer.rounds, "a rounding of the search was left behind"
         assert set(found) == {
-            key for key, consumers in block.anatomy.scale_pairs.items() if set(consumers) & set(block.anatomy.linears)
+            key for key, consumers in layer.anatomy.scale_pairs.items() if set(consumers) & set(layer.anatomy.linears)
         }
-        restore(block, before)
+        restore(layer, before)
         for key, factor in found.items():
-            consumers = [reader for reader in block.anatomy.scale_pairs[key] if reader in block.anatomy.linears]
-            plain = rounded_error(block, consumers, coding, outputs[:2])
-            block.cross(key, factor, dtype)
-            assert rounded_error(block, consumers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
-        assert all(torch.equal(data, after[name]) for name, data in weights(block).items()), (
+            consumers = [reader for reader in layer.anatomy.scale_pairs[key] if reader in layer.anatomy.linears]
+            plain = rounded_error(layer, consumers, coding, outputs[:2])
+            layer.cross(key, factor, dtype)
+            assert rounded_error(layer, consumers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
+        assert all(torch.equal(data, after[name]) for name, data in weights(layer).items()), (
             "it says other factors than its own"
         )
 
@@ -232,19 +232,19 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
     """Largest input and weight of a unit over all columns that read it, four query heads for each value channel."""
     coding: QuantScheme = IntegerScheme(IntegerLayout("w8a8"))
     linears = ["self_attn.o_proj", "mlp.down_proj"]
-    for block in blocks(pico("llama")):
+    for layer in layers(pico("llama")):
         read: dict[str, list[Tensor]] = {linear: [] for linear in linears}
-        for inputs, _ in block.reads(*block.anatomy.consumers):
+        for inputs, _ in layer.reads(*layer.anatomy.consumers):
             for linear in linears:
                 read[linear].append(inputs[linear].flatten(0, -2).double())
-        before = weights(block)
+        before = weights(layer)
         for method, alpha in (("smoothquant", 0.5), ("smoothquant", 0.8), ("awq", 0.4)):
             smooth = Smooth.model_validate({"method": method, "alpha": alpha})
-            found = smooth.search(block, dict.fromkeys(linears, coding), lambda name: torch.float32)
-            restore(block, before)
+            found = smooth.search(layer, dict.fromkeys(linears, coding), lambda name: torch.float32)
+            restore(layer, before)
             assert list(found) == ["self_attn.v_proj", "mlp.up_proj"]
             for key, linear in zip(found, linears, strict=True):
-                X_TC, W_RC = torch.cat(read[linear]), block.weight(linear).double()
+                X_TC, W_RC = torch.cat(read[linear]), layer.weight(linear).double()
                 units = (2, 4, 16) if key == "self_attn.v_proj" else (320, 1)
                 top, weight_top, size = (
                     x.reshape(units).amax(1) for x in (X_TC.abs().amax(0), W_RC.abs().amax(0), X_TC.square().mean(0).sqrt())
@@ -255,8 +255,8 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
 
 
 def test_only_what_is_rounded_is_smoothed() -> None:
-    for block in blocks(pico("llama")):
-        found = Smooth().search(block, {"mlp.gate_proj": IntegerScheme(IntegerLayout("w8a8"))}, lambda name: torch.float32)
+    for layer in layers(pico("llama")):
+        found = Smooth().search(layer, {"mlp.gate_proj": IntegerScheme(IntegerLayout("w8a8"))}, lambda name: torch.float32)
         assert list(found) == ["post_attention_layernorm"]
 
 
@@ -268,16 +268,16 @@ def plant(model: PreTrainedModel) -> PreTrainedModel:
     sizes, generator = anatomy.axis_sizes(model.config), torch.Generator().manual_seed(4)
     for layer in model.get_submodule(anatomy.layers).children():
         for key, consumers in anatomy.scale_pairs.items():
-            if anatomy.block.get(f"{key}.weight") != "hidden":
+            if anatomy.layer.get(f"{key}.weight") != "hidden":
                 continue
             factor = torch.ones(sizes["hidden"])
             factor[torch.randperm(len(factor), generator=generator)[:3]] = torch.rand(3, generator=generator) * 50 + 50
             gain = layer.get_parameter(f"{key}.weight").data
             gain.copy_((gain + anatomy.norm_offset) * factor - anatomy.norm_offset)
-            if f"{key}.bias" in anatomy.block:
+            if f"{key}.bias" in anatomy.layer:
                 layer.get_parameter(f"{key}.bias").data.mul_(factor)
             for reader in consumers:
-                columns, row = layer.get_parameter(f"{reader}.weight").data, anatomy.block[f"{reader}.weight"]
+                columns, row = layer.get_parameter(f"{reader}.weight").data, anatomy.layer[f"{reader}.weight"]
                 columns.copy_(scale(columns, row, sizes, ("hidden",), 1 / factor))
     return model
 

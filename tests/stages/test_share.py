@@ -54,7 +54,7 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 4) ->
 
 
 def linears(family: str, *parts: str, **config: Any) -> list[str]:
-    """The linears of a block that run along the axis of a part, by name."""
+    """The linears of a layer that run along the axis of a part, by name."""
     model = pico(family, **config)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     of = {"attention": "attn", "ffn": "mlp"} if family != "gpt_neox" else {"attention": "attention.", "ffn": "mlp"}
@@ -171,7 +171,7 @@ def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     for name, settings in {"bare": {"steps": 0}, "fit": {"steps": 60}, "rank": {"steps": 0, "residual_rank": 32}}.items():
         report = run_recipe(recipe(text, base, share(**settings), samples=16), tmp_path / name)
         lost[name] = report.fidelity.kl_nats_mean or 0.0
-        nats = [block["nats"] for block in details(report)["blocks"]]
+        nats = [layer["nats"] for layer in details(report)["layers"]]
         lost[f"{name}, said"] = sum(nats)
     assert lost["fit"] < lost["bare"] and lost["fit, said"] < lost["bare, said"]
     assert lost["rank"] < lost["bare"] and lost["rank, said"] < lost["bare, said"]
@@ -379,7 +379,7 @@ def test_what_is_shared_already_is_refused(text: Path, tmp_path: Path) -> None:
 # What may follow.
 
 QUANTIZED = [
-    ("llama", {"format": "nf4", "block": 32}),
+    ("llama", {"format": "nf4", "group_size": 32}),
     ("gpt2", {"format": "nf4", "rounding": "nearest", "double_quant": True}),
     ("opt", {"format": "w8a8"}),
     ("gpt2", {"format": "w4a8"}),
@@ -490,7 +490,10 @@ LESSON = {"steps": 8, "batch": 4, "learning_rate": 1e-3}
         ("llama", [share(residual_rank=2), {"distill": LESSON}]),
         ("gpt2", [share(parts=["attention", "ffn"]), {"distill": {**LESSON, "train": "norms"}}]),
         ("gpt2", [share(), {"distill": {**LESSON, "steps": 3}}, {"quantize": {"format": "w8a8", "rounding": "nearest"}}]),
-        ("llama", [share(), {"quantize": {"block": 32, "rounding": "nearest"}}, {"distill": {**LESSON, "train": "scales"}}]),
+        (
+            "llama",
+            [share(), {"quantize": {"group_size": 32, "rounding": "nearest"}}, {"distill": {**LESSON, "train": "scales"}}],
+        ),
     ],
     ids=["rank", "norms", "then w8a8", "nf4 scales"],
 )
@@ -576,7 +579,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
         ["attention", "ffn"],
     )
     assert "14 linears share 7 weights; operations per token are unchanged" in facts["notes"][0]
-    assert all(block["nats"] >= 0 for block in facts["blocks"]) and len(facts["blocks"]) == 2
+    assert all(layer["nats"] >= 0 for layer in facts["layers"]) and len(facts["layers"]) == 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "import llmcompress" in card, "without it from_pretrained raises, and the card does not say so"
     install = card.split("```")[1]
@@ -584,7 +587,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 
 
 def test_what_is_measured_block_by_block_is_what_the_loss_says(text: Path, tmp_path: Path) -> None:
-    """The weights of the file, read block by block, give the logits that the model of both layers' weights gives."""
+    """The weights of the file, read layer by layer, give the logits that the model of both layers' weights gives."""
     base, out = save_base(tmp_path / "base", "opt"), tmp_path / "out"
     run_recipe(recipe(text, base, share(residual_rank=2)), out)
     tensors = weights_of(out)

@@ -129,13 +129,13 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     stage = Sparsify.model_validate({"pattern": "2:4"})
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     layouts = {linear: SparseLayout("2:4", "float32") for linear in resident.anatomy.linears}
-    for block in walk(resident, windows, reference=True):
-        before = {linear: block.weight(linear) for linear in layouts}
-        tensors, facts = Rewriting("sparsify", "", stage._solve)._block(block, layouts, lambda name: torch.float32)
-        seen: dict[str, Moments] = block.moments()
+    for layer in walk(resident, windows, reference=True):
+        before = {linear: layer.weight(linear) for linear in layouts}
+        tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(layer, layouts, lambda name: torch.float32)
+        seen: dict[str, Moments] = layer.moments()
         for entry in facts["linears"]:
-            linear = entry["name"].removeprefix(f"{block.name}.")
-            W_RC, S_RC, H_CC = before[linear], block.weight(linear), seen[linear].H_CC
+            linear = entry["name"].removeprefix(f"{layer.name}.")
+            W_RC, S_RC, H_CC = before[linear], layer.weight(linear), seen[linear].H_CC
             lost, whole = ((x @ H_CC * x).sum() for x in (S_RC - W_RC, W_RC))
             assert entry["relative_error"] == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
             parts = {part: tensors[f"{entry['name']}.{part}"] for part in ("weight", "weight_mask")}
@@ -209,8 +209,8 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(family: str, text: 
     for lost in (("00001",), ("00000",), ("00000", "00001")):
         out = tmp_path / f"without-{'-'.join(lost)}"
         shutil.copytree(partial_folder(tmp_path / "again"), partial_folder(out))
-        for block in lost:
-            (partial_folder(out) / "journal" / f"sparsify.{block}.safetensors").unlink()
+        for layer in lost:
+            (partial_folder(out) / "journal" / f"sparsify.{layer}.safetensors").unlink()
         report = run_recipe(wanted, out)
         assert any("interrupted" in note for note in report.stages[0].notes) == (len(lost) < 2)
         for file in ("model.safetensors", "config.json"):

@@ -98,7 +98,7 @@ def test_what_is_left_is_a_plain_tied_model_that_computes_what_was_measured(
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert distance(live(model), measured(out)) < 1e-5
     inside = f"{source.anatomy.layers}."
-    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(inside)), "a block was touched"
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(inside)), "a layer was touched"
     V, D = cast(Tensor, model.get_input_embeddings().weight).shape
     saved = sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values())
     assert saved == 4 * V * D

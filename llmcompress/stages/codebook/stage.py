@@ -62,7 +62,7 @@ class Codebook(BaseModel):
         return self.choose(model)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         facts = Rewriting(STAGE, f"tie (codebook of {self.codebook})", _solve).done(model, context, chosen, kept)
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details

@@ -64,7 +64,7 @@ class DistillConfig(BaseModel):
         default=0.0, description="share of the windows of which the student writes the second half itself"
     )
     train: Train = Field(
-        default="all", description="which weights learn; scales: of 4-bit blocks, after quantize; lora: merged when it is over"
+        default="all", description="which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over"
     )
     rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="of lora")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps until the highest rate")

@@ -2,7 +2,7 @@
 
 Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and norms are rounded
 in every step to what will be stored, so that what is measured is what is written; parts of products learn in float32, as plain
-matrices do, and are rounded once at the end. R rows (out), C columns (in), G blocks of a row or codebooks, L levels.
+matrices do, and are rounded once at the end. R rows (out), C columns (in), G layers of a row or codebooks, L levels.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class WeightParametrization(nn.Module):
 
 
 class ScaledCodes(WeightParametrization):
-    """Levels of 4 bits that stay: each block's are multiplied by a scale, a factor [R, G] times what it was."""
+    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it was."""
 
     codes = True
     parts = ("weight_absmax",)
@@ -59,7 +59,7 @@ class ScaledCodes(WeightParametrization):
     def __init__(self, packed: bitsandbytes_layout.Packed, transposed: bool) -> None:
         super().__init__(transposed)
         R, G = packed.absmax_RG.shape
-        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(R, G, packed.block)
+        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(R, G, packed.group_size)
         self.register_buffer("levels_RGB", levels, persistent=False)
         self.register_buffer("absmax_RG", packed.absmax_RG, persistent=False)
         self.packed = packed

@@ -39,7 +39,7 @@ class Distill(DistillConfig):
     name: ClassVar[str] = STAGE
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Train, unless the journal holds the result; leave the weights that learned there, block by block."""
+        """Train, unless the journal holds the result; leave the weights that learned there, layer by layer."""
         journal = context.journal
         entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]
         if not all(journal.has(*entry) for entry in entries):
@@ -198,7 +198,7 @@ def _state(trainer: DistillTrainer, student: Student) -> Mapping[str, Tensor]:
 
 
 def _leave(model: LayerwiseModel, context: Context, learned: Mapping[str, Tensor]) -> None:
-    """Have the journal hold what has learned: a block an entry, and what lies outside them."""
+    """Have the journal hold what has learned: a layer an entry, and what lies outside them."""
     for index in range(len(model.layers)):
         prefix = f"{model.layer_name(index)}."
         inside = {name: tensor for name, tensor in learned.items() if name.startswith(prefix)}

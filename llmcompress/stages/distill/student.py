@@ -1,7 +1,7 @@
 """The student of a distillation: a model whole in memory, which of its weights learn, and what they are once they have.
 
 `all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged when training is
-over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each block learns as a factor of what it
+over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each layer learns as a factor of what it
 was, the levels of a codebook as they are, and so do norms and biases; `all` is that and the weights that were kept. Scales that
 are stored in 8 bits, levels, and norms in half precision are rounded in every step as they will be stored. What layers share is
 one parameter for them all. How weights are made of parameters is told in `making`.
@@ -34,20 +34,20 @@ from llmcompress.stages.distill.parametrizations import (
 Train = Literal["all", "norms", "scales", "lora"]
 
 
-def whole(resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda block: None) -> PreTrainedModel:
+def whole(resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None) -> PreTrainedModel:
     """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see.
 
-    `ready` is given each block before the next one is read.
+    `ready` is given each layer before the next one is read.
     """
     model = copy.deepcopy(resident.model)
     for index in range(len(resident.layers)):
-        with resident.block(index) as module:
-            block = model.get_submodule(resident.layer_name(index))
+        with resident.layer(index) as module:
+            layer = model.get_submodule(resident.layer_name(index))
             for name, parameter in module.named_parameters():
                 owner, _, leaf = name.rpartition(".")
                 value = nn.Parameter(parameter.data.clone(), requires_grad=False)
-                block.get_submodule(owner)._parameters[leaf] = value
-        ready(block)
+                layer.get_submodule(owner)._parameters[leaf] = value
+        ready(layer)
     model.tie_weights()
     return model
 
@@ -85,8 +85,7 @@ class Student:
                 self._round()
         if train == "scales" and not any(making.codes for making in self.makings.values()):
             raise ModelError(
-                "train: scales is for scales of nf4 and fp4 blocks and levels of codebooks, and here are none; use all, norms "
-                "or lora"
+                "train: scales is for scales of nf4 and fp4 and levels of codebooks, and here are none; use all, norms or lora"
             )
         self.learning = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.learning:

@@ -83,16 +83,16 @@ class LiveTeacher:
 
 
 def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
-    """A teacher whole in memory; the linears of its blocks in `format`, if given, where the kernels take them."""
+    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take them."""
 
-    def quantized(block: nn.Module) -> None:
-        for name, module in list(block.named_modules()):
+    def quantized(layer: nn.Module) -> None:
+        for name, module in list(layer.named_modules()):
             if format and type(module) is nn.Linear and bitsandbytes_layout.refusal(module.weight.shape, "nf4", 64) is None:
                 packed = bitsandbytes_layout.quantize_nearest(
                     module.weight.data.to(torch.bfloat16), "nf4", 64, double_quant=False
                 )
                 bias = None if module.bias is None else module.bias.data.to(torch.bfloat16)
-                block.set_submodule(name, bitsandbytes_layout.linear(packed, bias, device=resident.device))
+                layer.set_submodule(name, bitsandbytes_layout.linear(packed, bias, device=resident.device))
 
     model = whole(resident, quantized)
     if format and not any(isinstance(module, bitsandbytes_layout.Linear4bit) for module in model.modules()):

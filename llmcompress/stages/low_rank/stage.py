@@ -1,7 +1,7 @@
 """Write linears as products of low rank, whose second factor, the basis of what they read, layers have in common.
 
 The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model gives them. The
-coefficients, each layer's own, are then solved for block after block, on the inputs as they have become and against the full
+coefficients, each layer's own, are then solved for layer after layer, on the inputs as they have become and against the full
 model. With one layer a group there is nothing shared: it is plain low-rank compression, whose basis too is that of the inputs
 as they have become. A product of low rank has fewer operations as well as fewer bytes.
 """
@@ -106,7 +106,7 @@ class LowRank(BaseModel):
         return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         (chosen, kept), groups = self.choose(model), self.groups(model)
         if self.basis > 1:
             self._find(model, context, groups, chosen)
@@ -117,13 +117,13 @@ class LowRank(BaseModel):
             return context.journal.load(FOUND, number)[0]
 
         def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
-            block = next(block for block in number_of if name.startswith(f"{block}."))
+            layer = next(layer for layer in number_of if name.startswith(f"{layer}."))
             W_RC = retarget(W_RC.float(), moments)
             if self.basis > 1:
-                basis_KC = found(number_of[block])[name.removeprefix(f"{block}.")].to(W_RC)
+                basis_KC = found(number_of[layer])[name.removeprefix(f"{layer}.")].to(W_RC)
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
-            first, linear = groups[number_of[block]][0], name.removeprefix(f"{block}.")
+            first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
             dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")  # one for the group, as the basis is
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
@@ -147,13 +147,13 @@ class LowRank(BaseModel):
         number_of = {index: number for number, group in enumerate(groups) for index in group}
         weights: dict[str, list[Tensor]] = {}
         moments: dict[str, list[Tensor]] = {}
-        for block in context.track(walk(model, context.data.calibration), "tie (find bases)", len(model.layers)):
-            layouts, read = block.own(chosen), block.moments()
+        for layer in context.track(walk(model, context.data.calibration), "tie (find bases)", len(model.layers)):
+            layouts, read = layer.own(chosen), layer.moments()
             for linear in layouts:
-                weights.setdefault(linear, []).append(block.weight(linear))
+                weights.setdefault(linear, []).append(layer.weight(linear))
                 moments.setdefault(linear, []).append(read[linear].H_CC)
-            number = number_of[block.index]
-            if block.index == groups[number][-1]:
+            number = number_of[layer.index]
+            if layer.index == groups[number][-1]:
                 bases = {name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu() for name in layouts}
                 journal.save(FOUND, number, bases, {})
                 weights, moments = {}, {}

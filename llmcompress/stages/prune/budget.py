@@ -27,7 +27,7 @@ class Budget(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="units that stay (in each block), or layers: a share, or how many"
+        default=None, description="units that stay (in each layer), or layers: a share, or how many"
     )
     parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = Field(
         default=None, description="parameters of the model that stay: a share of those it has now, or how many"
@@ -87,7 +87,7 @@ class Budget(BaseModel):
         return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
 
     def uniform(self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
-        """Units of an axis that stay in blocks that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
+        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
         allowed = self.allowed(model)

@@ -1,4 +1,4 @@
-"""Experts of a mixture: how much each says to the tokens that are routed to it, and the block without those that say least."""
+"""Experts of a mixture: how much each says to the tokens that are routed to it, and the layer without those that say least."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ def require_enough(model: LayerwiseModel, count: int) -> None:
 
 
 @torch.no_grad()
-def worth(block: DecoderLayer) -> Tensor:
+def worth(layer: DecoderLayer) -> Tensor:
     """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the length of its answer.
 
     Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and not over those
     routed to the expert, so one that is rarely asked is worth little.
     """
-    place = block.anatomy.experts[0].rpartition(".")[0]
-    experts = block.module.get_submodule(place)
-    worth_E, tokens, seen = torch.zeros(block.sizes[AXIS], device=block.device), 0, list[tuple[Tensor, ...]]()
+    place = layer.anatomy.experts[0].rpartition(".")[0]
+    experts = layer.module.get_submodule(place)
+    worth_E, tokens, seen = torch.zeros(layer.sizes[AXIS], device=layer.device), 0, list[tuple[Tensor, ...]]()
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-    for hidden in block.inputs:
+    for hidden in layer.inputs:
         seen.clear()
-        block.run(hidden)
+        layer.run(hidden)
         x_TD, expert_TK, weight_TK = seen[0]
         tokens += len(x_TD)
         for expert in expert_TK.unique().tolist():
@@ -47,13 +47,13 @@ def worth(block: DecoderLayer) -> Tensor:
     return worth_E / max(tokens, 1)
 
 
-def cut(block: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` experts stay, by name in the block, and the share of the worth that goes."""
-    worth_E = worth(block)
+def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
+    """The parameters that change where `count` experts stay, by name in the layer, and the share of the worth that goes."""
+    worth_E = worth(layer)
     kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values
     tensors = {
-        name: take(block.module.get_parameter(name).data, row, block.sizes, AXIS, kept)
-        for name, row in block.anatomy.block.items()
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, AXIS, kept)
+        for name, row in layer.anatomy.layer.items()
         if AXIS in Spelling.parse(row).axes
     }
     return tensors, 1 - float(worth_E[kept].sum() / worth_E.sum().clamp_min(1e-30))

@@ -46,8 +46,8 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
         return
     layers, D = len(model.layers), model.sizes[AXIS]
     moments = Moments(D, model.device)
-    for block in context.track(walk(model, context.data.calibration, through=True), f"prune (hidden, {score})", layers + 1):
-        for hidden in block.inputs:
+    for layer in context.track(walk(model, context.data.calibration, through=True), f"prune (hidden, {score})", layers + 1):
+        for hidden in layer.inputs:
             x_TD = hidden.flatten(0, -2).to(model.device)
             moments.add(x_TD / x_TD.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
     if score == "pca":
@@ -58,61 +58,61 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
 
 
 def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool) -> list[dict[str, Any]]:
-    """Cut every block that the journal does not hold yet, and what lies outside them; what that cost, by block."""
+    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by layer."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
     order = journal.load(DIRECTIONS, 0)[0]["directions"]
     kept = torch.arange(count) if score == "pca" else order[:count].sort().values
     if score == "pca":
         model.turn(Rotation(model.anatomy, model.config, context.seed, r1=order, r2=False))
     if not (all(journal.has(STAGE, index) for index in range(layers)) and journal.has(OUTER, 0)):
-        blocks = walk(model, context.data.calibration, reference=True, through=True)
-        for block in context.track(blocks, f"prune (hidden, {score})", layers + 1):
-            if block.index == 0:
-                block.inputs = [hidden[..., kept] for hidden in block.inputs]
-            if block.index == layers:
-                journal.save(OUTER, 0, _outer(model, outline, block, kept, mend), {})
+        visited = walk(model, context.data.calibration, reference=True, through=True)
+        for layer in context.track(visited, f"prune (hidden, {score})", layers + 1):
+            if layer.index == 0:
+                layer.inputs = [hidden[..., kept] for hidden in layer.inputs]
+            if layer.index == layers:
+                journal.save(OUTER, 0, _outer(model, outline, layer, kept, mend), {})
                 continue
-            if not journal.has(STAGE, block.index):
-                lost = _block(block, copy.deepcopy(outline.layers[block.index]), kept, mend)
-                changed = {name: block.module.get_parameter(name).data for name in block.anatomy.block}
-                named = model.as_stored(changed, f"{block.name}.")
-                facts = {"name": block.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
-                journal.save(STAGE, block.index, named, facts)
-            tensors = journal.load(STAGE, block.index)[0]  # what goes on is what is written
-            inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
-            block.become(copy.deepcopy(outline.layers[block.index]), inner)
+            if not journal.has(STAGE, layer.index):
+                lost = _layer(layer, copy.deepcopy(outline.layers[layer.index]), kept, mend)
+                changed = {name: layer.module.get_parameter(name).data for name in layer.anatomy.layer}
+                named = model.as_stored(changed, f"{layer.name}.")
+                facts = {"name": layer.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
+                journal.save(STAGE, layer.index, named, facts)
+            tensors = journal.load(STAGE, layer.index)[0]  # what goes on is what is written
+            inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
+            layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
     return [journal.load(STAGE, index)[1] for index in range(layers)]
 
 
-def _block(block: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
-    """Make a block narrow, and solve its linears anew; the relative error of the states that leave it."""
-    anatomy, whole = block.anatomy, {linear: block.weight(linear) for linear in block.anatomy.linears}
-    tensors = _narrow({name: block.module.get_parameter(name).data for name in anatomy.block}, anatomy.block, block.sizes, kept)
-    block.become(narrow, _with_gains(tensors, anatomy.block, _share(block)))
+def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
+    """Make a layer narrow, and solve its linears anew; the relative error of the states that leave it."""
+    anatomy, whole = layer.anatomy, {linear: layer.weight(linear) for linear in layer.anatomy.linears}
+    tensors = _narrow({name: layer.module.get_parameter(name).data for name in anatomy.layer}, anatomy.layer, layer.sizes, kept)
+    layer.become(narrow, _with_gains(tensors, anatomy.layer, _share(layer)))
     for group in anatomy.consumers if mend else ():
-        moments = block.moments(group)[group[0]]
+        moments = layer.moments(group)[group[0]]
         reads = AXIS in Spelling((anatomy.input_of(group[0]),)).axes
         for linear in group:
-            W_RC = block.weight(linear)
-            block.set_weight(linear, translate(whole[linear], W_RC, moments) if reads else retarget(W_RC, moments))
-    aims = [target[..., kept] for target in block.targets[:SAMPLE]]
-    errors = [(out - aim).pow(2).sum() for out, aim in zip(block.outputs(block.inputs[:SAMPLE]), aims, strict=True)]
+            W_RC = layer.weight(linear)
+            layer.set_weight(linear, translate(whole[linear], W_RC, moments) if reads else retarget(W_RC, moments))
+    aims = [target[..., kept] for target in layer.targets[:SAMPLE]]
+    errors = [(out - aim).pow(2).sum() for out, aim in zip(layer.outputs(layer.inputs[:SAMPLE]), aims, strict=True)]
     return float(torch.stack(errors).sum() / torch.stack([aim.pow(2).sum() for aim in aims]).sum())
 
 
 @torch.no_grad()
-def _outer(model: LayerwiseModel, outline: MetaModel, block: DecoderLayer, kept: Tensor, mend: bool) -> dict[str, Tensor]:
-    """What lies outside the blocks, narrow; `block` is the one after the last."""
+def _outer(model: LayerwiseModel, outline: MetaModel, layer: DecoderLayer, kept: Tensor, mend: bool) -> dict[str, Tensor]:
+    """What lies outside the layers, narrow; `layer` is the one after the last."""
     anatomy, tied = model.anatomy, model.config.tie_word_embeddings
     rows = {name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")}
     tensors = {name: model.model.get_parameter(name).data for name in rows}
-    tensors = _with_gains(_narrow(tensors, rows, model.sizes, kept), rows, _share(block))
+    tensors = _with_gains(_narrow(tensors, rows, model.sizes, kept), rows, _share(layer))
     if mend and not tied and anatomy.norm:
         whole, narrow = model.model.get_submodule(anatomy.norm), copy.deepcopy(outline.model.get_submodule(anatomy.norm))
         for name in dict(narrow.named_parameters()):
             narrow._parameters[name] = nn.Parameter(tensors[f"{anatomy.norm}.{name}"], requires_grad=False)
         moments = Moments(len(kept), model.device, model.sizes[AXIS])
-        for hidden, full in zip(block.inputs, block.reference, strict=True):
+        for hidden, full in zip(layer.inputs, layer.reference, strict=True):
             moments.add(narrow(hidden.to(model.device)), whole(full.to(model.device)))
         head = f"{anatomy.head}.weight"
         tensors[head] = translate(model.model.get_parameter(head).data, tensors[head], moments)
@@ -131,8 +131,8 @@ def _with_gains(tensors: dict[str, Tensor], rows: Mapping[str, str], share: floa
     return {name: tensor * share if name in gains else tensor for name, tensor in tensors.items()}
 
 
-def _share(block: DecoderLayer) -> float:
+def _share(layer: DecoderLayer) -> float:
     """The root mean square of the narrow states over that of the whole ones, in the mean."""
-    pairs = zip(block.inputs, block.reference, strict=True)
+    pairs = zip(layer.inputs, layer.reference, strict=True)
     ratios = [(x.pow(2).mean(-1) / full.pow(2).mean(-1).clamp_min(1e-30)).sqrt().flatten() for x, full in pairs]
     return float(torch.cat(ratios).mean())

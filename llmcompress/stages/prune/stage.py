@@ -1,9 +1,9 @@
 """Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what else there is.
 
-Each block is cut with the inputs that the cut blocks before it give; `units` says which units go. The linear that reads the
+Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear that reads the
 axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of the
-model as it was. Where all blocks keep the same number of units, the result is a plain checkpoint that transformers loads by
-itself; where `allocation` gives each block a width of its own, it loads once llmcompress is imported. A block that the journal
+model as it was. Where all layers keep the same number of units, the result is a plain checkpoint that transformers loads by
+itself; where `allocation` gives each layer a width of its own, it loads once llmcompress is imported. A layer that the journal
 holds is not cut again. `experts`, `hidden` and `depth` know what is special about experts, the hidden state and layers.
 """
 
@@ -31,8 +31,8 @@ from llmcompress.stages.prune.allocation import Widths
 from llmcompress.stages.prune.budget import NEAR, Budget
 
 STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
-KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit blocks after it need that
-INNER = ("kv", "q", "ffn")  # axes that a linear of the block reads, in order of computation
+KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
 Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
 SCORES = {  # of an axis, the default first
     **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
@@ -45,7 +45,7 @@ SCORES = {  # of an axis, the default first
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of a model: the units of each axis in each block, or all layers but some."""
+    """What is left of a model: the units of each axis in each layer, or all layers but some."""
 
     widths: Widths = field(default_factory=dict)
     gone: tuple[int, ...] = ()
@@ -61,7 +61,7 @@ class Prune(Budget):
         "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of ffn with kv or q"
     )
     allocation: Literal["uniform", "sensitivity"] | None = Field(
-        default=None, description="as many units in every block, or where they lose least; default uniform with keep, else not"
+        default=None, description="as many units in every layer, or where they lose least; default uniform with keep, else not"
     )
     score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = Field(
         default=None,
@@ -107,13 +107,13 @@ class Prune(Budget):
 
     @property
     def sensitive(self) -> bool:
-        """Whether each block gets a width of its own."""
+        """Whether each layer gets a width of its own."""
         return set(INNER).issuperset(self.axes) and (
             (self.allocation or ("uniform" if self.keep else "sensitivity")) == "sensitivity"
         )
 
     def sizes(self, model: LayerwiseModel) -> Widths:
-        """How many units there are in each block. Errors: ModelError where an axis can't be cut."""
+        """How many units there are in each layer. Errors: ModelError where an axis can't be cut."""
         if self.of_parts:
             return sublayer_dropping.sizes(model)
         for axis in self.axes:
@@ -127,7 +127,7 @@ class Prune(Budget):
         return found
 
     def cut(self, model: LayerwiseModel, journal: Journal | None = None) -> Cut:
-        """What the stage leaves; without the journal of what it has found, as if blocks were alike and the last layers went.
+        """What the stage leaves; without the journal of what it has found, as if layers were alike and the last layers went.
 
         Raises ModelError where the axis can't be cut, or not so far.
         """
@@ -149,7 +149,7 @@ class Prune(Budget):
         return resized(model.config, model.anatomy, cut.widths)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Cut every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Cut every layer that the journal does not hold yet; leave its tensors and facts there."""
         if self.of_layers:
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
@@ -170,38 +170,38 @@ class Prune(Budget):
             hidden_size.find_directions(model, context, self.worth)
             facts = hidden_size.cut(model, context, outline, self.worth, self.repair)
         else:
-            facts = self._blocks(model, context, outline, cut)
-        return Facts(STAGE, blocks=facts, notes=notes, details=details)
+            facts = self._layers(model, context, outline, cut)
+        return Facts(STAGE, layers=facts, notes=notes, details=details)
 
-    def _blocks(self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut) -> list[dict[str, Any]]:
-        """Cut block after block; what that cost."""
+    def _layers(self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut) -> list[dict[str, Any]]:
+        """Cut layer after layer; what that cost."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(STAGE, index) for index in range(layers)):
-            blocks = walk(model, context.data.calibration, reference=True)
-            for block in context.track(blocks, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
-                if not journal.has(STAGE, block.index):
-                    self._block(block, model, context, {axis: counts[block.index] for axis, counts in cut.widths.items()})
-                tensors = journal.load(STAGE, block.index)[0]
-                inner = {name.removeprefix(f"{block.name}."): tensor for name, tensor in tensors.items()}
-                block.become(copy.deepcopy(outline.layers[block.index]), inner)
+            visited = walk(model, context.data.calibration, reference=True)
+            for layer in context.track(visited, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
+                if not journal.has(STAGE, layer.index):
+                    self._layer(layer, model, context, {axis: counts[layer.index] for axis, counts in cut.widths.items()})
+                tensors = journal.load(STAGE, layer.index)[0]
+                inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
+                layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
         return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
 
-    def _block(self, block: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]) -> None:
-        """Cut a block along each axis in turn, and journal what changes in it."""
+    def _layer(self, layer: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]) -> None:
+        """Cut a layer along each axis in turn, and journal what changes in it."""
         named: dict[str, Tensor] = {}
         cuts: list[dict[str, Any]] = []
         if self.of_parts:
-            tensors = sublayer_dropping.cut(block, dict(counts))
-            named = model.as_stored(tensors, f"{block.name}.")
+            tensors = sublayer_dropping.cut(layer, dict(counts))
+            named = model.as_stored(tensors, f"{layer.name}.")
         for axis in () if self.of_parts else self.axes:
             if axis == "expert":
-                tensors, lost = experts.cut(block, counts[axis])
+                tensors, lost = experts.cut(layer, counts[axis])
             else:
-                score = self._score(model, context, block.index, axis)
-                tensors, lost = structured.cut(block, axis, counts[axis], score, self.repair)
-            named |= model.as_stored(tensors, f"{block.name}.")
-            cuts.append({"name": block.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
-        context.journal.save(STAGE, block.index, named, {"cuts": cuts})
+                score = self._score(model, context, layer.index, axis)
+                tensors, lost = structured.cut(layer, axis, counts[axis], score, self.repair)
+            named |= model.as_stored(tensors, f"{layer.name}.")
+            cuts.append({"name": layer.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
+        context.journal.save(STAGE, layer.index, named, {"cuts": cuts})
 
     def _shorten(self, model: LayerwiseModel, context: Context) -> Facts:
         journal, total = context.journal, len(model.layers)
@@ -229,7 +229,7 @@ class Prune(Budget):
         return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
 
     def _plain(self, model: LayerwiseModel) -> Widths:
-        """Widths as if all blocks were to lose alike."""
+        """Widths as if all layers were to lose alike."""
         sizes = self.sizes(model)
         if self.keep is None and len(self.axes) > 1:
             return self._alike(model, sizes)
@@ -249,7 +249,7 @@ class Prune(Budget):
         raise self.refuse(model, reached)
 
     def _allocate(self, model: LayerwiseModel, context: Context) -> dict[str, Any]:
-        """The widths of all blocks, and what they are expected to lose."""
+        """The widths of all layers, and what they are expected to lose."""
         unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
         none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
         whole = self.spent(model)
@@ -283,7 +283,7 @@ class Prune(Budget):
             journal.save(TAYLOR, index, worth, {})
 
     def _score(self, model: LayerwiseModel, context: Context, index: int, axis: str) -> structured.Score:
-        """The score, with what was found out about a block."""
+        """The score, with what was found out about a layer."""
         M_DD = metric(model, context, index) if self.worth == "obs" else None
         found = context.journal.get(TAYLOR, index) if self.worth == "taylor" else None
         return structured.Score(self.worth, M_DD, found[0][axis] if found else None)
@@ -291,5 +291,5 @@ class Prune(Budget):
 
 def _spoken(axis: str, counts: tuple[int, ...], sizes: tuple[int, ...]) -> str:
     if len(set(counts)) == len(set(sizes)) == 1:
-        return f"{counts[0]} of {sizes[0]} units of {axis} stay in each block"
-    return f"{sum(counts)} of {sum(sizes)} units of {axis} stay, {min(counts)} to {max(counts)} in a block"
+        return f"{counts[0]} of {sizes[0]} units of {axis} stay in each layer"
+    return f"{sum(counts)} of {sum(sizes)} units of {axis} stay, {min(counts)} to {max(counts)} in a layer"

@@ -1,4 +1,4 @@
-"""Units of an axis in one block: which of them stay, and the block without the others.
+"""Units of an axis in one layer: which of them stay, and the layer without the others.
 
 What a unit is worth is read off the linear that reads the axis, or off all that has it. With `obs` units go one after another,
 each the one whose loss the others make up for best and the model's predictions feel least; the other scores sort them once.
@@ -32,13 +32,13 @@ class Reading:
     units: int
 
     @classmethod
-    def of(cls, block: DecoderLayer, axis: str) -> Reading:
-        """Runs the calibration text through the block as far as the linear."""
-        linear = block.anatomy.consumer_of(axis)
+    def of(cls, layer: DecoderLayer, axis: str) -> Reading:
+        """Runs the calibration text through the layer as far as the linear."""
+        linear = layer.anatomy.consumer_of(axis)
         assert linear is not None
-        moments = block.moments(next(group for group in block.anatomy.consumers if linear in group))[linear]
-        unit_C = units_along(block.anatomy.input_of(linear), block.sizes, axis).to(block.device)
-        return cls(linear, block.weight(linear), moments, unit_C, block.sizes[axis])
+        moments = layer.moments(next(group for group in layer.anatomy.consumers if linear in group))[linear]
+        unit_C = units_along(layer.anatomy.input_of(linear), layer.sizes, axis).to(layer.device)
+        return cls(linear, layer.weight(linear), moments, unit_C, layer.sizes[axis])
 
     def removal(self, aim_RC: Tensor, metric_RR: Tensor | None, least: int) -> Removal:
         """The units one after another until `least` are left, `aim_RC` being what the columns are to say.
@@ -51,41 +51,41 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """What a unit is worth: a name, and what was found out in the whole model: a metric of the block's errors, or a worth."""
+    """What a unit is worth: a name, and what was found out in the whole model: a metric of the layer's errors, or a worth."""
 
     name: str
     metric_RR: Tensor | None = None
     worth_U: Tensor | None = None
 
 
-def kept(block: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
+def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
     """The `count` units that stay, int64 in rising order."""
     W_RC, unit_C, units = aim_RC, read.unit_C, read.units
     norm_C = read.moments.H_CC.diagonal().sqrt()
     if count == units:
-        return torch.arange(units, device=block.device)
+        return torch.arange(units, device=layer.device)
     if score.name == "obs":
         return read.removal(aim_RC, score.metric_RR, count).kept(count)
     if score.worth_U is not None:
-        worth_U = score.worth_U.to(block.device)
+        worth_U = score.worth_U.to(layer.device)
     elif score.name == "wanda":
         worth_U = saliency.wanda(W_RC, norm_C, unit_C, units)
     elif score.name == "activation":
         worth_U = saliency.activation(norm_C, unit_C, units)
     else:
         worth_U = saliency.magnitude(W_RC, unit_C, units)
-        for linear in block.anatomy.linears:  # what writes the axis is part of the unit
-            unit_R = units_along(block.anatomy.output_of(linear), block.sizes, axis)
+        for linear in layer.anatomy.linears:  # what writes the axis is part of the unit
+            unit_R = units_along(layer.anatomy.output_of(linear), layer.sizes, axis)
             if bool((unit_R >= 0).any()):
-                worth_U = worth_U + saliency.magnitude(block.weight(linear).T, unit_R.to(block.device), units)
+                worth_U = worth_U + saliency.magnitude(layer.weight(linear).T, unit_R.to(layer.device), units)
     return worth_U.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
-    """What each unit of an axis in a block is worth to first order, by the gradient of the linear that reads it, as stored."""
+    """What each unit of an axis in a layer is worth to first order, by the gradient of the linear that reads it, as stored."""
     reader = model.anatomy.consumer_of(axis)
     assert reader is not None
-    with model.block(index) as module:
+    with model.layer(index) as module:
         weight = module.get_parameter(f"{reader}.weight").data
         turned = reader in model.anatomy.conv1d
         W_RC, G_RC = (tensor.T if turned else tensor for tensor in (weight, gradient))
@@ -94,29 +94,29 @@ def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Te
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 
-def cut(block: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` units stay, by their names in the block, and the relative output error.
+def cut(layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
+    """The parameters that change where `count` units stay, by their names in the layer, and the relative output error.
 
-    With `mend` the linear that reads the axis is solved anew for what is left, and for what blocks before have lost. The block
+    With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before have lost. The layer
     itself goes on as wide as it was, with zeros where units are gone, so that another axis can be cut after this one.
     """
-    anatomy, read = block.anatomy, Reading.of(block, axis)
+    anatomy, read = layer.anatomy, Reading.of(layer, axis)
     reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)
     aim_RC = retarget(W_RC, moments) if mend else W_RC
-    units = kept(block, axis, read, aim_RC, score, count)
-    place = torch.arange(len(read.unit_C), device=block.device)
-    columns = take(place, Spelling((term,)), block.sizes, axis, units)
+    units = kept(layer, axis, read, aim_RC, score, count)
+    place = torch.arange(len(read.unit_C), device=layer.device)
+    columns = take(place, Spelling((term,)), layer.sizes, axis, units)
     left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]
     tensors = {
-        name: take(block.module.get_parameter(name).data, row, block.sizes, axis, units)
-        for name, row in anatomy.block.items()
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, units)
+        for name, row in anatomy.layer.items()
         if axis in Spelling.parse(row).axes
     }
-    tensors[f"{reader}.weight"] = block.oriented(reader, left_RP)
-    if mend and (bias := f"{reader}.bias") in anatomy.block:
+    tensors[f"{reader}.weight"] = layer.oriented(reader, left_RP)
+    if mend and (bias := f"{reader}.bias") in anatomy.layer:
         shift_R = bias_shift(W_RC, moments.full_C, left_RP, moments.mean_C[columns])
-        tensors[bias] = block.module.get_parameter(bias).data + shift_R
-        block.set_bias(reader, tensors[bias])
+        tensors[bias] = layer.module.get_parameter(bias).data + shift_R
+        layer.set_bias(reader, tensors[bias])
     padded_RC = torch.zeros_like(W_RC).index_copy(1, columns, left_RP)
-    block.set_weight(reader, padded_RC)
+    layer.set_weight(reader, padded_RC)
     return tensors, output_error(W_RC, padded_RC, moments.H_CC)

@@ -45,7 +45,7 @@ def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
 
 
 def sizes(model: LayerwiseModel) -> Widths:
-    """How many units each block has of the axes of parts."""
+    """How many units each layer has of the axes of parts."""
     axes = dict.fromkeys(axis for _, axis in candidates(model))
     return {axis: model.widths_of(axis) for axis in axes}
 
@@ -84,7 +84,7 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
 def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
     """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least a parameter.
 
-    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for blocks and the KL divergence from the full
+    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence from the full
     model for the perplexity.
     """
     axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
@@ -103,13 +103,13 @@ def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, A
     return {"gone": named(gone), "kl_nats": kl_nats}
 
 
-def cut(block: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
-    """The empty tensors of the parts that go, by their names in the block."""
+def cut(layer: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
+    """The empty tensors of the parts that go, by their names in the layer."""
     return {
-        name: take(block.module.get_parameter(name).data, row, block.sizes, axis, [])
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, [])
         for axis, count in counts.items()
-        for name, row in block.anatomy.block.items()
-        if not count and block.sizes[axis] and axis in Spelling.parse(row).axes
+        for name, row in layer.anatomy.layer.items()
+        if not count and layer.sizes[axis] and axis in Spelling.parse(row).axes
     }
 
 

@@ -1,7 +1,7 @@
 """How one linear is to be written: the settings that a recipe gives for all, and the overrides that it gives for some.
 
 An override changes the stage's own settings for the linears it names; one that names another format starts from that format's
-defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their blocks; every other mixture, and any
+defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their groups; every other mixture, and any
 model whose embedding is int8, needs our plug-in, and there LLM.int8 becomes the same codes in our layout (`alone`).
 """
 
@@ -19,15 +19,17 @@ from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 
 
 class FormatConfig(BaseModel):
-    """`format, block, double_quant, threshold, activations, range`: how linears are written, and what their kernels round."""
+    """`format, group_size, double_quant, threshold, activations, range`: how linears are written, and what their kernels round."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16"] = Field(
         default="nf4", description="nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"
     )
-    block: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
-    double_quant: bool = Field(default=False, description="store the scales in 8 bits: 4.13 bits a weight at block 64, not 4.5")
+    group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
+    double_quant: bool = Field(
+        default=False, description="store the scales in 8 bits: 4.13 bits a weight at group_size 64, not 4.5"
+    )
     threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0, description="int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
     )
@@ -37,7 +39,7 @@ class FormatConfig(BaseModel):
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> FormatConfig:
         belongs = {
-            "block": (self.format not in ("int8", "w8a8", "w8a16"), f"4-bit formats; {self.format} has one scale a row"),
+            "group_size": (self.format not in ("int8", "w8a8", "w8a16"), f"4-bit formats; {self.format} has one scale a row"),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
             "threshold": (self.format == "int8", f"int8, not {self.format}"),
             "activations": (self.format in FORMATS, f"{', '.join(FORMATS)}, not {self.format}"),
@@ -51,11 +53,11 @@ class FormatConfig(BaseModel):
     def coding(self, dtype: torch.dtype) -> QuantScheme:
         """How a linear of a model stored in `dtype` is written."""
         if self.format == "nf4" or self.format == "fp4":
-            return FourBitScheme(self.format, self.block, self.double_quant, dtype)
+            return FourBitScheme(self.format, self.group_size, self.double_quant, dtype)
         if self.format == "int8":
             return Int8Scheme(self.threshold)
         return IntegerScheme(
-            IntegerLayout(self.format, self.activations, None if self.format.startswith("w8") else self.block), self.range
+            IntegerLayout(self.format, self.activations, None if self.format.startswith("w8") else self.group_size), self.range
         )
 
     def settings(self) -> dict[str, Any]:

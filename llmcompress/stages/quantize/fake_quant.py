@@ -1,4 +1,4 @@
-"""A block as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
+"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 
 @torch.no_grad()
 def trial(
-    block: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
+    layer: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
 ) -> list[Tensor]:
-    """The block's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
+    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
 
-    tops: the largest input of each linear, for static scales. The block stays as it was.
+    tops: the largest input of each linear, for static scales. The layer stays as it was.
     """
-    rounded, before = {}, dict(block.rounds)
+    rounded, before = {}, dict(layer.rounds)
     for linear, coding in codings.items():
-        W_RC, scale = block.weight(linear), coding.static_scale(tops[linear])
-        rounded[f"{linear}.weight"] = block.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
+        W_RC, scale = layer.weight(linear), coding.static_scale(tops[linear])
+        rounded[f"{linear}.weight"] = layer.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
         if inputs := coding.inputs(scale):
-            block.rounds[linear] = inputs
+            layer.rounds[linear] = inputs
     try:
-        return [block.run(hidden, rounded) for hidden in batches]
+        return [layer.run(hidden, rounded) for hidden in batches]
     finally:
-        block.rounds.clear()
-        block.rounds.update(before)
+        layer.rounds.clear()
+        layer.rounds.update(before)

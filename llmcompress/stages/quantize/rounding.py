@@ -1,4 +1,4 @@
-"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one block."""
+"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one layer."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ class Solution:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How each linear of a block is written, by its name in it, and the device of the weights."""
+    """How each linear of a layer is written, by its name in it, and the device of the weights."""
 
     codings: Mapping[str, QuantScheme]
     device: torch.device
-    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the block
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the layer
     pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
     known: Mapping[str, StoredWeight] = field(default_factory=dict)  # of one that an earlier layer has, its codes
 
@@ -73,30 +73,30 @@ class Rounding:
         return solution.rounded.weight(self.grid(linear))
 
     def in_turn(
-        self, block: DecoderLayer, weights: Mapping[str, Tensor]
+        self, layer: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
         """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
 
-        Returns the solutions for `weights`, the moments of all linears of the block, and the static scales of inputs.
+        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of inputs.
         """
         solved: dict[str, Solution] = {}
         moments: dict[str, Moments] = {}
         scales: dict[str, float] = {}
-        for consumers in block.anatomy.consumers:
-            scales |= self.round_inputs(block, (consumers,), weights)
-            moments |= block.moments(consumers)
+        for consumers in layer.anatomy.consumers:
+            scales |= self.round_inputs(layer, (consumers,), weights)
+            moments |= layer.moments(consumers)
             for linear in [linear for linear in consumers if linear in weights]:
                 read = self.pooled.get(linear, moments[linear])
                 if linear in self.known:
                     Q_RC = registry.dequantize(self.known[linear]).to(self.device)
                 else:
-                    with naming_layer(f"{block.name}.{linear}"):
+                    with naming_layer(f"{layer.name}.{linear}"):
                         solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
                     Q_RC = self.weight(linear, solved[linear])
-                block.set_weight(linear, Q_RC)
-                if f"{linear}.bias" in block.anatomy.block:
+                layer.set_weight(linear, Q_RC)
+                if f"{linear}.bias" in layer.anatomy.layer:
                     shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
-                    block.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
+                    layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
     def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
@@ -109,7 +109,7 @@ class Rounding:
         return found
 
     def round_inputs(
-        self, block: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
+        self, layer: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
     ) -> dict[str, float]:
         """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
         static = {
@@ -117,8 +117,8 @@ class Rounding:
             for linear, coding in self.codings.items()
             if linear in weights and isinstance(coding, IntegerScheme) and coding.static
         }
-        seen = {consumers[0]: Magnitudes(block.device) for consumers in groups if static.keys() & set(consumers)}
-        for read, _ in block.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
+        seen = {consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)}
+        for read, _ in layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
             for name, magnitudes in seen.items():
                 magnitudes.add(read[name])
         scales: dict[str, float] = {}
@@ -128,12 +128,12 @@ class Rounding:
                 scales[linear] = static_scale(seen[consumers[0]], bits, range)
         for linear in [linear for consumers in groups for linear in consumers if linear in weights]:
             if inputs := self.codings[linear].inputs(scales.get(linear)):
-                block.rounds[linear] = inputs
+                layer.rounds[linear] = inputs
         return scales
 
     def learned(
         self,
-        block: DecoderLayer,
+        layer: DecoderLayer,
         weights: Mapping[str, Tensor],
         solved: Mapping[str, Solution],
         F_DD: Tensor,
@@ -142,28 +142,28 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[dict[str, Solution], dict[str, Any]]:
-        """All linears of a block, trained together from the solutions of `gptq`; with the block's loss before and after.
+        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before and after.
 
-        The loss is the error of the block's output against the full model's, weighed by the output Fisher matrix. Where
+        The loss is the error of the layer's output against the full model's, weighed by the output Fisher matrix. Where
         training ends no better than it began, the start is kept.
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
 
         def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
-            stored = {f"{name}.weight": block.oriented(name, W) for name, W in rounded.items()}
+            stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
-                out = block.run(block.inputs[batch], stored)
-            return ((out - block.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+                out = layer.run(layer.inputs[batch], stored)
+            return ((out - layer.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
 
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
-            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(block.inputs)) / sum(map(len, block.inputs))
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(map(len, layer.inputs))
 
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + block.index)
-        rounds = -(-steps // len(block.inputs))
-        order = torch.cat([torch.randperm(len(block.inputs), generator=generator) for _ in range(rounds)]).tolist()
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
+        rounds = -(-steps // len(layer.inputs))
+        order = torch.cat([torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]).tolist()
         trained = learn(
             weights,
             starts,

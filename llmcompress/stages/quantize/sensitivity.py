@@ -1,6 +1,6 @@
 """Which linears suffer most from their rounding, so that a small share of the weights can be spared it.
 
-Each linear is rounded alone, in the full model. If e is what that changes in the output of its block and F the output Fisher
+Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F the output Fisher
 matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are spared in the order of nats a weight, as
 long as they fit in the share: the best choice there is but for what is left over at the end. Where our own layout rounds what
 a linear reads, it is spared that alone, as two int8 codes hold 16 bits, and keeps its bytes; else it stays as it is.
@@ -32,14 +32,14 @@ def spared(coding: QuantScheme) -> QuantScheme | None:
 
 
 @torch.no_grad()
-def costs(block: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
-    """KL in nats a token that sparing each linear would save, by its name in the block."""
+def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
+    """KL in nats a token that sparing each linear would save, by its name in the layer."""
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
-    moments, sample = block.moments() if static else {}, block.inputs[:SAMPLE]
-    aims, F_DD, found = block.outputs(sample), F_DD.to(block.device), {}
+    moments, sample = layer.moments() if static else {}, layer.inputs[:SAMPLE]
+    aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
-        lost = [_nats(trial(block, {linear: one}, tops, sample), aims, F_DD) for one in (coding, spared(coding)) if one]
+        lost = [_nats(trial(layer, {linear: one}, tops, sample), aims, F_DD) for one in (coding, spared(coding)) if one]
         found[linear] = lost[0] - sum(lost[1:])
     return found
 

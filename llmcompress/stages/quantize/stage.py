@@ -1,9 +1,9 @@
-"""Quantise the linears, each block with the inputs that the blocks before it give.
+"""Quantise the linears, each layer with the inputs that the layers before it give.
 
 `nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
 scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
-the full model. `learned` goes on from there and trains the codes and scales of a whole block at once, so that its output
-comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A block that the
+the full model. `learned` goes on from there and trains the codes and scales of a whole layer at once, so that its output
+comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A layer that the
 journal holds is not done again: its codes are read, and the walk goes on through them.
 """
 
@@ -55,7 +55,7 @@ class Quantize(FormatConfig):
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        default=200, description="steps of learned rounding on each block"
+        default=200, description="steps of learned rounding on each layer"
     )
     smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")
     rotate: bool | Literal["heads"] = Field(
@@ -111,7 +111,7 @@ class Quantize(FormatConfig):
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
         if not chosen:
             raise ModelError(
-                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another block or skip"
+                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another layer or skip"
             )
         if self.embedding == "int8":
             chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
@@ -154,7 +154,7 @@ class Quantize(FormatConfig):
                     "int8, which is both"
                 )
         elif name not in ours:
-            return "outside the blocks"
+            return "outside the layers"
         elif (layout := model.layouts.get(name)) is not None and layout != FactoredLayout("shared"):
             return f"is stored as {layout.format} already"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
@@ -162,12 +162,12 @@ class Quantize(FormatConfig):
         return None
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Quantise every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Quantise every layer that the journal does not hold yet; leave its tensors and facts there."""
         if rotation := self.rotation(model, context.seed):
             model.turn(rotation)
         chosen, _ = self.choose(model)
         solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
-        steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last block
+        steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last layer
         journal = context.journal
         if self.rounding == "learned" or self.protect:
             find_fisher(model, context)  # of the full model, so before its embedding is rounded
@@ -183,59 +183,59 @@ class Quantize(FormatConfig):
         unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
-        unsaid |= {"block"} if self.format in ("int8", "w8a8", "w8a16") else set()
+        unsaid |= {"layer"} if self.format in ("int8", "w8a8", "w8a16") else set()
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": mean_bits(bits, shapes)}
         facts.linears += embeddings
         facts.add(journal.load(STAGE, index)[1] for index in range(steps))
-        facts.notes += starved_experts(facts.blocks, model.config.hidden_size)
+        facts.notes += starved_experts(facts.layers, model.config.hidden_size)
         return facts
 
     def _walk(
         self, model: LayerwiseModel, context: Context, chosen: dict[str, QuantScheme], steps: int, full: Sequence[Tensor]
     ) -> None:
-        """Do the blocks; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
+        """Do the layers; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
         journal = context.journal
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
         pooled = self._pooled(model, context, chosen) if calibrated and model.shared_linears else {}
-        blocks = walk(model, context.data.calibration, reference=calibrated, through=through)
-        for block in context.track(blocks, f"quantize ({self.format}, {self.rounding})", steps):
-            head = block.index == len(model.layers)
-            if block.index == 0 and full and calibrated:
-                block.reference = list(full)
-            codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else block.own(chosen)
-            known = {} if head else block.own(self._known(model, block, chosen, journal))
-            dtype_of = _in_block(model, block)
-            rounding = Rounding(codings, model.device, dtype_of, block.own(pooled), known)
-            changed = [] if head else self._smoothed(block, codings, context, dtype_of)
-            if not journal.has(STAGE, block.index):
-                entry = self._head(model, block, rounding) if head else self._block(block, rounding, context)
-                dense = {name: block.module.get_parameter(name).data for name in changed}
-                entry[0].update(model.as_stored(dense, f"{block.name}."))
-                journal.save(STAGE, block.index, *entry)
+        layers = walk(model, context.data.calibration, reference=calibrated, through=through)
+        for layer in context.track(layers, f"quantize ({self.format}, {self.rounding})", steps):
+            head = layer.index == len(model.layers)
+            if layer.index == 0 and full and calibrated:
+                layer.reference = list(full)
+            codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else layer.own(chosen)
+            known = {} if head else layer.own(self._known(model, layer, chosen, journal))
+            dtype_of = _in_block(model, layer)
+            rounding = Rounding(codings, model.device, dtype_of, layer.own(pooled), known)
+            changed = [] if head else self._smoothed(layer, codings, context, dtype_of)
+            if not journal.has(STAGE, layer.index):
+                entry = self._head(model, layer, rounding) if head else self._layer(layer, rounding, context)
+                dense = {name: layer.module.get_parameter(name).data for name in changed}
+                entry[0].update(model.as_stored(dense, f"{layer.name}."))
+                journal.save(STAGE, layer.index, *entry)
             if not head:
-                install(block, codings, journal.load(STAGE, block.index)[0])
+                install(layer, codings, journal.load(STAGE, layer.index)[0])
 
     def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
         """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
         shared_linears, found = model.shared_linears, dict[str, Moments]()
         wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
-        for block in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
-            here = [name for name in block.anatomy.linears if f"{block.name}.{name}" in wanted]
-            groups = [group for group in block.anatomy.consumers if set(group) & set(here)]
-            moments = block.moments(*groups) if groups else {}
+        for layer in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
+            here = [name for name in layer.anatomy.linears if f"{layer.name}.{name}" in wanted]
+            groups = [group for group in layer.anatomy.consumers if set(group) & set(here)]
+            moments = layer.moments(*groups) if groups else {}
             for linear in here:
-                source = shared_linears.get(name := f"{block.name}.{linear}", name)
+                source = shared_linears.get(name := f"{layer.name}.{linear}", name)
                 found[source] = found[source].joined(moments[linear]) if source in found else moments[linear]
         return found
 
     def _known(
-        self, model: LayerwiseModel, block: DecoderLayer, chosen: Mapping[str, QuantScheme], journal: Journal
+        self, model: LayerwiseModel, layer: DecoderLayer, chosen: Mapping[str, QuantScheme], journal: Journal
     ) -> dict[str, registry.StoredWeight]:
-        """The codes of a block's linears that are those of earlier layers, by full name."""
+        """The codes of a layer's linears that are those of earlier layers, by full name."""
         here = {
             name: source
             for name, source in model.shared_linears.items()
-            if name in chosen and name.startswith(f"{block.name}.")
+            if name in chosen and name.startswith(f"{layer.name}.")
         }
         tensors: dict[str, Tensor] = {}
         for index in {int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()}:
@@ -244,75 +244,75 @@ class Quantize(FormatConfig):
         return {name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
 
     def _smoothed(
-        self, block: DecoderLayer, codings: Mapping[str, QuantScheme], context: Context, dtype_of: Callable[[str], torch.dtype]
+        self, layer: DecoderLayer, codings: Mapping[str, QuantScheme], context: Context, dtype_of: Callable[[str], torch.dtype]
     ) -> list[str]:
         """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
         if self.smooth is None:
-            return self._turned(block, codings)
+            return self._turned(layer, codings)
         journal = context.journal
-        if not journal.has(SMOOTH, block.index):
-            before = {name: parameter.data for name, parameter in block.module.named_parameters()}
-            found = self.smooth.search(block, codings, dtype_of)
+        if not journal.has(SMOOTH, layer.index):
+            before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
+            found = self.smooth.search(layer, codings, dtype_of)
             for name, data in before.items():
-                block.module.get_parameter(name).data = data
-            journal.save(SMOOTH, block.index, {key: factor.cpu() for key, factor in found.items()}, {})
-        factors, changed = journal.load(SMOOTH, block.index)[0], set()
-        for key in block.anatomy.scale_pairs:
+                layer.module.get_parameter(name).data = data
+            journal.save(SMOOTH, layer.index, {key: factor.cpu() for key, factor in found.items()}, {})
+        factors, changed = journal.load(SMOOTH, layer.index)[0], set()
+        for key in layer.anatomy.scale_pairs:
             if key in factors:
-                changed |= set(block.cross(key, factors[key].to(block.device), dtype_of(norm_of(block, key))))
-        return sorted((changed | set(self._turned(block, codings))) - {f"{linear}.weight" for linear in codings})
+                changed |= set(layer.cross(key, factors[key].to(layer.device), dtype_of(norm_of(layer, key))))
+        return sorted((changed | set(self._turned(layer, codings))) - {f"{linear}.weight" for linear in codings})
 
-    def _turned(self, block: DecoderLayer, linears: Iterable[str]) -> list[str]:
+    def _turned(self, layer: DecoderLayer, linears: Iterable[str]) -> list[str]:
         """All parameters that stay dense, where a rotation changed them."""
         inside = {f"{linear}.weight" for linear in linears}
-        return [name for name in block.anatomy.block if name not in inside] if self.rotate else []
+        return [name for name in layer.anatomy.layer if name not in inside] if self.rotate else []
 
     def _find_hurt(self, model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]) -> None:
         """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
-        for block in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
-            codings = block.own(chosen)
-            self._smoothed(block, codings, context, _in_block(model, block))
-            nats = costs(block, codings, fisher(context, block.index))
-            found |= {f"{block.name}.{linear}": cost for linear, cost in nats.items()}
+        for layer in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
+            codings = layer.own(chosen)
+            self._smoothed(layer, codings, context, _in_block(model, layer))
+            nats = costs(layer, codings, fisher(context, layer.index))
+            found |= {f"{layer.name}.{linear}": cost for linear, cost in nats.items()}
         journal.save(PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.protect), "nats": found})
 
-    def _block(self, block: DecoderLayer, rounding: Rounding, context: Context) -> Entry:
+    def _layer(self, layer: DecoderLayer, rounding: Rounding, context: Context) -> Entry:
         codings = rounding.codings
-        weights = {linear: block.weight(linear) for linear in codings}
+        weights = {linear: layer.weight(linear) for linear in codings}
         notes: dict[str, Any] = {}
         if self.rounding == "nearest":
-            scales = rounding.round_inputs(block, block.anatomy.consumers, weights)
-            moments = block.moments()
+            scales = rounding.round_inputs(layer, layer.anatomy.consumers, weights)
+            moments = layer.moments()
             packed = {}
             for linear, W_RC in weights.items():
-                with naming_layer(f"{block.name}.{linear}"):
+                with naming_layer(f"{layer.name}.{linear}"):
                     packed[linear] = codings[linear].nearest(W_RC, scales.get(linear))
         else:
-            solved, moments, scales = rounding.in_turn(block, weights)
+            solved, moments, scales = rounding.in_turn(layer, weights)
             if self.rounding == "learned":
-                F_DD = fisher(context, block.index)
+                F_DD = fisher(context, layer.index)
                 trained = rounding.learned(
-                    block, weights, solved, F_DD, input_scales=scales, steps=self.steps, seed=context.seed
+                    layer, weights, solved, F_DD, input_scales=scales, steps=self.steps, seed=context.seed
                 )
                 solved, notes = trained
             packed = {linear: solution.stored for linear, solution in solved.items()} | rounding.given(scales)
         tensors: dict[str, Tensor] = {}
         facts = []
         for linear, W_RC in weights.items():
-            name, bias = f"{block.name}.{linear}", f"{linear}.bias"
+            name, bias = f"{layer.name}.{linear}", f"{linear}.bias"
             tensors |= _named(name, packed[linear])
-            if self.rounding != "nearest" and bias in block.anatomy.block:
-                tensors[f"{block.name}.{bias}"] = block.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
+            if self.rounding != "nearest" and bias in layer.anatomy.layer:
+                tensors[f"{layer.name}.{bias}"] = layer.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
             facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
-        if block.expert_tokens:
-            notes["expert_tokens"] = list(block.expert_tokens.values())
-        return tensors, {"name": block.name, "linears": facts, **notes}
+        if layer.expert_tokens:
+            notes["expert_tokens"] = list(layer.expert_tokens.values())
+        return tensors, {"name": layer.name, "linears": facts, **notes}
 
-    def _head(self, model: LayerwiseModel, block: DecoderLayer, rounding: Rounding) -> Entry:
+    def _head(self, model: LayerwiseModel, layer: DecoderLayer, rounding: Rounding) -> Entry:
         name = model.anatomy.head
-        coding, (W_RC, moments) = rounding.codings[name], head_input(model, block)
+        coding, (W_RC, moments) = rounding.codings[name], head_input(model, layer)
         scale = coding.static_scale(float(moments.top_C.max()))
         nearest = self.rounding == "nearest"
         with naming_layer(name):
@@ -320,22 +320,22 @@ class Quantize(FormatConfig):
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
 
-def _in_block(model: LayerwiseModel, block: DecoderLayer) -> Callable[[str], torch.dtype]:
-    """The dtype in which a parameter of a block is stored, by its name there."""
-    return lambda name: model.dtype_of(f"{block.name}.{name}")
+def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], torch.dtype]:
+    """The dtype in which a parameter of a layer is stored, by its name there."""
+    return lambda name: model.dtype_of(f"{layer.name}.{name}")
 
 
-def starved_experts(blocks: list[dict[str, Any]], few: int) -> list[str]:
-    """A line for each block some of whose experts saw fewer calibration tokens than `few`, with those experts.
+def starved_experts(layers: list[dict[str, Any]], few: int) -> list[str]:
+    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those experts.
 
     No calibrated format can be better than its data: such an expert's second moments are singular. Experts are kept in their
     dtype by the formats that there are, so this is said and nothing more is done.
     """
     lines = []
-    for block in blocks:
-        starved = [f"{expert} ({tokens})" for expert, tokens in enumerate(block.get("expert_tokens", ())) if tokens < few]
+    for layer in layers:
+        starved = [f"{expert} ({tokens})" for expert, tokens in enumerate(layer.get("expert_tokens", ())) if tokens < few]
         if starved:
-            lines.append(f"{block['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}")
+            lines.append(f"{layer['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}")
     return lines
 
 

@@ -75,8 +75,8 @@ def _swaps(likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, i
 
 
 def _with_weights_of(model: LayerwiseModel, linears: Sequence[str], source: int) -> Edit:
-    def edit(block: DecoderLayer) -> dict[str, Tensor]:
-        with model.block(source) as module:
+    def edit(layer: DecoderLayer) -> dict[str, Tensor]:
+        with model.layer(source) as module:
             return {f"{linear}.weight": module.get_parameter(f"{linear}.weight").data.clone() for linear in linears}
 
     return edit
@@ -88,9 +88,9 @@ def _likeness(model: LayerwiseModel, context: Context, linears: Sequence[str]) -
     windows = context.data.calibration
     weights: list[Tensor] = []
     outputs: list[Tensor] = []
-    for block in walk(model, windows[: -(-TOKENS // windows.shape[1])]):
-        weights.append(torch.cat([block.weight(linear).flatten() for linear in linears]).cpu())
-        last = next(group for group in block.anatomy.consumers if linears[-1] in group)
-        read = torch.cat([read[last[0]].flatten(0, -2) for read, _ in block.reads(last)])
-        outputs.append((read @ block.weight(linears[-1]).T).cpu())
+    for layer in walk(model, windows[: -(-TOKENS // windows.shape[1])]):
+        weights.append(torch.cat([layer.weight(linear).flatten() for linear in linears]).cpu())
+        last = next(group for group in layer.anatomy.consumers if linears[-1] in group)
+        read = torch.cat([read[last[0]].flatten(0, -2) for read, _ in layer.reads(last)])
+        outputs.append((read @ layer.weight(linears[-1]).T).cpu())
     return {"cosine": cosines(weights), "cka": cka(outputs)}

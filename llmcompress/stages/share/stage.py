@@ -81,10 +81,10 @@ class Share(BaseModel):
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a block that are shared, in order of computation. Errors: ModelError where a part has none."""
+        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
-            of = [name for name in anatomy.linears if AXES[part] in Spelling.parse(anatomy.block[f"{name}.weight"]).axes]
+            of = [name for name in anatomy.linears if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes]
             if not of:
                 raise ModelError(f"the {part} of a {anatomy.family} model is no linears that can be shared; share other parts")
             found += of
@@ -112,7 +112,7 @@ class Share(BaseModel):
     def _alike(self, model: LayerwiseModel, group: Sequence[int]) -> None:
         first = model.sizes_of(group[0])
         for linear in self.linears(model):
-            for axis in Spelling.parse(model.anatomy.block[f"{linear}.weight"]).axes:
+            for axis in Spelling.parse(model.anatomy.layer[f"{linear}.weight"]).axes:
                 for other in group[1:]:
                     if (size := model.sizes_of(other)[axis]) != first[axis]:
                         raise ModelError(
@@ -152,7 +152,7 @@ class Share(BaseModel):
         }
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Find the groups, fit what each shares, and leave in the journal what becomes of every block."""
+        """Find the groups, fit what each shares, and leave in the journal what becomes of every layer."""
         journal, linears = context.journal, self.linears(model)
         if not journal.has(GROUPS, 0):
             found: dict[str, Any] = {"groups": self.groups_of(model)} if self.pairs else {}
@@ -183,11 +183,11 @@ class Share(BaseModel):
         if not all(journal.has(FIT, number) for number in range(len(groups))):
             find_fisher(model, context)
             needed = {index for group in groups for index in group}
-            for block in walk(model, windows):
-                if block.index in needed:
+            for layer in walk(model, windows):
+                if layer.index in needed:
                     with writing(context.scratch):
-                        states = {str(i): hidden for i, hidden in enumerate(block.inputs)}
-                        save_file(states, context.scratch / f"entering-{block.index}.safetensors")
+                        states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
+                        save_file(states, context.scratch / f"entering-{layer.index}.safetensors")
         for number, group in context.track(enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)):
             if not journal.has(FIT, number):
                 journal.save(FIT, number, *self._fit(model, context, group, linears, windows))
@@ -210,11 +210,11 @@ class Share(BaseModel):
         for index in group:
             states = load_file(context.scratch / f"entering-{index}.safetensors")
             entering[index] = [states[str(i)] for i in range(len(states))]
-        with together(model, windows, entering) as blocks:
-            members = [_Member(block, linears, fisher(context, block.index)) for block in blocks]
+        with together(model, windows, entering) as layers:
+            members = [_Member(layer, linears, fisher(context, layer.index)) for layer in layers]
             start = min((self._start(members, source) for source in members), key=lambda own: _total(members, own))
             before = {str(member.index): member.loss_of_all(start) for member in members}
-            count = len(members[0].block.inputs)
+            count = len(members[0].layer.inputs)
 
             def loss(tensors: Mapping[str, Tensor], step: int) -> Tensor:
                 return torch.stack([member.loss(tensors, step % count) for member in members]).sum()
@@ -244,31 +244,31 @@ class Share(BaseModel):
         shared: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What a block is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
+        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
         name, layout, found = model.layer_name(index), FactoredLayout("shared", self.residual_rank), dict[str, Tensor]()
         for linear, dtype in dtypes.items():
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
             weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
             found |= {f"{name}.{linear}.{part}": tensor for part, tensor in weight.tensors().items()}
-        plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.block}
+        plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.layer}
         return found | model.as_stored(plain, f"{name}.")
 
 
 class _Member:
-    """A layer of a group: its block in memory, what it is to put out, and how much each error of that is felt."""
+    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is felt."""
 
-    def __init__(self, block: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
-        self.block, self.index = block, block.index
-        self.metric_DD = nats_factor(F_DD.to(block.device))
-        self.weights = {linear: block.weight(linear) for linear in linears}
-        vectors = [name for name, row in block.anatomy.block.items() if len(Spelling.parse(row).dims) == 1]
-        self.own = {name: block.module.get_parameter(name).data for name in vectors}
-        self.targets = block.outputs(block.inputs)
+    def __init__(self, layer: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
+        self.layer, self.index = layer, layer.index
+        self.metric_DD = nats_factor(F_DD.to(layer.device))
+        self.weights = {linear: layer.weight(linear) for linear in linears}
+        vectors = [name for name, row in layer.anatomy.layer.items() if len(Spelling.parse(row).dims) == 1]
+        self.own = {name: layer.module.get_parameter(name).data for name in vectors}
+        self.targets = layer.outputs(layer.inputs)
 
     @functools.cached_property
     def moments(self) -> dict[str, Moments]:
         """Of what its linears read."""
-        return self.block.moments()
+        return self.layer.moments()
 
     def loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
         """Nats a token of one batch, to second order, with the shared weights and its own of `tensors`."""
@@ -277,14 +277,14 @@ class _Member:
             W_RC = tensors[linear]
             if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
                 W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
-            parameters[f"{linear}.weight"] = self.block.oriented(linear, W_RC)
-        lost = self.block.run(self.block.inputs[batch], parameters) - self.targets[batch].to(self.block.device)
+            parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
+        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(self.layer.device)
         return (lost @ self.metric_DD).square().sum(-1).mean()
 
     @torch.no_grad()
     def loss_of_all(self, tensors: Mapping[str, Tensor]) -> float:
         """The same of all batches, in the mean."""
-        sizes = [len(hidden) for hidden in self.block.inputs]
+        sizes = [len(hidden) for hidden in self.layer.inputs]
         lost = [float(self.loss(tensors, batch)) * size for batch, size in enumerate(sizes)]
         return sum(lost) / sum(sizes)
 

@@ -1,10 +1,10 @@
 """Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the zeros' bytes.
 
-Each block is done with the inputs that the blocks before it give, and within it the linears that read one input after
+Each layer is done with the inputs that the layers before it give, and within it the linears that read one input after
 another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical baseline, nothing more: no inputs
 are looked at. `wanda` asks how large the inputs are that a weight meets; what stays is as it was. `sparsegpt` also has what
 stays make up for what went, against the full model's outputs. The last two put the mean output right through the bias,
-where there is one. A block that the journal holds is not done again.
+where there is one. A layer that the journal holds is not done again.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Sparsify(BaseModel):
         return self.choose(model)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every block that the journal does not hold yet; leave its tensors and facts there."""
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         rewriting = Rewriting(STAGE, f"prune ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
         facts = rewriting.done(model, context, chosen, kept)

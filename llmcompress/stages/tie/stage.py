@@ -108,7 +108,7 @@ class Tie(BaseModel):
 
 
 class _Trial:
-    """What the model's predictions lose with other weights outside its blocks, on some windows of the calibration text."""
+    """What the model's predictions lose with other weights outside its layers, on some windows of the calibration text."""
 
     def __init__(self, model: LayerwiseModel, context: Context) -> None:
         windows = context.data.calibration
@@ -135,7 +135,7 @@ class _Trial:
 
 @contextmanager
 def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a while, these in place of the model's own outside its blocks, the embedding's matrix for the head too."""
+    """For a while, these in place of the model's own outside its layers, the embedding's matrix for the head too."""
     anatomy = model.anatomy
     stored = model.as_stored(made)  # as it will be read back
     both = stored | {f"{anatomy.head}.weight": stored[f"{anatomy.embedding}.weight"]}
