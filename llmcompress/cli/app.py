@@ -81,8 +81,8 @@ def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
     from llmcompress.recipe.recipe import Recipe
     from llmcompress.report.console import print_plan
 
-    rows, notes = plan_recipe(Recipe.from_pretrained(recipe), base=base, device=device)
-    print_plan(rows, notes, out)
+    plan = plan_recipe(Recipe.from_pretrained(recipe), base=base, device=device)
+    print_plan(plan.rows, plan.notes, out)
 
 
 @app.command()

@@ -55,10 +55,7 @@ from llmcompress.pipeline.stages import report_of, require_possible, run_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, ModelSource
-from llmcompress.stages.linear_rewriting import LinearScheme
-from llmcompress.stages.prune.stage import Prune
-from llmcompress.stages.tie.stage import Tie
+from llmcompress.stages.base import Context, LinearScheme, ModelSource
 
 
 def apply_recipe(
@@ -161,12 +158,12 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     if recipe.student:
         now.source, origin = _student(recipe.student, recipe.data.seed, base.device), []
         now.left = dict(now.source.source)
-    for step in recipe.stages:
+    for stage in recipe.stages:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
             context = Context(teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track)
-            now.facts.append(run_stage(step.stage, now.source, context))
-            outcome = Outcome(step.stage, now.source, journal)
+            now.facts.append(run_stage(stage, now.source, context))
+            outcome = Outcome(stage, now.source, journal)
             origin = outcome.left_of(origin)
             _take_in(now, outcome)
     return now
@@ -175,11 +172,12 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
 def _take_in(now: Chained, outcome: Outcome) -> None:
     """What a stage made of the model becomes the model."""
     source, changes = now.source, outcome.changes()
-    now.chosen = now.chosen | outcome.chosen
+    now.chosen = {**now.chosen, **outcome.schemes}
     now.quantization = changes.pop("quantization_config", now.quantization)
     for linears, dense in outcome.entries():
         now.packed, now.dense = now.packed | linears, now.dense | dense
-    config = changed(source.config, changes) if isinstance(outcome.stage, Prune | Tie) else source.config
+    resized = outcome.result.config
+    config = changed(source.config, resized) if resized else source.config
     named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
     now.left = {name: tensor for name, tensor in named.items() if name is not None}
     if config is not source.config:

@@ -5,7 +5,7 @@ and names with brackets are never read as markup. The formatters are public: the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich import box
 from rich.console import Console
@@ -170,17 +170,36 @@ def print_reproduction(verdict: str, differences: Iterable[str], reported: Repor
         console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
 
 
-def print_plan(rows: Sequence[Mapping[str, Any]], notes: Iterable[str], console: Console) -> None:
-    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect; None is what can't be foretold."""
+class PlanRow(Protocol):
+    """A row of a plan: None is what can't be foretold."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def parameters(self) -> int | None: ...
+    @property
+    def size_bytes(self) -> int | None: ...
+    @property
+    def peak_memory_bytes(self) -> int | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def flops_per_token(self) -> int | None: ...
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None: ...
+
+
+def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) -> None:
+    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect."""
     cells = [
         (
-            str(row["stage"]),
-            amount(row.get("parameters")),
-            amount(row.get("size_bytes"), "B"),
-            amount(row.get("peak_memory_bytes"), "B"),
-            duration(row.get("seconds")),
-            amount(row.get("flops_per_token"), "FLOP"),
-            amount(row.get("kv_cache_bytes_per_token"), "B"),
+            row.stage,
+            amount(row.parameters),
+            amount(row.size_bytes, "B"),
+            amount(row.peak_memory_bytes, "B"),
+            duration(row.seconds),
+            amount(row.flops_per_token, "FLOP"),
+            amount(row.kv_cache_bytes_per_token, "B"),
         )
         for row in rows
     ]

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmcompress.errors import CompressError, RecipeError
 from llmcompress.recipe.recipe import LARGEST, Recipe
+from llmcompress.stages.quantize.stage import Quantize
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FULL = """
@@ -37,8 +38,8 @@ def refusal(text: str | bytes) -> str:
 
 def test_a_recipe_says_everything_in_a_few_lines() -> None:
     recipe = Recipe.parse(FULL)
-    stage = recipe.stages[0].quantize
-    assert stage is not None and stage is recipe.stages[0].stage
+    stage = recipe.stages[0]
+    assert isinstance(stage, Quantize)
     assert (recipe.base, recipe.data.samples, recipe.accept.kl_nats) == ("user/model", 4, 0.05)
     assert (stage.format, stage.group_size, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
 
@@ -47,8 +48,9 @@ def test_a_recipe_says_everything_in_a_few_lines() -> None:
 def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
     recipe = Recipe.parse(f"stages:\n{stage}")
     assert recipe == Recipe.parse("stages: [{quantize: {format: nf4, group_size: 64, rounding: gptq}}]")
-    stage_ = recipe.stages[0].quantize
-    assert stage_ is not None and (stage_.format, stage_.rounding) == ("nf4", "gptq")
+    found = recipe.stages[0]
+    assert isinstance(found, Quantize)
+    assert (found.format, found.rounding) == ("nf4", "gptq")
 
 
 @pytest.mark.parametrize(
@@ -244,7 +246,7 @@ def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship(
         "stages: [{quantize: {blok: 64}}]",
         "stages: [{tie: {wheights: []}}]",
         "stages: [{tie: {}}]",
-        "stages: [{tie: {layers: auto}}]",
+        "stages: [{share: {layers: auto}}]",
         "stages: [{tie: null}]",
         "stages: [prune]",
         "schema: 2\nstages: [quantize]",
