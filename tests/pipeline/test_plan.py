@@ -69,7 +69,7 @@ def test_a_plan_reads_no_weights_and_writes_nothing(text: Path, tmp_path: Path) 
     rows, notes = plan.rows, plan.notes
     assert [row.stage for row in rows] == ["base", "quantize (nf4, gptq)"]
     assert known(rows[1].seconds) > 0 and known(rows[1].peak_memory_bytes) > 0
-    assert any("8 windows of 24 tokens" in note for note in notes)
+    assert any("8 sequences of 24 tokens" in note for note in notes)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -163,7 +163,7 @@ def test_more_values_and_more_codebooks_lose_less(text: Path, tmp_path: Path) ->
     base, lost = small(tmp_path / "base"), list[float]()
     for settings in ({"entries": 4, "per": "linear"}, {"entries": 4}, {"entries": 8}):
         report = run_recipe(recipe(text, base, {"codebook": settings}), tmp_path / str(len(lost)))
-        lost.append(known(report.fidelity.kl_nats_mean)
+        lost.append(known(report.fidelity.kl_nats_mean))
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
 
 

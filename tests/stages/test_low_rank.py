@@ -125,8 +125,8 @@ def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, 
     base, lost, sizes = save_base(tmp_path / "base"), [], []
     for keep in (0.3, 0.6, 0.999):
         report = run_recipe(recipe(text, base, basis(2, keep=keep)), tmp_path / str(keep))
-        lost.append(known(report.fidelity.kl_nats_mean)
-        sizes.append(known(report.compressed.parameters)
+        lost.append(known(report.fidelity.kl_nats_mean))
+        sizes.append(known(report.compressed.parameters))
         assert stored_of(tmp_path / str(keep)) <= keep * sum(R * C for n, (R, C) in resident().linear_maps() if "layers" in n)
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
     assert all(less < more for less, more in pairwise(sizes))
@@ -266,7 +266,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: 
     base = save_base(tmp_path / "base")
     told = recipe(text, base, basis(layers))
     run_recipe(told, tmp_path / "once")
-    for lost in (["basis.00001"], ["basis.00000", "found.00000"]):
+    for lost in (["low_rank.00001"], ["low_rank.00000", "found.00000"]):
         with pytest.raises(AcceptError):
             run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
@@ -289,7 +289,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     run_recipe(recipe(text, save_base(tmp_path / "base")), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
-    assert (facts["name"], facts["basis"], facts["keep"]) == ("basis", 2, 0.5)
+    assert (facts["name"], facts["layers_per_basis"], facts["keep"]) == ("low_rank", 2, 0.5)
     assert report.linears[0].format.startswith("basis of rank ") and report.linears[-1].format.endswith(", shared")
     card = (tmp_path / "out" / "README.md").read_text()
     install = card.split("```")[1]

@@ -117,7 +117,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(
 ) -> None:
     base, kl = save_base(tmp_path / "base"), []
     for score in SCORES:
-        settings = {"prune": {**stage["prune"], "score": score}}
+        settings = {"sparsify": {**stage["sparsify"], "score": score}}
         kl.append(known(run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean))
     assert 0 < kl[0] < kl[1] < kl[2]
 
@@ -174,10 +174,10 @@ def test_a_zero_that_may_stay_stays(layout: SparseLayout) -> None:
     ("family", "stages"),
     [
         ("llama", [{"prune": {"axis": "ffn", "keep": 256}}, sparse()]),
-        ("llama", [{"prune": {**HALF, "skip": ["*.q_proj"]}}]),
+        ("llama", [{"sparsify": {**HALF, "skip": ["*.q_proj"]}}]),
         ("gpt2", [sparse(score="wanda")]),
         ("phi3", [sparse(pattern="4:8", score="magnitude")]),
-        ("qwen3_moe", [{"prune": {**HALF, "score": "wanda"}}]),
+        ("qwen3_moe", [{"sparsify": {**HALF, "score": "wanda"}}]),
     ],
 )
 def test_a_model_in_memory_becomes_what_the_folder_holds(
@@ -233,7 +233,7 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
     ("family", "stages"),
     [
         ("llama", [sparse()]),
-        ("llama", [{"prune": {"axis": "ffn", "keep": 192}}, {"prune": {**HALF, "score": "wanda"}}]),
+        ("llama", [{"prune": {"axis": "ffn", "keep": 192}}, {"sparsify": {**HALF, "score": "wanda"}}]),
         ("qwen3_moe", [sparse(pattern="4:8", score="magnitude")]),
         ("gpt2", [{"sparsify": {"pattern": "unstructured", "keep": 0.37, "skip": ["*.c_attn"]}}]),
     ],
@@ -248,14 +248,14 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     assert rows[-1].parameters == report.compressed.parameters
     assert 0 <= known(report.compressed.size_bytes) - rows[-1].size_bytes < 8000  # the header
     assert known(rows[-1].seconds) > 0 and known(rows[-1].peak_memory_bytes) > 0
-    settings = stages[-1]["prune"]
+    settings = stages[-1]["sparsify"]
     assert rows[-1].stage == f"sparsify ({settings['pattern']}, {settings.get('score', 'sparsegpt')})"
     assert f"{len(report.linears)} linears lose weights, {len(report.kept)} are kept" in " ".join(notes)
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3_moe", num_hidden_layers=1)
-    run_recipe(recipe(text, base, {"prune": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
+    run_recipe(recipe(text, base, {"sparsify": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == ("sparsify", "unstructured", 0.5, "sparsegpt")
@@ -287,7 +287,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
             '[sparsify: {pattern: "2:4", score: obs}]',
             "stages.0.sparsify.score: .*'sparsegpt', 'wanda' or 'magnitude', not 'obs'",
         ),
-        ("[prune: {axis: ffn, keep: 0.5, score: sparsegpt}]", "stages.0.sparsify.score: .* not 'sparsegpt'"),
+        ("[prune: {axis: ffn, keep: 0.5, score: sparsegpt}]", "stages.0.prune.score: .* not 'sparsegpt'"),
         (
             '[sparsify: {pattern: "2:4", keep: 0.5}]',
             "stages.0.sparsify: keep is for pattern: unstructured; 2:4 says how many stay",
@@ -329,7 +329,7 @@ ALMOST_NONE = {"pattern": "unstructured", "keep": 0.001}
     ("settings", "why"),
     [
         (sparse(skip=["*.nothing"]), r'skip "\*.nothing" matches no linear of this model; they have names like model.layers.0'),
-        ({"prune": ALMOST_NONE}, "no linear of this model can lose weights .*try another keep or skip"),
+        ({"sparsify": ALMOST_NONE}, "no linear of this model can lose weights .*try another keep or skip"),
         (sparse(skip=["*"]), "no linear of this model can lose weights"),
     ],
 )
