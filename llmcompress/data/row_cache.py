@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +21,7 @@ from llmcompress.errors import DataError, first_line
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import put
 
+logger = logging.getLogger(__name__)
 Row = dict[str, Any]
 END: dict[str, str] = {}  # a row is a string, a list of messages or null
 
@@ -120,4 +121,4 @@ def _keep(file: Path, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         put(file, text)
     except OSError as error:
-        warnings.warn(f"what is read is not kept for later: {file} can't be written ({first_line(error)})", stacklevel=2)
+        logger.warning("what is read is not kept for later: %s can't be written (%s)", file, first_line(error))

@@ -12,6 +12,8 @@ disk. A module that was not prepared, as when its weights are offloaded, expands
 
 from __future__ import annotations
 
+import functools
+import logging
 from typing import Any, cast
 
 import torch
@@ -22,6 +24,7 @@ from llmcompress.formats.base import StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
+logger = logging.getLogger(__name__)
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
@@ -121,6 +124,8 @@ def _product(
     multiply, whole = bitsandbytes_layout.stock.int8_linear_matmul, None
     if x.is_cpu and not torch.compiler.is_compiling():
         multiply, whole = (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
+        if not KERNEL:
+            _warn_of_float_sums()
     codes_TC, scale = integer.quantize_tokens(x, bits, step, whole)
     if bits == 16:  # two products in one, for twice the tokens
         high_TR, low_TR = multiply(integer.split(codes_TC), matrix_RC).float().chunk(2)
@@ -128,6 +133,12 @@ def _product(
     else:
         sums_TR = multiply(codes_TC, matrix_RC)
     return scaled(sums_TR, scale, scale_R, bias, dtype).reshape(shape)
+
+
+@functools.cache
+def _warn_of_float_sums() -> None:
+    """Say once that there is no kernel for products of int8 here."""
+    logger.warning("integer linears are summed in float32, about as fast as float ones: this CPU has no AVX512")
 
 
 def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:

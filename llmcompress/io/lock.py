@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import socket
 import time
-import warnings
 import weakref
 from pathlib import Path
 from typing import NamedTuple
@@ -29,6 +29,7 @@ try:
 except ImportError:  # not a POSIX system
     fcntl = None  # type: ignore[assignment]
 
+logger = logging.getLogger(__name__)
 LONGEST = 1000  # bytes of what a lock file says
 TRIES = 50  # to get hold of a file that others delete
 MOMENT = 0.02  # seconds until whoever has just got a lock has said so
@@ -123,7 +124,8 @@ class Lock:
         holder = self._said(handle)
         if holder is not None and holder.lives:
             raise self._refusal(holder, f" (if that is no run any more, delete {self.file})")
-        warnings.warn(f"{self.file} can't be locked ({why}): start nothing else that works in {self.file.parent}", stacklevel=4)
+        place = self.file.parent
+        logger.warning("%s can't be locked (%s): start nothing else that works in %s", self.file, why, place)
 
     def _said(self, handle: int, *, patient: bool = False) -> Holder | None:
         """Who holds the file, by its own words, which come a moment after the lock."""

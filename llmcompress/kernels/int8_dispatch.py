@@ -32,12 +32,15 @@ WIDE = 1024  # columns, or rows, that a program takes at a time where it has no 
 
 def usable(x: Tensor) -> bool:
     """Whether these kernels take `x`: on a GPU that Triton compiles for, outside a graph that is being compiled anyway."""
-    return int8_triton is not None and x.is_cuda and not torch.compiler.is_compiling() and _compiles(x.device)
+    return x.is_cuda and not torch.compiler.is_compiling() and compiles(x.device)
 
 
 @functools.cache
-def _compiles(device: torch.device) -> bool:
-    """Whether Triton does; a warning says why it doesn't, once."""
+def compiles(device: torch.device) -> bool:
+    """Whether Triton compiles the kernels for a GPU; where it does not, a warning says why, once."""
+    if int8_triton is None:
+        logger.warning("integer linears run in more and slower steps on %s: Triton is not installed", device)
+        return False
     try:
         codes, scale = quantize_tokens(torch.ones(FEW, 256, device=device), 8)
         for rows in (16, 2**14):

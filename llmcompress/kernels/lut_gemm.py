@@ -5,7 +5,7 @@ along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kern
 processes to load. The file's name holds the sha256 of its content: one that was damaged is compiled again. As loading it runs
 what is in it, both file and folder must belong to this user (or root) and be writable by nobody else; where they are not, the
 kernel is compiled into a private temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS
-is 0, there is no kernel and nobody is told: the caller has another way.
+is 0, there is no kernel, and the caller has another way. A failure is logged once, as a warning.
 R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -26,11 +27,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from llmcompress.errors import CompressError
+from llmcompress.errors import CompressError, first_line
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import discard, sync
 from llmcompress.io.scratch import scratch_folder
 
+logger = logging.getLogger(__name__)
 SOURCE, HEADER = (Path(__file__).parent / "csrc" / name for name in ("lookup.c", "lookup_wide.h"))
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -42,8 +44,15 @@ BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several t
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a kernel; the first call may compile it, which takes seconds."""
-    return _kernel() is not None
+    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that fails."""
+    if (why := why_not()) is not None and not _switched_off():
+        logger.warning("torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why)
+    return why is None
+
+
+def why_not() -> str | None:
+    """Why there is no kernel; None where there is one. The first call may compile it."""
+    return _attempt()[1]
 
 
 def form() -> str | None:
@@ -155,15 +164,44 @@ def _loaded() -> ctypes.CDLL:
     return kernel
 
 
-@functools.cache
 def _kernel() -> ctypes.CDLL | None:
     """The compiled kernel, from the cache or new; None where it can't be had."""
-    if os.environ.get("LLMCOMPRESS_KERNELS") == "0":
-        return None
+    return _attempt()[0]
+
+
+def _switched_off() -> bool:
+    return os.environ.get("LLMCOMPRESS_KERNELS") == "0"
+
+
+@functools.cache
+def _attempt() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernel and None, or None and why there is none."""
+    if _switched_off():
+        return None, "LLMCOMPRESS_KERNELS is 0"
     try:
-        return _load(cache_folder() / "kernels")
-    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError, CompressError):  # no room, no symbol
-        return None
+        kernel = _load(cache_folder() / "kernels")
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError, CompressError) as error:
+        return None, first_line(error)  # no room, no symbol
+    return (None, _lacking()) if kernel is None else (kernel, None)
+
+
+def compiler() -> str | None:
+    """The path of the C compiler that is tried first; None where there is none."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _lacking() -> str:
+    """Why nothing was compiled."""
+    if compiler() is None:
+        return f"there is no C compiler ({', '.join(COMPILERS)}) on the PATH; install one"
+    if not _libgomp():
+        return "torch was installed without libgomp; install a torch wheel for this platform"
+    return f"{SOURCE.name} is compiled by none of {', '.join(COMPILERS)} here; install a newer compiler"
+
+
+def _libgomp() -> list[Path]:
+    """The thread libraries that torch brought along."""
+    return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
@@ -235,7 +273,7 @@ def _digest() -> str:
 
 def _compile(compiler: str, target: Path) -> bool:
     """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many processes try."""
-    threads = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+    threads = _libgomp()
     if not threads:
         return False
     with tempfile.TemporaryDirectory(dir=target) as folder:

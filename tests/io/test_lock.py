@@ -97,7 +97,9 @@ def no_flock(handle: int, operation: int) -> None:
     raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
-def test_where_the_file_system_can_not_lock_what_the_file_says_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_the_file_system_can_not_lock_what_the_file_says_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(fcntl, "flock", no_flock)
     file, parent = tmp_path / "lock", psutil.Process().parent()
     living = Holder(parent.pid, socket.gethostname(), parent.create_time())
@@ -114,7 +116,8 @@ def test_where_the_file_system_can_not_lock_what_the_file_says_decides(tmp_path:
                 file
             )
         else:
-            with pytest.warns(UserWarning, match="can't be locked .*: start nothing else that works in"):
-                lock = Lock(file, "the place", "wait")
+            caplog.clear()
+            lock = Lock(file, "the place", "wait")
+            assert "can't be locked (No locks available): start nothing else that works in" in caplog.text
             assert Holder.read(file.read_bytes()) == Holder.here()
             lock.release()

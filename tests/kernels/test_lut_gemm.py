@@ -42,7 +42,7 @@ def fresh() -> Iterator[None]:
 
 
 def _forget() -> None:
-    lut_gemm._kernel.cache_clear()
+    lut_gemm._attempt.cache_clear()
     lut_gemm.available.cache_clear()
 
 
@@ -146,16 +146,32 @@ def test_what_is_not_a_weight_is_refused_and_not_read() -> None:
             lut_gemm.expand(packed, levels, 2, 4, 40, start=start, out=out)
 
 
-def test_a_switch_turns_the_kernel_off(fresh: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_switch_turns_the_kernel_off(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "0")
     assert not lut_gemm.available() and lut_gemm.form() is None
+    assert lut_gemm.why_not() == "LLMCOMPRESS_KERNELS is 0"
+    assert not caplog.records, "who switches it off knows"
     with pytest.raises(ValueError, match="no kernel here"):
         lut_gemm.matmul(torch.ones(1, 4), torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 16), 1, 4)
 
 
-@pytest.mark.parametrize("broken", ["no compiler", "no such flag", "no folder", "no libgomp"])
-def test_without_what_it_takes_there_is_no_kernel_and_no_error(
-    broken: str, fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+WHY = {
+    "no compiler": "there is no C compiler (no-such-compiler) on the PATH",
+    "no such flag": "lookup.c is compiled by none of",
+    "no folder": "Not a directory",
+    "no libgomp": "without libgomp",
+}
+
+
+@pytest.mark.parametrize("broken", WHY)
+def test_without_what_it_takes_there_is_no_kernel_and_one_warning(
+    broken: str,
+    fresh: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
     if broken == "no compiler":
@@ -167,7 +183,11 @@ def test_without_what_it_takes_there_is_no_kernel_and_no_error(
     else:
         monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
     assert not lut_gemm.available()
+    assert not lut_gemm.available()
     assert not list(tmp_path.glob("cache/kernels/*"))
+    (record,) = caplog.records  # once a process
+    assert record.levelname == "WARNING" and str(lut_gemm.why_not()) in record.getMessage()
+    assert WHY[broken] in record.getMessage()
 
 
 @needs_kernel

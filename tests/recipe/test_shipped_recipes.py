@@ -5,6 +5,7 @@ Text, steps and base are small, so what comes out is no good; how each is done, 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -18,6 +19,8 @@ import yaml
 from huggingface_hub import ModelCard
 from huggingface_hub._eval_results import parse_eval_result_entries
 
+from llmcompress.formats.quantization_config import METHOD
+from llmcompress.recipe import catalogue
 from llmcompress.report.schema import Report
 from tests.bases import facts, save_base
 from tests.hub_cards import wrong_with
@@ -129,6 +132,16 @@ def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(name: st
     pictures = re.findall(r"!\[.*?\]\((.*?)\)", text)
     assert pictures and all(there[picture].startswith(b"\x89PNG") for picture in pictures)
     assert f"llmcompress reproduce me/{name}\n" in text and f'name = "me/{name}"\n' in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_list_of_recipes_says_what_loads_the_artefact(name: str, pushed: dict[str, dict[str, bytes]]) -> None:
+    config = json.loads(pushed[name]["config.json"])
+    method = config.get("quantization_config", {}).get("quant_method")
+    own = method == METHOD or "per_layer_config" in config
+    plain = catalogue.NATIVE if method else catalogue.TRANSFORMERS
+    (entry,) = (entry for entry in catalogue.entries() if entry.name == name)
+    assert entry.loads_with == (catalogue.PLUGIN if own else plain)
 
 
 def test_what_the_hub_would_refuse_is_found() -> None:

@@ -193,6 +193,7 @@ class Watch(TrainerCallback):
 
     def __init__(self, progress: Iterator[Any]) -> None:
         self.progress = progress
+        next(progress, None)  # the first step begins; each end of a step finishes one
         self.broken_at: int | None = None
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
