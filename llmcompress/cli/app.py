@@ -105,9 +105,9 @@ def evaluate(
         require_file(json_file, "--json")
     spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
     result = measure(model, against=against, data=spec, device=device, track=track)
-    print_evaluation(result, out)
+    print_evaluation(result.to_dict(), out)
     if json_file is not None:
-        write_file(json_file, json.dumps(result, indent=2) + "\n", "--json")
+        write_file(json_file, json.dumps(result.to_dict(), indent=2) + "\n", "--json")
 
 
 @app.command()

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 
 from llmcompress.architectures.families import anatomy_of
@@ -278,8 +277,3 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
         embedding = None
     found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
     return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
-
-
-# Not by transformers' decorators, which refuse a second time: a reloaded module takes the place of its former self.
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer

@@ -65,7 +65,7 @@ def run_recipe(
     recipe: Recipe,
     out: str | Path,
     *,
-    base: str | None = None,
+    base: str | Base | None = None,
     data: str | DataSpec | None = None,
     overwrite: bool = False,
     device: str | None = None,
@@ -79,12 +79,12 @@ def run_recipe(
     the recipe's bounds: then nothing is published, and the finished layers are kept.
     """
     start = time.monotonic()
-    recipe.require_own_names(base=base, data=data)
+    recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
     target = path_of(out, "--out", OutputError)
     place = partial_folder(target)
     require_pictures()
     distributed.join(device)
-    found = find_base(base or recipe.base, recipe.revision if base is None else None)
+    found = base if isinstance(base, Base) else find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
     spec = data_of(recipe, data)
     where, tokenizer = pick_device(device), tokenizer_of(found.folder)

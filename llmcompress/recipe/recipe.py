@@ -142,6 +142,11 @@ class Recipe(BaseModel):
                 f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
                 f'pip install -U "llmcompress>=0.{newer}"'
             )
+        return cls.of_entries(entries, where)
+
+    @classmethod
+    def of_entries(cls, entries: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins with `where`."""
         try:
             return cls.model_validate(entries)
         except ValidationError as error:

@@ -74,7 +74,7 @@ def fidelity_rows(report: Report) -> Rows:
     return [
         ("KL(base || compressed), mean", nats(facts.kl_nats_mean)),
         ("KL, 99th percentile", nats(facts.kl_nats_p99)),
-        ("same first choice", percent(facts.top1_agreement)),
+        ("top-1 agreement", percent(facts.top1_agreement)),
         ("perplexity ratio [95 %]", with_interval(facts.perplexity_ratio, facts.perplexity_ratio_ci95)),
     ]
 
@@ -152,7 +152,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
         ("tokens/s, writing", amount(get("decode_tokens_per_s"))),
         ("KL(base || model), mean", nats(get("kl_nats_mean"))),
         ("KL, 99th percentile", nats(get("kl_nats_p99"))),
-        ("same first choice", percent(get("top1_agreement"))),
+        ("top-1 agreement", percent(get("top1_agreement"))),
     ]
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
 
@@ -162,7 +162,7 @@ def print_reproduction(verdict: str, differences: Iterable[str], reported: Repor
     rows = [
         ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
         ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
-        ("same first choice", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
+        ("top-1 agreement", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
         ("bytes on disk", amount(reported.compressed.size_bytes, "B"), amount(again.compressed.size_bytes, "B")),
     ]
     _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)

@@ -57,7 +57,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     plain = live(AutoModelForCausalLM.from_pretrained(base))
     assert torch.equal(measured(base), plain)
     spec = DataSpec(source=str(text), length=24, evaluation_samples=2)
-    before = evaluate(str(base), data=spec)["perplexity"]
+    before = evaluate(str(base), data=spec).perplexity
     tied = pico(family, vocab_size=256, tie_word_embeddings=True)
     assert distance(live(tied), plain) > 0.01
     run_recipe(staged_recipe(text, base, NF4_HEAD), tmp_path / "out")
@@ -67,7 +67,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     told.save_pretrained(tmp_path / "told")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "told" / file).write_bytes((base / file).read_bytes())
-    assert evaluate(str(tmp_path / "told"), data=spec)["perplexity"] == before
+    assert evaluate(str(tmp_path / "told"), data=spec).perplexity == before
 
 
 @pytest.mark.parametrize(
