@@ -15,12 +15,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize
+from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize, tensors_of
 from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
-from llmcompress.pipeline.outcome import tensors_of
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
@@ -65,7 +64,7 @@ def write_in(
         turned = isinstance(module, Conv1D)
         found = made((plain.T if turned else plain).contiguous())
         del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native_layout=False).items()})
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native=False).items()})
         weight = dequantize(found)
         plain.copy_(weight.T if turned else weight)
         names.append(name)

@@ -14,7 +14,7 @@ from llmcompress import hub
 from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
-from llmcompress.formats import bitsandbytes_layout, four_bit, integer, registry
+from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
@@ -161,21 +161,10 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     return transformers_quantizer.quantization_config(list(linears.items()), outcome.ties)
 
 
-def layout_of(coding: LinearScheme) -> registry.AnyLayout:
+def layout_of(how: LinearScheme) -> AnyLayout:
     """What config.json says of a linear in a model that needs our plug-in."""
-    if isinstance(coding, RewrittenLayout):
-        return coding
-    if isinstance(coding, IntegerScheme):
-        return coding.scheme
-    assert isinstance(coding, FourBitScheme)  # `together` leaves no Int8 beside others
-    return four_bit.FourBitLayout(coding.format, coding.group_size, coding.double_quant)
-
-
-def tensors_of(packed: StoredWeight, native_layout: bool) -> dict[str, Tensor]:
-    """The tensors of a linear as they are written, by their names in it."""
-    if isinstance(packed, bitsandbytes_layout.Packed) and not native_layout:
-        return four_bit.tensors(packed)
-    return registry.tensors_of(packed)
+    assert not isinstance(how, Int8Scheme), "`together` leaves none beside others"
+    return how.layout if isinstance(how, FourBitScheme | IntegerScheme) else how
 
 
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
@@ -200,7 +189,7 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
         named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
-            named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
+            named |= {f"{key}.{part}": tensor for part, tensor in registry.tensors_of(packed, native=native_layout).items()}
         names = (*dense, *(f"{linear}.weight" for linear in linears))
         replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
         writer.add(named)

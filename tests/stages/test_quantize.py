@@ -205,7 +205,7 @@ def test_a_skip_that_matches_nothing_is_told_the_names_there_are() -> None:
 def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear of this model can be quantised"):
         Quantize(skip=("*",)).choose(resident())
-    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another layer or skip"):
+    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another group_size or skip"):
         Quantize(group_size=4096).choose(resident())
 
 
