@@ -38,10 +38,17 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from llmcompress import companions
 from llmcompress.errors import CompressError, DataError, ModelError, OutputError, first_line
+from llmcompress.io import companion_files
 
-SMALL = [*companions.TRAVELS, *companions.RARE, "model.safetensors.index.json", "README.md", "recipe.yaml", "report.json"]
+SMALL = [
+    *companion_files.TRAVELS,
+    *companion_files.RARE,
+    "model.safetensors.index.json",
+    "README.md",
+    "recipe.yaml",
+    "report.json",
+]
 WEIGHTS = ["model*.safetensors"]
 TERMS = "accept its terms on the Hub and log in with `hf auth login`"
 MEND = "correct the head of README.md beside the weights, which is then pushed as it is"

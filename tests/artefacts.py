@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from llmcompress import plugin  # teaches from_pretrained our formats
-from llmcompress.contents import tensors_of
 from llmcompress.errors import ModelError
-from llmcompress.ondisk import OnDisk
-from llmcompress.plan import plan
-from llmcompress.recipe import Recipe
-from llmcompress.report import Report
-from llmcompress.run import compress
-from llmcompress.stored import Layout, Stored, dequantize
-from llmcompress.walk import logits
-from tests.bases import VOCABULARY, byte_tokenizer
+from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize, tensors_of
+from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import logits
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
+from tests.bases import VOCABULARY, byte_tokenizer, known
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -43,7 +43,7 @@ def live(model: PreTrainedModel) -> Tensor:
 
 def measured(folder: Path) -> Tensor:
     """The logits that a report is made of."""
-    return torch.cat(list(logits(OnDisk(folder, CPU, quantized=True), TOKENS)))
+    return torch.cat(list(logits(DiskModel(folder, CPU, quantized=True), TOKENS)))
 
 
 def distance(a: Tensor, b: Tensor) -> float:
@@ -54,7 +54,9 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callable[[Tensor], Stored]) -> PreTrainedModel:
+def write_in(
+    folder: Path, model: PreTrainedModel, layout: AnyLayout, made: Callable[[Tensor], StoredWeight]
+) -> PreTrainedModel:
     """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these weights."""
     state, names = dict(model.state_dict()), []
     for name, module in linears(model).items():
@@ -62,14 +64,14 @@ def write_in(folder: Path, model: PreTrainedModel, layout: Layout, made: Callabl
         turned = isinstance(module, Conv1D)
         found = made((plain.T if turned else plain).contiguous())
         del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native_layout=False).items()})
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native=False).items()})
         weight = dequantize(found)
         plain.copy_(weight.T if turned else weight)
         names.append(name)
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight", None)
     config = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    config["quantization_config"] = plugin.quantization_config([(layout, names)])
+    config["quantization_config"] = transformers_quantizer.quantization_config([(layout, names)])
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -83,10 +85,12 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTrainedModel, Report, Report]:
     """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and the written one."""
-    written = compress(told, folder / "out")
-    result, report = told.apply(cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer())
+    written = run_recipe(told, folder / "out")
+    result, report = apply_recipe(
+        told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
+    )
     assert report.compressed.parameters == written.compressed.parameters
-    assert 0 <= (written.compressed.size_bytes or 0) - (report.compressed.size_bytes or 0) < 10_000  # the header
+    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000  # the header
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(folder / "out")))
     result.save_pretrained(folder / "saved")
@@ -97,7 +101,7 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
 
 def assert_refused(told: Recipe, why: str, out: Path) -> None:
     """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is written."""
-    for act in cast("list[Callable[[Recipe], Any]]", [plan, lambda given: compress(given, out)]):
+    for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, out)]):
         with pytest.raises(ModelError, match=why) as caught:
             act(told)
         assert len(str(caught.value).splitlines()) == 1

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmcompress.report import Report, measure, pictures
+from llmcompress.report import metrics, plots
+from llmcompress.report.schema import Report
 
 torch.set_num_threads(1)
-EVALUATE = importlib.import_module("llmcompress.evaluate")  # under whose name the package has the function
+EVALUATE = importlib.import_module("llmcompress.pipeline.evaluate")  # under whose name the package has the function
 WHOLE = ("test_run", "test_cli", "test_evaluate")  # what these test is whole runs
 
 
@@ -30,8 +31,8 @@ def short_runs(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("before_after", "error_per_layer"):
-            patch.setattr(pictures, draw, _no_picture)
-        patch.setattr(EVALUATE, "speed", partial(measure.speed, decode_tokens=2, repeats=1))
+            patch.setattr(plots, draw, _no_picture)
+        patch.setattr(EVALUATE, "speed", partial(metrics.speed, decode_tokens=2, repeats=1))
         yield
 
 

@@ -417,7 +417,7 @@ ROUTES = [
 
 @contextmanager
 def serve() -> Iterator[tuple[Hub, str]]:
-    """An empty Hub and the address where it answers, as long as the block runs."""
+    """An empty Hub and the address where it answers, as long as the layer runs."""
     hub = Hub()
     with ThreadingHTTPServer(("127.0.0.1", 0), type("HandlerOfHub", (Handler,), {"hub": hub})) as server:
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -1,7 +1,7 @@
 """Pico models of every family, made on the spot.
 
 The widths differ from each other (hidden 64, query rows 128, key rows 32, ffn 320, vocabulary 160), so that a mixed-up shape
-shows; all but the key and value rows are multiples of 64, so that blocks of 64 fit. Every weight is random, norms and biases
+shows; all but the key and value rows are multiples of 64, so that groups of 64 fit. Every weight is random, norms and biases
 too, and large enough that each has a say in the logits. They cost some milliseconds and 0.5 MB each.
 """
 
@@ -39,7 +39,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "qwen3_moe": {**_GROUPED, "num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 192},
 }
 
-# Configs that add, drop or reshape weights or change the order of a block, beside each family's plain one.
+# Configs that add, drop or reshape weights or change the order of a layer, beside each family's plain one.
 VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("llama", {"attention_bias": True, "mlp_bias": True}),
     ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 8}),

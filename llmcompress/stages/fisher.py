@@ -1,13 +1,13 @@
-"""Which errors of a block the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
+"""Which errors of a layer the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from llmcompress.methods.hessian import metric_factor
-from llmcompress.residency import Resident
-from llmcompress.stages.context import Context
-from llmcompress.walk import output_fisher
+from llmcompress.algorithms.hessian import metric_factor
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import output_fisher
+from llmcompress.stages.base import Context
 
 FISHER = "fisher"  # in the journal
 TOKENS = 32768  # more than these change what is made of them by less than its noise
@@ -19,8 +19,8 @@ def tokens_for(width: int) -> int:
     return max(TOKENS, 8 * width)
 
 
-def find_fisher(model: Resident, context: Context) -> None:
-    """Have the journal hold the matrix of each block, for the model as it is now."""
+def find_fisher(model: LayerwiseModel, context: Context) -> None:
+    """Have the journal hold the matrix of each layer, for the model as it is now."""
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
@@ -32,18 +32,18 @@ def find_fisher(model: Resident, context: Context) -> None:
 
 
 def fisher(context: Context, index: int) -> Tensor:
-    """The matrix [D, D] of a block: an error e of the states that leave it costs e F e^T / 2 nats a token."""
+    """The matrix [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats a token."""
     return context.journal.load(FISHER, index)[0]["F_DD"]
 
 
-def metric(model: Resident, context: Context, index: int) -> Tensor | None:
-    """M [D, D], such that an error e of what a sublayer adds in a block costs |e M|^2 nats a token; None where none is known.
+def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:
+    """M [D, D], such that an error e of what a sublayer adds in a layer costs |e M|^2 nats a token; None where none is known.
 
-    That is where a norm follows the sublayer, which the matrix of the block does not reach through.
+    That is where a norm follows the sublayer, which the matrix of the layer does not reach through.
     """
-    rows, feeds = model.anatomy.block, model.anatomy.feeds
+    rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
     gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
-    if gains - feeds.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
+    if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None
     return nats_factor(fisher(context, index).to(model.device))
 

@@ -16,7 +16,7 @@ from tests.campaign.forked import Ended, run
 HEAL = "{distill: {steps: 4, batch: 2, learning_rate: 1.0e-3}}"
 STAGES = {
     "long": f"[{{prune: {{axis: ffn, keep: 0.5}}}}, {HEAL}, {{quantize: {{format: nf4}}}}]",
-    "short": "[{quantize: {format: w4a8, block: 32}}]",
+    "short": "[{quantize: {format: w4a8, group_size: 32}}]",
 }
 
 

@@ -66,7 +66,7 @@ class Child:
             if call is not None:
                 call()
             else:
-                from llmcompress.__main__ import main
+                from llmcompress.cli.app import main
 
                 sys.argv = ["llmcompress", *words]
                 main()

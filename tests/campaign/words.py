@@ -18,7 +18,14 @@ FIELDS = (
     *("data.samples", "data.length", "data.seed", "data.evaluation_samples", "data.source", "data.column", "data.config"),
     *("prune.axis", "prune.keep", "prune.parameters", "prune.size", "prune.multiple", "prune.score"),
     *("distill.steps", "distill.batch", "distill.learning_rate", "distill.loss", "distill.length", "distill.trackers"),
-    *("quantize.format", "quantize.block", "quantize.rounding", "quantize.protect", "quantize.overrides", "quantize.threshold"),
+    *(
+        "quantize.format",
+        "quantize.group_size",
+        "quantize.rounding",
+        "quantize.protect",
+        "quantize.overrides",
+        "quantize.threshold",
+    ),
     *("accept.kl_nats", "tie.codebook", "tie.basis", "tie.groups", "schema", "base", "revision"),
 )
 

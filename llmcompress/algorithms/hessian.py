@@ -1,0 +1,129 @@
+"""Second moments of a linear's inputs, and the triangular factor of their inverse that GPTQ walks along.
+
+The squared output error of a linear over its calibration inputs is tr(E H E^T) with E the weight error and H = X X^T: one
+C x C matrix says all that the data has to say, so it is accumulated once and shared by every linear that reads the same input.
+Float32 throughout; the sums of a calibration set stay far within its range because they are kept as means.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.overflow import Overflow
+
+
+class Moments:
+    """Running means over tokens, float32, on the device of the inputs.
+
+    `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T; else None.
+    `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the largest |x| of each column. The
+    full model may have more columns, `full` of them.
+    """
+
+    def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
+        self.H_CC = torch.zeros(columns, columns, device=device)
+        self.X_CC: Tensor | None = None
+        self.mean_C, self.top_C = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
+        self.full_C = torch.zeros(full or columns, device=device)
+        self.tokens = 0
+
+    def add(self, x: Tensor, full: Tensor | None = None) -> None:
+        """Take in inputs x [..., C], and what the full model has in their place."""
+        X_TC = x.reshape(-1, x.shape[-1]).float()
+        total = self.tokens + len(X_TC)
+        if total == 0:
+            return
+        F_TC = X_TC if full is None else full.reshape(-1, full.shape[-1]).float()
+        for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
+            mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
+        if full is not None:
+            self.X_CC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
+            self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
+        self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
+        self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
+        self.tokens = total
+
+    @property
+    def finite(self) -> bool:
+        """Whether no value, square or sum of what was read is NaN or infinite."""
+        return all(bool(torch.isfinite(part).all()) for part in (self.H_CC, self.X_CC, self.full_C) if part is not None)
+
+    def joined(self, other: Moments) -> Moments:
+        """Those of the tokens of both; what the full model has in their place is left out, for two have two such places."""
+        both = Moments(len(self.H_CC), self.H_CC.device)
+        both.tokens = self.tokens + other.tokens
+        for name in ("H_CC", "mean_C", "full_C"):
+            parts = [getattr(one, name) * (one.tokens / max(1, both.tokens)) for one in (self, other)]
+            setattr(both, name, parts[0] + parts[1])
+        both.top_C = torch.maximum(self.top_C, other.top_C)
+        return both
+
+
+def damped(H_CC: Tensor, damp: float) -> Tensor:
+    """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets that mean."""
+    mean = H_CC.diagonal().mean()
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # no input at all: identity, plain rounding
+    H = H_CC.clone()
+    H.diagonal().add_(damp * mean)
+    dead = H_CC.diagonal() <= 0
+    H.diagonal()[dead] = mean
+    return H
+
+
+def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
+    """Upper triangular U with (H + damping)^-1 = U^T U.
+
+    The damping grows tenfold until the Cholesky factorisation succeeds, so constant channels, dead channels and fewer
+    tokens than columns all end in a finite factor.
+
+    Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1.
+    """
+    for attempt in range(12):
+        lower, failed = torch.linalg.cholesky_ex(damped(H_CC, damp * 10**attempt))
+        if failed:
+            continue
+        U_CC: Tensor
+        U_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and bool(torch.isfinite(U_CC).all()):
+            return U_CC
+    raise Overflow("second moments are not finite")
+
+
+def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
+    """The weight whose outputs on x come closest to those of W on the full model's inputs f: W + W (X - H) (H + damping)^-1.
+
+    It makes good what the layers before have lost, as far as a linear map of x can; the damping keeps it near W.
+
+    Source: Arai and Ichikawa 2025, arXiv:2504.09629, the corrected weight at full propagation.
+    """
+    if moments.X_CC is None:
+        return W_RC
+    U_CC = inverse_factor(moments.H_CC, damp)
+    return W_RC + W_RC @ (moments.X_CC - moments.H_CC) @ U_CC.T @ U_CC
+
+
+def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
+    """The weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f: least squares.
+
+    W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. It is `retarget` where the full model's inputs
+    are of another width.
+    """
+    assert moments.X_CC is not None
+    U_CC = inverse_factor(moments.H_CC, damp)
+    return W_RC + (W_RF @ moments.X_CC - W_RC @ moments.H_CC) @ U_CC.T @ U_CC
+
+
+def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
+    """Lower triangular R with R R^T = F + damping: the squared length of e R is the error e [D] weighed by F.
+
+    F is scaled to a mean diagonal of one first, so that losses of different layers are of one size.
+    """
+    mean, eye = F_DD.diagonal().mean(), torch.eye(len(F_DD), device=F_DD.device)
+    F = eye if mean == 0 else F_DD / mean
+    for attempt in range(12):
+        R_DD: Tensor
+        R_DD, failed = torch.linalg.cholesky_ex(F + damp * 10**attempt * eye)
+        if not failed and bool(torch.isfinite(R_DD).all()):
+            return R_DD
+    raise Overflow("output Fisher matrix is not finite")

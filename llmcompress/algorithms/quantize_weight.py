@@ -1,0 +1,76 @@
+"""One linear, from weights and second moments to codes: search, GPTQ, then scales and codes in turn.
+
+Each step minimises the same tr(E H E^T) over what the step before held fixed: scales under the nearest codes, codes under
+those scales, scales in closed form under those codes, codes by descent. Three rounds are where it stops paying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.gptq import descend, gptq
+from llmcompress.algorithms.grids import Grid
+from llmcompress.algorithms.scales import fit_scales, search_scales, spread
+
+Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the storable scales nearest to them
+
+
+@dataclass(frozen=True)
+class RoundedWeight:
+    """A linear on a grid: level indices int64 [R, C] and one scale per row and group_size of columns [R, G]."""
+
+    index_RC: Tensor
+    scale_RG: Tensor
+
+    def weight(self, grid: Grid) -> Tensor:
+        """The weight [R, C] that the codes stand for."""
+        return grid.levels[self.index_RC] * spread(self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1])
+
+
+def solve(
+    W_RC: Tensor,
+    H_CC: Tensor,
+    grid: Grid,
+    group_size: int,
+    *,
+    snap: Snap | None = None,
+    signed: bool = True,
+    rounds: int = 3,
+    damp: float = 0.01,
+) -> RoundedWeight:
+    """Codes and scales of W under the second moments H of its inputs; `signed` lets scales be < 0.
+
+    With `snap` the codes are those for the storable scales nearest to the ones found, which are returned before snapping.
+
+    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a group of columns is one scale.
+    """
+    snap = snap or (lambda scale_RG: scale_RG)
+    found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed)
+    scale = snap(found)
+    index = gptq(W_RC, H_CC, scale, grid, damp=damp)
+    for _ in range(rounds):
+        found = fit_scales(W_RC, H_CC, grid.levels[index], scale)
+        scale = snap(found)
+        index = descend(W_RC, H_CC, index, scale, grid)
+    return RoundedWeight(index, found)
+
+
+def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:
+    """Root of the squared output error over the squared output, tr(E H E^T) / tr(W H W^T); 0 where the output is zero."""
+    E = W_RC - Q_RC
+    lost, whole = torch.sum((E @ H_CC) * E), torch.sum((W_RC @ H_CC) * W_RC)
+    if not bool(torch.isfinite(lost + whole)) and W_RC.dtype is not torch.float64:  # squares of large weights
+        return output_error(W_RC.double(), Q_RC.double(), H_CC.double())
+    return float((lost.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0
+
+
+def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
+    """Norm of the weight error over the norm of the weight."""
+    whole = W_RC.norm()
+    if not bool(torch.isfinite(whole)) and W_RC.dtype is not torch.float64:
+        return weight_error(W_RC.double(), Q_RC.double())
+    return float((W_RC - Q_RC).norm() / whole) if whole > 0 else 0.0

@@ -1,0 +1,154 @@
+"""What an anatomy holds, and how the conditions in its rows are decided by a config.
+
+A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim != hidden_size else
+vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be read, printed and compared. A field
+that a condition asks for and the config lacks is an error and not a False, since a row may be missing only because the config
+says so. The tables themselves are in `anatomy.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from llmcompress.architectures.shape_grammar import Spelling, Term
+from llmcompress.errors import ModelError
+
+Rows = Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Anatomy:
+    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in them."""
+
+    family: str  # model_type
+    layers: str  # the ModuleList of layers
+    layer: Rows  # parameter in a layer -> spelling
+    outer: Rows  # parameter outside the layers -> spelling
+    consumers: tuple[tuple[str, ...], ...]  # linears of a layer by the input they read, in order of computation
+    scale_pairs: Mapping[
+        str, tuple[str, ...]
+    ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
+    sizes: Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
+    embedding: str
+    norm: str | None  # the final norm; some OPT models have none
+    head: str = "lm_head"
+    router: tuple[str, ...] = ()  # modules whose weight picks the experts; they read what the experts read
+    conv1d: frozenset[str] = frozenset()  # linears stored [in, out]
+    norm_offset: float = 0.0  # norms multiply by norm_offset + weight
+    refuses: tuple[str, ...] = ()  # conditions on the config under which these rows would not tell the whole model
+
+    @property
+    def linears(self) -> tuple[str, ...]:
+        """The 2-D linear maps of a layer by module name, in order of computation; routers left out."""
+        return tuple(linear for group in self.consumers for linear in group)
+
+    @property
+    def experts(self) -> tuple[str, ...]:
+        """The 3-D parameters of a layer: one linear map [out, in] for each expert."""
+        return tuple(name for name, spelling in self.layer.items() if len(Spelling.parse(spelling).dims) == 3)
+
+    @property
+    def outer_axes(self) -> frozenset[str]:
+        """The axes that have one size in the whole model."""
+        return frozenset(axis for row in self.outer.values() for axis in Spelling.parse(row).axes)
+
+    def rows(self, config: Any) -> dict[str, str]:
+        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
+        inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.layer.items()}
+        return {**self.outer, **inner}
+
+    def axis_sizes(self, config: Any) -> dict[str, int]:
+        """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
+        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer that lost them
+        hidden = config.hidden_size
+        implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
+        sizes = {}
+        for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes):
+            size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
+            size = implied.get(axis) if size is None else size
+            if size is None:
+                raise ModelError(f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json')
+            sizes[axis] = int(size)
+        if "q" in sizes:
+            if heads and (not sizes["kv"] or heads % sizes["kv"]):
+                raise ModelError(f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json")
+            sizes["q"] = heads // max(sizes["kv"], 1)
+        return sizes
+
+    def consumer_of(self, axis: str) -> str | None:
+        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for experts."""
+        inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
+        return inside[0] if len(inside) == 1 else None
+
+    def left(self, sizes: Mapping[str, int]) -> Anatomy:
+        """The facts of one layer in which an axis may have no units: without the linears and feeds that are empty there."""
+        empty = {name for name, row in self.layer.items() if not all(Spelling.parse(row).shape(sizes))}
+        if not empty:
+            return self
+        consumers = tuple(group for group in self.consumers if f"{group[0]}.weight" not in empty)
+        there = {linear for group in consumers for linear in group}
+        scale_pairs = {
+            key: kept for key, old in self.scale_pairs.items() if (kept := tuple(name for name in old if name in there))
+        }
+        return replace(self, consumers=consumers, scale_pairs=scale_pairs)
+
+    def input_of(self, linear: str) -> Term:
+        """What the columns of a linear of a layer run along."""
+        return Spelling.parse(self.layer[f"{linear}.weight"]).dims[0 if linear in self.conv1d else -1]
+
+    def output_of(self, linear: str) -> Term:
+        """What the rows of a linear of a layer run along."""
+        return Spelling.parse(self.layer[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
+
+    def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
+        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the axes of its output."""
+        name, _, number = key.rstrip("]").partition("[")
+        part = int(number) if number else None
+        spelling = Spelling.parse(self.layer.get(f"{name}.weight") or self.layer[name])
+        dims = (spelling if part is None else spelling.part(part)).dims
+        output = dims if len(dims) == 1 else dims[1:] if name in self.conv1d else dims[:-1]
+        return name, part, Spelling(output).axes
+
+    def extend(self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any) -> Anatomy:
+        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes its place."""
+        layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
+        return replace(self, family=family, layer=layer, sizes=sizes, **facts)
+
+    def at(self, config: Any) -> Anatomy:
+        """The facts of one config: each condition decided, the rows it rules out left out."""
+        for condition in self.refuses:
+            if _holds(condition, config):
+                raise ModelError(f"a {self.family} model with {condition} is not one that llmcompress knows; use one without")
+        layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
+        outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
+        scale_pairs = {key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))}
+        return replace(self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
+
+
+def _choose(text: str, config: Any) -> str | None:
+    """Decide `X`, `X if condition` or `X if condition else Y` by the config; None where nothing is left."""
+    first, _, rest = text.partition(" if ")
+    condition, _, second = rest.partition(" else ")
+    return (first if not condition or _holds(condition, config) else second) or None
+
+
+def _holds(condition: str, config: Any) -> bool:
+    """Whether every clause holds: `field`, `not field`, `field == value` or `field != value`, joined by `and`."""
+
+    def value(word: str) -> Any:
+        if word.isdigit() or word.startswith("'"):
+            return int(word) if word.isdigit() else word.strip("'")
+        if not hasattr(config, word):
+            raise ModelError(
+                f'the {config.model_type} config has no "{word}", so its weights are not known; add it to config.json'
+            )
+        return getattr(config, word)
+
+    def clause(words: list[str]) -> bool:
+        if len(words) == 3:
+            return bool((value(words[0]) == value(words[2])) is (words[1] == "=="))
+        return bool(value(words[-1])) is (words[0] != "not")
+
+    return all(clause(text.split()) for text in condition.split(" and "))

@@ -1,0 +1,76 @@
+"""Progress on stderr: a bar on a terminal, plain lines elsewhere.
+
+A plain line says what is done, how many of how many are finished, and the elapsed and the remaining time:
+`quantize (nf4, gptq): 3 of 8, 41 s elapsed, about 68 s left`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from rich.console import Console
+
+from llmcompress.cli.terminal import err
+from llmcompress.io.units import duration
+
+INTERVAL = 3.0  # seconds between two plain lines
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
+
+
+def track(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """Show on stderr how many of `count` things are finished while they go by."""
+    return _bar(things, what, count) if err.is_terminal else lines(things, what, count, err)
+
+
+def _bar(things: Iterable[Any], what: str, count: int) -> Iterator[Any]:
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=err) as progress:
+        yield from progress.track(things, total=count, description=what)
+
+
+def lines(
+    things: Iterable[Any],
+    what: str,
+    count: int,
+    console: Console,
+    clock: Callable[[], float] = time.monotonic,
+) -> Iterator[Any]:
+    """Print a line after the first thing, after the last one, and between them at most one every INTERVAL seconds.
+
+    A thing is finished when the next one is asked for. Where things end before `count`, the last line says how many
+    there were.
+    """
+    start = at = clock()
+    done = printed = 0
+    for thing in things:
+        yield thing
+        done += 1
+        now = clock()
+        if done in (1, count) or now - at >= INTERVAL:
+            at, printed = now, done
+            console.print(_line(what, done, count, now - start), **PLAIN)
+    if printed != done:
+        console.print(_line(what, done, count, clock() - start), **PLAIN)
+
+
+def _line(what: str, done: int, count: int, elapsed: float) -> str:
+    """One plain line."""
+    left = f", about {duration(elapsed / done * (count - done))} left" if 0 < done < count else ""
+    return f"{what}: {done} of {count}, {duration(elapsed)} elapsed{left}"

@@ -1,0 +1,1 @@
+"""One weight format a file: what lies on the disk, and the module that runs it."""

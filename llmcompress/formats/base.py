@@ -1,0 +1,150 @@
+"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs are rounded."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from llmcompress.formats.value_checks import Flaw, finite, require_sound
+
+Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
+Derived = TypeVar("Derived", bound=Tensor | nn.Module)
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of values that are stored as floats
+DERIVED: Any = (
+    WeakTensorKeyDictionary()
+)  # weight -> what it was when something was made of it, and that thing for as long as it is
+
+
+class StoredLayout(Protocol):
+    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their values."""
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Those of a linear [rows, columns], bias apart."""
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of these tensors, bias apart."""
+
+
+class StoredModule(nn.Module):
+    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not initialised.
+
+    `scheme.shapes` says which tensors these are; a bias comes on top.
+    """
+
+    scheme: StoredLayout
+    exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
+
+    def _store(
+        self, scheme: StoredLayout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
+    ) -> None:
+        """Register the parameters; called once, at construction."""
+        self.scheme, self.rows, self.columns = scheme, rows, columns
+        for name, (shape, stored) in scheme.shapes(rows, columns).items():
+            empty = torch.empty(shape, dtype=stored if self.exact else dtype, device=device)
+            self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
+
+    def prepare(self) -> None:
+        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
+        raise NotImplementedError
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [rows, columns]. Errors: ModelError where the stored tensors are nonsense."""
+        raise NotImplementedError
+
+    def stored(self) -> dict[str, Tensor]:
+        """The tensors of the disk by name, without the bias."""
+        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+
+    def require_sound(self, name: str) -> None:
+        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls it `name`."""
+        if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            bias = getattr(self, "bias", None)
+            require_sound(name, [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])])
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
+        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
+        exact = self.stored() if self.exact else {}
+        cast(Any, super())._apply(fn, recurse)
+        for name, data in exact.items():
+            parameter = getattr(self, name)
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        return self
+
+
+class StoredLinear(StoredModule, nn.Linear):
+    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model, and of the bias."""
+
+    transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
+    beside: str | None = None  # the buffer that `prepare` fills, if it has one
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: StoredLayout,
+        *,
+        bias: bool,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        nn.Module.__init__(self)  # past nn.Linear's, which allocates a float weight
+        self.in_features, self.out_features, self.dtype = in_features, out_features, dtype or torch.float32
+        self._store(scheme, out_features, in_features, device, dtype)
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else nn.Parameter(empty, requires_grad=False))
+        if self.beside is not None:
+            self.register_buffer(self.beside, None, persistent=False)
+        cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
+
+    def beside_weight(self, make: Callable[[], Derived]) -> Derived:
+        """What `make` makes of the weight, once for all linears that have this very weight."""
+        weight = self.weight
+        now = weight.device, weight.data_ptr(), weight._version
+        before, held = DERIVED.get(weight, (None, lambda: None))
+        if before == now and (found := held()) is not None:
+            return cast(Derived, found)
+        made = make()
+        DERIVED[weight] = now, weakref.ref(made)
+        return made
+
+
+def _prepare_anew(module: StoredLinear, _: object) -> None:
+    module.prepare()
+
+
+Module = TypeVar("Module", bound=StoredLinear)
+
+
+def hold(module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str) -> Module:
+    """Let an empty module hold copies of the tensors of the disk, prepared and in eval mode."""
+    for name, tensor in tensors.items():
+        module.register_parameter(name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
+    module.prepare()
+    return module.eval()
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the rest of the package asks of a weight format of ours; each format file defines one as FORMAT.
+
+    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory: codes, scales and
+    whatever else its tensors hold.
+    """
+
+    names: tuple[str, ...]  # values of `format` in config.json; none: every name that no other format has
+    layout: type[Any]
+    weight: type[Any]
+    mark: str  # a tensor that only linears of this format have beside `weight`
+    module: type[StoredLinear]  # what runs it
+    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]  # tensors, layout, [R, C] -> weight
+    tensors: Callable[[Any], dict[str, Tensor]]  # weight -> the tensors of the disk, by their names in the linear
+    linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

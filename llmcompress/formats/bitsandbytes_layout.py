@@ -1,0 +1,318 @@
+"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock kernels run.
+
+The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each `group_size` consecutive
+weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes' own functions write the tensors, so the
+names and bytes are theirs; decoding is spelled in plain torch, bit-equal to theirs wherever theirs is right (see `refusal`).
+R rows (out), C columns (in), G = C / group_size groups a row. Codes cost a byte a weight until `tensors` packs them.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.quantizers.quantizers_utils import should_convert_module
+
+from llmcompress.errors import ModelError, first_line
+from llmcompress.formats.value_checks import finite, require_sound
+
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
+import bitsandbytes.functional  # noqa: E402
+from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
+from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
+from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
+from bitsandbytes.nn.modules import Params4bit  # noqa: E402
+
+stock: Any = bitsandbytes.functional  # typed in part only
+LINEARS = (StockLinear4bit, Linear8bitLt)  # what transformers makes of its layouts
+FourBitFormat = Literal["nf4", "fp4"]
+GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
+NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
+ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
+NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
+
+
+def grid(format: FourBitFormat) -> Tensor:
+    """The levels of a format, float32 [16], indexed by code; fp4's are not sorted."""
+    return cast(Tensor, stock.get_4bit_type(format, device="cpu"))
+
+
+@dataclass(frozen=True, eq=False)
+class DoubleQuantized:
+    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive scales.
+
+    codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256] ascending, offset [].
+    """
+
+    codes: Tensor
+    nested_absmax: Tensor
+    levels: Tensor
+    offset: Tensor
+
+    def decode(self) -> Tensor:
+        """The scales, float32, in the shape of `codes`, bit-equal to what bitsandbytes decodes on a CPU."""
+        place = torch.arange(self.codes.numel(), device=self.codes.device).reshape(self.codes.shape)
+        return self.levels[self.codes.int()] * self.nested_absmax[place // NESTED_GROUP] + self.offset
+
+
+def double_quantize(absmax: Tensor) -> DoubleQuantized:
+    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in row-major order."""
+    flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
+    offset = flat.mean()
+    codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
+    found = (codes.reshape(absmax.shape), state.absmax, state.code, offset)
+    return DoubleQuantized(*(tensor.to(absmax.device) for tensor in found))
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of the weight.
+
+    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors: ValueError.
+    """
+
+    codes_RC: Tensor
+    absmax_RG: Tensor
+    format: FourBitFormat
+    group_size: int
+    dtype: torch.dtype
+    nested: DoubleQuantized | None = None
+
+    def __post_init__(self) -> None:
+        R, C = self.codes_RC.shape
+        if self.codes_RC.dtype != torch.uint8 or self.absmax_RG.dtype != torch.float32:
+            raise ValueError(f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}")
+        if C % self.group_size or self.absmax_RG.shape != (R, C // self.group_size):
+            raise ValueError(f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}")
+        if self.nested is not None and not torch.equal(self.nested.decode(), self.absmax_RG):
+            raise ValueError("the scales are not what their double quantisation decodes to")
+
+    @property
+    def double_quant(self) -> bool:
+        """Whether the scales are stored in 8 bits."""
+        return self.nested is not None
+
+
+def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
+    """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes' dequantize_4bit."""
+    levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
+    R, G = packed.absmax_RG.shape
+    weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]  # float32, rounded once below
+    return weight.reshape(R, -1).to(dtype or packed.dtype)
+
+
+def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
+    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
+    data, state = stock.quantize_4bit(weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format)
+    return _read(data, state)
+
+
+def tensors(packed: Packed) -> dict[str, Tensor]:
+    """The tensors of one linear as its state dict stores them: `weight`, `weight.absmax`, `weight.quant_map`, ..."""
+    codes = packed.codes_RC.reshape(-1)
+    data = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)  # [R C / 2, 1], the even column in the high nibble
+    return {"weight": data, **_stats(packed)}
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Packed:
+    """The inverse of `tensors`, bit for bit; ModelError where the scales are not the stored ones."""
+    data = tensors["weight"]
+    stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
+    try:
+        state = stock.QuantState.from_dict(stats, device=data.device)
+    except (ValueError, KeyError) as error:  # as of tensors of another format, for which config.json has no scheme
+        raise ModelError(
+            f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
+            f"({first_line(error)}), and config.json names no other format for it; take the model again from its source"
+        ) from None
+    return _read(data, state)
+
+
+def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one linear among those of a checkpoint, named as `unpack` takes them."""
+    weight = f"{linear}.weight"
+    return {
+        name.removeprefix(f"{linear}."): t for name, t in tensors.items() if name == weight or name.startswith(f"{weight}.")
+    }
+
+
+def _stats(packed: Packed) -> dict[str, Tensor]:
+    """All tensors of a linear but its codes, written by bitsandbytes itself."""
+    state = stock.QuantState(
+        absmax=packed.absmax_RG.reshape(-1).contiguous(),
+        shape=packed.codes_RC.shape,
+        code=grid(packed.format).to(packed.codes_RC.device),
+        blocksize=packed.group_size,
+        quant_type=packed.format,
+        dtype=packed.dtype,
+    )
+    if packed.nested is not None:
+        nested = packed.nested
+        state.absmax, state.offset, state.nested = nested.codes.reshape(-1).contiguous(), nested.offset, True
+        state.state2 = stock.QuantState(nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32)
+    return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+
+
+def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
+    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two.
+
+    The bytes may be stored as a tensor of another type (`bnb_4bit_quant_storage`).
+    """
+    flat = data.reshape(-1).view(torch.uint8)
+    return torch.stack((flat >> 4, flat & 15), dim=1).reshape(rows, columns)
+
+
+def _read(data: Tensor, state: Any) -> Packed:
+    """A Packed from bitsandbytes' own objects, in the layout of the disk."""
+    (R, C), group_size = state.shape, state.blocksize
+    if not state.nested and state.absmax.dtype != torch.float32:
+        raise ModelError(
+            f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a forward on a CPU "
+            "had rounded them; take the checkpoint it was made from"
+        )
+    codes = codes_of(data, R, C)
+    absmax, nested = state.absmax.reshape(R, -1), None
+    if state.nested:
+        nested = DoubleQuantized(absmax, state.state2.absmax, state.state2.code, state.offset)
+        absmax = nested.decode()
+    require_sound(f"a 4-bit linear of {R} x {C}", [finite(absmax, "scales")])
+    return Packed(codes, absmax, cast(FourBitFormat, state.quant_type), group_size, state.dtype, nested)
+
+
+def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str | None:
+    """Why the kernels can't take a linear [R, C] in this format, or None.
+
+    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every group_size:
+    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it computes in bfloat16);
+    - R of 1, 7, 8, 16, 24, 31, 33, 48, 63: AssertionError in the repacking before the kernel;
+    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its dequantisation itself is wrong where
+      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C = 100, 172, 200).
+    """
+    R, C = shape
+    if C % group_size:
+        fitting = [size for size in GROUP_SIZES if C % size == 0]
+        advice = f"use group_size {max(fitting)}" if fitting else "no group_size fits"
+        return f"{format} rows of {C} weights don't divide into groups of {group_size} ({advice})"
+    if R % ROWS:
+        return f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 needs"
+    return None
+
+
+class Linear4bit(StockLinear4bit):
+    """bitsandbytes' linear that keeps its exact scales.
+
+    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds its scales to
+    bfloat16; a `state_dict()` after it returns those and leaves the module computing with scrambled ones (measured: relative
+    error 1.5). Here all tensors of the layout but the codes lie in `kept`, and the state dict is made of them. Nor has the
+    kernel for what was repacked a gradient: a stock module passes back none, without an error; here it is that of the weight.
+    """
+
+    kept: dict[str, Tensor]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] to [..., R] in the type of x."""
+        repacked = getattr(cast(Any, self.weight).quant_state, "packing_format_for_cpu", False)
+        if repacked and torch.is_grad_enabled() and x.requires_grad:
+            dtype = self.compute_dtype or x.dtype
+            bias = None if self.bias is None else self.bias.to(dtype)
+            return nn.functional.linear(x.to(dtype), dequantize(packed_of(self), dtype), bias).to(x.dtype)
+        return cast(Tensor, super().forward(x))
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        for name, tensor in tensors(packed_of(self)).items():
+            destination[prefix + name] = tensor
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+
+def linear(
+    packed: Packed,
+    bias: Tensor | None,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> Linear4bit:
+    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype unless told."""
+    R, C = packed.codes_RC.shape
+    module: Linear4bit = cast(Any, Linear4bit)(
+        C,
+        R,
+        bias=bias is not None,
+        compute_dtype=compute_dtype or packed.dtype,
+        compress_statistics=packed.double_quant,
+        quant_type=packed.format,
+        device="meta",  # no float weight is ever allocated
+    )
+    stored = {name: tensor.to(device, copy=True) for name, tensor in tensors(packed).items()}
+    data = stored.pop("weight")
+    module.kept = stored
+    module.weight = Params4bit.from_prequantized(data, dict(stored), device=device, module=module)
+    if bias is not None:
+        module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
+    return module.eval()
+
+
+def packed_of(module: StockLinear4bit) -> Packed:
+    """The codes and exact scales of a live 4-bit linear, also after a forward on a CPU repacked it.
+
+    Errors: ModelError for a repacked module that `linear` didn't make: its exact scales are gone.
+    """
+    data, state = module.weight.data, cast(Any, module.weight).quant_state
+    kept: dict[str, Tensor] | None = getattr(module, "kept", None)
+    if scales_lost(module):
+        raise ModelError("a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it")
+    if getattr(state, "packing_format_for_cpu", False):
+        state = copy.copy(state)  # the inverse writes into it
+        state.original_nested = False  # keeps it from quantising the rounded scales again; they are not used
+        data, state = stock._convert_weight_packed_for_cpu_inverse(data, state)
+    return unpack({"weight": data, **kept}) if kept is not None else _read(data, state)
+
+
+def scales_lost(module: nn.Module) -> bool:
+    """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
+
+    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and transposed, or, where
+    they were in 8 bits, quantised anew, which no dtype gives away.
+    """
+    if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
+        return False
+    state = getattr(module.weight, "quant_state", None)
+    return state is not None and "packing_format_for_cpu" in vars(state)
+
+
+def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:
+    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of those that don't.
+
+    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in place of the
+    causal one: they are new, and must be plain to be initialised and trained. Names go without the `prefix` of the base model
+    too, for the classes that lack it. No entry matches a quantised linear.
+    """
+    shorter = [name.removeprefix(f"{prefix}.") for name in kept]
+    beside = [entry for entry in (*shorter, *NEW_HEADS) if all(should_convert_module(name, [entry]) for name in quantised)]
+    return sorted({*kept, *beside})
+
+
+def quantization_config(
+    format: FourBitFormat, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
+) -> dict[str, Any]:
+    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list` does.
+
+    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular expression) or is
+    its suffix. A full name from `named_modules()` therefore skips that module and what lies in it, and nothing else.
+    """
+    config = cast(Any, transformers.BitsAndBytesConfig)(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=format,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=compute_dtype,
+        llm_int8_skip_modules=sorted(set(skip)),  # replaces the default list, which would hold the head
+    )
+    return cast(dict[str, Any], json.loads(json.dumps(config.to_dict())))  # plain JSON values, no enums

@@ -1,0 +1,259 @@
+"""A linear whose weights are indices into a small codebook that its rows share, or each row's own, run by look-up.
+
+`entries` levels, float16 say, for `rows` adjacent rows, and 2, 3, 4 or 8 bits a weight that say which. `weight` has a
+first axis of one that no plain linear has, so that a stock loader refuses it. On a CPU the product reads the packed indices
+themselves (lut_gemm.py), so that memory holds what the disk does; with gradients, on other devices and without a C compiler the
+weight is looked up by torch at each forward and dropped again.
+R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from llmcompress.algorithms.codebook import ENTRIES, Palette, look_up
+from llmcompress.errors import ModelError
+from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
+from llmcompress.formats.value_checks import Flaw, finite, require_sound
+from llmcompress.kernels import lut_gemm
+
+
+@dataclass(frozen=True)
+class CodebookLayout:
+    """How many levels a codebook has, how many adjacent rows share it (None: all of a linear), and the type of a level.
+
+    Errors: ValueError.
+    """
+
+    entries: int
+    rows: int | None
+    dtype: str
+    format: Literal["codebook"] = "codebook"
+
+    def __post_init__(self) -> None:
+        if type(self.entries) is not int or self.entries not in ENTRIES:
+            raise ValueError(f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}")
+        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
+            raise ValueError(f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}")
+        if self.format != "codebook" or self.dtype not in DTYPES:
+            raise ValueError(f"no format {self.format!r} of {self.dtype!r}; levels are {', '.join(DTYPES)}")
+
+    @property
+    def name(self) -> str:
+        """What a report calls it: `codebook of 16 a row`."""
+        shared = "a linear" if self.rows is None else "a row" if self.rows == 1 else f"for {self.rows} rows"
+        return f"codebook of {self.entries} {shared}"
+
+    @property
+    def index_bits(self) -> int:
+        """Bits of an index."""
+        return self.entries.bit_length() - 1
+
+    def sharing(self, rows: int) -> int:
+        """Rows that share a codebook in a linear of so many."""
+        return min(self.rows or rows, rows)
+
+    def snap(self, levels_GL: Tensor) -> Tensor:
+        """The storable levels nearest to these, in their type: what `methods.codebook` is asked to stay on."""
+        dtype = DTYPES[self.dtype]
+        largest = torch.finfo(dtype).max
+        return levels_GL.clamp(-largest, largest).to(dtype).to(levels_GL.dtype)
+
+    def bits(self, shape: tuple[int, int]) -> float:
+        """Bits a weight on disk of a linear [R, C], codebooks included."""
+        stored = sum(torch.Size(of).numel() * dtype.itemsize for of, dtype in self.shapes(*shape).values())
+        return 8 * stored / (shape[0] * shape[1])
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a linear [R, C] is not stored so, or None."""
+        bits, plain = self.bits(shape), 8 * DTYPES[self.dtype].itemsize
+        small = f"{shape[0]} x {shape[1]} weights take {bits:.3g} bits each in a {self.name}, and {plain} as they are"
+        return small if bits >= plain else None
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
+        return {
+            "weight": ((1, rows, lut_gemm.row_bytes(columns, self.index_bits)), torch.uint8),
+            "weight_levels": ((-(-rows // self.sharing(rows)), self.entries), DTYPES[self.dtype]),
+        }
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear; every index has a level."""
+        return [finite(tensors["weight_levels"], "levels")]
+
+    def read(self, tensors: Mapping[str, Tensor], columns: int) -> CodebookWeight:
+        """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError."""
+        return read(tensors, self, tensors["weight"].shape[1] if tensors["weight"].dim() == 3 else 0, columns)
+
+    def inputs(self, input_scale: float | Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
+        """How the kernel rounds what a linear reads: not at all."""
+        return None
+
+
+def unit(bits: int) -> tuple[int, int]:
+    """The fewest indices of so many bits that fill whole bytes, and these bytes."""
+    return (8, 3) if bits == 3 else (8 // bits, 1)
+
+
+def pack(codes_RC: Tensor, bits: int) -> Tensor:
+    """Indices as bytes, uint8 [R, B]: the first column in the highest bits, each row from a byte of its own."""
+    count, size = unit(bits)
+    codes = pad(codes_RC.to(torch.uint8), (0, -codes_RC.shape[1] % count)).unflatten(1, (-1, count)).int()
+    shift = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
+    word = (codes << shift).sum(-1, dtype=torch.int32)
+    parts = [(word >> 8 * place) & 0xFF for place in range(size - 1, -1, -1)]
+    return torch.stack(parts, -1).to(torch.uint8).flatten(1)
+
+
+def unpack(packed_RB: Tensor, columns: int, bits: int) -> Tensor:
+    """The indices, uint8 [R, columns], that `pack` packed."""
+    count, size = unit(bits)
+    shift = range((count - 1) * bits, -1, -bits)
+    if size == 1:
+        codes = torch.stack([(packed_RB >> place) & (2**bits - 1) for place in shift], -1)
+    else:
+        high, middle, low = packed_RB.unflatten(1, (-1, size)).int().unbind(-1)
+        word = high << 16 | middle << 8 | low
+        codes = torch.stack([((word >> place) & (2**bits - 1)).to(torch.uint8) for place in shift], -1)
+    return codes.flatten(1)[:, :columns].contiguous()
+
+
+@dataclass(frozen=True, eq=False)
+class CodebookWeight:
+    """One linear: codes_RC uint8 [R, C] into levels_GL [G, L], which are in the type of the layout."""
+
+    codes_RC: Tensor
+    levels_GL: Tensor
+    layout: CodebookLayout
+
+    @classmethod
+    def of(cls, palette: Palette, layout: CodebookLayout) -> CodebookWeight:
+        """A solved linear. Errors: ValueError where its codebooks are of another layout, or its levels are not storable."""
+        (R, C), levels = palette.index_RC.shape, palette.levels_GL
+        G = layout.shapes(R, C)["weight_levels"][0]
+        if tuple(levels.shape) != G or layout.sharing(R) != min(palette.rows, R):
+            raise ValueError(f"codebooks {tuple(levels.shape)} for {palette.rows} rows each are not {layout}")
+        if not torch.equal(layout.snap(levels), levels):
+            raise ValueError(f"levels are not values of {layout.dtype}; snap them")
+        return cls(palette.index_RC.to(torch.uint8).cpu(), levels.to(DTYPES[layout.dtype]).cpu(), layout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors of one linear as they lie on the disk, and as the state dict of a CodebookLinear names them."""
+        return {"weight": pack(self.codes_RC, self.layout.index_bits)[None], "weight_levels": self.levels_GL}
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight [R, C]."""
+        return look_up(self.codes_RC.int(), self.levels_GL.to(dtype), self.layout.sharing(len(self.codes_RC)))
+
+
+def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, columns: int) -> CodebookWeight:
+    """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
+    seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
+    if rows < 1 or seen != layout.shapes(rows, columns):
+        wanted = layout.shapes(max(rows, 1), columns)
+        raise ModelError(f"a linear of {rows} x {columns} in {layout} has {wanted}, not {seen}")
+    require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
+    codes_RC = unpack(tensors["weight"][0], columns, layout.index_bits)
+    return CodebookWeight(codes_RC, tensors["weight_levels"], layout)
+
+
+def _weight(packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """The weight [R, C] by torch."""
+    codes_RC = unpack(packed[0], shape[1], layout.index_bits)
+    return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
+
+
+def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]) -> Tensor:
+    """Of an input [..., C], [..., R] in its type, by the kernel where there is one."""
+    if not _usable(input, packed, levels_GL):
+        return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
+    x_TC = input.reshape(-1, shape[1])
+    out_TR = lut_gemm.product(x_TC, packed[0], levels_GL, layout.sharing(shape[0]), layout.index_bits)
+    return out_TR.reshape(*input.shape[:-1], shape[0])
+
+
+class _LookUp(torch.autograd.Function):
+    """The product forwards; backwards the weight is looked up again, so that none is kept from one to the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+    ) -> Tensor:
+        ctx.save_for_backward(packed, levels_GL)
+        ctx.layout, ctx.shape = layout, shape
+        return _product(input, packed, levels_GL, layout, shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
+        packed, levels_GL = ctx.saved_tensors
+        return grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype), None, None, None, None
+
+
+def _usable(input: Tensor, *stored: Tensor) -> bool:
+    """Whether the kernel takes what a linear reads and has."""
+    here = input.is_cpu and input.numel() > 0 and input.dtype in DTYPES.values()
+    return here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+
+
+class CodebookLinear(StoredLinear):
+    """A linear [in_features -> out_features] of shared values; `dtype` is that of the model.
+
+    Gradients go to the input and the bias; the weight has none.
+    """
+
+    scheme: CodebookLayout
+    weight_levels: Tensor
+
+    def prepare(self) -> None:
+        """The forward needs what is stored alone. Errors: ModelError where it is nonsense."""
+        self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., C] to [..., R] in the type of `input`."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        shape, stored = (self.out_features, self.in_features), (self.weight, self.weight_levels)
+        if torch.compiler.is_compiling():
+            return nn.functional.linear(input, _weight(*stored, self.scheme, shape, input.dtype), bias)
+        if torch.is_grad_enabled() and input.requires_grad:
+            out: Tensor = _LookUp.apply(input, *stored, self.scheme, shape)  # type: ignore[no-untyped-call]
+        else:
+            out = _product(input, *stored, self.scheme, shape)
+        return out if bias is None else out + bias
+
+    def extra_repr(self) -> str:
+        """What the scheme is, for `print(model)`."""
+        return f"{super().extra_repr()}, {self.scheme.name}, {self.scheme.dtype}"
+
+
+def linear(weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> CodebookLinear:
+    """A live module, in eval mode, that holds copies of our indices and levels."""
+    (R, C), dtype = weight.codes_RC.shape, DTYPES[weight.layout.dtype]
+    module = CodebookLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
+    return hold(module, weight.tensors(), bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None) -> CodebookWeight:
+    assert shape is not None
+    return read(tensors, layout, *shape)
+
+
+FORMAT = Format(
+    names=("codebook",),
+    layout=CodebookLayout,
+    weight=CodebookWeight,
+    mark="weight_levels",
+    module=CodebookLinear,
+    read=_read,
+    tensors=CodebookWeight.tensors,
+    linear=linear,
+)

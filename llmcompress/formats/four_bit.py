@@ -1,0 +1,165 @@
+"""nf4 and fp4 linears in models that mix formats, where the stock layout can't stand beside another one.
+
+The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`), because the dotted ones need the
+stock loader; the format, group_size and type that bitsandbytes keeps in a tensor of JSON are in config.json. Each forward is that
+of a stock module made of them (`prepare`), and so on the stock kernels. That module holds a second copy of the codes, for the
+CPU kernel reorders its own in place: 1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded,
+the weight is dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.errors import ModelError
+from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
+from llmcompress.formats.value_checks import Flaw, finite, require_sound
+
+NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
+
+
+@dataclass(frozen=True)
+class FourBitLayout:
+    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with `double_quant`.
+
+    Errors: ValueError.
+    """
+
+    format: bitsandbytes_layout.FourBitFormat
+    group_size: int
+    double_quant: bool = False
+
+    def __post_init__(self) -> None:
+        if (
+            self.format not in ("nf4", "fp4")
+            or type(self.group_size) is not int
+            or self.group_size not in bitsandbytes_layout.GROUP_SIZES
+        ):
+            raise ValueError(
+                f"no format {self.format!r} in groups of {self.group_size!r}; groups are {', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
+            )
+        if not isinstance(self.double_quant, bool):
+            raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
+
+    def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
+        if columns % self.group_size or rows * columns % 2:
+            raise ModelError(f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}")
+        scales = rows * columns // self.group_size
+        shapes = {"weight": ((rows * columns // 2, 1), torch.uint8)}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {**shapes, "weight_absmax": ((scales,), torch.float32)}
+        if self.double_quant:
+            found["weight_absmax"] = (scales,), torch.uint8
+            sizes = (-(-scales // bitsandbytes_layout.NESTED_GROUP), 256, 1)
+            found.update({name: ((size,), torch.float32) for name, size in zip(NESTED, sizes, strict=True)})
+        return found
+
+    def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
+        """What must hold of the stored tensors of a linear; a scale may have any sign, and be zero."""
+        if not self.double_quant:
+            return [finite(tensors["weight_absmax"], "scales")]
+        nested_absmax, levels, offset = (tensors[name] for name in NESTED)
+        sound = [finite(tensor, "scales of scales") for tensor in (nested_absmax, levels, offset)]
+        return [*sound, ((nested_absmax < 0).any(), "scales of scales must not be negative")]
+
+
+def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
+    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a FourBitLinear."""
+    found = {"weight": bitsandbytes_layout.tensors(packed)["weight"], "weight_absmax": packed.absmax_RG.reshape(-1)}
+    if packed.nested is not None:
+        found["weight_absmax"] = packed.nested.codes.reshape(-1)
+        values = (packed.nested.nested_absmax, packed.nested.levels, packed.nested.offset.reshape(1))
+        found.update(zip(NESTED, values, strict=True))
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def read(
+    tensors: Mapping[str, Tensor], scheme: FourBitLayout, rows: int, columns: int, dtype: torch.dtype
+) -> bitsandbytes_layout.Packed:
+    """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
+    seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
+    if seen != scheme.shapes(rows, columns):
+        raise ModelError(f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}")
+    require_sound(f"a linear of {rows} x {columns}", scheme.flaws(tensors))
+    codes = bitsandbytes_layout.codes_of(tensors["weight"], rows, columns)
+    absmax, nested = tensors["weight_absmax"].reshape(rows, -1), None
+    if scheme.double_quant:
+        nested_absmax, levels, offset = (tensors[name] for name in NESTED)
+        nested = bitsandbytes_layout.DoubleQuantized(absmax, nested_absmax, levels, offset.reshape(()))
+        absmax = nested.decode()
+    return bitsandbytes_layout.Packed(codes, absmax, scheme.format, scheme.group_size, dtype, nested)
+
+
+class FourBitLinear(StoredLinear):
+    """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
+
+    scheme: FourBitLayout
+    kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels refuse."""
+        self.kernel = ()
+        refused = bitsandbytes_layout.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.group_size)
+        if self.weight.device.type != "meta" and refused is None:
+            self.kernel = (
+                self.beside_weight(lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)),
+            )
+
+    def packed(self) -> bitsandbytes_layout.Packed:
+        """The codes and scales. Errors: ModelError where the stored tensors are nonsense."""
+        return read(self.stored(), self.scheme, self.out_features, self.in_features, self.dtype)
+
+    def dequantized(self, dtype: torch.dtype) -> Tensor:
+        """The weight [R, C], bit-equal to bitsandbytes'."""
+        return bitsandbytes_layout.dequantize(self.packed(), dtype)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input [..., C] to [..., R] in the type of `input`."""
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        if not self.kernel or input.dtype not in DTYPES.values():  # of which the kernels make nonsense
+            return nn.functional.linear(input, self.dequantized(input.dtype), bias)
+        self.kernel[0].compute_dtype = input.dtype
+        out = cast(Tensor, self.kernel[0](input))
+        return out if bias is None else out + bias
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
+        super()._apply(fn, recurse)
+        if self.kernel:
+            self.prepare()  # on the device where the codes are now
+        return self
+
+    def extra_repr(self) -> str:
+        """What the scheme is, for `print(model)`."""
+        return f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, double_quant={self.scheme.double_quant}"
+
+
+def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
+    """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
+    R, C = packed.codes_RC.shape
+    scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
+    module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")
+    return hold(module, tensors(packed), bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None) -> bitsandbytes_layout.Packed:
+    assert shape is not None
+    return read(tensors, layout, *shape, torch.float32)
+
+
+FORMAT = Format(
+    names=("nf4", "fp4"),
+    layout=FourBitLayout,
+    weight=bitsandbytes_layout.Packed,
+    mark="weight_absmax",
+    module=FourBitLinear,
+    read=_read,
+    tensors=tensors,
+    linear=linear,
+)

@@ -1,0 +1,70 @@
+"""What config.json's `quantization_config` says of a model of ours: the scheme of each linear, and which tensors are one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from llmcompress.errors import ModelError
+from llmcompress.formats.registry import AnyLayout, layouts_of
+from llmcompress.io.checkpoint import named_ties
+
+METHOD = "llmcompress"
+
+
+def quantization_config(
+    schemes: Sequence[tuple[AnyLayout, Sequence[str]]], ties: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors: ModelError."""
+    entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
+    return CompressedConfig(entries, ties).to_dict()
+
+
+class CompressedConfig(QuantizationConfigMixin):
+    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors: ModelError."""
+
+    ties: Mapping[str, str] = {}  # tensor -> the one that it is
+
+    def __init__(
+        self,
+        schemes: Sequence[Mapping[str, Any]] = (),
+        ties: Mapping[str, str] | None = None,
+        quant_method: str = METHOD,
+        **unknown: Any,
+    ) -> None:
+        if unknown:
+            raise ModelError(
+                f"config.json's quantization_config has {sorted(unknown)}, which this llmcompress doesn't know: update it"
+            )
+        self.quant_method = cast(Any, quant_method)
+        layouts_of(schemes)
+        self.schemes = [dict(entry) for entry in schemes]
+        if ties is not None and (named := named_ties(ties)):
+            self.ties = named
+
+    def assigned(self) -> dict[str, AnyLayout]:
+        """The layout of each linear, by full name."""
+        return layouts_of(self.schemes)
+
+    def without(self, linears: Collection[str]) -> CompressedConfig:
+        """The same, of a model in which these are plain."""
+        left = [{**entry, "linears": [name for name in entry["linears"] if name not in linears]} for entry in self.schemes]
+        ties = {target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears}
+        return CompressedConfig([entry for entry in left if entry["linears"]], ties)
+
+
+def read_config(quantization: Any) -> CompressedConfig:
+    """What config.json's `quantization_config` says of our linears and ties: nothing, where there is none or another's.
+
+    Errors: ModelError.
+    """
+    if quantization is None:
+        return CompressedConfig()
+    if not isinstance(quantization, Mapping):
+        raise ModelError(
+            f"config.json's quantization_config is no object: {str(quantization)[:80]}; take the model again from its source"
+        )
+    return CompressedConfig(**quantization) if quantization.get("quant_method") == METHOD else CompressedConfig()

@@ -1,0 +1,148 @@
+"""Every weight format: found, read, written, put into a model, whatever it is.
+
+`FORMATS` are those of ours, which config.json describes; a new one is a file with a `FORMAT` and a line there. Beside them are
+the two native layouts of bitsandbytes, which need no plug-in. Whoever reads a checkpoint or a journal asks here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from llmcompress.algorithms.activation_quantization import round_but_outliers, round_static, round_tokens
+from llmcompress.errors import ModelError, first_line
+from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer_linear, low_rank, sparse
+from llmcompress.formats.base import Format, Inputs
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.formats.sparse import SparseLayout, SparseWeight
+from llmcompress.io.checkpoint import is_beside
+
+FORMATS: tuple[Format, ...] = (
+    four_bit.FORMAT,
+    sparse.FORMAT,
+    low_rank.FORMAT,
+    codebook.FORMAT,
+    integer_linear.FORMAT,
+)
+StoredWeight = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout  # the layouts that are not of quantised linears
+AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
+NATIVE_MARKS = ("weight.absmax", "SCB")
+RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
+
+
+def format_of(layout: AnyLayout) -> Format:
+    """The format that a layout belongs to."""
+    return next(each for each in FORMATS if isinstance(layout, each.layout))
+
+
+def quantized_linears(names: Mapping[str, Any]) -> list[str]:
+    """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared has no mark."""
+    marks = [f".{mark}" for mark in (*NATIVE_MARKS, *(each.mark for each in FORMATS))]
+    return [name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)]
+
+
+def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
+    if f"{linear}.weight.absmax" in tensors:
+        return bitsandbytes_layout.parts_of(linear, tensors)
+    inside = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors.items() if name.startswith(f"{linear}.")}
+    return {name: tensor for name, tensor in inside.items() if name == "weight" or is_beside(name)}
+
+
+def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None) -> StoredWeight:
+    """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its shape.
+
+    Errors: ModelError for damaged ones.
+    """
+    if layout is None:
+        return Int8Weight.read(parts) if "SCB" in parts else bitsandbytes_layout.unpack(parts)
+    found: StoredWeight = format_of(layout).read(parts, layout, shape)
+    return found
+
+
+def tensors_of(weight: StoredWeight, *, native: bool = True) -> dict[str, Tensor]:
+    """The tensors of a linear as they are written, by their names in it; 4-bit codes in the stock layout if `native`."""
+    if not isinstance(weight, bitsandbytes_layout.Packed):
+        return weight.tensors()
+    return bitsandbytes_layout.tensors(weight) if native else four_bit.tensors(weight)
+
+
+def linear_of(
+    weight: StoredWeight, bias: Tensor | None, *, native: bool, threshold: float, device: torch.device | str
+) -> nn.Module:
+    """A live module that holds copies of a weight, on its kernels; `threshold` is LLM.int8's."""
+    if isinstance(weight, Int8Weight):
+        return integer_linear.stock(weight, bias, threshold=threshold, device=device)
+    if native and isinstance(weight, bitsandbytes_layout.Packed):
+        return bitsandbytes_layout.linear(weight, bias, device=device)
+    own = next(each for each in FORMATS if isinstance(weight, each.weight))
+    return own.linear(weight, bias, device=device)
+
+
+def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [R, C] that the codes stand for."""
+    return (
+        bitsandbytes_layout.dequantize(stored, dtype)
+        if isinstance(stored, bitsandbytes_layout.Packed)
+        else stored.dequantize(dtype)
+    )
+
+
+def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
+    """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
+    if not isinstance(schemes, list | tuple):
+        raise ModelError(f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source")
+    found: dict[str, AnyLayout] = {}
+    for entry in schemes:
+        if not isinstance(entry, Mapping):
+            raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
+        fields = {RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"}
+        try:
+            layout = _layout(str(fields.get("format")))(**fields)
+        except (TypeError, ValueError) as error:
+            why = f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again from its source"
+            raise ModelError(f"config.json has a scheme {_shown(fields)} that {why}") from None
+        linears = entry.get("linears", ())
+        if not isinstance(linears, list | tuple) or not all(isinstance(linear, str) for linear in linears):
+            raise ModelError(
+                f"config.json has linears that are no list of names: {_shown(linears)}; take it again from its source"
+            )
+        for linear in linears:
+            if linear in found:
+                raise ModelError(f"config.json gives {linear} two schemes; name each linear once")
+            found[linear] = layout
+    return found
+
+
+def _layout(name: str) -> type[AnyLayout]:
+    """What describes a linear whose format is called so; that of integers takes what no other does."""
+    return next(each.layout for each in FORMATS if name in each.names or not each.names)
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:80]
+
+
+def int8_inputs(threshold: float) -> Inputs:
+    """How LLM.int8's kernel rounds what a linear reads, through float16; columns that reach `threshold` are left, if not 0."""
+
+    def rounded(x: Tensor) -> Tensor:
+        half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())  # the gradient is that of x
+        return round_but_outliers(half, threshold)
+
+    return rounded
+
+
+def layout_inputs(layout: AnyLayout, input_scale: Tensor | float | None) -> Inputs | None:
+    """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
+    if not isinstance(layout, IntegerLayout) or layout.activations == "none":
+        return None
+    bits = layout.activation_bits
+    return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))

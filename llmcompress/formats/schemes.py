@@ -1,0 +1,246 @@
+"""The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and the result.
+
+One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a linear reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.grids import Grid, grid
+from llmcompress.algorithms.overflow import require_within
+from llmcompress.algorithms.quantize_weight import RoundedWeight
+from llmcompress.algorithms.scales import groups_of, integer_scales
+from llmcompress.formats import bitsandbytes_layout, integer, registry
+from llmcompress.formats.base import Inputs
+from llmcompress.formats.four_bit import FourBitLayout
+from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
+
+
+@dataclass(frozen=True)
+class FourBitScheme:
+    """NF4 or FP4 in bitsandbytes' layout: a scale a group, in float32 or in 8 bits."""
+
+    format: Literal["nf4", "fp4"]
+    group_size: int
+    double_quant: bool
+    dtype: torch.dtype  # in which the base stores its weights, and in which the kernels are to compute
+
+    @property
+    def grid(self) -> Grid:
+        """The levels, on the CPU."""
+        return grid(self.format)
+
+    @property
+    def signs(self) -> tuple[bool, ...]:
+        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits resolve less finely."""
+        return (True, False) if self.double_quant else (True,)
+
+    @property
+    def layout(self) -> FourBitLayout:
+        """What config.json says of such a linear in a model that needs our plug-in."""
+        return FourBitLayout(self.format, self.group_size, self.double_quant)
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight on disk, scales included."""
+        return 4 + (8 + 32 / bitsandbytes_layout.NESTED_GROUP if self.double_quant else 32) / self.group_size
+
+    @property
+    def input_largest(self) -> int | None:
+        """Steps from zero to the largest of the inputs: they are not rounded."""
+        return None
+
+    @property
+    def weight_largest(self) -> int:
+        """Steps from zero to the largest of the weights under one scale, if they were even."""
+        return 7
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """How many columns share a scale."""
+        return self.group_size
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a linear [R, C] can't be stored so, or None."""
+        return bitsandbytes_layout.refusal(shape, self.format, self.group_size)
+
+    def snap(self, scale_RG: Tensor) -> Tensor:
+        """The scales as they will be read back."""
+        return bitsandbytes_layout.double_quantize(scale_RG).decode() if self.double_quant else scale_RG
+
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
+        """Codes, with scales that are yet to be snapped."""
+        nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
+        codes_RC = self.grid.codes[result.index_RC.cpu()]
+        scale_RG = nested.decode() if nested else result.scale_RG.cpu()
+        return bitsandbytes_layout.Packed(codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested)
+
+    def inputs(self, input_scale: float | None = None) -> Inputs | None:
+        """How the kernel rounds what a linear reads: not at all."""
+        return None
+
+    def static_scale(self, top: float) -> float | None:
+        """The one scale of inputs that reach `top`, where there is such a scale."""
+        return None
+
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
+        """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
+        require_within(W_RC, self.dtype, "weights")
+        return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.group_size, self.double_quant)
+
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
+        """The inverse of what is written."""
+        return registry.read(parts)
+
+
+@dataclass(frozen=True)
+class Int8Scheme:
+    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers apart."""
+
+    threshold: float
+    format: Literal["int8"] = "int8"
+    bits = 8.0
+    input_largest = 127
+    weight_largest = 127
+    signs = (False,)
+
+    @property
+    def grid(self) -> Grid:
+        """The levels, on the CPU."""
+        return grid("int8")
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """How many columns share a scale."""
+        return shape[1]
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a linear [R, C] can't be stored so, or None."""
+        return None
+
+    def snap(self, scale_RG: Tensor) -> Tensor:
+        """The scales as they will be read back."""
+        return scale_RG
+
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
+        """Codes and scales."""
+        return Int8Weight(self.grid.codes[result.index_RC.cpu()], result.scale_RG[:, 0].cpu())
+
+    def inputs(self, input_scale: float | None = None) -> Inputs | None:
+        """How the kernel rounds what a linear reads."""
+        return registry.int8_inputs(self.threshold)
+
+    def static_scale(self, top: float) -> float | None:
+        """The one scale of inputs that reach `top`, where there is such a scale."""
+        return None
+
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
+        """Stock bitsandbytes."""
+        return integer.quantize_nearest(W_RC.cpu())
+
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
+        """The inverse of what is written."""
+        return registry.read(parts)
+
+
+@dataclass(frozen=True)
+class IntegerScheme:
+    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group besides."""
+
+    scheme: IntegerLayout
+    range: str = "mse"  # what a static scale of inputs is chosen by
+    signs = (False,)
+
+    @property
+    def format(self) -> str:
+        """The name in a recipe."""
+        return self.scheme.format
+
+    @property
+    def grid(self) -> Grid:
+        """The levels, on the CPU."""
+        return grid("int8" if self.scheme.weight_bits == 8 else "int4")
+
+    @property
+    def layout(self) -> IntegerLayout:
+        """What config.json says of such a linear in a model that needs our plug-in."""
+        return self.scheme
+
+    @property
+    def bits(self) -> float:
+        """Bits a weight on disk, multipliers included; the scale of a row is left out."""
+        return self.scheme.weight_bits + (8 / self.scheme.group_size if self.scheme.group_size else 0)
+
+    @property
+    def input_largest(self) -> int | None:
+        """Steps from zero to the largest of the inputs; None where they are not rounded."""
+        return None if self.scheme.activations == "none" else integer.LARGEST[self.scheme.activation_bits]
+
+    @property
+    def weight_largest(self) -> int:
+        """Steps from zero to the largest of the weights under one scale."""
+        return integer.LARGEST[self.scheme.weight_bits]
+
+    def columns(self, shape: tuple[int, ...]) -> int:
+        """How many columns share a scale."""
+        return self.scheme.group_size or shape[1]
+
+    def refusal(self, shape: tuple[int, int]) -> str | None:
+        """Why a linear [R, C] can't be stored so, or None."""
+        C, group_size = shape[1], self.scheme.group_size
+        return (
+            f"{self.format} rows of {C} weights don't divide into groups of {group_size}"
+            if group_size and C % group_size
+            else None
+        )
+
+    def snap(self, scale_RG: Tensor) -> Tensor:
+        """The scales as they will be read back."""
+        if self.scheme.group_size is None:
+            return scale_RG
+        step_R, multiplier_RG = integer_scales(scale_RG, integer.MULTIPLIER)
+        return step_R[:, None] * multiplier_RG
+
+    def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
+        """Codes, with scales that are yet to be snapped."""
+        largest, multiplier = integer.LARGEST[self.scheme.weight_bits], None
+        step_R = result.scale_RG[:, 0]
+        if self.scheme.group_size is not None:
+            step_R, found_RG = integer_scales(result.scale_RG, integer.MULTIPLIER)
+            multiplier = found_RG.to(torch.uint8).cpu()
+        scale_R = (step_R / largest).cpu()
+        # a fit may end below zero, or so near that it is zero: the same weights under a scale that is not
+        codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
+        scale = None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
+        return IntegerWeight(codes_RC, scale_R.abs(), self.scheme, multiplier, scale)
+
+    def inputs(self, input_scale: float | None = None) -> Inputs | None:
+        """How the kernel rounds what a linear reads; None where only weights are rounded."""
+        return registry.layout_inputs(self.scheme, input_scale)
+
+    @property
+    def static(self) -> bool:
+        """Whether inputs are rounded by one stored scale."""
+        return self.scheme.activations == "static"
+
+    def static_scale(self, top: float) -> float | None:
+        """The one scale of inputs that reach `top`, where there is such a scale."""
+        return top / integer.LARGEST[self.scheme.activation_bits] if self.static else None
+
+    def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
+        """Absmax scales, nearest codes."""
+        scale_RG = groups_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
+        scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
+        snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
+        return self.store(RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)
+
+    def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
+        """The inverse of what is written."""
+        return integer.read(parts, self.scheme, columns)
+
+
+QuantScheme = FourBitScheme | Int8Scheme | IntegerScheme

@@ -1,0 +1,1 @@
+"""The borders to transformers, bitsandbytes, PEFT and several processes."""

@@ -1,0 +1,229 @@
+"""Saving a live model in a native bitsandbytes layout, which transformers 5.23 refuses or gets wrong.
+
+Three things are in the way. Transformers can't reverse the loading of such a checkpoint (NotImplementedError). On a CPU with
+AVX512-BF16 the first forward without gradients has bitsandbytes repack 4-bit weights in place and round their scales to
+bfloat16: the exact ones are nowhere in the model any more, and `state_dict()` transposes what is left. And a forward leaves the
+biases of linears in the type that it computes in. So `save_native` mends the live model first. Lost scales come from the
+checkpoint that it was loaded from, if bitsandbytes' own repacking makes of them the very bytes that the model holds; where
+that can't be had, saving is refused.
+
+Importing this module has plain `save_pretrained` mend or refuse in the same way, through the hook that transformers' quantizers
+have for it. `state_dict()` and moving a repacked model to a GPU go past it and are as wrong as they were.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
+
+from llmcompress.errors import ModelError, OutputError
+from llmcompress.formats import bitsandbytes_layout
+from llmcompress.io.destination import Seen, appear, seen
+from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
+
+TURNS = 4  # how often a weight was repacked and turned back, at most, for its origin to be known again
+MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
+
+
+def save_native(
+    model: PreTrainedModel, save_directory: str | Path, *, max_shard_size: int | str = "5GB", overwrite: bool = False
+) -> Path:
+    """Save a model of bitsandbytes' own layouts as `save_pretrained` would, so that plain `from_pretrained` loads it bit-equal.
+
+    Written are config.json, generation_config.json and safetensors, all or nothing; the folder's path is returned. Codes and
+    scales are those that were loaded or quantised, every other parameter is as it is now. Where a forward on a CPU has rounded
+    scales, the checkpoint in `model.config._name_or_path` is loaded beside the model, from this machine alone (of a Hub id what
+    the cache has as `main`; a model keeps no revision), and stands in once it is proved to be what the model was made of: the
+    codes are the same, and so are its scales, rounded. The model is mended by that as well. A bias that a forward rounded is
+    taken from there too, and saved as it is where it can't be.
+
+    With `overwrite` the model in a folder that isn't empty is replaced and its other files stay.
+    Errors: ModelError for a model without such linears, with adapters or offloaded weights, or of which lost scales can't be
+    had; OutputError where the folder isn't empty or can't be written.
+    """
+    _require_native(model)
+    folder = Path(save_directory).resolve()
+    if folder.is_file():
+        raise OutputError(f"{folder} is a file; give the name of a folder")
+    before = seen(folder)
+    if not overwrite and before:
+        raise OutputError(f"{folder} is not empty; choose another folder or pass overwrite=True")
+    mend(model)
+    with writing(folder):
+        _write(model, folder, before, max_shard_size)
+    return folder
+
+
+def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: int | str) -> None:
+    """Let the model appear in a folder by one rename, beside what else was seen there before. Errors: OutputError."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh, replaced = staging / "fresh", staging / "replaced"
+    try:
+        if folder.exists():
+            stale = shutil.ignore_patterns(*MODEL_FILES)
+            shutil.copytree(folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ())
+        model.save_pretrained(fresh, max_shard_size=max_shard_size)
+        _flush(fresh)
+        appear(fresh, folder, before, replaced)
+        sync_folder(folder.parent)
+    except FileExistsError:
+        raise OutputError(
+            f"{folder} is not what it was when saving began, and stays as it is; save to another folder"
+        ) from None
+    finally:
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
+        if not replaced.exists():
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _flush(folder: Path) -> None:
+    """Have everything in a folder on the disk."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                sync(file)
+    for inner in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+        sync_folder(inner)
+
+
+def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The linears in one of bitsandbytes' layouts, by full name."""
+    return ((name, module) for name, module in model.named_modules() if isinstance(module, bitsandbytes_layout.LINEARS))
+
+
+def _require_native(model: PreTrainedModel) -> None:
+    config: Any = getattr(model.config, "quantization_config", None) or {}
+    method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
+    if method != "bitsandbytes" or not any(True for _ in _linears(model)):
+        raise ModelError(
+            f"{type(model).__name__} holds no weights in a layout of bitsandbytes ({method or 'not quantised'}); "
+            "use its own save_pretrained"
+        )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ModelError("the model has adapters, which bitsandbytes' layouts can't hold; save those with save_pretrained")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ModelError("weights of the model are offloaded; load it in memory to save it")
+    for name, module in _linears(model):
+        int8 = isinstance(module, bitsandbytes_layout.Linear8bitLt)
+        if module.weight.dtype != torch.int8 if int8 else getattr(module.weight, "quant_state", None) is None:
+            raise ModelError(
+                f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what is saved would not "
+                "load; load the model without that option"
+            )
+
+
+def mend(model: PreTrainedModel) -> None:
+    """Give the live model what forwards took from it, and let transformers save it. Errors: ModelError."""
+    linears = dict(_linears(model))
+    lost = [name for name, module in linears.items() if bitsandbytes_layout.scales_lost(module)]
+    rounded = [name for name, module in linears.items() if _is_rounded(module.bias, model.dtype)]
+    found: dict[str, Any] = {}
+    if lost or rounded:
+        try:
+            found = dict(_linears(_loaded_again(model)))
+        except (OSError, ValueError, RuntimeError) as error:
+            if lost:
+                raise _refusal(model, lost, f"can't be loaded again ({type(error).__name__})") from error
+    if not all(_came_from(linears[name], found.get(name)) for name in lost):
+        raise _refusal(model, lost, "holds other weights than this model")
+    for name in lost:
+        weight, state = found[name].weight, found[name].weight.quant_state
+        state.to(linears[name].weight.device)
+        linears[name].weight.data, linears[name].weight.quant_state = weight.data.to(linears[name].weight.device), state
+        linears[name].quant_state = state
+    for name, module in linears.items():
+        if module.bias is not None:
+            _settle(module.bias, model.dtype, getattr(found.get(name), "bias", None))
+    loading = getattr(model, "_weight_conversions", None) or []
+    if loading:  # these alone have no way back, and need none: a state dict has the names of the checkpoint
+        model._weight_conversions = [entry for entry in loading if not _reads_codes(entry)]  # type: ignore[assignment]
+
+
+def _reads_codes(conversion: Any) -> bool:
+    operations = getattr(conversion, "operations", ())
+    return any(isinstance(operation, Bnb4bitDeserialize | Bnb8bitDeserialize) for operation in operations)
+
+
+def _refusal(model: PreTrainedModel, lost: list[str], why: str) -> ModelError:
+    where = model.config._name_or_path or "what it was loaded from"
+    return ModelError(
+        f"a forward on a CPU rounded the scales of {len(lost)} 4-bit linears ({lost[0]} ...), and {where} {why}; "
+        "save before the first forward, or load the model again and save that"
+    )
+
+
+def _loaded_again(model: PreTrainedModel) -> PreTrainedModel:
+    """The model as it was loaded, from this machine alone. Errors: OSError, ValueError or RuntimeError where it can't be."""
+    where = str(model.config._name_or_path)
+    if not where:
+        raise ValueError("the model was not loaded from anywhere")
+    options: dict[str, Any] = {"dtype": model.dtype, "device_map": {"": "cpu"}, "local_files_only": True}
+    config = type(model.config).from_pretrained(where, local_files_only=True)
+    if getattr(config, "quantization_config", None) is None:  # it was quantised as it was loaded
+        options["quantization_config"] = copy.deepcopy(cast(Any, model.config).quantization_config)
+    return type(model).from_pretrained(where, **options)
+
+
+def _came_from(module: Any, origin: Any) -> bool:
+    """Whether a linear whose scales are lost was `origin`, the linear of that name as it was loaded.
+
+    It was if bitsandbytes' repacking, or some turns there and back, makes of origin's tensors what the linear holds, bit for
+    bit: all codes, and scales as far as the linear still has them.
+    """
+    if type(origin) is not type(module):
+        return False
+    live, state = module.weight.quant_state, origin.weight.quant_state
+    if (live.shape, live.blocksize, live.quant_type) != (state.shape, state.blocksize, state.quant_type):
+        return False
+    if live.original_dtype != state.dtype:
+        return False
+    data, turned = origin.weight.data, copy.deepcopy(state)
+    for _ in range(TURNS):
+        for turn in (
+            bitsandbytes_layout.stock._convert_weight_packed_for_cpu,
+            bitsandbytes_layout.stock._convert_weight_packed_for_cpu_inverse,
+        ):
+            data, turned = turn(data, turned)
+            if _same(data, turned, module.weight.data, live):
+                return True
+    return False
+
+
+def _same(data: Tensor, state: Any, other_data: Tensor, other: Any) -> bool:
+    """Whether two weights in bitsandbytes' memory are the same bytes, wherever they are."""
+    if state.nested != other.nested:
+        return False
+    pairs = [(data, other_data), (state.code, other.code), (state.absmax, other.absmax)]
+    if state.nested:
+        pairs += [
+            (state.offset, other.offset),
+            (state.state2.absmax, other.state2.absmax),
+            (state.state2.code, other.state2.code),
+        ]
+    return all(same(one, another) for one, another in pairs)
+
+
+def _is_rounded(bias: Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether a forward left a bias in a coarser type than the model's."""
+    return bias is not None and torch.finfo(bias.dtype).eps > torch.finfo(dtype).eps
+
+
+def _settle(bias: nn.Parameter, dtype: torch.dtype, origin: Tensor | None) -> None:
+    """Turn a bias back to its type, to the exact value if it is still origin's rounded; what neither fits stays as it is."""
+    if bias.dtype == dtype:
+        return
+    for exact in ([] if origin is None else [origin.data.to(bias.device)]) + [bias.data.to(dtype)]:
+        if torch.equal(exact.to(bias.dtype), bias.data):
+            bias.data = exact
+            return

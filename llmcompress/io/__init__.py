@@ -1,0 +1,1 @@
+"""Files: safetensors, the output folder, the journal, caches and locks."""

@@ -1,0 +1,211 @@
+"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of its
+base's.
+
+AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by which files
+are there. For a Llama that became a Mistral, though the model is the same, it builds another class, which splits text
+after a special token otherwise. So the copied files are loaded beside the config that was written, and compared with
+the base's tokenizer on text that tells such classes apart. Where they differ, what the base's tokenizer saves takes
+their place, under the name of the class that reads tokenizer.json as it is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES, tokenizer_class_from_name
+
+from llmcompress.errors import ModelError
+from llmcompress.io.checkpoint import read_json
+from llmcompress.io.companion_files import CONFIG, RIGHTS, kept, links_out, shareable
+from llmcompress.io.safetensors_writer import sync, writing
+
+SETTINGS = "tokenizer_config.json"
+LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
+AS_IT_IS = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is, whatever the model, since transformers 4
+TRAITS = ("special_tokens_map", "chat_template", "padding_side", "truncation_side", "model_input_names", "model_max_length")
+TEXTS = (
+    *(
+        "",
+        " ",
+        "hello",
+        " hello",
+        "   hello",
+        "hello ",
+        "Hello, world!",
+        "I'm sure we'll see: it's his.",
+        "don't",
+        "UPPER case",
+    ),
+    *("\n", "\n\n", "\thello\n", "hello\r\nworld", "one\n\n\ntwo  three   four", "def f(x):\n    return x**2 != -1\n"),
+    *("0", "12345", "3.14159, 67,890 and 1e-9", "2026-11-28T23:59", "a1b2 c3", "$5 + 10% = ?", "<b>&amp;</b> [x](y) {z}"),
+    *("naïve café Straße", "a\u0301 e\u0308", "日本語の文", "привет мир", "שלום", "🙂", "👩\u200d👩\u200d👧 hi 🏳️\u200d🌈"),
+    *(
+        "▁ under▁score _",
+        "\u00a0hello\u2009world\u3000",
+        "\ufeffhello",
+        "\x00\x7f",
+        "ﬁ ½ Ⅷ",
+        "https://user@example.org/a_b?c=d#e",
+    ),
+)
+AROUND = (  # a token among text
+    *("{0}", "{0}hello", "hello{0}", "hello{0}hello", "hello {0} hello", " {0}", "{0} ", "{0}\n", "\n{0}"),
+    *("{0}{0}", "{0} {0}", "{0}{0}hello", "{0} hello"),
+)
+
+
+def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from there is run."""
+    if (name := _own_class(folder)) is not None:
+        raise ModelError(
+            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run here); "
+            "save one there that transformers has itself, as a tokenizer.json"
+        )
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # tokenizers raise bare Exceptions
+        raise ModelError(f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there") from None
+
+
+def vocabulary_files(folder: Path) -> list[str]:
+    """Names of the files that the classes read which may be a folder's tokenizer's."""
+    settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
+    names = [fields.get("tokenizer_class") for fields in (settings, config)]
+    names.append(TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
+    found = {file for name in names if (kind := _class_of(name)) is not None for file in kind.vocab_files_names.values()}
+    versions = settings.get("fast_tokenizer_files")
+    found |= {str(name) for name in (versions if isinstance(versions, list) else [])}
+    return sorted(name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name))
+
+
+def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path) -> None:
+    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a folder in `within`.
+
+    Errors: ModelError, OutputError.
+    """
+    with writing(within), tempfile.TemporaryDirectory(dir=within) as scratch:
+        files = kept(folder, vocabulary_files(folder))
+        for name, content in (files | {CONFIG: json.dumps(shareable(config)).encode()}).items():
+            _put(Path(scratch) / name, content)
+        keep_tokens(Path(scratch), tokenizer, folder)
+
+
+def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
+    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often they do.
+
+    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens too, or where a link
+    was not followed, as what it leads to is not to be published.
+    """
+    if (wrong := _difference(written, tokenizer)) is None:
+        return
+    if left := [name for name in links_out(base, vocabulary_files(base)) if name not in RIGHTS]:
+        raise ModelError(f"{base / left[0]} is a link that leaves the folder; put the file itself in its place")
+    _save(written, tokenizer)
+    if (wrong := _difference(written, tokenizer)) is not None:
+        raise ModelError(
+            f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with save_pretrained, as a "
+            "tokenizer.json"
+        )
+
+
+def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """The first thing that two tokenizers do differently, in words, or None.
+
+    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added token among text.
+    """
+    if ours.get_vocab() != theirs.get_vocab():
+        return "the vocabularies differ"
+    for trait in TRAITS:
+        one, other = getattr(ours, trait), getattr(theirs, trait)
+        if one != other:
+            return f"{trait} is {other!r:.80} and not {one!r:.80}"
+    texts = [*TEXTS, *(around.format(token) for token in ours.get_added_vocab() for around in AROUND)]
+    for special in (True, False):
+        for text, mine, yours in zip(texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True):
+            if mine != yours:
+                return f"{text!r:.80} is {yours} and not {mine}"
+            if text in TEXTS and isinstance(mine, list) and (word := ours.decode(mine)) != (other := theirs.decode(mine)):
+                return f"{mine} stands for {other!r:.80} and not {word!r:.80}"
+    return None
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int] | str]:
+    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't know."""
+    found: list[list[int] | str]
+    try:
+        found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
+    except Exception as error:  # tokenizers raise bare Exceptions
+        found = [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+    return found
+
+
+def _difference(written: Path, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    try:
+        return difference(tokenizer, tokenizer_of(written))
+    except ModelError:
+        return "it does not load"
+
+
+def _save(written: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write a tokenizer as it is loaded, with what its class would add."""
+    fast = isinstance(tokenizer, PreTrainedTokenizerFast)
+    with writing(written.parent), tempfile.TemporaryDirectory(dir=written.parent) as scratch:
+        tokenizer.save_pretrained(scratch)
+        settings = read_json(Path(scratch) / SETTINGS)
+        said = {trait: getattr(tokenizer, trait) for trait in ("padding_side", "truncation_side", "model_input_names")}
+        settings |= said | ({"tokenizer_class": AS_IT_IS} if fast else {})
+        (Path(scratch) / SETTINGS).write_text(
+            json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
+        )
+        for name in LEGACY:
+            (written / name).unlink(missing_ok=True)
+        for name, content in kept(Path(scratch), vocabulary_files(Path(scratch))).items():
+            _put(written / name, content)
+
+
+def _put(file: Path, content: bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("wb") as opened:
+        opened.write(content)
+        sync(opened)
+
+
+def _own_class(folder: Path) -> str | None:
+    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or None."""
+    settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
+    listed = settings.get("auto_map")
+    named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
+    outside = next((name for name in _each(named) if name), None)
+    name = settings.get("tokenizer_class") or config.get("tokenizer_class")
+    known = isinstance(name, str) and "Tokenizer" in name and tokenizer_class_from_name(name) is not None
+    return None if known else outside
+
+
+def _each(named: Any) -> Iterator[str]:
+    """The classes of an entry of auto_map: one, or the slow and the fast one."""
+    yield from (str(name) for name in (named if isinstance(named, list) else [named]) if name)
+
+
+def _class_of(name: Any) -> type[PreTrainedTokenizerBase] | None:
+    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one needs."""
+    if not isinstance(name, str) or not name.isidentifier():
+        return None
+    try:
+        found = tokenizer_class_from_name(name)
+        return found if isinstance(found, type) and issubclass(found, PreTrainedTokenizerBase) else None
+    except ImportError:
+        return None
+
+
+def _fields(file: Path) -> dict[str, Any]:
+    return read_json(file) if file.is_file() else {}
+
+
+def _why(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]

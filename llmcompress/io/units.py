@@ -1,0 +1,42 @@
+"""Quantities as people read them: 16.8 MB, 3 min 05 s, 97.80 %."""
+
+NONE = "-"  # what was not measured
+
+
+def amount(value: float | None, unit: str = "") -> str:
+    """Three significant digits with a decimal prefix: 16.8 M, 8.39 kB."""
+    if value is None:
+        return NONE
+    for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= 0.9995 * size:
+            return f"{_significant(value / size)} {prefix}{unit}"
+    return f"{_significant(value)} {unit}".rstrip()
+
+
+def _significant(value: float) -> str:
+    """Three significant digits without an exponent, for 0 and 0.0005 <= |value| < 1000."""
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def duration(seconds: float | None) -> str:
+    """0.8 s, 41 s, 3 min 05 s, 2 h 07 min."""
+    if seconds is None:
+        return NONE
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    return f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def number(value: float | None) -> str:
+    """Four significant digits, and all of those before the point: 0.002010, 33.00, 31,416."""
+    if value is None:
+        return NONE
+    return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
+
+
+def percent(value: float | None) -> str:
+    """A share of one as 97.80 %."""
+    return NONE if value is None else f"{100 * value:.2f} %"

@@ -1,0 +1,292 @@
+"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first wanted.
+
+It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp that torch brought
+along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other
+processes to load. The file's name holds the sha256 of its content: one that was damaged is compiled again. As loading it runs
+what is in it, both file and folder must belong to this user (or root) and be writable by nobody else; where they are not, the
+kernel is compiled into a private temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS
+is 0, there is no kernel, and the caller has another way. A failure is logged once, as a warning.
+R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import stat
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from llmcompress.errors import CompressError, first_line
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.safetensors_writer import discard, sync
+from llmcompress.io.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
+SOURCE, HEADER = (Path(__file__).parent / "csrc" / name for name in ("lookup.c", "lookup_wide.h"))
+FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
+COMPILERS = ("cc", "gcc", "clang")
+SMALL = 2**16  # weights that are not worth a second thread
+FEW = 16  # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of torch's
+PIECE = 2**22  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that fails."""
+    if (why := why_not()) is not None and not _switched_off():
+        logger.warning("torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why)
+    return why is None
+
+
+def why_not() -> str | None:
+    """Why there is no kernel; None where there is one. The first call may compile it."""
+    return _attempt()[1]
+
+
+def form() -> str | None:
+    """What the kernel was compiled for: avx512, avx2, or plain; None where there is none."""
+    kernel = _kernel()
+    return None if kernel is None else str(kernel.lookup_form().decode())
+
+
+def halves(bits: int) -> bool:
+    """Whether `matmul` takes inputs in bfloat16, as they are."""
+    kernel = _kernel()
+    return kernel is not None and bits != 8 and bool(kernel.lookup_halves())
+
+
+def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the weight at a time.
+
+    Sums are float32's; where x is bfloat16 and the processor multiplies it, levels are rounded to that.
+    """
+    (T, C), R, half = x_TC.shape, len(packed_RB), x_TC.dtype == torch.bfloat16 and halves(bits)
+    few = 2 * FEW if half else FEW
+    if few >= T or (form() == "avx512" and bits != 8 and not half):
+        inputs, levels_GL = (x_TC if half else x_TC.float()).contiguous(), levels_GL.float()
+        parts = [matmul(part, packed_RB, levels_GL, rows, bits) for part in inputs.split(FEW)]
+        return (torch.cat(parts) if len(parts) > 1 else parts[0]).to(x_TC.dtype)
+    dtype = torch.bfloat16 if x_TC.dtype == torch.bfloat16 and BFLOAT16 else torch.float32
+    x_CT, levels_GL = x_TC.to(dtype).t(), levels_GL.to(dtype)
+    height = min(R, max(1, PIECE // C))
+    piece_RC, out_RT = torch.empty(height, C, dtype=dtype), torch.empty(R, T, dtype=dtype)
+    for start in range(0, R, height):
+        part_RT = out_RT[start : start + height]
+        part_RC = expand(packed_RB, levels_GL, rows, bits, C, start=start, out=piece_RC[: len(part_RT)])
+        torch.mm(part_RC, x_CT, out=part_RT)
+    return out_RT.t().to(x_TC.dtype).contiguous()
+
+
+def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
+    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G, 2^bits].
+
+    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x may be bfloat16,
+    and levels are rounded to it. Errors: ValueError, MemoryError.
+    """
+    T, C = x_TC.shape
+    R = _checked(packed_RB, levels_GL, C, rows, bits)
+    half = x_TC.dtype == torch.bfloat16 and halves(bits)
+    right = (half or x_TC.dtype == torch.float32) and levels_GL.dtype == torch.float32
+    if not right or not _plain(x_TC, packed_RB, levels_GL):
+        raise ValueError(f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}")
+    out_TR = torch.empty(T, R)
+    done = _loaded().lookup_matmul(
+        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, half,
+        _threads(R * C),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for the inputs of a product of {T} tokens")
+    return out_TR
+
+
+def expand(
+    packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int, columns: int, *, start: int = 0, out: Tensor | None = None
+) -> Tensor:
+    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has from `start` on.
+
+    Errors: ValueError, MemoryError.
+    """
+    R = _checked(packed_RB, levels_GL, columns, rows, bits)
+    out_RC = torch.empty(R - start, columns, dtype=levels_GL.dtype) if out is None else out
+    fits = out_RC.dtype == levels_GL.dtype and 0 <= start <= start + len(out_RC) <= R and out_RC.shape[1] == columns
+    if not fits or levels_GL.dtype.itemsize not in (2, 4) or not _plain(packed_RB, levels_GL, out_RC):
+        raise ValueError(f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}")
+    done = _loaded().lookup_expand(
+        packed_RB.data_ptr(), levels_GL.data_ptr(), out_RC.data_ptr(), start, len(out_RC), columns, rows, bits,
+        levels_GL.dtype.itemsize, _threads(out_RC.numel()),
+    )  # fmt: skip
+    if not done:
+        raise MemoryError(f"no memory for a row of {columns} indices")
+    return out_RC
+
+
+def row_bytes(columns: int, bits: int) -> int:
+    """Bytes of a row of indices: each begins with a byte of its own, and eight of 3 bits fill three."""
+    return -(-columns // 8) * 3 if bits == 3 else -(-columns * bits // 8)
+
+
+def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits: int) -> int:
+    """The rows. Errors: ValueError for what the kernel would read past the end of."""
+    R = len(packed_RB)
+    fits = bits in (2, 3, 4, 8) and rows > 0 and packed_RB.dtype == torch.uint8 and min(R, columns) > 0
+    if not fits or packed_RB.shape[1] != row_bytes(columns, bits) or levels_GL.shape != (-(-R // rows), 2**bits):
+        raise ValueError(
+            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} rows each are "
+            f"no weight of {columns} columns"
+        )
+    return R
+
+
+def _plain(*tensors: Tensor) -> bool:
+    return all(tensor.is_contiguous() and tensor.device.type == "cpu" for tensor in tensors)
+
+
+def _threads(weights: int) -> int:
+    return 1 if weights <= SMALL else torch.get_num_threads()
+
+
+def _loaded() -> ctypes.CDLL:
+    kernel = _kernel()
+    if kernel is None:
+        raise ValueError("there is no kernel here; ask `available` first")
+    return kernel
+
+
+def _kernel() -> ctypes.CDLL | None:
+    """The compiled kernel, from the cache or new; None where it can't be had."""
+    return _attempt()[0]
+
+
+def _switched_off() -> bool:
+    return os.environ.get("LLMCOMPRESS_KERNELS") == "0"
+
+
+@functools.cache
+def _attempt() -> tuple[ctypes.CDLL | None, str | None]:
+    """The compiled kernel and None, or None and why there is none."""
+    if _switched_off():
+        return None, "LLMCOMPRESS_KERNELS is 0"
+    try:
+        kernel = _load(cache_folder() / "kernels")
+    except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError, CompressError) as error:
+        return None, first_line(error)  # no room, no symbol
+    return (None, _lacking()) if kernel is None else (kernel, None)
+
+
+def compiler() -> str | None:
+    """The path of the C compiler that is tried first; None where there is none."""
+    return next(filter(None, map(shutil.which, COMPILERS)), None)
+
+
+def _lacking() -> str:
+    """Why nothing was compiled."""
+    if compiler() is None:
+        return f"there is no C compiler ({', '.join(COMPILERS)}) on the PATH; install one"
+    if not _libgomp():
+        return "torch was installed without libgomp; install a torch wheel for this platform"
+    return f"{SOURCE.name} is compiled by none of {', '.join(COMPILERS)} here; install a newer compiler"
+
+
+def _libgomp() -> list[Path]:
+    """The thread libraries that torch brought along."""
+    return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
+
+
+def _load(folder: Path) -> ctypes.CDLL | None:
+    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may write there."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if _is_private(folder) and not any(map(_is_open, folder.parents)):
+        return _made(folder)
+    with scratch_folder() as own:
+        return _made(own)
+
+
+def _made(folder: Path) -> ctypes.CDLL | None:
+    """The kernel in a folder of ours, compiled into it where it isn't there."""
+    kernel = _found(folder)
+    if kernel is None:
+        if not any(_compile(compiler, folder) for compiler in filter(None, map(shutil.which, COMPILERS))):
+            return None
+        kernel = _found(folder)
+    return None if kernel is None else _declared(kernel)
+
+
+def _found(folder: Path) -> ctypes.CDLL | None:
+    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that name goes."""
+    for file in sorted(folder.glob(f"lookup-{_digest()}-*.so")):
+        with contextlib.suppress(OSError), file.open("rb") as opened:
+            if file.name == _name(opened.read()) and _is_private(file):
+                return ctypes.CDLL(str(file))
+        discard(file)
+    return None
+
+
+def _is_private(path: Path) -> bool:
+    """Whether a file or folder is this user's or root's, and nobody else may write to it."""
+    if not hasattr(os, "geteuid"):  # not a POSIX system, where a home is its owner's alone
+        return True
+    about = path.lstat()
+    return about.st_uid in (0, os.geteuid()) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _is_open(folder: Path) -> bool:
+    """Whether anyone may put other folders in the place of those in it."""
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
+
+
+def _name(content: bytes) -> str:
+    """What a compiled kernel is called."""
+    return f"lookup-{_digest()}-{hashlib.sha256(content).hexdigest()[:32]}.so"
+
+
+def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
+    """The kernel, with the types of what its functions take and return."""
+    pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    kernel.lookup_form.restype, kernel.lookup_form.argtypes = ctypes.c_char_p, ()
+    kernel.lookup_halves.restype, kernel.lookup_halves.argtypes = small, ()
+    kernel.lookup_matmul.argtypes = (*4 * (pointer,), *4 * (long,), small, small, small)
+    kernel.lookup_expand.argtypes = (*3 * (pointer,), *4 * (long,), small, small, small)
+    return kernel
+
+
+def _digest() -> str:
+    """What the compiled file depends on: source, flags, torch and the processor."""
+    parts = [SOURCE.read_text(), HEADER.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        parts += [next((line for line in lines if line.startswith(kind)), "") for kind in ("model name", "flags", "Features")]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _compile(compiler: str, target: Path) -> bool:
+    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many processes try."""
+    threads = _libgomp()
+    if not threads:
+        return False
+    with tempfile.TemporaryDirectory(dir=target) as folder:
+        object_file, made = Path(folder) / "lookup.o", Path(folder) / "lookup.so"
+        for step in (
+            [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
+            [compiler, "-shared", str(object_file), str(threads[0]), f"-Wl,-rpath,{threads[0].parent}", "-o", str(made)],
+        ):
+            if subprocess.run(step, capture_output=True, timeout=120, check=False).returncode:
+                return False
+        made.chmod(0o600)
+        with made.open("rb+") as file:
+            name = _name(file.read())
+            sync(file)
+        made.replace(target / name)
+    return True

@@ -1,0 +1,1 @@
+"""A model, one decoder layer at a time."""

@@ -1,0 +1,230 @@
+"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in memory.
+
+The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PretrainedConfig
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import (
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    rename_source_key,
+)
+from transformers.modeling_utils import LoadStateDictConfig
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
+
+from llmcompress.errors import ModelError
+from llmcompress.formats import registry
+from llmcompress.integrations import transformers_quantizer
+from llmcompress.io.checkpoint import Checkpoint, check_finite, is_beside
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.model_config import load_config, require_stored
+
+
+class DiskModel(LayerwiseModel):
+    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
+
+    def __init__(
+        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantized: bool = False
+    ) -> None:
+        self.folder = folder
+        self.checkpoint = Checkpoint.open(folder, base=not quantized)
+        ours = transformers_quantizer.read_config(self.checkpoint.config.get("quantization_config"))
+        config = load_config(folder)
+        if not quantized:
+            require_stored(folder, config, self.checkpoint.tensors)
+        self.quantization: Any = getattr(config, "quantization_config", None)
+        if self.quantization is not None:
+            del config.quantization_config
+        super().__init__(config, device, dtype, ours.assigned(), ours.ties)
+        self._check_layouts()
+        self.checkpoint, self.sources = taken(self.checkpoint, self)
+        self.dtypes = dtypes_of(self.checkpoint, self.sources)
+        head, embedding = (f"{name}.weight" for name in (self.anatomy.head, self.anatomy.embedding))
+        if config.tie_word_embeddings and has_own_head(self.checkpoint, self.sources, self):
+            self.untie()
+            self.checkpoint = replace(self.checkpoint, config=self.checkpoint.config | {"tie_word_embeddings": False})
+        elif config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding):
+            twice = {part for key in self.sources.pop(head) for part in self.with_codes(key)}  # stored twice, it counts once
+            self.checkpoint = self.checkpoint.only(self.checkpoint.tensors.keys() - twice)
+        self._bring_outer()
+        self._round_all_inputs()
+
+    def _check_layouts(self) -> None:
+        """Refuse a scheme for what is no linear of this model, nor its embedding. Errors: ModelError."""
+        modules = dict(self.model.named_modules())
+        for name in self.layouts:
+            if not isinstance(modules.get(name), nn.Linear | Conv1D | nn.Embedding):
+                raise ModelError(
+                    f"config.json gives {name} a scheme, but this model has no such linear; the config is of another model"
+                )
+
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    def fingerprint(self) -> str:
+        """A digest over config, names, shapes and every byte of the tensors."""
+        return self.checkpoint.fingerprint()
+
+    @property
+    def has_codes(self) -> bool:
+        """Whether any matrix is no plain one; a model that was only pruned can ask for our plug-in too."""
+        return bool(self.layouts or registry.quantized_linears(self.checkpoint.tensors))
+
+    def with_codes(self, key: str) -> list[str]:
+        """A weight's key in the checkpoint, with those of the scales beside it."""
+        return _with_codes(key, self.checkpoint)
+
+    def codes(self, name: str) -> registry.StoredWeight | None:
+        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        target = f"{name}.weight"
+        key = self.sources.get(target, [""])[0]
+        names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
+        return self._stored(key, target, names) if len(names) > 1 or name in self.layouts else None
+
+    def _round_all_inputs(self) -> None:
+        """Have the linears read what their kernels will, where these round it."""
+        quantization = self.quantization or {}
+        linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
+        for name in registry.quantized_linears(self.checkpoint.tensors):
+            inputs, reader = None, self.reader(linears[name])
+            if linears[name] in self.layouts:
+                static = self.checkpoint.tensors.get(f"{name}.input_scale")
+                scale = self.checkpoint.read(f"{name}.input_scale").to(self.device) if static else None
+                inputs = registry.layout_inputs(self.layouts[linears[name]], scale)
+            elif f"{name}.SCB" in self.checkpoint.tensors:
+                inputs = registry.int8_inputs(float(quantization.get("llm_int8_threshold", 6.0)))
+            if inputs is not None and reader is not None:
+                self.round_inputs(reader, inputs)
+
+    def _read(self, key: str, target: str) -> Tensor:
+        """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
+        names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
+        if len(names) < 2 and target.removesuffix(".weight") not in self.layouts:
+            tensor = self.checkpoint.read(key)
+        else:
+            tensor = registry.dequantize(self._stored(key, target, names), self.dtype)
+            conv1d = isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D)
+            tensor = tensor.T if conv1d else tensor  # codes are rows of outputs, whatever way the module is stored
+        check_finite(tensor, key)
+        return tensor
+
+    def _stored(self, key: str, target: str, names: Iterable[str]) -> registry.StoredWeight:
+        """The codes of parameter `target`, whose parts are called so beside `key`."""
+        linear = target.removesuffix(".weight")
+        parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
+        conv1d = isinstance(self.model.get_submodule(linear), Conv1D)
+        rows, columns = self.model.get_parameter(target).shape[:: -1 if conv1d else 1]
+        return registry.read(parts, self.layouts.get(linear), (rows, columns))
+
+    def _bring(self, names: Iterable[str]) -> None:
+        keys = [(key, name) for name in names for key in self.sources.get(name, [])]
+        config = LoadStateDictConfig(
+            dtype=self.dtype,
+            device_map={"": str(self.device)},
+            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+        )
+        with no_progress_bar():
+            info, _ = convert_and_load_state_dict_in_model(
+                self.model, {key: self._read(key, name) for key, name in keys}, config
+            )
+        if info.mismatched_keys or info.conversion_errors:
+            wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
+            raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
+        self.model.requires_grad_(False)
+
+
+def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:
+    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that they hold.
+
+    Raises ModelError where weights lack.
+    """
+    outline = MetaModel(config, device, torch.float32)
+    outline.model.tie_weights()  # so that a tied head counts once
+    if Checkpoint.is_whole(folder):
+        outline.place = str(folder)
+        checkpoint, sources = taken(Checkpoint.open(folder), outline)
+        outline.dtypes = dtypes_of(checkpoint, sources)
+        if config.tie_word_embeddings and has_own_head(checkpoint, sources, outline):
+            outline.untie()
+        outline.require_all(name for name, _ in outline.model.named_parameters() if name not in sources)
+    return outline
+
+
+def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint, dict[str, list[str]]]:
+    """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
+
+    All else is no part of the model: masks that old checkpoints store, layers that this class does not have. A tied model may
+    store its one matrix under the head's name; it then has the embedding's too.
+    """
+    model, sources = resident.model, defaultdict[str, list[str]](list)
+    mapping, known = get_model_conversion_mapping(model), model.state_dict()
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    for key in checkpoint.tensors:
+        if ".weight." not in key and not is_beside(key.rpartition(".")[2]):  # scales belong to the weight beside them
+            target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
+            target = target if target in known or key not in known else key
+            if target in known:
+                sources[target].append(key)
+    parts = {part for keys in sources.values() for key in keys for part in _with_codes(key, checkpoint)}
+    head, embedding = (f"{name}.weight" for name in (resident.anatomy.head, resident.anatomy.embedding))
+    aliases: dict[str, str] = {}
+    if resident.config.tie_word_embeddings and head in sources and embedding not in sources:
+        of = {part: part.removeprefix(resident.anatomy.head) for part in _with_codes(sources[head][0], checkpoint)}
+        aliases = {f"{resident.anatomy.embedding}{name}": part for part, name in of.items()}
+        sources[embedding] = [embedding]
+    return checkpoint.only(parts, aliases), dict(sources)
+
+
+def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> dict[str, torch.dtype]:
+    """The dtype in which each tensor of the model is stored that is no codes."""
+    found = {target: checkpoint.tensors[keys[0]].dtype for target, keys in sources.items()}
+    return {target: dtype for target, dtype in found.items() if dtype.is_floating_point}
+
+
+def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel) -> bool:
+    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that it loads."""
+    head, embedding = (sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding))
+    if not head or not embedding or embedding[0] in checkpoint.aliases:
+        return False
+    loaded = getattr(torch, str(resident.config.dtype or resident.weight_dtype).removeprefix("torch."))
+    one, other = (
+        [
+            tensor.to(loaded) if tensor.is_floating_point() else tensor
+            for tensor in map(checkpoint.read, _with_codes(key, checkpoint))
+        ]
+        for key in (head[0], embedding[0])
+    )
+    return len(one) != len(other) or not all(map(torch.equal, one, other))
+
+
+def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
+    linear = key.removesuffix(".weight")
+    return [f"{linear}.{part}" for part in registry.parts_of(linear, checkpoint.tensors)] if linear != key else [key]
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    """Transformers draws a bar at each load; here one load is one layer."""
+    was = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was:
+            logging.enable_progress_bar()

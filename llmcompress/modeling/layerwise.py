@@ -1,0 +1,352 @@
+"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live model.
+
+A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
+outside the layers are loaded once; those of a layer while it is visited, always as a copy in the working precision on the
+working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
+model in memory give the same numbers. The price is that each visit to a layer reads it again.
+"""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import hashlib
+import math
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import cached_property, partial
+
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from llmcompress.architectures.families import anatomy_of
+from llmcompress.architectures.per_layer import build_layers, config_of_layer, mixed
+from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.architectures.spec import Anatomy
+from llmcompress.errors import ModelError
+from llmcompress.formats.base import Inputs
+from llmcompress.formats.low_rank import FactoredLayout
+from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.io.checkpoint import check_finite
+from llmcompress.io.safetensors_writer import tensors_digest
+from llmcompress.modeling.model_config import skeleton
+from llmcompress.modeling.rotation import Rotation
+
+TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
+
+
+class LayerwiseModel(ABC):
+    """A causal language model of which one decoder layer at a time is in memory."""
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        layouts: Mapping[str, AnyLayout] | None = None,
+        ties: Mapping[str, str] | None = None,
+        dtypes: Mapping[str, torch.dtype] | None = None,
+    ) -> None:
+        self.config, self.device, self.dtype = config, device, dtype
+        self.dtypes = dict(dtypes or {})  # in which weights are stored that are no codes, by their names in the model
+        self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
+        self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
+        self.model: PreTrainedModel = skeleton(config, dtype)
+        self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
+        layers = self.model.get_submodule(self.anatomy.layers)
+        assert isinstance(layers, nn.ModuleList)
+        with init_empty_weights(include_buffers=False):
+            build_layers(self.model, layers, self.anatomy)
+        self.layers = layers
+        self.sizes = self.sizes_of(0)
+        self.rotation: Rotation | None = None
+        self._freed = 0  # bytes since the heap was last given back
+
+    def untie(self) -> None:
+        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in `from_pretrained`."""
+        self.config = copy.deepcopy(self.config)
+        head = self.model.get_submodule(self.anatomy.head)
+        self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
+        self.model.all_tied_weights_keys.pop(f"{self.anatomy.head}.weight", None)
+        head._parameters["weight"] = nn.Parameter(torch.empty_like(head.get_parameter("weight").data), requires_grad=False)
+
+    def _bring_outer(self) -> None:
+        """Load everything outside the layers; called once, at the end of construction."""
+        inside = self.anatomy.layers + "."
+        self._bring([name for name in self.model.state_dict() if not name.startswith(inside)])
+        self.model.tie_weights()
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self.device)
+        self.require_all(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+
+    @property
+    def plain(self) -> bool:
+        """Whether transformers loads the model without our plug-in, but for codes in a native layout."""
+        return not (mixed(self.config) or self.layouts or self.ties)
+
+    @property
+    def shared_linears(self) -> dict[str, str]:
+        """The linears that are wholly another's weight, by full name: shared, and nothing added."""
+        linears = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()}
+        return {name: source for name, source in linears.items() if self.layouts.get(name) == FactoredLayout("shared")}
+
+    def layer_name(self, index: int) -> str:
+        """`model.layers.3`."""
+        return f"{self.anatomy.layers}.{index}"
+
+    def anatomy_of_block(self, index: int) -> Anatomy:
+        """The table as it is for one layer, without linears that are empty there."""
+        return self.anatomy.left(self.sizes_of(index))
+
+    def sizes_of(self, index: int) -> dict[str, int]:
+        """The units on each axis in one layer; only the widths inside layers can differ between them."""
+        return self.anatomy.axis_sizes(config_of_layer(self.config, index))
+
+    def widths_of(self, axis: str) -> tuple[int, ...]:
+        """The units on one axis in each layer."""
+        return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
+
+    @cached_property
+    def weight_dtype(self) -> torch.dtype:
+        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no stored weight."""
+        sizes: dict[torch.dtype, int] = {}
+        for name, parameter in self.model.named_parameters():
+            if (dtype := self.dtypes.get(name)) is not None:
+                sizes[dtype] = sizes.get(dtype, 0) + parameter.numel() * dtype.itemsize
+        if sizes:
+            return max(sizes, key=lambda dtype: (sizes[dtype], str(dtype)))
+        return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most weights."""
+        return self.dtypes.get(name, self.weight_dtype)
+
+    def as_stored(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is stored."""
+        return {
+            f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
+            for name, tensor in tensors.items()
+        }
+
+    def inner_parameters(self) -> int:
+        """Parameters inside the layers, as they are in memory."""
+        return sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+
+    def bits_of(self, linear: str) -> int:
+        """Bits in which a weight of a plain linear is stored, by its full name."""
+        return 8 * self.dtype_of(f"{linear}.weight").itemsize
+
+    def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each layer, if given."""
+        return self._sum(widths or {}, lambda name: 1)
+
+    def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """Bytes of these parameters, each in its own dtype."""
+        return self._sum(widths or {}, lambda name: self.dtype_of(name).itemsize)
+
+    def _sum(self, counts: Mapping[str, Sequence[int]], each: Callable[[str], int]) -> int:
+        """Sum over all stored parameters, by their names in the model, of what `each` of their elements counts."""
+        tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
+        sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
+        outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
+        total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
+        for index in range(len(self.layers)):
+            sizes, layer = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
+            rows = self.anatomy.layer.items()
+            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows)
+        return total - (self._unstored(each) if self.layouts or self.ties else 0)
+
+    def _unstored(self, each: Callable[[str], int]) -> int:
+        """By how much what is stored is less than the whole weights: what is shared, and what is a product."""
+        found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
+        for name, shape in self.linear_maps():
+            layout, one = self.layouts.get(name), each(f"{name}.weight")
+            if isinstance(layout, FactoredLayout):
+                found += (math.prod(shape) - layout.parameters(shape, common=name not in tied)) * one
+            elif name in tied:
+                found += math.prod(shape) * one
+        return found
+
+    @contextmanager
+    def layer(self, index: int) -> Iterator[nn.Module]:
+        """Layer `index` with its weights, for as long as the context lasts."""
+        prefix, module = self.layer_name(index) + ".", self.layers[index]
+        try:
+            self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
+            self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
+            if self.rotation:
+                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer)
+            yield module
+        finally:
+            for owner in module.modules():
+                for name, parameter in owner._parameters.items():
+                    if parameter is not None:
+                        owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+            parameter = None  # the last one, or its memory could not be given back
+            self._freed += sum(p.numel() for p in module.parameters()) * self.dtype.itemsize
+            if self._freed >= TRIM_BYTES:
+                _trim()
+                self._freed = 0
+
+    def turn(self, rotation: Rotation) -> None:
+        """From now on all weights are those of the rotated model, which computes the same."""
+        self.rotation = rotation
+        tied = {f"{self.anatomy.head}.weight"} if self.config.tie_word_embeddings else set()
+        self._rewrite(rotation.outer, self.model, [name for name in self.anatomy.outer if name not in tied])
+
+    def _rewrite(
+        self, rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]], owner: nn.Module, names: Iterable[str]
+    ) -> None:
+        for name, tensor in rotated({name: owner.get_parameter(name).data for name in names}).items():
+            owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
+
+    def round_inputs(self, linear: str, inputs: Inputs) -> None:
+        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
+        self.model.get_submodule(linear).register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
+
+    def reader(self, name: str) -> str | None:
+        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to it, if one is."""
+        if name != self.anatomy.embedding:
+            return name
+        return self.anatomy.head if self.config.tie_word_embeddings else None
+
+    def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
+        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and reads `inputs`."""
+        weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")  # the very parameter of a tied head
+        weight.data = W_VD.to(self.device, self.dtype)
+        if (head := self.reader(self.anatomy.embedding)) and inputs:
+            self.round_inputs(head, inputs)
+
+    def matrices(self) -> dict[str, tuple[int, int]]:
+        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the embedding.
+
+        A tied head is left out, as it is the embedding's.
+        """
+        shapes = dict(self.linear_maps())
+        if (shared := self.reader(self.anatomy.embedding)) is not None:
+            del shapes[shared]
+        V, D = self.model.get_parameter(f"{self.anatomy.embedding}.weight").shape
+        return shapes | {self.anatomy.embedding: (V, D)}
+
+    def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
+        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape (outputs, inputs)."""
+        for name, module in self.model.named_modules():
+            if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
+                continue
+            if isinstance(module, Conv1D):
+                yield name, (module.weight.shape[1], module.weight.shape[0])
+            elif isinstance(module, nn.Linear):
+                yield name, (module.out_features, module.in_features)
+
+    def require_all(self, absent: Iterable[str]) -> None:
+        """Refuse a model that lacks these tensors, if there are any. Errors: ModelError."""
+        names = sorted(absent)
+        if names == [f"{self.anatomy.head}.weight"]:
+            raise ModelError(
+                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a loader would draw "
+                "the head at random; set it to true if the head is the embedding, else fetch the base again"
+            )
+        if names:
+            raise ModelError(
+                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch it again"
+            )
+
+    @property
+    @abstractmethod
+    def where(self) -> str:
+        """What to call the model in an error."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A digest of the weights, which no other training shares."""
+
+    def codes(self, name: str) -> StoredWeight | None:
+        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        return None
+
+    @abstractmethod
+    def _bring(self, names: Iterable[str]) -> None:
+        """Put the weights `names` of the skeleton in place, in the working dtype, on the working device."""
+
+
+class MetaModel(LayerwiseModel):
+    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared, no weights."""
+
+    place = "the config"  # or the folder
+
+    @property
+    def where(self) -> str:
+        return self.place
+
+    def fingerprint(self) -> str:
+        """That of the config: there are no weights."""
+        return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
+
+    def _bring(self, names: Iterable[str]) -> None:
+        raise ModelError("a config has no weights; give a folder that holds safetensors")
+
+
+class InMemoryModel(LayerwiseModel):
+    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed.
+
+    `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        source: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        quantized: Mapping[str, StoredWeight] | None = None,
+        layouts: Mapping[str, AnyLayout] | None = None,
+        ties: Mapping[str, str] | None = None,
+    ) -> None:
+        self.source, self.quantized = source, dict(quantized or {})
+        coded = {f"{name}.weight" for name in self.quantized}
+        dtypes = {name: tensor.dtype for name, tensor in source.items() if tensor.is_floating_point() and name not in coded}
+        super().__init__(config, device, dtype, layouts, ties, dtypes)
+        head, embedding = (source[f"{name}.weight"] for name in (self.anatomy.head, self.anatomy.embedding))
+        if config.tie_word_embeddings and not torch.equal(head, embedding):
+            self.untie()
+        self._bring_outer()
+
+    @property
+    def where(self) -> str:
+        return "the model in memory"
+
+    def fingerprint(self) -> str:
+        """A digest of every tensor."""
+        return tensors_digest(self.source)
+
+    def codes(self, name: str) -> StoredWeight | None:
+        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        return self.quantized.get(name)
+
+    def _bring(self, names: Iterable[str]) -> None:
+        for name in names:
+            tensor = self.source[name]
+            check_finite(tensor, name)
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            value = tensor.detach().to(self.device, self.dtype, copy=True) if tensor.is_floating_point() else tensor
+            if leaf in module._parameters:
+                module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                module._buffers[leaf] = value
+
+
+def _trim() -> None:
+    """Have glibc give back what is free on its heap; other C libraries are left alone.
+
+    Layers that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
+    """
+    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
+        trim(0)

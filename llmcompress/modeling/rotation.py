@@ -1,0 +1,216 @@
+"""A model's weights turned so that its activations lose their outliers and its function stays.
+
+Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these are folded into the
+linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn the hidden state everywhere if every
+weight that writes it is turned and every weight that reads it turned back. Between values and output projection attention
+mixes tokens and not channels, so a second matrix R2 may turn the channels of each head. As an orthogonal matrix is the inverse
+of its transpose, reading and writing need the same product along the axis, and the table of spellings says where that is:
+`hidden` for R1; for R2 `d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
+same config that costs nothing more at run time.
+
+Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of one set twice, and
+a float64 copy of a value or output projection. The time is D multiplications a weight for width D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.hadamard import hadamard, turn
+from llmcompress.architectures.per_layer import config_of_layer
+from llmcompress.architectures.shape_grammar import Group, Spelling, Term
+from llmcompress.architectures.spec import Anatomy
+from llmcompress.errors import ModelError
+
+HIDDEN, HEAD_DIM = "hidden", "d"
+Turn = tuple[str, Tensor, int | None]  # the axis, the matrix, the part of a fused weight if not the whole
+
+
+class Rotation:
+    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed` draws them.
+
+    Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is learned here, and R2
+    is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
+    """
+
+    def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True) -> None:
+        if why := refusal(anatomy, config, r1=r1 is not False, r2=r2):
+            raise ModelError(f"this {anatomy.family} model can't be rotated: {why}")
+        self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config_of_layer(config, 0))
+        drawn = r1.double().cpu() if isinstance(r1, Tensor) else hadamard(self.sizes[HIDDEN], seed) if r1 else None
+        self.R1_DD = drawn  # [hidden, hidden]
+        self.R2_DD = hadamard(self.sizes[HEAD_DIM], seed + 1) if r2 else None  # [d, d]
+        self._tied = bool(config.tie_word_embeddings)
+
+    def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by their full names.
+
+        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is tied.
+        """
+        anatomy = self.anatomy
+        _require(tensors, anatomy.outer, {f"{anatomy.head}.weight"} if self._tied else set())
+        norms = {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
+        return self._rewrite(tensors, anatomy.outer, norms, {})
+
+    def inner(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the layer.
+
+        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are those of the anatomy.
+        """
+        _require(tensors, self.anatomy.layer, set())
+        return self._rewrite(tensors, self.anatomy.layer, _norms(self.anatomy), _values(self.anatomy), sizes)
+
+    @torch.no_grad()
+    def _rewrite(
+        self,
+        tensors: Mapping[str, Tensor],
+        rows: Mapping[str, str],
+        norms: Mapping[str, tuple[str, ...]],
+        values: Mapping[str, int | None],
+        sizes: Mapping[str, int] | None = None,
+    ) -> dict[str, Tensor]:
+        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and parts) `values`."""
+        if self.R1_DD is None:
+            norms = {}
+        offset = self.anatomy.norm_offset
+        folded = {
+            f"{reader}{end}": offset + tensors[f"{norm}.weight"].double()
+            for norm, consumers in norms.items()
+            for reader in consumers
+            for end in ("", ".weight")  # experts are parameters of their own
+        }
+        rewritten = {}
+        for name, tensor in tensors.items():
+            if _module(name) in norms:
+                rewritten[name] = torch.full_like(tensor, 1 - offset, dtype=torch.float32)
+                continue
+            turns = self._turns(name, rows[name], folded.get(name), values)
+            turned = tensor.to(torch.float64 if len(turns) > 1 else torch.float32)  # rounded once, at the end
+            for axis, M_DD, part in turns:
+                turned = rotate(turned, rows[name], sizes or self.sizes, axis, M_DD.to(tensor.device), part)
+            rewritten[name] = turned.float().contiguous() if turns else turned.clone()
+        return rewritten
+
+    def _turns(self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]) -> list[Turn]:
+        """What a weight is multiplied by, and where; the gain of the norm that it reads comes before R1."""
+        axes, turns = Spelling.parse(row).axes, list[Turn]()
+        if self.R1_DD is not None and HIDDEN in axes:
+            turns.append((HIDDEN, self.R1_DD if gain_D is None else gain_D.to(self.R1_DD.device)[:, None] * self.R1_DD, None))
+        if self.R2_DD is not None and HEAD_DIM in axes and _module(name) in values:
+            turns.append((HEAD_DIM, self.R2_DD, values[_module(name)]))
+        return turns
+
+
+def rotate(
+    tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int], axis: str, M_DD: Tensor, part: int | None = None
+) -> Tensor:
+    """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that runs along it.
+
+    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it to that alternative
+    of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis that the spelling lacks.
+    """
+    spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
+    if axis not in spelling.axes:
+        raise ValueError(f'"{spelling}" has no axis "{axis}"; it runs along {", ".join(spelling.axes)}')
+    if tuple(tensor.shape) != spelling.shape(sizes):
+        raise ValueError(f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}')
+    if tuple(M_DD.shape) != (sizes[axis], sizes[axis]):
+        raise ValueError(f'a matrix of shape {tuple(M_DD.shape)} does not fit the {sizes[axis]} units of axis "{axis}"')
+    for dim, term in enumerate(spelling.dims):
+        tensor = _turn_term(tensor, dim, term, sizes, axis, M_DD, part)
+    return tensor
+
+
+def _turn_term(
+    tensor: Tensor, dim: int, term: Term, sizes: Mapping[str, int], axis: str, M_DD: Tensor, part: int | None
+) -> Tensor:
+    """A tensor turned along `axis` inside one term, which dimension `dim` runs along."""
+    if term == axis:
+        return turn(tensor.movedim(dim, -1), M_DD).movedim(-1, dim)
+    if not isinstance(term, Group) or axis not in Spelling((term,)).axes:
+        return tensor
+    shapes = [Spelling(product).shape(sizes) for product in term.alternatives]
+    pieces = list(tensor.split([torch.Size(shape).numel() for shape in shapes], dim))
+    for number, product in enumerate(term.alternatives):
+        if part is None or len(pieces) == 1 or number == part:
+            piece = pieces[number].unflatten(dim, shapes[number])
+            for place, factor in enumerate(product):
+                inside = part if len(pieces) == 1 else None  # a part is found once
+                piece = _turn_term(piece, dim + place, factor, sizes, axis, M_DD, inside)
+            pieces[number] = piece.flatten(dim, dim + len(product) - 1)
+    return torch.cat(pieces, dim)
+
+
+def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) -> str | None:
+    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it can."""
+    if r1 and (why := _layer_norm(anatomy, config) or _unplaced(anatomy)):
+        return f"{why}; leave R1 out"
+    if r1 and config.tie_word_embeddings:
+        return "the final norm's gain would go into the head alone, and the head is tied to the embedding; untie it first"
+    if r2 and not _values(anatomy):
+        return "its table has no linear that reads the values along d; leave R2 out"
+    return None
+
+
+def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
+    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is rms_norm_eps."""
+    rows = {**anatomy.layer, **anatomy.outer}
+    if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
+        return None
+    return "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
+
+
+def _unplaced(anatomy: Anatomy) -> str | None:
+    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `scale_pairs`."""
+    norms = _norms(anatomy)
+    followed = {reader for consumers in norms.values() for reader in consumers}
+    for norm in _gains(anatomy.layer):
+        if norm not in norms:
+            return f"the gain of {norm} stands after its sublayer, where no linear can take it in"
+    for name, row in anatomy.layer.items():
+        module, dims = _module(name), Spelling.parse(row).dims
+        if len(dims) > 1:
+            *outputs, inputs = reversed(dims) if module in anatomy.conv1d else dims
+            reads, writes = HIDDEN in Spelling((inputs,)).axes, HIDDEN in Spelling(tuple(outputs)).axes
+            if reads and (writes or module not in followed):
+                return f"the table does not tell which norm {module} reads"
+    known = {f"{module}.weight" for module in (anatomy.embedding, anatomy.norm, anatomy.head)}
+    for name, row in anatomy.outer.items():
+        if HIDDEN in Spelling.parse(row).axes and name not in known:
+            return f"the table does not tell whether {_module(name)} stands before the final norm"
+    return None
+
+
+def _require(tensors: Mapping[str, Tensor], rows: Mapping[str, str], optional: set[str]) -> None:
+    if missing := sorted(rows.keys() - tensors.keys() - optional):
+        raise ValueError(f"weights that belong together turn together, and {missing[0]} is missing; give all {len(rows)}")
+    if unknown := sorted(tensors.keys() - rows.keys()):
+        raise ValueError(f"the table has no row for {unknown[0]}; give the weights that it lists")
+
+
+def _module(name: str) -> str:
+    return name.removesuffix(".weight").removesuffix(".bias")
+
+
+def _gains(rows: Mapping[str, str]) -> list[str]:
+    """The norms over the hidden axis: modules whose weight is one row along it."""
+    return [_module(name) for name, row in rows.items() if row == HIDDEN and name.endswith(".weight")]
+
+
+def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
+    """Each norm of a layer over the hidden axis that linears follow, with these."""
+    return {norm: anatomy.scale_pairs[norm] for norm in _gains(anatomy.layer) if norm in anatomy.scale_pairs}
+
+
+def _values(anatomy: Anatomy) -> dict[str, int | None]:
+    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what reads it."""
+    found: dict[str, int | None] = {}
+    for key, consumers in anatomy.scale_pairs.items():
+        name, part, axes = anatomy.producer(key)
+        if HEAD_DIM in axes:
+            found |= {name: part, **dict.fromkeys(consumers)}
+    return found

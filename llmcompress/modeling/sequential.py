@@ -1,0 +1,359 @@
+"""The model layer by layer, with the activations that enter and leave each layer.
+
+A stage sees one decoder layer at a time, in memory on the working device and in the working precision, with the hidden
+states that reach it: `inputs`, as the compressed layers before it left them, and, where asked for, `reference`, as the full
+model has them. What lies outside the layers (embedding, final norm, head, masks, rotary tables, soft caps) is run by the
+model's own code with its layers stubbed out, so no family needs a line here.
+
+It costs one forward pass of each layer to advance each stream, and the memory of one layer and of the streams: the number
+of layers does not matter. Where the layers come from is the business of `residency.py`.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from llmcompress.algorithms.distillation_losses import IGNORED
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.errors import ModelError
+from llmcompress.io.safetensors_writer import writing
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
+
+TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
+SAMPLE = 8192  # tokens that decide what goes or what is shared
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
+Part = tuple[int, str | None]  # a layer, or a linear of it
+Key = TypeVar("Key", bound=Hashable)
+Edit = Callable[
+    [DecoderLayer], Mapping[str, Tensor]
+]  # a layer in memory -> the parameters that it is to run with in place of its own
+Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
+Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> layer -> its keyword arguments: masks, rotary tables
+
+
+def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
+    """The Track that shows nothing."""
+    return things
+
+
+def batches_of(windows: Tensor) -> list[Tensor]:
+    """Token windows [S, L] in batches of at most TOKENS_AT_ONCE tokens."""
+    return list(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+
+
+@contextmanager
+def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[None]:
+    """For a while, every layer of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
+    for index, layer in enumerate(resident.layers):
+        layer.forward = partial(stub, index)
+    try:
+        yield
+    finally:
+        for layer in resident.layers:
+            del layer.forward
+
+
+@torch.no_grad()
+def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
+    """The hidden states [B, L, D] that enter the first layer, and the arguments that each layer is called with."""
+    arguments: dict[int, list[dict[str, Any]]] = {}
+    signature = inspect.signature(type(resident.layers[0]).forward)
+
+    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(None, hidden, *args, **kwargs).arguments
+        own, extra = list(bound)[:2], bound.pop("kwargs", {})
+        called = {name: value for name, value in bound.items() if name not in own} | extra
+        arguments.setdefault(len(hidden), []).append(called) if len(arguments.get(len(hidden), [])) == index else None
+        seen.append(hidden)
+        return hidden
+
+    streams = []
+    with _stubbed(resident, record):
+        for tokens in batches:
+            seen: list[Tensor] = []
+            resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
+            streams.append(seen[0].cpu())
+    if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
+        raise ModelError(
+            f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are too large; take a "
+            "sound base"
+        )
+    return streams, arguments
+
+
+def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
+    """Logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and all that goes with them."""
+    anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
+    tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
+    hidden = hidden.to(resident.device)
+    with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
+        return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def walk(
+    resident: LayerwiseModel, windows: Tensor, *, reference: bool = False, through: bool = False
+) -> Iterator[DecoderLayer]:
+    """Each layer in turn, with the hidden states of token `windows` [S, L] that enter it.
+
+    What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the unchanged model
+    runs beside it. The last layer is run only if the caller wants the states that leave it (`through`): it then gets one
+    more Layer, without a module, whose inputs they are.
+    """
+    inputs, arguments = enter(resident, batches_of(windows))
+    full = list(inputs) if reference else []
+    for index in range(len(resident.layers)):
+        last = index == len(resident.layers) - 1
+        with resident.layer(index) as module:
+            layer = _layer(resident, index, module, arguments, inputs, full)
+            yield layer
+            if through or not last:
+                full, inputs = layer.targets, layer.outputs(layer.inputs)
+    if through:
+        yield DecoderLayer(
+            len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
+        )
+
+
+def _layer(
+    resident: LayerwiseModel, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
+) -> DecoderLayer:
+    """Layer `index`, which is in memory, with the states that enter it."""
+    own = {size: per_block[index] for size, per_block in arguments.items()}
+    anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
+    return DecoderLayer(index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
+
+
+@contextmanager
+def together(resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[DecoderLayer]]:
+    """Several layers in memory at once, with the states of `windows` that enter each of them."""
+    _, arguments = enter(resident, batches_of(windows))
+    with ExitStack() as stack:
+        modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
+        yield [_layer(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
+
+
+@torch.no_grad()
+def variants(
+    resident: LayerwiseModel, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
+) -> dict[Key | None, list[Tensor]]:
+    """The states that leave the last layer under each set of edits on top of those of `base`, and under None with these alone.
+
+    One pass: each layer runs once for every set that began before it or begins there.
+    """
+    inputs, arguments = enter(resident, batches_of(windows))
+    base = base or {}
+    streams: dict[Key | None, list[Tensor]] = {None: inputs}
+    starts = {key: min(own) for key, own in edits.items()}
+    for index in range(len(resident.layers)):
+        entered = streams[None]
+        streams |= {key: entered for key, start in starts.items() if start == index}
+        wanted = {key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is)) for key in streams}
+        if all(edit is None for edit in wanted.values()):
+            continue
+        with resident.layer(index) as module:
+            layer = _layer(resident, index, module, arguments, [], [])
+            changed = {edit: edit(layer) for edit in dict.fromkeys(wanted.values()) if edit is not None}
+            for key, edit in wanted.items():
+                if edit is not None:
+                    streams[key] = [layer.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
+    return streams
+
+
+def _as_it_is(layer: DecoderLayer) -> dict[str, Tensor]:
+    return {}
+
+
+def without_each(
+    resident: LayerwiseModel, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
+) -> dict[Part | None, list[Tensor]]:
+    """The states that leave the last layer without each of the candidates, and under None with all of them.
+
+    A part is a layer, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
+    out by all.
+    """
+
+    def without(index: int, linears: Collection[str | None]) -> Edit | None:
+        if None in linears:
+            return None
+        names = [f"{linear}.weight" for linear in linears]
+        return lambda layer: {name: torch.zeros_like(layer.module.get_parameter(name)) for name in names}
+
+    lost: dict[int, list[str | None]] = {}
+    for index, linear in gone:
+        lost.setdefault(index, []).append(linear)
+    base = {index: without(index, linears) for index, linears in lost.items()}
+    left = [part for part in candidates if part not in gone and None not in lost.get(part[0], [])]
+    edits = {part: {part[0]: without(part[0], [part[1], *lost.get(part[0], [])])} for part in left}
+    return variants(resident, windows, edits, base)
+
+
+def divergence(expected: Tensor, found: Tensor) -> float:
+    """KL in nats a token of scores [B, L, V] from the log-probabilities expected, in the mean."""
+    return float((expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).mean())
+
+
+@torch.no_grad()
+def divergences(
+    model: LayerwiseModel, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
+) -> dict[Key, float]:
+    """KL in nats a token of the predictions from each stream's last states, from those of the full model.
+
+    What is predicted at the first `unscored` positions of a window does not count.
+    """
+    lost = dict.fromkeys(streams, 0.0)
+    for i, hidden in enumerate(full):
+        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
+        for index, states in streams.items():
+            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
+    return {index: total / sum(map(len, full)) for index, total in lost.items()}
+
+
+def logits(resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
+    """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
+
+    All layers are gone through once, before the first one.
+    """
+    for layer in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
+        last = layer
+    for hidden in last.inputs:
+        with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
+            scores = leave(resident, hidden[:, unscored:])
+        yield scores
+
+
+@contextmanager
+def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
+    """A list that the head adds to what it reads, [B, L, D], each time states leave."""
+    read: list[Tensor] = []
+    head = resident.model.get_submodule(resident.anatomy.head)
+    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
+    try:
+        yield read
+    finally:
+        hook.remove()
+
+
+@torch.no_grad()
+def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
+    """The head's weight [V, D], and the second moments of what it reads when the states of the Layer after the last leave."""
+    W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
+    moments = Moments(W_RC.shape[1], resident.device)
+    with head_reads(resident) as read:
+        for i, hidden in enumerate(layer.inputs):
+            read.clear()
+            for states in (hidden, *layer.reference[i : i + 1]):
+                leave(resident, states)
+            moments.add(*read)
+    return W_RC, moments
+
+
+def output_fisher(
+    resident: LayerwiseModel, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
+) -> Iterator[tuple[int, Tensor]]:
+    """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
+
+    With `first`, at last -1 and that of the states that enter the first layer.
+
+    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
+    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a layer the model feels. What is
+    predicted at the first `unscored` positions of a window does not count.
+    """
+    generator = torch.Generator(resident.device).manual_seed(seed)
+
+    def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
+        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
+
+    for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first, unscored=unscored):
+        found = Moments(grads[0].shape[-1], resident.device)
+        for grad in grads:
+            found.add(grad.to(resident.device))
+        yield index, found.H_CC.cpu()
+
+
+def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
+    """After each token [B, L] the next; after the first `unscored` and after the last none that counts."""
+    return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
+
+
+def following(scores: Tensor, tokens: Tensor) -> Tensor:
+    """The labels that a text has, whatever the scores."""
+    return next_tokens(tokens)
+
+
+def gradients(
+    resident: LayerwiseModel,
+    windows: Tensor,
+    scratch: Path,
+    labels: Callable[[Tensor, Tensor], Tensor],
+    watched: Sequence[str] = (),
+    *,
+    first: bool = False,
+    unscored: int = 0,
+) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
+    """For each layer, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
+
+    They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
+    change of sign; labels at the first `unscored` positions do not count. `watched` are parameters by their names in the layer.
+    With `first`, at last -1 and the gradients of the states that enter the first layer.
+
+    The pass back goes layer by layer as the pass forward does; the states in between wait in the folder `scratch`.
+    """
+    batches, grads = batches_of(windows), list[Tensor]()
+    for layer in walk(resident, windows, through=True):
+        last = layer
+        with writing(scratch):
+            save_file({str(i): hidden for i, hidden in enumerate(layer.inputs)}, scratch / f"states-{layer.index}.safetensors")
+    for tokens, hidden in zip(batches, last.inputs, strict=True):
+        hidden = hidden.to(resident.device).requires_grad_()
+        scores = leave(resident, hidden).float()
+        wanted = labels(scores, tokens.to(resident.device))
+        wanted[:, :unscored] = IGNORED
+        F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED).backward()
+        assert hidden.grad is not None
+        grads.append(hidden.grad.cpu())
+    _, arguments = enter(resident, batches)
+    (scratch / f"states-{last.index}.safetensors").unlink()
+    for index in range(last.index - 1, -1, -1):
+        found: dict[str, Tensor] = {}
+        on = bool(index or watched or first)
+        entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
+        yield index, grads, found
+        grads = entering
+        (scratch / f"states-{index}.safetensors").unlink()
+    if first:
+        yield -1, grads, {}
+
+
+def _back(
+    resident: LayerwiseModel,
+    index: int,
+    arguments: Arguments,
+    scratch: Path,
+    grads: Sequence[Tensor],
+    watched: Sequence[str],
+    found: dict[str, Tensor],
+) -> list[Tensor]:
+    """Gradients of the states that enter layer `index`, from those of the states that leave it; those watched into `found`."""
+    states = load_file(scratch / f"states-{index}.safetensors")
+    out = []
+    with resident.layer(index) as module:
+        layer = _layer(resident, index, module, arguments, [], [])
+        parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
+        for i, grad in enumerate(grads):
+            hidden = states[str(i)].to(resident.device).requires_grad_()
+            layer.run(hidden).backward(grad.to(resident.device))
+            assert hidden.grad is not None
+            out.append(hidden.grad.cpu())
+        found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+    return out

@@ -1,0 +1,1 @@
+"""The commands: order and bookkeeping, no algebra."""

@@ -1,0 +1,209 @@
+"""What a run needs before it starts: the base on this machine, its tokenizer, the text in windows, the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging
+
+from llmcompress import hub
+from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import CompressError, ModelError, RecipeError
+from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
+from llmcompress.io.safetensors_writer import writing
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.io.user_paths import path_of, shortened
+from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.model_config import defaults, load_config, require_readable, skeleton
+from llmcompress.modeling.sequential import logits
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.base import ModelSource
+
+
+@dataclass(frozen=True)
+class Base:
+    """A model on this machine: what the user called it, where it lies, and at which commit if it came from the Hub."""
+
+    name: str
+    folder: Path
+    revision: str | None
+
+
+def find_base(name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base") -> Base:
+    """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where there is none.
+
+    With `weights=False` only its small files are fetched. `wanted` is what the model is to the user.
+    """
+    if name is None:
+        raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
+    if name == DEMO:
+        return Base(DEMO, DEMO_MODEL, None)
+    path = path_of(name, wanted, ModelError)
+    if path.is_dir():
+        return Base(name, path, None)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
+        raise ModelError(f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name")
+    repo, at = hub.split(name)
+    folder, commit = hub.fetch(repo, revision or at, weights=weights, wanted=wanted)
+    return Base(repo, folder, commit)
+
+
+def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
+    """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows, or an adapter is
+    beside it.
+
+    With `base=True` also for what `run_recipe` refuses as a base. No weight is read and no code from the folder is run.
+    """
+    require_no_adapter(folder)
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
+    fields = read_json(folder / "config.json")
+    if base:
+        require_base(folder, fields)
+    require_readable(folder)
+    return load_config(folder)
+
+
+def require_loadable(folder: Path, config: PretrainedConfig) -> None:
+    """Refuse a model that from_pretrained can't load, which is what times it at last; no weight is read. Errors: ModelError."""
+    level = logging.get_verbosity()
+    try:
+        with no_progress_bar():
+            logging.set_verbosity_error()
+            AutoModelForCausalLM.from_pretrained(folder, config=defaults(config), device_map="meta", local_files_only=True)
+    except Exception as error:  # of its many parts each raises in its own way
+        raise ModelError(
+            f"{folder} is not loaded by transformers ({_why(error)}); mend its small files, or fetch it again"
+        ) from None
+    finally:
+        logging.set_verbosity(level)
+
+
+def require_computable(model: LayerwiseModel) -> None:
+    """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one read of the base.
+
+    Two tokens go through every layer. Errors: ModelError.
+    """
+    try:
+        for _ in logits(model, torch.zeros(1, 2, dtype=torch.int64)):
+            pass
+    except CompressError:
+        raise
+    except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
+        raise ModelError(f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it") from error
+
+
+def pick_device(device: str | None) -> torch.device:
+    """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there is none such."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not device:
+        return torch.device("cuda" if count else "cpu")
+    kind, _, number = device.partition(":")
+    known = {"cpu": 1, "cuda": count}.get(kind, 0)
+    if not known or not (device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)):
+        raise CompressError(f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU")
+    return torch.device("cpu" if kind == "cpu" else device)
+
+
+def _why(error: Exception) -> str:
+    return (" ".join(str(error).split()) or type(error).__name__)[:120]
+
+
+def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
+    """The text of a recipe, or what takes its place: a string as DataSpec.with_text takes it."""
+    return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
+
+
+def pin_commits(recipe: Recipe) -> Recipe:
+    """The recipe with its teachers and students at the commits that their names stand for now; those in folders stay.
+
+    So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say which.
+    """
+
+    def at_commit(_: int, role: str, name: str) -> str:
+        found = find_base(name, weights=False, wanted=role)
+        return f"{found.name}@{found.revision}" if found.revision else name
+
+    return recipe.renamed(at_commit)
+
+
+def source_of(name: str, device: torch.device) -> ModelSource:
+    """A model by folder, Hub id or `demo`, not read yet."""
+    folder = find_base(name, wanted="teacher").folder
+    checkpoint = Checkpoint.open(folder)
+    return ModelSource(partial(DiskModel, folder, device), checkpoint.fingerprint, checkpoint.digest)
+
+
+def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
+    for stage in recipe.stages:
+        for role, name in stage.models.items():
+            folder = find_base(name, weights=False, wanted=role).folder
+            theirs = config_of(folder, base=True).vocab_size
+            if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):
+                raise ModelError(
+                    f"{role} {name} predicts {theirs} tokens and the base {config.vocab_size}; give one of the same vocabulary"
+                )
+            if wrong := _other_words(tokenizer, tokenizer_of(folder)):
+                raise ModelError(f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same")
+
+
+def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
+    """A token that stands for something else in another tokenizer, if one does."""
+    mine, yours = ours.get_vocab(), theirs.get_vocab()
+    for word in sorted(mine.keys() | yours.keys(), key=lambda word: mine.get(word, len(mine))):
+        if mine.get(word) != yours.get(word):
+            return f"{word!r} is {mine.get(word, 'no token')} there and {yours.get(word, 'no token')} here"
+    return None
+
+
+def student_folder(name: str, folder: Path, seed: int, *, write: bool = True) -> Path:
+    """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed.
+
+    With `write=False` another process is taken to write them.
+    """
+    found = find_base(name, wanted="student").folder
+    if any(found.glob("*.safetensors")):
+        return found
+    if not write:
+        return folder
+    config = config_of(found, base=True)
+    skeleton(config, torch.float32)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+    with writing(folder), no_progress_bar():
+        model.save_pretrained(folder)
+    return folder
+
+
+class Configured(Protocol):
+    """A model that has a config."""
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """What it is built from."""
+
+
+def calibration_data(
+    model: LayerwiseModel | Configured,
+    spec: DataSpec,
+    tokenizer: PreTrainedTokenizerBase,
+    training: Callable[[int], int] = lambda length: 0,
+) -> CalibrationData:
+    """The token windows of a recipe's data for this model, and so many tokens to train on where windows have a length."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

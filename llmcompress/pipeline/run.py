@@ -1,0 +1,237 @@
+"""compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
+
+Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished layer
+is in the journal, the artefact is measured from the disk it was written to, and it appears under its name only when it is
+whole and within what the recipe accepts. A run that died is started again with the same arguments and goes on.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import DataError, OutputError, first_line
+from llmcompress.integrations import distributed
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.checkpoint import Checkpoint
+from llmcompress.io.journal import Journal
+from llmcompress.io.output_folder import Writer, journal_folder, partial_folder
+from llmcompress.io.safetensors_writer import discard
+from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
+from llmcompress.io.user_paths import path_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import Track, logits, untracked
+from llmcompress.pipeline.between_stages import joint_folder, write_joint
+from llmcompress.pipeline.evaluate import speed_of
+from llmcompress.pipeline.outcome import Outcome, companions, require_pictures, write_weights
+from llmcompress.pipeline.resolve import (
+    Base,
+    calibration_data,
+    config_of,
+    data_of,
+    find_base,
+    pick_device,
+    pin_commits,
+    require_computable,
+    require_loadable,
+    require_same_vocabulary,
+    source_of,
+    student_folder,
+)
+from llmcompress.pipeline.stages import report_of, require_possible, run_stage
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
+from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
+from llmcompress.stages.base import Context, ModelSource
+
+SOURCES = ("*.py", "*.c", "*.h")  # of this package
+
+
+def run_recipe(
+    recipe: Recipe,
+    out: str | Path,
+    *,
+    base: str | Base | None = None,
+    data: str | DataSpec | None = None,
+    overwrite: bool = False,
+    device: str | None = None,
+    tokens_sha256: str | None = None,
+    track: Track = untracked,
+) -> Report:
+    """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
+
+    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
+    hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
+    the recipe's bounds: then nothing is published, and the finished layers are kept.
+    """
+    start = time.monotonic()
+    recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
+    target = path_of(out, "--out", OutputError)
+    place = partial_folder(target)
+    require_pictures()
+    distributed.join(device)
+    found = base if isinstance(base, Base) else find_base(base or recipe.base, recipe.revision if base is None else None)
+    config = config_of(found.folder, base=True)
+    spec = data_of(recipe, data)
+    where, tokenizer = pick_device(device), tokenizer_of(found.folder)
+    pinned = pin_commits(recipe)
+    require_same_vocabulary(pinned, config, tokenizer)
+    base_size = Checkpoint.open(found.folder).size_bytes
+    with (
+        Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
+        if distributed.first()
+        else nullcontext() as writer
+    ):
+        distributed.wait()
+        model = DiskModel(_student(pinned, place, spec.seed) or found.folder, where)
+        require_possible(pinned, model)
+        require_computable(model)
+        require_loadable(found.folder, config)
+        require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
+        sequences = calibration_data(model, spec, tokenizer, recipe.training_tokens)
+        if tokens_sha256 not in (None, sequences.sha256):
+            raise DataError(
+                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                "give the same text with --data, or the same base with --base"
+            )
+        chained = _chain(pinned, model, found, sequences, place, track)
+        if writer is not None:
+            folder = write_weights(writer, chained.model, chained.outcome)
+            keep_tokens(folder, tokenizer, found.folder)
+            before, after, measured = _measure(found, folder, str(out), where, sequences, track)
+            cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
+            report = report_of(recipe, before, after, measured, sequences, chained.facts, cost, where)
+            report.require(**recipe.accept.model_dump())
+            writer.publish(companions(report, recipe, found.folder, place))
+    distributed.wait()
+    return Report.of(target)
+
+
+@dataclass(frozen=True)
+class Chained:
+    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
+
+    model: DiskModel
+    outcome: Outcome
+    facts: list[StageFacts]
+
+
+def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
+    """The folder of the model that takes the place of the base, if one does."""
+    if recipe.student is None:
+        return None
+    with distributed.first_alone() as writes:
+        if writes:
+            discard(place / "student")  # whatever is there
+        return student_folder(recipe.student, place / "student", seed, write=writes)
+
+
+def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track) -> Chained:
+    """Do the stages.
+
+    Of several processes the first does them, and the others come in where there is training.
+    """
+
+    def teacher(name: str | None) -> ModelSource:
+        return source_of(name or str(base.folder), model.device)
+
+    others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
+    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
+    origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
+    for number, stage in enumerate(recipe.stages):
+        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, sequences)
+        with distributed.first_alone() as writes:
+            journal = Journal(folder, key) if writes else None
+        journal = journal or Journal(folder, key)
+        with tempfile.TemporaryDirectory(dir=place) as scratch:
+            context = Context(teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            if distributed.first() or stage.trains:
+                facts.append(run_stage(stage, model, context))
+        distributed.wait()
+        outcome = Outcome(stage, model, journal)
+        origin = outcome.left_of(origin)
+        if number < len(recipe.stages) - 1:
+            with distributed.first_alone() as writes:
+                if writes and (note := write_joint(journal, model, outcome, base.folder)):
+                    facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
+            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes)
+    return Chained(model, outcome, facts)
+
+
+def _measure(
+    base: Base, folder: Path, out: str, device: torch.device, sequences: CalibrationData, track: Track
+) -> tuple[ModelFacts, ModelFacts, Fidelity]:
+    """Base and artefact as they lie on the disk, and how far they are apart."""
+    written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
+    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model))
+    measured = fidelity(ours, sequences.scored, theirs)
+    before = ModelFacts(
+        model=base.name,
+        revision=base.revision,
+        parameters=base_model.checkpoint.parameters,
+        size_bytes=base_model.checkpoint.size_bytes,
+        perplexity=measured.base_perplexity,
+        perplexity_ci95=measured.base_perplexity_ci95,
+        **_speed_of_base(base.folder, sequences, device),
+    )
+    after = ModelFacts(
+        model=out,
+        parameters=written.checkpoint.parameters,
+        size_bytes=written.checkpoint.size_bytes,
+        perplexity=measured.perplexity,
+        perplexity_ci95=measured.perplexity_ci95,
+        **_speed(folder, sequences, device),
+    )
+    return before, after, measured
+
+
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
+    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which tokens, by what."""
+    versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
+    stages = recipe.model_dump(mode="json")["stages"][: number + 1]
+    made_of = [*fingerprints, sequences.sha256, sequences.training_sha256, versions, source_digest(Path(__file__).parents[1])]
+    text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@functools.cache
+def source_digest(folder: Path) -> str:
+    """Digest of the source of a package, in which its version is too: an editable one changes under the same version."""
+    digest = hashlib.sha256()
+    for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
+        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
+    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
+    try:
+        return _speed(folder, sequences, device)
+    except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
+        warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
+        return {}
+
+
+def _speed(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
+    fast = speed_of(folder, sequences.evaluation, device)
+    if fast is None:
+        return {}
+    return {
+        "tokens_per_s": fast.prefill_tokens_per_s,
+        "decode_tokens_per_s": fast.decode_tokens_per_s,
+        "memory_bytes": fast.memory_bytes,
+    }

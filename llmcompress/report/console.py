@@ -1,0 +1,221 @@
+"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the time, what was kept?
+
+Each table is built as rows of plain text first and turned into a rich table last, so that the words are the same at every width
+and names with brackets are never read as markup. The formatters are public: the model card and the pictures use the same units.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from llmcompress.io.units import NONE, amount, duration, number, percent
+from llmcompress.report.schema import Interval, Report, TrainingFacts
+
+WORST = 5
+KEPT_SHOWN = 12  # rows; the rest of a long list is counted
+
+Rows = Sequence[tuple[str, ...]]
+
+
+def nats(value: float | None) -> str:
+    """0.002010 nats/token."""
+    return NONE if value is None else f"{number(value)} nats/token"
+
+
+def with_interval(value: float | None, interval: Interval | None) -> str:
+    """12.34 [12.10, 12.60]."""
+    return number(value) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval is not None else "")
+
+
+def change(before: float | None, after: float | None) -> str:
+    """After against before, in percent: -53.6 %, +0.3 %, =."""
+    if before is None or after is None or before == 0:
+        return NONE
+    return "=" if before == after else f"{100 * (after / before - 1):+.3g} %"
+
+
+def before_after(report: Report) -> Rows:
+    """(what, base, compressed, change): also the table of the model card."""
+    base, small = report.base, report.compressed
+    bits = [8 * m.size_bytes / m.parameters if m.size_bytes is not None and m.parameters else None for m in (base, small)]
+    texts = [with_interval(m.perplexity, m.perplexity_ci95) for m in (base, small)]
+    return [
+        (
+            "bytes on disk",
+            amount(base.size_bytes, "B"),
+            amount(small.size_bytes, "B"),
+            change(base.size_bytes, small.size_bytes),
+        ),
+        ("parameters", amount(base.parameters), amount(small.parameters), change(base.parameters, small.parameters)),
+        ("bits per parameter", number(bits[0]), number(bits[1]), change(*bits)),
+        ("perplexity [95 %]", *texts, change(base.perplexity, small.perplexity)),
+        (
+            "bytes in memory",
+            amount(base.memory_bytes, "B"),
+            amount(small.memory_bytes, "B"),
+            change(base.memory_bytes, small.memory_bytes),
+        ),
+        ("tokens/s, reading", *_pair(base.tokens_per_s, small.tokens_per_s)),
+        ("tokens/s, writing", *_pair(base.decode_tokens_per_s, small.decode_tokens_per_s)),
+    ]
+
+
+def _pair(before: float | None, after: float | None) -> tuple[str, str, str]:
+    return amount(before), amount(after), change(before, after)
+
+
+def fidelity_rows(report: Report) -> Rows:
+    """(what, value) of the distance between the two models."""
+    facts = report.fidelity
+    return [
+        ("KL(base || compressed), mean", nats(facts.kl_nats_mean)),
+        ("KL, 99th percentile", nats(facts.kl_nats_p99)),
+        ("top-1 agreement", percent(facts.top1_agreement)),
+        ("perplexity ratio [95 %]", with_interval(facts.perplexity_ratio, facts.perplexity_ratio_ci95)),
+    ]
+
+
+def kept_rows(report: Report, shown: int = KEPT_SHOWN) -> Rows:
+    """(linear, why it was kept); what goes beyond `shown` is counted in a last row."""
+    kept = report.kept
+    more = [(f"... and {len(kept) - shown} more", "")] if len(kept) > shown else []
+    return [(linear.name, linear.why) for linear in kept[:shown]] + more
+
+
+def worst_rows(report: Report, shown: int = WORST) -> Rows:
+    """(linear, format, bits, relative error), largest error first."""
+    worst = sorted(report.linears, key=lambda linear: -linear.relative_error)[:shown]
+    return [(linear.name, linear.format, number(linear.bits), percent(linear.relative_error)) for linear in worst]
+
+
+def training_rows(report: Report) -> Rows:
+    """(loss, steps, KL on held-out text before and after, share won back) of each stage that trained."""
+    return [
+        (training.loss, steps(training), nats(training.kl_before), nats(training.kl_after), percent(training.won_back))
+        for training in report.trainings
+    ]
+
+
+def steps(training: TrainingFacts) -> str:
+    """1,000, or 300 of 1,000 where a training ended early."""
+    asked, done = training.steps, training.steps_done
+    return f"{asked:,}" if done == asked else f"{done:,} of {asked:,}"
+
+
+def time_rows(report: Report) -> Rows:
+    """(stage, seconds, share of the run); what no stage took is loading, measuring and writing."""
+    whole = report.cost.seconds
+    times = [(stage.name, stage.seconds) for stage in report.stages]
+    times.append(("load, measure, write", max(0.0, whole - sum(seconds for _, seconds in times))))
+    return [
+        (name, duration(seconds), percent(seconds / whole) if whole else NONE) for name, seconds in [*times, ("all", whole)]
+    ]
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and where it ran."""
+    revision = f" @ {report.base.revision[:12]}" if report.base.revision else ""
+    console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
+    _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))
+    _print(console, "distance from the base", ("", "value"), fidelity_rows(report))
+    _print(console, "training", ("loss", "steps", "held-out KL before", "after", "won back"), training_rows(report))
+    _print(console, "where the time went", ("stage", "time", "share"), time_rows(report))
+    _print(console, "kept as they were", ("linear", "why"), kept_rows(report))
+    _print(console, "largest errors", ("linear", "format", "bits", "relative error"), worst_rows(report))
+    notes = [f"{stage.name}: {note}" for stage in report.stages for note in stage.notes]
+    data, cost = report.data, report.cost
+    versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
+    read = f"{data.calibration_tokens:,} tokens calibrated, {data.evaluation_tokens:,} evaluated"
+    read += "; each window begins with BOS, where nothing is scored" if data.bos else ""
+    for line in (
+        *notes,
+        f"text: {data.source} (sha256 {data.sha256[:12]}), {read}",
+        f"peak memory: {amount(cost.peak_memory_bytes, 'B')}; on {report.environment.device}; {versions}",
+        f"recipe {report.recipe_digest[:12]}",
+    ):
+        console.print(Text(line, style="dim"))
+
+
+def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
+    """Print what `evaluate --json` writes; keys that are absent or null are left out."""
+    get = evaluation.get
+    rows = [
+        ("perplexity [95 %]", with_interval(get("perplexity"), get("perplexity_ci95"))),
+        ("evaluated tokens", f"{get('tokens'):,}" if get("tokens") is not None else NONE),
+        ("each window begins with", "BOS, not scored" if get("bos") else NONE),
+        ("bytes on disk", amount(get("size_bytes"), "B")),
+        ("tokens/s, reading", amount(get("tokens_per_s"))),
+        ("tokens/s, writing", amount(get("decode_tokens_per_s"))),
+        ("KL(base || model), mean", nats(get("kl_nats_mean"))),
+        ("KL, 99th percentile", nats(get("kl_nats_p99"))),
+        ("top-1 agreement", percent(get("top1_agreement"))),
+    ]
+    _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
+
+
+def print_reproduction(verdict: str, differences: Iterable[str], reported: Report, again: Report, console: Console) -> None:
+    """Print what a second run came to beside what the report says."""
+    rows = [
+        ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
+        ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
+        ("top-1 agreement", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
+        ("bytes on disk", amount(reported.compressed.size_bytes, "B"), amount(again.compressed.size_bytes, "B")),
+    ]
+    _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)
+    for line in differences:
+        console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
+
+
+class PlanRow(Protocol):
+    """A row of a plan: None is what can't be foretold."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def parameters(self) -> int | None: ...
+    @property
+    def size_bytes(self) -> int | None: ...
+    @property
+    def peak_memory_bytes(self) -> int | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def flops_per_token(self) -> int | None: ...
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None: ...
+
+
+def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) -> None:
+    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect."""
+    cells = [
+        (
+            row.stage,
+            amount(row.parameters),
+            amount(row.size_bytes, "B"),
+            amount(row.peak_memory_bytes, "B"),
+            duration(row.seconds),
+            amount(row.flops_per_token, "FLOP"),
+            amount(row.kv_cache_bytes_per_token, "B"),
+        )
+        for row in rows
+    ]
+    header = ("stage", "parameters", "bytes on disk", "peak memory", "time", "a token", "its KV cache")
+    _print(console, "to expect", header, cells)
+    for note in notes:
+        console.print(Text(note, style="dim"))
+
+
+def _print(console: Console, title: str, header: Sequence[str], rows: Rows) -> None:
+    if not rows:
+        return
+    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD)
+    for place, name in enumerate(header):
+        words = place == 0 or name == "why"
+        table.add_column(Text(name), justify="left" if words else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)

@@ -1,0 +1,68 @@
+"""The report as it is shared: without what only the machine knows that it was made on.
+
+In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys alone, so
+that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that folder, is made from
+`for_others`: it names files and folders by their last names, and what comes from the Hub by its id.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llmcompress import hub
+from llmcompress.data.sources import PYTHON_DOCS
+from llmcompress.io.local_names import short_name, without_paths
+from llmcompress.report.schema import Report, StageFacts, TrainingFacts
+
+
+def others_in(stage: StageFacts | TrainingFacts) -> dict[str, str]:
+    """The teacher and the student that a recipe names for a training, by role."""
+    facts = stage.model_extra or {}
+    return {role: name for role in ("teacher", "student") if isinstance(name := facts.get(role), str)}
+
+
+def is_local_text(report: Report) -> bool:
+    """Whether the text was a file or folder of the machine that the report was made on."""
+    return report.data.revision is None and report.data.source != PYTHON_DOCS
+
+
+def local_names(report: Report) -> list[str]:
+    """What a report calls files and folders of the machine that it was made on, as they are spelled there."""
+    names = [report.compressed.model]
+    names += [report.base.model] if report.base.revision is None else []
+    names += [report.data.source] if is_local_text(report) else []
+    return names + [name for stage in report.stages for name in others_in(stage).values() if not _on_hub(name)]
+
+
+def for_others(report: Report, repo: str | None = None) -> Report:
+    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by their last names."""
+    names = local_names(report)
+    base, data = report.base, report.data
+    text = short_name(data.source) if is_local_text(report) else data.source
+    return report.model_copy(
+        update={
+            "base": base if base.revision else base.model_copy(update={"model": short_name(base.model)}),
+            "compressed": report.compressed.model_copy(update={"model": repo or short_name(report.compressed.model)}),
+            "data": data.model_copy(update={"source": text}),
+            "stages": tuple(_stage(stage, names) for stage in report.stages),
+        }
+    )
+
+
+def _on_hub(name: str) -> bool:
+    """Whether a teacher or student is told of by its id and its commit there."""
+    return hub.is_commit(hub.split(name)[1])
+
+
+def _stage(stage: StageFacts, names: list[str]) -> StageFacts:
+    roles = {role: name if _on_hub(name) else short_name(name) for role, name in others_in(stage).items()}
+    return StageFacts.model_validate(_told(stage.model_dump(mode="json"), names) | roles)
+
+
+def _told(value: Any, names: list[str]) -> Any:
+    """A value of a stage's facts, with no path in any text of it."""
+    if isinstance(value, dict):
+        return {key: _told(inner, names) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_told(inner, names) for inner in value]
+    return without_paths(value, names) if isinstance(value, str) else value

@@ -1,0 +1,303 @@
+"""The report of a compression: what was measured before and after, written into the artefact as report.json.
+
+The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic models that refuse
+what they don't know; only a stage and a linear may carry facts of their own. A number that was not measured is null, never 0.
+The rooms beside this one: `measure` gets the numbers, `render` prints them, `card` and `pictures` show them on the Hub.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError, model_validator
+
+from llmcompress.errors import AcceptError, CompressError
+from llmcompress.io.safe_parsing import Unreadable, json_of
+from llmcompress.io.user_paths import path_of
+
+SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
+FILE = "report.json"
+LARGEST = 1 << 25  # bytes: a linear takes 200 of them
+CARD, EVALUATIONS = "README.md", ".eval_results/llmcompress.yaml"  # the second is where the Hub looks for them
+ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
+DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")  # keys of data, of a Hub data set or a table
+TRAINS = "distill"  # the stage whose facts are those of a training
+
+Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
+Amount = Annotated[FiniteFloat, Field(ge=0)]
+
+
+class _Facts(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, populate_by_name=True)
+
+
+class _OpenFacts(BaseModel):
+    """Facts that may carry more than the contract names, as long as JSON can hold it."""
+
+    model_config = ConfigDict(frozen=True, extra="allow", strict=True)
+    __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
+
+
+class ModelFacts(_Facts):
+    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads, decode_ writes.
+
+    `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
+    """
+
+    model: str
+    revision: str | None = None
+    parameters: NonNegativeInt | None
+    size_bytes: NonNegativeInt | None
+    perplexity: Amount | None
+    perplexity_ci95: Interval | None = None
+    tokens_per_s: Amount | None = None
+    decode_tokens_per_s: Amount | None = None
+    memory_bytes: NonNegativeInt | None = None
+
+
+class FidelityFacts(_Facts):
+    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base || compressed)."""
+
+    kl_nats_mean: Amount | None = None
+    kl_nats_p99: Amount | None = None
+    top1_agreement: Annotated[FiniteFloat, Field(ge=0, le=1)] | None = None
+    perplexity_ratio: Amount | None = None
+    perplexity_ratio_ci95: Interval | None = None
+
+
+class DataFacts(_Facts):
+    """The text: `sha256` is over the calibration and evaluation tokens.
+
+    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of `split` evaluate.
+    `bos` is there, and true, where each window begins with the BOS token, and what is predicted there is not scored.
+    """
+
+    source: str
+    revision: str | None = None
+    config: str | None = None
+    split: str | None = None
+    evaluation_split: str | None = None
+    column: str | None = None
+    sha256: str
+    calibration_tokens: NonNegativeInt
+    evaluation_tokens: NonNegativeInt
+    bos: bool | None = None
+
+
+class RecipeFacts(_Facts):
+    """Where a recipe comes from: a repository on the Hub, at a commit."""
+
+    source: str
+    revision: str
+
+
+class LinearFacts(_OpenFacts):
+    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its calibration outputs Y."""
+
+    name: str
+    format: str
+    bits: Amount
+    relative_error: Amount
+
+
+class KeptFacts(_Facts):
+    """A linear that a stage left in its dtype, and why."""
+
+    name: str
+    why: str
+
+
+class StageFacts(_OpenFacts):
+    """What one stage did, and whatever else it wants known."""
+
+    name: str
+    seconds: Amount
+    linears: Annotated[tuple[LinearFacts, ...], Field(strict=False)] = ()
+    kept: Annotated[tuple[KeptFacts, ...], Field(strict=False)] = ()
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+
+    @model_validator(mode="after")
+    def _tells_its_training(self) -> "StageFacts":
+        if self.name == TRAINS:
+            TrainingFacts.of(self)
+        return self
+
+
+class TrainingFacts(_OpenFacts):
+    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at best and by step.
+
+    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null is no number.
+    """
+
+    loss: str
+    steps: NonNegativeInt
+    learning_rate: Amount
+    batch: NonNegativeInt
+    length: NonNegativeInt
+    kl_before: FiniteFloat
+    kl_after: FiniteFloat
+    curve: Annotated[tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...], Field(strict=False)]
+
+    @classmethod
+    def of(cls, stage: StageFacts) -> "TrainingFacts":
+        """Read them among the facts of a stage that trained."""
+        return cls.model_validate(stage.model_extra)
+
+    @property
+    def steps_done(self) -> int:
+        """Steps until the last evaluation, fewer than `steps` where the training ended early."""
+        return self.curve[-1][0] if self.curve else 0
+
+    @property
+    def points(self) -> tuple[tuple[int, float], ...]:
+        """(step, KL) of the start and of every evaluation that gave a number."""
+        return ((0, self.kl_before), *((step, kl) for step, kl in self.curve if kl is not None))
+
+    @property
+    def best(self) -> tuple[int, float]:
+        """(step, KL) of the student that stayed: step 0 where training made nothing better."""
+        return min(self.points, key=lambda point: point[1])
+
+    @property
+    def won_back(self) -> float | None:
+        """The share of the KL that training took away; None where there was nothing to win."""
+        return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
+
+
+class CostFacts(_Facts):
+    """Of the whole run."""
+
+    seconds: Amount
+    peak_memory_bytes: NonNegativeInt | None
+
+
+class EnvironmentFacts(_Facts):
+    """As `measure.environment` gives it."""
+
+    versions: dict[str, str]
+    device: str
+
+
+class Report(_Facts):
+    """report.json, key by key; equal reports give equal text."""
+
+    version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)] = SCHEMA
+    recipe_digest: str
+    recipe: RecipeFacts | None = None
+    base: ModelFacts
+    compressed: ModelFacts
+    fidelity: FidelityFacts
+    data: DataFacts
+    stages: Annotated[tuple[StageFacts, ...], Field(strict=False)]
+    cost: CostFacts
+    environment: EnvironmentFacts
+
+    @property
+    def linears(self) -> tuple[LinearFacts, ...]:
+        """Every linear that a stage changed, as the last such stage left it, in the order of the model."""
+        return tuple({linear.name: linear for stage in self.stages for linear in stage.linears}.values())
+
+    @property
+    def kept(self) -> tuple[KeptFacts, ...]:
+        """Every linear that a stage kept, with the reason of the last."""
+        return tuple({kept.name: kept for stage in self.stages for kept in stage.kept}.values())
+
+    @property
+    def trainings(self) -> tuple[TrainingFacts, ...]:
+        """What each stage that trained tells of it, in the order of the run."""
+        return tuple(TrainingFacts.of(stage) for stage in self.stages if stage.name == TRAINS)
+
+    def to_json(self) -> str:
+        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
+        facts = self.model_dump(mode="json", by_alias=True)
+        facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
+        optional = [
+            (facts, "recipe"),
+            *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
+        ]  # there only where they are said
+        for holder, key in optional:
+            if holder[key] is None:
+                del holder[key]
+        return json.dumps(facts, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str | bytes, where: str | Path = FILE) -> "Report":
+        """Parse report.json; `where` names it in the CompressError that anything malformed raises."""
+        try:
+            raw = json_of(text, largest=LARGEST)
+        except Unreadable as error:
+            raise CompressError(f"{where} {error}: take {FILE} as llmcompress wrote it") from None
+        if not isinstance(raw, dict) or "schema" not in raw:
+            raise CompressError(f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote")
+        if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
+            raise CompressError(
+                f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install {_writer(raw)}"
+            )
+        try:
+            return cls.model_validate(raw)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            key = " ".join(".".join(map(str, first["loc"])).split())
+            raise CompressError(f"{where}: {key}: {first['msg']}; take {FILE} as llmcompress wrote it") from None
+
+    @classmethod
+    def of(cls, folder: str | Path) -> "Report":
+        """Read the report inside an artefact; CompressError where there is none."""
+        file = path_of(folder, "folder") / FILE
+        try:
+            with file.open("rb") as opened:
+                text = opened.read(LARGEST + 1)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise CompressError(f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote") from None
+        return cls.from_json(text, file)
+
+    def require(
+        self, kl_nats: float | None = None, perplexity_ratio: float | None = None, top1_agreement: float | None = None
+    ) -> None:
+        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds, agreement a lower one.
+
+        A bound on what was not measured is missed. None asks nothing.
+        """
+        measured = self.fidelity
+        misses = [
+            *_miss("kl_nats", measured.kl_nats_mean, kl_nats, at_most=True),
+            *_miss("perplexity_ratio", measured.perplexity_ratio, perplexity_ratio, at_most=True),
+            *_miss("top1_agreement", measured.top1_agreement, top1_agreement, at_most=False),
+        ]
+        if misses:
+            tries = [_GENTLER[stage.name] for stage in self.stages if stage.name in _GENTLER]
+            advice = ", ".join(dict.fromkeys([*tries, "or a looser bound"]))
+            raise AcceptError(f"the result misses accept: {'; '.join(misses)}; try {advice.removeprefix('or ')}")
+
+
+_GENTLER = {  # what asks less of a stage, in the words of a recipe
+    "prune": "a larger keep",
+    "sparsify": "a larger keep",
+    "tie": "no tie",
+    "share": "more groups",
+    "low_rank": "a larger keep or rank",
+    "codebook": "more entries",
+    "distill": "more distillation steps",
+    "quantize": "rounding: learned, a smaller group_size or more calibration samples",
+}
+
+
+def _miss(name: str, measured: float | None, bound: float | None, *, at_most: bool) -> list[str]:
+    if bound is None:
+        return []
+    asked = f"at {'most' if at_most else 'least'} {bound:g} was asked"
+    if measured is None:
+        return [f"{name} was not measured and {asked}"]
+    held = measured <= bound if at_most else measured >= bound
+    return [] if held else [f"{name} is {measured:.9g} and {asked}"]
+
+
+def _writer(raw: dict[str, Any]) -> str:
+    """The version that wrote a report of another schema, as what to install."""
+    environment = raw.get("environment")
+    versions = environment.get("versions") if isinstance(environment, dict) else None
+    version = versions.get("llmcompress") if isinstance(versions, dict) else None
+    known = isinstance(version, str) and re.fullmatch(r"[\w.+!-]{1,32}", version, re.ASCII)
+    return f"llmcompress=={version}, which wrote it" if known else "the newest llmcompress"

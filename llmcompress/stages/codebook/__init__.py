@@ -1,0 +1,1 @@
+"""Replace the weights of a linear by indices into a small codebook."""

@@ -1,0 +1,164 @@
+"""The teacher of a distillation: a model whole in memory, or what it said of each window, kept on disk.
+
+What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2 bytes a number in
+half precision, and 2 or 4 an index. It is found again by the teacher's weights and the window's tokens, so another recipe on
+the same text reads it too, and nothing that was said by another teacher or of other text is ever taken for it.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmcompress.algorithms.distillation_losses import Scores, TopK, top_k
+from llmcompress.errors import ModelError
+from llmcompress.formats import bitsandbytes_layout
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import Track, batches_of
+from llmcompress.stages.distill.student import whole
+
+SHARD = 64  # windows in a file
+WINDOW = "window"  # the number of a window among all that a teacher was asked, in a batch
+
+
+@dataclass(frozen=True, eq=False)
+class CachedOutput:
+    """What was kept of what a model said of B windows."""
+
+    scores: TopK
+
+
+@dataclass(frozen=True, eq=False)
+class TeacherOutput:
+    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way there."""
+
+    scores: Scores
+    hidden_BLD: tuple[Tensor, ...] = ()  # what enters the first layer, what leaves each; the last after the norm
+    attention_BHLL: tuple[Tensor, ...] = ()  # of each layer
+
+
+class Teacher(Protocol):
+    """Whoever answers for a batch {input_ids [B, L], window [B]}."""
+
+    def __call__(self, batch: Mapping[str, Tensor], **forward_arguments: bool) -> TeacherOutput | CachedOutput:
+        """What it says of the batch."""
+
+
+def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
+    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if given."""
+    head: Any = model.get_output_embeddings()
+    bias = getattr(head, "bias", None)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    scores = Scores(
+        found.hidden_states[-1].flatten(0, 1), head.weight[:vocabulary], None if bias is None else bias[:vocabulary], cap=cap
+    )
+    return TeacherOutput(scores, found.hidden_states, found.attentions or ())
+
+
+def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
+    """The arguments of a forward pass that is to be read by `output_of`."""
+    return {"input_ids": ids_BL, "output_hidden_states": True, "logits_to_keep": 1, "use_cache": False, **more}
+
+
+class LiveTeacher:
+    """A model in memory that answers as it is asked."""
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
+        self.model, self.vocabulary = model.requires_grad_(False).eval(), vocabulary
+
+    @torch.no_grad()
+    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> TeacherOutput:
+        """What it says of the batch."""
+        return output_of(self.model, self.model(**forward_arguments(batch["input_ids"], **more)), self.vocabulary)
+
+
+def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
+    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take them."""
+
+    def quantized(layer: nn.Module) -> None:
+        for name, module in list(layer.named_modules()):
+            if format and type(module) is nn.Linear and bitsandbytes_layout.refusal(module.weight.shape, "nf4", 64) is None:
+                packed = bitsandbytes_layout.quantize_nearest(
+                    module.weight.data.to(torch.bfloat16), "nf4", 64, double_quant=False
+                )
+                bias = None if module.bias is None else module.bias.data.to(torch.bfloat16)
+                layer.set_submodule(name, bitsandbytes_layout.linear(packed, bias, device=resident.device))
+
+    model = whole(resident, quantized)
+    if format and not any(isinstance(module, bitsandbytes_layout.Linear4bit) for module in model.modules()):
+        raise ModelError("teacher_format: nf4 finds no linear of this teacher that it can hold; leave teacher_format")
+    return model
+
+
+class CachedTeacher:
+    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher` first, once."""
+
+    def __init__(
+        self,
+        folder: Path,
+        key: str,
+        teacher: Callable[[], LiveTeacher],
+        windows_NL: Tensor,
+        k: int,
+        temperature: float,
+        track: Track,
+    ) -> None:
+        k = min(k, 1 << 16)
+        key = hashlib.sha256(f"{key} {k} {temperature} {SHARD}".encode()).hexdigest()
+        self.journal = Journal(folder / key[:32], key, shared=True)  # two runs may ask for the same; both write the same
+        self.temperature, self.windows_NL = temperature, windows_NL
+        self.shards: list[dict[str, Tensor]] = []
+        names = [_name(shard) for shard in windows_NL.split(SHARD)]
+        lacking = {name: shard for name, shard in zip(names, windows_NL.split(SHARD), strict=True) if not self._has(name)}
+        self.asked = sum(map(len, lacking.values()))
+        if lacking:
+            self._ask(teacher(), k, lacking, track)
+            gc.collect()
+        self.shards = [load_file(self.journal.file(name, 0)) for name in names]  # mapped, not read
+
+    def _has(self, name: str) -> bool:
+        """Whether what was said of a shard is there, under its own name."""
+        found = self.journal.get(name, 0)
+        return found is not None and found[1] == {"name": name}
+
+    def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
+        for name in track(lacking, "ask the teacher", len(lacking)):
+            found = [self._top(teacher, windows, k) for windows in batches_of(lacking[name])]
+            index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
+            small = index.to(torch.uint16).view(torch.int16) if teacher.vocabulary <= 1 << 16 else index.to(torch.int32)
+            self.journal.save(name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, {"name": name})
+
+    def _top(self, teacher: LiveTeacher, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
+        scores = teacher({"input_ids": ids_BL.to(teacher.model.device)}).scores
+        top = top_k(scores, min(k, teacher.vocabulary - 1), temperature=self.temperature)
+        return (part.unflatten(0, ids_BL.shape) for part in (top.index_TK, top.log_p_TK1))
+
+    @property
+    def token_bytes(self) -> int:
+        """What is kept of a token."""
+        return sum(tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.shards[0].values())
+
+    def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> CachedOutput:
+        """What it said of the windows of the batch."""
+        where, device = [divmod(int(n), SHARD) for n in batch[WINDOW]], batch["input_ids"].device
+        index, log_p = (
+            torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device) for part in ("index", "log_p")
+        )
+        index = index.view(torch.uint16) if index.dtype == torch.int16 else index
+        return CachedOutput(
+            TopK(index.long(), log_p.float().log_softmax(-1), self.temperature)
+        )  # rounded, they sum to one no more
+
+
+def _name(windows_NL: Tensor) -> str:
+    return hashlib.sha256(f"{tuple(windows_NL.shape)}".encode() + windows_NL.numpy().tobytes()).hexdigest()[:32]

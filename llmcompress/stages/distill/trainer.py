@@ -1,0 +1,248 @@
+"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and what it is asked.
+
+Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The logits of
+neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside the student's own forward
+pass, where a model whose weights are spread over devices has its head.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from llmcompress.algorithms.distillation_losses import Kind, token_loss
+from llmcompress.data.calibration import with_bos
+from llmcompress.integrations import distributed
+from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
+from llmcompress.io.safetensors_writer import discard, put
+from llmcompress.modeling.sequential import next_tokens
+from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
+from llmcompress.stages.distill.teacher import WINDOW, CachedOutput, Teacher, TeacherOutput, forward_arguments, output_of
+
+OWN = "own"  # in a batch: which windows the student is to go on with by itself
+
+
+class SequenceDataset(Dataset[dict[str, Tensor]]):
+    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
+
+    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is marked for the student
+    to write.
+    """
+
+    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None) -> None:
+        text = length - int(bos is not None)
+        self.windows_NL, self.count = with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
+        generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
+        self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
+        self.own = torch.rand(count, generator=generator) < own
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        number = self.order[index]
+        return {"input_ids": self.windows_NL[number], WINDOW: number, OWN: self.own[index]}
+
+
+@dataclass(frozen=True, eq=False)
+class Objective:
+    """What is to come near, to whom, and how that is told."""
+
+    kind: Kind
+    label_share: float
+    temperature: float
+    skew: float | None
+    teacher: Teacher | None  # of what is trained on; None where the text alone teaches
+    examiner: Teacher  # of what is held out
+    matching: Matching | None = None
+    generator: int | None = None  # the seed of what the student writes itself, if it does
+    unscored: int = 0  # positions at the start of a window whose predictions do not count
+
+    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput | None, found: Any) -> Tensor:
+        """The loss of a batch, given what a forward pass of the student found."""
+        own, labels_T = output_of(student, found), next_tokens(ids_BL, self.unscored).flatten()
+        loss = token_loss(
+            self.kind, own.scores, taught.scores if taught else None, labels_T=labels_T,
+            label_share=self.label_share, temperature=self.temperature, skew=self.skew,
+        )  # fmt: skip
+        if self.matching is not None and isinstance(taught, TeacherOutput):
+            loss = loss + self.matching.loss(own, taught, getattr(student, PROJECTION, None))
+        return loss
+
+
+def measured(
+    student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput, unscored: int, found: Any
+) -> tuple[Tensor, Tensor]:
+    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found.
+
+    What is predicted at the first `unscored` positions of a window counts in neither.
+    """
+    scores = output_of(student, found).scores
+    nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL, unscored).flatten())
+    counts_BL = torch.ones_like(ids_BL)
+    counts_BL[:, :unscored] = 0
+    return token_loss("forward_kl", scores, taught.scores, weight_T=counts_BL.flatten()), nll
+
+
+def answering(model: PreTrainedModel) -> None:
+    """Have the model's forward pass take `then`, and return what that makes of what it finds."""
+    plain: Callable[..., Any] = model.forward
+
+    @functools.wraps(plain)
+    def forward(*args: Any, then: Callable[[Any], Any] | None = None, **named: Any) -> Any:
+        found = plain(*args, **named)
+        return found if then is None else then(found)
+
+    model.forward = forward
+
+
+@torch.no_grad()
+def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
+    """The first half of each window, and the other half as the model goes on by itself, drawn from what it predicts.
+
+    Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
+    """
+    half, training = ids_BL.shape[1] // 2, model.training
+    drawn: Any = GenerationConfig(
+        max_new_tokens=ids_BL.shape[1] - half, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0
+    )
+    model.eval()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        start_BP = ids_BL[:, :half]
+        found: Tensor = cast(Any, model).generate(start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn)
+    model.train(training)
+    return found
+
+
+class DistillTrainer(Trainer):
+    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence in any case."""
+
+    student: PreTrainedModel
+    objective: Objective
+    loss_is_scaled_for_ga = False  # windows are of one length, so the mean of micro-batches' means is the batch's
+
+    def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
+        answering(student)
+        super().__init__(**settings)
+        self.student, self.objective, self.nll = student, objective, list[Tensor]()
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
+        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The loss of a batch {input_ids [B, L], window [B], own [B]}, a scalar with gradient."""
+        objective, ids = self.objective, self._written(inputs)
+        more = objective.matching.asked if objective.matching else {}
+        taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
+        loss = model(**forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught))
+        return (loss, {}) if return_outputs else loss
+
+    def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The tokens of a batch, with what the student is to write itself."""
+        ids, own, seed = inputs["input_ids"], inputs[OWN], self.objective.generator
+        if seed is None or not own.any():
+            return ids
+        draw = (seed << 40) + (self.state.global_step << 20) + int(inputs[WINDOW][0])
+        return ids.index_copy(0, own.nonzero()[:, 0], continued(self.student, ids[own], draw % 2**63))
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        """KL(teacher, student) in nats a token of a batch; how well it is predicted is kept aside."""
+        batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
+        with torch.no_grad():
+            ids, taught = batch["input_ids"], self.objective.examiner(batch)
+            found = partial(measured, self.student, ids, taught, self.objective.unscored)
+            kl, nll = model(**forward_arguments(ids), then=found)
+        self.nll.append(nll)
+        return kl.detach(), None, None
+
+    def evaluation_loop(self, *given: Any, **named: Any) -> Any:
+        """As the Trainer does it, and the perplexity of the held-out text besides."""
+        self.nll = []
+        output = super().evaluation_loop(*given, **named)
+        mean = cast(Tensor, self.accelerator.gather(torch.stack(self.nll).mean()[None])).mean()
+        cast(Any, output).metrics["eval_perplexity"] = float(mean.exp())
+        return output
+
+
+class Watch(TrainerCallback):
+    """Shows progress, ends a training that has left the numbers, and marks checkpoints that are complete."""
+
+    def __init__(self, progress: Iterator[Any]) -> None:
+        self.progress = progress
+        next(progress, None)  # the first step begins; each end of a step finishes one
+        self.broken_at: int | None = None
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """One step more."""
+        next(self.progress, None)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """A checkpoint is complete: its manifest says so."""
+        folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        distributed.wait()
+        if distributed.first():
+            put(folder / MANIFEST, manifest_of(folder))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **_: Any,
+    ) -> None:
+        """Stop at a loss that is no number."""
+        numbers = [float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")]
+        if not all(map(math.isfinite, numbers)) and self.broken_at is None:
+            self.broken_at, control.should_training_stop = state.global_step, True
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last checkpoint of a training that is as it was written, and so is the best one until then; others are deleted.
+
+    `Watch` writes a manifest into each when it is complete.
+    """
+    found = sorted(folder.glob("checkpoint-*"), key=lambda path: _step(path), reverse=True)
+    sound = [path for path in found if is_sound(path)]
+    best = {path: _best(path) for path in sound}
+    fit = [path for path in sound if best[path] is None or best[path] in {other.name for other in sound}]
+    for path in found:
+        if path not in sound or (fit and _step(path) > _step(fit[0])):
+            discard(path)
+    return fit[0] if fit else None
+
+
+def _step(checkpoint: Path) -> int:
+    """The step of a checkpoint, by its name; -1 for what is none."""
+    step = checkpoint.name.rpartition("-")[2]
+    return int(step) if step.isdecimal() and step.isascii() else -1
+
+
+def _best(checkpoint: Path) -> str | None:
+    """The name of the best checkpoint until then."""
+    best = json.loads((checkpoint / "trainer_state.json").read_text()).get("best_model_checkpoint")
+    return Path(best).name if best else None

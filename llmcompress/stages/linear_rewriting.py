@@ -1,0 +1,169 @@
+"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in place, the order.
+
+The order is that of the computation: each layer with the inputs that the layers before it give as they have become, and in it
+the linears that read one input after another, so that each makes good what those before it lost against the full model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.least_squares import bias_shift
+from llmcompress.algorithms.quantize_weight import output_error, weight_error
+from llmcompress.errors import ModelError
+from llmcompress.formats import registry
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.registry import RewrittenLayout, StoredWeight
+from llmcompress.formats.sparse import SparseLayout
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import walk
+from llmcompress.stages.base import Context, Facts, LinearScheme, Workload, naming_layer
+
+Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at the shape of a linear alone
+
+
+def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
+    """The full names that parts of a layer have in all layers, in order."""
+    return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
+
+
+def require_known(what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()) -> None:
+    """Refuse a pattern that matches no linear, and is no axis where those may stand. Errors: ModelError."""
+    for pattern in patterns:
+        if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
+            also = f", and axes {', '.join(axes)}" if axes else ""
+            shown = min(name for name in names if "." in name)
+            raise ModelError(f'{what} "{pattern}" matches no linear of this model; they have names like {shown}{also}')
+
+
+def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> float:
+    """Bits a weight on disk in the mean of the linears in `shapes`."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
+
+
+def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
+    """What the journal holds in place of the layer's weights and biases, with what kernels do to the inputs."""
+    for linear, how in written.items():
+        parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
+        packed = how.read(parts, layer.weight(linear).shape[1])
+        layer.set_weight(linear, registry.dequantize(packed))
+        if (bias := tensors.get(f"{layer.name}.{linear}.bias")) is not None:
+            layer.set_bias(linear, bias)
+        scale = parts["input_scale"].to(layer.device) if "input_scale" in parts else None
+        if inputs := how.inputs(scale):
+            layer.rounds[linear] = inputs
+
+
+def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
+    """Why a stage that rewrites the linears of layers leaves this one as it is, or None."""
+    if name == model.anatomy.head:
+        return "the head stays"
+    if name not in ours:
+        return "outside the layers"
+    if (layout := model.layouts.get(name)) is not None:
+        return f"is stored as {layout.format} already"
+    return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
+
+
+def rewritable(
+    model: LayerwiseModel, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
+) -> tuple[dict[str, Shaped], dict[str, str]]:
+    """The linears of layers that their layouts take, by full name, and those to keep with the reason.
+
+    `layout_of` is asked with the full name of each linear.
+    Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
+    """
+    ours = inner(model, model.anatomy.linears)
+    require_known("skip", skip, ours)
+    maps = dict(model.linear_maps())
+    reasons = {name: refused(name, model, ours, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()}
+    kept = {name: why for name, why in reasons.items() if why}
+    kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+    chosen = {name: layout_of(name) for name in maps if name not in kept}
+    if not chosen:
+        raise ModelError(f"no linear of this model can {becomes.format(why=next(iter(kept.values())))}")
+    return chosen, kept
+
+
+@dataclass(frozen=True)
+class Rewriting:
+    """Linears written anew one after another: the stage's name in the journal, what to call the work, who does one linear.
+
+    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout. Uncalibrated, it only looks
+    at the weight, and no full model runs beside.
+    """
+
+    stage: str
+    what: str
+    solve: Callable[[str, Tensor, Moments, Any], StoredWeight]
+    calibrated: bool = True
+
+    def done(
+        self, model: LayerwiseModel, context: Context, chosen: Mapping[str, RewrittenLayout], kept: Mapping[str, str]
+    ) -> Facts:
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        journal, layers = context.journal, len(model.layers)
+        if not all(journal.has(self.stage, index) for index in range(layers)):
+            visited = walk(model, context.data.calibration, reference=self.calibrated)
+            for layer in context.track(visited, self.what, layers):
+                layouts = layer.own(chosen)
+                if journal.has(self.stage, layer.index):
+                    install(layer, layouts, journal.load(self.stage, layer.index)[0])
+                else:
+                    journal.save(self.stage, layer.index, *self._layer(layer, layouts, model.dtype_of))
+        facts = Facts(self.stage, kept=[{"name": name, "why": why} for name, why in kept.items()])
+        facts.add(journal.load(self.stage, index)[1] for index in range(layers))
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        facts.details = {"bits": mean_bits({entry["name"]: entry["bits"] for entry in facts.linears}, shapes)}
+        return facts
+
+    def _layer(
+        self, layer: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors of the layer that change, by their full names, and what that cost; they are put in place."""
+        tensors: dict[str, Tensor] = {}
+        facts = []
+        for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
+            moments = layer.moments(consumers)
+            for linear in [linear for linear in consumers if linear in layouts]:
+                W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
+                with naming_layer(name):
+                    packed = self.solve(name, W_RC, moments[linear], layout)
+                S_RC = registry.dequantize(packed).to(W_RC.device)
+                layer.set_weight(linear, S_RC)
+                parts = registry.tensors_of(packed)
+                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+                if self.calibrated and (bias := f"{linear}.bias") in layer.anatomy.layer:
+                    shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
+                    dtype = dtype_of(f"{name}.bias")
+                    layer.shift_bias(linear, shift_R, dtype)
+                    tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
+                lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
+                errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
+                bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
+                facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
+        return tensors, {"name": layer.name, "linears": facts}
+
+
+def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[str, ...]:
+    """How many linears are rewritten and how many stay, for a plan; nothing where none stays."""
+    if not kept:
+        return ()
+    return (f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",)
+
+
+def rewriting_memory(model: MetaModel, work: Workload) -> int:
+    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest solver."""
+    widest = max(C for _, (_, C) in model.linear_maps())
+    states: int = 4 * work.tokens * model.config.hidden_size
+    return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

@@ -1,0 +1,1 @@
+"""Write linears as products of low rank."""

@@ -1,0 +1,185 @@
+"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in common.
+
+The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model gives them. The
+coefficients, each layer's own, are then solved for layer after layer, on the inputs as they have become and against the full
+model. With one layer a group there is nothing shared: it is plain low-rank compression, whose basis too is that of the inputs
+as they have become. A product of low rank has fewer operations as well as fewer bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Annotated, ClassVar
+
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments, retarget
+from llmcompress.algorithms.low_rank import coefficients, shared_basis
+from llmcompress.errors import ModelError
+from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.io.journal import Journal
+from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import walk
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known, rewriting_memory, rewriting_note
+
+STAGE, FOUND = "low_rank", "found"  # in the journal
+
+
+class LowRank(Stage):
+    """`low_rank: {rank or keep, layers_per_basis, skip}`."""
+
+    name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, str]] = {"basis": "it is called layers_per_basis"}
+
+    layers_per_basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        default=1, description="adjacent layers that have a basis in common; 1: plain low rank"
+    )
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(default=None, description="of every product")
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="share of the parameters of the linears that stays; the ranks follow from it"
+    )
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LowRank:
+        if (self.rank is None) == (self.keep is None):
+            raise ValueError("give rank or keep, one of them")
+        return self
+
+    def groups(self, model: LayerwiseModel) -> list[list[int]]:
+        """The layers that have a basis in common: neighbours of the same widths."""
+        groups: list[list[int]] = []
+        for index in range(len(model.layers)):
+            last = groups[-1] if groups else []
+            alike = last and model.sizes_of(last[0]) == model.sizes_of(index)
+            if alike and len(last) < self.layers_per_basis:
+                last.append(index)
+            else:
+                groups.append([index])
+        return groups
+
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        if self.layers_per_basis > len(model.layers):
+            raise ModelError(
+                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of this model; use fewer"
+            )
+        ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
+        require_known("skip", self.skip, ours)
+        chosen: dict[str, FactoredLayout] = {}
+        kept = {name: why for name in shapes if (why := refused(name, model, ours, self.skip))}
+        for group in self.groups(model):
+            for linear in model.anatomy.linears:
+                names = [f"{model.layer_name(index)}.{linear}" for index in group]
+                if names[0] not in shapes or any(name in kept for name in names):
+                    kept |= {name: "another of its group is kept" for name in names if name in shapes and name not in kept}
+                    continue
+                R, C = shapes[names[0]]
+                rank = self.rank or int((self.keep or 0) * len(group) * R * C / (len(group) * R + C))
+                fewer = rank >= 1 and rank * (len(group) * R + C) < len(group) * R * C and rank <= min(C, len(group) * R)
+                why = f"a product of rank {rank} for {R} x {C} weights stores no less"
+                if fewer:
+                    chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
+                else:
+                    kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
+        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+        if not chosen:
+            why = next(why for name, why in kept.items() if name in ours)
+            raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
+        return chosen, kept
+
+    @property
+    def purpose(self) -> str:
+        """What linears become."""
+        return "writes linears as products of low rank"
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears are written, and which bases are one."""
+        return StageResult(*self.choose(model), self.ties(model))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments, bases and coefficients."""
+        chosen, kept = self.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        operations = 2.0 * model.inner_parameters() * work.tokens * (7 if self.layers_per_basis > 1 else 5)
+        operations += sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
+        return Estimate(
+            stage=f"low_rank (a basis for {self.layers_per_basis} layers)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+            peak_memory_bytes=rewriting_memory(model, work),
+            seconds=operations / work.rate,
+            notes=rewriting_note(shapes, kept),
+        )
+
+    def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
+        """Which stored tensors are others, by name: the bases."""
+        chosen, _ = self.choose(model)
+        pairs = [
+            (f"{model.layer_name(index)}.{linear}", f"{model.layer_name(group[0])}.{linear}")
+            for group in self.groups(model)
+            for index in group[1:]
+            for linear in model.anatomy.linears
+        ]
+        return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
+
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        (chosen, kept), groups = self.choose(model), self.groups(model)
+        if self.layers_per_basis > 1:
+            self._find(model, context, groups, chosen)
+        number_of = {model.layer_name(index): number for number, group in enumerate(groups) for index in group}
+
+        @functools.lru_cache(maxsize=1)  # groups come one after another
+        def found(number: int) -> dict[str, Tensor]:
+            return context.journal.load(FOUND, number)[0]
+
+        def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
+            layer = next(layer for layer in number_of if name.startswith(f"{layer}."))
+            W_RC = retarget(W_RC.float(), moments)
+            if self.layers_per_basis > 1:
+                basis_KC = found(number_of[layer])[name.removeprefix(f"{layer}.")].to(W_RC)
+            else:
+                _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
+            first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
+            dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")  # one for the group, as the basis is
+            basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
+            left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
+            return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
+
+        facts = Rewriting(STAGE, f"low_rank (a basis for {self.layers_per_basis} layers)", solve).done(
+            model, context, chosen, kept
+        )
+        shared = self.ties(model)
+        for entry in facts.linears:  # what is shared is stored once
+            if f"{entry['name']}.weight_right" in shared:
+                entry["format"] += ", shared"
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True)
+        return facts
+
+    def _find(
+        self, model: LayerwiseModel, context: Context, groups: Sequence[Sequence[int]], chosen: dict[str, FactoredLayout]
+    ) -> None:
+        """Journal the bases of every group, by linear: what its layers read in the full model decides."""
+        journal = context.journal
+        if all(journal.has(FOUND, number) for number in range(len(groups))):
+            return
+        number_of = {index: number for number, group in enumerate(groups) for index in group}
+        weights: dict[str, list[Tensor]] = {}
+        moments: dict[str, list[Tensor]] = {}
+        for layer in context.track(walk(model, context.data.calibration), "tie (find bases)", len(model.layers)):
+            layouts, read = layer.own(chosen), layer.moments()
+            for linear in layouts:
+                weights.setdefault(linear, []).append(layer.weight(linear))
+                moments.setdefault(linear, []).append(read[linear].H_CC)
+            number = number_of[layer.index]
+            if layer.index == groups[number][-1]:
+                bases = {name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu() for name in layouts}
+                journal.save(FOUND, number, bases, {})
+                weights, moments = {}, {}

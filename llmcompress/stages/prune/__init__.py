@@ -1,0 +1,1 @@
+"""Remove whole units: neurons, heads, experts, channels of the hidden state, layers."""

@@ -1,0 +1,138 @@
+"""How much of a model stays: a share or a number of units, or the parameters or bytes that are to be reached.
+
+A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut included.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import Field, field_validator, model_validator
+
+from llmcompress.errors import ModelError
+from llmcompress.io.safe_parsing import MOST_COUNTED, MOST_STORED
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.stages.base import Settings
+
+SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
+HEADER = 160  # bytes that a file's header spends on a tensor, at most, and on itself
+NEAR = 0.01  # a budget is to be reached to this share
+STEPS = (64, 32, 16, 8, 4, 2, 1)  # of a width: kernels like the first ones
+
+
+class Budget(Settings):
+    """`keep`, or `parameters`, or `size`; with `multiple`."""
+
+    keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
+        default=None, description="units that stay (in each layer), or layers: a share, or how many"
+    )
+    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = Field(
+        default=None, description="parameters of the model that stay: a share of those it has now, or how many"
+    )
+    size: Annotated[int, Field(ge=1, le=MOST_STORED)] | None = Field(
+        default=None, description="bytes on disk to reach, as a number or like 100MB, before anything is quantised"
+    )
+    multiple: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
+        default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
+    )
+
+    @field_validator("size", mode="before")
+    @classmethod
+    def _bytes(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", value.upper())
+        if found is None:
+            raise ValueError("is no size; write bytes, or 100MB, 1.5GB, 700MiB")
+        return int(float(found[1]) * SCALES[found[2]])
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> Budget:
+        given = [name for name in ("keep", "parameters", "size") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of keep, parameters and size, not {' and '.join(given) or 'none'}")
+        return self
+
+    def spent(self, model: LayerwiseModel, widths: Mapping[str, Sequence[int]] | None = None) -> int:
+        """What the model takes of the budget, if it has these widths: bytes where it is a size, else parameters."""
+        return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
+
+    def allowed(self, model: LayerwiseModel) -> int:
+        """What the model may take: bytes with `size`, parameters with `parameters`."""
+        if self.size is not None:
+            tensors = len(model.anatomy.rows(model.config)) + 1
+            return max(0, self.size - HEADER * tensors)
+        assert self.parameters is not None
+        whole = model.parameters()
+        return int(self.parameters * whole) if isinstance(self.parameters, float) else self.parameters
+
+    def layers(self, model: LayerwiseModel) -> int:
+        """How many layers stay. Errors: ModelError where none would go, or too many had to."""
+        total = len(model.layers)
+        if self.keep is not None:
+            return self.count("layer", total, 1)
+        own = sorted(self._of_layer(model, index) for index in range(total))
+        whole, allowed = self.spent(model), self.allowed(model)
+        for gone in range(total):
+            if whole - sum(own[:gone]) <= allowed:
+                return total - gone
+        raise self.refuse(model, whole - sum(own[:-1]))
+
+    def _of_layer(self, model: LayerwiseModel, index: int) -> int:
+        """What one layer takes of the budget."""
+        sizes = {f"{model.layer_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
+        return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
+
+    def uniform(self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
+        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
+        if self.keep is not None:
+            return tuple(self.count(axis, size, multiple) for size in sizes)
+        allowed = self.allowed(model)
+
+        def at(step: int) -> tuple[int, ...]:
+            """The widest multiples of a step that are few enough, or of one step."""
+            low, high = 1, -(-max(sizes) // step)  # steps
+            while low < high:
+                middle = (low + high + 1) // 2
+                fits = self.spent(model, {axis: [min(middle * step, size) for size in sizes]}) <= allowed
+                low, high = (middle, high) if fits else (low, middle - 1)
+            return tuple(min(low * step, size) for size in sizes)
+
+        for step in [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]:
+            counts = at(step)
+            reached = self.spent(model, {axis: counts})
+            if (1 - NEAR) * allowed <= reached <= allowed or (list(counts) == list(sizes) and reached <= allowed):
+                return counts
+        if reached > allowed:
+            raise self.refuse(model, reached)
+        return counts
+
+    def count(self, axis: str, size: int, multiple: int) -> int:
+        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or all by rounding."""
+        assert self.keep is not None
+        if isinstance(self.keep, int):
+            if self.multiple and self.keep % self.multiple:
+                raise ModelError(f'keep {self.keep} of axis "{axis}" is no multiple of {self.multiple}')
+            count = self.keep
+        elif self.keep == 1:
+            return size
+        else:
+            count = max(multiple, round(self.keep * size / multiple) * multiple)
+        if count >= size:
+            raise ModelError(
+                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of {multiple}): nothing '
+                "would be cut; use a smaller keep or multiple"
+            )
+        return count
+
+    def refuse(self, model: LayerwiseModel, least: int) -> ModelError:
+        """The error where the budget is less than the `least` that the model can take of it."""
+        said, unit = (
+            (f"parameters: {self.parameters:g}", "parameters") if self.size is None else (f"size: {self.size}", "bytes")
+        )
+        return ModelError(
+            f"{said} can't be reached: what this stage may cut leaves at least {least} of {self.spent(model)} {unit}; "
+            "allow more, or cut other axes too"
+        )

@@ -1,0 +1,59 @@
+"""Experts of a mixture: how much each says to the tokens that are routed to it, and the layer without those that say least."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from llmcompress.architectures.shape_grammar import Spelling, take
+from llmcompress.errors import ModelError
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
+
+AXIS = "expert"
+
+
+def require_enough(model: LayerwiseModel, count: int) -> None:
+    """Refuse fewer experts than each token is routed to. Errors: ModelError."""
+    if count < (chosen := model.config.num_experts_per_tok):
+        raise ModelError(f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or more')
+
+
+@torch.no_grad()
+def worth(layer: DecoderLayer) -> Tensor:
+    """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the length of its answer.
+
+    Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and not over those
+    routed to the expert, so one that is rarely asked is worth little.
+    """
+    place = layer.anatomy.experts[0].rpartition(".")[0]
+    experts = layer.module.get_submodule(place)
+    worth_E, tokens, seen = torch.zeros(layer.sizes[AXIS], device=layer.device), 0, list[tuple[Tensor, ...]]()
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    for hidden in layer.inputs:
+        seen.clear()
+        layer.run(hidden)
+        x_TD, expert_TK, weight_TK = seen[0]
+        tokens += len(x_TD)
+        for expert in expert_TK.unique().tolist():
+            if expert < len(worth_E):  # one more stands for none
+                token, rank = torch.nonzero(expert_TK == expert, as_tuple=True)
+                alone = torch.full((len(token), 1), expert, device=expert_TK.device)
+                hook.remove()
+                answer = experts(x_TD[token], alone, torch.ones_like(alone, dtype=x_TD.dtype))
+                hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+                worth_E[expert] += (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
+    hook.remove()
+    return worth_E / max(tokens, 1)
+
+
+def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
+    """The parameters that change where `count` experts stay, by name in the layer, and the share of the worth that goes."""
+    worth_E = worth(layer)
+    kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values
+    tensors = {
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, AXIS, kept)
+        for name, row in layer.anatomy.layer.items()
+        if AXIS in Spelling.parse(row).axes
+    }
+    return tensors, 1 - float(worth_E[kept].sum() / worth_E.sum().clamp_min(1e-30))

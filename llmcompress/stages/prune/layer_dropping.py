@@ -1,0 +1,79 @@
+"""Whole layers taken out: those without which the model's predictions change least.
+
+With `kl`, one layer after another goes, each time the one whose loss, measured on the model without it, is the least; what was
+taken out before counts. One pass through the model carries a stream of hidden states for every layer that could go, so each
+layer is read once for each that goes. `influence` asks in a single pass how far each layer turns the hidden states, and takes
+out those that turn them least.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.saliency import block_influence
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import SAMPLE, Part, divergences, walk, without_each
+from llmcompress.stages.base import Context
+
+
+def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dict[str, Any]:
+    """Which layers go so that `count` stay, in the order in which they go, and what is known of the loss after each.
+
+    Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full model in place of
+    the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
+    """
+    layers = len(model.layers)
+    if score == "influence":
+        turned = {}
+        for layer in context.track(walk(model, _sample(context)), "prune (layer, influence)", layers):
+            with torch.no_grad():
+                pairs = [(hidden, out) for hidden, out in zip(layer.inputs, layer.outputs(layer.inputs), strict=True)]
+            turned[layer.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
+        order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
+        return {"gone": order, "influence": [turned[index] for index in order]}
+    every, least = [(index, None) for index in range(layers)], layers - count
+    order, kl_nats = greedy(model, context, every, lambda gone: len(gone) < least, least)
+    return {"gone": [index for index, _ in order], "kl_nats": kl_nats}
+
+
+def greedy(
+    model: LayerwiseModel,
+    context: Context,
+    candidates: Sequence[Part],
+    more: Callable[[Sequence[Part]], bool],
+    steps: int,
+    cost: Callable[[Part], float] = lambda part: 1.0,
+) -> tuple[list[Part], list[float]]:
+    """Parts that go while `more` of them are wanted, in about so many steps, and the KL in nats a token after each.
+
+    Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
+    """
+    windows = _sample(context)
+    gone: list[Part] = []
+    kl_nats: list[float] = []
+    full: list[Tensor] = []
+    for _ in context.track(_while(lambda: more(gone)), "prune (kl)", steps):
+        streams = without_each(model, windows, candidates, gone)
+        full = full or streams[None]
+        cut = {part: states for part, states in streams.items() if part is not None}
+        losses = divergences(model, full, cut, context.data.unscored)
+        before = kl_nats[-1] if kl_nats else 0.0
+        best = min(losses, key=lambda part: ((losses[part] - before) / cost(part), part))
+        gone.append(best)
+        kl_nats.append(losses[best])
+    return gone, kl_nats
+
+
+def _sample(context: Context) -> Tensor:
+    """The windows that decide."""
+    windows = context.data.calibration
+    return windows[: -(-SAMPLE // windows.shape[1])]
+
+
+def _while(condition: Callable[[], bool]) -> Iterator[None]:
+    while condition():
+        yield

@@ -1,0 +1,122 @@
+"""Units of an axis in one layer: which of them stay, and the layer without the others.
+
+What a unit is worth is read off the linear that reads the axis, or off all that has it. With `obs` units go one after another,
+each the one whose loss the others make up for best and the model's predictions feel least; the other scores sort them once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms import saliency
+from llmcompress.algorithms.hessian import Moments, retarget
+from llmcompress.algorithms.least_squares import bias_shift, repair
+from llmcompress.algorithms.obs import Removal, remove
+from llmcompress.algorithms.quantize_weight import output_error
+from llmcompress.architectures.shape_grammar import Spelling, take, units_along
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The linear that reads an axis, with what it reads here: W_RC, its moments, and the unit of each of its columns."""
+
+    linear: str
+    W_RC: Tensor
+    moments: Moments
+    unit_C: Tensor
+    units: int
+
+    @classmethod
+    def of(cls, layer: DecoderLayer, axis: str) -> Reading:
+        """Runs the calibration text through the layer as far as the linear."""
+        linear = layer.anatomy.consumer_of(axis)
+        assert linear is not None
+        moments = layer.moments(next(group for group in layer.anatomy.consumers if linear in group))[linear]
+        unit_C = units_along(layer.anatomy.input_of(linear), layer.sizes, axis).to(layer.device)
+        return cls(linear, layer.weight(linear), moments, unit_C, layer.sizes[axis])
+
+    def removal(self, aim_RC: Tensor, metric_RR: Tensor | None, least: int) -> Removal:
+        """The units one after another until `least` are left, `aim_RC` being what the columns are to say.
+
+        The losses are squares of e M, e the error of an output and M the metric, where there is one.
+        """
+        weighed_RC = aim_RC if metric_RR is None else metric_RR.T @ aim_RC
+        return remove(weighed_RC, self.moments.H_CC, self.unit_C, self.units, least=least)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a unit is worth: a name, and what was found out in the whole model: a metric of the layer's errors, or a worth."""
+
+    name: str
+    metric_RR: Tensor | None = None
+    worth_U: Tensor | None = None
+
+
+def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
+    """The `count` units that stay, int64 in rising order."""
+    W_RC, unit_C, units = aim_RC, read.unit_C, read.units
+    norm_C = read.moments.H_CC.diagonal().sqrt()
+    if count == units:
+        return torch.arange(units, device=layer.device)
+    if score.name == "obs":
+        return read.removal(aim_RC, score.metric_RR, count).kept(count)
+    if score.worth_U is not None:
+        worth_U = score.worth_U.to(layer.device)
+    elif score.name == "wanda":
+        worth_U = saliency.wanda(W_RC, norm_C, unit_C, units)
+    elif score.name == "activation":
+        worth_U = saliency.activation(norm_C, unit_C, units)
+    else:
+        worth_U = saliency.magnitude(W_RC, unit_C, units)
+        for linear in layer.anatomy.linears:  # what writes the axis is part of the unit
+            unit_R = units_along(layer.anatomy.output_of(linear), layer.sizes, axis)
+            if bool((unit_R >= 0).any()):
+                worth_U = worth_U + saliency.magnitude(layer.weight(linear).T, unit_R.to(layer.device), units)
+    return worth_U.argsort(descending=True, stable=True)[:count].sort().values
+
+
+def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
+    """What each unit of an axis in a layer is worth to first order, by the gradient of the linear that reads it, as stored."""
+    reader = model.anatomy.consumer_of(axis)
+    assert reader is not None
+    with model.layer(index) as module:
+        weight = module.get_parameter(f"{reader}.weight").data
+        turned = reader in model.anatomy.conv1d
+        W_RC, G_RC = (tensor.T if turned else tensor for tensor in (weight, gradient))
+        sizes = model.sizes_of(index)
+        unit_C = units_along(model.anatomy.input_of(reader), sizes, axis).to(W_RC.device)
+        return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
+
+
+def cut(layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
+    """The parameters that change where `count` units stay, by their names in the layer, and the relative output error.
+
+    With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before have lost. The layer
+    itself goes on as wide as it was, with zeros where units are gone, so that another axis can be cut after this one.
+    """
+    anatomy, read = layer.anatomy, Reading.of(layer, axis)
+    reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)
+    aim_RC = retarget(W_RC, moments) if mend else W_RC
+    units = kept(layer, axis, read, aim_RC, score, count)
+    place = torch.arange(len(read.unit_C), device=layer.device)
+    columns = take(place, Spelling((term,)), layer.sizes, axis, units)
+    left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]
+    tensors = {
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, units)
+        for name, row in anatomy.layer.items()
+        if axis in Spelling.parse(row).axes
+    }
+    tensors[f"{reader}.weight"] = layer.oriented(reader, left_RP)
+    if mend and (bias := f"{reader}.bias") in anatomy.layer:
+        shift_R = bias_shift(W_RC, moments.full_C, left_RP, moments.mean_C[columns])
+        tensors[bias] = layer.module.get_parameter(bias).data + shift_R
+        layer.set_bias(reader, tensors[bias])
+    padded_RC = torch.zeros_like(W_RC).index_copy(1, columns, left_RP)
+    layer.set_weight(reader, padded_RC)
+    return tensors, output_error(W_RC, padded_RC, moments.H_CC)

@@ -1,0 +1,123 @@
+"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change least.
+
+What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that differ in width, and
+loads once llmcompress is imported. The attention of the first layer of each kind stays, for caches tell the length of a text
+by it, and so does the first ffn: a model without any is not one that can be built. A layer that loses both parts passes its
+input on, and may as well be cut by `axis: layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from llmcompress.architectures.shape_grammar import Spelling, take
+from llmcompress.errors import ModelError
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import Part
+from llmcompress.stages.base import Context
+from llmcompress.stages.prune.allocation import Widths
+from llmcompress.stages.prune.budget import Budget
+from llmcompress.stages.prune.layer_dropping import greedy
+
+PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units of where it is gone
+
+
+def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
+    """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
+    anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
+    consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}  # transformers' Conv1D takes no empty input
+    axes = [axis for axis, name in consumers.items() if name and name not in anatomy.conv1d and (heads or axis != "kv")]
+    kinds: Sequence[str] = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
+    first = {"kv": {kinds.index(kind) for kind in kinds}, "ffn": {0}}
+    found = [
+        (index, axis)
+        for index in range(len(model.layers))
+        for axis in axes
+        if model.sizes_of(index)[axis] and index not in first[axis]
+    ]
+    if not found:
+        raise ModelError(f"no attention or ffn of this {anatomy.family} model can be taken out alone; use axis: layer")
+    return found
+
+
+def sizes(model: LayerwiseModel) -> Widths:
+    """How many units each layer has of the axes of parts."""
+    axes = dict.fromkeys(axis for _, axis in candidates(model))
+    return {axis: model.widths_of(axis) for axis in axes}
+
+
+def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
+    """The same without some parts."""
+    return {
+        axis: tuple(0 if (index, axis) in gone else size for index, size in enumerate(counts))
+        for axis, counts in sizes(model).items()
+    }
+
+
+def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
+    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than can."""
+    every = candidates(model)
+    if budget.keep is not None:
+        whole = isinstance(budget.keep, float) and budget.keep == 1
+        return len(gone) >= (0 if whole else len(every) - budget.count("sublayer", len(every), 1))
+    reached = budget.spent(model, widths(model, gone))
+    if reached > budget.allowed(model) and len(gone) == len(every):
+        raise budget.refuse(model, reached)
+    return reached <= budget.allowed(model)
+
+
+def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
+    """The last parts, as many as the stage asks for: what a plan goes by."""
+    gone: list[tuple[int, str]] = []
+    for part in reversed(candidates(model)):
+        if enough(model, budget, gone):
+            break
+        gone.append(part)
+    enough(model, budget, gone)
+    return gone
+
+
+def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
+    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least a parameter.
+
+    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence from the full
+    model for the perplexity.
+    """
+    axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
+    parts: list[Part] = [(index, model.anatomy.consumer_of(axis)) for index, axis in candidates(model)]
+
+    def named(gone: Sequence[Part]) -> list[tuple[int, str]]:
+        return [(index, axis_of[reader]) for index, reader in gone]
+
+    def cost(part: Part) -> float:
+        if budget.keep is not None:
+            return 1.0
+        return float(budget.spent(model) - budget.spent(model, widths(model, named([part]))))
+
+    steps = len(guess(model, budget))
+    gone, kl_nats = greedy(model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost)
+    return {"gone": named(gone), "kl_nats": kl_nats}
+
+
+def cut(layer: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
+    """The empty tensors of the parts that go, by their names in the layer."""
+    return {
+        name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, [])
+        for axis, count in counts.items()
+        for name, row in layer.anatomy.layer.items()
+        if not count and layer.sizes[axis] and axis in Spelling.parse(row).axes
+    }
+
+
+def spoken(gone: Sequence[Sequence[Any]], model: LayerwiseModel) -> str:
+    """What goes, in words."""
+    said = [
+        f"{PARTS[axis]} of layer{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}"
+        for axis in PARTS
+        if (of := sorted(index for index, other in gone if other == axis))
+    ]
+    return f"{len(gone)} of {len(candidates(model))} sublayers go: {' and '.join(said)}" if gone else "all sublayers stay"

@@ -1,0 +1,1 @@
+"""Quantize linears, the embedding and the output head."""

@@ -1,0 +1,101 @@
+"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it really gives.
+
+Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to calibrate, as a row is
+read alone. Where the head is tied to the embedding it is the same matrix and multiplies by the same codes, and what it reads is
+rounded as the format of the other linears has it. What stays dense outside the layers is journalled beside it, if a rotation
+changed it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.rowwise_int8 import round_rows
+from llmcompress.formats import registry
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
+from llmcompress.formats.integer_embedding import factor_of
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import batches_of, enter
+from llmcompress.stages.base import OUTER, Context
+from llmcompress.stages.quantize.config import FormatConfig
+
+PIECE = 1 << 20  # weights at a time, where errors are summed
+
+
+def embedding_codings(model: LayerwiseModel, head: FormatConfig) -> dict[str, QuantScheme]:
+    """How the embedding is written, and a head tied to it, whose settings would be `head`; by full name.
+
+    Raises ModelError for an embedding of a kind that can't be rounded.
+    """
+    name = model.anatomy.embedding
+    factor_of(name, model.model.get_submodule(name))
+    shared = model.reader(name)
+    if shared is None:
+        return {name: IntegerScheme(IntegerLayout("w8a8", "none"))}
+    if head.coding(model.weight_dtype).input_largest is None:
+        coding = IntegerScheme(IntegerLayout("w8a8", "none"))
+    else:
+        coding = IntegerScheme(IntegerLayout("w8a16" if head.format in ("w8a16", "w4a16") else "w8a8"))
+    return {name: coding, shared: coding}
+
+
+def apart(model: LayerwiseModel) -> set[str]:
+    """The embedding, and the head that is the same matrix: what no walk solves for."""
+    return {model.anatomy.embedding, model.reader(model.anatomy.embedding) or model.anatomy.embedding}
+
+
+def settle_outer(
+    model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
+) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by int8 codes.
+
+    Returns the states that the embedding gave before, and what the report says of it; both empty where it is kept.
+    """
+    name, journal = model.anatomy.embedding, context.journal
+    if (model.rotation or name in chosen) and not journal.has(OUTER, 0):
+        journal.save(OUTER, 0, *_entry(model, chosen, context.data.calibration))
+    if name not in chosen:
+        return [], []
+    tensors, facts = journal.load(OUTER, 0)
+    full, _ = enter(model, batches_of(context.data.calibration))
+    packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
+    model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
+    return full, facts["linears"]
+
+
+@torch.no_grad()
+def _entry(
+    model: LayerwiseModel, chosen: Mapping[str, QuantScheme], windows: Tensor
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """What a rotation changed, in the type of the base, and the embedding's codes, with its errors."""
+    name, outer = model.anatomy.embedding, dict[str, Tensor]()
+    if model.rotation:  # a tied parameter once
+        outer = {part: p.data for part, p in model.model.named_parameters() if part in model.anatomy.outer}
+    tensors = model.as_stored(outer)
+    coding = chosen.get(name)
+    if not isinstance(coding, IntegerScheme):
+        return tensors, {}
+    tensors.pop(f"{name}.weight", None)
+    W_VD = model.model.get_parameter(f"{name}.weight").data
+    codes_VD, scale_V = round_rows(W_VD)
+    packed = IntegerWeight(codes_VD.cpu(), scale_V.cpu(), coding.scheme)
+    facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, windows)}
+    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {"linears": [facts]}
+
+
+def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, float]:
+    """Of the rows as the text looks them up, and of the whole matrix."""
+    counts_V, rows = torch.bincount(windows.flatten(), minlength=len(W_VD)), max(1, PIECE // W_VD.shape[1])
+    squares = []
+    for start in range(0, len(W_VD), rows):
+        W, codes, scale = (x[start : start + rows] for x in (W_VD, packed.codes_RC, packed.scale_R))
+        lost = W - codes.to(W.device) * scale.to(W.device)[:, None]
+        squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
+    squares_2V = torch.cat(squares, 1).double()
+    errors = {"relative_error": (squares_2V * counts_V).sum(1), "weight_error": squares_2V.sum(1)}
+    return {name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()}

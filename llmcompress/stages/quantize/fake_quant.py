@@ -1,0 +1,33 @@
+"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.formats import registry
+from llmcompress.formats.schemes import QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
+
+
+@torch.no_grad()
+def trial(
+    layer: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
+) -> list[Tensor]:
+    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
+
+    tops: the largest input of each linear, for static scales. The layer stays as it was.
+    """
+    rounded, before = {}, dict(layer.rounds)
+    for linear, coding in codings.items():
+        W_RC, scale = layer.weight(linear), coding.static_scale(tops[linear])
+        rounded[f"{linear}.weight"] = layer.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
+        if inputs := coding.inputs(scale):
+            layer.rounds[linear] = inputs
+    try:
+        return [layer.run(hidden, rounded) for hidden in batches]
+    finally:
+        layer.rounds.clear()
+        layer.rounds.update(before)

@@ -1,0 +1,181 @@
+"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms.activation_quantization import Magnitudes, static_scale
+from llmcompress.algorithms.grids import Grid
+from llmcompress.algorithms.hessian import Moments, metric_factor, retarget
+from llmcompress.algorithms.learned_rounding import learn
+from llmcompress.algorithms.least_squares import bias_shift
+from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
+from llmcompress.formats import registry
+from llmcompress.formats.integer import IntegerWeight
+from llmcompress.formats.registry import StoredWeight
+from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.stages.base import naming_layer
+
+METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
+
+
+def half_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and ours
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes with scales as they are read back, and the same as it is stored."""
+
+    rounded: RoundedWeight
+    stored: StoredWeight
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How each linear of a layer is written, by its name in it, and the device of the weights."""
+
+    codings: Mapping[str, QuantScheme]
+    device: torch.device
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the layer
+    pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
+    known: Mapping[str, StoredWeight] = field(default_factory=dict)  # of one that an earlier layer has, its codes
+
+    def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
+        """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
+
+        Where scales may have one sign or both, both are solved for and the smaller error is kept.
+        """
+        W_RC = retarget(W_RC.float(), moments)
+        coding, grid = self.codings[linear], self.grid(linear)
+        columns, found = coding.columns(tuple(W_RC.shape)), []
+        for signed in coding.signs:
+            solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
+            found.append(_stored(coding, solved, input_scale))
+        return min(found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC))
+
+    def grid(self, linear: str) -> Grid:
+        """The levels of a linear's weights."""
+        return self.codings[linear].grid.to(self.device)
+
+    def weight(self, linear: str, solution: Solution) -> Tensor:
+        """The weight [R, C] that a solution stands for."""
+        return solution.rounded.weight(self.grid(linear))
+
+    def in_turn(
+        self, layer: DecoderLayer, weights: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
+        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
+
+        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of inputs.
+        """
+        solved: dict[str, Solution] = {}
+        moments: dict[str, Moments] = {}
+        scales: dict[str, float] = {}
+        for consumers in layer.anatomy.consumers:
+            scales |= self.round_inputs(layer, (consumers,), weights)
+            moments |= layer.moments(consumers)
+            for linear in [linear for linear in consumers if linear in weights]:
+                read = self.pooled.get(linear, moments[linear])
+                if linear in self.known:
+                    Q_RC = registry.dequantize(self.known[linear]).to(self.device)
+                else:
+                    with naming_layer(f"{layer.name}.{linear}"):
+                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
+                    Q_RC = self.weight(linear, solved[linear])
+                layer.set_weight(linear, Q_RC)
+                if f"{linear}.bias" in layer.anatomy.layer:
+                    shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                    layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
+        return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
+
+    def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
+        """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
+        found = dict(self.known)
+        for linear in found.keys() & scales.keys():
+            weight = found[linear]
+            assert isinstance(weight, IntegerWeight)
+            found[linear] = replace(weight, input_scale=torch.tensor(scales[linear]))
+        return found
+
+    def round_inputs(
+        self, layer: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
+    ) -> dict[str, float]:
+        """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        static = {
+            linear: coding
+            for linear, coding in self.codings.items()
+            if linear in weights and isinstance(coding, IntegerScheme) and coding.static
+        }
+        seen = {consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)}
+        for read, _ in layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
+            for name, magnitudes in seen.items():
+                magnitudes.add(read[name])
+        scales: dict[str, float] = {}
+        for consumers in groups:
+            for linear in [linear for linear in consumers if linear in static]:
+                bits, range = static[linear].scheme.activation_bits, static[linear].range
+                scales[linear] = static_scale(seen[consumers[0]], bits, range)
+        for linear in [linear for consumers in groups for linear in consumers if linear in weights]:
+            if inputs := self.codings[linear].inputs(scales.get(linear)):
+                layer.rounds[linear] = inputs
+        return scales
+
+    def learned(
+        self,
+        layer: DecoderLayer,
+        weights: Mapping[str, Tensor],
+        solved: Mapping[str, Solution],
+        F_DD: Tensor,
+        *,
+        input_scales: Mapping[str, float],
+        steps: int,
+        seed: int,
+    ) -> tuple[dict[str, Solution], dict[str, Any]]:
+        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before and after.
+
+        The loss is the error of the layer's output against the full model's, weighed by the output Fisher matrix. Where
+        training ends no better than it began, the start is kept.
+        """
+        starts = {name: solution.rounded for name, solution in solved.items()}
+        R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
+
+        def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
+            stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
+                out = layer.run(layer.inputs[batch], stored)
+            return ((out - layer.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+
+        @torch.no_grad()
+        def whole(solution: Mapping[str, RoundedWeight]) -> float:
+            rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(map(len, layer.inputs))
+
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
+        rounds = -(-steps // len(layer.inputs))
+        order = torch.cat([torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]).tolist()
+        trained = learn(
+            weights,
+            starts,
+            {name: self.grid(name) for name in starts},
+            lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
+            steps=steps,
+            snaps={name: self.codings[name].snap for name in starts},
+        )
+        ends = {name: _stored(self.codings[name], result, input_scales.get(name)) for name, result in trained.items()}
+        before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
+        return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
+
+
+def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
+    return Solution(RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))

@@ -1,0 +1,1 @@
+"""Let layers share weights."""

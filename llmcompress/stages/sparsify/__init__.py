@@ -1,0 +1,1 @@
+"""Set single weights to zero."""

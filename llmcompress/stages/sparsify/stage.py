@@ -1,0 +1,137 @@
+"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the zeros' bytes.
+
+Each layer is done with the inputs that the layers before it give, and within it the linears that read one input after
+another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical baseline, nothing more: no inputs
+are looked at. `wanda` asks how large the inputs are that a weight meets; what stays is as it was. `sparsegpt` also has what
+stays make up for what went, against the full model's outputs. The last two put the mean output right through the bias,
+where there is one. A layer that the journal holds is not done again.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, field_validator, model_validator
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments, retarget
+from llmcompress.algorithms.saliency import wanda_weights
+from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
+from llmcompress.formats.base import DTYPES
+from llmcompress.formats.sparse import SparseLayout, SparseWeight
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.linear_rewriting import Rewriting, rewritable
+
+STAGE = "sparsify"
+BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML takes 2:4 and 4:8 for, where they are not quoted
+
+
+class Sparsify(Stage):
+    """`sparsify: {pattern, keep, score, skip}`."""
+
+    name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
+
+    pattern: Literal["unstructured", "2:4", "4:8"] = Field(
+        description="which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
+    )
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="unstructured: share that stays")
+    score: Literal["sparsegpt", "wanda", "magnitude"] = Field(
+        default="sparsegpt", description="what a weight is worth; sparsegpt also adjusts those that stay"
+    )
+    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+
+    @field_validator("pattern", mode="before")
+    @classmethod
+    def _not_base_60(cls, given: Any) -> Any:
+        return BASE_60.get(given, given) if type(given) is int else given
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Sparsify:
+        if self.pattern == "unstructured" and self.keep is None:
+            raise ValueError("pattern: unstructured needs keep, the share of the weights that stays, as 0.5")
+        if self.pattern != "unstructured" and self.keep is not None:
+            raise ValueError(f"keep is for pattern: unstructured; {self.pattern} says how many stay")
+        return self
+
+    def choose(self, model: LayerwiseModel) -> tuple[dict[str, SparseLayout], dict[str, str]]:
+        """How each linear that loses weights is written, by full name, and those to keep with the reason.
+
+        Raises ModelError where none is left.
+        """
+
+        def layout(name: str) -> SparseLayout:
+            dtype = str(model.dtype_of(f"{name}.weight")).removeprefix("torch.")
+            return SparseLayout(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
+
+        return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
+
+    @property
+    def purpose(self) -> str:
+        """How many weights become zero."""
+        return f"sets weights to zero ({self.pattern if self.keep is None else f'{1 - self.keep:.0%}'})"
+
+    def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Refuse a place that is not the last. Errors: ValueError."""
+        if other := next((stage.name for stage in before if stage.rewrites), None):
+            raise ValueError(f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more")
+        if after:
+            why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
+            raise ValueError(f"sparsify is the last stage: {why}; cut whole units before it, and quantise none")
+        super().require_place(before, after)
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears that lose weights are written."""
+        return StageResult(*self.choose(model))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments and of the solver."""
+        chosen, kept = self.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        parameters, inner, layers = model.parameters(), model.inner_parameters(), len(model.layers)
+        saved = sum(math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape)) for name, shape in shapes.items())
+        calibrated = self.score != "magnitude"
+        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
+        operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
+        if self.score == "sparsegpt":
+            operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
+        states = work.tokens * model.config.hidden_size * (4 if calibrated else 2)
+        outer, widest = parameters - inner, max(C for _, C in shapes.values())
+        reasons = "; ".join(sorted(set(kept.values())))
+        return Estimate(
+            stage=f"sparsify ({self.pattern}, {self.score})",
+            parameters=parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
+            size_bytes=int(model.stored_bytes() - saved / 8),
+            peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2),
+            seconds=operations / work.rate,
+            notes=(f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})",) if kept else (),
+        )
+
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
+        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        chosen, kept = self.choose(model)
+        rewriting = Rewriting(STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
+        facts = rewriting.done(model, context, chosen, kept)
+        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
+        return facts
+
+    def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: SparseLayout) -> SparseWeight:
+        """What stays of a linear."""
+        keep = layout.choice(W_RC.shape[1])
+        if self.score == "sparsegpt":
+            W_RC = sparsegpt(retarget(W_RC, moments), moments.H_CC, keep)
+            return SparseWeight.of(W_RC, stays(W_RC, layout), layout)
+        score_RC = wanda_weights(W_RC, moments.H_CC.diagonal().sqrt()) if self.score == "wanda" else W_RC.abs()
+        return SparseWeight.of(W_RC, keep_mask(score_RC, keep), layout)
+
+
+def stays(W_RC: Tensor, layout: SparseLayout) -> Tensor:
+    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them stay too."""
+    if layout.allows(mask_RC := W_RC != 0):
+        return mask_RC
+    keep = layout.choice(W_RC.shape[1])
+    return keep_mask(W_RC.abs() if layout.keep is None else W_RC.abs().reshape(1, -1), keep).view_as(W_RC)

@@ -1,0 +1,210 @@
+"""Tie the embedding and the output head of a model that has two: one matrix, fitted to do the work of both.
+
+The fit (`methods.tying`) weighs errors of the embedding by what the model feels of them and those of the head by what it
+reads; how the two are balanced is measured, by the predictions on calibration text. A gain on the channels that the head reads
+goes into the final norm. The result is an ordinary tied model, `tie_word_embeddings: true`, which needs no plug-in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.tied_embeddings import tie
+from llmcompress.architectures.shape_grammar import Spelling, scale
+from llmcompress.errors import ModelError
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
+from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
+
+STAGE = "tie"
+SAMPLE = 8192  # tokens by which the balance is decided
+STEPS = (4.0, 2.0, 1.4)  # factors between the balances that are tried, coarse to fine
+START = 0.25
+
+
+class Tie(Stage):
+    """`tie: {fit}`."""
+
+    name: ClassVar[str] = STAGE
+    combines: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, str]] = {
+        "weights": "tie is always for embedding and head; leave weights",
+        **dict.fromkeys(("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"),
+        "basis": "linears become products of low rank by low_rank: {keep: 0.5, layers_per_basis: 2}",
+        "codebook": "weights become indices by codebook: {entries: 16}",
+    }
+
+    fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
+        default="least_squares", description="the best of both on calibration text; or their mean, or either as it is"
+    )
+
+    @property
+    def purpose(self) -> str:
+        """What becomes one."""
+        return "ties embedding and head"
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """A tied model, without a matrix for its head."""
+        self.require_two_matrices(model)
+        return StageResult(config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"}))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of statistics and of the search for the balance."""
+        inner, D = model.inner_parameters(), model.config.hidden_size
+        outer = model.config.vocab_size * D
+        floats = 4 * outer + inner // len(model.layers) + 2 * work.tokens * D
+        return Estimate(
+            stage="tie (embedding and head)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+            peak_memory_bytes=4 * floats,
+            seconds=(2 * work.tokens + 12 * SAMPLE) * 2.0 * (inner + outer) / work.rate,
+        )
+
+    def require_two_matrices(self, model: LayerwiseModel) -> None:
+        """Refuse a model whose two matrices can't be one. Errors: ModelError."""
+        anatomy, rows = model.anatomy, model.anatomy.outer
+        head, embedding = f"{anatomy.head}.weight", f"{anatomy.embedding}.weight"
+        if model.config.tie_word_embeddings:
+            raise ModelError("the embedding and the head of this model are one matrix already; leave tie")
+        if rows[head] != rows[embedding]:
+            raise ModelError(
+                f'the embedding of this model is "{rows[embedding]}" and its head "{rows[head]}"; they can\'t be one'
+            )
+
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
+        """Leave the matrix in the journal, and with it what makes the channels that the head reads."""
+        self.require_two_matrices(model)
+        journal = context.journal
+        if not journal.has(OUTER, 0):
+            journal.save(OUTER, 0, *self._made(model, context))
+        found = journal.load(OUTER, 0)[1]
+        notes = ["operations per token are unchanged: the one matrix is looked up and multiplied by as the two were"]
+        return Facts(STAGE, notes=notes, details={"fit": self.fit} | found)
+
+    @torch.no_grad()
+    def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """The tensors that change, in the type of the base, and what is known of their loss."""
+        anatomy = model.anatomy
+        E, O = (model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head))  # noqa: E741
+        embedding = f"{anatomy.embedding}.weight"
+        if torch.equal(E, O):
+            return model.as_stored({embedding: E}), {"kl_nats": 0.0}
+        trial = _Trial(model, context)
+        if self.fit != "least_squares":
+            made = {embedding: {"mean": (E + O) / 2, "embedding": E, "head": O}[self.fit]}
+            return model.as_stored(made), {"kl_nats": trial.kl_nats(made)}
+        statistics = _statistics(model, context)
+        tried: dict[float, tuple[float, dict[str, Tensor]]] = {}
+
+        def attempt(balance: float) -> None:
+            if balance not in tried:
+                M_VD, gain_D = tie(E, O, *statistics, balance)
+                made = {embedding: M_VD, **_with_gain(model, gain_D)}
+                tried[balance] = trial.kl_nats(made), made
+
+        best = START
+        attempt(best)
+        for factor in context.track(STEPS, "tie (embedding, head)", len(STEPS)):
+            while True:
+                for balance in (best / factor, best * factor):
+                    attempt(balance)
+                better = min(tried, key=lambda balance: (tried[balance][0], balance))
+                if better == best:
+                    break
+                best = better
+        kl_nats, made = tried[best]
+        return model.as_stored(made), {"kl_nats": kl_nats, "balance": best}
+
+
+class _Trial:
+    """What the model's predictions lose with other weights outside its layers, on some windows of the calibration text."""
+
+    def __init__(self, model: LayerwiseModel, context: Context) -> None:
+        windows = context.data.calibration
+        self.model, self.windows = model, windows[: -(-SAMPLE // windows.shape[1])]
+        self.unscored = context.data.unscored
+        self.full = self._states()
+
+    def _states(self) -> Sequence[Tensor]:
+        *_, last = walk(self.model, self.windows, through=True)
+        return [hidden[:, self.unscored :] for hidden in last.inputs]
+
+    def kl_nats(self, made: Mapping[str, Tensor]) -> float:
+        """KL a token with these in place, the matrix for embedding and head; infinite where it is no number."""
+        with _placed(self.model, made):
+            states = self._states()
+        lost = 0.0
+        for full, hidden in zip(self.full, states, strict=True):
+            expected = leave(self.model, full).float().log_softmax(-1)
+            with _placed(self.model, made):
+                lost += divergence(expected, leave(self.model, hidden)) * len(full)
+        kl_nats = lost / sum(map(len, self.full))
+        return kl_nats if math.isfinite(kl_nats) else math.inf
+
+
+@contextmanager
+def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]:
+    """For a while, these in place of the model's own outside its layers, the embedding's matrix for the head too."""
+    anatomy = model.anatomy
+    stored = model.as_stored(made)  # as it will be read back
+    both = stored | {f"{anatomy.head}.weight": stored[f"{anatomy.embedding}.weight"]}
+    parameters = {name: model.model.get_parameter(name) for name in both}
+    before = {name: parameter.data for name, parameter in parameters.items()}
+    for name, parameter in parameters.items():
+        parameter.data = both[name].to(parameter)
+    try:
+        yield
+    finally:
+        for name, parameter in parameters.items():
+            parameter.data = before[name]
+
+
+def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
+    """What makes the channels that the head reads, each multiplied by a gain; nothing where nothing does."""
+    anatomy, sizes = model.anatomy, model.sizes
+    read = Spelling.parse(anatomy.outer[f"{anatomy.head}.weight"]).dims[-1]
+    if read == "hidden":
+        offset = anatomy.norm_offset
+        made = [f"{anatomy.norm}.{part}" for part in ("weight", "bias")]
+        found = {name: model.model.get_parameter(name).data for name in made if name in anatomy.outer}
+        return {name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D for name, t in found.items()}
+    rows = {name: row for name, row in anatomy.outer.items() if Spelling.parse(row).dims[0] == read}
+    data = {name: model.model.get_parameter(name).data for name in rows}
+    return {name: scale(tensor, rows[name], sizes, (str(read),), gain_D) for name, tensor in data.items()}
+
+
+@torch.no_grad()
+def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """How often each token is seen or said (twice), what the model feels of its embedding, and what its head reads."""
+    anatomy, windows = model.anatomy, context.data.calibration
+    V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
+    seen_V = torch.bincount(windows.flatten(), minlength=V).to(model.device, torch.float32)
+    said_V, moments = torch.zeros(V, device=model.device), Moments(D, model.device)
+    *_, last = walk(model, windows, through=True)
+    with head_reads(model) as read:
+        for hidden in last.inputs:
+            said_V += leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
+            moments.add(read.pop())
+    sample = windows[: -(-SAMPLE // windows.shape[1])]
+    with torch.enable_grad():
+        unscored = context.data.unscored
+        *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True, unscored=unscored)
+    F_DD = F_DD.to(model.device)
+    for name, row in anatomy.outer.items():  # an embedding of another width, which a linear widens
+        if row == "hidden embed":
+            P_DE = model.model.get_parameter(name).data
+            F_DD = P_DE.T @ F_DD @ P_DE
+    # one weight of a row for both: with two, rare tokens lose the one row or the other, and the model with them. And no row is
+    # without any: what the calibration text lacks comes in other texts
+    rows_V = seen_V + said_V + windows.numel() / V
+    return rows_V, rows_V, F_DD, moments.H_CC

@@ -1,0 +1,204 @@
+"""Each coding against plain arithmetic: what is stored is read back, and stands for levels times the scales it snapped to."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from llmcompress.algorithms.quantize_weight import RoundedWeight
+from llmcompress.formats import registry
+from llmcompress.formats.integer import ACTIVATIONS, FORMATS, Int8Weight, IntegerLayout, IntegerWeight
+from llmcompress.formats.integer_linear import linear, stock
+from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from tests.models import noise
+
+R, C = 64, 192
+FOUR_BIT: list[QuantScheme] = [
+    FourBitScheme("nf4", 64, False, torch.float32),
+    FourBitScheme("nf4", 32, True, torch.float32),
+    FourBitScheme("fp4", 64, True, torch.float32),
+    FourBitScheme("fp4", 32, False, torch.float32),
+]
+INTEGER: list[QuantScheme] = [
+    IntegerScheme(IntegerLayout(format, activations, None if format.startswith("w8") else layer))
+    for format, activations, layer in itertools.product(FORMATS, ACTIVATIONS, (32, 64))
+    if not format.startswith("w8") or layer == 64
+]
+CODINGS: list[QuantScheme] = [*FOUR_BIT, Int8Scheme(0.0), Int8Scheme(3.0), *INTEGER]
+
+
+def name_of(coding: QuantScheme) -> str:
+    if isinstance(coding, FourBitScheme):
+        return f"{coding.format}-{coding.group_size}{'-double' if coding.double_quant else ''}"
+    return f"int8-{coding.threshold}" if isinstance(coding, Int8Scheme) else f"{coding.format}-{coding.scheme.activations}"
+
+
+every_coding = pytest.mark.parametrize("coding", CODINGS, ids=name_of)
+
+
+def input_scale(coding: QuantScheme) -> float | None:
+    """What the inputs are divided by, where that is stored: 3 standard deviations of noise fit."""
+    return coding.static_scale(3.0)
+
+
+def spread(scale_RG: Tensor) -> Tensor:
+    """One scale a weight, float64 [R, C]."""
+    return scale_RG.double().repeat_interleave(C // scale_RG.shape[1], dim=1)
+
+
+def drawn(coding: QuantScheme) -> RoundedWeight:
+    """Any levels under any scales that the coding may be asked to store: within a factor of 10, of both signs if it says so."""
+    generator = torch.Generator().manual_seed(1)
+    index_RC = torch.randint(len(coding.grid.levels), (R, C), generator=generator)
+    scale_RG = torch.rand((R, C // coding.columns((R, C))), generator=generator) * 0.9 + 0.1
+    sign = torch.rand(scale_RG.shape, generator=generator) < 0.5 if coding.signs[0] else torch.zeros_like(scale_RG) > 0
+    return RoundedWeight(index_RC, torch.where(sign, -scale_RG, scale_RG))
+
+
+@every_coding
+def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: QuantScheme) -> None:
+    rounded = drawn(coding)
+    written = coding.store(rounded, input_scale(coding))
+    again = coding.read(registry.tensors_of(written), C)
+    expected = coding.grid.levels.double()[rounded.index_RC] * spread(coding.snap(rounded.scale_RG))
+    for found in (registry.dequantize(written), registry.dequantize(again)):
+        assert found.dtype == torch.float32 and found.shape == (R, C)
+        # 4 bits: the one product in float32; integers: code * (scale / largest) in place of (code / largest) * scale
+        torch.testing.assert_close(found.double(), expected, rtol=1e-7 if coding in FOUR_BIT else 3e-7, atol=1e-12)
+    tensors, second = registry.tensors_of(written), registry.tensors_of(again)
+    assert tensors.keys() == second.keys() and all(torch.equal(tensors[name], second[name]) for name in tensors)
+
+
+@every_coding
+def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: QuantScheme) -> None:
+    written = coding.nearest(noise(R, C), input_scale(coding))
+    name, tensors = "model.layers.0.mlp.up_proj", registry.tensors_of(written)
+    checkpoint = {f"{name}.{part}": tensor for part, tensor in tensors.items()}
+    checkpoint |= {f"{name}.bias": noise(R), "model.norm.weight": noise(C), f"{name}_two.weight": noise(R, C)}
+    assert registry.quantized_linears(checkpoint) == [name]
+    parts = registry.parts_of(name, checkpoint)
+    assert parts.keys() == tensors.keys()
+    assert torch.equal(registry.dequantize(coding.read(parts, C)), registry.dequantize(written))
+
+
+@every_coding
+def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
+    """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level; else exactly."""
+    scale_RG = drawn(coding).scale_RG
+    error = (coding.snap(scale_RG) - scale_RG).abs()
+    if isinstance(coding, FourBitScheme):
+        bound_RG = torch.full_like(scale_RG, 0.02 if coding.double_quant else 0.0)
+    else:
+        share = 1 / 20 if isinstance(coding, IntegerScheme) and coding.scheme.group_size else 0.0
+        bound_RG = (share + 1e-6) * scale_RG.amax(1, keepdim=True).expand_as(scale_RG)
+    assert bool((error <= bound_RG).all())
+
+
+@pytest.mark.parametrize("coding", [Int8Scheme(0.0), *INTEGER], ids=name_of)
+def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(coding: QuantScheme) -> None:
+    W_RC = noise(R, C, seed=2)
+    W_RC[3], W_RC[5, 64:128] = 0.0, 0.0  # a dead row, and a dead layer of another
+    found = registry.dequantize(coding.nearest(W_RC, input_scale(coding))).double()
+    top_RG = W_RC.reshape(R, -1, coding.columns((R, C))).abs().amax(-1)
+    scale_RC = spread(coding.snap(torch.where(top_RG > 0, top_RG, torch.ones_like(top_RG))))
+    W = W_RC.half().double() if isinstance(coding, Int8Scheme) else W_RC.double()  # stock takes it through float16
+    scale_RC = spread(W.abs().amax(1, keepdim=True).clamp_min(1e-9)) if isinstance(coding, Int8Scheme) else scale_RC
+    best = torch.full_like(W, float("inf"))
+    for level in coding.grid.levels.double():
+        best = torch.minimum(best, (W - level * scale_RC).abs())
+    step = 1 / (127 if len(coding.grid.levels) == 255 else 7)
+    # a tie may fall either way in float32, and LLM.int8 divides in float16
+    slack = (0.1 if isinstance(coding, Int8Scheme) else 1e-4) * step * scale_RC
+    assert bool(((found - W).abs() <= best + slack).all())
+    assert not found[3].any() and not found[5, 64:128].any()
+
+
+@every_coding
+def test_the_bits_are_those_of_the_tensors_but_for_one_scale_a_row(coding: QuantScheme) -> None:
+    tensors = registry.tensors_of(coding.nearest(noise(R, C), input_scale(coding)))
+    per_row = {"SCB", "weight_format", "weight_scale", "input_scale"}
+    fixed = ("quant_map", "bitsandbytes", "nested_quant_map")  # the same whatever the size of the linear
+    size = sum(t.nbytes for name, t in tensors.items() if name not in per_row and not any(part in name for part in fixed))
+    assert 8 * size / (R * C) == pytest.approx(coding.bits, rel=1e-3)
+
+
+@pytest.mark.parametrize("coding", INTEGER, ids=name_of)
+def test_inputs_are_rounded_as_the_linear_rounds_them(coding: IntegerScheme) -> None:
+    weight = coding.nearest(noise(R, C), input_scale(coding))
+    assert isinstance(weight, IntegerWeight)
+    x = noise(5, 7, C, seed=3)
+    inputs = coding.inputs(None if weight.input_scale is None else float(weight.input_scale))
+    assert (inputs is None) == (coding.scheme.activations == "none") == (coding.input_largest is None)
+    read = inputs(x) if inputs else x
+    assert inputs is None or not torch.equal(read, x)
+    expected = functional.linear(read.double(), weight.dequantize().double())
+    with torch.no_grad():
+        torch.testing.assert_close(linear(weight, None)(x).double(), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("threshold", [0.0, 2.5, 3.0])
+def test_int8_inputs_are_rounded_as_the_stock_kernel_rounds_them(threshold: float) -> None:
+    """On inputs that float16 holds exactly; the sums and the columns that are not rounded are float16 there."""
+    coding = Int8Scheme(threshold)
+    weight, x = coding.nearest(noise(R, C)), noise(40, C, seed=3).half().float()
+    assert isinstance(weight, Int8Weight)
+    inputs = coding.inputs()
+    assert inputs is not None
+    read = inputs(x)
+    W = weight.dequantize()
+    rounding = float((functional.linear(read - x, W)).norm() / functional.linear(x, W).norm())
+    with torch.no_grad():
+        found = stock(weight, None, threshold=threshold)(x).float()
+    expected = functional.linear(read, W)
+    assert float((found - expected).norm() / expected.norm()) < 6e-4 < rounding
+
+
+def test_an_input_that_was_never_seen_gets_a_scale_that_can_be_stored() -> None:
+    coding = IntegerScheme(IntegerLayout("w8a8", "static"))
+    written = coding.nearest(noise(R, C), 0.0)
+    again = coding.read(registry.tensors_of(written), C)
+    assert isinstance(again, IntegerWeight) and again.input_scale is not None and float(again.input_scale) > 0
+
+
+def test_a_scale_for_all_inputs_is_there_for_static_activations_alone() -> None:
+    for coding in CODINGS:
+        static = isinstance(coding, IntegerScheme) and coding.scheme.activations == "static"
+        assert (coding.static_scale(1.0) is not None) == static
+        if isinstance(coding, IntegerScheme) and static:
+            assert coding.static_scale(2.0) == pytest.approx(2.0 / {"a8": 127, "a4": 7, "16": 32639}[coding.format[-2:]])
+
+
+def test_the_steps_of_weights_and_inputs_are_those_of_the_formats() -> None:
+    def steps(coding: QuantScheme) -> tuple[int | None, int]:
+        return coding.input_largest, coding.weight_largest
+
+    assert steps(Int8Scheme(0.0)) == (127, 127) and steps(FourBitScheme("nf4", 64, False, torch.float32))[0] is None
+    assert [
+        steps(IntegerScheme(IntegerLayout(format, "dynamic", layer)))
+        for format, layer in zip(FORMATS, (None, 64, 64, None, 64), strict=True)
+    ] == [
+        (127, 127),
+        (127, 7),
+        (7, 7),
+        (32639, 127),
+        (32639, 7),
+    ]
+
+
+@pytest.mark.parametrize("coding", [*FOUR_BIT, *INTEGER], ids=name_of)
+def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: QuantScheme) -> None:
+    assert coding.refusal((64, 192)) is None
+    if isinstance(coding, IntegerScheme) and coding.scheme.group_size is None:
+        assert coding.refusal((64, 200)) is None
+    else:
+        assert f"{coding.format} rows of 200 weights don't divide into layers of" in str(coding.refusal((64, 200)))
+
+
+def test_rows_out_matter_to_the_four_bit_kernels_alone() -> None:
+    for coding in CODINGS:
+        assert (coding.refusal((48, 192)) is not None) == isinstance(coding, FourBitScheme)
+    assert Int8Scheme(0.0).refusal((7, 13)) is None

@@ -1,0 +1,294 @@
+"""The stage on pico models: which linears it takes, which it keeps and why, and that nearest is stock bitsandbytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+from llmcompress.errors import AcceptError, ModelError
+from llmcompress.formats import bitsandbytes_layout
+from llmcompress.io.checkpoint import Checkpoint
+from llmcompress.io.output_folder import partial_folder
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe.recipe import Accept, Recipe
+from llmcompress.stages.quantize.stage import Quantize, starved_experts
+from tests.bases import VOCABULARY, known, save_base, small_recipe, write_text
+from tests.models import FAMILIES, pico
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
+
+
+def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
+    model = pico(family, vocab_size=VOCABULARY, **config)
+    return InMemoryModel(model.config, model.state_dict(), CPU)
+
+
+def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
+    tensors = load_file(folder / "model.safetensors")
+    names = [name.removesuffix(".weight.absmax") for name in tensors if name.endswith(".weight.absmax")]
+    return {name: bitsandbytes_layout.unpack(bitsandbytes_layout.parts_of(name, tensors)) for name in names}
+
+
+@pytest.mark.parametrize(
+    ("family", "format", "group_size", "double_quant"),
+    [
+        ("llama", "nf4", 64, False),
+        ("llama", "nf4", 64, True),
+        ("llama", "fp4", 32, False),
+        ("qwen2", "fp4", 64, True),
+        ("opt", "nf4", 64, False),
+    ],
+)
+def test_nearest_is_stock_bitsandbytes(
+    family: str, format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool, text: Path, tmp_path: Path
+) -> None:
+    base = save_base(tmp_path / "base", family, num_hidden_layers=1)
+    settings = {"format": format, "group_size": group_size, "double_quant": double_quant}
+    run_recipe(small_recipe(text, base, rounding="nearest", **settings), tmp_path / "out")
+    ours = own(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    for name, packed in ours.items():
+        weight = model.get_submodule(name).weight.data
+        stock = bitsandbytes_layout.stock.quantize_4bit(
+            weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
+        )
+        assert torch.equal(bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock.dequantize_4bit(*stock))
+    if group_size == 64:  # the only group_size that transformers quantises with
+        config: Any = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=format,
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=torch.float32,
+        )
+        loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
+        loaded.save_pretrained(tmp_path / "stock")
+        theirs, found = load_file(tmp_path / "stock" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        assert theirs.keys() == found.keys()
+        assert all(torch.equal(theirs[name], found[name]) for name in theirs)
+
+
+@pytest.mark.parametrize(("format", "group_size", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)])
+def test_calibration_beats_nearest_at_the_same_bytes(
+    format: str, group_size: int, double_quant: bool, text: Path, tmp_path: Path
+) -> None:
+    wide: dict[str, Any] = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1}
+    base = save_base(tmp_path / "base", **wide)
+    settings: dict[str, Any] = {"format": format, "group_size": group_size, "double_quant": double_quant}
+    more = small_recipe(text).data.model_copy(update={"samples": 32, "evaluation_samples": 8})
+    kl, sizes = {}, {}
+    for rounding in ("nearest", "gptq", "learned"):
+        steps = {"steps": 20} if rounding == "learned" else {}
+        recipe = small_recipe(text, base, rounding=rounding, **steps, **settings).model_copy(update={"data": more})
+        report = run_recipe(recipe, tmp_path / rounding)
+        kl[rounding], sizes[rounding] = known(report.fidelity.kl_nats_mean), known(report.compressed.size_bytes)
+        assert {linear.bits for linear in report.linears} == {Quantize.model_validate(settings).coding(torch.float32).bits}
+        assert all(p.group_size == group_size and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
+    assert 0 < kl["gptq"] < 0.9 * kl["nearest"] and 0 < kl["learned"] < 0.9 * kl["nearest"]
+    assert max(sizes.values()) - min(sizes.values()) <= 7 * 20  # the offset of double quantisation is spelled in digits
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gpt_neox"])
+def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", family, num_hidden_layers=1)
+    run_recipe(small_recipe(text, base, format="w4a4"), tmp_path / "gptq")
+    run_recipe(small_recipe(text, base, format="w4a4", rounding="nearest"), tmp_path / "nearest")
+    before = load_file(base / "model.safetensors")
+    for rounding in ("gptq", "nearest"):
+        after = load_file(tmp_path / rounding / "model.safetensors")
+        moved = {name for name in after if name in before and not torch.equal(after[name], before[name])}
+        linears = {name.removesuffix(".weight_scale") for name in after if name.endswith(".weight_scale")}
+        expected = {f"{name}.bias" for name in linears if f"{name}.bias" in before} if rounding == "gptq" else set()
+        assert moved - {f"{name}.weight" for name in linears} == expected, "nearest rounding is the baseline, as stock has it"
+
+
+@pytest.mark.slow
+def test_corrected_biases_survive_an_interrupted_run(text: Path, tmp_path: Path) -> None:
+    base, settings = save_base(tmp_path / "base", "gpt2"), {"format": "w4a4", "smooth": {}}
+    run_recipe(small_recipe(text, base, **settings), tmp_path / "once")
+    strict = small_recipe(text, base, **settings).model_copy(update={"accept": Accept(kl_nats=1e-12)})
+    with pytest.raises(AcceptError):
+        run_recipe(strict, tmp_path / "again")
+    (partial_folder(tmp_path / "again") / "journal" / "quantize.00001.safetensors").unlink()
+    run_recipe(small_recipe(text, base, **settings), tmp_path / "again")
+    once, again = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("once", "again"))
+    assert once == again
+
+
+def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=1)
+    for double_quant in (False, True):
+        out = tmp_path / str(double_quant)
+        run_recipe(small_recipe(text, base, rounding="nearest", double_quant=double_quant), out)
+        tensors = Checkpoint.open(out, base=False).tensors
+        name = "model.layers.0.mlp.up_proj"
+        stored = sum(tensors[f"{name}.{part}"].size_bytes for part in ("weight", "weight.absmax"))
+        stored += tensors[f"{name}.weight.nested_absmax"].size_bytes if double_quant else 0
+        assert 8 * stored / (320 * 64) == pytest.approx(
+            Quantize(double_quant=double_quant).coding(torch.float32).bits, rel=0.01
+        )
+
+
+def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    kept = run_recipe(small_recipe(text, base), tmp_path / "kept")
+    assert ("lm_head", "head: keep") in {(linear.name, linear.why) for linear in kept.kept}
+    report = run_recipe(small_recipe(text, base, head="quantize"), tmp_path / "out")
+    assert "lm_head" in own(tmp_path / "out") and report.linears[-1].name == "lm_head" and not report.kept
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded.lm_head).__name__ == "Linear4bit"
+    model = AutoModelForCausalLM.from_pretrained(base)
+    result, live = apply_recipe(small_recipe(text, base, head="quantize"), model, loaded_tokenizer(base))
+    assert isinstance(result.get_submodule("lm_head"), bitsandbytes_layout.Linear4bit) and live.linears == report.linears
+
+
+def loaded_tokenizer(base: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(base)
+
+
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {"tie_word_embeddings": True}), ("gemma2", {}), ("gpt2", {}), ("opt", {})]
+)
+def test_a_tied_head_can_not_be_quantised(family: str, config: dict[str, Any]) -> None:
+    with pytest.raises(ModelError, match="this one is tied to the embedding; use head: keep"):
+        Quantize(head="quantize").choose(resident(family, **config))
+
+
+def test_a_tied_head_is_kept_without_a_word_of_error() -> None:
+    chosen, kept = Quantize().choose(resident("llama", tie_word_embeddings=True))
+    assert len(chosen) == 14 and kept == {"lm_head": "head: keep"}
+
+
+def test_what_skip_names_is_kept() -> None:
+    model = resident()
+    chosen, kept = Quantize(skip=("*.down_proj", "model.layers.0.self_attn.*")).choose(model)
+    assert {name for name, why in kept.items() if why == "skip"} == {
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+        *(f"model.layers.0.self_attn.{x}_proj" for x in "qkvo"),
+    }
+    assert len(chosen) == 14 - 6
+
+
+def test_what_skip_names_stays_dense_in_the_artefact(text: Path, tmp_path: Path) -> None:
+    base, out = save_base(tmp_path / "base"), tmp_path / "out"
+    run_recipe(small_recipe(text, base, rounding="nearest", skip=["model.layers.1.mlp.up_proj"]), out)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    assert type(loaded.model.layers[1].mlp.up_proj) is torch.nn.Linear
+    assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
+    assert torch.equal(
+        loaded.model.layers[1].mlp.up_proj.weight, pico("llama", vocab_size=256).model.layers[1].mlp.up_proj.weight
+    )
+
+
+def test_a_skip_that_matches_nothing_is_told_the_names_there_are() -> None:
+    with pytest.raises(
+        ModelError, match=r'skip "\*.qproj" matches no linear of this model; they have names like model.layers.0'
+    ):
+        Quantize(skip=("*.q_proj", "*.qproj")).choose(resident())
+
+
+def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
+    with pytest.raises(ModelError, match="no linear of this model can be quantised"):
+        Quantize(skip=("*",)).choose(resident())
+    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another group_size or skip"):
+        Quantize(group_size=4096).choose(resident())
+
+
+def test_shapes_that_the_kernels_can_not_take_are_kept_with_the_reason(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", intermediate_size=172, num_hidden_layers=1)  # as stories260K is
+    report = run_recipe(small_recipe(text, base), tmp_path / "out")
+    why = {linear.name: linear.why for linear in report.kept}
+    assert "rows of 172 weights don't divide into groups of 64" in why["model.layers.0.mlp.down_proj"]
+    assert all("172 output rows" in why[f"model.layers.0.mlp.{x}_proj"] for x in ("gate", "up"))
+    assert len(report.linears) == 4
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
+
+
+def test_experts_and_routers_are_kept_and_listed() -> None:
+    chosen, kept = Quantize().choose(resident("qwen3_moe"))
+    assert len(chosen) == 8 and all(".self_attn." in name for name in chosen)
+    for layer in (0, 1):
+        for part in ("gate_up_proj", "down_proj"):
+            assert "3-D experts" in kept[f"model.layers.{layer}.mlp.experts.{part}"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_linear_of_a_family_is_quantised_or_kept_with_a_reason(family: str) -> None:
+    model = resident(family)
+    chosen, kept = Quantize().choose(model)
+    names = {name for name, _ in model.linear_maps()}
+    assert set(chosen).isdisjoint(kept) and names <= {*chosen, *kept}
+    assert all(kept.values())
+    for name in chosen:
+        assert name in names
+
+
+def test_a_journal_of_the_same_run_is_used_and_of_another_is_not(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base", num_hidden_layers=2)
+    one, two = small_recipe(text, base, rounding="nearest"), small_recipe(text, base, rounding="nearest", format="fp4")
+    run_recipe(one, tmp_path / "one")
+    with pytest.raises(ModelError):
+        run_recipe(damaged(two, base), tmp_path / "two")
+    run_recipe(two, tmp_path / "two")
+    assert {packed.format for packed in own(tmp_path / "two").values()} == {"fp4"}
+
+
+def damaged(recipe: Recipe, base: Path) -> Recipe:
+    """The recipe on a copy of the base whose second layer holds a NaN."""
+    from safetensors.torch import save_file
+
+    folder = base.with_name("damaged")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    model.save_pretrained(folder)
+    for file in base.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = float("nan")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return recipe.model_copy(update={"base": str(folder)})
+
+
+def test_a_base_with_nan_in_its_weights_is_refused(text: Path, tmp_path: Path) -> None:
+    base = save_base(tmp_path / "base")
+    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 20480 values are NaN or infinite"):
+        run_recipe(damaged(small_recipe(text, base), base), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(text: Path, tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True, num_hidden_layers=1)
+    tensors = load_file(base / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, base / "model.safetensors", {"format": "pt"})
+    run_recipe(small_recipe(text, base), tmp_path / "out")
+    written = DiskModel(tmp_path / "out", CPU, quantized=True)
+    assert "lm_head.weight" not in written.checkpoint.tensors
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
+
+
+def test_experts_that_saw_few_tokens_are_named() -> None:
+    layers: list[dict[str, Any]] = [
+        {"name": "a", "expert_tokens": [5, 100, 2]},
+        {"name": "b"},
+        {"name": "c", "expert_tokens": [9]},
+    ]
+    assert starved_experts(layers, 6) == ["a: experts that saw fewer than 6 calibration tokens: 0 (5), 2 (2)"]
