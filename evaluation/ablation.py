@@ -22,21 +22,21 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS
 from evaluation.options import parser
 from evaluation.results import AblationRow
-from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.hessian import retarget
-from llmcompress.algorithms.scales import groups_of, fit_scales, search_scales, spread
 from llmcompress.algorithms.quantize_weight import RoundedWeight
+from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
+from llmcompress.data.sources import DataSpec
+from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import logits, output_fisher, walk
 from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.report.metrics import fidelity
-from llmcompress.formats.schemes import FourBitScheme
-from llmcompress.stages.quantize.stage import Quantize
 from llmcompress.stages.quantize.rounding import Rounding
-from llmcompress.data.sources import DataSpec
-from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.sequential import logits, output_fisher, walk
+from llmcompress.stages.quantize.stage import Quantize
 
 GROUP_SIZE = 64
 CPU = torch.device("cpu")

@@ -18,10 +18,10 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS
 from evaluation.options import parser
 from evaluation.results import BosRow
-from evaluation.runs import run
+from evaluation.runs import known, run
+from llmcompress.data.sources import DataSpec
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.data.sources import DataSpec
 
 MODEL = "stories260k"
 RECIPES = {
@@ -45,10 +45,10 @@ def scored(name: str, folder: Path, calibrated: bool, evaluated: bool) -> BosRow
         recipe=name,
         calibrated_with_bos=calibrated,
         scored_with_bos=evaluated,
-        perplexity=found["perplexity"],
-        kl_nats_mean=found["kl_nats_mean"],
-        kl_nats_p99=found["kl_nats_p99"],
-        top1_agreement=found["top1_agreement"],
+        perplexity=found.perplexity,
+        kl_nats_mean=known(found.kl_nats_mean),
+        kl_nats_p99=known(found.kl_nats_p99),
+        top1_agreement=known(found.top1_agreement),
     )
 
 
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> int:
     """Run every recipe in both protocols, evaluate in both, and write the result."""
     machine.parse(parser("bos", __doc__), argv, threads=1)
     base = MODELS[MODEL].base
-    perplexity = {str(bos).lower(): evaluate(base, data=data(bos))["perplexity"] for bos in (True, False)}
+    perplexity = {str(bos).lower(): evaluate(base, data=data(bos)).perplexity for bos in (True, False)}
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         for name, stages in RECIPES.items():

@@ -41,11 +41,11 @@ from evaluation.options import parser
 from evaluation.results import CostRow
 from evaluation.runs import known, run
 from llmcompress.data.calibration import load_data
-from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import peak_memory_bytes
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import peak_memory_bytes
 
 EVALUATION = 8  # sequences that measure the artefact
 QUIET = 0.1  # of a core: what other processes may take while a point is measured

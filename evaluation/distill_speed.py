@@ -28,15 +28,15 @@ from evaluation.options import parser
 from evaluation.results import Student, TrainingRow
 from evaluation.runs import run
 from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import DataSpec
 from llmcompress.io.journal import Journal
+from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.resolve import calibration_data, find_base, source_of
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import Context
 from llmcompress.stages.distill.stage import Distill
 from llmcompress.stages.distill.student import whole
-from llmcompress.data.sources import DataSpec
-from llmcompress.io.tokenizer import tokenizer_of
 
 BATCH = 8  # sequences of a step
 RATE = 1e-5

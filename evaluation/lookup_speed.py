@@ -30,10 +30,10 @@ from evaluation.options import parser
 from evaluation.results import LookupRow
 from evaluation.speed import plain, random
 from evaluation.timing import race
-from llmcompress.formats import codebook, bitsandbytes_layout
-from llmcompress.kernels import lut_gemm
-from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.algorithms.codebook import Palette, nearest
+from llmcompress.formats import bitsandbytes_layout, codebook
+from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.kernels import lut_gemm
 
 SHAPES = ((2048, 2048), (4096, 4096), (4096, 11008))  # rows x columns
 TOKENS = (1, 4, 16, 128)

@@ -24,9 +24,9 @@ from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import PrunedSpeedRow
 from evaluation.runs import layer_parameters
-from llmcompress.pipeline.plan import per_token
-from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.architectures.resize import changed
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.pipeline.plan import per_token
 from llmcompress.stages.prune.stage import Prune
 
 SHAPE = {
@@ -97,17 +97,17 @@ def row(
 ) -> PrunedSpeedRow:
     """A cut beside the whole model in the same turns."""
     pairs = list(zip(turns, wholes, strict=True))
-    planned, planned_whole = per_token(outline), per_token(whole)
+    (flops, cached), (flops_whole, _) = per_token(outline), per_token(whole)
     return PrunedSpeedRow(
         cut=name,
         block_parameters=layer_parameters(outline) / layer_parameters(whole),
-        flops=planned["flops_per_token"] / planned_whole["flops_per_token"],
+        flops=flops / flops_whole,
         reading_time=median(ours.reading_s / theirs.reading_s for ours, theirs in pairs),
         decoding_time=median(ours.decoding_s / theirs.decoding_s for ours, theirs in pairs),
         reading_s=median(one.reading_s for one in turns),
         decoding_s=median(one.decoding_s for one in turns),
         kv_cache_bytes_per_token=turns[0].cache_bytes,
-        kv_cache_bytes_per_token_planned=planned["kv_cache_bytes_per_token"],
+        kv_cache_bytes_per_token_planned=cached,
     )
 
 

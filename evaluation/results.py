@@ -23,7 +23,7 @@ RENAMED = (  # what earlier versions called a recipe or a row
     (r"^basis-75$", "low-rank-75"),
     (r"\bbasis of (\d+) layers", r"low rank over \1 layers"),
     (r"\bcodebook of (\d+) a (row|linear)\b", r"codebook of \1 entries per \2"),
-    (r"\bnf4, layer (\d+)", r"nf4, group size \1"),
+    (r"\bnf4, block (\d+)", r"nf4, group size \1"),
     (r"\bkept teacher, (\d+) likeliest", r"cached teacher, top \1"),
     (r"\bkept teacher\b", "cached teacher"),
     (r"\bblock's own output as target", "the layer's own output as target"),

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 
 from evaluation.models import LENGTH
+from llmcompress.data.sources import DataSpec
+from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.resolve import config_of, find_base
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
-from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.pipeline.run import run_recipe
-from llmcompress.data.sources import DataSpec
 
 SAMPLES = 64  # sequences that calibrate where many rows are measured
 Stage = dict[str, object]  # an entry of a recipe: {"prune": {"axis": "ffn", ...}}

@@ -23,11 +23,11 @@ from evaluation.options import parser
 from evaluation.pruning import Settings
 from evaluation.results import SharingRow
 from evaluation.runs import Stage, known, losses, outline, recipe_of, run, seconds
-from llmcompress.io.checkpoint import Checkpoint
-from llmcompress.pipeline.outcome import outline_after
 from llmcompress.errors import CompressError
-from llmcompress.pipeline.resolve import find_base
+from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.pipeline.outcome import outline_after
+from llmcompress.pipeline.resolve import find_base
 from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.share.stage import Share
 
@@ -45,7 +45,6 @@ HEAL: dict[str, Settings] = {
     "wikilm-8m": {"steps": 150, "batch": 4, "learning_rate": 2e-4},
 }
 SCALES: Settings = {"train": "scales", "learning_rate": 1e-3}
-TIE: Settings = {"weights": ["embedding", "head"]}
 CODES: dict[str, Stage] = {
     "codebook of 16 entries per row": {"codebook": {"entries": 16}},
     "codebook of 256 entries per linear": {"codebook": {"entries": 256, "per": "linear"}},
@@ -87,11 +86,11 @@ def ways(model: MetaModel, share: float) -> dict[str, list[Stage]]:
         for count in range(1, layers)
     ]
     if (shared := largest(model, found, Share, most)) is not None:
-        rows["share"] = [{"tie": shared}]
+        rows["share"] = [{"share": shared}]
     for name, count in (("low rank", 1), ("low rank over 2 layers", 2)):
-        found = [{"basis": count, "keep": keep / 100} for keep in range(30, 100)]
+        found = [{"layers_per_basis": count, "keep": keep / 100} for keep in range(30, 100)]
         if (made := largest(model, found, LowRank, most)) is not None:
-            rows[name] = [{"tie": made}]
+            rows[name] = [{"low_rank": made}]
     return rows
 
 
@@ -107,8 +106,8 @@ def rows_of(name: str, model: MetaModel) -> dict[str, list[Stage]]:
         if way in HEALED_CODES:
             rows[f"ways: {way}, healed"] = [stage, {"distill": heal | SCALES}]
     if not model.config.tie_word_embeddings:
-        fits = {"ways: tie embedding and head": TIE}
-        fits |= {f"tied: {fit}": {**TIE, "fit": fit} for fit in ("embedding", "head", "mean")}
+        fits: dict[str, Settings] = {"ways: tie embedding and head": {}}
+        fits |= {f"tied: {fit}": {"fit": fit} for fit in ("embedding", "head", "mean")}
         for row, settings in fits.items():
             rows[row] = [{"tie": settings}]
             rows[f"{row}, healed"] = [{"tie": settings}, {"distill": heal}]
@@ -116,7 +115,7 @@ def rows_of(name: str, model: MetaModel) -> dict[str, list[Stage]]:
     for by in ("kl", "cka", "cosine", "adjacent"):
         rows[f"grouping: {by}"] = [{"share": {"layers": by, "groups": groups}}]
     residual = {"layers": "kl", "groups": groups, "residual_rank": 16}
-    rows["grouping: kl, residual of rank 16"] = [{"tie": residual}]
+    rows["grouping: kl, residual of rank 16"] = [{"share": residual}]
     return rows
 
 

@@ -44,9 +44,9 @@ from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import SpeedRow
 from evaluation.timing import race
-from llmcompress.formats import integer, integer_linear, bitsandbytes_layout
-from llmcompress.formats.integer import IntegerWeight, IntegerLayout
 from llmcompress.algorithms.sparsegpt import keep_mask
+from llmcompress.formats import bitsandbytes_layout, integer, integer_linear
+from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.schemes import IntegerScheme
 
 SHAPES = (
@@ -193,7 +193,7 @@ def candidates(device: torch.device) -> list[Candidate]:
     others: dict[str, Make] = {
         "w8a8": partial(own, IntegerLayout("w8a8")),
         "w8a8, static": partial(own, IntegerLayout("w8a8", "static")),
-        "w4a8": partial(own, IntegerLayout("w4a8", layer=GROUP_SIZE)),
+        "w4a8": partial(own, IntegerLayout("w4a8", group_size=GROUP_SIZE)),
         "int8": lambda W: partial(
             integer_linear.stock, integer.quantize_nearest(W.cpu()), None, threshold=0.0, device=W.device
         ),

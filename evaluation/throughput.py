@@ -27,12 +27,12 @@ from evaluation.models import LENGTH, MODELS, present
 from evaluation.options import parser
 from evaluation.results import ThroughputRow
 from evaluation.timing import seconds
-from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.pipeline.resolve import calibration_data, find_base
-from llmcompress.report.metrics import fidelity
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of, logits
+from llmcompress.pipeline.resolve import calibration_data, find_base
+from llmcompress.report.metrics import fidelity
 
 MEASURED = ("demo", "wikilm-8m")
 BOUND = 0.9  # of the bare pass: what perplexity evaluation is to reach

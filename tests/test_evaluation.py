@@ -149,7 +149,7 @@ def test_rows_under_their_earlier_names_give_the_same_tables(checkout: Path) -> 
         ("ways: 75 %, basis of 2 layers, healed", "ways: 75 %, low rank over 2 layers, healed"),
         ("ways: codebook of 16 a row", "ways: codebook of 16 entries per row"),
         ("ways: codebook of 256 a linear", "ways: codebook of 256 entries per linear"),
-        ("ways: nf4, layer 32", "ways: nf4, group size 32"),
+        ("ways: nf4, block 32", "ways: nf4, group size 32"),
         ("kept teacher, 64 likeliest", "cached teacher, top 64"),
     ],
 )
@@ -214,7 +214,7 @@ def test_a_row_takes_the_place_of_the_one_of_its_earlier_name_and_others_stay_as
 ) -> None:
     monkeypatch.setattr(results, "RESULTS", tmp_path)
     other = {"row": "ways: nf4", "kl_nats_mean": 0.1, "of an earlier version": {"group_size": 64}}
-    old = {"row": "ways: nf4, layer 32", "kl_nats_mean": 0.2}
+    old = {"row": "ways: nf4, block 32", "kl_nats_mean": 0.2}
     (tmp_path / "sharing-demo.json").write_text(json.dumps({"command": "c", "rows": [old, other]}))
     rows = results.merge("sharing-demo", ("row",), sharing_row("ways: nf4, group size 32", 0.3))
     results.write("sharing-demo", Head(command="c"), {"rows": rows})

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 
 from evaluation.models import LENGTH, MODELS
 from evaluation.results import Sequences
-from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data, find_base
 
 KEY = "windows"  # of the tensor in a file: int64 [S, L]
 
