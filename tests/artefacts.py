@@ -32,7 +32,10 @@ TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manua
 
 def load(folder: Path) -> PreTrainedModel:
     model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
-    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        set(info[kind]) - {"lm_head.weight"}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     return cast(PreTrainedModel, model)
 
 
@@ -90,12 +93,16 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
         told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
     )
     assert report.compressed.parameters == written.compressed.parameters
-    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000  # the header
+    assert (
+        0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
+    )  # the header
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(folder / "out")))
     result.save_pretrained(folder / "saved")
     once, again = weights_of(folder / "out"), weights_of(folder / "saved")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
     return result, report, written
 
 

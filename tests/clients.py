@@ -32,9 +32,15 @@ def told(call, *args, **settings):
 def ask(env: Mapping[str, str], script: str, *arguments: str, timeout: int = 180) -> list[Any]:
     """What `told(...)` in a script says, call by call: what was returned, or `KindOfError: message`."""
     command = [sys.executable, "-c", PRELUDE + script, str(Path(llmcompress.__file__).parent), *arguments]
-    result = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr
-    return [json.loads(line.removeprefix("TOLD ")) for line in result.stdout.splitlines() if line.startswith("TOLD ")]
+    return [
+        json.loads(line.removeprefix("TOLD "))
+        for line in result.stdout.splitlines()
+        if line.startswith("TOLD ")
+    ]
 
 
 class Result(NamedTuple):

@@ -12,7 +12,9 @@ from llmcompress.report import metrics, plots
 from llmcompress.report.schema import Report
 
 torch.set_num_threads(1)
-EVALUATE = importlib.import_module("llmcompress.pipeline.evaluate")  # under whose name the package has the function
+EVALUATE = importlib.import_module(
+    "llmcompress.pipeline.evaluate"
+)  # under whose name the package has the function
 WHOLE = ("test_run", "test_cli", "test_evaluate")  # what these test is whole runs
 
 

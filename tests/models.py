@@ -11,7 +11,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "qwen3_moe")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "qwen3_moe",
+)
 
 _TOKENS = {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GROUPED = {
@@ -24,7 +36,10 @@ _GROUPED = {
     "max_position_embeddings": 96,
 }
 _PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
-_LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the tests' texts
+_LOCAL = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # shorter than the tests' texts
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 8},

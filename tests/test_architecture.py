@@ -108,9 +108,13 @@ def test_no_stage_imports_another_stage() -> None:
         parts = module.split(".")
         if parts[0] == "stages" and len(parts) == 3:
             others = {
-                seen for seen in own_imports(module) if seen.split(".")[1:2] and seen.split(".")[1] in stages - {parts[1]}
+                seen
+                for seen in own_imports(module)
+                if seen.split(".")[1:2] and seen.split(".")[1] in stages - {parts[1]}
             }
-            assert not {seen for seen in others if seen.startswith("stages.")}, f"{module} imports another stage"
+            assert not {seen for seen in others if seen.startswith("stages.")}, (
+                f"{module} imports another stage"
+            )
 
 
 def test_algorithms_import_torch_and_each_other() -> None:
@@ -135,7 +139,10 @@ def test_a_foreign_package_has_one_border(package: str) -> None:
 def test_every_public_name_says_what_it_is(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text())
     assert ast.get_docstring(tree), f"{module} does not say what it is"
-    owners: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    owners: list[ast.Module | ast.ClassDef] = [
+        tree,
+        *(node for node in tree.body if isinstance(node, ast.ClassDef)),
+    ]
     for owner in owners:
         for node in owner.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -147,7 +154,9 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
 
 def first_sentence(module: str) -> str:
     """What a module says of itself: its docstring up to the first full stop that ends a sentence, or its first line."""
-    text = " ".join((ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0].split())
+    text = " ".join(
+        (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0].split()
+    )
     return text.partition(". ")[0].rstrip(".").replace("|", r"\|")
 
 

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-LARGEST = {4: 7, 8: 127, 16: 127 * 256 + 127}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
+LARGEST = {
+    4: 7,
+    8: 127,
+    16: 127 * 256 + 127,
+}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
@@ -85,6 +89,8 @@ def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
     values, best, least = seen.values(), 0.0, float("inf")
     for ratio in torch.linspace(0.05, 1.0, 96).tolist():
         scale = float(seen.top) * ratio / largest
-        error = ((values / max(scale, TINY)).round().clamp_(max=largest) * scale - values).square() @ seen.counts
+        error = (
+            (values / max(scale, TINY)).round().clamp_(max=largest) * scale - values
+        ).square() @ seen.counts
         best, least = (scale, float(error)) if float(error) < least else (best, least)
     return best

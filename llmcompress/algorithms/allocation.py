@@ -40,9 +40,13 @@ def allocate(layers: Sequence[Sequence[Option]], budget: int, *, multiple: int =
     fitting = [_fitting(options, multiple, layer) for layer, options in enumerate(layers)]
     least_left = sum(min(option.parameters for option in options) for options in fitting)
     if least_left > budget:
-        raise ValueError(f"the smallest layers there are have {least_left} parameters; the budget is {budget}")
+        raise ValueError(
+            f"the smallest layers there are have {least_left} parameters; the budget is {budget}"
+        )
     spent, loss = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    taken: list[Tensor] = []  # of each pair of a layer's frontier: its pair in the layer before, times options, plus its option
+    taken: list[
+        Tensor
+    ] = []  # of each pair of a layer's frontier: its pair in the layer before, times options, plus its option
     for options in fitting:
         least_left -= min(option.parameters for option in options)
         parameters = torch.tensor([option.parameters for option in options])

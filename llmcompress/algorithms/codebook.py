@@ -111,7 +111,9 @@ def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 1
     h_C = h_C.clamp_min(floor) if floor > 0 else torch.ones_like(h_C)
     whole = len(W_RC) // rows * rows
     parts = [*W_RC[:whole].split(max(1, PIECE // (rows * len(h_C))) * rows), W_RC[whole:]]
-    return torch.cat([_kmeans(part, h_C, entries, min(rows, len(part)), steps) for part in parts if len(part)])
+    return torch.cat(
+        [_kmeans(part, h_C, entries, min(rows, len(part)), steps) for part in parts if len(part)]
+    )
 
 
 def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> Tensor:
@@ -182,7 +184,9 @@ def _distinct(x_GN: Tensor, levels_GL: Tensor) -> Tensor:
     return torch.where(few, values, levels_GL)
 
 
-def fit_levels(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8) -> Tensor:
+def fit_levels(
+    W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8
+) -> Tensor:
     """Levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself; they need not ascend.
 
     The normal equations are solved by conjugate gradients from the levels that there are, each level in units of what it
@@ -217,7 +221,14 @@ def losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> Tensor:
 
 
 def solve_codebook(
-    W_RC: Tensor, H_CC: Tensor, entries: int, rows: int, *, snap: Snap | None = None, rounds: int = 3, damp: float = 0.01
+    W_RC: Tensor,
+    H_CC: Tensor,
+    entries: int,
+    rows: int,
+    *,
+    snap: Snap | None = None,
+    rounds: int = 3,
+    damp: float = 0.01,
 ) -> Palette:
     """Codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
 
@@ -229,7 +240,9 @@ def solve_codebook(
     levels for GPTQ are weighed by what a column's input has that the others can't make up for, 1 / [H^-1]_cc.
     """
     if entries not in ENTRIES or rows < 1:
-        raise ValueError(f"no codebooks of {entries} levels for {rows} rows; levels are {', '.join(map(str, ENTRIES))}")
+        raise ValueError(
+            f"no codebooks of {entries} levels for {rows} rows; levels are {', '.join(map(str, ENTRIES))}"
+        )
     rows = min(rows, len(W_RC))
     snap = snap or (lambda levels_GL: levels_GL)
     levels = snap(kmeans(W_RC, H_CC.diagonal(), entries, rows))
@@ -251,4 +264,6 @@ def _better(W_RC: Tensor, H_CC: Tensor, new: Palette, old: Palette, least: Tenso
     lost = losses(W_RC, new, H_CC)
     won = lost < least
     index = torch.where(won.repeat_interleave(new.rows)[: len(W_RC), None], new.index_RC, old.index_RC)
-    return Palette(index, torch.where(won[:, None], new.levels_GL, old.levels_GL), new.rows), torch.where(won, lost, least)
+    return Palette(index, torch.where(won[:, None], new.levels_GL, old.levels_GL), new.rows), torch.where(
+        won, lost, least
+    )

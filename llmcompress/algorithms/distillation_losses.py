@@ -25,7 +25,9 @@ Kind = Literal["forward_kl", "reverse_kl", "total_variation", "cross_entropy", S
 HiddenKind = Literal["mse", "cosine"]
 SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # where none is given
 IGNORED = -100  # the label of a token that does not count
-FLOOR = -1e4  # nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
+FLOOR = (
+    -1e4
+)  # nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
 CHUNK = 128  # tokens at a time: a buffer is 64 MB at 128 thousand logits in float32
 
 
@@ -49,7 +51,9 @@ class Scores:
 
     def detached(self) -> Scores:
         """The same without gradient and in one dtype."""
-        weight, bias = (None if x is None else x.detach().to(self.hidden_TD.dtype) for x in (self.weight_VD, self.bias_V))
+        weight, bias = (
+            None if x is None else x.detach().to(self.hidden_TD.dtype) for x in (self.weight_VD, self.bias_V)
+        )
         return replace(self, hidden_TD=self.hidden_TD.detach(), weight_VD=weight, bias_V=bias)
 
     def product(self, index_T: Tensor) -> Tensor:
@@ -135,7 +139,10 @@ class _Task:
         if known is not None and self.label_share < 1:
             log_q = _log_probs(z_TV, self.temperature)
             if isinstance(known, TopK):
-                log_p, log_q = known.log_p_TK1[index_T].clamp_min(FLOOR), _classes(log_q, known.index_TK[index_T])
+                log_p, log_q = (
+                    known.log_p_TK1[index_T].clamp_min(FLOOR),
+                    _classes(log_q, known.index_TK[index_T]),
+                )
             else:
                 log_p = _log_probs(known.logits(known.product(index_T)), self.temperature)
             factor = self.temperature ** (1 if self.kind == "total_variation" else 2) * (1 - self.label_share)
@@ -145,12 +152,16 @@ class _Task:
             loss_T = loss_T - self.label_share * log_q[:, 0]
         return loss_T
 
-    def run(self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0) -> tuple[Tensor, list[Tensor | None]]:
+    def run(
+        self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0
+    ) -> tuple[Tensor, list[Tensor | None]]:
         """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where wanted."""
         hidden_TD, weight_VD, bias_V = student.hidden_TD, student.weight_VD, student.bias_V
         total, (to_hidden, to_weight, to_bias) = self.weight_T.new_zeros(()), wanted
         dH_TD = torch.zeros_like(hidden_TD) if to_hidden else None
-        dW_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if to_weight and weight_VD is not None else None
+        dW_VD = (
+            torch.zeros_like(weight_VD, dtype=total.dtype) if to_weight and weight_VD is not None else None
+        )
         db_V = torch.zeros_like(bias_V, dtype=total.dtype) if to_bias and bias_V is not None else None
         for index_T in self.chunks:
             s_TV = student.product(index_T).requires_grad_(any(wanted))
@@ -222,20 +233,37 @@ def token_loss(
     given = student if isinstance(student, Scores) else Scores(student)
     known = Scores(teacher) if isinstance(teacher, Tensor) else teacher
     scores, known = given.detached(), known.detached() if isinstance(known, Scores) else known
-    skew, label_share = SKEW.get(kind, 0.0) if skew is None else skew, 1.0 if kind == "cross_entropy" else label_share
+    skew, label_share = (
+        SKEW.get(kind, 0.0) if skew is None else skew,
+        1.0 if kind == "cross_entropy" else label_share,
+    )
     for misfit, what in (
         (kind not in get_args(Kind), f"{kind} is none of {', '.join(get_args(Kind))}"),
         (known is None and label_share < 1, f"{kind} needs a teacher"),
         (labels_T is None and label_share > 0, "cross entropy needs labels"),
-        (not 0 <= skew < 1 or (skew == 0 and kind == "jensen_shannon"), f"{kind} does not go with a skew of {skew}"),
-        (isinstance(known, Scores) and known.shape() != given.shape(), "student and teacher differ in tokens or vocabulary"),
-        (isinstance(known, TopK) and known.temperature != temperature, f"the top k were not taken at {temperature=}"),
-        (isinstance(known, TopK) and len(known.index_TK) != given.shape()[0], "student and teacher differ in tokens"),
+        (
+            not 0 <= skew < 1 or (skew == 0 and kind == "jensen_shannon"),
+            f"{kind} does not go with a skew of {skew}",
+        ),
+        (
+            isinstance(known, Scores) and known.shape() != given.shape(),
+            "student and teacher differ in tokens or vocabulary",
+        ),
+        (
+            isinstance(known, TopK) and known.temperature != temperature,
+            f"the top k were not taken at {temperature=}",
+        ),
+        (
+            isinstance(known, TopK) and len(known.index_TK) != given.shape()[0],
+            "student and teacher differ in tokens",
+        ),
     ):
         if misfit:
             raise ValueError(what)
     weights_T = torch.ones_like(scores.hidden_TD[:, 0]) if weight_T is None else weight_T
-    weights_T = (weights_T if labels_T is None else weights_T * (labels_T != IGNORED)).to(_wide(scores.hidden_TD))
+    weights_T = (weights_T if labels_T is None else weights_T * (labels_T != IGNORED)).to(
+        _wide(scores.hidden_TD)
+    )
     index_T = weights_T.nonzero()[:, 0]
     weights_T, chunks = weights_T / weights_T[index_T].mean(), index_T.split(chunk)
     task = _Task(kind, skew, temperature, label_share, known, labels_T, weights_T, chunks)
@@ -253,7 +281,11 @@ def _counted(weight_BL: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_loss(
-    kind: HiddenKind, student_BLD: Tensor, teacher_BLE: Tensor, W_ED: Tensor | None = None, weight_BL: Tensor | None = None
+    kind: HiddenKind,
+    student_BLD: Tensor,
+    teacher_BLE: Tensor,
+    W_ED: Tensor | None = None,
+    weight_BL: Tensor | None = None,
 ) -> Tensor:
     """The mean over positions of the mean squared difference of hidden states, or of 1 - their cosine.
 
@@ -265,7 +297,9 @@ def hidden_loss(
     weight_T, student_TE, teacher_TE = _counted(weight_BL, student_BLD, teacher_BLE.detach())
     student_TE = student_TE if W_ED is None else linear(student_TE, W_ED.to(student_TE.dtype))
     if student_TE.shape != teacher_TE.shape:
-        raise ValueError(f"hidden states of {student_TE.shape[1]} and {teacher_TE.shape[1]} columns: give W_ED")
+        raise ValueError(
+            f"hidden states of {student_TE.shape[1]} and {teacher_TE.shape[1]} columns: give W_ED"
+        )
     if kind == "cosine":  # |u - v|^2 = 2 - 2 cos for units, and exactly 0 where equal
         student_TE, teacher_TE = normalize(student_TE, dim=-1), normalize(teacher_TE, dim=-1)
     apart_T = (student_TE - teacher_TE).square().sum(-1)
@@ -279,13 +313,17 @@ def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor |
 
     Source: MiniLM, Wang et al. 2020, arXiv:2002.10957.
     """
-    weight_T, q_THK, p_TGK = _counted(weight_BL, student_BHLK.transpose(1, 2), teacher_BGLK.detach().transpose(1, 2))
+    weight_T, q_THK, p_TGK = _counted(
+        weight_BL, student_BHLK.transpose(1, 2), teacher_BGLK.detach().transpose(1, 2)
+    )
     if q_THK.shape[1] != p_TGK.shape[1]:
         q_THK, p_TGK = q_THK.mean(1, keepdim=True), p_TGK.mean(1, keepdim=True)
     return _kl(p_TGK, q_THK).mean(1) @ weight_T
 
 
-def layer_map(student_layers: int, teacher_layers: int, gone: Collection[int] | None = None) -> tuple[int, ...]:
+def layer_map(
+    student_layers: int, teacher_layers: int, gone: Collection[int] | None = None
+) -> tuple[int, ...]:
     """The teacher's layer whose output each of the student's layers is to reach: the last of those that it stands for.
 
     With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an even share.
@@ -295,5 +333,7 @@ def layer_map(student_layers: int, teacher_layers: int, gone: Collection[int] | 
     if gone is not None:
         ends = [*sorted(set(range(teacher_layers)) - set(gone))[1:], teacher_layers]
     if not 1 <= student_layers <= teacher_layers or len(ends) != student_layers:
-        raise ValueError(f"{student_layers} layers are not what is left of {teacher_layers} without {gone or 'some'}")
+        raise ValueError(
+            f"{student_layers} layers are not what is left of {teacher_layers} without {gone or 'some'}"
+        )
     return tuple(end - 1 for end in ends)

@@ -16,7 +16,9 @@ from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.algorithms.scales import spread
 
 
-def gptq(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 0.01, width: int = 64) -> Tensor:
+def gptq(
+    W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 0.01, width: int = 64
+) -> Tensor:
     """Level indices [R, C] of W under fixed scales, each column's error pushed onto the columns not yet rounded.
 
     Columns go in order of falling second moment (activation order); the scale of a column is that of its group, fixed
@@ -44,7 +46,9 @@ def gptq(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 
     return out.T.contiguous()
 
 
-def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Grid, *, width: int = 64) -> Tensor:
+def descend(
+    W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Grid, *, width: int = 64
+) -> Tensor:
     """Level indices [R, C] after one pass that moves each column to its best level, all other columns and the scales fixed.
 
     tr(E H E^T) never rises. A column with no second moment is left alone.
@@ -55,7 +59,9 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Gr
     S = spread(S_RG, C // S_RG.shape[1]).T.contiguous()
     index = index_RC.T.clone(memory_format=torch.contiguous_format)
     Q = grid.levels[index] * S
-    P = H_CC @ (W_RC.T - Q)  # half of minus the gradient, [C, R]; kept up to date for the columns still to come
+    P = H_CC @ (
+        W_RC.T - Q
+    )  # half of minus the gradient, [C, R]; kept up to date for the columns still to come
     curvature = H_CC.diagonal().tolist()
     for start in range(0, C, width):
         stop = min(start + width, C)

@@ -80,9 +80,13 @@ def grid(format: GridFormat) -> Grid:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
         levels = codes.float() / LARGEST[format]
         return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes.to(torch.int8))
-    table = torch.tensor(NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32)
+    table = torch.tensor(
+        NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32
+    )
     levels, where = torch.unique(table, return_inverse=True)
     codes = torch.empty(len(levels), dtype=torch.uint8)
-    for code in range(len(table) - 1, -1, -1):  # of two codes with one level (0 and -0 of FP4) the lower one is written
+    for code in range(
+        len(table) - 1, -1, -1
+    ):  # of two codes with one level (0 and -0 of FP4) the lower one is written
         codes[where[code]] = code
     return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes)

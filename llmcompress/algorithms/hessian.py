@@ -38,7 +38,9 @@ class Moments:
         for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
             mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
         if full is not None:
-            self.X_CC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
+            self.X_CC = (
+                self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
+            )
             self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
@@ -47,7 +49,11 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether no value, square or sum of what was read is NaN or infinite."""
-        return all(bool(torch.isfinite(part).all()) for part in (self.H_CC, self.X_CC, self.full_C) if part is not None)
+        return all(
+            bool(torch.isfinite(part).all())
+            for part in (self.H_CC, self.X_CC, self.full_C)
+            if part is not None
+        )
 
     def joined(self, other: Moments) -> Moments:
         """Those of the tokens of both; what the full model has in their place is left out, for two have two such places."""

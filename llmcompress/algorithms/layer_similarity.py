@@ -67,7 +67,9 @@ def descend(start: Mapping[str, Tensor], loss: Loss, *, steps: int, rate: float 
     mean = sum(sizes.values()) / max(1, len(sizes))
     groups = [{"params": [tensor], "lr": rate * (sizes[name] or mean)} for name, tensor in tensors.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    )
     for step in range(steps):
         optimizer.zero_grad()
         loss(tensors, step).backward()

@@ -42,7 +42,10 @@ class _Round(torch.autograd.Function):
         group_size = position.shape[1] // scale.shape[1]
         index = position.round().clamp_(0, len(grid.levels) - 1).int().flatten()
         steps = grid.spacing(torch.arange(len(grid.levels), device=index.device))
-        levels, step = (groups_of(table.index_select(0, index).view_as(position), group_size) for table in (grid.levels, steps))
+        levels, step = (
+            groups_of(table.index_select(0, index).view_as(position), group_size)
+            for table in (grid.levels, steps)
+        )
         ctx.save_for_backward(levels, step, scale)
         return (levels * scale[..., None]).view_as(position)
 
@@ -80,13 +83,21 @@ def learn(
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven grids, in units of
     the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
     """
-    positions = {name: start_position(weights[name], start, grids[name]).requires_grad_() for name, start in starts.items()}
+    positions = {
+        name: start_position(weights[name], start, grids[name]).requires_grad_()
+        for name, start in starts.items()
+    }
     gains = {name: torch.zeros_like(start.scale_RG).requires_grad_() for name, start in starts.items()}
     optimizer = torch.optim.Adam(
-        [{"params": list(positions.values()), "lr": rate}, {"params": list(gains.values()), "lr": scale_rate}],
+        [
+            {"params": list(positions.values()), "lr": rate},
+            {"params": list(gains.values()), "lr": scale_rate},
+        ],
         betas=(0.9, 0.99),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    )
     snap = (snaps or {}).get
     for step in range(steps):
         scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap(name)) for name in starts}

@@ -29,7 +29,9 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
     raise Overflow("second moments are not finite")
 
 
-def shared_basis(weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int) -> tuple[list[Tensor], Tensor]:
+def shared_basis(
+    weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int
+) -> tuple[list[Tensor], Tensor]:
     """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight, its best product.
 
     `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is lost.
@@ -40,11 +42,15 @@ def shared_basis(weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int
     summed = torch.stack([H_CC.double() for H_CC in moments]).mean(0)
     S_CC = root(summed)
     whitened = torch.cat([W_RC.double() @ S_CC for W_RC in weights])
-    gram = whitened.T @ whitened  # of fewer rows than columns too, its leading vectors are the right singular ones
+    gram = (
+        whitened.T @ whitened
+    )  # of fewer rows than columns too, its leading vectors are the right singular ones
     _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     V_KC = vectors.flip(1)[:, :rank].T
     basis_KC = torch.linalg.solve_triangular(S_CC.T, V_KC.T, upper=True).T
-    lefts = [coefficients(W_RC, H_CC, basis_KC.to(W_RC.dtype)) for W_RC, H_CC in zip(weights, moments, strict=True)]
+    lefts = [
+        coefficients(W_RC, H_CC, basis_KC.to(W_RC.dtype)) for W_RC, H_CC in zip(weights, moments, strict=True)
+    ]
     return lefts, basis_KC.to(weights[0].dtype)
 
 
@@ -54,5 +60,7 @@ def coefficients(W_RC: Tensor, H_CC: Tensor, basis_KC: Tensor, damp: float = DAM
     B_KC = basis_KC.double()
     BH_KC = B_KC @ H
     inner = BH_KC @ B_KC.T
-    left_RK: Tensor = torch.linalg.solve((inner + inner.T) / 2, BH_KC @ W_RC.double().T).T.to(W_RC.dtype).contiguous()
+    left_RK: Tensor = (
+        torch.linalg.solve((inner + inner.T) / 2, BH_KC @ W_RC.double().T).T.to(W_RC.dtype).contiguous()
+    )
     return left_RK

@@ -46,12 +46,21 @@ class Removal:
     def _gone(self, count: int) -> int:
         gone = self.units - count
         if not 0 <= gone <= len(self.order):
-            raise ValueError(f"{count} units can't be kept: between {self.units - len(self.order)} and {self.units} are known")
+            raise ValueError(
+                f"{count} units can't be kept: between {self.units - len(self.order)} and {self.units} are known"
+            )
         return gone
 
 
 def remove(
-    W_RC: Tensor, H_CC: Tensor, unit_C: Tensor, units: int, *, least: int = 0, damp: float = 0.01, width: int = 64
+    W_RC: Tensor,
+    H_CC: Tensor,
+    unit_C: Tensor,
+    units: int,
+    *,
+    least: int = 0,
+    damp: float = 0.01,
+    width: int = 64,
 ) -> Removal:
     """Remove the cheapest unit again and again until `least` are left, all other columns solved for anew each time.
 
@@ -91,7 +100,10 @@ class _Left:
     def eliminate(self, P: Tensor) -> None:
         """Solve all other columns for the loss of the columns P."""
         v, n = self._change(P)
-        v_UK, n_UK = pad(v, (0, 1))[:, self.table], pad(n, (0, 1))[:, self.table]  # [P, units, K]; -1 is the zero at the end
+        v_UK, n_UK = (
+            pad(v, (0, 1))[:, self.table],
+            pad(n, (0, 1))[:, self.table],
+        )  # [P, units, K]; -1 is the zero at the end
         change = torch.einsum("puk,pul->ukl", v_UK, n_UK)
         self.J_UKK = self.J_UKK - torch.einsum("puk,pul->ukl", v_UK, v_UK)
         self.G_UKK = self.G_UKK - change - change.mT

@@ -14,4 +14,6 @@ def require_within(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
     """Refuse values that a type can't hold. Errors: Overflow, which says `what` they are."""
     top, most = float(tensor.abs().max()) if tensor.numel() else 0.0, torch.finfo(dtype).max
     if not top <= most:
-        raise Overflow(f"{what} up to {top:.3g} don't fit {str(dtype).removeprefix('torch.')}, which ends at {most:.3g}")
+        raise Overflow(
+            f"{what} up to {top:.3g} don't fit {str(dtype).removeprefix('torch.')}, which ends at {most:.3g}"
+        )

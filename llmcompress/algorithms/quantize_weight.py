@@ -28,7 +28,9 @@ class RoundedWeight:
 
     def weight(self, grid: Grid) -> Tensor:
         """The weight [R, C] that the codes stand for."""
-        return grid.levels[self.index_RC] * spread(self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1])
+        return grid.levels[self.index_RC] * spread(
+            self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1]
+        )
 
 
 def solve(

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RATIOS = (1.0, *torch.linspace(0.9, 1.05, 12).tolist())  # of the absolute maximum, where the best scale of 8 bits lies
+RATIOS = (
+    1.0,
+    *torch.linspace(0.9, 1.05, 12).tolist(),
+)  # of the absolute maximum, where the best scale of 8 bits lies
 LARGEST = 127
 PIECE = 1 << 20  # weights at a time
 
@@ -26,7 +29,9 @@ def round_rows(W_RC: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _round(W_RC: Tensor) -> tuple[Tensor, Tensor]:
-    tiny = torch.finfo(torch.float32).tiny  # below it divisions are no longer exact enough to stay within the codes
+    tiny = torch.finfo(
+        torch.float32
+    ).tiny  # below it divisions are no longer exact enough to stay within the codes
     top = (W_RC.abs().amax(1, keepdim=True) / LARGEST).clamp_min(tiny)
     best, least = top, torch.full_like(top, float("inf"))
     for ratio in RATIOS:

@@ -22,7 +22,9 @@ def spread(S_RG: Tensor, group_size: int) -> Tensor:
     return S_RG.repeat_interleave(group_size, dim=1)
 
 
-def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24) -> Tensor:
+def search_scales(
+    W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24
+) -> Tensor:
     """Scales [R, G] that minimise the rounding error of each group, weighed by the second moment h of each column.
 
     Tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first of equals
@@ -55,7 +57,9 @@ def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor
     Q = groups_of(Q_RC, group_size)
     A_RGG = torch.empty(R, G, G, device=W_RC.device)
     for g in range(G):
-        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(-1)
+        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(
+            -1
+        )
     b_RG = (groups_of(W_RC @ H_CC, group_size) * Q).sum(-1)
     diagonal = A_RGG.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30

@@ -23,7 +23,9 @@ def smoothquant(input_top: Tensor, weight_top: Tensor, alpha: float) -> Tensor:
     Source: Xiao et al. 2022, arXiv:2211.10438, equation 4.
     """
     alive = (input_top > 0) & (weight_top > 0)
-    raw = torch.where(alive, input_top.clamp_min(1e-12) ** alpha / weight_top.clamp_min(1e-12) ** (1 - alpha), 1.0)
+    raw = torch.where(
+        alive, input_top.clamp_min(1e-12) ** alpha / weight_top.clamp_min(1e-12) ** (1 - alpha), 1.0
+    )
     return _centred(raw, alive)
 
 

@@ -18,7 +18,9 @@ GAIN_DAMP = 1e-4  # towards the gain of 1
 PIECE = 1 << 22  # weights of which there are copies in float64 at a time
 
 
-def fit_rows(E_VD: Tensor, O_VD: Tensor, seen_V: Tensor, said_V: Tensor, F_DD: Tensor, H_DD: Tensor, gain_D: Tensor) -> Tensor:
+def fit_rows(
+    E_VD: Tensor, O_VD: Tensor, seen_V: Tensor, said_V: Tensor, F_DD: Tensor, H_DD: Tensor, gain_D: Tensor
+) -> Tensor:
     """M [V, D] with the least sum over rows of seen (m - e) F (m - e)^T + said (m g - o) H (m g - o)^T, in the type of E.
 
     seen_V, said_V: positive weights of rows; F, H: positive semi-definite. Each row has a system of its own, which one change

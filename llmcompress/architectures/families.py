@@ -48,7 +48,11 @@ MISTRAL = Anatomy(
         "mlp.up_proj.weight": "ffn hidden",
         "mlp.down_proj.weight": "hidden ffn",
     },
-    outer={"model.embed_tokens.weight": "vocab hidden", "model.norm.weight": "hidden", "lm_head.weight": "vocab hidden"},
+    outer={
+        "model.embed_tokens.weight": "vocab hidden",
+        "model.norm.weight": "hidden",
+        "lm_head.weight": "vocab hidden",
+    },
     consumers=(QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
     scale_pairs={
         "input_layernorm": QKV,
@@ -78,12 +82,20 @@ LLAMA = MISTRAL.extend(
 )
 QWEN2 = MISTRAL.extend(
     "qwen2",
-    layer={"self_attn.q_proj.bias": "(kv q d)", "self_attn.k_proj.bias": "(kv d)", "self_attn.v_proj.bias": "(kv d)"},
+    layer={
+        "self_attn.q_proj.bias": "(kv q d)",
+        "self_attn.k_proj.bias": "(kv d)",
+        "self_attn.v_proj.bias": "(kv d)",
+    },
 )
 QWEN3 = MISTRAL.extend("qwen3", layer={**ATTENTION_BIAS, **HEAD_NORMS})
 GEMMA2 = MISTRAL.extend(
     "gemma2",
-    layer={**ATTENTION_BIAS, "pre_feedforward_layernorm.weight": "hidden", "post_feedforward_layernorm.weight": "hidden"},
+    layer={
+        **ATTENTION_BIAS,
+        "pre_feedforward_layernorm.weight": "hidden",
+        "post_feedforward_layernorm.weight": "hidden",
+    },
     scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
@@ -165,7 +177,13 @@ GPT2 = Anatomy(
         "ln_2": ("mlp.c_fc",),
         "mlp.c_fc if activation_function == 'relu'": ("mlp.c_proj",),
     },
-    sizes={"vocab": "vocab_size", "position": "n_positions", "hidden": "n_embd", "kv": "n_head", "ffn": "n_inner"},
+    sizes={
+        "vocab": "vocab_size",
+        "position": "n_positions",
+        "hidden": "n_embd",
+        "kv": "n_head",
+        "ffn": "n_inner",
+    },
     embedding="transformer.wte",
     norm="transformer.ln_f",
     conv1d=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
@@ -245,20 +263,33 @@ GPT_NEOX = Anatomy(
         "gpt_neox.final_layer_norm.bias": "hidden",
         "lm_head.weight": "vocab hidden",
     },
-    consumers=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    consumers=(
+        ("attention.query_key_value",),
+        ("attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ),
     scale_pairs={
         "input_layernorm": ("attention.query_key_value",),
         "attention.query_key_value[2]": ("attention.dense",),
-        "post_attention_layernorm": ("mlp.dense_h_to_4h",),  # with parallel residual too: each norm has its own reader
+        "post_attention_layernorm": (
+            "mlp.dense_h_to_4h",
+        ),  # with parallel residual too: each norm has its own reader
         "mlp.dense_h_to_4h if hidden_act == 'relu'": ("mlp.dense_4h_to_h",),
     },
-    sizes={"vocab": "vocab_size", "hidden": "hidden_size", "kv": "num_attention_heads", "ffn": "intermediate_size"},
+    sizes={
+        "vocab": "vocab_size",
+        "hidden": "hidden_size",
+        "kv": "num_attention_heads",
+        "ffn": "intermediate_size",
+    },
     embedding="gpt_neox.embed_in",
     norm="gpt_neox.final_layer_norm",
 )
 
 FAMILIES: Mapping[str, Anatomy] = {
-    table.family: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, QWEN3_MOE)
+    table.family: table
+    for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, QWEN3_MOE)
 }
 
 
@@ -289,5 +320,8 @@ def _rows_to_add(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
         if first or not re.search(r"\.\d+\.", name):
             rows["layer" if first else "outer"][inner or name] = " ".join(known.get(n, str(n)) for n in shape)
     if not shapes:
-        rows = {"layer": {"each parameter of a layer": "its axes"}, "outer": {"each other parameter": "its axes"}}
+        rows = {
+            "layer": {"each parameter of a layer": "its axes"},
+            "outer": {"each other parameter": "its axes"},
+        }
     return f"Anatomy(layers={layers}, layer={rows['layer']}, outer={rows['outer']}, ...)"

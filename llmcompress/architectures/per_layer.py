@@ -21,7 +21,9 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import CompressError, ModelError
 
 SCHEMA = "per_layer_config"
-ALLOW = "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
+ALLOW = (
+    "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
+)
 
 
 def mixed(config: PretrainedConfig) -> bool:
@@ -45,7 +47,9 @@ def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The fields of a config whose layers have these values; those that are the same in all are said for all alone."""
     names = {name for fields in layers for name in fields}
     same = {name: layers[0].get(name) for name in names if len({fields.get(name) for fields in layers}) == 1}
-    own = {str(index): {k: v for k, v in fields.items() if k not in same} for index, fields in enumerate(layers)}
+    own = {
+        str(index): {k: v for k, v in fields.items() if k not in same} for index, fields in enumerate(layers)
+    }
     different = {index: fields for index, fields in own.items() if fields}
     return same | ({SCHEMA: different, ALLOW: True} if different else {SCHEMA: None})
 
@@ -78,9 +82,13 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
             built = _built(type(layer), config, index, anatomy)
         except CompressError:
             raise
-        except Exception as error:  # each family builds in its own way; to the user each says: this config is wrong
+        except (
+            Exception
+        ) as error:  # each family builds in its own way; to the user each says: this config is wrong
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ModelError(f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source") from None
+            raise ModelError(
+                f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source"
+            ) from None
         layers[index] = built.to(like.dtype).train(layer.training)
 
 
@@ -110,7 +118,11 @@ def _empty(layer: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None
             owner, _, leaf = name.rpartition(".")
             linear: Any = layer.get_submodule(owner)
             old = linear.get_parameter(leaf)
-            setattr(linear, leaf, nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False))
+            setattr(
+                linear,
+                leaf,
+                nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False),
+            )
             if leaf == "weight":
                 linear.out_features, linear.in_features = linear.weight.shape
     attention, _, reader = str(anatomy.consumer_of("kv")).rpartition(".")

@@ -52,7 +52,9 @@ class Spelling:
         """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis without a size."""
         missing = [axis for axis in self.axes if axis not in sizes]
         if missing:
-            raise ValueError(f'axis "{missing[0]}" of "{self}" has no size; sizes are given for {", ".join(sizes)}')
+            raise ValueError(
+                f'axis "{missing[0]}" of "{self}" has no size; sizes are given for {", ".join(sizes)}'
+            )
         return tuple(_size(term, sizes) for term in self.dims)
 
     def part(self, number: int) -> Spelling:
@@ -64,7 +66,11 @@ class Spelling:
 
 
 def take(
-    tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int], axis: str, index: Tensor | Sequence[int]
+    tensor: Tensor,
+    spelling: Spelling | str,
+    sizes: Mapping[str, int],
+    axis: str,
+    index: Tensor | Sequence[int],
 ) -> Tensor:
     """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor as it is.
 
@@ -110,7 +116,9 @@ def scale(
 def _fitting(tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int]) -> Spelling:
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if tuple(tensor.shape) != spelling.shape(sizes):
-        raise ValueError(f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}')
+        raise ValueError(
+            f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}'
+        )
     return spelling
 
 
@@ -148,7 +156,9 @@ def _coordinates(spelling: Spelling, sizes: Mapping[str, int], axis: str) -> Ten
     """The unit of `axis` at each position, -1 where there is none, shaped to broadcast against the tensor."""
     found = [dim for dim, term in enumerate(spelling.dims) if (units_along(term, sizes, axis) >= 0).any()]
     if len(found) != 1:
-        raise ValueError(f'"{axis}" is in {len(found)} dimensions of "{spelling}"; a scale needs it in exactly one')
+        raise ValueError(
+            f'"{axis}" is in {len(found)} dimensions of "{spelling}"; a scale needs it in exactly one'
+        )
     shape = [1] * len(spelling.dims)
     shape[found[0]] = -1
     return units_along(spelling.dims[found[0]], sizes, axis).reshape(shape)
@@ -177,7 +187,11 @@ def _part(term: Term, number: int) -> Term:
 
 def _text(term: Term) -> str:
     if isinstance(term, Group):
-        return "(" + " | ".join(" ".join(_text(factor) for factor in product) for product in term.alternatives) + ")"
+        return (
+            "("
+            + " | ".join(" ".join(_text(factor) for factor in product) for product in term.alternatives)
+            + ")"
+        )
     return str(term)
 
 
@@ -188,7 +202,9 @@ def _parse(text: str) -> Spelling:
         raise ValueError(f'"{text}" is no spelling; write axes, numbers, ( | ) and spaces')
     dims = _product(tokens, text)
     if tokens or not dims:
-        raise ValueError(f'"{text}" is no spelling: {"nothing is named" if not tokens else f"unexpected {tokens[0]}"}')
+        raise ValueError(
+            f'"{text}" is no spelling: {"nothing is named" if not tokens else f"unexpected {tokens[0]}"}'
+        )
     return Spelling(dims)
 
 
@@ -213,5 +229,7 @@ def _group(tokens: list[str], text: str) -> Group:
     for product in alternatives:
         named = [axis for term in product for axis in set(_axes(term))]
         if not product or len(named) != len(set(named)):
-            raise ValueError(f'"{text}" is no spelling: {"an empty alternative" if not product else "an axis inside itself"}')
+            raise ValueError(
+                f'"{text}" is no spelling: {"an empty alternative" if not product else "an axis inside itself"}'
+            )
     return Group(tuple(alternatives))

@@ -26,18 +26,24 @@ class Anatomy:
     layers: str  # the ModuleList of layers
     layer: Rows  # parameter in a layer -> spelling
     outer: Rows  # parameter outside the layers -> spelling
-    consumers: tuple[tuple[str, ...], ...]  # linears of a layer by the input they read, in order of computation
+    consumers: tuple[
+        tuple[str, ...], ...
+    ]  # linears of a layer by the input they read, in order of computation
     scale_pairs: Mapping[
         str, tuple[str, ...]
     ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
-    sizes: Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
+    sizes: (
+        Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
+    )
     embedding: str
     norm: str | None  # the final norm; some OPT models have none
     head: str = "lm_head"
     router: tuple[str, ...] = ()  # modules whose weight picks the experts; they read what the experts read
     conv1d: frozenset[str] = frozenset()  # linears stored [in, out]
     norm_offset: float = 0.0  # norms multiply by norm_offset + weight
-    refuses: tuple[str, ...] = ()  # conditions on the config under which these rows would not tell the whole model
+    refuses: tuple[
+        str, ...
+    ] = ()  # conditions on the config under which these rows would not tell the whole model
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -56,7 +62,11 @@ class Anatomy:
 
     def rows(self, config: Any) -> dict[str, str]:
         """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
-        inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.layer.items()}
+        inner = {
+            f"{self.layers}.{i}.{name}": row
+            for i in range(config.num_hidden_layers)
+            for name, row in self.layer.items()
+        }
         return {**self.outer, **inner}
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
@@ -65,15 +75,21 @@ class Anatomy:
         hidden = config.hidden_size
         implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
         sizes = {}
-        for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes):
+        for axis in dict.fromkeys(
+            a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes
+        ):
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
             size = implied.get(axis) if size is None else size
             if size is None:
-                raise ModelError(f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json')
+                raise ModelError(
+                    f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json'
+                )
             sizes[axis] = int(size)
         if "q" in sizes:
             if heads and (not sizes["kv"] or heads % sizes["kv"]):
-                raise ModelError(f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json")
+                raise ModelError(
+                    f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json"
+                )
             sizes["q"] = heads // max(sizes["kv"], 1)
         return sizes
 
@@ -90,7 +106,9 @@ class Anatomy:
         consumers = tuple(group for group in self.consumers if f"{group[0]}.weight" not in empty)
         there = {linear for group in consumers for linear in group}
         scale_pairs = {
-            key: kept for key, old in self.scale_pairs.items() if (kept := tuple(name for name in old if name in there))
+            key: kept
+            for key, old in self.scale_pairs.items()
+            if (kept := tuple(name for name in old if name in there))
         }
         return replace(self, consumers=consumers, scale_pairs=scale_pairs)
 
@@ -111,7 +129,9 @@ class Anatomy:
         output = dims if len(dims) == 1 else dims[1:] if name in self.conv1d else dims[:-1]
         return name, part, Spelling(output).axes
 
-    def extend(self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any) -> Anatomy:
+    def extend(
+        self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any
+    ) -> Anatomy:
         """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes its place."""
         layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
         return replace(self, family=family, layer=layer, sizes=sizes, **facts)
@@ -120,11 +140,17 @@ class Anatomy:
         """The facts of one config: each condition decided, the rows it rules out left out."""
         for condition in self.refuses:
             if _holds(condition, config):
-                raise ModelError(f"a {self.family} model with {condition} is not one that llmcompress knows; use one without")
+                raise ModelError(
+                    f"a {self.family} model with {condition} is not one that llmcompress knows; use one without"
+                )
         layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
-        scale_pairs = {key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))}
-        return replace(self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
+        scale_pairs = {
+            key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))
+        }
+        return replace(
+            self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config)
+        )
 
 
 def _choose(text: str, config: Any) -> str | None:

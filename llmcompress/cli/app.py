@@ -14,7 +14,14 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from llmcompress.cli import interrupt
 from llmcompress.errors import AcceptError, CompressError
@@ -32,7 +39,9 @@ Recipe = Annotated[
     str,
     typer.Argument(help="Recipe file (.yaml), folder with a recipe.yaml, or Hub id.", show_default=False),
 ]
-BaseModel = Annotated[str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")]
+BaseModel = Annotated[
+    str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")
+]
 Data = Annotated[
     str | None,
     typer.Option(
@@ -40,12 +49,20 @@ Data = Annotated[
         help="Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs; or '{source: ..., config: ...}'.",
     ),
 ]
-Device = Annotated[str | None, typer.Option("--device", help="cpu or cuda; the first GPU where there is one.")]
+Device = Annotated[
+    str | None, typer.Option("--device", help="cpu or cuda; the first GPU where there is one.")
+]
 
 
 def track(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     """A progress bar on stderr while `things` go by; a line at the end where that is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=err) as progress:
         yield from progress.track(things, total=count, description=what)
 
@@ -71,7 +88,9 @@ def run(
     if not distributed.first():
         return
     print_report(report, out)
-    out.print(f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r}).")
+    out.print(
+        f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r})."
+    )
 
 
 @app.command()
@@ -88,9 +107,13 @@ def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)],
-    against: Annotated[str | None, typer.Option("--against", help="Base to compare with: KL, top-1 agreement.")] = None,
+    against: Annotated[
+        str | None, typer.Option("--against", help="Base to compare with: KL, top-1 agreement.")
+    ] = None,
     data: Data = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file as well.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="Write the numbers to this file as well.")
+    ] = None,
     length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window.")] = None,
     samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 64,
     device: Device = None,
@@ -111,7 +134,9 @@ def evaluate(
 
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)]) -> None:
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)],
+) -> None:
     """Print the report of a finished run."""
     from llmcompress.report.console import print_report
     from llmcompress.report.schema import Report
@@ -123,22 +148,30 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder that `run` wrot
 def push(
     folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)],
     repo: Annotated[str, typer.Argument(help="Where it goes: user/name.", show_default=False)],
-    private: Annotated[bool, typer.Option("--private", help="Make the repository private, if it is made.")] = False,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make the repository private, if it is made.")
+    ] = False,
     message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
 ) -> None:
     """Share a finished run on the Hub: weights, card, report and recipe in one commit. After a broken upload, run it again."""
     from llmcompress.pipeline.push import push as send
 
     pushed = send(folder, repo, private=private, message=message)
-    out.print(f"{folder} is at {pushed.url}, commit {pushed.commit}", soft_wrap=True, highlight=False, markup=False)
+    out.print(
+        f"{folder} is at {pushed.url}, commit {pushed.commit}", soft_wrap=True, highlight=False, markup=False
+    )
 
 
 @app.command()
 def reproduce(
-    name: Annotated[str, typer.Argument(help="A folder that `run` wrote, or user/name@revision.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(help="A folder that `run` wrote, or user/name@revision.", show_default=False)
+    ],
     base: BaseModel = None,
     data: Data = None,
-    out_: Annotated[Path | None, typer.Option("--out", help="Keep the second artefact in this folder.")] = None,
+    out_: Annotated[
+        Path | None, typer.Option("--out", help="Keep the second artefact in this folder.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result there.")] = False,
     device: Device = None,
 ) -> None:

@@ -15,11 +15,15 @@ RecipeName = Annotated[
         show_default=False,
     ),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="Folder, Hub id, or demo.", show_default=False)]
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Folder, Hub id, or demo.", show_default=False)
+]
 Artefact = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `run` wrote.", show_default=False)]
 Base = Annotated[
     str | None,
-    typer.Option("--base", metavar="MODEL", help="Folder, Hub id, or demo; in place of the base in the recipe."),
+    typer.Option(
+        "--base", metavar="MODEL", help="Folder, Hub id, or demo; in place of the base in the recipe."
+    ),
 ]
 Data = Annotated[
     str | None,
@@ -31,10 +35,14 @@ Data = Annotated[
 ]
 Device = Annotated[
     str | None,
-    typer.Option("--device", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU where there is none."),
+    typer.Option(
+        "--device", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU where there is none."
+    ),
 ]
 OUT = typer.Option("--out", metavar="DIR", help="Folder for the result.")
 Out = Annotated[Path, OUT]
 OptionalOut = Annotated[Path | None, OUT]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in the folder for the result.")]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a finished result in the folder for the result.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

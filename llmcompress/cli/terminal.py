@@ -13,13 +13,17 @@ out = Console()
 err = Console(stderr=True)
 
 
-def print_table(title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()) -> None:
+def print_table(
+    title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
+) -> None:
     """Print rows of plain text on stdout; the columns `right` are aligned to the right."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD
+    )
     for place, name in enumerate(header):
         table.add_column(Text(name), justify="right" if place in right else "left", overflow="fold")
     for row in rows:

@@ -37,7 +37,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"  # what a recipe calls the embedded model
-DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"  # the embedded model, trained on the calibration side of python-docs
+DEMO_MODEL: Path = (
+    Path(__file__).parents[1] / "demo"
+)  # the embedded model, trained on the calibration side of python-docs
 
 POOL = 16  # windows read for each calibration window drawn
 LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
@@ -101,21 +103,34 @@ def load_data(
     sides, or not what the model reads.
     """
     if tokenizer is None:
-        raise DataError(f"the base has no tokenizer, so {spec.source} can't be read; save the tokenizer beside its weights")
+        raise DataError(
+            f"the base has no tokenizer, so {spec.source} can't be read; save the tokenizer beside its weights"
+        )
     if spec.length is not None and max_length is not None and spec.length > max_length:
-        raise DataError(f"length {spec.length} is more than the {max_length} positions of the model; use length: {max_length}")
+        raise DataError(
+            f"length {spec.length} is more than the {max_length} positions of the model; use length: {max_length}"
+        )
     bos = bos_of(tokenizer, spec.bos)
     before = int(bos is not None)  # tokens of a window that are no text
-    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]  # of the text in a window
+    lengths = [
+        n - before for n in ([spec.length] if spec.length else _lengths(max_length))
+    ]  # of the text in a window
     if lengths[0] < 2:
-        raise DataError(f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} or more")
+        raise DataError(
+            f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} or more"
+        )
     texts = _texts(spec)
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0], bos)
     trained = spec.samples * lengths[0] + training(lengths[0] + before)
     calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained), bos)
     _refuse_foreign(with_bos(torch.cat([calibration, evaluation])[None], bos), vocab_size)
-    asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
-    length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
+    asked = (
+        ("samples", spec.samples, calibration),
+        ("evaluation_samples", spec.evaluation_samples, evaluation),
+    )
+    length = next(
+        (n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1]
+    )
     for name, want, have in asked:
         _require(spec.source, name, want, have.numel(), length, before)
     every = calibration[: calibration.numel() // length * length].view(-1, length)
@@ -145,7 +160,9 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -
     """
     bos: int | None = tokenizer.bos_token_id
     if wanted is True and bos is None:
-        raise DataError("bos: true asks for a BOS token and the tokenizer has none; use bos: auto or bos: false")
+        raise DataError(
+            "bos: true asks for a BOS token and the tokenizer has none; use bos: auto or bos: false"
+        )
     begins = wanted is True or (wanted == "auto" and bos is not None and _adds(tokenizer, bos))
     return bos if begins else None
 
@@ -159,9 +176,13 @@ def _adds(tokenizer: PreTrainedTokenizerBase, bos: int) -> bool:
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
     """The tokens of each text, with or without special ones. Errors: DataError where the tokenizer gives up."""
     try:
-        found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
     except Exception as error:  # tokenizers raise bare Exceptions, as for a word that they have no token for
-        raise DataError(f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model") from None
+        raise DataError(
+            f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model"
+        ) from None
     return cast(list[list[int]], found)
 
 
@@ -180,9 +201,13 @@ def _require(source: str, field: str, want: int, tokens: int, length: int, befor
     side = "calibration" if field == "samples" else "evaluation"
     windows = tokens // length
     if not tokens:
-        raise DataError(f"the {side} text of {source} is empty or gives no tokens; give a source that holds text")
+        raise DataError(
+            f"the {side} text of {source} is empty or gives no tokens; give a source that holds text"
+        )
     if windows < want:
-        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (tokens >= 2 * want)
+        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (
+            tokens >= 2 * want
+        )
         raise DataError(
             f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} tokens) and {field} "
             f"asks for {want}; use {' or '.join([*fit, 'give more text'])}"
@@ -210,15 +235,22 @@ def _refuse_overlap(source: str, pool_WL: Tensor, evaluation_WL: Tensor) -> None
             )
 
 
-def _tokenise(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None) -> Tensor:
+def _tokenise(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None
+) -> Tensor:
     """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more than it needs.
 
     Conversations are spelled by the chat template, without its own BOS where windows begin with `bos`.
     """
     without_bos = bos is not None
-    lines = ([piece] if isinstance(piece, str) else spelled(piece, tokenizer, without_bos=without_bos) for piece in pieces)
+    lines = (
+        [piece] if isinstance(piece, str) else spelled(piece, tokenizer, without_bos=without_bos)
+        for piece in pieces
+    )
     chunks, parts, have = _chunks(chain.from_iterable(lines)), [torch.empty(0, dtype=torch.int64)], 0
-    while have < enough and (batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))):  # 4 characters a token
+    while have < enough and (
+        batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))
+    ):  # 4 characters a token
         ids = _encoded(tokenizer, batch, special=False)
         parts.append(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64))
         have += len(parts[-1])
@@ -245,11 +277,15 @@ def _texts(spec: DataSpec) -> Texts:
     source, path = spec.source, path_of(spec.source, "data", DataError)
     if source != PYTHON_DOCS and not path.exists():
         if kind_of(path) or not hub.is_id(source):
-            raise DataError(f"{source} does not exist; name a {READABLE}, a folder of them, or a Hub data set")
+            raise DataError(
+                f"{source} does not exist; name a {READABLE}, a folder of them, or a Hub data set"
+            )
         return hub_texts(spec)
     given = [name for name in ("config", "revision", "evaluation_split") if getattr(spec, name) is not None]
     if given or spec.split != "train":
-        raise DataError(f"{(given or ['split'])[0]} is for Hub data sets and {source} is not one; leave it out")
+        raise DataError(
+            f"{(given or ['split'])[0]} is for Hub data sets and {source} is not one; leave it out"
+        )
     if source == PYTHON_DOCS:
         calibration, evaluation = python_docs()
         return Texts(calibration.splitlines(keepends=True), evaluation.splitlines(keepends=True))

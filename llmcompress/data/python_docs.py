@@ -36,7 +36,9 @@ def python_docs() -> tuple[str, str]:
         seen.update(fresh)
         sides[int.from_bytes(digest[:4], "big") >= 0.9 * 2**32].extend(fresh)
     if not all(sides):
-        raise DataError(f"python-docs: {library} holds no .py files with documentation; install them or name another source")
+        raise DataError(
+            f"python-docs: {library} holds no .py files with documentation; install them or name another source"
+        )
     return "\n\n\n".join(sides[0]) + "\n", "\n\n\n".join(sides[1]) + "\n"
 
 
@@ -65,11 +67,22 @@ def _docstrings(library: Path) -> Iterator[tuple[str, list[str]]]:
         texts: list[str] = []
         while level:
             documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-            texts += [(ast.get_docstring(node) or "").strip() for node in level if isinstance(node, documented)]
-            level = [child for node in level if hasattr(node, "body") or hasattr(node, "cases") for child in _statements(node)]
+            texts += [
+                (ast.get_docstring(node) or "").strip() for node in level if isinstance(node, documented)
+            ]
+            level = [
+                child
+                for node in level
+                if hasattr(node, "body") or hasattr(node, "cases")
+                for child in _statements(node)
+            ]
         yield name.as_posix(), [text for text in dict.fromkeys(texts) if text]
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
     """The statements right below a node: expressions hold no docstring and are most of the tree."""
-    return (child for child in ast.iter_child_nodes(node) if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case)))
+    return (
+        child
+        for child in ast.iter_child_nodes(node)
+        if isinstance(child, (ast.stmt, ast.excepthandler, ast.match_case))
+    )

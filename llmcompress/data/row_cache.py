@@ -121,4 +121,6 @@ def _keep(file: Path, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         put(file, text)
     except OSError as error:
-        logger.warning("what is read is not kept for later: %s can't be written (%s)", file, first_line(error))
+        logger.warning(
+            "what is read is not kept for later: %s can't be written (%s)", file, first_line(error)
+        )

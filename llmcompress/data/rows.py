@@ -55,7 +55,10 @@ def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> 
         yield value + "\n\n"
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
         if value:
-            yield Chat([_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)], where)
+            yield Chat(
+                [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)],
+                where,
+            )
     elif value is not None:
         raise DataError(
             f"column {name!r} of {source} holds a {type(value).__name__}, not text; name a column of strings or of messages"
@@ -64,7 +67,9 @@ def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> 
 
 def no_column(column: str, names: Sequence[str], source: str) -> DataError:
     """What is wrong with a column that a table does not have."""
-    return DataError(f"{source} has no column {column!r}; it has {', '.join(names) or 'none'}: set column to one of them")
+    return DataError(
+        f"{source} has no column {column!r}; it has {', '.join(names) or 'none'}: set column to one of them"
+    )
 
 
 def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool) -> list[str]:
@@ -72,13 +77,17 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
 
     `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own. Errors: DataError.
     """
-    if not getattr(tokenizer, "chat_template", True):  # those that spell conversations without one have no such attribute
+    if not getattr(
+        tokenizer, "chat_template", True
+    ):  # those that spell conversations without one have no such attribute
         raise DataError(
             f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain text, or take the "
             "tokenizer of a chat model"
         )
     try:
-        text = str(tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False))
+        text = str(
+            tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
+        )
     except Exception as error:  # templates are programs and raise what they like; to the user each says: this row does not fit
         raise DataError(
             f"{chat.where} does not fit the tokenizer's chat template ({first_line(error)[:200]}); mend or remove the row"
@@ -96,7 +105,9 @@ def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{where} has no role; write messages as {{role: user, content: ...}} or {{from: human, value: ...}}")
+        raise DataError(
+            f"{where} has no role; write messages as {{role: user, content: ...}} or {{from: human, value: ...}}"
+        )
     if "content" not in message and not set(message) - {"role"}:
         raise DataError(f"{where} has no content; mend or remove the row")
     return message | {"content": _content(message.get("content", ""), where)}
@@ -113,7 +124,9 @@ def _content(content: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type", "part without text") if isinstance(part, dict) else type(part).__name__
-            raise DataError(f"{where} holds a part that is no text ({str(kind)[:40]}); give conversations of text alone")
+            raise DataError(
+                f"{where} holds a part that is no text ({str(kind)[:40]}); give conversations of text alone"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -124,4 +137,6 @@ def _require_unicode(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{where} holds {code}, half a character, which is no text; mend or remove the row") from None
+        raise DataError(
+            f"{where} holds {code}, half a character, which is no text; mend or remove the row"
+        ) from None

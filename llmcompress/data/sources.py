@@ -18,8 +18,16 @@ from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.user_paths import path_of
 
 PYTHON_DOCS = "python-docs"
-CHUNK = 1 << 16  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
-WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")  # what a DataSpec says beside which text it is
+CHUNK = (
+    1 << 16
+)  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
+WINDOWS = (
+    "samples",
+    "length",
+    "seed",
+    "evaluation_samples",
+    "bos",
+)  # what a DataSpec says beside which text it is
 LARGEST = 1 << 12  # bytes of a mapping on the command line
 MOST = 10_000_000  # windows of text, and tokens of one
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
@@ -30,10 +38,14 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    source: str = Field(default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs")
+    source: str = Field(
+        default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs"
+    )
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     split: str = Field(default="train", description="Hub split that calibrates")
-    evaluation_split: str | None = Field(default=None, description="Hub split that evaluates; default validation, else test")
+    evaluation_split: str | None = Field(
+        default=None, description="Hub split that evaluates; default validation, else test"
+    )
     column: str = Field(
         default=TEXT,
         description="column that holds text, or messages for the chat template (Hub, .jsonl, .parquet); default text, else "
@@ -42,12 +54,16 @@ class DataSpec(BaseModel):
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
     samples: int = Field(default=256, ge=1, le=MOST, description="calibration windows")
     length: int | None = Field(
-        default=None, ge=2, le=MOST, description="tokens a window, BOS included; default up to 2048, as model and text allow"
+        default=None,
+        ge=2,
+        le=MOST,
+        description="tokens a window, BOS included; default up to 2048, as model and text allow",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
     evaluation_samples: int = Field(default=64, ge=1, le=MOST, description="evaluation windows")
     bos: Literal["auto"] | bool = Field(
-        default="auto", description="begin each window with the BOS token; auto: where the tokenizer adds it by itself"
+        default="auto",
+        description="begin each window with the BOS token; auto: where the tokenizer adds it by itself",
     )
 
     @model_serializer(mode="wrap")

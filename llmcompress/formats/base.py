@@ -15,7 +15,11 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 Derived = TypeVar("Derived", bound=Tensor | nn.Module)
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of values that are stored as floats
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}  # of values that are stored as floats
 DERIVED: Any = (
     WeakTensorKeyDictionary()
 )  # weight -> what it was when something was made of it, and that thing for as long as it is
@@ -41,7 +45,12 @@ class StoredModule(nn.Module):
     exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
 
     def _store(
-        self, scheme: StoredLayout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
+        self,
+        scheme: StoredLayout,
+        rows: int,
+        columns: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Register the parameters; called once, at construction."""
         self.scheme, self.rows, self.columns = scheme, rows, columns
@@ -59,13 +68,18 @@ class StoredModule(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the disk by name, without the bias."""
-        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+        return {
+            name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"
+        }
 
     def require_sound(self, name: str) -> None:
         """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls it `name`."""
         if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
             bias = getattr(self, "bias", None)
-            require_sound(name, [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])])
+            require_sound(
+                name,
+                [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])],
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
         """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
@@ -122,7 +136,9 @@ def _prepare_anew(module: StoredLinear, _: object) -> None:
 Module = TypeVar("Module", bound=StoredLinear)
 
 
-def hold(module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str) -> Module:
+def hold(
+    module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str
+) -> Module:
     """Let an empty module hold copies of the tensors of the disk, prepared and in eval mode."""
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
@@ -145,6 +161,10 @@ class Format:
     weight: type[Any]
     mark: str  # a tensor that only linears of this format have beside `weight`
     module: type[StoredLinear]  # what runs it
-    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]  # tensors, layout, [R, C] -> weight
-    tensors: Callable[[Any], dict[str, Tensor]]  # weight -> the tensors of the disk, by their names in the linear
+    read: Callable[
+        [Mapping[str, Tensor], Any, tuple[int, int] | None], Any
+    ]  # tensors, layout, [R, C] -> weight
+    tensors: Callable[
+        [Any], dict[str, Tensor]
+    ]  # weight -> the tensors of the disk, by their names in the linear
     linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

@@ -23,8 +23,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.value_checks import finite, require_sound
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # at import it warns of an absent optional package
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+    logging.ERROR
+)  # and at each int8 product of a cast to float16
 import bitsandbytes.functional  # noqa: E402
 from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
 from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
@@ -37,7 +41,12 @@ FourBitFormat = Literal["nf4", "fp4"]
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
-NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
+NEW_HEADS = (
+    "score",
+    "classifier",
+    "qa_outputs",
+    "multiple_choice_head",
+)  # what transformers calls the heads of other tasks
 
 
 def grid(format: FourBitFormat) -> Tensor:
@@ -89,9 +98,13 @@ class Packed:
     def __post_init__(self) -> None:
         R, C = self.codes_RC.shape
         if self.codes_RC.dtype != torch.uint8 or self.absmax_RG.dtype != torch.float32:
-            raise ValueError(f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}")
+            raise ValueError(
+                f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}"
+            )
         if C % self.group_size or self.absmax_RG.shape != (R, C // self.group_size):
-            raise ValueError(f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}")
+            raise ValueError(
+                f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}"
+            )
         if self.nested is not None and not torch.equal(self.nested.decode(), self.absmax_RG):
             raise ValueError("the scales are not what their double quantisation decodes to")
 
@@ -105,13 +118,17 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes' dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
-    weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]  # float32, rounded once below
+    weight = (
+        levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]
+    )  # float32, rounded once below
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 
 def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
     """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
-    data, state = stock.quantize_4bit(weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format)
+    data, state = stock.quantize_4bit(
+        weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
+    )
     return _read(data, state)
 
 
@@ -128,7 +145,10 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
     try:
         state = stock.QuantState.from_dict(stats, device=data.device)
-    except (ValueError, KeyError) as error:  # as of tensors of another format, for which config.json has no scheme
+    except (
+        ValueError,
+        KeyError,
+    ) as error:  # as of tensors of another format, for which config.json has no scheme
         raise ModelError(
             f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
             f"({first_line(error)}), and config.json names no other format for it; take the model again from its source"
@@ -140,7 +160,9 @@ def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one linear among those of a checkpoint, named as `unpack` takes them."""
     weight = f"{linear}.weight"
     return {
-        name.removeprefix(f"{linear}."): t for name, t in tensors.items() if name == weight or name.startswith(f"{weight}.")
+        name.removeprefix(f"{linear}."): t
+        for name, t in tensors.items()
+        if name == weight or name.startswith(f"{weight}.")
     }
 
 
@@ -157,7 +179,9 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
     if packed.nested is not None:
         nested = packed.nested
         state.absmax, state.offset, state.nested = nested.codes.reshape(-1).contiguous(), nested.offset, True
-        state.state2 = stock.QuantState(nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32)
+        state.state2 = stock.QuantState(
+            nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32
+        )
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
 
 
@@ -268,7 +292,9 @@ def packed_of(module: StockLinear4bit) -> Packed:
     data, state = module.weight.data, cast(Any, module.weight).quant_state
     kept: dict[str, Tensor] | None = getattr(module, "kept", None)
     if scales_lost(module):
-        raise ModelError("a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it")
+        raise ModelError(
+            "a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it"
+        )
     if getattr(state, "packing_format_for_cpu", False):
         state = copy.copy(state)  # the inverse writes into it
         state.original_nested = False  # keeps it from quantising the rounded scales again; they are not used
@@ -296,7 +322,11 @@ def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> l
     too, for the classes that lack it. No entry matches a quantised linear.
     """
     shorter = [name.removeprefix(f"{prefix}.") for name in kept]
-    beside = [entry for entry in (*shorter, *NEW_HEADS) if all(should_convert_module(name, [entry]) for name in quantised)]
+    beside = [
+        entry
+        for entry in (*shorter, *NEW_HEADS)
+        if all(should_convert_module(name, [entry]) for name in quantised)
+    ]
     return sorted({*kept, *beside})
 
 

@@ -38,9 +38,15 @@ class CodebookLayout:
 
     def __post_init__(self) -> None:
         if type(self.entries) is not int or self.entries not in ENTRIES:
-            raise ValueError(f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}")
-        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
-            raise ValueError(f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}")
+            raise ValueError(
+                f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}"
+            )
+        if self.rows is not None and (
+            isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1
+        ):
+            raise ValueError(
+                f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}"
+            )
         if self.format != "codebook" or self.dtype not in DTYPES:
             raise ValueError(f"no format {self.format!r} of {self.dtype!r}; levels are {', '.join(DTYPES)}")
 
@@ -163,13 +169,17 @@ def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, colum
     return CodebookWeight(codes_RC, tensors["weight_levels"], layout)
 
 
-def _weight(packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _weight(
+    packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """The weight [R, C] by torch."""
     codes_RC = unpack(packed[0], shape[1], layout.index_bits)
     return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
 
 
-def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]) -> Tensor:
+def _product(
+    input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+) -> Tensor:
     """Of an input [..., C], [..., R] in its type, by the kernel where there is one."""
     if not _usable(input, packed, levels_GL):
         return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
@@ -183,7 +193,12 @@ class _LookUp(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+        ctx: Any,
+        input: Tensor,
+        packed: Tensor,
+        levels_GL: Tensor,
+        layout: CodebookLayout,
+        shape: tuple[int, int],
     ) -> Tensor:
         ctx.save_for_backward(packed, levels_GL)
         ctx.layout, ctx.shape = layout, shape
@@ -192,13 +207,21 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         packed, levels_GL = ctx.saved_tensors
-        return grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype), None, None, None, None
+        return (
+            grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _usable(input: Tensor, *stored: Tensor) -> bool:
     """Whether the kernel takes what a linear reads and has."""
     here = input.is_cpu and input.numel() > 0 and input.dtype in DTYPES.values()
-    return here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+    return (
+        here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+    )
 
 
 class CodebookLinear(StoredLinear):
@@ -235,14 +258,18 @@ class CodebookLinear(StoredLinear):
         return f"{super().extra_repr()}, {self.scheme.name}, {self.scheme.dtype}"
 
 
-def linear(weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> CodebookLinear:
+def linear(
+    weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> CodebookLinear:
     """A live module, in eval mode, that holds copies of our indices and levels."""
     (R, C), dtype = weight.codes_RC.shape, DTYPES[weight.layout.dtype]
     module = CodebookLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None) -> CodebookWeight:
+def _read(
+    tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None
+) -> CodebookWeight:
     assert shape is not None
     return read(tensors, layout, *shape)
 

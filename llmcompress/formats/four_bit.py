@@ -50,10 +50,15 @@ class FourBitLayout:
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
         if columns % self.group_size or rows * columns % 2:
-            raise ModelError(f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}")
+            raise ModelError(
+                f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}"
+            )
         scales = rows * columns // self.group_size
         shapes = {"weight": ((rows * columns // 2, 1), torch.uint8)}
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {**shapes, "weight_absmax": ((scales,), torch.float32)}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            **shapes,
+            "weight_absmax": ((scales,), torch.float32),
+        }
         if self.double_quant:
             found["weight_absmax"] = (scales,), torch.uint8
             sizes = (-(-scales // bitsandbytes_layout.NESTED_GROUP), 256, 1)
@@ -71,7 +76,10 @@ class FourBitLayout:
 
 def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
     """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a FourBitLinear."""
-    found = {"weight": bitsandbytes_layout.tensors(packed)["weight"], "weight_absmax": packed.absmax_RG.reshape(-1)}
+    found = {
+        "weight": bitsandbytes_layout.tensors(packed)["weight"],
+        "weight_absmax": packed.absmax_RG.reshape(-1),
+    }
     if packed.nested is not None:
         found["weight_absmax"] = packed.nested.codes.reshape(-1)
         values = (packed.nested.nested_absmax, packed.nested.levels, packed.nested.offset.reshape(1))
@@ -85,7 +93,9 @@ def read(
     """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != scheme.shapes(rows, columns):
-        raise ModelError(f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}")
+        raise ModelError(
+            f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}"
+        )
     require_sound(f"a linear of {rows} x {columns}", scheme.flaws(tensors))
     codes = bitsandbytes_layout.codes_of(tensors["weight"], rows, columns)
     absmax, nested = tensors["weight_absmax"].reshape(rows, -1), None
@@ -100,16 +110,22 @@ class FourBitLinear(StoredLinear):
     """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
 
     scheme: FourBitLayout
-    kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
+    kernel: tuple[
+        bitsandbytes_layout.Linear4bit, ...
+    ] = ()  # in a tuple, so that it is no submodule and not saved
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels refuse."""
         self.kernel = ()
-        refused = bitsandbytes_layout.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.group_size)
+        refused = bitsandbytes_layout.refusal(
+            (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
+        )
         if self.weight.device.type != "meta" and refused is None:
             self.kernel = (
-                self.beside_weight(lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)),
+                self.beside_weight(
+                    lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)
+                ),
             )
 
     def packed(self) -> bitsandbytes_layout.Packed:
@@ -140,7 +156,9 @@ class FourBitLinear(StoredLinear):
         return f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, double_quant={self.scheme.double_quant}"
 
 
-def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
+def linear(
+    packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> FourBitLinear:
     """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
     R, C = packed.codes_RC.shape
     scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
@@ -148,7 +166,9 @@ def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: t
     return hold(module, tensors(packed), bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None) -> bitsandbytes_layout.Packed:
+def _read(
+    tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None
+) -> bitsandbytes_layout.Packed:
     assert shape is not None
     return read(tensors, layout, *shape, torch.float32)
 

@@ -55,7 +55,9 @@ class IntegerLayout:
                 f"with {', '.join(ACTIVATIONS)}"
             )
         if self.weight_bits == 8 and self.group_size is not None:
-            raise ValueError(f"{self.format} has one scale a row and no group, got group_size {self.group_size}")
+            raise ValueError(
+                f"{self.format} has one scale a row and no group, got group_size {self.group_size}"
+            )
         if self.weight_bits == 4 and (type(self.group_size) is not int or not 1 <= self.group_size <= WIDEST):
             raise ValueError(f"{self.format} needs a group of 1 to {WIDEST} columns, got {self.group_size!r}")
 
@@ -90,10 +92,18 @@ class IntegerLayout:
             found = [within(weight, -largest, largest, codes), scaled_rows(scale_R, weight[0], 0)]
         else:  # the code -8 is a half byte of zero
             lowest = (weight < 16).any() | ((weight & 15) == 0).any()
-            found = [(lowest, f"{codes} must lie in -{largest}..{largest}"), scaled_rows(scale_R, weight, 0x88)]
-        return [*found, *self.flaws_of_scales(scale_R, tensors.get("weight_multiplier"), tensors.get("input_scale"))]
+            found = [
+                (lowest, f"{codes} must lie in -{largest}..{largest}"),
+                scaled_rows(scale_R, weight, 0x88),
+            ]
+        return [
+            *found,
+            *self.flaws_of_scales(scale_R, tensors.get("weight_multiplier"), tensors.get("input_scale")),
+        ]
 
-    def flaws_of_scales(self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None) -> list[Flaw]:
+    def flaws_of_scales(
+        self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None
+    ) -> list[Flaw]:
         """What must hold of what is stored beside the codes."""
         found = [finite(scale_R, "weight scales")]
         if multiplier_RG is not None:
@@ -121,15 +131,25 @@ class IntegerWeight:
     def __post_init__(self) -> None:
         R, C = self.codes_RC.shape
         shapes = self.scheme.shapes(R, C)
-        found = {"weight_scale": self.scale_R, "weight_multiplier": self.multiplier_RG, "input_scale": self.input_scale}
+        found = {
+            "weight_scale": self.scale_R,
+            "weight_multiplier": self.multiplier_RG,
+            "input_scale": self.input_scale,
+        }
         for name, tensor in found.items():
             if (tensor is None) == (name in shapes):
                 raise ValueError(f"{self.scheme} {'needs' if tensor is None else 'has no'} {name}")
             shape, dtype = shapes.get(name, ((), torch.float32))
-            if tensor is not None and (tensor.shape != (() if name == "input_scale" else shape) or tensor.dtype != dtype):
-                raise ValueError(f"{name} of {R} x {C} codes under {self.scheme} can't be {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor is not None and (
+                tensor.shape != (() if name == "input_scale" else shape) or tensor.dtype != dtype
+            ):
+                raise ValueError(
+                    f"{name} of {R} x {C} codes under {self.scheme} can't be {tensor.dtype} {tuple(tensor.shape)}"
+                )
         if self.codes_RC.dtype != torch.int8 or C > WIDEST:
-            raise ValueError(f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}")
+            raise ValueError(
+                f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}"
+            )
         if (why := flaw_of(self._flaws())) is not None:
             raise (ValueError if bool(self.scale_R.isfinite().all()) else Overflow)(why)
 
@@ -222,7 +242,9 @@ def quantize_tokens(
         codes, absmax, _ = bitsandbytes_layout.stock.int8_vectorwise_quant(x_TC.contiguous())
         return codes.to(whole), (absmax / largest)[:, None]
     x_TC = x_TC.float()
-    tiny = torch.finfo(torch.float32).tiny  # below it, divisions are no longer exact enough to stay within the codes
+    tiny = torch.finfo(
+        torch.float32
+    ).tiny  # below it, divisions are no longer exact enough to stay within the codes
     scale = x_TC.abs().amax(dim=1, keepdim=True).div_(largest).clamp_min_(tiny)
     return (x_TC / scale).round_().to(whole), scale
 
@@ -246,9 +268,13 @@ class Int8Weight:
 
     def __post_init__(self) -> None:
         if self.codes_RC.dtype != torch.int8 or self.absmax_R.dtype != torch.float32:
-            raise ValueError(f"codes must be int8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_R.dtype}")
+            raise ValueError(
+                f"codes must be int8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_R.dtype}"
+            )
         if self.codes_RC.dim() != 2 or self.absmax_R.shape != self.codes_RC.shape[:1]:
-            raise ValueError(f"codes {tuple(self.codes_RC.shape)} can't have scales {tuple(self.absmax_R.shape)}")
+            raise ValueError(
+                f"codes {tuple(self.codes_RC.shape)} can't have scales {tuple(self.absmax_R.shape)}"
+            )
         if not bool(self.absmax_R.isfinite().all()):
             raise Overflow("scales must be finite")
 
@@ -262,14 +288,20 @@ class Int8Weight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors of one linear as bitsandbytes names them on the disk: `weight`, `SCB`, `weight_format`."""
-        return {"weight": self.codes_RC, "SCB": self.absmax_R, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return {
+            "weight": self.codes_RC,
+            "SCB": self.absmax_R,
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
         """The inverse of `tensors`, bit for bit. Errors: ModelError where they are not those of one linear."""
         form = tensors.get("weight_format", torch.tensor(0))  # absent in old files
         if not {"weight", "SCB"} <= tensors.keys() or form.numel() != 1 or int(form):
-            raise ModelError(f"an int8 linear has `weight`, `SCB` and a `weight_format` of 0, not {sorted(tensors)}")
+            raise ModelError(
+                f"an int8 linear has `weight`, `SCB` and a `weight_format` of 0, not {sorted(tensors)}"
+            )
         try:
             return cls(tensors["weight"], tensors["SCB"])
         except ValueError as error:

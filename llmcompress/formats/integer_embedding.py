@@ -20,16 +20,23 @@ from llmcompress.formats.base import StoredModule
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear
 
-SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")  # rows * embed_scale, in the type of the rows
+SCALED = (
+    "Gemma2TextScaledWordEmbedding",
+    "Gemma3TextScaledWordEmbedding",
+)  # rows * embed_scale, in the type of the rows
 
 
 def factor_of(name: str, plain: nn.Module) -> float | None:
     """What an embedding multiplies its rows by, None for a plain one. Errors: ModelError for one that does anything else."""
     kind = type(plain)
     if not isinstance(plain, nn.Embedding) or (kind is not nn.Embedding and kind.__name__ not in SCALED):
-        raise ModelError(f"{name} is a {kind.__name__}, and what that computes llmcompress doesn't know; use embedding: keep")
+        raise ModelError(
+            f"{name} is a {kind.__name__}, and what that computes llmcompress doesn't know; use embedding: keep"
+        )
     if plain.max_norm is not None:
-        raise ModelError(f"{name} changes its rows as they are read (max_norm), which codes can't; use embedding: keep")
+        raise ModelError(
+            f"{name} changes its rows as they are read (max_norm), which codes can't; use embedding: keep"
+        )
     return None if kind is nn.Embedding else float(cast(Any, plain).scalar_embed_scale)
 
 
@@ -56,10 +63,16 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         nn.Module.__init__(self)  # past nn.Embedding's, which allocates a float weight
         self.factor, self.kind = factor_of(name, plain), cast("type[nn.Embedding]", type(plain))
         known = cast(nn.Embedding, plain)
-        self.num_embeddings, self.embedding_dim, self.padding_idx = known.num_embeddings, known.embedding_dim, known.padding_idx
+        self.num_embeddings, self.embedding_dim, self.padding_idx = (
+            known.num_embeddings,
+            known.embedding_dim,
+            known.padding_idx,
+        )
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._store(scheme, self.num_embeddings, self.embedding_dim, device)
-        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)  # the type of the rows
+        self.register_buffer(
+            "like", torch.empty(0, dtype=dtype, device=device), persistent=False
+        )  # the type of the rows
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids [...] to rows [..., D]."""

@@ -56,7 +56,11 @@ class FactoredLayout:
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] is not stored so, or None."""
         full = min(shape)
-        return f"a rank of {self.rank} is no less than that of {shape[0]} x {shape[1]} weights" if self.rank > full else None
+        return (
+            f"a rank of {self.rank} is no less than that of {shape[0]} x {shape[1]} weights"
+            if self.rank > full
+            else None
+        )
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of floats."""
@@ -65,12 +69,19 @@ class FactoredLayout:
             return {"weight": ((1, rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((1, rows, columns), dtype)}
         if self.rank:
-            found |= {"weight_left": ((rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
+            found |= {
+                "weight_left": ((rows, self.rank), dtype),
+                "weight_right": ((self.rank, columns), dtype),
+            }
         return found
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
         """What must hold of the stored tensors of a linear."""
-        return [finite(tensors[name], f"`{name}`") for name in ("weight", "weight_left", "weight_right") if name in tensors]
+        return [
+            finite(tensors[name], f"`{name}`")
+            for name in ("weight", "weight_left", "weight_right")
+            if name in tensors
+        ]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> FactoredWeight:
         """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError."""
@@ -94,7 +105,8 @@ class FactoredWeight:
         """The same with its parts rounded to a type, on the CPU."""
         parts = (self.whole_RC, self.left_RK, self.right_KC)
         return FactoredWeight(
-            self.layout, *(None if part is None else part.detach().to(dtype).cpu().contiguous() for part in parts)
+            self.layout,
+            *(None if part is None else part.detach().to(dtype).cpu().contiguous() for part in parts),
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -162,15 +174,24 @@ class FactoredLinear(StoredLinear):
         return f"{super().extra_repr()}, {self.scheme.name}"
 
 
-def linear(weight: FactoredWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FactoredLinear:
+def linear(
+    weight: FactoredWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> FactoredLinear:
     """A live module, in eval mode, that holds copies of our parts."""
     tensors = weight.tensors()
-    R, C = tensors["weight"].shape[1], (tensors["weight"] if weight.right_KC is None else weight.right_KC).shape[-1]
-    module = FactoredLinear(C, R, weight.layout, bias=bias is not None, dtype=tensors["weight"].dtype, device="meta")
+    R, C = (
+        tensors["weight"].shape[1],
+        (tensors["weight"] if weight.right_KC is None else weight.right_KC).shape[-1],
+    )
+    module = FactoredLinear(
+        C, R, weight.layout, bias=bias is not None, dtype=tensors["weight"].dtype, device="meta"
+    )
     return hold(module, tensors, bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None) -> FactoredWeight:
+def _read(
+    tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None
+) -> FactoredWeight:
     assert shape is not None
     return read(tensors, layout, *shape)
 

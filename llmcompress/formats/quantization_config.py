@@ -51,8 +51,13 @@ class CompressedConfig(QuantizationConfigMixin):
 
     def without(self, linears: Collection[str]) -> CompressedConfig:
         """The same, of a model in which these are plain."""
-        left = [{**entry, "linears": [name for name in entry["linears"] if name not in linears]} for entry in self.schemes]
-        ties = {target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears}
+        left = [
+            {**entry, "linears": [name for name in entry["linears"] if name not in linears]}
+            for entry in self.schemes
+        ]
+        ties = {
+            target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears
+        }
         return CompressedConfig([entry for entry in left if entry["linears"]], ties)
 
 
@@ -67,4 +72,6 @@ def read_config(quantization: Any) -> CompressedConfig:
         raise ModelError(
             f"config.json's quantization_config is no object: {str(quantization)[:80]}; take the model again from its source"
         )
-    return CompressedConfig(**quantization) if quantization.get("quant_method") == METHOD else CompressedConfig()
+    return (
+        CompressedConfig(**quantization) if quantization.get("quant_method") == METHOD else CompressedConfig()
+    )

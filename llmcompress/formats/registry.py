@@ -30,8 +30,12 @@ FORMATS: tuple[Format, ...] = (
     codebook.FORMAT,
     integer_linear.FORMAT,
 )
-StoredWeight = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
-RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout  # the layouts that are not of quantised linears
+StoredWeight = (
+    bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+)
+RewrittenLayout = (
+    SparseLayout | FactoredLayout | CodebookLayout
+)  # the layouts that are not of quantised linears
 AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
 NATIVE_MARKS = ("weight.absmax", "SCB")
 RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
@@ -52,11 +56,17 @@ def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
     if f"{linear}.weight.absmax" in tensors:
         return bitsandbytes_layout.parts_of(linear, tensors)
-    inside = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors.items() if name.startswith(f"{linear}.")}
+    inside = {
+        name.removeprefix(f"{linear}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{linear}.")
+    }
     return {name: tensor for name, tensor in inside.items() if name == "weight" or is_beside(name)}
 
 
-def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None) -> StoredWeight:
+def read(
+    parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None
+) -> StoredWeight:
     """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its shape.
 
     Errors: ModelError for damaged ones.
@@ -98,12 +108,18 @@ def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tens
 def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
     """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
     if not isinstance(schemes, list | tuple):
-        raise ModelError(f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source")
+        raise ModelError(
+            f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source"
+        )
     found: dict[str, AnyLayout] = {}
     for entry in schemes:
         if not isinstance(entry, Mapping):
-            raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
-        fields = {RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"}
+            raise ModelError(
+                f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source"
+            )
+        fields = {
+            RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"
+        }
         try:
             layout = _layout(str(fields.get("format")))(**fields)
         except (TypeError, ValueError) as error:
@@ -145,4 +161,8 @@ def layout_inputs(layout: AnyLayout, input_scale: Tensor | float | None) -> Inpu
     if not isinstance(layout, IntegerLayout) or layout.activations == "none":
         return None
     bits = layout.activation_bits
-    return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))
+    return (
+        (lambda x: round_tokens(x, bits))
+        if input_scale is None
+        else (lambda x: round_static(x, bits, input_scale))
+    )

@@ -78,7 +78,9 @@ class FourBitScheme:
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
         codes_RC = self.grid.codes[result.index_RC.cpu()]
         scale_RG = nested.decode() if nested else result.scale_RG.cpu()
-        return bitsandbytes_layout.Packed(codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested)
+        return bitsandbytes_layout.Packed(
+            codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested
+        )
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds what a linear reads: not at all."""
@@ -91,7 +93,9 @@ class FourBitScheme:
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
         require_within(W_RC, self.dtype, "weights")
-        return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.group_size, self.double_quant)
+        return bitsandbytes_layout.quantize_nearest(
+            W_RC.to(self.dtype), self.format, self.group_size, self.double_quant
+        )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
@@ -215,7 +219,9 @@ class IntegerScheme:
         scale_R = (step_R / largest).cpu()
         # a fit may end below zero, or so near that it is zero: the same weights under a scale that is not
         codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
-        scale = None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
+        scale = (
+            None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
+        )
         return IntegerWeight(codes_RC, scale_R.abs(), self.scheme, multiplier, scale)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
@@ -236,7 +242,9 @@ class IntegerScheme:
         scale_RG = groups_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
         scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
         snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
-        return self.store(RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)
+        return self.store(
+            RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale
+        )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""

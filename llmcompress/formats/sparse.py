@@ -120,7 +120,9 @@ class SparseWeight:
     def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: SparseLayout) -> SparseWeight:
         """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of another kind."""
         if not layout.allows(mask_RC):
-            raise ValueError(f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves")
+            raise ValueError(
+                f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves"
+            )
         return cls(W_RC[mask_RC].to(DTYPES[layout.dtype]).cpu(), mask_RC.cpu(), layout)
 
     @property
@@ -141,11 +143,15 @@ def read(tensors: Mapping[str, Tensor], layout: SparseLayout, rows: int, columns
     """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
-        raise ModelError(f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}")
+        raise ModelError(
+            f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}"
+        )
     require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
     mask_RC = unpack_mask(tensors["weight_mask"], columns)
     if not layout.allows(mask_RC):
-        raise ModelError(f"the mask of a linear of {rows} x {columns} is not {layout.pattern}; it is damaged, fetch it again")
+        raise ModelError(
+            f"the mask of a linear of {rows} x {columns} is not {layout.pattern}; it is damaged, fetch it again"
+        )
     return SparseWeight(tensors["weight"], mask_RC, layout)
 
 

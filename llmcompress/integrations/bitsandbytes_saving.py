@@ -35,7 +35,11 @@ MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "m
 
 
 def save_native(
-    model: PreTrainedModel, save_directory: str | Path, *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> Path:
     """Save a model of bitsandbytes' own layouts as `save_pretrained` would, so that plain `from_pretrained` loads it bit-equal.
 
@@ -71,7 +75,9 @@ def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: i
     try:
         if folder.exists():
             stale = shutil.ignore_patterns(*MODEL_FILES)
-            shutil.copytree(folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ())
+            shutil.copytree(
+                folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ()
+            )
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         _flush(fresh)
         appear(fresh, folder, before, replaced)
@@ -99,7 +105,11 @@ def _flush(folder: Path) -> None:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The linears in one of bitsandbytes' layouts, by full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, bitsandbytes_layout.LINEARS))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes_layout.LINEARS)
+    )
 
 
 def _require_native(model: PreTrainedModel) -> None:
@@ -111,7 +121,9 @@ def _require_native(model: PreTrainedModel) -> None:
             "use its own save_pretrained"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError("the model has adapters, which bitsandbytes' layouts can't hold; save those with save_pretrained")
+        raise ModelError(
+            "the model has adapters, which bitsandbytes' layouts can't hold; save those with save_pretrained"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("weights of the model are offloaded; load it in memory to save it")
     for name, module in _linears(model):
@@ -140,7 +152,10 @@ def mend(model: PreTrainedModel) -> None:
     for name in lost:
         weight, state = found[name].weight, found[name].weight.quant_state
         state.to(linears[name].weight.device)
-        linears[name].weight.data, linears[name].weight.quant_state = weight.data.to(linears[name].weight.device), state
+        linears[name].weight.data, linears[name].weight.quant_state = (
+            weight.data.to(linears[name].weight.device),
+            state,
+        )
         linears[name].quant_state = state
     for name, module in linears.items():
         if module.bias is not None:

@@ -18,7 +18,11 @@ from llmcompress.integrations.plain_modules import WRAPPED, make_plain
 
 def ready_to_merge(model: Any) -> None:
     """Turn the modules of ours that are under an adapter plain, in the type of the model. Errors: ModelError."""
-    under = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), StoredModule)}
+    under = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "base_layer", None), StoredModule)
+    }
     if not under:
         return
     if not isinstance(model, PreTrainedModel):

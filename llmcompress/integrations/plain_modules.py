@@ -33,7 +33,9 @@ def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str
     prefix = f"{model.base_model_prefix}."
     shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
     return (
-        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()} if shorter else dict(ties)
+        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()}
+        if shorter
+        else dict(ties)
     )
 
 
@@ -48,9 +50,13 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
     own = known_ties(model, said.ties)
     for name, module in modules.items():
         if any(parameter.device.type == "meta" for parameter in module.parameters()):
-            raise ModelError(f"the weights of {name} are offloaded; load the model in memory to dequantise it")
+            raise ModelError(
+                f"the weights of {name} are offloaded; load the model in memory to dequantise it"
+            )
     bare = {name.replace(WRAPPED, "") for name in modules}
-    whole = len(modules) == sum(1 for _ in ours(model))  # then nothing can be said to share: a plain model has no word for it
+    whole = len(modules) == sum(
+        1 for _ in ours(model)
+    )  # then nothing can be said to share: a plain model has no word for it
     if not whole:
         _require_apart(bare, {**own, **model.all_tied_weights_keys})
     for name, module in modules.items():
@@ -114,7 +120,9 @@ def let_resize(model: PreTrainedModel) -> None:
         kind.resize_token_embeddings = _resized
 
 
-def _resized(model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
+def _resized(
+    model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any
+) -> nn.Module:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in ours(model) if any(module is end for end in ends)]
     if names and (new_num_tokens is not None or args or options):

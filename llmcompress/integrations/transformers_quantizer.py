@@ -46,10 +46,15 @@ class Quantizer(HfQuantizer):
     requires_calibration = True
     quantization_config: CompressedConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
         anatomy = anatomy_of(model.config)
         build_layers(model, _layers(model, anatomy), anatomy)
-        assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
+        assigned, dtype = (
+            _resolved(model, self.quantization_config.assigned()),
+            dtype or torch.get_default_dtype(),
+        )
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):
             model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
@@ -60,10 +65,18 @@ class Quantizer(HfQuantizer):
         for name, module in ours(model):
             parts = dict(module.named_parameters(recurse=False))
             # what the checkpoint lacks was made anew, without the mark
-            missing = [f"{name}.{part}" for part, tensor in parts.items() if not hasattr(tensor, "_is_hf_initialized")]
+            missing = [
+                f"{name}.{part}"
+                for part, tensor in parts.items()
+                if not hasattr(tensor, "_is_hf_initialized")
+            ]
             if missing:
-                require_together(known_ties(model, self.quantization_config.ties), getattr(model, "hf_device_map", {}))
-                raise ModelError(f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source")
+                require_together(
+                    known_ties(model, self.quantization_config.ties), getattr(model, "hf_device_map", {})
+                )
+                raise ModelError(
+                    f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source"
+                )
             _check_types(name, module)
             module.require_sound(name)
             for part, tensor in parts.items():  # the loader turns gradients on for scales
@@ -72,7 +85,9 @@ class Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving a model makes its config's a name
+        target = (
+            getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )  # saving a model makes its config's a name
         make_plain(model, [name for name, _ in ours(model)], target or torch.float32)
         return model
 
@@ -86,7 +101,9 @@ class Quantizer(HfQuantizer):
         owner, _, part = param_name.rpartition(".")
         module = model.get_submodule(owner)
         if part == "weight" and isinstance(module, SparseLinear):
-            return param.element_size() * (1 + module.in_features * module.out_features / max(1, param.numel()))
+            return param.element_size() * (
+                1 + module.in_features * module.out_features / max(1, param.numel())
+            )
         if part != "weight" or not isinstance(module, StoredLinear) or param.dtype != torch.uint8:
             return param.element_size()
         return 3 if isinstance(module, IntegerLinear) else 2
@@ -114,13 +131,18 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
     known = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():
         if lost := [name for name in (target, source) if name not in known]:
-            raise ModelError(f"config.json ties {target} to {source}, and the model has no {lost[0]}; the config is of another")
+            raise ModelError(
+                f"config.json ties {target} to {source}, and the model has no {lost[0]}; the config is of another"
+            )
         if known[target].shape != known[source].shape:
             raise ModelError(
                 f"config.json ties {target} {tuple(known[target].shape)} to {source} {tuple(known[source].shape)}; they "
                 "can't be one"
             )
-    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+    model._tied_weights_keys = {
+        **(model._tied_weights_keys or {}),
+        **ties,
+    }  # the model's own, the class keeps its
     model.all_tied_weights_keys.update(ties)
     cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
 
@@ -129,7 +151,10 @@ def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> 
     """Refuse a device_map that tears apart what is one tensor. Errors: ModelError."""
 
     def place(name: str) -> Any:
-        return next((device_map[key] for key in sorted(device_map, reverse=True) if f"{name}.".startswith(f"{key}.")), None)
+        return next(
+            (device_map[key] for key in sorted(device_map, reverse=True) if f"{name}.".startswith(f"{key}.")),
+            None,
+        )
 
     for target, source in ties.items():
         if place(target) != place(source):
@@ -156,7 +181,9 @@ def _adjust_bias(model: PreTrainedModel, module: nn.Module, source: Tensor) -> N
         cast(Any, type(model))._adjust_bias(model, module, source)
 
 
-def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None) -> None:
+def set_embedding(
+    model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None
+) -> None:
     """Put an int8 embedding in its place, and where a head is tied to it, one that multiplies by the same tensors.
 
     Their scales are tied as the weights are, which loading, saving, moving and `tie_weights()` go by. Errors: ModelError for a
@@ -166,27 +193,44 @@ def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding
         if getattr(model.get_submodule(head), "bias", None) is not None:
             raise ModelError(f"{head} is tied to the embedding and has a bias; use embedding: keep")
         rows, columns = embedding.num_embeddings, embedding.embedding_dim
-        twin = IntegerLinear(columns, rows, embedding.scheme, bias=False, device="meta").train(embedding.training)
+        twin = IntegerLinear(columns, rows, embedding.scheme, bias=False, device="meta").train(
+            embedding.training
+        )
         share(twin, embedding)
         model.set_submodule(head, _marked(twin))
         ties = {f"{head}.{part}": f"{name}.{part}" for part in embedding.stored()}
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+        model._tied_weights_keys = {
+            **(model._tied_weights_keys or {}),
+            **ties,
+        }  # the model's own, the class keeps its
         model.all_tied_weights_keys.update(ties)
     model.set_submodule(name, embedding)
     for kind in {type(owner) for owner in model.modules() if isinstance(owner, PreTrainedModel)}:
         if kind.dtype is ModuleUtilsMixin.dtype:
-            cast(Any, kind).dtype = property(_dtype)  # a save writes it to config.json, masks of a static cache are of it
+            cast(Any, kind).dtype = property(
+                _dtype
+            )  # a save writes it to config.json, masks of a static cache are of it
 
 
-def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype) -> set[str]:
+def _put_embeddings(
+    model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype
+) -> set[str]:
     """Replace the embeddings among the names of the config, with the heads that are tied to them; all names replaced."""
     modules, ties, done = dict(model.named_modules()), dict[str, str](model.all_tied_weights_keys), set[str]()
     for name, scheme in assigned.items():
         if not isinstance(plain := modules.get(name), nn.Embedding):
             continue
-        if not isinstance(scheme, IntegerLayout) or scheme.group_size is not None or scheme.activations == "static":
-            raise ModelError(f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)")
-        heads = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
+        if (
+            not isinstance(scheme, IntegerLayout)
+            or scheme.group_size is not None
+            or scheme.activations == "static"
+        ):
+            raise ModelError(
+                f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)"
+            )
+        heads = [
+            target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"
+        ]
         if wrong := [head for head in heads if assigned.get(head) != scheme]:
             raise ModelError(
                 f"config.json gives {name} a scheme, and {wrong[0]}, tied to it, not the same; they are one matrix"
@@ -199,7 +243,11 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], d
 
 def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
     """The layers of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
-    path = anatomy.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else anatomy.layers
+    path = (
+        anatomy.layers.removeprefix(f"{model.base_model_prefix}.")
+        if model.base_model is model
+        else anatomy.layers
+    )
     try:
         return cast(nn.ModuleList, model.get_submodule(path))
     except AttributeError:
@@ -221,7 +269,9 @@ def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict
     if model.get_output_embeddings() is None:  # whose head is of another kind, or none
         assigned = {name: scheme for name, scheme in assigned.items() if name != "lm_head"}
     prefix = f"{model.base_model_prefix}."
-    if model.base_model is not model or not all(name.startswith(prefix) or name == "lm_head" for name in assigned):
+    if model.base_model is not model or not all(
+        name.startswith(prefix) or name == "lm_head" for name in assigned
+    ):
         return dict(assigned)
     return {name.removeprefix(prefix): scheme for name, scheme in assigned.items() if name.startswith(prefix)}
 
@@ -247,7 +297,9 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: tor
             f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of another model"
         )
     bias = cast(Tensor | None, module.bias)
-    twin: StoredLinear = format_of(scheme).module(C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
+    twin: StoredLinear = format_of(scheme).module(
+        C, R, scheme, bias=bias is not None, dtype=dtype, device="meta"
+    )
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
     return cast(StoredLinear, _marked(twin))
 
@@ -269,4 +321,6 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
     except (NotImplementedError, AttributeError):
         embedding = None
     found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
-    return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
+    return (
+        found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
+    )

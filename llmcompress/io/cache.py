@@ -33,7 +33,9 @@ def _temporary() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise OutputError(f"no home folder is known and {folder} can't be made ({error.strerror}); {ADVICE}") from None
+        raise OutputError(
+            f"no home folder is known and {folder} can't be made ({error.strerror}); {ADVICE}"
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
         raise OutputError(f"no home folder is known and {folder} is not this user's alone; {ADVICE}")
     return folder

@@ -24,7 +24,10 @@ from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
 INDEX = "model.safetensors.index.json"
-WRAPPED = ("language_model.", "model.language_model.")  # how the names of a text model in a multimodal one begin
+WRAPPED = (
+    "language_model.",
+    "model.language_model.",
+)  # how the names of a text model in a multimodal one begin
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -80,7 +83,9 @@ class Checkpoint:
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ModelError(f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id")
+            raise ModelError(
+                f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id"
+            )
         require_no_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
@@ -88,10 +93,16 @@ class Checkpoint:
         if base:
             require_base(folder, config)
         listed = _files(folder)
-        tensors = {name: entry for file in sorted(set(listed.values())) for name, entry in _entries(folder / file).items()}
+        tensors = {
+            name: entry
+            for file in sorted(set(listed.values()))
+            for name, entry in _entries(folder / file).items()
+        }
         lost = sorted(name for name in listed if name and name not in tensors)
         if lost:
-            raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
+            raise ModelError(
+                f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again"
+            )
         if base and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
             raise _wrapper(folder, f"it stores {inner}")
         aliases = _aliases(folder, config, tensors)
@@ -103,18 +114,26 @@ class Checkpoint:
         """Whether the folder has all files of its weights, and not only the small ones beside them."""
         if (folder / "model.safetensors").is_file():
             return True
-        return (folder / INDEX).is_file() and all((folder / file).is_file() for file in _listed(folder).values())
+        return (folder / INDEX).is_file() and all(
+            (folder / file).is_file() for file in _listed(folder).values()
+        )
 
     def only(self, names: Collection[str], aliases: Mapping[str, str] | None = None) -> Checkpoint:
         """The same with these tensors alone, and with more `aliases`: new names for some of them."""
         tensors = {name: entry for name, entry in self.tensors.items() if name in names}
-        every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(aliases or {})
-        return replace(self, tensors=tensors | {name: tensors[source] for name, source in every.items()}, aliases=every)
+        every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(
+            aliases or {}
+        )
+        return replace(
+            self, tensors=tensors | {name: tensors[source] for name, source in every.items()}, aliases=every
+        )
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Errors: ModelError for a name that isn't stored."""
         if name not in self.tensors:
-            raise ModelError(f"{self.folder} has no tensor {name}; its files are not those of its config.json")
+            raise ModelError(
+                f"{self.folder} has no tensor {name}; its files are not those of its config.json"
+            )
         tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(self.aliases.get(name, name))
         return tensor
 
@@ -130,7 +149,12 @@ class Checkpoint:
     @property
     def parameters(self) -> int:
         """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none, nor are zeros."""
-        packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
+        packed = {
+            name.removesuffix(mark)
+            for name in self.tensors
+            for mark in PACKED
+            if name.endswith(f".weight{mark}")
+        }
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")
@@ -140,14 +164,20 @@ class Checkpoint:
                 and not is_scale(name.rpartition(".")[2])
             ):
                 number = torch.Size(entry.shape).numel()
-                if (levels := self.tensors.get(f"{name}_levels")) is not None:  # an index of so many bits a weight
+                if (
+                    levels := self.tensors.get(f"{name}_levels")
+                ) is not None:  # an index of so many bits a weight
                     number = number * 8 // (levels.shape[-1] - 1).bit_length()
-                count += number * (2 * entry.dtype.itemsize if name in packed else 1)  # bytes may be stored as another type
+                count += number * (
+                    2 * entry.dtype.itemsize if name in packed else 1
+                )  # bytes may be stored as another type
         return count
 
     def fingerprint(self) -> str:
         """A digest over config, names, shapes and every byte of the tensors, whatever files they are in."""
-        return hashlib.sha256(f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()
+        ).hexdigest()
 
     def digest(self) -> str:
         """The same without the config. Reads all tensors, but those of files that are known to be as they were then."""
@@ -170,7 +200,9 @@ class Checkpoint:
             about = (self.folder / name).stat()
             if now - max(about.st_mtime_ns, about.st_ctime_ns) < FRESH:
                 return None
-            found.append((name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+            found.append(
+                (name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            )
         return (tuple(found), tuple(sorted(self.aliases.items())))
 
 
@@ -222,11 +254,17 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
-        if not isinstance(codes, dict) or codes.get("schemes") != []:  # a pruned model of ours with nothing quantised
-            raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
+        if (
+            not isinstance(codes, dict) or codes.get("schemes") != []
+        ):  # a pruned model of ours with nothing quantised
+            raise ModelError(
+                f"{folder} is quantised already ({method}); give the model that it was made from"
+            )
     kind, architectures = str(config.get("model_type")), config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ModelError(f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; correct it")
+        raise ModelError(
+            f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; correct it"
+        )
     if isinstance(config.get("text_config"), dict):
         raise _wrapper(folder, f"model_type {kind}")
     if architectures:
@@ -236,7 +274,9 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
         causal = kind in transformers.CONFIG_MAPPING and transformers.CONFIG_MAPPING[kind] in mapping
     if not causal:
         found = architectures[0] if architectures else f"model_type {kind}"
-        raise ModelError(f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM")
+        raise ModelError(
+            f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM"
+        )
 
 
 def _wrapper(folder: Path, how: str) -> ModelError:
@@ -256,15 +296,21 @@ def _files(folder: Path) -> dict[str, str]:
         listed = _listed(folder)
         missing = sorted(file for file in set(listed.values()) if not (folder / file).is_file())
         if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again")
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again"
+            )
         return listed
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    pickles = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)
+    )
     if pickles:
         raise ModelError(
             f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened here; convert it: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
+    raise ModelError(
+        f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote"
+    )
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -275,7 +321,9 @@ def _listed(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not plain:
         raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
     if not isinstance(index.get("metadata"), dict):
-        raise ModelError(f'{folder / INDEX} has no metadata, which from_pretrained asks for; add "metadata": {{}} to it')
+        raise ModelError(
+            f'{folder / INDEX} has no metadata, which from_pretrained asks for; add "metadata": {{}} to it'
+        )
     return listed
 
 
@@ -290,11 +338,15 @@ def named_ties(ties: Any) -> dict[str, str]:
     if ties is None:
         return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
-        raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source")
+        raise ModelError(
+            f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source"
+        )
     try:
         TopologicalSorter({target: [source] for target, source in ties.items()}).prepare()
     except CycleError as error:
-        raise ModelError(f"config.json ties {error.args[1][0]} to itself; take it again from its source") from None
+        raise ModelError(
+            f"config.json ties {error.args[1][0]} to itself; take it again from its source"
+        ) from None
     return dict(ties)
 
 
@@ -306,7 +358,9 @@ def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entr
         stored = source in tensors  # else the files may leave out the first part of what the model calls it
         own, other = (name if stored else name.partition(".")[2] for name in (target, source))
         if other not in tensors:
-            raise ModelError(f"{folder} has no tensor {source}, to which config.json ties {target}; download it again")
+            raise ModelError(
+                f"{folder} has no tensor {source}, to which config.json ties {target}; download it again"
+            )
         if own not in tensors:
             found[own] = other
     return found
@@ -325,6 +379,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     for name in sorted(handle.keys()):
         stored = handle.get_slice(name)
         if stored.get_dtype() not in DTYPES:
-            raise ModelError(f"{file}: {name} has dtype {stored.get_dtype()}, which no base has; give the original model")
+            raise ModelError(
+                f"{file}: {name} has dtype {stored.get_dtype()}, which no base has; give the original model"
+            )
         entries[name] = Entry(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], file.name)
     return entries

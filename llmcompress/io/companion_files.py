@@ -27,11 +27,24 @@ TOKENIZER = (
     *("sentencepiece.model", "spm.model", "tiktoken.model", "tekken.json"),
 )
 RARE = (  # that some class of tokenizers reads; elsewhere such a name may mean anything
-    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json", "prophetnet.tokenizer"),
+    *(
+        "bpe.codes",
+        "byte_maps.json",
+        "dict.txt",
+        "emoji.json",
+        "entity_vocab.json",
+        "normalizer.json",
+        "prophetnet.tokenizer",
+    ),
     *("source.spm", "target.spm", "spm_char.model", "target_vocab.json", "vocab-src.json", "vocab-tgt.json"),
     *("word_pronunciation.json", "word_shape.json"),
 )
-SETTINGS = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+SETTINGS = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 RIGHTS = (
     *(f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")),
@@ -42,13 +55,27 @@ TRAVELS = (CONFIG, *TOKENIZER, *SETTINGS, *TEMPLATES, *RIGHTS)
 CONFIGS = (CONFIG, "tokenizer_config.json", "special_tokens_map.json", *SETTINGS)
 CODE = ("auto_map", "custom_pipelines")  # keys that name code of a repository
 ORIGINS = ("_name_or_path", "name_or_path")  # keys that name where a model or a tokenizer was loaded from
-FILES = ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file", "chat_template_file")
-WORDS = ("added_tokens_decoder", "chat_template")  # keys of what is no path, however it is spelled; so are tokens
+FILES = (
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "special_tokens_map_file",
+    "added_tokens_file",
+    "chat_template_file",
+)
+WORDS = (
+    "added_tokens_decoder",
+    "chat_template",
+)  # keys of what is no path, however it is spelled; so are tokens
 
 
 def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
     """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its tokenizer."""
-    return {str(file.relative_to(folder)): _content(file) for file in _named(folder, also) if is_inside(file, folder)}
+    return {
+        str(file.relative_to(folder)): _content(file)
+        for file in _named(folder, also)
+        if is_inside(file, folder)
+    }
 
 
 def links_out(folder: Path, also: Collection[str] = ()) -> list[str]:
@@ -67,7 +94,9 @@ def is_inside(file: Path, folder: Path) -> bool:
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
-    repository = home.parent.parent  # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
+    repository = (
+        home.parent.parent
+    )  # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
     cached = home.parent.name == "snapshots" and "--" in repository.name
     return cached and any(real.is_relative_to(place / "blobs") for place in (repository, repository.parent))
 

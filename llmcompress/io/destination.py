@@ -12,15 +12,24 @@ from llmcompress.errors import OutputError
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
 
-Seen = tuple[tuple[str, int, int, int, int, int], ...]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what a rename says of a place that is not empty
+Seen = tuple[
+    tuple[str, int, int, int, int, int], ...
+]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
+TAKEN = (
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)  # what a rename says of a place that is not empty
 
 
 def resolved(out: str | Path) -> Path:
     """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can be none."""
     path = path_of(out, "--out", OutputError)
     if path.is_symlink() and not path.exists():
-        raise OutputError(f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder")
+        raise OutputError(
+            f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder"
+        )
     found = path_of(path.resolve(), "--out", OutputError)
     if not found.name:
         raise OutputError(f"--out {found} is the root of a disk; give the name of a folder")
@@ -92,9 +101,13 @@ def write_file(file: Path, text: str, option: str) -> None:
 
 
 def _is_stream(file: Path) -> bool:
-    return (file.exists() and not file.is_file()) or file.is_relative_to("/dev") or file.is_relative_to("/proc")
+    return (
+        (file.exists() and not file.is_file()) or file.is_relative_to("/dev") or file.is_relative_to("/proc")
+    )
 
 
 def _unwritable(file: Path, option: str, error: Exception) -> OutputError:
     name = str(file) if len(str(file)) <= 200 else f"{str(file)[:100]} ..."
-    return OutputError(f"can't write {name} ({getattr(error, 'strerror', None) or error}); give another {option} file")
+    return OutputError(
+        f"can't write {name} ({getattr(error, 'strerror', None) or error}); give another {option} file"
+    )

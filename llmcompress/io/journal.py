@@ -51,7 +51,9 @@ class Journal:
             handle = opened(file)
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            if metadata["key"] == self.key and metadata["sha256"] == tensors_digest(tensors, metadata["facts"]):
+            if metadata["key"] == self.key and metadata["sha256"] == tensors_digest(
+                tensors, metadata["facts"]
+            ):
                 return tensors, json.loads(metadata["facts"])
         except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             pass  # in whatever way it is damaged
@@ -70,7 +72,10 @@ class Journal:
 
     def save(self, stage: str, layer: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a finished layer, whole or not at all; facts must be JSON values."""
-        with writing(self.folder), tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
+        with (
+            writing(self.folder),
+            tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch,
+        ):
             shard = Shard(Path(scratch) / "layer")
             for name, tensor in sorted(tensors.items()):
                 shard.add(name, tensor)

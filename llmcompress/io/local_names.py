@@ -13,7 +13,9 @@ from pathlib import Path
 _PART = r"[^\s/\\'\"`,;:()|<>*?]+"
 _STARTS = rf"file:/+{_PART}|~[\w.-]*[/\\]+{_PART}|[A-Za-z]:[/\\]+{_PART}|[/\\]{_PART}[/\\]+{_PART}"
 _PATHS = re.compile(rf"(?<![\w:/\\.~<%-])(?:{_STARTS})(?:[/\\]+{_PART})*[/\\]?")
-_WHOLE = re.compile(r"file:|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[/\\]{1,2}[^/\\\s][^/\\\n]*[/\\]+[^/\\\n]", re.ASCII)
+_WHOLE = re.compile(
+    r"file:|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[/\\]{1,2}[^/\\\s][^/\\\n]*[/\\]+[^/\\\n]", re.ASCII
+)
 
 
 def short_name(name: str) -> str:
@@ -37,8 +39,15 @@ def _in_home(text: str) -> bool:
 
 def without(text: str, known: Iterable[str]) -> str:
     """A text with the last name of each path that is `known` in place of the path, and without the folders that hold one."""
-    names = {name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))}
-    holders = {f"{holder}/" for name in names for holder in Path(name).parents if name[0] in "/~" and len(holder.parts) > 2}
+    names = {
+        name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))
+    }
+    holders = {
+        f"{holder}/"
+        for name in names
+        for holder in Path(name).parents
+        if name[0] in "/~" and len(holder.parts) > 2
+    }
     for name in sorted(names | holders, key=len, reverse=True):
         text = text.replace(name, "" if name in holders else short_name(name))
     return text

@@ -71,16 +71,22 @@ class Writer:
         self.partial, self.out = partial_folder(out), resolved(out)
         self.base, self.overwrite = Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
-        self.ties: dict[str, str] = {}  # tensor -> the one that it is tied to; known before the first is added
+        self.ties: dict[
+            str, str
+        ] = {}  # tensor -> the one that it is tied to; known before the first is added
         self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._weights: dict[str, int] = {}  # name -> number of its shard
         self._whole = False  # a result that could not be published
         with writing(self.out):
-            self._made = [folder for folder in self.partial.parents if not folder.exists()]  # the innermost first
+            self._made = [
+                folder for folder in self.partial.parents if not folder.exists()
+            ]  # the innermost first
             earlier = self.partial.exists()
             try:
-                self._lock = Lock(self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out")
+                self._lock = Lock(
+                    self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out"
+                )
             except BaseException:
                 self._tidy()
                 raise
@@ -88,8 +94,12 @@ class Writer:
                 if self._replaced.exists() and not self.out.exists():
                     self._replaced.rename(self.out)  # a run died between the two renames of `publish`
                 self._refuse()
-                left = sum(file.stat().st_size for file in self.artifact.rglob("*") if file.is_file())  # which goes
-                require_space(self.partial, size_bytes + min(size_bytes, shard_bytes) - left)  # artefact, one shard's spools
+                left = sum(
+                    file.stat().st_size for file in self.artifact.rglob("*") if file.is_file()
+                )  # which goes
+                require_space(
+                    self.partial, size_bytes + min(size_bytes, shard_bytes) - left
+                )  # artefact, one shard's spools
                 self._before = seen(self.out)
                 discard(self.artifact)
                 self.artifact.mkdir()
@@ -128,7 +138,9 @@ class Writer:
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()
         if base.is_relative_to(out):
-            raise OutputError(f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another --out")
+            raise OutputError(
+                f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another --out"
+            )
         if out.is_file():
             raise OutputError(f"--out {self.out} is a file; give the name of a folder")
         if not out.exists() or not any(out.iterdir()):
@@ -136,7 +148,9 @@ class Writer:
         if not self.overwrite:
             raise OutputError(f"--out {self.out} exists; choose another --out or pass --overwrite")
         if not (out / "config.json").is_file():
-            raise OutputError(f"--out {self.out} holds other things than a model, which stay as they are; choose another --out")
+            raise OutputError(
+                f"--out {self.out} holds other things than a model, which stay as they are; choose another --out"
+            )
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Write tensors by name, tied ones left out; a new shard begins where one would pass `shard_bytes`."""
@@ -160,7 +174,9 @@ class Writer:
         """Finish the weights, write config.json and the base's small files; the folder returned loads with from_pretrained."""
         untied = sorted(source for source in self.ties.values() if source not in self._weights)
         if untied or not self._shards:
-            raise ValueError(f"{untied[0]}, the source of a tie, was never written" if untied else "no tensor was written")
+            raise ValueError(
+                f"{untied[0]}, the source of a tie, was never written" if untied else "no tensor was written"
+            )
         with writing(self.out):
             self._shards[-1].close({"format": "pt"})
             self._name_shards(len(self._shards))

@@ -96,7 +96,11 @@ class Shard:
             spool.write(data)
         start = self._sizes.get(width, 0)
         self._sizes[width] = start + data.nbytes
-        span = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + data.nbytes]}
+        span = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + data.nbytes],
+        }
         self._entries.setdefault(width, {})[name] = span
 
     def close(self, metadata: Mapping[str, str]) -> None:

@@ -32,6 +32,10 @@ def is_scratch(path: Path) -> bool:
 def no_scratch(error: OSError) -> OutputError:
     """What to say where there can be no temporary file."""
     asked = os.environ.get("TMPDIR")
-    where = f"TMPDIR, which is {asked}," if asked else "the system's folder of temporary files (TMPDIR is not set)"
+    where = (
+        f"TMPDIR, which is {asked},"
+        if asked
+        else "the system's folder of temporary files (TMPDIR is not set)"
+    )
     why = " ".join(str(error.strerror or error).split())
     return OutputError(f"can't write to {where} ({why}); free space there or set TMPDIR to another folder")

@@ -28,7 +28,14 @@ from llmcompress.io.safetensors_writer import sync, writing
 SETTINGS = "tokenizer_config.json"
 LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
 AS_IT_IS = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is, whatever the model, since transformers 4
-TRAITS = ("special_tokens_map", "chat_template", "padding_side", "truncation_side", "model_input_names", "model_max_length")
+TRAITS = (
+    "special_tokens_map",
+    "chat_template",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+    "model_max_length",
+)
 TEXTS = (
     *(
         "",
@@ -42,9 +49,32 @@ TEXTS = (
         "don't",
         "UPPER case",
     ),
-    *("\n", "\n\n", "\thello\n", "hello\r\nworld", "one\n\n\ntwo  three   four", "def f(x):\n    return x**2 != -1\n"),
-    *("0", "12345", "3.14159, 67,890 and 1e-9", "2026-11-28T23:59", "a1b2 c3", "$5 + 10% = ?", "<b>&amp;</b> [x](y) {z}"),
-    *("naïve café Straße", "a\u0301 e\u0308", "日本語の文", "привет мир", "שלום", "🙂", "👩\u200d👩\u200d👧 hi 🏳️\u200d🌈"),
+    *(
+        "\n",
+        "\n\n",
+        "\thello\n",
+        "hello\r\nworld",
+        "one\n\n\ntwo  three   four",
+        "def f(x):\n    return x**2 != -1\n",
+    ),
+    *(
+        "0",
+        "12345",
+        "3.14159, 67,890 and 1e-9",
+        "2026-11-28T23:59",
+        "a1b2 c3",
+        "$5 + 10% = ?",
+        "<b>&amp;</b> [x](y) {z}",
+    ),
+    *(
+        "naïve café Straße",
+        "a\u0301 e\u0308",
+        "日本語の文",
+        "привет мир",
+        "שלום",
+        "🙂",
+        "👩\u200d👩\u200d👧 hi 🏳️\u200d🌈",
+    ),
     *(
         "▁ under▁score _",
         "\u00a0hello\u2009world\u3000",
@@ -70,7 +100,9 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exceptions
-        raise ModelError(f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there") from None
+        raise ModelError(
+            f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there"
+        ) from None
 
 
 def vocabulary_files(folder: Path) -> list[str]:
@@ -78,13 +110,22 @@ def vocabulary_files(folder: Path) -> list[str]:
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     names = [fields.get("tokenizer_class") for fields in (settings, config)]
     names.append(TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
-    found = {file for name in names if (kind := _class_of(name)) is not None for file in kind.vocab_files_names.values()}
+    found = {
+        file
+        for name in names
+        if (kind := _class_of(name)) is not None
+        for file in kind.vocab_files_names.values()
+    }
     versions = settings.get("fast_tokenizer_files")
     found |= {str(name) for name in (versions if isinstance(versions, list) else [])}
-    return sorted(name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name))
+    return sorted(
+        name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name)
+    )
 
 
-def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path) -> None:
+def require_portable(
+    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path
+) -> None:
     """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a folder in `within`.
 
     Errors: ModelError, OutputError.
@@ -105,7 +146,9 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
     if (wrong := _difference(written, tokenizer)) is None:
         return
     if left := [name for name in links_out(base, vocabulary_files(base)) if name not in RIGHTS]:
-        raise ModelError(f"{base / left[0]} is a link that leaves the folder; put the file itself in its place")
+        raise ModelError(
+            f"{base / left[0]} is a link that leaves the folder; put the file itself in its place"
+        )
     _save(written, tokenizer)
     if (wrong := _difference(written, tokenizer)) is not None:
         raise ModelError(
@@ -127,10 +170,16 @@ def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -
             return f"{trait} is {other!r:.80} and not {one!r:.80}"
     texts = [*TEXTS, *(around.format(token) for token in ours.get_added_vocab() for around in AROUND)]
     for special in (True, False):
-        for text, mine, yours in zip(texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True):
+        for text, mine, yours in zip(
+            texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True
+        ):
             if mine != yours:
                 return f"{text!r:.80} is {yours} and not {mine}"
-            if text in TEXTS and isinstance(mine, list) and (word := ours.decode(mine)) != (other := theirs.decode(mine)):
+            if (
+                text in TEXTS
+                and isinstance(mine, list)
+                and (word := ours.decode(mine)) != (other := theirs.decode(mine))
+            ):
                 return f"{mine} stands for {other!r:.80} and not {word!r:.80}"
     return None
 
@@ -141,7 +190,9 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool)
     try:
         found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
     except Exception as error:  # tokenizers raise bare Exceptions
-        found = [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+        found = (
+            [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+        )
     return found
 
 
@@ -158,7 +209,10 @@ def _save(written: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with writing(written.parent), tempfile.TemporaryDirectory(dir=written.parent) as scratch:
         tokenizer.save_pretrained(scratch)
         settings = read_json(Path(scratch) / SETTINGS)
-        said = {trait: getattr(tokenizer, trait) for trait in ("padding_side", "truncation_side", "model_input_names")}
+        said = {
+            trait: getattr(tokenizer, trait)
+            for trait in ("padding_side", "truncation_side", "model_input_names")
+        }
         settings |= said | ({"tokenizer_class": AS_IT_IS} if fast else {})
         (Path(scratch) / SETTINGS).write_text(
             json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"

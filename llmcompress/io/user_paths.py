@@ -27,14 +27,18 @@ def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError]
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        raise error(f"{what} {shortened(text)} begins with ~, and no such home folder is known; give the whole path") from None
+        raise error(
+            f"{what} {shortened(text)} begins with ~, and no such home folder is known; give the whole path"
+        ) from None
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path
     except OSError as why:
         reason = why.strerror or first_line(why)
-        raise error(f"{what} {shortened(text)} is no path that can be read ({reason}); give another") from None
+        raise error(
+            f"{what} {shortened(text)} is no path that can be read ({reason}); give another"
+        ) from None
     return path
 
 
@@ -46,7 +50,9 @@ def require_text(text: str, what: str, error: type[CompressError] = CompressErro
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise error(f"{what} {shortened(text)} is not Unicode text; rename it, or spell it in UTF-8") from None
+        raise error(
+            f"{what} {shortened(text)} is not Unicode text; rename it, or spell it in UTF-8"
+        ) from None
 
 
 def shortened(text: str) -> str:

@@ -47,7 +47,11 @@ def compiles(device: torch.device) -> bool:
             scale_R = torch.ones(rows, device=device)
             few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
     except Exception as error:  # of a compiler, of whatever kind
-        logger.warning("Triton compiles nothing for %s, so integer linears run in more and slower steps: %s", device, error)
+        logger.warning(
+            "Triton compiles nothing for %s, so integer linears run in more and slower steps: %s",
+            device,
+            error,
+        )
         return False
     return True
 
@@ -64,7 +68,9 @@ def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tupl
     return codes, scale_T
 
 
-def scaled(sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int) -> Tensor:
+def scaled(
+    sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int
+) -> Tensor:
     """As integer_linear.scaled; sums int32 [T, R], with 16 bits [2 T, R], those of the higher codes first."""
     T, R = len(sums) // (2 if bits == 16 else 1), sums.shape[1]
     out_TR = torch.empty(T, R, dtype=dtype, device=sums.device)
@@ -77,7 +83,13 @@ def scaled(sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dt
 
 
 def few_tokens(
-    codes: Tensor, scale: Tensor, matrix_RC: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int
+    codes: Tensor,
+    scale: Tensor,
+    matrix_RC: Tensor,
+    scale_R: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    bits: int,
 ) -> Tensor:
     """The product of at most FEW tokens' codes, as `quantize_tokens` gives them, and the weight's, scaled: [T, R]."""
     (R, C), T = matrix_RC.shape, len(codes) // (2 if bits == 16 else 1)
@@ -92,7 +104,12 @@ def few_tokens(
 
 def tiles(rows: int) -> dict[str, int]:
     """Rows and columns that a program of `few_tokens` reads at a time, its warps, and how many reads it is ahead."""
-    return {"ROWS": 16 if rows <= 8192 else 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 6 if rows <= 8192 else 4}
+    return {
+        "ROWS": 16 if rows <= 8192 else 32,
+        "COLUMNS": 256,
+        "num_warps": 4,
+        "num_stages": 6 if rows <= 8192 else 4,
+    }
 
 
 def _power(size: int) -> int:

@@ -14,7 +14,17 @@ def code_of(x, scale, largest):
 
 @triton.jit
 def quantize_tokens(
-    x_TC, step, codes, scale_T, T, C, largest, tiny, STATIC: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr
+    x_TC,
+    step,
+    codes,
+    scale_T,
+    T,
+    C,
+    largest,
+    tiny,
+    STATIC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One token a program."""
     t = tl.program_id(0).to(tl.int64)
@@ -73,7 +83,9 @@ def few_tokens(
         inside = (t[:, None] < T) & (c[None, :] < C)
         high += tl.dot(tl.load(tokens + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32)
         if SPLIT:
-            low += tl.dot(tl.load(tokens + T * C + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32)
+            low += tl.dot(
+                tl.load(tokens + T * C + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32
+            )
     total = high.to(tl.float32)
     if SPLIT:
         total = total * 256.0 + low.to(tl.float32)
@@ -81,4 +93,8 @@ def few_tokens(
     out = total * scale[:, None] * tl.load(scale_R + r, mask=r < R, other=0.0)[None, :]
     if BIAS:
         out += tl.load(bias_R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_TR + t[:, None] * R + r[None, :], out.to(out_TR.dtype.element_ty), mask=(t[:, None] < T) & (r[None, :] < R))
+    tl.store(
+        out_TR + t[:, None] * R + r[None, :],
+        out.to(out_TR.dtype.element_ty),
+        mask=(t[:, None] < T) & (r[None, :] < R),
+    )

@@ -38,7 +38,9 @@ FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp",
 COMPILERS = ("cc", "gcc", "clang")
 SMALL = 2**16  # weights that are not worth a second thread
 FEW = 16  # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of torch's
-PIECE = 2**22  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+PIECE = (
+    2**22
+)  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
 
 
@@ -46,7 +48,9 @@ BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several t
 def available() -> bool:
     """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that fails."""
     if (why := why_not()) is not None and not _switched_off():
-        logger.warning("torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why)
+        logger.warning(
+            "torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why
+        )
     return why is None
 
 
@@ -100,7 +104,9 @@ def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: 
     half = x_TC.dtype == torch.bfloat16 and halves(bits)
     right = (half or x_TC.dtype == torch.float32) and levels_GL.dtype == torch.float32
     if not right or not _plain(x_TC, packed_RB, levels_GL):
-        raise ValueError(f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}")
+        raise ValueError(
+            f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}"
+        )
     out_TR = torch.empty(T, R)
     done = _loaded().lookup_matmul(
         x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, half,
@@ -112,7 +118,14 @@ def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: 
 
 
 def expand(
-    packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int, columns: int, *, start: int = 0, out: Tensor | None = None
+    packed_RB: Tensor,
+    levels_GL: Tensor,
+    rows: int,
+    bits: int,
+    columns: int,
+    *,
+    start: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has from `start` on.
 
@@ -120,9 +133,15 @@ def expand(
     """
     R = _checked(packed_RB, levels_GL, columns, rows, bits)
     out_RC = torch.empty(R - start, columns, dtype=levels_GL.dtype) if out is None else out
-    fits = out_RC.dtype == levels_GL.dtype and 0 <= start <= start + len(out_RC) <= R and out_RC.shape[1] == columns
+    fits = (
+        out_RC.dtype == levels_GL.dtype
+        and 0 <= start <= start + len(out_RC) <= R
+        and out_RC.shape[1] == columns
+    )
     if not fits or levels_GL.dtype.itemsize not in (2, 4) or not _plain(packed_RB, levels_GL, out_RC):
-        raise ValueError(f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}")
+        raise ValueError(
+            f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}"
+        )
     done = _loaded().lookup_expand(
         packed_RB.data_ptr(), levels_GL.data_ptr(), out_RC.data_ptr(), start, len(out_RC), columns, rows, bits,
         levels_GL.dtype.itemsize, _threads(out_RC.numel()),
@@ -141,7 +160,11 @@ def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits
     """The rows. Errors: ValueError for what the kernel would read past the end of."""
     R = len(packed_RB)
     fits = bits in (2, 3, 4, 8) and rows > 0 and packed_RB.dtype == torch.uint8 and min(R, columns) > 0
-    if not fits or packed_RB.shape[1] != row_bytes(columns, bits) or levels_GL.shape != (-(-R // rows), 2**bits):
+    if (
+        not fits
+        or packed_RB.shape[1] != row_bytes(columns, bits)
+        or levels_GL.shape != (-(-R // rows), 2**bits)
+    ):
         raise ValueError(
             f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} rows each are "
             f"no weight of {columns} columns"
@@ -264,10 +287,20 @@ def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
 
 def _digest() -> str:
     """What the compiled file depends on: source, flags, torch and the processor."""
-    parts = [SOURCE.read_text(), HEADER.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    parts = [
+        SOURCE.read_text(),
+        HEADER.read_text(),
+        *FLAGS,
+        torch.__version__,
+        platform.machine(),
+        platform.processor(),
+    ]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        parts += [next((line for line in lines if line.startswith(kind)), "") for kind in ("model name", "flags", "Features")]
+        parts += [
+            next((line for line in lines if line.startswith(kind)), "")
+            for kind in ("model name", "flags", "Features")
+        ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -280,7 +313,15 @@ def _compile(compiler: str, target: Path) -> bool:
         object_file, made = Path(folder) / "lookup.o", Path(folder) / "lookup.so"
         for step in (
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
-            [compiler, "-shared", str(object_file), str(threads[0]), f"-Wl,-rpath,{threads[0].parent}", "-o", str(made)],
+            [
+                compiler,
+                "-shared",
+                str(object_file),
+                str(threads[0]),
+                f"-Wl,-rpath,{threads[0].parent}",
+                "-o",
+                str(made),
+            ],
         ):
             if subprocess.run(step, capture_output=True, timeout=120, check=False).returncode:
                 return False

@@ -38,16 +38,22 @@ class DecoderLayer:
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
-    expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
+    expert_tokens: dict[int, int] = field(
+        default_factory=dict
+    )  # expert -> tokens routed to it, counted by `moments`
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
-    _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the layer
+    _originals: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # parameters that a stage has replaced, by name in the layer
     _targets: list[Tensor] = field(default_factory=list)
     _whole: nn.Module | None = None  # what the layer was, where a stage has put a narrower one in its place
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """The layer's output [B, L, D], with `parameters` (by name in the layer, as stored) in place of its own."""
         hooks = [
-            self.module.get_submodule(linear).register_forward_pre_hook(partial(_round_input, rounded), prepend=True)
+            self.module.get_submodule(linear).register_forward_pre_hook(
+                partial(_round_input, rounded), prepend=True
+            )
             for linear, rounded in self.rounds.items()
         ]
         try:
@@ -56,7 +62,9 @@ class DecoderLayer:
             for hook in hooks:
                 hook.remove()
 
-    def _run(self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _run(
+        self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
         arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
@@ -146,12 +154,22 @@ class DecoderLayer:
             factor = torch.where((before != 0) & (after != 0), before / after, factor)
             produced = [f"{name}.bias"]
         else:
-            produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]  # experts have a bare name
-        consumers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]]
-        for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in consumers)]:
+            produced = [
+                name if name in rows else f"{name}.weight",
+                f"{name}.bias",
+            ]  # experts have a bare name
+        consumers = [
+            reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]
+        ]
+        for row, by, within in [
+            *((row, 1 / factor, part) for row in produced),
+            *((row, factor, None) for row in consumers),
+        ]:
             if row in rows:
                 parameter = self.module.get_parameter(row)
-                parameter.data = scale(parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within)
+                parameter.data = scale(
+                    parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within
+                )
         return [row for row in (name, f"{name}.weight", f"{name}.bias", *consumers) if row in rows]
 
     @torch.no_grad()

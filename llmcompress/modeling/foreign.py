@@ -31,7 +31,9 @@ OWN = (METHOD, "bitsandbytes")  # what is read layer by layer
 def foreign_method(folder: Path) -> str | None:
     """By what method others quantised a model; None for one that is read layer by layer. Errors: ModelError."""
     said = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit"):  # an old bitsandbytes config
+    if (
+        not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit")
+    ):  # an old bitsandbytes config
         return None
     method = said.get("quant_method")
     return None if method in OWN else str(method)
@@ -61,9 +63,13 @@ class WholeModel:
                 )
         except Exception as error:  # each method has its own; to the user each says: not here
             why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ModelError(f"{folder} is quantised by {method}, and transformers can't load it here: {why}") from None
+            raise ModelError(
+                f"{folder} is quantised by {method}, and transformers can't load it here: {why}"
+            ) from None
         if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
-            raise ModelError(f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it again")
+            raise ModelError(
+                f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it again"
+            )
         return cls(model.eval(), device, size)
 
     @property
@@ -75,7 +81,9 @@ class WholeModel:
         """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first positions."""
         batches = batches_of(windows)
         for tokens in track(batches, "evaluate", len(batches)):
-            with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
+            with (
+                torch.no_grad()
+            ):  # closed before the yield: a generator dropped half way must not leave it open
                 scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             yield scores[:, unscored:]
 

@@ -37,7 +37,9 @@ from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
 
-TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
+TRIM_BYTES = (
+    1 << 24
+)  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
 
 
 class LayerwiseModel(ABC):
@@ -53,9 +55,13 @@ class LayerwiseModel(ABC):
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.dtypes = dict(dtypes or {})  # in which weights are stored that are no codes, by their names in the model
+        self.dtypes = dict(
+            dtypes or {}
+        )  # in which weights are stored that are no codes, by their names in the model
         self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
-        self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
+        self.ties = dict(
+            ties or {}
+        )  # stored tensors that are others, by name; what config.json ties itself is not in it
         self.model: PreTrainedModel = skeleton(config, dtype)
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
         layers = self.model.get_submodule(self.anatomy.layers)
@@ -73,7 +79,9 @@ class LayerwiseModel(ABC):
         head = self.model.get_submodule(self.anatomy.head)
         self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
         self.model.all_tied_weights_keys.pop(f"{self.anatomy.head}.weight", None)
-        head._parameters["weight"] = nn.Parameter(torch.empty_like(head.get_parameter("weight").data), requires_grad=False)
+        head._parameters["weight"] = nn.Parameter(
+            torch.empty_like(head.get_parameter("weight").data), requires_grad=False
+        )
 
     def _bring_outer(self) -> None:
         """Load everything outside the layers; called once, at the end of construction."""
@@ -84,7 +92,9 @@ class LayerwiseModel(ABC):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-        self.require_all(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+        self.require_all(
+            name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside)
+        )
 
     @property
     def plain(self) -> bool:
@@ -94,8 +104,14 @@ class LayerwiseModel(ABC):
     @property
     def shared_linears(self) -> dict[str, str]:
         """The linears that are wholly another's weight, by full name: shared, and nothing added."""
-        linears = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()}
-        return {name: source for name, source in linears.items() if self.layouts.get(name) == FactoredLayout("shared")}
+        linears = {
+            name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()
+        }
+        return {
+            name: source
+            for name, source in linears.items()
+            if self.layouts.get(name) == FactoredLayout("shared")
+        }
 
     def layer_name(self, index: int) -> str:
         """`model.layers.3`."""
@@ -158,9 +174,14 @@ class LayerwiseModel(ABC):
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
         for index in range(len(self.layers)):
-            sizes, layer = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
+            sizes, layer = (
+                self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()},
+                self.layer_name(index),
+            )
             rows = self.anatomy.layer.items()
-            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows)
+            total += sum(
+                math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
+            )
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
@@ -182,7 +203,9 @@ class LayerwiseModel(ABC):
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
-                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer)
+                self._rewrite(
+                    partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer
+                )
             yield module
         finally:
             for owner in module.modules():
@@ -202,14 +225,19 @@ class LayerwiseModel(ABC):
         self._rewrite(rotation.outer, self.model, [name for name in self.anatomy.outer if name not in tied])
 
     def _rewrite(
-        self, rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]], owner: nn.Module, names: Iterable[str]
+        self,
+        rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        owner: nn.Module,
+        names: Iterable[str],
     ) -> None:
         for name, tensor in rotated({name: owner.get_parameter(name).data for name in names}).items():
             owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
 
     def round_inputs(self, linear: str, inputs: Inputs) -> None:
         """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
-        self.model.get_submodule(linear).register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
+        self.model.get_submodule(linear).register_forward_pre_hook(
+            lambda module, args: (inputs(args[0]), *args[1:])
+        )
 
     def reader(self, name: str) -> str | None:
         """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to it, if one is."""
@@ -219,7 +247,9 @@ class LayerwiseModel(ABC):
 
     def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
         """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and reads `inputs`."""
-        weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")  # the very parameter of a tied head
+        weight = self.model.get_parameter(
+            f"{self.anatomy.embedding}.weight"
+        )  # the very parameter of a tied head
         weight.data = W_VD.to(self.device, self.dtype)
         if (head := self.reader(self.anatomy.embedding)) and inputs:
             self.round_inputs(head, inputs)
@@ -311,7 +341,11 @@ class InMemoryModel(LayerwiseModel):
     ) -> None:
         self.source, self.quantized = source, dict(quantized or {})
         coded = {f"{name}.weight" for name in self.quantized}
-        dtypes = {name: tensor.dtype for name, tensor in source.items() if tensor.is_floating_point() and name not in coded}
+        dtypes = {
+            name: tensor.dtype
+            for name, tensor in source.items()
+            if tensor.is_floating_point() and name not in coded
+        }
         super().__init__(config, device, dtype, layouts, ties, dtypes)
         head, embedding = (source[f"{name}.weight"] for name in (self.anatomy.head, self.anatomy.embedding))
         if config.tie_word_embeddings and not torch.equal(head, embedding):
@@ -336,7 +370,11 @@ class InMemoryModel(LayerwiseModel):
             check_finite(tensor, name)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            value = tensor.detach().to(self.device, self.dtype, copy=True) if tensor.is_floating_point() else tensor
+            value = (
+                tensor.detach().to(self.device, self.dtype, copy=True)
+                if tensor.is_floating_point()
+                else tensor
+            )
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:

@@ -37,11 +37,19 @@ class Rotation:
     is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
     """
 
-    def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True) -> None:
+    def __init__(
+        self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True
+    ) -> None:
         if why := refusal(anatomy, config, r1=r1 is not False, r2=r2):
             raise ModelError(f"this {anatomy.family} model can't be rotated: {why}")
         self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config_of_layer(config, 0))
-        drawn = r1.double().cpu() if isinstance(r1, Tensor) else hadamard(self.sizes[HIDDEN], seed) if r1 else None
+        drawn = (
+            r1.double().cpu()
+            if isinstance(r1, Tensor)
+            else hadamard(self.sizes[HIDDEN], seed)
+            if r1
+            else None
+        )
         self.R1_DD = drawn  # [hidden, hidden]
         self.R2_DD = hadamard(self.sizes[HEAD_DIM], seed + 1) if r2 else None  # [d, d]
         self._tied = bool(config.tie_word_embeddings)
@@ -53,10 +61,14 @@ class Rotation:
         """
         anatomy = self.anatomy
         _require(tensors, anatomy.outer, {f"{anatomy.head}.weight"} if self._tied else set())
-        norms = {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
+        norms = (
+            {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
+        )
         return self._rewrite(tensors, anatomy.outer, norms, {})
 
-    def inner(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
+    def inner(
+        self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
         """All weights of one layer, any of them, after the rotation: new, float32, by their names in the layer.
 
         `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are those of the anatomy.
@@ -95,18 +107,31 @@ class Rotation:
             rewritten[name] = turned.float().contiguous() if turns else turned.clone()
         return rewritten
 
-    def _turns(self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]) -> list[Turn]:
+    def _turns(
+        self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]
+    ) -> list[Turn]:
         """What a weight is multiplied by, and where; the gain of the norm that it reads comes before R1."""
         axes, turns = Spelling.parse(row).axes, list[Turn]()
         if self.R1_DD is not None and HIDDEN in axes:
-            turns.append((HIDDEN, self.R1_DD if gain_D is None else gain_D.to(self.R1_DD.device)[:, None] * self.R1_DD, None))
+            turns.append(
+                (
+                    HIDDEN,
+                    self.R1_DD if gain_D is None else gain_D.to(self.R1_DD.device)[:, None] * self.R1_DD,
+                    None,
+                )
+            )
         if self.R2_DD is not None and HEAD_DIM in axes and _module(name) in values:
             turns.append((HEAD_DIM, self.R2_DD, values[_module(name)]))
         return turns
 
 
 def rotate(
-    tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int], axis: str, M_DD: Tensor, part: int | None = None
+    tensor: Tensor,
+    spelling: Spelling | str,
+    sizes: Mapping[str, int],
+    axis: str,
+    M_DD: Tensor,
+    part: int | None = None,
 ) -> Tensor:
     """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that runs along it.
 
@@ -117,9 +142,13 @@ def rotate(
     if axis not in spelling.axes:
         raise ValueError(f'"{spelling}" has no axis "{axis}"; it runs along {", ".join(spelling.axes)}')
     if tuple(tensor.shape) != spelling.shape(sizes):
-        raise ValueError(f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}')
+        raise ValueError(
+            f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}'
+        )
     if tuple(M_DD.shape) != (sizes[axis], sizes[axis]):
-        raise ValueError(f'a matrix of shape {tuple(M_DD.shape)} does not fit the {sizes[axis]} units of axis "{axis}"')
+        raise ValueError(
+            f'a matrix of shape {tuple(M_DD.shape)} does not fit the {sizes[axis]} units of axis "{axis}"'
+        )
     for dim, term in enumerate(spelling.dims):
         tensor = _turn_term(tensor, dim, term, sizes, axis, M_DD, part)
     return tensor
@@ -161,7 +190,9 @@ def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
     rows = {**anatomy.layer, **anatomy.outer}
     if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
-    return "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
+    return (
+        "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
+    )
 
 
 def _unplaced(anatomy: Anatomy) -> str | None:
@@ -187,7 +218,9 @@ def _unplaced(anatomy: Anatomy) -> str | None:
 
 def _require(tensors: Mapping[str, Tensor], rows: Mapping[str, str], optional: set[str]) -> None:
     if missing := sorted(rows.keys() - tensors.keys() - optional):
-        raise ValueError(f"weights that belong together turn together, and {missing[0]} is missing; give all {len(rows)}")
+        raise ValueError(
+            f"weights that belong together turn together, and {missing[0]} is missing; give all {len(rows)}"
+        )
     if unknown := sorted(tensors.keys() - rows.keys()):
         raise ValueError(f"the table has no row for {unknown[0]}; give the weights that it lists")
 

@@ -32,14 +32,18 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
+Track = Callable[
+    [Iterable[Any], str, int], Iterable[Any]
+]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
 Edit = Callable[
     [DecoderLayer], Mapping[str, Tensor]
 ]  # a layer in memory -> the parameters that it is to run with in place of its own
 Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
-Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> layer -> its keyword arguments: masks, rotary tables
+Arguments = Mapping[
+    int, Sequence[Mapping[str, Any]]
+]  # batch size -> layer -> its keyword arguments: masks, rotary tables
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -74,7 +78,9 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
         bound = signature.bind(None, hidden, *args, **kwargs).arguments
         own, extra = list(bound)[:2], bound.pop("kwargs", {})
         called = {name: value for name, value in bound.items() if name not in own} | extra
-        arguments.setdefault(len(hidden), []).append(called) if len(arguments.get(len(hidden), [])) == index else None
+        arguments.setdefault(len(hidden), []).append(called) if len(
+            arguments.get(len(hidden), [])
+        ) == index else None
         seen.append(hidden)
         return hidden
 
@@ -121,26 +127,46 @@ def walk(
                 full, inputs = layer.targets, layer.outputs(layer.inputs)
     if through:
         yield DecoderLayer(
-            len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
+            len(resident.layers),
+            "",
+            nn.Identity(),
+            resident.anatomy,
+            resident.device,
+            resident.sizes,
+            {},
+            inputs,
+            full,
         )
 
 
 def _layer(
-    resident: LayerwiseModel, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
+    resident: LayerwiseModel,
+    index: int,
+    module: nn.Module,
+    arguments: Arguments,
+    inputs: list[Tensor],
+    reference: list[Tensor],
 ) -> DecoderLayer:
     """Layer `index`, which is in memory, with the states that enter it."""
     own = {size: per_block[index] for size, per_block in arguments.items()}
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
-    return DecoderLayer(index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
+    return DecoderLayer(
+        index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference
+    )
 
 
 @contextmanager
-def together(resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[DecoderLayer]]:
+def together(
+    resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]
+) -> Iterator[list[DecoderLayer]]:
     """Several layers in memory at once, with the states of `windows` that enter each of them."""
     _, arguments = enter(resident, batches_of(windows))
     with ExitStack() as stack:
         modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
-        yield [_layer(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
+        yield [
+            _layer(resident, index, module, arguments, entering[index], [])
+            for index, module in modules.items()
+        ]
 
 
 @torch.no_grad()
@@ -158,7 +184,10 @@ def variants(
     for index in range(len(resident.layers)):
         entered = streams[None]
         streams |= {key: entered for key, start in starts.items() if start == index}
-        wanted = {key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is)) for key in streams}
+        wanted = {
+            key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is))
+            for key in streams
+        }
         if all(edit is None for edit in wanted.values()):
             continue
         with resident.layer(index) as module:
@@ -219,7 +248,9 @@ def divergences(
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
-def logits(resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
+def logits(
+    resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0
+) -> Iterator[Tensor]:
     """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
 
     All layers are gone through once, before the first one.
@@ -259,7 +290,13 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
 
 
 def output_fisher(
-    resident: LayerwiseModel, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
+    resident: LayerwiseModel,
+    windows: Tensor,
+    scratch: Path,
+    seed: int,
+    *,
+    first: bool = False,
+    unscored: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
     """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
 
@@ -272,7 +309,9 @@ def output_fisher(
     generator = torch.Generator(resident.device).manual_seed(seed)
 
     def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
-        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
+        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
+            tokens.shape
+        )
 
     for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first, unscored=unscored):
         found = Moments(grads[0].shape[-1], resident.device)
@@ -313,13 +352,18 @@ def gradients(
     for layer in walk(resident, windows, through=True):
         last = layer
         with writing(scratch):
-            save_file({str(i): hidden for i, hidden in enumerate(layer.inputs)}, scratch / f"states-{layer.index}.safetensors")
+            save_file(
+                {str(i): hidden for i, hidden in enumerate(layer.inputs)},
+                scratch / f"states-{layer.index}.safetensors",
+            )
     for tokens, hidden in zip(batches, last.inputs, strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
         wanted = labels(scores, tokens.to(resident.device))
         wanted[:, :unscored] = IGNORED
-        F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED).backward()
+        F.cross_entropy(
+            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
+        ).backward()
         assert hidden.grad is not None
         grads.append(hidden.grad.cpu())
     _, arguments = enter(resident, batches)
@@ -355,5 +399,7 @@ def _back(
             layer.run(hidden).backward(grad.to(resident.device))
             assert hidden.grad is not None
             out.append(hidden.grad.cpu())
-        found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        found |= {
+            name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
+        }
     return out

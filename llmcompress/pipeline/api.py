@@ -90,16 +90,22 @@ def compress(
     told = recipe_of(recipe)
     if out is None:
         loaded, words = _in_memory(model, told, tokenizer)
-        return apply_recipe(told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track)
+        return apply_recipe(
+            told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track
+        )
     if not isinstance(model, PreTrainedModel):
         name = None if model is None else os.fspath(model)
-        return run_recipe(told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track)
+        return run_recipe(
+            told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track
+        )
     with scratch_folder() as folder, no_progress_bar():
         words = _given(tokenizer)
         model.save_pretrained(folder)
         words.save_pretrained(folder)
         base = Base(str(model.config._name_or_path or type(model).__name__), folder, None)
-        return run_recipe(told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track)
+        return run_recipe(
+            told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track
+        )
 
 
 def plan(
@@ -113,7 +119,9 @@ def plan(
 
     Arguments and errors are those of `compress`. Sizes are exact but for file headers; times are right to a factor of about two.
     """
-    return plan_recipe(recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device)
+    return plan_recipe(
+        recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device
+    )
 
 
 def recipe_of(recipe: AnyRecipe) -> Recipe:
@@ -149,5 +157,7 @@ def _in_memory(
 
 def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise ModelError(
+            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     return tokenizer

@@ -53,7 +53,9 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where it is true."""
-        found = {key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"}
+        found = {
+            key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"
+        }
         found["perplexity_ci95"] = list(self.perplexity_ci95)
         return found if self.bos else {key: value for key, value in found.items() if key != "bos"}
 
@@ -96,7 +98,9 @@ def evaluate(
     subject = _opened(model, where)
     words = tokenizer or subject.tokenizer
     if words is None:
-        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise ModelError(
+            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
     sequences = calibration_data(subject, spec, words)
     windows, unscored = sequences.evaluation, sequences.unscored
@@ -129,7 +133,9 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
     if method is None:
         read = DiskModel(folder, device, quantized=True)
         timed = partial(speed_of, folder, device=device)
-        return _Subject(name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed)
+        return _Subject(
+            name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed
+        )
     whole = WholeModel.load(folder, device, method)
     return _of_whole(name, whole, tokenizer_of(folder))
 
@@ -146,7 +152,9 @@ def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
 
 
 def _of_whole(name: str, whole: WholeModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
-    return _Subject(name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model))
+    return _Subject(
+        name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model)
+    )
 
 
 def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Tensor]]:
@@ -162,5 +170,7 @@ def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | Non
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
     with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(folder, config=defaults(load_config(folder)), device_map={"": device})
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=defaults(load_config(folder)), device_map={"": device}
+        )
     return speed(model, windows)

@@ -68,7 +68,9 @@ def apply_recipe(
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
     if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ModelError("the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns")
+        raise ModelError(
+            "the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns"
+        )
     state, where = dict(model.state_dict()), pick_device(device)
     base = InMemoryModel(model.config, state, where)
     require_possible(recipe, base)
@@ -78,7 +80,9 @@ def apply_recipe(
     chained = _chain(pinned, base, sequences, track)
     source, left, packed = chained.source, chained.left, chained.packed
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
-    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model))
+    ours, theirs = (
+        logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model)
+    )
     measured = fidelity(ours, sequences.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
@@ -91,8 +95,12 @@ def apply_recipe(
         for part, tensor in registry.tensors_of(codes, native=source.plain).items()
         if f"{linear}.{part}" not in source.ties
     }
-    zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
-    dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen}
+    zeros = sum(
+        weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight)
+    )  # are no parameters
+    dense = {
+        name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen
+    }
     after = ModelFacts(
         model=name,
         parameters=source.parameters() - zeros,
@@ -143,7 +151,9 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     def teacher(name: str | None) -> ModelSource:
         if name is not None:
             return source_of(name, base.device)
-        return ModelSource(partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint)
+        return ModelSource(
+            partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint
+        )
 
     now = Chained(base, dict(base.source))
     origin = list(range(len(base.layers)))
@@ -153,7 +163,9 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     for stage in recipe.stages:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
-            context = Context(teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track)
+            context = Context(
+                teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track
+            )
             now.facts.append(run_stage(stage, now.source, context))
             outcome = Outcome(stage, now.source, journal)
             origin = outcome.left_of(origin)
@@ -177,11 +189,15 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
     weights = dict(now.left)
     for name, codes in now.packed.items():
         weight = registry.dequantize(codes)
-        weights[f"{name}.weight"] = weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+        weights[f"{name}.weight"] = (
+            weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+        )
     if config.tie_word_embeddings:
         for tensors in (now.left, weights):
             tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
-    now.source = InMemoryModel(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
+    now.source = InMemoryModel(
+        config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties
+    )
     for name, codes in now.packed.items():
         reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
         if reader and inputs:
@@ -195,7 +211,9 @@ def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
     return InMemoryModel(model.config, dict(model.state_dict()), device)
 
 
-def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+def _rebuilt(
+    config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel
+) -> PreTrainedModel:
     """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     anatomy = anatomy_of(config)
@@ -214,13 +232,19 @@ def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: C
         plain, coding = model.get_submodule(name), chosen[name]
         if isinstance(plain, nn.Embedding):
             assert isinstance(codes, IntegerWeight)
-            shared = [linear for linear in chosen if linear not in packed]  # a tied head, whose codes are these
-            transformers_quantizer.set_embedding(model, name, integer_embedding.embedding(name, plain, codes), *shared)
+            shared = [
+                linear for linear in chosen if linear not in packed
+            ]  # a tied head, whose codes are these
+            transformers_quantizer.set_embedding(
+                model, name, integer_embedding.embedding(name, plain, codes), *shared
+            )
             continue
         kept = plain.bias
         bias = kept if isinstance(kept, nn.Parameter) else None
         threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
-        module = registry.linear_of(codes, bias, native=native_layout, threshold=threshold, device=model.device)
+        module = registry.linear_of(
+            codes, bias, native=native_layout, threshold=threshold, device=model.device
+        )
         model.set_submodule(name, module)
     transformers_quantizer.declare_ties(model, chained.source.ties)
     transformers_quantizer.unite(model, chained.source.ties)

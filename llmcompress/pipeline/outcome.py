@@ -28,10 +28,20 @@ from llmcompress.modeling.model_config import without_flags
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
-from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
+from llmcompress.report.schema import (
+    CARD,
+    CHANGE_PICTURE,
+    ERROR_PICTURE,
+    EVALUATIONS,
+    FILE,
+    TRAINING_PICTURE,
+    Report,
+)
 from llmcompress.stages.base import OUTER, LinearScheme, Stage, StageResult
 
-Entry = tuple[dict[str, StoredWeight], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
+Entry = tuple[
+    dict[str, StoredWeight], dict[str, Tensor]
+]  # packed linears by full name, dense parameters by name in the model
 
 
 class Outcome:
@@ -83,7 +93,9 @@ class Outcome:
                 linears[name] = self.schemes[name].read(found, shapes[name][1])
             else:  # has learned: 4-bit codes come in the native layout, whatever the model's
                 layout = layouts.get(name)
-                linears[name] = registry.read(found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name])
+                linears[name] = registry.read(
+                    found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name]
+                )
             parts |= {f"{name}.{part}" for part in found}
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
@@ -123,7 +135,10 @@ def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
     """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
     result = stage.result(model)
     config = changed(model.config, result.config) if result.config else model.config
-    numbered = {renumbered(name, model.anatomy.layers, result.removed_layers): dtype for name, dtype in model.dtypes.items()}
+    numbered = {
+        renumbered(name, model.anatomy.layers, result.removed_layers): dtype
+        for name, dtype in model.dtypes.items()
+    }
     dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
     ties = model.ties | dict(result.ties)
     return MetaModel(config, model.device, model.dtype, layouts_after(result, model), ties, dtypes)
@@ -136,7 +151,9 @@ def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLa
     return model.layouts | {name: layout_of(how) for name, how in result.schemes.items()}
 
 
-def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> type[FourBitScheme] | type[Int8Scheme] | None:
+def native_kind(
+    chosen: Mapping[str, LinearScheme], model: LayerwiseModel
+) -> type[FourBitScheme] | type[Int8Scheme] | None:
     """Which native layout the whole model has, if one; none where something else in it needs our plug-in anyway."""
     if not model.plain:
         return None
@@ -150,8 +167,12 @@ def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> ty
 def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.schemes, outcome.model), next(iter(outcome.schemes.values()), None)
-    skip = bitsandbytes_layout.skip_list(list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix)
-    if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which layers
+    skip = bitsandbytes_layout.skip_list(
+        list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix
+    )
+    if kind is FourBitScheme and isinstance(
+        first, FourBitScheme
+    ):  # each linear says for itself which 4 bits in which layers
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
         return integer.int8_config(first.threshold, skip)
@@ -178,7 +199,9 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
     native_layout = native_kinds or (model.has_codes and not layouts)
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
-    writer.ties = ties_of(model) | {_key(keys, name): _key(keys, source) for name, source in outcome.ties.items()}
+    writer.ties = ties_of(model) | {
+        _key(keys, name): _key(keys, source) for name, source in outcome.ties.items()
+    }
     replaced: set[str] = set()
     casts = native_kind(outcome.schemes, model) is not None
 
@@ -189,7 +212,10 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
         named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
-            named |= {f"{key}.{part}": tensor for part, tensor in registry.tensors_of(packed, native=native_layout).items()}
+            named |= {
+                f"{key}.{part}": tensor
+                for part, tensor in registry.tensors_of(packed, native=native_layout).items()
+            }
         names = (*dense, *(f"{linear}.weight" for linear in linears))
         replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
         writer.add(named)
@@ -213,7 +239,9 @@ def _key(keys: Mapping[str, str], name: str) -> str:
 
 def ties_of(model: DiskModel) -> dict[str, str]:
     """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written once."""
-    head, embedding = (model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding))
+    head, embedding = (
+        model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding)
+    )
     return {head[0]: embedding[0]} if model.config.tie_word_embeddings and head and embedding else {}
 
 
@@ -242,7 +270,11 @@ def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dic
     The pictures are drawn in a folder within `scratch`. Errors: OutputError where it can't be written.
     """
     readme = base / CARD
-    inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() and is_inside(readme, base) else {}
+    inherited = (
+        front_matter(readme.read_text("utf-8", "replace"))
+        if readme.is_file() and is_inside(readme, base)
+        else {}
+    )
     text = card(report, recipe.for_others(report).to_yaml(), inherited)
     files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml(), CARD: text}
     if entries := evaluations(report):

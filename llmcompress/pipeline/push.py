@@ -20,10 +20,23 @@ from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
 from llmcompress.report.redaction import for_others, local_names
-from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
+from llmcompress.report.schema import (
+    CARD,
+    CHANGE_PICTURE,
+    ERROR_PICTURE,
+    EVALUATIONS,
+    FILE,
+    TRAINING_PICTURE,
+    Report,
+)
 
 PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
-REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)  # of an earlier artefact, where this one has none
+REPLACED = (
+    "model*.safetensors*",
+    *PICTURES,
+    EVALUATIONS,
+    *LEGACY,
+)  # of an earlier artefact, where this one has none
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:
@@ -60,7 +73,9 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
 def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
     """Refuse a folder whose recipe is not the one that its report tells of. Errors: OutputError."""
     if recipe.digest != report.recipe_digest:
-        raise OutputError(f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were written")
+        raise OutputError(
+            f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were written"
+        )
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -74,7 +89,9 @@ def _weights(folder: Path) -> dict[str, Path]:
         names.append(INDEX)
     needed = (*names, CONFIG, SETTINGS, "tokenizer.json")
     if links := [name for name in needed if not is_inside(folder / name, folder)]:
-        raise OutputError(f"{folder / links[0]} is a link that leaves the folder; put the file itself in its place")
+        raise OutputError(
+            f"{folder / links[0]} is a link that leaves the folder; put the file itself in its place"
+        )
     return {name: folder / name for name in names}
 
 

@@ -42,20 +42,26 @@ class Base:
     revision: str | None
 
 
-def find_base(name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base") -> Base:
+def find_base(
+    name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base"
+) -> Base:
     """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where there is none.
 
     With `weights=False` only its small files are fetched. `wanted` is what the model is to the user.
     """
     if name is None:
-        raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
+        raise RecipeError(
+            "the recipe names no base; add base: to it or pass --base with a folder or a Hub id"
+        )
     if name == DEMO:
         return Base(DEMO, DEMO_MODEL, None)
     path = path_of(name, wanted, ModelError)
     if path.is_dir():
         return Base(name, path, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ModelError(f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name")
+        raise ModelError(
+            f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name"
+        )
     repo, at = hub.split(name)
     folder, commit = hub.fetch(repo, revision or at, weights=weights, wanted=wanted)
     return Base(repo, folder, commit)
@@ -83,7 +89,9 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
     try:
         with no_progress_bar():
             logging.set_verbosity_error()
-            AutoModelForCausalLM.from_pretrained(folder, config=defaults(config), device_map="meta", local_files_only=True)
+            AutoModelForCausalLM.from_pretrained(
+                folder, config=defaults(config), device_map="meta", local_files_only=True
+            )
     except Exception as error:  # of its many parts each raises in its own way
         raise ModelError(
             f"{folder} is not loaded by transformers ({_why(error)}); mend its small files, or fetch it again"
@@ -103,7 +111,9 @@ def require_computable(model: LayerwiseModel) -> None:
     except CompressError:
         raise
     except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ModelError(f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it") from error
+        raise ModelError(
+            f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it"
+        ) from error
 
 
 def pick_device(device: str | None) -> torch.device:
@@ -113,8 +123,12 @@ def pick_device(device: str | None) -> torch.device:
         return torch.device("cuda" if count else "cpu")
     kind, _, number = device.partition(":")
     known = {"cpu": 1, "cuda": count}.get(kind, 0)
-    if not known or not (device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)):
-        raise CompressError(f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU")
+    if not known or not (
+        device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)
+    ):
+        raise CompressError(
+            f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU"
+        )
     return torch.device("cpu" if kind == "cpu" else device)
 
 
@@ -147,7 +161,9 @@ def source_of(name: str, device: torch.device) -> ModelSource:
     return ModelSource(partial(DiskModel, folder, device), checkpoint.fingerprint, checkpoint.digest)
 
 
-def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_same_vocabulary(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
     for stage in recipe.stages:
         for role, name in stage.models.items():
@@ -158,7 +174,9 @@ def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer:
                     f"{role} {name} predicts {theirs} tokens and the base {config.vocab_size}; give one of the same vocabulary"
                 )
             if wrong := _other_words(tokenizer, tokenizer_of(folder)):
-                raise ModelError(f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same")
+                raise ModelError(
+                    f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same"
+                )
 
 
 def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:

@@ -84,7 +84,11 @@ def run_recipe(
     place = partial_folder(target)
     require_pictures()
     distributed.join(device)
-    found = base if isinstance(base, Base) else find_base(base or recipe.base, recipe.revision if base is None else None)
+    found = (
+        base
+        if isinstance(base, Base)
+        else find_base(base or recipe.base, recipe.revision if base is None else None)
+    )
     config = config_of(found.folder, base=True)
     spec = data_of(recipe, data)
     where, tokenizer = pick_device(device), tokenizer_of(found.folder)
@@ -140,7 +144,9 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track) -> Chained:
+def _chain(
+    recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track
+) -> Chained:
     """Do the stages.
 
     Of several processes the first does them, and the others come in where there is training.
@@ -149,7 +155,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
     def teacher(name: str | None) -> ModelSource:
         return source_of(name or str(base.folder), model.device)
 
-    others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
+    others = (
+        (None, *recipe.teachers) if recipe.student else recipe.teachers
+    )  # without one, the base is the model
     fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
     origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
     for number, stage in enumerate(recipe.stages):
@@ -158,7 +166,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
             journal = Journal(folder, key) if writes else None
         journal = journal or Journal(folder, key)
         with tempfile.TemporaryDirectory(dir=place) as scratch:
-            context = Context(teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            context = Context(
+                teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track
+            )
             if distributed.first() or stage.trains:
                 facts.append(run_stage(stage, model, context))
         distributed.wait()
@@ -168,7 +178,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
             with distributed.first_alone() as writes:
                 if writes and (note := write_joint(journal, model, outcome, base.folder)):
                     facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
-            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes)
+            model = DiskModel(
+                joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes
+            )
     return Chained(model, outcome, facts)
 
 
@@ -177,7 +189,9 @@ def _measure(
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model))
+    ours, theirs = (
+        logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model)
+    )
     measured = fidelity(ours, sequences.scored, theirs)
     before = ModelFacts(
         model=base.name,
@@ -203,7 +217,13 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: Ca
     """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [*fingerprints, sequences.sha256, sequences.training_sha256, versions, source_digest(Path(__file__).parents[1])]
+    made_of = [
+        *fingerprints,
+        sequences.sha256,
+        sequences.training_sha256,
+        versions,
+        source_digest(Path(__file__).parents[1]),
+    ]
     text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -222,7 +242,9 @@ def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.devic
     try:
         return _speed(folder, sequences, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
-        warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
+        warnings.warn(
+            f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2
+        )
         return {}
 
 

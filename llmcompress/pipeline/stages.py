@@ -49,7 +49,13 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
         facts.notes.append(
             f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
         )
-    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "layers": facts.layers}
+    fixed = {
+        "name": facts.name,
+        "linears": facts.linears,
+        "kept": facts.kept,
+        "notes": facts.notes,
+        "layers": facts.layers,
+    }
     require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
 

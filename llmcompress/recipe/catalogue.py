@@ -111,7 +111,9 @@ def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
         if not line.startswith("#"):
             break
         if found := MEASURED.fullmatch(line):
-            kl, before, after, seconds = (float(found[group]) for group in ("kl", "before", "after", "seconds"))
+            kl, before, after, seconds = (
+                float(found[group]) for group in ("kl", "before", "after", "seconds")
+            )
             measured.append(Measured(found["model"], kl, before, after, seconds, found["against"]))
         elif not line.startswith(("# measured", "# yaml-language-server")):
             words.append(line.lstrip("# "))
@@ -180,13 +182,21 @@ def _left(stage: str, settings: Settings) -> str:
         return f"{settings.get('groups', 'fewer')} sets of {parts} weights"
     if stage == "low_rank":
         rank = settings.get("rank")
-        return f"linears of rank {rank}" if rank else f"{_percent(settings.get('keep', 0.75))} of the parameters of linears"
+        return (
+            f"linears of rank {rank}"
+            if rank
+            else f"{_percent(settings.get('keep', 0.75))} of the parameters of linears"
+        )
     if stage == "codebook":
         return f"{settings.get('entries', 16)} values per {settings.get('per', 'row')}, {_bits(stage, settings)[0]:g} bits per weight"
     if stage != "quantize":
         return ""
     least, most = _bits(stage, settings)
-    words = f"{_short(least)} bits per weight" if least == most else f"{_short(least)} to {_short(most)} bits per weight"
+    words = (
+        f"{_short(least)} bits per weight"
+        if least == most
+        else f"{_short(least)} to {_short(most)} bits per weight"
+    )
     if settings.get("protect") and settings.get("format", "nf4") in NATIVE_FORMATS:
         words += f", {_percent(settings['protect'])} of the weights kept in their dtype"
     return words + (", embedding in 8 bits" if settings.get("embedding") == "int8" else "")

@@ -16,7 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO
@@ -65,11 +73,15 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, title="llmcompress recipe")
 
-    version: int = Field(default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe")
+    version: int = Field(
+        default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe"
+    )
     base: str | None = Field(
         default=None, min_length=1, description="Hub id or folder of the model; `demo` is the embedded one"
     )
-    revision: str | None = Field(default=None, min_length=1, description="commit, branch or tag of a base on the Hub")
+    revision: str | None = Field(
+        default=None, min_length=1, description="commit, branch or tag of a base on the Hub"
+    )
     data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     accept: Accept = Accept()
@@ -136,7 +148,9 @@ class Recipe(BaseModel):
         except Unreadable as error:
             raise RecipeError(f"{where} {error}; give a recipe file") from None
         if not isinstance(entries, dict):
-            raise RecipeError(f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:")
+            raise RecipeError(
+                f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:"
+            )
         if isinstance(newer := entries.get("schema"), int) and newer > SCHEMA:
             raise RecipeError(
                 f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
@@ -157,7 +171,9 @@ class Recipe(BaseModel):
         """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
         path = path_of(file, "recipe", RecipeError)
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id")
+            raise RecipeError(
+                f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id"
+            )
         with path.open("rb") as opened:
             return cls.parse(opened.read(LARGEST + 1), str(path))
 
@@ -174,7 +190,9 @@ class Recipe(BaseModel):
         repo, at = hub.split(str(name))
         if path.is_file() or path.suffix in (".yaml", ".yml") or not hub.is_repository(repo):
             return cls.from_file(path)
-        text, commit = hub.read(repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError)
+        text, commit = hub.read(
+            repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError
+        )
         recipe = cls.parse(text, f"recipe {repo}@{commit[:8]}")
         recipe._origin = RecipeFacts(source=repo, revision=commit)
         return recipe
@@ -197,16 +215,24 @@ class Recipe(BaseModel):
 
         `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an id of the Hub.
         """
-        asked: list[tuple[str, str | None, bool]] = []  # a name, what the report tells of it, whether that is of the Hub
+        asked: list[
+            tuple[str, str | None, bool]
+        ] = []  # a name, what the report tells of it, whether that is of the Hub
         base, data = (reported.base, reported.data) if reported else (None, None)
         if self.base is not None:
-            asked.append((self.base, base.model if base else None, base is not None and base.revision is not None))
-        asked.append((self.data.source, data.source if data else None, data is not None and data.revision is not None))
+            asked.append(
+                (self.base, base.model if base else None, base is not None and base.revision is not None)
+            )
+        asked.append(
+            (self.data.source, data.source if data else None, data is not None and data.revision is not None)
+        )
         for number, stage in enumerate(self.stages):
             facts = reported.stages[number].model_dump() if reported and number < len(reported.stages) else {}
             for role, name in stage.models.items():
                 repo, commit = hub.split(str(facts.get(role)))
-                asked.append((name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit)))
+                asked.append(
+                    (name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit))
+                )
 
         def is_local(name: str, told: str | None, on_hub: bool) -> bool:
             repo = hub.split(name)[0]
@@ -214,7 +240,11 @@ class Recipe(BaseModel):
                 return not on_hub
             return not hub.is_id(repo) or kind_of(Path(name)) is not None or path_of(name, "recipe").exists()
 
-        return {name for name, told, on_hub in asked if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)}
+        return {
+            name
+            for name, told, on_hub in asked
+            if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)
+        }
 
     def for_others(self, reported: Report | None = None) -> Recipe:
         """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of the Hub.
@@ -248,7 +278,11 @@ class Recipe(BaseModel):
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):
                 continue
             if not hub.is_id(hub.split(name)[0]) or path_of(name, place, RecipeError).exists():
-                advice = f"give your own with {option}" if option else "save it to a file and run that, if you trust it"
+                advice = (
+                    f"give your own with {option}"
+                    if option
+                    else "save it to a file and run that, if you trust it"
+                )
                 raise RecipeError(
                     f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "
                     f"{advice}"
@@ -262,8 +296,12 @@ def _kind(value: Any) -> str:
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, as `stages.0.quantize.formt: unknown key; did you mean format?`."""
     errors = error.errors(include_url=False)
-    beside = [one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]]
-    first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]  # what is missing may be misspelt
+    beside = [
+        one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]
+    ]
+    first = (
+        beside[0] if errors[0]["type"] == "missing" and beside else errors[0]
+    )  # what is missing may be misspelt
     path, kind, given = first["loc"], first["type"], first.get("input")
     place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
     if kind == "extra_forbidden":
@@ -273,7 +311,9 @@ def _explain(error: ValidationError) -> str:
         else:
             wrong = "unknown key"
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: {wrong}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+        return f"{place}: {wrong}; " + (
+            f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        )
     if kind == "missing":
         return f"{place}: is missing; add it"
     message = first["msg"].removeprefix("Value error, ")

@@ -63,7 +63,11 @@ class Fidelity:
 
 @torch.no_grad()
 def fidelity(
-    logits: Iterable[Tensor], windows: Tensor, against: Iterable[Tensor] | None = None, *, progress: Progress | None = None
+    logits: Iterable[Tensor],
+    windows: Tensor,
+    against: Iterable[Tensor] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Fidelity:
     """Measure a model by its `logits`, float batches [B, L, V] on any device, on `windows`, int64 [W, L] with L >= 2.
 
@@ -131,7 +135,12 @@ def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slic
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood of the next token, float32 [B * L], 0 at the last position of each window."""
     flat = logits.flatten(0, 1)  # [B * L, V]
-    return torch.cat([F.cross_entropy(flat[here].float(), y, reduction="none") for here, y in _chunks(logits, target, -100)])
+    return torch.cat(
+        [
+            F.cross_entropy(flat[here].float(), y, reduction="none")
+            for here, y in _chunks(logits, target, -100)
+        ]
+    )
 
 
 def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -142,7 +151,9 @@ def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, T
         same = z.argmax(-1) == z_base.argmax(-1)
         q, p = z.log_softmax(-1), z_base.log_softmax(-1)
         own, other = (-log.gather(-1, y.clamp(min=0)[:, None])[:, 0].masked_fill(y < 0, 0) for log in (q, p))
-        parts.append((own, other, p.exp().mul_(p.sub_(q)).sum(-1), same))  # sum_v p (log p - log q), in place: p and q are ours
+        parts.append(
+            (own, other, p.exp().mul_(p.sub_(q)).sum(-1), same)
+        )  # sum_v p (log p - log q), in place: p and q are ours
     own, other, kl, same = (torch.cat(column) for column in zip(*parts, strict=True))
     return own, other, kl, same
 
@@ -203,8 +214,12 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
     out = []
     for mean, low, high in zip(rows.mean(-1).exp().tolist(), *ends.exp().tolist(), strict=True):
         if not math.isfinite(high):
-            raise ModelError("the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from")
-        out.append((mean, (min(low, mean), max(high, mean))))  # one window: the interval is the value, without rounding apart
+            raise ModelError(
+                "the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from"
+            )
+        out.append(
+            (mean, (min(low, mean), max(high, mean)))
+        )  # one window: the interval is the value, without rounding apart
     return out
 
 
@@ -223,7 +238,9 @@ def size_bytes(folder: Path) -> int:
         files = set(folder.glob("*.safetensors"))
     missing = sorted(file.name for file in files if not file.is_file())
     if missing or not files:
-        raise ModelError(f"{folder} has no {missing[0] if missing else '*.safetensors'}: download or save the model again")
+        raise ModelError(
+            f"{folder} has no {missing[0] if missing else '*.safetensors'}: download or save the model again"
+        )
     return sum(file.stat().st_size for file in files)
 
 
@@ -231,7 +248,9 @@ def parameters(model: torch.nn.Module) -> int:
     """Logical number of parameters: shared ones count once, packed 4-bit ones as the numbers that they stand for."""
     count = 0
     for parameter in model.parameters():  # each object once
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights know the shape that they were packed from
+        state = getattr(
+            parameter, "quant_state", None
+        )  # bitsandbytes' 4-bit weights know the shape that they were packed from
         count += math.prod(state.shape) if state is not None else parameter.numel()
     return count
 
@@ -247,7 +266,12 @@ class Speed:
 
 @torch.no_grad()
 def speed(
-    model: torch.nn.Module, windows: Tensor, *, decode_tokens: int = 32, repeats: int = 5, budget_s: float = 3.0
+    model: torch.nn.Module,
+    windows: Tensor,
+    *,
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    budget_s: float = 3.0,
 ) -> Speed:
     """The best of up to `repeats` runs after one to warm up, on the first of `windows`, int64 [W, L] with L >= 2.
 
@@ -306,7 +330,9 @@ def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
 
 def _now(device: torch.device) -> float:
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()  # kernels are queued, so wait for them before looking at the clock
+        getattr(
+            torch, device.type
+        ).synchronize()  # kernels are queued, so wait for them before looking at the clock
     return time.perf_counter()
 
 
@@ -316,9 +342,15 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     if sys.platform == "win32":
-        return int(importlib.import_module("psutil").Process().memory_info().peak_wset)  # psutil comes with accelerate
+        return int(
+            importlib.import_module("psutil").Process().memory_info().peak_wset
+        )  # psutil comes with accelerate
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -19,12 +19,27 @@ from llmcompress.data.calibration import DEMO
 from llmcompress.io.local_names import is_path, short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.units import amount, number, percent
-from llmcompress.report.console import Rows, before_after, change, fidelity_rows, kept_rows, nats, steps, time_rows, worst_rows
+from llmcompress.report.console import (
+    Rows,
+    before_after,
+    change,
+    fidelity_rows,
+    kept_rows,
+    nats,
+    steps,
+    time_rows,
+    worst_rows,
+)
 from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 
 LARGEST = 1 << 16  # bytes of front matter
-INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
+INHERITED = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+)  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
 SPARSE = "sparse"
@@ -47,7 +62,13 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: s
     """
     report = for_others(report, repo)
     front = _front_of(_front_matter(report, base_card, repo))
-    parts = [_opening(report, repo), _change(report), _loading(report, repo), _recipe(recipe_yaml), _errors(report)]
+    parts = [
+        _opening(report, repo),
+        _change(report),
+        _loading(report, repo),
+        _recipe(recipe_yaml),
+        _errors(report),
+    ]
     parts += [_training(report), _limits(report), _reproduction(report, repo)]
     return front + "\n\n".join(part for part in parts if part) + "\n"
 
@@ -133,7 +154,9 @@ def _results(report: Report) -> list[dict[str, Any]]:
         ("top1_agreement", "share of tokens with the same first choice as the base", facts.top1_agreement),
         ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
     )
-    measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
+    measured = [
+        {"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None
+    ]
     text, data = report.data.source, report.data
     place = {"config": data.config, "split": data.evaluation_split or data.split, "revision": data.revision}
     dataset = {"type": text.split()[0], "name": text} | {key: value for key, value in place.items() if value}
@@ -167,9 +190,17 @@ def _loading(report: Report, repo: str | None) -> str:
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
     ours = bool(formats - NATIVE) or SHARE in stages or uneven
-    packages = "transformers accelerate" + (" bitsandbytes" if formats - PLAIN else "") + (" llmcompress" if ours else "")
+    packages = (
+        "transformers accelerate"
+        + (" bitsandbytes" if formats - PLAIN else "")
+        + (" llmcompress" if ours else "")
+    )
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
-    named = f'"{repo}"' if repo else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
+    named = (
+        f'"{repo}"'
+        if repo
+        else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
+    )
     return f"""## Load it
 
 ```
@@ -227,7 +258,11 @@ def _trained(training: TrainingFacts) -> str:
     )
     for role, name in others_in(training).items():
         repo, commit = hub.split(name)
-        settings += f", {role} `{repo}` at revision `{commit}`" if hub.is_commit(commit) else f", {role} `{short_name(name)}`"
+        settings += (
+            f", {role} `{repo}` at revision `{commit}`"
+            if hub.is_commit(commit)
+            else f", {role} `{short_name(name)}`"
+        )
     if training.best[0] == 0:
         return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
     return (

@@ -31,7 +31,9 @@ def local_names(report: Report) -> list[str]:
     names = [report.compressed.model]
     names += [report.base.model] if report.base.revision is None else []
     names += [report.data.source] if is_local_text(report) else []
-    return names + [name for stage in report.stages for name in others_in(stage).values() if not _on_hub(name)]
+    return names + [
+        name for stage in report.stages for name in others_in(stage).values() if not _on_hub(name)
+    ]
 
 
 def for_others(report: Report, repo: str | None = None) -> Report:
@@ -42,7 +44,9 @@ def for_others(report: Report, repo: str | None = None) -> Report:
     return report.model_copy(
         update={
             "base": base if base.revision else base.model_copy(update={"model": short_name(base.model)}),
-            "compressed": report.compressed.model_copy(update={"model": repo or short_name(report.compressed.model)}),
+            "compressed": report.compressed.model_copy(
+                update={"model": repo or short_name(report.compressed.model)}
+            ),
             "data": data.model_copy(update={"source": text}),
             "stages": tuple(_stage(stage, names) for stage in report.stages),
         }

@@ -10,18 +10,38 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.io.safe_parsing import Unreadable, json_of
 from llmcompress.io.user_paths import path_of
 
-SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
+SCHEMA = (
+    1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
+)
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
-CARD, EVALUATIONS = "README.md", ".eval_results/llmcompress.yaml"  # the second is where the Hub looks for them
+CARD, EVALUATIONS = (
+    "README.md",
+    ".eval_results/llmcompress.yaml",
+)  # the second is where the Hub looks for them
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
-DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")  # keys of data, of a Hub data set or a table
+DATA_PLACE = (
+    "revision",
+    "config",
+    "split",
+    "evaluation_split",
+    "column",
+)  # keys of data, of a Hub data set or a table
 TRAINS = "distill"  # the stage whose facts are those of a training
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
@@ -137,7 +157,10 @@ class TrainingFacts(_OpenFacts):
     length: NonNegativeInt
     kl_before: FiniteFloat
     kl_after: FiniteFloat
-    curve: Annotated[tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...], Field(strict=False)]
+    curve: Annotated[
+        tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...],
+        Field(strict=False),
+    ]
 
     @classmethod
     def of(cls, stage: StageFacts) -> "TrainingFacts":
@@ -229,7 +252,9 @@ class Report(_Facts):
         except Unreadable as error:
             raise CompressError(f"{where} {error}: take {FILE} as llmcompress wrote it") from None
         if not isinstance(raw, dict) or "schema" not in raw:
-            raise CompressError(f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote")
+            raise CompressError(
+                f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote"
+            )
         if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
             raise CompressError(
                 f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install {_writer(raw)}"
@@ -239,7 +264,9 @@ class Report(_Facts):
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             key = " ".join(".".join(map(str, first["loc"])).split())
-            raise CompressError(f"{where}: {key}: {first['msg']}; take {FILE} as llmcompress wrote it") from None
+            raise CompressError(
+                f"{where}: {key}: {first['msg']}; take {FILE} as llmcompress wrote it"
+            ) from None
 
     @classmethod
     def of(cls, folder: str | Path) -> "Report":
@@ -250,11 +277,16 @@ class Report(_Facts):
                 text = opened.read(LARGEST + 1)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise CompressError(f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote") from None
+            raise CompressError(
+                f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote"
+            ) from None
         return cls.from_json(text, file)
 
     def require(
-        self, kl_nats: float | None = None, perplexity_ratio: float | None = None, top1_agreement: float | None = None
+        self,
+        kl_nats: float | None = None,
+        perplexity_ratio: float | None = None,
+        top1_agreement: float | None = None,
     ) -> None:
         """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds, agreement a lower one.
 
@@ -269,7 +301,9 @@ class Report(_Facts):
         if misses:
             tries = [_GENTLER[stage.name] for stage in self.stages if stage.name in _GENTLER]
             advice = ", ".join(dict.fromkeys([*tries, "or a looser bound"]))
-            raise AcceptError(f"the result misses accept: {'; '.join(misses)}; try {advice.removeprefix('or ')}")
+            raise AcceptError(
+                f"the result misses accept: {'; '.join(misses)}; try {advice.removeprefix('or ')}"
+            )
 
 
 _GENTLER = {  # what asks less of a stage, in the words of a recipe

@@ -69,7 +69,9 @@ class ModelSource:
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
-    teacher: Callable[[str | None], ModelSource]  # a model by its name; without one, that which the run began with
+    teacher: Callable[
+        [str | None], ModelSource
+    ]  # a model by its name; without one, that which the run began with
     origin: Sequence[int]  # which layers of that one the model's own were
     data: CalibrationData
     journal: Journal
@@ -103,7 +105,9 @@ class StageResult:
 
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)  # how linears are written, by full name
     kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are, with the reason
-    ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor that it is, in the model's names
+    ties: Mapping[str, str] = field(
+        default_factory=dict
+    )  # tensor -> the tensor that it is, in the model's names
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that change
     removed_layers: tuple[int, ...] = ()
     removed: frozenset[str] = frozenset()  # tensors that are no longer stored, by their names in the model
@@ -190,7 +194,11 @@ class Stage(Settings):
                 "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
                 "nothing, or distill with train: scales, norms or all"
             )
-        if self.combines and any(stage.trains for stage in before) and not any(stage.trains for stage in after):
+        if (
+            self.combines
+            and any(stage.trains for stage in before)
+            and not any(stage.trains for stage in after)
+        ):
             raise ValueError(
                 f"distill heals what comes before it, and {self.name} comes after the last one; put distill after {self.name}"
             )

@@ -42,7 +42,11 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
     That is where a norm follows the sublayer, which the matrix of the layer does not reach through.
     """
     rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
-    gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
+    gains = {
+        name.removesuffix(".weight")
+        for name, row in rows.items()
+        if row == "hidden" and name.endswith(".weight")
+    }
     if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None
     return nats_factor(fisher(context, index).to(model.device))

@@ -36,13 +36,17 @@ def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
     return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
 
 
-def require_known(what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()) -> None:
+def require_known(
+    what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()
+) -> None:
     """Refuse a pattern that matches no linear, and is no axis where those may stand. Errors: ModelError."""
     for pattern in patterns:
         if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
             also = f", and axes {', '.join(axes)}" if axes else ""
             shown = min(name for name in names if "." in name)
-            raise ModelError(f'{what} "{pattern}" matches no linear of this model; they have names like {shown}{also}')
+            raise ModelError(
+                f'{what} "{pattern}" matches no linear of this model; they have names like {shown}{also}'
+            )
 
 
 def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> float:
@@ -86,7 +90,10 @@ def rewritable(
     ours = inner(model, model.anatomy.linears)
     require_known("skip", skip, ours)
     maps = dict(model.linear_maps())
-    reasons = {name: refused(name, model, ours, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()}
+    reasons = {
+        name: refused(name, model, ours, skip) or layout_of(name).refusal(shape)
+        for name, shape in maps.items()
+    }
     kept = {name: why for name, why in reasons.items() if why}
     kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
     chosen = {name: layout_of(name) for name in maps if name not in kept}
@@ -109,7 +116,11 @@ class Rewriting:
     calibrated: bool = True
 
     def done(
-        self, model: LayerwiseModel, context: Context, chosen: Mapping[str, RewrittenLayout], kept: Mapping[str, str]
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        chosen: Mapping[str, RewrittenLayout],
+        kept: Mapping[str, str],
     ) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
@@ -128,7 +139,10 @@ class Rewriting:
         return facts
 
     def _layer(
-        self, layer: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
+        self,
+        layer: DecoderLayer,
+        layouts: Mapping[str, RewrittenLayout],
+        dtype_of: Callable[[str], torch.dtype],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors of the layer that change, by their full names, and what that cost; they are put in place."""
         tensors: dict[str, Tensor] = {}
@@ -148,7 +162,9 @@ class Rewriting:
                     dtype = dtype_of(f"{name}.bias")
                     layer.shift_bias(linear, shift_R, dtype)
                     tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
-                lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
+                lost = output_error(
+                    W_RC, S_RC, moments[linear].H_CC
+                )  # of the outputs on the calibration text
                 errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
                 bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
                 facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
@@ -159,7 +175,9 @@ def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[st
     """How many linears are rewritten and how many stay, for a plan; nothing where none stays."""
     if not kept:
         return ()
-    return (f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",)
+    return (
+        f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",
+    )
 
 
 def rewriting_memory(model: MetaModel, work: Workload) -> int:

@@ -67,7 +67,15 @@ class Bench:
 
     def words(self, name: str, out: Path, *more: str) -> tuple[str, ...]:
         """The command line of a run."""
-        return ("run", str(self.folder / f"{name}.yaml"), "--base", str(self.folder / "base"), "--out", str(out), *more)
+        return (
+            "run",
+            str(self.folder / f"{name}.yaml"),
+            "--base",
+            str(self.folder / "base"),
+            "--out",
+            str(out),
+            *more,
+        )
 
     def run(self, name: str, out: Path, *more: str) -> Ended:
         """Run a recipe to its end."""

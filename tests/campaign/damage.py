@@ -8,7 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-TOLD = ("report.json", "README.md", ".eval_results/llmcompress.yaml")  # hold times, and may differ between two runs
+TOLD = (
+    "report.json",
+    "README.md",
+    ".eval_results/llmcompress.yaml",
+)  # hold times, and may differ between two runs
 
 
 def flip(file: Path, draw: random.Random) -> None:

@@ -41,7 +41,11 @@ class Child:
     """A forked process that runs the command line, or any function, with its own TMPDIR, and bounds on time and memory."""
 
     def __init__(
-        self, folder: Path, *words: str, call: Callable[[], object] | None = None, env: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *words: str,
+        call: Callable[[], object] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         self.temporary = self.folder / "tmp"
@@ -51,7 +55,9 @@ class Child:
         if self.pid == 0:
             os._exit(self._child(words, call, env or {}))
 
-    def _child(self, words: tuple[str, ...], call: Callable[[], object] | None, env: Mapping[str, str]) -> int:
+    def _child(
+        self, words: tuple[str, ...], call: Callable[[], object] | None, env: Mapping[str, str]
+    ) -> int:
         code = 1
         try:
             for number, name in ((1, "out"), (2, "err")):
@@ -93,7 +99,8 @@ class Child:
         """Wait for the end of the child."""
         _, status = os.waitpid(self.pid, 0)
         out, err = (
-            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else "" for name in ("out", "err")
+            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
+            for name in ("out", "err")
         )
         left = tuple(sorted(path.name for path in self.temporary.iterdir()))
         return Ended(os.waitstatus_to_exitcode(status), out, err, left)

@@ -28,6 +28,8 @@ def journals(bench: Bench, tries: int) -> Count:
         what = f"{damage.__name__} {damaged.relative_to(partial_of(out))}"
         damage(damaged, bench.draw)
         done = bench.run("long", out)
-        fault = done.crashed or (f"exit code {done.code}: {done.err[-600:]}" if done.code else bench.fault_of("long", out))
+        fault = done.crashed or (
+            f"exit code {done.code}: {done.err[-600:]}" if done.code else bench.fault_of("long", out)
+        )
         count.ended(damage.__name__, f"{what}: {fault}" if fault else None)
     return count

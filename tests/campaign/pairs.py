@@ -84,7 +84,10 @@ def _stranger(bench: Bench, out: Path) -> tuple[str, str | None]:
     out.rename(out.with_name("moved"))
     again = bench.run("short", out)
     if again.code or (fault := bench.fault_of("short", out)):
-        return "a stranger's folder", f"the second run: exit code {again.code}, {again.err[-600:] if again.code else fault}"
+        return (
+            "a stranger's folder",
+            f"the second run: exit code {again.code}, {again.err[-600:] if again.code else fault}",
+        )
     return "a stranger's folder", None
 
 

@@ -43,7 +43,9 @@ def byte_perplexity(folder: Path, tasks: Path, home: Path) -> float:
     command = [sys.executable, "-c", EVALUATE, str(folder), str(tasks)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return float(next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))
+    return float(
+        next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND ")
+    )
 
 
 @pytest.mark.slow

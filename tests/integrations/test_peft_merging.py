@@ -25,13 +25,17 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import distance, live, load
 from tests.bases import byte_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT asks transformers by an old name
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::UserWarning", "ignore::FutureWarning"
+)  # PEFT asks transformers by an old name
 
 
 def adapted(base: Path) -> peft.PeftModel:
     """A model with a LoRA adapter that changes what it computes."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    found = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    found = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     assert isinstance(found, peft.PeftModel)
     return found
 
@@ -49,7 +53,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return base, beside, write_text(folder / "facts.txt")
 
 
-def test_an_adapter_beside_the_weights_is_refused_in_one_line(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_an_adapter_beside_the_weights_is_refused_in_one_line(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     base, beside, text = folders
     out = tmp_path / "out"
     distill = {"distill": {"steps": 1, "batch": 2}}
@@ -83,10 +89,14 @@ def test_the_command_line_ends_with_two(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "error: " in (said := capsys.readouterr().err) and "PEFT adapter" in said and "Traceback" not in said
+    assert (
+        "error: " in (said := capsys.readouterr().err) and "PEFT adapter" in said and "Traceback" not in said
+    )
 
 
-def test_a_folder_with_an_adapter_alone_is_told_as_that(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_folder_with_an_adapter_alone_is_told_as_that(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     adapted(folders[0]).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ModelError, match="holds a PEFT adapter"):
         plan_recipe(small_recipe(folders[2], tmp_path / "adapter"))

@@ -91,7 +91,9 @@ def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: 
             journal = Journal(tmp_path / "journal", "key", shared=True)
             journal.save("window", round % 2, {"w": torch.full((1000,), round % 2)}, {"round": round % 2})
             found = journal.load("window", round % 2)
-            assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {"round": round % 2}
+            assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {
+                "round": round % 2
+            }
         return True
 
     with ThreadPoolExecutor(4) as pool:

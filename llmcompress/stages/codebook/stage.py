@@ -37,12 +37,18 @@ class Codebook(Stage):
     has_levels: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {"codebook": "it is called entries"}
 
-    entries: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
-    per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
+    entries: Literal[4, 8, 16, 256] = Field(
+        description="how many values the weights that share a codebook can have"
+    )
+    per: Literal["row", "group", "linear"] = Field(
+        default="row", description="which weights share a codebook"
+    )
     rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="per: group: how many adjacent rows share one"
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
 
     @model_validator(mode="after")
     def _rows_of_groups(self) -> Codebook:
@@ -59,7 +65,9 @@ class Codebook(Stage):
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
-        return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
+        return rewritable(
+            model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
+        )
 
     @property
     def purpose(self) -> str:
@@ -95,7 +103,9 @@ class Codebook(Stage):
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(model, context, chosen, kept)
+        facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(
+            model, context, chosen, kept
+        )
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
 
@@ -104,5 +114,7 @@ def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) ->
     """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
     require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))
-    palette = solve_codebook(retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap)
+    palette = solve_codebook(
+        retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap
+    )
     return CodebookWeight.of(palette, layout)

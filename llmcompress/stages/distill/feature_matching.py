@@ -63,12 +63,16 @@ class Matching:
         parts, skip = [], self.unscored
         if self.hidden:
             W_ED = None if projection is None else projection.weight
-            for mine, yours in zip(student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True):
+            for mine, yours in zip(
+                student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True
+            ):
                 mine, yours = mine[:, skip:], yours[:, skip:]
                 size = yours.detach().float().square().mean() if self.kind == "mse" else 1.0
                 parts.append(self.hidden * hidden_loss(self.kind, mine, yours, W_ED) / size)
         if self.attention:
-            for mine, yours in zip(student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True):
+            for mine, yours in zip(
+                student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True
+            ):
                 parts.append(self.attention * attention_kl(mine[:, :, skip:], yours[:, :, skip:]))
         return torch.stack(parts).sum() / len(self.layers)
 

@@ -59,7 +59,9 @@ class ScaledCodes(WeightParametrization):
     def __init__(self, packed: bitsandbytes_layout.Packed, transposed: bool) -> None:
         super().__init__(transposed)
         R, G = packed.absmax_RG.shape
-        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(R, G, packed.group_size)
+        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(
+            R, G, packed.group_size
+        )
         self.register_buffer("levels_RGB", levels, persistent=False)
         self.register_buffer("absmax_RG", packed.absmax_RG, persistent=False)
         self.packed = packed
@@ -68,7 +70,9 @@ class ScaledCodes(WeightParametrization):
         """The scales [R, G] as they will be read back, with the gradient of the factor."""
         absmax_RG = cast(Tensor, self.absmax_RG)
         scale_RG = absmax_RG * factor_RG
-        if not self.packed.double_quant or torch.equal(scale_RG, absmax_RG):  # in 8 bits already: rounded again they would move
+        if not self.packed.double_quant or torch.equal(
+            scale_RG, absmax_RG
+        ):  # in 8 bits already: rounded again they would move
             return scale_RG
         return as_stored(scale_RG, lambda x: bitsandbytes_layout.double_quantize(x).decode())
 
@@ -98,7 +102,11 @@ class CodebookLevels(WeightParametrization):
         super().__init__(transposed)
         self.weight = weight
         levels_GL = weight.levels_GL.float()
-        sizes = {"codes_RC": weight.codes_RC.int(), "levels_GL": levels_GL, "size_G1": levels_GL.square().mean(1, True).sqrt()}
+        sizes = {
+            "codes_RC": weight.codes_RC.int(),
+            "levels_GL": levels_GL,
+            "size_G1": levels_GL.square().mean(1, True).sqrt(),
+        }
         for name, tensor in sizes.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -115,7 +123,9 @@ class CodebookLevels(WeightParametrization):
         return torch.zeros_like(cast(Tensor, self.levels_GL))
 
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
-        levels_GL = self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
+        levels_GL = (
+            self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
+        )
         return replace(self.weight, levels_GL=levels_GL)
 
 

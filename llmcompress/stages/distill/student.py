@@ -34,7 +34,9 @@ from llmcompress.stages.distill.parametrizations import (
 Train = Literal["all", "norms", "scales", "lora"]
 
 
-def whole(resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None) -> PreTrainedModel:
+def whole(
+    resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None
+) -> PreTrainedModel:
     """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see.
 
     `ready` is given each layer before the next one is read.
@@ -98,12 +100,20 @@ class Student:
         try:
             import peft
         except ImportError:
-            raise CompressError("train: lora needs the package peft; pip install peft, or use train: all") from None
-        inside = [name for name, _ in resident.linear_maps() if name.startswith(f"{resident.anatomy.layers}.")]
+            raise CompressError(
+                "train: lora needs the package peft; pip install peft, or use train: all"
+            ) from None
+        inside = [
+            name for name, _ in resident.linear_maps() if name.startswith(f"{resident.anatomy.layers}.")
+        ]
         transposed = isinstance(self.model.get_submodule(inside[0]), Conv1D)
-        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed)
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed
+        )
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
+            warnings.filterwarnings(
+                "ignore", ".*gradient_checkpointing.*", FutureWarning
+            )  # peft asks by the old name
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
@@ -134,7 +144,9 @@ class Student:
             dtype = self.dtype_of(name)
             if parameter.requires_grad and parameter.dim() == 1 and dtype.itemsize < 4:
                 owner, _, leaf = name.rpartition(".")
-                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, StoredRounding(dtype))
+                parametrize.register_parametrization(
+                    self.model.get_submodule(owner), leaf, StoredRounding(dtype)
+                )
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""

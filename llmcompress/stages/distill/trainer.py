@@ -36,7 +36,14 @@ from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.safetensors_writer import discard, put
 from llmcompress.modeling.sequential import next_tokens
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
-from llmcompress.stages.distill.teacher import WINDOW, CachedOutput, Teacher, TeacherOutput, forward_arguments, output_of
+from llmcompress.stages.distill.teacher import (
+    WINDOW,
+    CachedOutput,
+    Teacher,
+    TeacherOutput,
+    forward_arguments,
+    output_of,
+)
 
 OWN = "own"  # in a batch: which windows the student is to go on with by itself
 
@@ -48,11 +55,18 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
     to write.
     """
 
-    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None) -> None:
+    def __init__(
+        self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None
+    ) -> None:
         text = length - int(bos is not None)
-        self.windows_NL, self.count = with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
+        self.windows_NL, self.count = (
+            with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos),
+            count,
+        )
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
-        self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
+        self.order = torch.cat(
+            [torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)]
+        )[:count]
         self.own = torch.rand(count, generator=generator) < own
 
     def __len__(self) -> int:
@@ -77,7 +91,13 @@ class Objective:
     generator: int | None = None  # the seed of what the student writes itself, if it does
     unscored: int = 0  # positions at the start of a window whose predictions do not count
 
-    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput | None, found: Any) -> Tensor:
+    def loss(
+        self,
+        student: PreTrainedModel,
+        ids_BL: Tensor,
+        taught: TeacherOutput | CachedOutput | None,
+        found: Any,
+    ) -> Tensor:
         """The loss of a batch, given what a forward pass of the student found."""
         own, labels_T = output_of(student, found), next_tokens(ids_BL, self.unscored).flatten()
         loss = token_loss(
@@ -123,13 +143,20 @@ def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
     """
     half, training = ids_BL.shape[1] // 2, model.training
     drawn: Any = GenerationConfig(
-        max_new_tokens=ids_BL.shape[1] - half, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0
+        max_new_tokens=ids_BL.shape[1] - half,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=0,
     )
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         start_BP = ids_BL[:, :half]
-        found: Tensor = cast(Any, model).generate(start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn)
+        found: Tensor = cast(Any, model).generate(
+            start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn
+        )
     model.train(training)
     return found
 
@@ -139,7 +166,9 @@ class DistillTrainer(Trainer):
 
     student: PreTrainedModel
     objective: Objective
-    loss_is_scaled_for_ga = False  # windows are of one length, so the mean of micro-batches' means is the batch's
+    loss_is_scaled_for_ga = (
+        False  # windows are of one length, so the mean of micro-batches' means is the batch's
+    )
 
     def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
         answering(student)
@@ -150,13 +179,19 @@ class DistillTrainer(Trainer):
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch {input_ids [B, L], window [B], own [B]}, a scalar with gradient."""
         objective, ids = self.objective, self._written(inputs)
         more = objective.matching.asked if objective.matching else {}
         taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
-        loss = model(**forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught))
+        loss = model(
+            **forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught)
+        )
         return (loss, {}) if return_outputs else loss
 
     def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -196,11 +231,15 @@ class Watch(TrainerCallback):
         next(progress, None)  # the first step begins; each end of a step finishes one
         self.broken_at: int | None = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """One step more."""
         next(self.progress, None)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """A checkpoint is complete: its manifest says so."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         distributed.wait()
@@ -216,7 +255,9 @@ class Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         """Stop at a loss that is no number."""
-        numbers = [float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")]
+        numbers = [
+            float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")
+        ]
         if not all(map(math.isfinite, numbers)) and self.broken_at is None:
             self.broken_at, control.should_training_stop = state.global_step, True
 

@@ -22,7 +22,9 @@ from llmcompress.stages.prune.structured import Reading, Score, cut
 
 SAMPLE = 4096  # tokens that are measured on
 
-Curves = Mapping[str, Sequence[Sequence[float]]]  # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
+Curves = Mapping[
+    str, Sequence[Sequence[float]]
+]  # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
 
 
@@ -56,7 +58,9 @@ def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict
     for (axis, index), nats in measured.items():
         losses_here = found[axis][index]
         foretold = losses_here[_measured_at(len(losses_here) - 1)]
-        found[axis][index] = [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
+        found[axis][index] = (
+            [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
+        )
     return found
 
 
@@ -64,7 +68,9 @@ def _measured_at(units: int) -> int:
     return max(1, min(units - 1, round(0.75 * units)))
 
 
-def without(layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:
+def without(
+    layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int
+) -> list[Tensor]:
     """What leaves a layer for its first inputs where `count` units of an axis stay; the layer is then as it was."""
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     cut(layer, axis, count, Score("obs", metric_RR), mend=True)
@@ -78,10 +84,14 @@ def of_a_unit(model: LayerwiseModel, axis: str, spent: Callable[[Widths], int]) 
     """What one unit of an axis takes in each layer, in the parameters or bytes that `spent` says of widths."""
     layers = len(model.layers)
     none = spent({axis: (0,) * layers})
-    return [spent({axis: tuple(int(index == only) for index in range(layers))}) - none for only in range(layers)]
+    return [
+        spent({axis: tuple(int(index == only) for index in range(layers))}) - none for only in range(layers)
+    ]
 
 
-def widths(curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]) -> Widths:
+def widths(
+    curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]
+) -> Widths:
     """Units that each layer keeps: multiples, or all it has; the least loss in all with at most `budget` parameters or bytes.
 
     `unit` is what one unit takes of these, by axis and layer. Raises ValueError where one multiple everywhere is too much.

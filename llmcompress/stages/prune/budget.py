@@ -28,11 +28,15 @@ class Budget(Settings):
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="units that stay (in each layer), or layers: a share, or how many"
     )
-    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = Field(
-        default=None, description="parameters of the model that stay: a share of those it has now, or how many"
+    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = (
+        Field(
+            default=None,
+            description="parameters of the model that stay: a share of those it has now, or how many",
+        )
     )
     size: Annotated[int, Field(ge=1, le=MOST_STORED)] | None = Field(
-        default=None, description="bytes on disk to reach, as a number or like 100MB, before anything is quantised"
+        default=None,
+        description="bytes on disk to reach, as a number or like 100MB, before anything is quantised",
     )
     multiple: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
@@ -82,10 +86,17 @@ class Budget(Settings):
 
     def _of_layer(self, model: LayerwiseModel, index: int) -> int:
         """What one layer takes of the budget."""
-        sizes = {f"{model.layer_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
-        return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
+        sizes = {
+            f"{model.layer_name(index)}.{name}": p.numel()
+            for name, p in model.layers[index].named_parameters()
+        }
+        return sum(
+            size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items()
+        )
 
-    def uniform(self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
+    def uniform(
+        self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int
+    ) -> tuple[int, ...]:
         """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
@@ -100,10 +111,14 @@ class Budget(Settings):
                 low, high = (middle, high) if fits else (low, middle - 1)
             return tuple(min(low * step, size) for size in sizes)
 
-        for step in [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]:
+        for step in (
+            [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]
+        ):
             counts = at(step)
             reached = self.spent(model, {axis: counts})
-            if (1 - NEAR) * allowed <= reached <= allowed or (list(counts) == list(sizes) and reached <= allowed):
+            if (1 - NEAR) * allowed <= reached <= allowed or (
+                list(counts) == list(sizes) and reached <= allowed
+            ):
                 return counts
         if reached > allowed:
             raise self.refuse(model, reached)
@@ -130,7 +145,9 @@ class Budget(Settings):
     def refuse(self, model: LayerwiseModel, least: int) -> ModelError:
         """The error where the budget is less than the `least` that the model can take of it."""
         said, unit = (
-            (f"parameters: {self.parameters:g}", "parameters") if self.size is None else (f"size: {self.size}", "bytes")
+            (f"parameters: {self.parameters:g}", "parameters")
+            if self.size is None
+            else (f"size: {self.size}", "bytes")
         )
         return ModelError(
             f"{said} can't be reached: what this stage may cut leaves at least {least} of {self.spent(model)} {unit}; "

@@ -16,7 +16,9 @@ AXIS = "expert"
 def require_enough(model: LayerwiseModel, count: int) -> None:
     """Refuse fewer experts than each token is routed to. Errors: ModelError."""
     if count < (chosen := model.config.num_experts_per_tok):
-        raise ModelError(f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or more')
+        raise ModelError(
+            f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or more'
+        )
 
 
 @torch.no_grad()

@@ -31,8 +31,13 @@ def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dic
         turned = {}
         for layer in context.track(walk(model, _sample(context)), "prune (layer, influence)", layers):
             with torch.no_grad():
-                pairs = [(hidden, out) for hidden, out in zip(layer.inputs, layer.outputs(layer.inputs), strict=True)]
-            turned[layer.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
+                pairs = [
+                    (hidden, out)
+                    for hidden, out in zip(layer.inputs, layer.outputs(layer.inputs), strict=True)
+                ]
+            turned[layer.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(
+                len(x) for x, _ in pairs
+            )
         order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
         return {"gone": order, "influence": [turned[index] for index in order]}
     every, least = [(index, None) for index in range(layers)], layers - count

@@ -94,7 +94,9 @@ def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Te
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 
-def cut(layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
+def cut(
+    layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool
+) -> tuple[dict[str, Tensor], float]:
     """The parameters that change where `count` units stay, by their names in the layer, and the relative output error.
 
     With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before have lost. The layer

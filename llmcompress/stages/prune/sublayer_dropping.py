@@ -29,8 +29,14 @@ PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units o
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
     """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
     anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
-    consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}  # transformers' Conv1D takes no empty input
-    axes = [axis for axis, name in consumers.items() if name and name not in anatomy.conv1d and (heads or axis != "kv")]
+    consumers = {
+        axis: anatomy.consumer_of(axis) for axis in PARTS
+    }  # transformers' Conv1D takes no empty input
+    axes = [
+        axis
+        for axis, name in consumers.items()
+        if name and name not in anatomy.conv1d and (heads or axis != "kv")
+    ]
     kinds: Sequence[str] = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     first = {"kv": {kinds.index(kind) for kind in kinds}, "ffn": {0}}
     found = [
@@ -40,7 +46,9 @@ def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
         if model.sizes_of(index)[axis] and index not in first[axis]
     ]
     if not found:
-        raise ModelError(f"no attention or ffn of this {anatomy.family} model can be taken out alone; use axis: layer")
+        raise ModelError(
+            f"no attention or ffn of this {anatomy.family} model can be taken out alone; use axis: layer"
+        )
     return found
 
 
@@ -99,7 +107,9 @@ def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, A
         return float(budget.spent(model) - budget.spent(model, widths(model, named([part]))))
 
     steps = len(guess(model, budget))
-    gone, kl_nats = greedy(model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost)
+    gone, kl_nats = greedy(
+        model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost
+    )
     return {"gone": named(gone), "kl_nats": kl_nats}
 
 
@@ -120,4 +130,8 @@ def spoken(gone: Sequence[Sequence[Any]], model: LayerwiseModel) -> str:
         for axis in PARTS
         if (of := sorted(index for index, other in gone if other == axis))
     ]
-    return f"{len(gone)} of {len(candidates(model))} sublayers go: {' and '.join(said)}" if gone else "all sublayers stay"
+    return (
+        f"{len(gone)} of {len(candidates(model))} sublayers go: {' and '.join(said)}"
+        if gone
+        else "all sublayers stay"
+    )

@@ -85,7 +85,9 @@ def _entry(
     codes_VD, scale_V = round_rows(W_VD)
     packed = IntegerWeight(codes_VD.cpu(), scale_V.cpu(), coding.scheme)
     facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, windows)}
-    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {"linears": [facts]}
+    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {
+        "linears": [facts]
+    }
 
 
 def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, float]:
@@ -98,4 +100,6 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, f
         squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
     squares_2V = torch.cat(squares, 1).double()
     errors = {"relative_error": (squares_2V * counts_V).sum(1), "weight_error": squares_2V.sum(1)}
-    return {name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()}
+    return {
+        name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()
+    }

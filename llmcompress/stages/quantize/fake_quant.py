@@ -14,7 +14,10 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 
 @torch.no_grad()
 def trial(
-    layer: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
+    layer: DecoderLayer,
+    codings: Mapping[str, QuantScheme],
+    tops: Mapping[str, float],
+    batches: Sequence[Tensor],
 ) -> list[Tensor]:
     """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
 
@@ -23,7 +26,9 @@ def trial(
     rounded, before = {}, dict(layer.rounds)
     for linear, coding in codings.items():
         W_RC, scale = layer.weight(linear), coding.static_scale(tops[linear])
-        rounded[f"{linear}.weight"] = layer.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
+        rounded[f"{linear}.weight"] = layer.oriented(
+            linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC)
+        )
         if inputs := coding.inputs(scale):
             layer.rounds[linear] = inputs
     try:

@@ -47,9 +47,15 @@ class Rounding:
 
     codings: Mapping[str, QuantScheme]
     device: torch.device
-    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the layer
-    pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
-    known: Mapping[str, StoredWeight] = field(default_factory=dict)  # of one that an earlier layer has, its codes
+    dtype_of: Callable[[str], torch.dtype] = lambda name: (
+        torch.float32
+    )  # in which the base stores one, by name in the layer
+    pooled: Mapping[str, Moments] = field(
+        default_factory=dict
+    )  # of a weight that layers share, what all of them read
+    known: Mapping[str, StoredWeight] = field(
+        default_factory=dict
+    )  # of one that an earlier layer has, its codes
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
@@ -62,7 +68,9 @@ class Rounding:
         for signed in coding.signs:
             solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
             found.append(_stored(coding, solved, input_scale))
-        return min(found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC))
+        return min(
+            found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC)
+        )
 
     def grid(self, linear: str) -> Grid:
         """The levels of a linear's weights."""
@@ -95,7 +103,9 @@ class Rounding:
                     Q_RC = self.weight(linear, solved[linear])
                 layer.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in layer.anatomy.layer:
-                    shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                    shift_R = bias_shift(
+                        weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C
+                    )
                     layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
@@ -117,8 +127,12 @@ class Rounding:
             for linear, coding in self.codings.items()
             if linear in weights and isinstance(coding, IntegerScheme) and coding.static
         }
-        seen = {consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)}
-        for read, _ in layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
+        seen = {
+            consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)
+        }
+        for read, _ in (
+            layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ()
+        ):
             for name, magnitudes in seen.items():
                 magnitudes.add(read[name])
         scales: dict[str, float] = {}
@@ -159,11 +173,15 @@ class Rounding:
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
-            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(map(len, layer.inputs))
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(
+                map(len, layer.inputs)
+            )
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
         rounds = -(-steps // len(layer.inputs))
-        order = torch.cat([torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]).tolist()
+        order = torch.cat(
+            [torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]
+        ).tolist()
         trained = learn(
             weights,
             starts,
@@ -172,10 +190,15 @@ class Rounding:
             steps=steps,
             snaps={name: self.codings[name].snap for name in starts},
         )
-        ends = {name: _stored(self.codings[name], result, input_scales.get(name)) for name, result in trained.items()}
+        ends = {
+            name: _stored(self.codings[name], result, input_scales.get(name))
+            for name, result in trained.items()
+        }
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
         return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
 
 
 def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
-    return Solution(RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))
+    return Solution(
+        RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale)
+    )

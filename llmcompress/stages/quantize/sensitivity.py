@@ -39,13 +39,19 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
-        lost = [_nats(trial(layer, {linear: one}, tops, sample), aims, F_DD) for one in (coding, spared(coding)) if one]
+        lost = [
+            _nats(trial(layer, {linear: one}, tops, sample), aims, F_DD)
+            for one in (coding, spared(coding))
+            if one
+        ]
         found[linear] = lost[0] - sum(lost[1:])
     return found
 
 
 def _nats(outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
-    errors = torch.cat([(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)])
+    errors = torch.cat(
+        [(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)]
+    )
     return float(((errors @ F_DD) * errors).sum(-1).mean() / 2)
 
 

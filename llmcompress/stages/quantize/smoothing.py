@@ -31,8 +31,12 @@ TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weigh
 class Smooth(Settings):
     """`smooth: {method, alpha}`."""
 
-    method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
+    method: Literal["smoothquant", "awq"] = Field(
+        default="smoothquant", description="for rounded activations, or for 4 bits"
+    )
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default="auto", description="how far to go"
+    )
 
     def search(
         self, layer: DecoderLayer, codings: Mapping[str, QuantScheme], dtype_of: Callable[[str], torch.dtype]
@@ -42,7 +46,9 @@ class Smooth(Settings):
         `dtype_of` says in which dtype a parameter is stored, by its name in the layer.
         """
         moments, found = layer.moments(), {}
-        aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]  # before anything is rounded
+        aims = [
+            aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])
+        ]  # before anything is rounded
         with closing(layer.reads(*layer.anatomy.consumers)) as reads:
             read = dict(next(reads)[0])  # of the first batch
         for key, consumers in layer.anatomy.scale_pairs.items():
@@ -59,15 +65,25 @@ class Smooth(Settings):
         return found
 
     def _candidates(
-        self, layer: DecoderLayer, key: str, consumers: Sequence[str], moments: Moments, X_TC: Tensor, coding: QuantScheme
+        self,
+        layer: DecoderLayer,
+        key: str,
+        consumers: Sequence[str],
+        moments: Moments,
+        X_TC: Tensor,
+        coding: QuantScheme,
     ) -> list[Tensor]:
         """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes nothing."""
         unit_C, shape = _units(layer, key, consumers[0])
         weights = [layer.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
-        top, tops, size = (_largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt()))
+        top, tops, size = (
+            _largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt())
+        )
         exponents = EXPONENTS if self.alpha == "auto" else (self.alpha,)
-        found = [smoothquant(top, tops, a) if self.method == "smoothquant" else awq(size, a) for a in exponents]
+        found = [
+            smoothquant(top, tops, a) if self.method == "smoothquant" else awq(size, a) for a in exponents
+        ]
         if self.alpha != "auto":
             return found
         W_RC = torch.cat([W_RC[:: max(1, len(W_RC) // ROWS)] for W_RC in weights])
@@ -96,7 +112,10 @@ class Smooth(Settings):
         outs = trial(layer, codings, dict.fromkeys(codings, top), layer.inputs[: len(aims)])
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
-        errors = [((out - aim).square().sum(-1) / aim.square().sum(-1)).sum() for out, aim in zip(outs, aims, strict=True)]
+        errors = [
+            ((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()
+            for out, aim in zip(outs, aims, strict=True)
+        ]
         return float(sum(errors))
 
 

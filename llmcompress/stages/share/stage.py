@@ -66,14 +66,18 @@ class Share(Stage):
     residual_rank: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
         default=0, description="of the difference that each layer keeps"
     )
-    steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(default=300, description="of the fit of each group")
+    steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
+        default=300, description="of the fit of each group"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Share:
         if (self.layers is None) == (self.pairs is None):
             raise ValueError("give layers (auto, with groups) or pairs, one of them")
         if (self.groups is None) != (self.layers is None):
-            raise ValueError("groups goes with layers: how many different ones are left; pairs say it themselves")
+            raise ValueError(
+                "groups goes with layers: how many different ones are left; pairs say it themselves"
+            )
         named = [layer for group in self.pairs or () for layer in group]
         if len(set(named)) < len(named):
             raise ValueError("pairs name a layer twice; a layer is in one group")
@@ -83,9 +87,15 @@ class Share(Stage):
         """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
-            of = [name for name in anatomy.linears if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes]
+            of = [
+                name
+                for name in anatomy.linears
+                if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes
+            ]
             if not of:
-                raise ModelError(f"the {part} of a {anatomy.family} model is no linears that can be shared; share other parts")
+                raise ModelError(
+                    f"the {part} of a {anatomy.family} model is no linears that can be shared; share other parts"
+                )
             found += of
         return [name for name in anatomy.linears if name in found]
 
@@ -119,7 +129,9 @@ class Share(Stage):
                             "weights of different shapes can't be one, group layers of the same widths"
                         )
 
-    def choose(self, model: LayerwiseModel, journal: Journal | None = None) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
+    def choose(
+        self, model: LayerwiseModel, journal: Journal | None = None
+    ) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """How each linear that is shared is written, by full name, and those to keep with the reason."""
         linears, layout = self.linears(model), FactoredLayout("shared", self.residual_rank)
         chosen = {
@@ -131,7 +143,9 @@ class Share(Stage):
         shapes = dict(model.linear_maps())
         for name in chosen:
             if name in model.layouts:
-                raise ModelError(f"{name} is {model.layouts[name].format} already; share other layers or parts")
+                raise ModelError(
+                    f"{name} is {model.layouts[name].format} already; share other layers or parts"
+                )
             if why := layout.refusal(shapes[name]):
                 raise ModelError(f"residual_rank {self.residual_rank}: {why}; use a smaller one")
         others = dict.fromkeys(inner(model, linears), "shares with no other layer")
@@ -151,7 +165,11 @@ class Share(Stage):
         """The cost of finding the groups and of fitting what each shares."""
         groups, layers, inner = self.groups_of(model), len(model.layers), model.inner_parameters()
         searched = self.layers in ("auto", "kl")
-        swaps = (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR) if searched else 0
+        swaps = (
+            (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR)
+            if searched
+            else 0
+        )
         operations = 2.0 * inner * (2 * work.tokens + 5 * TOKENS) + inner * SAMPLE * swaps
         operations += 6.0 * inner / layers * TOKENS_AT_ONCE * self.steps * sum(map(len, groups))
         floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
@@ -211,22 +229,38 @@ class Share(Stage):
                     with writing(context.scratch):
                         states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
                         save_file(states, context.scratch / f"entering-{layer.index}.safetensors")
-        for number, group in context.track(enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)):
+        for number, group in context.track(
+            enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)
+        ):
             if not journal.has(FIT, number):
                 journal.save(FIT, number, *self._fit(model, context, group, linears, windows))
         done: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for number, group in enumerate(groups):
             tensors, facts = journal.load(FIT, number)
             for index in group:
-                own = {name.removeprefix(f"{index}:"): t for name, t in tensors.items() if name.startswith(f"{index}:")}
-                dtypes = {name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears}
-                done[index] = self._stored(model, index, dtypes, tensors, own), {"nats": facts["nats"][str(index)]}
+                own = {
+                    name.removeprefix(f"{index}:"): t
+                    for name, t in tensors.items()
+                    if name.startswith(f"{index}:")
+                }
+                dtypes = {
+                    name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears
+                }
+                done[index] = (
+                    self._stored(model, index, dtypes, tensors, own),
+                    {"nats": facts["nats"][str(index)]},
+                )
         for index in range(len(model.layers)):
             tensors, facts = done.get(index, ({}, {}))
             journal.save(STAGE, index, tensors, {"name": model.layer_name(index), "linears": [], **facts})
 
     def _fit(
-        self, model: LayerwiseModel, context: Context, group: Sequence[int], linears: Sequence[str], windows: Tensor
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        group: Sequence[int],
+        linears: Sequence[str],
+        windows: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before and after."""
         entering = {}
@@ -235,7 +269,9 @@ class Share(Stage):
             entering[index] = [states[str(i)] for i in range(len(states))]
         with together(model, windows, entering) as layers:
             members = [_Member(layer, linears, fisher(context, layer.index)) for layer in layers]
-            start = min((self._start(members, source) for source in members), key=lambda own: _total(members, own))
+            start = min(
+                (self._start(members, source) for source in members), key=lambda own: _total(members, own)
+            )
             before = {str(member.index): member.loss_of_all(start) for member in members}
             count = len(members[0].layer.inputs)
 
@@ -268,7 +304,11 @@ class Share(Stage):
         own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
         """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
-        name, layout, found = model.layer_name(index), FactoredLayout("shared", self.residual_rank), dict[str, Tensor]()
+        name, layout, found = (
+            model.layer_name(index),
+            FactoredLayout("shared", self.residual_rank),
+            dict[str, Tensor](),
+        )
         for linear, dtype in dtypes.items():
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
             weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
@@ -301,7 +341,9 @@ class _Member:
             if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
                 W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
             parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
-        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(self.layer.device)
+        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(
+            self.layer.device
+        )
         return (lost @ self.metric_DD).square().sum(-1).mean()
 
     @torch.no_grad()

@@ -39,11 +39,15 @@ class Sparsify(Stage):
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
         description="which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
     )
-    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="unstructured: share that stays")
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="unstructured: share that stays"
+    )
     score: Literal["sparsegpt", "wanda", "magnitude"] = Field(
         default="sparsegpt", description="what a weight is worth; sparsegpt also adjusts those that stay"
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -78,10 +82,14 @@ class Sparsify(Stage):
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse a place that is not the last. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
-            raise ValueError(f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more")
+            raise ValueError(
+                f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more"
+            )
         if after:
             why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
-            raise ValueError(f"sparsify is the last stage: {why}; cut whole units before it, and quantise none")
+            raise ValueError(
+                f"sparsify is the last stage: {why}; cut whole units before it, and quantise none"
+            )
         super().require_place(before, after)
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -93,9 +101,14 @@ class Sparsify(Stage):
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         parameters, inner, layers = model.parameters(), model.inner_parameters(), len(model.layers)
-        saved = sum(math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape)) for name, shape in shapes.items())
+        saved = sum(
+            math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape))
+            for name, shape in shapes.items()
+        )
         calibrated = self.score != "magnitude"
-        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
+        operations = (
+            2.0 * inner * work.tokens * (5 if calibrated else 3)
+        )  # passes, partly in two streams: moments, and on
         operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
         if self.score == "sparsegpt":
             operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
@@ -114,7 +127,9 @@ class Sparsify(Stage):
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        rewriting = Rewriting(STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
+        rewriting = Rewriting(
+            STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude"
+        )
         facts = rewriting.done(model, context, chosen, kept)
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
@@ -125,7 +140,9 @@ class Sparsify(Stage):
         if self.score == "sparsegpt":
             W_RC = sparsegpt(retarget(W_RC, moments), moments.H_CC, keep)
             return SparseWeight.of(W_RC, stays(W_RC, layout), layout)
-        score_RC = wanda_weights(W_RC, moments.H_CC.diagonal().sqrt()) if self.score == "wanda" else W_RC.abs()
+        score_RC = (
+            wanda_weights(W_RC, moments.H_CC.diagonal().sqrt()) if self.score == "wanda" else W_RC.abs()
+        )
         return SparseWeight.of(W_RC, keep_mask(score_RC, keep), layout)
 
 

@@ -38,13 +38,16 @@ class Tie(Stage):
     combines: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {
         "weights": "tie is always for embedding and head; leave weights",
-        **dict.fromkeys(("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"),
+        **dict.fromkeys(
+            ("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"
+        ),
         "basis": "linears become products of low rank by low_rank: {keep: 0.5, layers_per_basis: 2}",
         "codebook": "weights become indices by codebook: {entries: 16}",
     }
 
     fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
-        default="least_squares", description="the best of both on calibration text; or their mean, or either as it is"
+        default="least_squares",
+        description="the best of both on calibration text; or their mean, or either as it is",
     )
 
     @property
@@ -55,7 +58,9 @@ class Tie(Stage):
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """A tied model, without a matrix for its head."""
         self.require_two_matrices(model)
-        return StageResult(config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"}))
+        return StageResult(
+            config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"})
+        )
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """The cost of statistics and of the search for the balance."""
@@ -88,14 +93,18 @@ class Tie(Stage):
         if not journal.has(OUTER, 0):
             journal.save(OUTER, 0, *self._made(model, context))
         found = journal.load(OUTER, 0)[1]
-        notes = ["operations per token are unchanged: the one matrix is looked up and multiplied by as the two were"]
+        notes = [
+            "operations per token are unchanged: the one matrix is looked up and multiplied by as the two were"
+        ]
         return Facts(STAGE, notes=notes, details={"fit": self.fit} | found)
 
     @torch.no_grad()
     def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that change, in the type of the base, and what is known of their loss."""
         anatomy = model.anatomy
-        E, O = (model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head))  # noqa: E741
+        E, O = (
+            model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head)
+        )  # noqa: E741
         embedding = f"{anatomy.embedding}.weight"
         if torch.equal(E, O):
             return model.as_stored({embedding: E}), {"kl_nats": 0.0}
@@ -177,7 +186,10 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
         offset = anatomy.norm_offset
         made = [f"{anatomy.norm}.{part}" for part in ("weight", "bias")]
         found = {name: model.model.get_parameter(name).data for name in made if name in anatomy.outer}
-        return {name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D for name, t in found.items()}
+        return {
+            name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D
+            for name, t in found.items()
+        }
     rows = {name: row for name, row in anatomy.outer.items() if Spelling.parse(row).dims[0] == read}
     data = {name: model.model.get_parameter(name).data for name in rows}
     return {name: scale(tensor, rows[name], sizes, (str(read),), gain_D) for name, tensor in data.items()}
@@ -193,12 +205,16 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
     *_, last = walk(model, windows, through=True)
     with head_reads(model) as read:
         for hidden in last.inputs:
-            said_V += leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
+            said_V += (
+                leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
+            )
             moments.add(read.pop())
     sample = windows[: -(-SAMPLE // windows.shape[1])]
     with torch.enable_grad():
         unscored = context.data.unscored
-        *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True, unscored=unscored)
+        *_, (_, F_DD) = output_fisher(
+            model, sample, context.scratch, context.seed, first=True, unscored=unscored
+        )
     F_DD = F_DD.to(model.device)
     for name, row in anatomy.outer.items():  # an embedding of another width, which a linear widens
         if row == "hidden embed":
