@@ -1,7 +1,7 @@
 """llmcompress makes causal language models of Hugging Face transformers small, and says what that cost.
 
-Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public names below are
-imported when they are first used.
+Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public
+names below are imported when they are first used.
 """
 
 from llmcompress.cli import (

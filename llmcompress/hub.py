@@ -1,9 +1,11 @@
-"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one commit.
+"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one
+commit.
 
-Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name are taken, so a
-repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size that is looked up before it is
-fetched. What is in the local cache is not fetched again, and works without a network. The token is the user's own, as
-`hf auth login` or HF_TOKEN leave it; no function here takes or shows one.
+Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name
+are taken, so a repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size
+that is looked up before it is fetched. What is in the local cache is not fetched again, and works without a
+network. The token is the user's own, as `hf auth login` or HF_TOKEN leave it; no function here takes or shows
+one.
 """
 
 from __future__ import annotations
@@ -87,7 +89,8 @@ def fetch(
 ) -> tuple[Path, str]:
     """The local folder of a model on the Hub, and the commit that it holds; ModelError where it can't be had.
 
-    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the user.
+    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the
+    user.
     """
     with _asked(f"{wanted} {model}", revision, ModelError, "check the path or the network"):
         folder = snapshot_download(
@@ -99,7 +102,8 @@ def fetch(
 def read(
     repo: str, file: str, revision: str | None, *, largest: int, wanted: str, error: type[CompressError]
 ) -> tuple[bytes, str]:
-    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't be had.
+    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't
+    be had.
 
     A file of more than `largest` bytes is refused before it is fetched.
     """
@@ -117,7 +121,8 @@ def read(
 
 
 def dataset_commit(source: str, revision: str | None) -> str:
-    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network too."""
+    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network
+    too."""
     with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
         return str(HfApi().dataset_info(source, revision=revision).sha)
 
@@ -133,10 +138,12 @@ class Pushed:
 def push(
     repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()
 ) -> Pushed:
-    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError where that fails.
+    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError
+    where that fails.
 
-    What is there already is not sent again, nor is what a broken upload had finished: large files are known by their hash.
-    Files of the repository that match one of the patterns `replaced` and are not given are deleted in that commit.
+    What is there already is not sent again, nor is what a broken upload had finished: large files are known
+    by their hash. Files of the repository that match one of the patterns `replaced` and are not given are
+    deleted in that commit.
     """
     api = HfApi()
     if offline():
@@ -203,7 +210,8 @@ def _asked(
         if status in (401, 403):
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
         refuse(
-            f"can't be had (HTTP {status}{': ' + error.server_message[:200] if error.server_message else ''})",
+            "can't be had (HTTP "
+            f"{status}{': ' + error.server_message[:200] if error.server_message else ''})",
             advice,
         )
     except Exception as error:  # what the network, the disk and the client raise has a dozen kinds

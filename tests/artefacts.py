@@ -1,4 +1,5 @@
-"""What the tests ask of an artefact on disk: what it loads as, what it computes, and what the report measured of it."""
+"""What the tests ask of an artefact on disk: what it loads as, what it computes, and what the report measured
+of it."""
 
 from __future__ import annotations
 
@@ -60,7 +61,8 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def write_in(
     folder: Path, model: PreTrainedModel, layout: AnyLayout, made: Callable[[Tensor], StoredWeight]
 ) -> PreTrainedModel:
-    """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these weights."""
+    """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these
+    weights."""
     state, names = dict(model.state_dict()), []
     for name, module in linears(model).items():
         plain = cast(Tensor, module.weight).data
@@ -87,7 +89,8 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTrainedModel, Report, Report]:
-    """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and the written one."""
+    """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and
+    the written one."""
     written = run_recipe(told, folder / "out")
     result, report = apply_recipe(
         told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
@@ -107,7 +110,8 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
 
 
 def assert_refused(told: Recipe, why: str, out: Path) -> None:
-    """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is written."""
+    """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is
+    written."""
     for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, out)]):
         with pytest.raises(ModelError, match=why) as caught:
             act(told)

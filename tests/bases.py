@@ -1,4 +1,5 @@
-"""What a run needs on disk, made on the spot: a pico base with a tokenizer of one token a byte, and a text file."""
+"""What a run needs on disk, made on the spot: a pico base with a tokenizer of one token a byte, and a text
+file."""
 
 from __future__ import annotations
 
@@ -55,9 +56,11 @@ def save_bos_base(folder: Path, family: str = "llama", **config: Any) -> Path:
 
 
 def llama_tokenizer(**settings: Any) -> dict[str, str]:
-    """The files of a tokenizer as Llama's are: `▁` is put before the text by a normaliser, which the class leaves out.
+    """The files of a tokenizer as Llama's are: `▁` is put before the text by a normaliser, which the class
+    leaves out.
 
-    So LlamaTokenizer and what reads tokenizer.json as it is differ on `<s>hello`. `settings` go into tokenizer_config.json.
+    So LlamaTokenizer and what reads tokenizer.json as it is differ on `<s>hello`. `settings` go into
+    tokenizer_config.json.
     """
     special = ("<unk>", "<s>", "</s>", "[INST]")
     letters = [*special, "▁", "\n", *map(chr, range(33, 127)), *"éß日本🙂"]

@@ -1,4 +1,5 @@
-"""Child processes that talk to the local Hub: the client reads its settings when it is imported, so each has its own."""
+"""Child processes that talk to the local Hub: the client reads its settings when it is imported, so each has
+its own."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import llmcompress
 PRELUDE = """
 import json, sys, types
 from pathlib import Path
-package = types.ModuleType("llmcompress")  # without what it imports: the border needs neither torch nor transformers
+package = types.ModuleType("llmcompress")  # without its imports
 package.__path__ = [sys.argv.pop(1)]
 sys.modules["llmcompress"] = package
 from llmcompress import hub

@@ -1,4 +1,5 @@
-"""One thread: on shared cores the many small operations of these tests lose more to waiting than they gain from a second."""
+"""One thread: on shared cores the many small operations of these tests lose more to waiting than they gain
+from a second."""
 
 import importlib
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture(scope="module", autouse=True)
 def short_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most of a tiny run is drawing its pictures and timing its tokens: here the one is left out, the other cut short."""
+    """Most of a tiny run is drawing its pictures and timing its tokens: here the one is left out, the other
+    cut short."""
     if request.module.__name__.rpartition(".")[2] in WHOLE:
         yield
         return

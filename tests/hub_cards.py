@@ -1,7 +1,9 @@
-"""What the Hub asks of the head of a model card, as its documentation gives it: the local Hub refuses a card that breaks it.
+"""What the Hub asks of the head of a model card, as its documentation gives it: the local Hub refuses a card
+that breaks it.
 
-The Hub's own check runs on its servers and knows more: every licence, language and library. Here are the rules that a card of
-ours could break. Source: modelcard.md and the pages on model cards, licences and evaluation results of the Hub's documentation.
+The Hub's own check runs on its servers and knows more: every licence, language and library. Here are the
+rules that a card of ours could break. Source: modelcard.md and the pages on model cards, licences and
+evaluation results of the Hub's documentation.
 """
 
 from __future__ import annotations
@@ -63,7 +65,8 @@ LISTS = ("base_model", "language", "license", "tags")
 
 
 def wrong_with(text: str) -> list[str]:
-    """What the Hub would refuse of a README.md, an item a rule; nothing where the card is right, or has no head at all."""
+    """What the Hub would refuse of a README.md, an item a rule; nothing where the card is right, or has no
+    head at all."""
     head = re.match(r"---\r?\n(.*?)\r?\n---\r?\n", text, re.DOTALL)
     if head is None:
         return []

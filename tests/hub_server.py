@@ -1,14 +1,16 @@
-"""A small Hugging Face Hub in memory, for tests that drive the real clients: huggingface_hub, transformers and datasets.
+"""A small Hugging Face Hub in memory, for tests that drive the real clients: huggingface_hub, transformers
+and datasets.
 
-A test opens it with `with serve() as (hub, endpoint):`, fills it with `hub.add`, and runs the client in a child process with
-the variables of `environment`, since the client reads its settings when it is imported. Then the test looks at `hub.files`,
-`hub.commits` and `hub.log`. `hub.faults` breaks answers on purpose.
+A test opens it with `with serve() as (hub, endpoint):`, fills it with `hub.add`, and runs the client in a
+child process with the variables of `environment`, since the client reads its settings when it is imported.
+Then the test looks at `hub.files`, `hub.commits` and `hub.log`. `hub.faults` breaks answers on purpose.
 
-What it can't show, because it is not the Hub: uploads and downloads through Xet; redirects to a CDN and signed links (large
-files come from this server itself); rate limits, quotas and sizes that the Hub refuses; its check of file names, and all of its
-check of cards (here it is what hub_cards.py knows of it); real logins, roles and scopes of tokens (a token is the owner's or a
-stranger's, no more); TLS; pull requests, paged listings, the dataset viewer and its Parquet copies. It answers what the client
-at hand (huggingface_hub 2.4) reads, and says nothing of a Hub that has changed since.
+What it can't show, because it is not the Hub: uploads and downloads through Xet; redirects to a CDN and
+signed links (large files come from this server itself); rate limits, quotas and sizes that the Hub refuses;
+its check of file names, and all of its check of cards (here it is what hub_cards.py knows of it); real
+logins, roles and scopes of tokens (a token is the owner's or a stranger's, no more); TLS; pull requests,
+paged listings, the dataset viewer and its Parquet copies. It answers what the client at hand (huggingface_hub
+2.4) reads, and says nothing of a Hub that has changed since.
 """
 
 from __future__ import annotations
@@ -44,12 +46,14 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True)
 class Fault:
-    """A breakdown that strikes the next `times` requests whose `METHOD path` has a match of the regular expression `path`.
+    """A breakdown that strikes the next `times` requests whose `METHOD path` has a match of the regular
+    expression `path`.
 
-    cut: the connection is closed in the middle: of the upload where there is one, else of the answer (HEAD: before it).
-    stall: the answer comes after `seconds`. error: the answer is `status` and nothing is done. huge: the answer is filled up
-    with blanks to `size` bytes, which its headers (Content-Length, X-Linked-Size) say too; a listing stays valid JSON.
-    A fault is taken out of `hub.faults` when it has struck for the last time.
+    cut: the connection is closed in the middle: of the upload where there is one, else of the answer (HEAD:
+    before it). stall: the answer comes after `seconds`. error: the answer is `status` and nothing is done.
+    huge: the answer is filled up with blanks to `size` bytes, which its headers (Content-Length,
+    X-Linked-Size) say too; a listing stays valid JSON. A fault is taken out of `hub.faults` when it has
+    struck for the last time.
     """
 
     path: str
@@ -72,8 +76,12 @@ class File(NamedTuple):
 
     @property
     def git_id(self) -> str:
-        """The id git gives the blob: of an LFS object, that is the id of the small pointer file which git holds."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
+        """The id git gives the blob: of an LFS object, that is the id of the small pointer file which git
+        holds."""
+        pointer = (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize "
+            f"{len(self.content)}\n"
+        )
         blob = pointer.encode() if self.large else self.content
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
@@ -100,7 +108,8 @@ class File(NamedTuple):
 
 @dataclass
 class Repo:
-    """A repository: its commits, oldest first, each with all its files; branches and tags are names of commits."""
+    """A repository: its commits, oldest first, each with all its files; branches and tags are names of
+    commits."""
 
     name: str
     private: bool = False
@@ -125,10 +134,12 @@ class Repo:
 
 
 class Hub:
-    """The repositories of the server, what was asked of it, and how it is to fail. Its methods may be called while it serves.
+    """The repositories of the server, what was asked of it, and how it is to fail. Its methods may be called
+    while it serves.
 
-    `log` has every request as (method, path without escapes and query). `tokens` are the owner's and `strangers` somebody
-    else's valid tokens. `objects` has the LFS objects by their sha256, committed or not, `repos` what is told of Repo above.
+    `log` has every request as (method, path without escapes and query). `tokens` are the owner's and
+    `strangers` somebody else's valid tokens. `objects` has the LFS objects by their sha256, committed or not,
+    `repos` what is told of Repo above.
     """
 
     def __init__(self) -> None:
@@ -150,9 +161,11 @@ class Hub:
         private: bool = False,
         gated: bool = False,
     ) -> str:
-        """Make one commit on main that adds or replaces files, in a repository which is made if there is none; its sha.
+        """Make one commit on main that adds or replaces files, in a repository which is made if there is
+        none; its sha.
 
-        The names of the files are not checked, so that a listing can be hostile. `private` and `gated` are set anew each time.
+        The names of the files are not checked, so that a listing can be hostile. `private` and `gated` are
+        set anew each time.
         """
         with self.lock:
             repo = self.repos.setdefault((kind, repo_id), Repo(repo_id))
@@ -217,7 +230,8 @@ class Answer(NamedTuple):
 
 
 class RefusedError(Exception):
-    """A request that is not granted: the client makes its own exception of the status, the code and the message."""
+    """A request that is not granted: the client makes its own exception of the status, the code and the
+    message."""
 
     def __init__(
         self, status: int, message: str, code: str | None = None, headers: Fields | None = None
@@ -227,7 +241,8 @@ class RefusedError(Exception):
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, answers it with a method for each thing the Hub can be asked, and does what a fault wants."""
+    """Reads a request, answers it with a method for each thing the Hub can be asked, and does what a fault
+    wants."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -289,10 +304,12 @@ class Handler(BaseHTTPRequestHandler):
         raise RefusedError(501, f"tests/hub_server.py knows no {self.command} {self.place}")
 
     def repo(self, write: bool = False) -> Repo:
-        """The repository, if it may be seen (or written). One that may not be seen is refused like one that isn't there.
+        """The repository, if it may be seen (or written). One that may not be seen is refused like one that
+        isn't there.
 
-        Without a token that is 401 with the code RepoNotFound, also for a write to a public repository: of the real Hub's
-        bare 401 the client makes the same exception, but only where the address begins with https.
+        Without a token that is 401 with the code RepoNotFound, also for a write to a public repository: of
+        the real Hub's bare 401 the client makes the same exception, but only where the address begins with
+        https.
         """
         repo = self.hub.repos.get((self.kind, self.asked["repo"]))
         if self.token is None and (write or repo is None or repo.private):
@@ -501,9 +518,11 @@ def serve() -> Iterator[tuple[Hub, str]]:
 
 
 def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str, str]:
-    """The variables that make a child process ask this server only, keep its caches in `home`, and send `token` or none.
+    """The variables that make a child process ask this server only, keep its caches in `home`, and send
+    `token` or none.
 
-    They go over those of the parent, `{**os.environ, **environment(...)}`, and switch off a token or offline mode set there.
+    They go over those of the parent, `{**os.environ, **environment(...)}`, and switch off a token or offline
+    mode set there.
     """
     given = {
         "HF_ENDPOINT": endpoint,

@@ -1,6 +1,7 @@
 """The order of the rooms: which room may import which, and that every public name says what it is.
 
-`ROOMS` is the map of the project. `docs/architecture.md` shows it: `python -m tests.test_architecture` writes it there.
+`ROOMS` is the map of the project. `docs/architecture.md` shows it: `python -m tests.test_architecture` writes
+it there.
 """
 
 import ast
@@ -54,7 +55,8 @@ MODULES = {module_of(file): file for file in FILES}
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """Every module imported at or below `node` at run time, by full name; what only a type checker reads is left out."""
+    """Every module imported at or below `node` at run time, by full name; what only a type checker reads is
+    left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -153,7 +155,8 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
 
 
 def first_sentence(module: str) -> str:
-    """What a module says of itself: its docstring up to the first full stop that ends a sentence, or its first line."""
+    """What a module says of itself: its docstring up to the first full stop that ends a sentence, or its
+    first line."""
     text = " ".join(
         (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0].split()
     )

@@ -1,4 +1,5 @@
-"""The Hub border through the real client and a small local Hub; what that Hub can't show stands in the head of `hub_server`."""
+"""The Hub border through the real client and a small local Hub; what that Hub can't show stands in the head
+of `hub_server`."""
 
 from __future__ import annotations
 
@@ -105,7 +106,8 @@ def test_a_branch_or_tag_is_the_commit_that_it_stands_for(served: tuple[Hub, str
     new = hub.add("user/recipe", {"recipe.yaml": b"stages: [prune]"})
     hub.tag("user/recipe", "v1", old)
     script = "\n".join(
-        f'told(lambda: [str(x) for x in hub.read("user/recipe", "recipe.yaml", {revision!r}, largest=99, wanted="recipe", '
+        f'told(lambda: [str(x) for x in hub.read("user/recipe", "recipe.yaml", {revision!r}, largest=99, '
+        'wanted="recipe", '
         f"error=RecipeError)])"
         for revision in (None, "main", "v1", old)
     )
@@ -285,8 +287,10 @@ def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(
         environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/new", {str(folder)!r})'
     )
     assert answer == (
-        "OutputError: the Hub refuses the card: Invalid metadata in README.md. - \"base_model\" '/home/me/base' is not right - "
-        "\"license\" 'my own' is not right; correct the head of README.md beside the weights, which is then pushed as it is"
+        'OutputError: the Hub refuses the card: Invalid metadata in README.md. - "base_model" '
+        "'/home/me/base' is not right - "
+        "\"license\" 'my own' is not right; correct the head of README.md beside the weights, which is then "
+        "pushed as it is"
     )
     assert not [path for method, path in hub.log if method == "PUT"]  # said before anything is sent
 

@@ -1,11 +1,13 @@
 """Losses that draw a student to its teacher: in what it predicts, in its hidden states, in where it attends.
 
-At a vocabulary of 128 thousand the logits of 4096 tokens take 2 GB in float32, and plain autograd holds five tensors of that
-size. Here the logits of a chunk of c tokens are made from hidden states, compared and turned into gradients at once: alive are
-7 to 13 buffers [c, V], the gradients [T, D] and, of a head that learns, [V, D], never [T, V]. No product is made twice. It is
-in the dtype of the hidden states, as in the model; what follows, and every sum over chunks, is in float32 or float64.
+At a vocabulary of 128 thousand the logits of 4096 tokens take 2 GB in float32, and plain autograd holds five
+tensors of that size. Here the logits of a chunk of c tokens are made from hidden states, compared and turned
+into gradients at once: alive are 7 to 13 buffers [c, V], the gradients [T, D] and, of a head that learns, [V,
+D], never [T, V]. No product is made twice. It is in the dtype of the hidden states, as in the model; what
+follows, and every sum over chunks, is in float32 or float64.
 
-Throughout p is the teacher, q the student; T tokens, V vocabulary, D hidden width, K likeliest tokens, B texts of L positions.
+Throughout p is the teacher, q the student; T tokens, V vocabulary, D hidden width, K likeliest tokens, B
+texts of L positions.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits that are not made yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) where there is a soft cap."""
+    """Logits that are not made yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) where there is a
+    soft cap."""
 
     hidden_TD: Tensor  # what the head reads, after the last norm; without a weight the product itself, [T, V]
     weight_VD: Tensor | None = None  # of another dtype it is copied into that of the hidden states
@@ -69,7 +72,8 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A teacher's K likeliest tokens, int64, and the log-probabilities of these and, as the last of K + 1, of all others."""
+    """A teacher's K likeliest tokens, int64, and the log-probabilities of these and, as the last of K + 1, of
+    all others."""
 
     index_TK: Tensor
     log_p_TK1: Tensor
@@ -87,7 +91,8 @@ def _classes(log_p_TV: Tensor, index_TK: Tensor) -> Tensor:
 
 
 def top_k(teacher: Scores | Tensor, k: int, *, temperature: float = 1.0, chunk: int = CHUNK) -> TopK:
-    """The k likeliest tokens of softmax(logits / temperature) at each position, made `chunk` positions at a time."""
+    """The k likeliest tokens of softmax(logits / temperature) at each position, made `chunk` positions at a
+    time."""
     scores, parts = (teacher if isinstance(teacher, Scores) else Scores(teacher)).detached(), []
     every_T = torch.arange(scores.shape()[0], device=scores.hidden_TD.device)
     with torch.no_grad(), torch.autocast(every_T.device.type, enabled=False):
@@ -155,7 +160,8 @@ class _Task:
     def run(
         self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where wanted."""
+        """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where
+        wanted."""
         hidden_TD, weight_VD, bias_V = student.hidden_TD, student.weight_VD, student.bias_V
         total, (to_hidden, to_weight, to_bias) = self.weight_T.new_zeros(()), wanted
         dH_TD = torch.zeros_like(hidden_TD) if to_hidden else None
@@ -183,7 +189,8 @@ class _Task:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """The mean loss. Gradients are made with it, and scaled on the way back; that by plain logits then only: it is large."""
+    """The mean loss. Gradients are made with it, and scaled on the way back; that by plain logits then only:
+    it is large."""
 
     @staticmethod
     def forward(ctx: Any, task: _Task, student: Scores, *inputs: Tensor | None) -> Any:
@@ -214,21 +221,23 @@ def token_loss(
     skew: float | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The mean over tokens of how far what the student predicts, q, is from the teacher's p, in nats: a scalar with gradient.
+    """The mean over tokens of how far what the student predicts, q, is from the teacher's p, in nats: a
+    scalar with gradient.
 
-    forward_kl        KL(p, q)                             Hinton et al. 2015, arXiv:1503.02531
-    reverse_kl        KL(q, p)                             MiniLLM, Gu et al. 2023, arXiv:2306.08543
-    jensen_shannon    b KL(p, b p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)    GKD, Agarwal et al. 2023, arXiv:2306.13649
+    forward_kl        KL(p, q)                             Hinton et al. 2015, arXiv:1503.02531 reverse_kl
+    KL(q, p)                             MiniLLM, Gu et al. 2023, arXiv:2306.08543 jensen_shannon    b KL(p, b
+    p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)    GKD, Agarwal et al. 2023, arXiv:2306.13649
     skewed_forward_kl KL(p, a p + (1 - a) q)               DistiLLM, Ko et al. 2024, arXiv:2402.03898
-    skewed_reverse_kl KL(q, (1 - a) p + a q)               DistiLLM
-    total_variation   sum |p - q| / 2, a number in [0, 1]  f-distill, Wen et al. 2023, arXiv:2307.15190
-    cross_entropy     -log q(label), without a teacher
+    skewed_reverse_kl KL(q, (1 - a) p + a q)               DistiLLM total_variation   sum |p - q| / 2, a
+    number in [0, 1]  f-distill, Wen et al. 2023, arXiv:2307.15190 cross_entropy     -log q(label), without a
+    teacher
 
-    Scores or plain logits [T, V]; from TopK, any divergence in K + 1 classes, the last being the rest: never more than in full.
-    `skew` is b in (0, 1) or a in [0, 1). jensen_shannon goes to b KL(p, q) as b goes to 0, to (1 - b) KL(q, p) as b goes to 1.
-    Logits are divided by `temperature` t and the loss times t^2, total variation times t, for gradients that keep their size.
-    A share `label_share` of the loss is cross_entropy, at temperature 1. `labels_T` are the tokens to predict at each position;
-    those `IGNORED`, or of `weight_T` 0, are not even read. Without tokens the loss is 0. Raises ValueError for a misfit.
+    Scores or plain logits [T, V]; from TopK, any divergence in K + 1 classes, the last being the rest: never
+    more than in full. `skew` is b in (0, 1) or a in [0, 1). jensen_shannon goes to b KL(p, q) as b goes to 0,
+    to (1 - b) KL(q, p) as b goes to 1. Logits are divided by `temperature` t and the loss times t^2, total
+    variation times t, for gradients that keep their size. A share `label_share` of the loss is cross_entropy,
+    at temperature 1. `labels_T` are the tokens to predict at each position; those `IGNORED`, or of `weight_T`
+    0, are not even read. Without tokens the loss is 0. Raises ValueError for a misfit.
     """
     given = student if isinstance(student, Scores) else Scores(student)
     known = Scores(teacher) if isinstance(teacher, Tensor) else teacher
@@ -289,10 +298,11 @@ def hidden_loss(
 ) -> Tensor:
     """The mean over positions of the mean squared difference of hidden states, or of 1 - their cosine.
 
-    `W_ED`, the weight of a linear, takes the student's width to the teacher's. Positions of `weight_BL` 0 are not read. Raises
-    ValueError where widths differ.
+    `W_ED`, the weight of a linear, takes the student's width to the teacher's. Positions of `weight_BL` 0 are
+    not read. Raises ValueError where widths differ.
 
-    Source: TinyBERT, Jiao et al. 2019, arXiv:1909.10351, equation 8; DistilBERT, Sanh et al. 2019, arXiv:1910.01108.
+    Source: TinyBERT, Jiao et al. 2019, arXiv:1909.10351, equation 8; DistilBERT, Sanh et al. 2019,
+    arXiv:1910.01108.
     """
     weight_T, student_TE, teacher_TE = _counted(weight_BL, student_BLD, teacher_BLE.detach())
     student_TE = student_TE if W_ED is None else linear(student_TE, W_ED.to(student_TE.dtype))
@@ -307,7 +317,8 @@ def hidden_loss(
 
 
 def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor | None = None) -> Tensor:
-    """The mean over heads and positions of KL(teacher, student) between attention probabilities over K keys, in nats.
+    """The mean over heads and positions of KL(teacher, student) between attention probabilities over K keys,
+    in nats.
 
     Unequal numbers of heads, H and G, are averaged away first. Probabilities below 1e-38 count as that.
 
@@ -324,10 +335,11 @@ def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor |
 def layer_map(
     student_layers: int, teacher_layers: int, gone: Collection[int] | None = None
 ) -> tuple[int, ...]:
-    """The teacher's layer whose output each of the student's layers is to reach: the last of those that it stands for.
+    """The teacher's layer whose output each of the student's layers is to reach: the last of those that it
+    stands for.
 
-    With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an even share.
-    Attention is that of the kept layer itself. Raises ValueError for numbers that do not fit.
+    With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an
+    even share. Attention is that of the kept layer itself. Raises ValueError for numbers that do not fit.
     """
     ends = [i * teacher_layers // student_layers for i in range(1, student_layers + 1)]
     if gone is not None:

@@ -1,9 +1,10 @@
 """Rounding learned on the output of a whole layer, by gradient descent from GPTQ's solution.
 
-GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that they make up
-for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a quarter of the way from level
-3 to level 4), which is rounded on the way forward and gets the gradient of its rounded value on the way back; steps are
-therefore in units of the local code spacing, the same everywhere on an uneven grid.
+GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that
+they make up for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a
+quarter of the way from level 3 to level 4), which is rounded on the way forward and gets the gradient of its
+rounded value on the way back; steps are therefore in units of the local code spacing, the same everywhere on
+an uneven grid.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ def _snapped(scale_RG: Tensor, snap: Snap | None) -> Tensor:
 
 
 class _Round(torch.autograd.Function):
-    """(positions [R, C], scales [R, G]) -> weights; the gradient passes the rounding as if it were the identity."""
+    """(positions [R, C], scales [R, G]) -> weights; the gradient passes the rounding as if it were the
+    identity."""
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, scale: Tensor, grid: Grid) -> Tensor:
@@ -76,12 +78,12 @@ def learn(
 ) -> dict[str, RoundedWeight]:
     """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
-    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained, which are returned
-    before snapping.
-    `rate` is the first step's size in code spacings, `scale_rate` that of a scale relative to itself.
+    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained,
+    which are returned before snapping. `rate` is the first step's size in code spacings, `scale_rate` that of
+    a scale relative to itself.
 
-    Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven grids, in units of
-    the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
+    Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven
+    grids, in units of the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
     """
     positions = {
         name: start_position(weights[name], start, grids[name]).requires_grad_()

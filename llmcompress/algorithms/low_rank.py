@@ -1,9 +1,10 @@
-"""Weights as products of low rank, the best for the outputs on given inputs; several layers can have one factor in common.
+"""Weights as products of low rank, the best for the outputs on given inputs; several layers can have one
+factor in common.
 
-The squared output error of W is tr(E H E^T) with H the second moments of the inputs. Multiplied by a root S of H it is a plain
-Frobenius norm, for which a truncated singular value decomposition is the best there is: that is what whitening is for. Layers
-whose whitened weights are stacked share the right singular vectors, a common basis of what they read, and each has its own
-coefficients. R rows, C columns, K the rank.
+The squared output error of W is tr(E H E^T) with H the second moments of the inputs. Multiplied by a root S
+of H it is a plain Frobenius norm, for which a truncated singular value decomposition is the best there is:
+that is what whitening is for. Layers whose whitened weights are stacked share the right singular vectors, a
+common basis of what they read, and each has its own coefficients. R rows, C columns, K the rank.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
 def shared_basis(
     weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight, its best product.
+    """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight,
+    its best product.
 
-    `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is lost.
+    `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is
+    lost.
 
-    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; of one weight SVD-LLM, Wang et al. 2024,
-    arXiv:2403.07378, truncation-aware whitening. Differs: coefficients are solved for on each layer's own inputs.
+    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; of one weight SVD-LLM, Wang et al.
+    2024, arXiv:2403.07378, truncation-aware whitening. Differs: coefficients are solved for on each layer's
+    own inputs.
     """
     summed = torch.stack([H_CC.double() for H_CC in moments]).mean(0)
     S_CC = root(summed)

@@ -7,7 +7,8 @@ from torch import Tensor
 
 
 class Overflow(ArithmeticError, ValueError):
-    """Weights or activations are so large that a result is NaN or infinite, or can't be stored in its type."""
+    """Weights or activations are so large that a result is NaN or infinite, or can't be stored in its
+    type."""
 
 
 def require_within(tensor: Tensor, dtype: torch.dtype, what: str) -> None:

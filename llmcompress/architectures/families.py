@@ -1,8 +1,10 @@
-"""THE table: what every weight of a model family is called, and the axes it runs along. The only weight names in the package.
+"""THE table: what every weight of a model family is called, and the axes it runs along. The only weight names
+in the package.
 
-Everything structural (cutting an axis, a scale that crosses two weights, one Hessian for the linears that read one input, the
-bytes of a plan) follows from these facts, so a family is added here and nowhere else, and `tests/test_anatomy.py` proves it
-on a tiny model: shapes, permutations of each axis, scales. Nothing here touches a tensor or imports transformers.
+Everything structural (cutting an axis, a scale that crosses two weights, one Hessian for the linears that
+read one input, the bytes of a plan) follows from these facts, so a family is added here and nowhere else, and
+`tests/test_anatomy.py` proves it on a tiny model: shapes, permutations of each axis, scales. Nothing here
+touches a tensor or imports transformers.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from llmcompress.errors import ModelError
 
 __all__ = ["FAMILIES", "Anatomy", "anatomy_of"]
 
-# The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models without grouped
-# heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands after its sublayer, no scale through
-# an activation other than relu. "x[1]" is the second part of a fused weight.
+# The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models
+# without grouped heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands
+# after its sublayer, no scale through an activation other than relu. "x[1]" is the second part of a fused
+# weight.
 
 ATTENTION = {
     "self_attn.q_proj.weight": "(kv q d) hidden",
@@ -212,12 +215,16 @@ OPT = Anatomy(
         "fc2.bias": "hidden if enable_bias",
     },
     outer={
-        f"{OPT_DECODER}.embed_tokens.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
+        f"{OPT_DECODER}.embed_tokens.weight": "vocab embed if word_embed_proj_dim != hidden_size "
+        "else vocab hidden",
         f"{OPT_DECODER}.project_in.weight": "hidden embed if word_embed_proj_dim != hidden_size",
-        f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",  # the first two rows stand for no position
-        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and not _remove_final_layer_norm"
+        # the first two rows stand for no position
+        f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",
+        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and "
+        "not _remove_final_layer_norm"
         " and layer_norm_elementwise_affine",
-        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and not _remove_final_layer_norm"
+        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and "
+        "not _remove_final_layer_norm"
         " and layer_norm_elementwise_affine",
         f"{OPT_DECODER}.project_out.weight": "embed hidden if word_embed_proj_dim != hidden_size",
         "lm_head.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
@@ -294,9 +301,11 @@ FAMILIES: Mapping[str, Anatomy] = {
 
 
 def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Anatomy:
-    """The anatomy of a model by its config; `shapes` (parameter name -> shape) only makes the error for a stranger better.
+    """The anatomy of a model by its config; `shapes` (parameter name -> shape) only makes the error for a
+    stranger better.
 
-    Raises ModelError for a family without rows, printing the rows to add, and for a config that the rows don't cover.
+    Raises ModelError for a family without rows, printing the rows to add, and for a config that the rows
+    don't cover.
     """
     family = getattr(config, "model_type", "")
     if family not in FAMILIES:

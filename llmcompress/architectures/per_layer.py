@@ -1,9 +1,10 @@
 """Layers of different widths: what a config says of each, and the model that it means.
 
-transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by that, but most of
-its families build every layer from what is said for all. So their layers are built again here, each from a config of its own.
-A layer may have nothing left of its attention or of its feed-forward part: no heads, or no neurons. Its weights are then empty,
-and stand in the checkpoint as such. Where layers are not built anew no shape there fits, and loading fails, as it should.
+transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by
+that, but most of its families build every layer from what is said for all. So their layers are built again
+here, each from a config of its own. A layer may have nothing left of its attention or of its feed-forward
+part: no heads, or no neurons. Its weights are then empty, and stand in the checkpoint as such. Where layers
+are not built anew no shape there fits, and loading fails, as it should.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ def overrides(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a config whose layers have these values; those that are the same in all are said for all alone."""
+    """The fields of a config whose layers have these values; those that are the same in all are said for all
+    alone."""
     names = {name for fields in layers for name in fields}
     same = {name: layers[0].get(name) for name in names if len({fields.get(name) for fields in layers}) == 1}
     own = {
@@ -55,9 +57,11 @@ def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Absent(nn.Module):
-    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of `reader`.
+    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of
+    `reader`.
 
-    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that one's must stay.
+    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that
+    one's must stay.
     """
 
     def __init__(self, attention: nn.Module, reader: str) -> None:

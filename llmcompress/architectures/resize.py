@@ -1,8 +1,9 @@
 """The config of a model whose axes have other sizes, and proof that it is one that transformers builds.
 
-A table of axes says which field counts an axis; what else a config must then say follows from how heads are counted. Whether
-the numbers may stand together is asked of transformers itself, by building the model without memory. Llama alone wants its
-query heads to divide the hidden width; Mistral is the same model without that rule, so such a Llama becomes one.
+A table of axes says which field counts an axis; what else a config must then say follows from how heads are
+counted. Whether the numbers may stand together is asked of transformers itself, by building the model without
+memory. Llama alone wants its query heads to divide the hidden width; Mistral is the same model without that
+rule, so such a Llama becomes one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ TWINS = {
 def resized(
     config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where none can."""
+    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where
+    none can."""
     layers, different = (
         config.num_hidden_layers,
         [axis for axis, counts in widths.items() if len(set(counts)) > 1],
@@ -64,7 +66,8 @@ def resized(
             for axis, each in widths.items()
         )
         raise ModelError(
-            f"a {anatomy.family} model can't have {spoken} in its {layers} layers ({why}); choose another keep"
+            f"a {anatomy.family} model can't have {spoken} in its {layers} layers ({why}); choose another "
+            "keep"
         )
     return changes
 
@@ -77,14 +80,16 @@ def _fields(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int
         return fields
     if "q" not in anatomy.sizes or "d" not in anatomy.sizes:
         raise ModelError(
-            f"the heads of a {anatomy.family} model share out its hidden width, so neither can be cut; cut ffn or layers"
+            f"the heads of a {anatomy.family} model share out its hidden width, so neither can be cut; cut "
+            "ffn or layers"
         )
     sizes = {**anatomy.axis_sizes(config), **counts}
     return fields | {names["kv"]: sizes["kv"], names["q"]: sizes["kv"] * sizes["q"], names["d"]: sizes["d"]}
 
 
 def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where none can."""
+    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where
+    none can."""
     total, whole = config.num_hidden_layers, config.to_dict()
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fields: dict[str, Any] = {name: len(layers)}
@@ -106,7 +111,8 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
 
 
 def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
-    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes with one."""
+    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes
+    with one."""
     found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
     if found is None or not gone:
         return name

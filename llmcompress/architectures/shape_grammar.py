@@ -1,10 +1,11 @@
 """The grammar in which the anatomy spells a weight: `(kv q d | kv d | kv d) hidden`.
 
-A spelling has one term for each dimension of the tensor. A term is an axis, a number (rows that belong to no axis), or a
-group in parentheses: factors side by side are nested, the last one running fastest, and alternatives between bars lie one
-after another. Groups nest, so a fused projection laid out head by head is `(kv (d | d | d)) hidden`. Weights that share an
-axis are coupled, and `take` cuts or reorders any of them along it without knowing what the weight does. Parsing is cached;
-`take` costs one index_select per dimension that has the axis.
+A spelling has one term for each dimension of the tensor. A term is an axis, a number (rows that belong to no
+axis), or a group in parentheses: factors side by side are nested, the last one running fastest, and
+alternatives between bars lie one after another. Groups nest, so a fused projection laid out head by head is
+`(kv (d | d | d)) hidden`. Weights that share an axis are coupled, and `take` cuts or reorders any of them
+along it without knowing what the weight does. Parsing is cached; `take` costs one index_select per dimension
+that has the axis.
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ class Spelling:
         return tuple(dict.fromkeys(axis for term in self.dims for axis in _axes(term)))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis without a size."""
+        """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis
+        without a size."""
         missing = [axis for axis in self.axes if axis not in sizes]
         if missing:
             raise ValueError(
@@ -58,7 +60,8 @@ class Spelling:
         return tuple(_size(term, sizes) for term in self.dims)
 
     def part(self, number: int) -> Spelling:
-        """The spelling of one part of a fused weight: each group of several alternatives keeps the one of that number."""
+        """The spelling of one part of a fused weight: each group of several alternatives keeps the one of
+        that number."""
         return Spelling(tuple(_part(term, number) for term in self.dims))
 
     def __str__(self) -> str:
@@ -72,10 +75,12 @@ def take(
     axis: str,
     index: Tensor | Sequence[int],
 ) -> Tensor:
-    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor as it is.
+    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor
+    as it is.
 
-    `sizes` are the sizes before the cut; `index` is 1-D and the same in every group, so along `q` of `(kv q d)` each kv head
-    keeps the same query heads. Raises ValueError for an unknown axis or a tensor that has not the spelled shape.
+    `sizes` are the sizes before the cut; `index` is 1-D and the same in every group, so along `q` of `(kv q
+    d)` each kv head keeps the same query heads. Raises ValueError for an unknown axis or a tensor that has
+    not the spelled shape.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if axis not in sizes:
@@ -97,8 +102,9 @@ def scale(
 ) -> Tensor:
     """Multiply by `factor`, whose dimensions are `axes`, wherever the tensor runs along all of them.
 
-    Other axes repeat the factor: on `hidden (kv q d)`, axes `kv d` reach every query head. `part` confines it to that
-    alternative of a fused weight. Raises ValueError for a wrong shape, or an axis that is not in exactly one dimension.
+    Other axes repeat the factor: on `hidden (kv q d)`, axes `kv d` reach every query head. `part` confines it
+    to that alternative of a fused weight. Raises ValueError for a wrong shape, or an axis that is not in
+    exactly one dimension.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if tuple(factor.shape) != tuple(sizes[axis] for axis in axes):
@@ -230,6 +236,7 @@ def _group(tokens: list[str], text: str) -> Group:
         named = [axis for term in product for axis in set(_axes(term))]
         if not product or len(named) != len(set(named)):
             raise ValueError(
-                f'"{text}" is no spelling: {"an empty alternative" if not product else "an axis inside itself"}'
+                f'"{text}" is no spelling: '
+                f"{'an empty alternative' if not product else 'an axis inside itself'}"
             )
     return Group(tuple(alternatives))

@@ -1,9 +1,9 @@
 """What an anatomy holds, and how the conditions in its rows are decided by a config.
 
-A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim != hidden_size else
-vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be read, printed and compared. A field
-that a condition asks for and the config lacks is an error and not a False, since a row may be missing only because the config
-says so. The tables themselves are in `anatomy.py`.
+A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim !=
+hidden_size else vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be
+read, printed and compared. A field that a condition asks for and the config lacks is an error and not a
+False, since a row may be missing only because the config says so. The tables themselves are in `anatomy.py`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ Rows = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in them."""
+    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in
+    them."""
 
     family: str  # model_type
     layers: str  # the ModuleList of layers
@@ -61,7 +62,8 @@ class Anatomy:
         return frozenset(axis for row in self.outer.values() for axis in Spelling.parse(row).axes)
 
     def rows(self, config: Any) -> dict[str, str]:
-        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
+        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both
+        their names."""
         inner = {
             f"{self.layers}.{i}.{name}": row
             for i in range(config.num_hidden_layers)
@@ -70,7 +72,8 @@ class Anatomy:
         return {**self.outer, **inner}
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
-        """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
+        """The units on each axis that some row runs along; raises ModelError where the config does not
+        tell."""
         heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer that lost them
         hidden = config.hidden_size
         implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
@@ -94,12 +97,14 @@ class Anatomy:
         return sizes
 
     def consumer_of(self, axis: str) -> str | None:
-        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for experts."""
+        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for
+        experts."""
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
 
     def left(self, sizes: Mapping[str, int]) -> Anatomy:
-        """The facts of one layer in which an axis may have no units: without the linears and feeds that are empty there."""
+        """The facts of one layer in which an axis may have no units: without the linears and feeds that are
+        empty there."""
         empty = {name for name, row in self.layer.items() if not all(Spelling.parse(row).shape(sizes))}
         if not empty:
             return self
@@ -121,7 +126,8 @@ class Anatomy:
         return Spelling.parse(self.layer[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
-        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the axes of its output."""
+        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the
+        axes of its output."""
         name, _, number = key.rstrip("]").partition("[")
         part = int(number) if number else None
         spelling = Spelling.parse(self.layer.get(f"{name}.weight") or self.layer[name])
@@ -132,7 +138,8 @@ class Anatomy:
     def extend(
         self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any
     ) -> Anatomy:
-        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes its place."""
+        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes
+        its place."""
         layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
         return replace(self, family=family, layer=layer, sizes=sizes, **facts)
 
@@ -141,7 +148,8 @@ class Anatomy:
         for condition in self.refuses:
             if _holds(condition, config):
                 raise ModelError(
-                    f"a {self.family} model with {condition} is not one that llmcompress knows; use one without"
+                    f"a {self.family} model with {condition} is not one that llmcompress knows; use one "
+                    "without"
                 )
         layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
@@ -161,14 +169,16 @@ def _choose(text: str, config: Any) -> str | None:
 
 
 def _holds(condition: str, config: Any) -> bool:
-    """Whether every clause holds: `field`, `not field`, `field == value` or `field != value`, joined by `and`."""
+    """Whether every clause holds: `field`, `not field`, `field == value` or `field != value`, joined by
+    `and`."""
 
     def value(word: str) -> Any:
         if word.isdigit() or word.startswith("'"):
             return int(word) if word.isdigit() else word.strip("'")
         if not hasattr(config, word):
             raise ModelError(
-                f'the {config.model_type} config has no "{word}", so its weights are not known; add it to config.json'
+                f'the {config.model_type} config has no "{word}", so its weights are not known; add it to '
+                "config.json"
             )
         return getattr(config, word)
 

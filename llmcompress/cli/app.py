@@ -1,7 +1,7 @@
 """The command line: parsing, progress bars and exit codes; what a command does lies elsewhere.
 
-Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts, 1 = a bug,
-130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line).
+Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe
+accepts, 1 = a bug, 130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line).
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ Data = Annotated[
     str | None,
     typer.Option(
         "--data",
-        help="Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs; or '{source: ..., config: ...}'.",
+        help=(
+            "Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs; or "
+            "'{source: ..., config: ...}'."
+        ),
     ),
 ]
 Device = Annotated[
@@ -76,7 +79,8 @@ def run(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
     device: Device = None,
 ) -> None:
-    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
+    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it
+    was."""
     from llmcompress.integrations import distributed
     from llmcompress.modeling.sequential import untracked
     from llmcompress.pipeline.run import run_recipe
@@ -89,13 +93,15 @@ def run(
         return
     print_report(report, out)
     out.print(
-        f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r})."
+        f"The compressed model lies in {out_}; load it with "
+        f"AutoModelForCausalLM.from_pretrained({str(out_)!r})."
     )
 
 
 @app.command()
 def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
-    """Say what a run would give and cost (parameters, bytes, memory, time) from the model's shapes alone; run nothing."""
+    """Say what a run would give and cost (parameters, bytes, memory, time) from the model's shapes alone; run
+    nothing."""
     from llmcompress.pipeline.plan import plan_recipe
     from llmcompress.recipe.recipe import Recipe
     from llmcompress.report.console import print_plan
@@ -153,7 +159,8 @@ def push(
     ] = False,
     message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
 ) -> None:
-    """Share a finished run on the Hub: weights, card, report and recipe in one commit. After a broken upload, run it again."""
+    """Share a finished run on the Hub: weights, card, report and recipe in one commit. After a broken upload,
+    run it again."""
     from llmcompress.pipeline.push import push as send
 
     pushed = send(folder, repo, private=private, message=message)
@@ -175,7 +182,8 @@ def reproduce(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result there.")] = False,
     device: Device = None,
 ) -> None:
-    """Run the recipe of a finished run again and say what came out: bit-equal, equal within tolerance, or what differs."""
+    """Run the recipe of a finished run again and say what came out: bit-equal, equal within tolerance, or
+    what differs."""
     from llmcompress.pipeline.reproduce import reproduce as run_again
     from llmcompress.report.console import print_reproduction
 

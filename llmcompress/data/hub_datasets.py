@@ -1,7 +1,8 @@
-"""Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred windows.
+"""Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred
+windows.
 
-What is read is kept on a shelf of the cache. Without a network it is read from there, or from what `datasets.load_dataset`
-has left.
+What is read is kept on a shelf of the cache. Without a network it is read from there, or from what
+`datasets.load_dataset` has left.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from llmcompress.errors import DataError, first_line
 def hub_texts(spec: DataSpec) -> Texts:
     """A Hub data set, streamed: `split` calibrates; `evaluation_split`, else validation, else test evaluates.
 
-    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag is resolved to
-    its commit once, so that all that is read is of one commit. Errors: DataError.
+    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag
+    is resolved to its commit once, so that all that is read is of one commit. Errors: DataError.
     """
     if hub.offline():
         return _offline(spec)
@@ -68,7 +69,8 @@ def _offline(spec: DataSpec) -> Texts:
                 spec, shelf.splits, lambda split: shelf.rows(split, spec.column, None), shelf.commit
             )
         raise DataError(
-            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE is set; unset it, "
+            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE "
+            "is set; unset it, "
             f"or fetch it once with a network: datasets.load_dataset({spec.source!r})"
         ) from None
     return _sides(spec, list(every), every.__getitem__, commit)

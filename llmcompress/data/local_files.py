@@ -1,7 +1,7 @@
 """Text of local files and folders, plain or compressed with gzip, read lazily and in bounded memory.
 
-A .txt gives its lines, a .jsonl or .parquet its rows. Line ends become newlines, and a byte order mark at the start of a file
-is no part of its text.
+A .txt gives its lines, a .jsonl or .parquet its rows. Line ends become newlines, and a byte order mark at the
+start of a file is no part of its text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from llmcompress.data.sources import CHUNK, Texts
 from llmcompress.errors import DataError, first_line
 
 KINDS = {
-    ".txt": ".txt", ".txt.gz": ".txt", ".jsonl": ".jsonl", ".jsonl.gz": ".jsonl", ".json.gz": ".jsonl", ".parquet": ".parquet"
-}  # fmt: skip
+    ".txt": ".txt",
+    ".txt.gz": ".txt",
+    ".jsonl": ".jsonl",
+    ".jsonl.gz": ".jsonl",
+    ".json.gz": ".jsonl",
+    ".parquet": ".parquet",
+}
 READABLE = ".txt, .jsonl or .parquet file (the first two also as .gz)"
 LONGEST_ROW = 1 << 26  # characters of a line of a .jsonl
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
@@ -35,7 +40,8 @@ def kind_of(file: Path) -> str | None:
 
 
 def file_texts(file: Path, column: str) -> Texts:
-    """One file: its last tenth evaluates, what is before calibrates; in rows, or in characters of a .txt (at a line's end)."""
+    """One file: its last tenth evaluates, what is before calibrates; in rows, or in characters of a .txt (at
+    a line's end)."""
     if kind_of(file) == ".txt":
         cut = _cut(file)
         return Texts(_lines_between(file, 0, cut), _lines_between(file, cut, None))
@@ -61,12 +67,14 @@ def folder_texts(folder: Path, column: str) -> Texts:
         found = ", ".join(file.name for file in files) or "no .txt, .jsonl or .parquet file"
         missing = "valid* or test* file to evaluate on" if calibrates else "train* file to calibrate on"
         raise DataError(
-            f"{folder} holds {found} and no {missing}; name one so, or give one file (its last tenth evaluates)"
+            f"{folder} holds {found} and no {missing}; name one so, or give one file (its last tenth "
+            "evaluates)"
         )
     for ours, theirs in product(evaluates, calibrates):
         if _same(ours, theirs):
             raise DataError(
-                f"{ours} is the same text as {theirs.name}, so it can't evaluate; use different text for the two"
+                f"{ours} is the same text as {theirs.name}, so it can't evaluate; use different text for "
+                "the two"
             )
     calibration, evaluation = (
         chain.from_iterable(_pieces(file, column) for file in side) for side in (calibrates, evaluates)
@@ -150,7 +158,8 @@ def _cut(file: Path) -> int:
 
 
 def _lines_between(file: Path, start: int, stop: int | None) -> Iterator[str]:
-    """The lines of the text between two of its characters, those that are long in parts of CHUNK characters."""
+    """The lines of the text between two of its characters, those that are long in parts of CHUNK
+    characters."""
     position, held = 0, ""
     for part in _lines(file, CHUNK):
         if stop is not None and position >= stop:
@@ -222,7 +231,8 @@ def _parquet(file: Path, column: str) -> Iterator[Piece]:
 
 
 def _values(column: Any, name: str, file: Path) -> list[Any]:
-    """What a column holds; DataError for values that Python has no room for, as strings that are not UTF-8."""
+    """What a column holds; DataError for values that Python has no room for, as strings that are not
+    UTF-8."""
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:

@@ -1,7 +1,7 @@
 """Which text a user can name, and what there is of it: one side to calibrate on and one to evaluate on.
 
-A side is a stream of pieces, texts and conversations, that are joined as they are, read lazily, so that no more is read than is
-used.
+A side is a stream of pieces, texts and conversations, that are joined as they are, read lazily, so that no
+more is read than is used.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from llmcompress.io.user_paths import path_of
 PYTHON_DOCS = "python-docs"
 CHUNK = (
     1 << 16
-)  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
+    # characters tokenised as one string: long enough that its seams do not matter, short enough to run in
+    # parallel
+)
 WINDOWS = (
     "samples",
     "length",
@@ -48,7 +50,8 @@ class DataSpec(BaseModel):
     )
     column: str = Field(
         default=TEXT,
-        description="column that holds text, or messages for the chat template (Hub, .jsonl, .parquet); default text, else "
+        description="column that holds text, or messages for the chat template "
+        "(Hub, .jsonl, .parquet); default text, else "
         "messages or conversations",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
@@ -72,9 +75,11 @@ class DataSpec(BaseModel):
         return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
 
     def with_text(self, text: str) -> DataSpec:
-        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe, of more than that.
+        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe,
+        of more than that.
 
-        What a mapping does not say of the text is at its default; what it does not say of the windows stays. Errors: DataError.
+        What a mapping does not say of the text is at its default; what it does not say of the windows stays.
+        Errors: DataError.
         """
         given: Any = {"source": text}
         if text.lstrip().startswith("{"):
@@ -98,7 +103,8 @@ class DataSpec(BaseModel):
 
 
 class Texts(NamedTuple):
-    """Pieces that are joined as they are. Both sides may be one iterator: evaluation is read first and calibration goes on."""
+    """Pieces that are joined as they are. Both sides may be one iterator: evaluation is read first and
+    calibration goes on."""
 
     calibration: Iterable[Piece]
     evaluation: Iterable[Piece]

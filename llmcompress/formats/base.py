@@ -1,4 +1,5 @@
-"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs are rounded."""
+"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs
+are rounded."""
 
 from __future__ import annotations
 
@@ -26,7 +27,8 @@ DERIVED: Any = (
 
 
 class StoredLayout(Protocol):
-    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their values."""
+    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their
+    values."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Those of a linear [rows, columns], bias apart."""
@@ -36,13 +38,15 @@ class StoredLayout(Protocol):
 
 
 class StoredModule(nn.Module):
-    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not initialised.
+    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not
+    initialised.
 
     `scheme.shapes` says which tensors these are; a bias comes on top.
     """
 
     scheme: StoredLayout
-    exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
+    # whether its tensors have types of their own; else they have that of the model, and are cast with it
+    exact = True
 
     def _store(
         self,
@@ -59,7 +63,8 @@ class StoredModule(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def prepare(self) -> None:
-        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
+        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in
+        memory (meta)."""
         raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -73,7 +78,8 @@ class StoredModule(nn.Module):
         }
 
     def require_sound(self, name: str) -> None:
-        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls it `name`."""
+        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls
+        it `name`."""
         if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
             bias = getattr(self, "bias", None)
             require_sound(
@@ -82,7 +88,8 @@ class StoredModule(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
-        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
+        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay
+        integers."""
         exact = self.stored() if self.exact else {}
         cast(Any, super())._apply(fn, recurse)
         for name, data in exact.items():
@@ -93,7 +100,8 @@ class StoredModule(nn.Module):
 
 
 class StoredLinear(StoredModule, nn.Linear):
-    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model, and of the bias."""
+    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model,
+    and of the bias."""
 
     transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
     beside: str | None = None  # the buffer that `prepare` fills, if it has one
@@ -152,8 +160,8 @@ def hold(
 class Format:
     """What the rest of the package asks of a weight format of ours; each format file defines one as FORMAT.
 
-    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory: codes, scales and
-    whatever else its tensors hold.
+    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory:
+    codes, scales and whatever else its tensors hold.
     """
 
     names: tuple[str, ...]  # values of `format` in config.json; none: every name that no other format has

@@ -1,9 +1,11 @@
-"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock kernels run.
+"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock
+kernels run.
 
-The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each `group_size` consecutive
-weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes' own functions write the tensors, so the
-names and bytes are theirs; decoding is spelled in plain torch, bit-equal to theirs wherever theirs is right (see `refusal`).
-R rows (out), C columns (in), G = C / group_size groups a row. Codes cost a byte a weight until `tensors` packs them.
+The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each
+`group_size` consecutive weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes'
+own functions write the tensors, so the names and bytes are theirs; decoding is spelled in plain torch,
+bit-equal to theirs wherever theirs is right (see `refusal`). R rows (out), C columns (in), G = C / group_size
+groups a row. Codes cost a byte a weight until `tensors` packs them.
 """
 
 from __future__ import annotations
@@ -56,9 +58,11 @@ def grid(format: FourBitFormat) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DoubleQuantized:
-    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive scales.
+    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive
+    scales.
 
-    codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256] ascending, offset [].
+    codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256]
+    ascending, offset [].
     """
 
     codes: Tensor
@@ -73,7 +77,8 @@ class DoubleQuantized:
 
 
 def double_quantize(absmax: Tensor) -> DoubleQuantized:
-    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in row-major order."""
+    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in
+    row-major order."""
     flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
     offset = flat.mean()
     codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
@@ -83,9 +88,11 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of the weight.
+    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of
+    the weight.
 
-    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors: ValueError.
+    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors:
+    ValueError.
     """
 
     codes_RC: Tensor
@@ -99,11 +106,13 @@ class Packed:
         R, C = self.codes_RC.shape
         if self.codes_RC.dtype != torch.uint8 or self.absmax_RG.dtype != torch.float32:
             raise ValueError(
-                f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}"
+                f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and "
+                f"{self.absmax_RG.dtype}"
             )
         if C % self.group_size or self.absmax_RG.shape != (R, C // self.group_size):
             raise ValueError(
-                f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}"
+                f"codes {R} x {C} in groups of {self.group_size} can't have scales "
+                f"{tuple(self.absmax_RG.shape)}"
             )
         if self.nested is not None and not torch.equal(self.nested.decode(), self.absmax_RG):
             raise ValueError("the scales are not what their double quantisation decodes to")
@@ -115,7 +124,8 @@ class Packed:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes' dequantize_4bit."""
+    """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes'
+    dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
     weight = (
@@ -125,7 +135,8 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
 
 
 def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
-    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
+    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight
+    [R, C] float."""
     data, state = stock.quantize_4bit(
         weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
     )
@@ -133,7 +144,8 @@ def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, dou
 
 
 def tensors(packed: Packed) -> dict[str, Tensor]:
-    """The tensors of one linear as its state dict stores them: `weight`, `weight.absmax`, `weight.quant_map`, ..."""
+    """The tensors of one linear as its state dict stores them: `weight`, `weight.absmax`, `weight.quant_map`,
+    ..."""
     codes = packed.codes_RC.reshape(-1)
     data = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)  # [R C / 2, 1], the even column in the high nibble
     return {"weight": data, **_stats(packed)}
@@ -151,7 +163,8 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     ) as error:  # as of tensors of another format, for which config.json has no scheme
         raise ModelError(
             f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
-            f"({first_line(error)}), and config.json names no other format for it; take the model again from its source"
+            f"({first_line(error)}), and config.json names no other format for it; take the model again "
+            "from its source"
         ) from None
     return _read(data, state)
 
@@ -186,7 +199,8 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
 
 
 def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two.
+    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of
+    two.
 
     The bytes may be stored as a tensor of another type (`bnb_4bit_quant_storage`).
     """
@@ -199,7 +213,8 @@ def _read(data: Tensor, state: Any) -> Packed:
     (R, C), group_size = state.shape, state.blocksize
     if not state.nested and state.absmax.dtype != torch.float32:
         raise ModelError(
-            f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a forward on a CPU "
+            f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a "
+            "forward on a CPU "
             "had rounded them; take the checkpoint it was made from"
         )
     codes = codes_of(data, R, C)
@@ -214,11 +229,15 @@ def _read(data: Tensor, state: Any) -> Packed:
 def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str | None:
     """Why the kernels can't take a linear [R, C] in this format, or None.
 
-    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every group_size:
-    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it computes in bfloat16);
+    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every
+    group_size:
+    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it
+      computes in bfloat16);
     - R of 1, 7, 8, 16, 24, 31, 33, 48, 63: AssertionError in the repacking before the kernel;
-    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its dequantisation itself is wrong where
-      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C = 100, 172, 200).
+    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its
+      dequantisation itself is wrong where
+      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C
+      = 100, 172, 200).
     """
     R, C = shape
     if C % group_size:
@@ -226,17 +245,21 @@ def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str
         advice = f"use group_size {max(fitting)}" if fitting else "no group_size fits"
         return f"{format} rows of {C} weights don't divide into groups of {group_size} ({advice})"
     if R % ROWS:
-        return f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 needs"
+        return (
+            f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 "
+            "needs"
+        )
     return None
 
 
 class Linear4bit(StockLinear4bit):
     """bitsandbytes' linear that keeps its exact scales.
 
-    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds its scales to
-    bfloat16; a `state_dict()` after it returns those and leaves the module computing with scrambled ones (measured: relative
-    error 1.5). Here all tensors of the layout but the codes lie in `kept`, and the state dict is made of them. Nor has the
-    kernel for what was repacked a gradient: a stock module passes back none, without an error; here it is that of the weight.
+    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds
+    its scales to bfloat16; a `state_dict()` after it returns those and leaves the module computing with
+    scrambled ones (measured: relative error 1.5). Here all tensors of the layout but the codes lie in `kept`,
+    and the state dict is made of them. Nor has the kernel for what was repacked a gradient: a stock module
+    passes back none, without an error; here it is that of the weight.
     """
 
     kept: dict[str, Tensor]
@@ -264,7 +287,8 @@ def linear(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Linear4bit:
-    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype unless told."""
+    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype
+    unless told."""
     R, C = packed.codes_RC.shape
     module: Linear4bit = cast(Any, Linear4bit)(
         C,
@@ -305,8 +329,8 @@ def packed_of(module: StockLinear4bit) -> Packed:
 def scales_lost(module: nn.Module) -> bool:
     """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
 
-    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and transposed, or, where
-    they were in 8 bits, quantised anew, which no dtype gives away.
+    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and
+    transposed, or, where they were in 8 bits, quantised anew, which no dtype gives away.
     """
     if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
         return False
@@ -315,11 +339,12 @@ def scales_lost(module: nn.Module) -> bool:
 
 
 def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:
-    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of those that don't.
+    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of
+    those that don't.
 
-    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in place of the
-    causal one: they are new, and must be plain to be initialised and trained. Names go without the `prefix` of the base model
-    too, for the classes that lack it. No entry matches a quantised linear.
+    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in
+    place of the causal one: they are new, and must be plain to be initialised and trained. Names go without
+    the `prefix` of the base model too, for the classes that lack it. No entry matches a quantised linear.
     """
     shorter = [name.removeprefix(f"{prefix}.") for name in kept]
     beside = [
@@ -333,10 +358,12 @@ def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> l
 def quantization_config(
     format: FourBitFormat, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
 ) -> dict[str, Any]:
-    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list` does.
+    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list`
+    does.
 
-    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular expression) or is
-    its suffix. A full name from `named_modules()` therefore skips that module and what lies in it, and nothing else.
+    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular
+    expression) or is its suffix. A full name from `named_modules()` therefore skips that module and what lies
+    in it, and nothing else.
     """
     config = cast(Any, transformers.BitsAndBytesConfig)(
         load_in_4bit=True,

@@ -1,10 +1,11 @@
 """nf4 and fp4 linears in models that mix formats, where the stock layout can't stand beside another one.
 
-The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`), because the dotted ones need the
-stock loader; the format, group_size and type that bitsandbytes keeps in a tensor of JSON are in config.json. Each forward is that
-of a stock module made of them (`prepare`), and so on the stock kernels. That module holds a second copy of the codes, for the
-CPU kernel reorders its own in place: 1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded,
-the weight is dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
+The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`),
+because the dotted ones need the stock loader; the format, group_size and type that bitsandbytes keeps in a
+tensor of JSON are in config.json. Each forward is that of a stock module made of them (`prepare`), and so on
+the stock kernels. That module holds a second copy of the codes, for the CPU kernel reorders its own in place:
+1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded, the weight is
+dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
 @dataclass(frozen=True)
 class FourBitLayout:
-    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with `double_quant`.
+    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with
+    `double_quant`.
 
     Errors: ValueError.
     """
@@ -42,13 +44,15 @@ class FourBitLayout:
             or self.group_size not in bitsandbytes_layout.GROUP_SIZES
         ):
             raise ValueError(
-                f"no format {self.format!r} in groups of {self.group_size!r}; groups are {', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
+                f"no format {self.format!r} in groups of {self.group_size!r}; groups are "
+                f"{', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
             )
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
+        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors:
+        ModelError."""
         if columns % self.group_size or rows * columns % 2:
             raise ModelError(
                 f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}"
@@ -75,7 +79,8 @@ class FourBitLayout:
 
 
 def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
-    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a FourBitLinear."""
+    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a
+    FourBitLinear."""
     found = {
         "weight": bitsandbytes_layout.tensors(packed)["weight"],
         "weight_absmax": packed.absmax_RG.reshape(-1),
@@ -116,7 +121,8 @@ class FourBitLinear(StoredLinear):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels refuse."""
+        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels
+        refuse."""
         self.kernel = ()
         refused = bitsandbytes_layout.refusal(
             (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
@@ -153,7 +159,10 @@ class FourBitLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, double_quant={self.scheme.double_quant}"
+        return (
+            f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, "
+            f"double_quant={self.scheme.double_quant}"
+        )
 
 
 def linear(

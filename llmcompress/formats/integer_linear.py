@@ -1,13 +1,14 @@
 """A linear that multiplies integers: the module under our own quantised models.
 
-Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A forward rounds the
-tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes is the product of the dequantised
-factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is torch's on a CPU with
-AVX512, bitsandbytes' on a GPU, where few tokens take one of ours (int8_dispatch.py). Elsewhere the same integers are summed in
-float32, which is exact below 2^24: on other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the
-whole in each forward), on a GPU where C % 4.
-int4 weights are expanded to int8 once (`prepare`) and kept beside the packed ones: 1.5 bytes a weight in memory for 0.5 on the
-disk. A module that was not prepared, as when its weights are offloaded, expands them in every forward and keeps nothing.
+Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A
+forward rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes
+is the product of the dequantised factors, up to float32's rounding. It never goes through float16, unlike
+Linear8bitLt. The kernel is torch's on a CPU with AVX512, bitsandbytes' on a GPU, where few tokens take one of
+ours (int8_dispatch.py). Elsewhere the same integers are summed in float32, which is exact below 2^24: on
+other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the whole in each
+forward), on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the packed
+ones: 1.5 bytes a weight in memory for 0.5 on the disk. A module that was not prepared, as when its weights
+are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 M
 class IntegerLinear(StoredLinear):
     """A linear that multiplies integers, as `scheme` says.
 
-    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has none.
+    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has
+    none.
     """
 
     scheme: IntegerLayout
@@ -48,7 +50,8 @@ class IntegerLinear(StoredLinear):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there (meta)."""
+        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there
+        (meta)."""
         self.expanded = None
         if self.scheme.group_size is not None and self.weight.device.type != "meta":
             self.expanded = self.beside_weight(self._expand)
@@ -80,7 +83,8 @@ class IntegerLinear(StoredLinear):
         return (out if self.bias is None else out + self.bias).to(input.dtype)
 
     def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
-        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25 times as long."""
+        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25
+        times as long."""
         few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
         if few and not (torch.is_grad_enabled() and input.requires_grad):
             x_TC = input.reshape(-1, self.in_features)
@@ -99,7 +103,10 @@ class IntegerLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, group_size={self.scheme.group_size}"
+        return (
+            f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, "
+            f"group_size={self.scheme.group_size}"
+        )
 
 
 def scaled(
@@ -159,7 +166,8 @@ def _warn_of_float_sums() -> None:
 
 
 def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
-    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without its way there."""
+    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without
+    its way there."""
     return torch._int_mm(codes_TC, matrix_RC.t())
 
 
@@ -220,7 +228,8 @@ def weight_of(module: IntegerLinear) -> IntegerWeight:
 def stock(
     weight: integer.Int8Weight, bias: Tensor | None, *, threshold: float, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the native layout."""
+    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the
+    native layout."""
     R, C = weight.codes_RC.shape
     module: Any = bitsandbytes_layout.Linear8bitLt(
         C, R, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"

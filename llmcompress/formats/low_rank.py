@@ -1,10 +1,11 @@
-"""A linear whose weight is made of parts: one that layers share, a product of low rank, or both, and the module that runs it.
+"""A linear whose weight is made of parts: one that layers share, a product of low rank, or both, and the
+module that runs it.
 
-`shared`: the weight is one matrix for several layers, to which each may add a difference of low rank of its own, left @ right.
-`basis`: the weight is left @ right, and `right`, the basis, may be one for several layers. Which tensors are one is not said
-here but in config.json's `ties`, by their names; what is shared is one tensor on the disk and one in memory, and is multiplied
-once for each layer that uses it. `weight` has a first axis of one that no plain linear has, for a stock loader to refuse.
-R rows (out), C columns (in), K the rank.
+`shared`: the weight is one matrix for several layers, to which each may add a difference of low rank of its
+own, left @ right. `basis`: the weight is left @ right, and `right`, the basis, may be one for several layers.
+Which tensors are one is not said here but in config.json's `ties`, by their names; what is shared is one
+tensor on the disk and one in memory, and is multiplied once for each layer that uses it. `weight` has a first
+axis of one that no plain linear has, for a stock loader to refuse. R rows (out), C columns (in), K the rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 @dataclass(frozen=True)
 class FactoredLayout:
-    """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that rank.
+    """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that
+    rank.
 
     The parts are weights like any others, in the type of the model. Errors: ValueError.
     """
@@ -63,7 +65,8 @@ class FactoredLayout:
         )
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of floats."""
+        """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of
+        floats."""
         dtype = torch.float32
         if self.format == "basis":
             return {"weight": ((1, rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
@@ -94,7 +97,8 @@ class FactoredLayout:
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """One linear in parts: whole [R, C] of `shared`, left [R, K] and right [K, C] of a basis or of a difference."""
+    """One linear in parts: whole [R, C] of `shared`, left [R, K] and right [K, C] of a basis or of a
+    difference."""
 
     layout: FactoredLayout
     whole_RC: Tensor | None = None
@@ -110,7 +114,8 @@ class FactoredWeight:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a FactoredLinear names them."""
+        """The tensors of one linear as they lie on the disk, and as the state dict of a FactoredLinear names
+        them."""
         if self.layout.format == "basis":
             parts = {"weight": self.left_RK, "weight_right": self.right_KC}
         else:
@@ -127,7 +132,8 @@ class FactoredWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, columns: int) -> FactoredWeight:
-    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
+    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
+    [rows, columns]."""
     seen = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "bias"}
     expected = {name: shape for name, (shape, _) in layout.shapes(rows, columns).items()}
     if seen != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -142,7 +148,8 @@ def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, colum
 class FactoredLinear(StoredLinear):
     """A linear [in_features -> out_features] made of parts; `dtype` is that of the model, and of the bias.
 
-    The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to (`requires_grad_`).
+    The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to
+    (`requires_grad_`).
     """
 
     scheme: FactoredLayout

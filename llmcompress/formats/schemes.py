@@ -1,6 +1,8 @@
-"""The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and the result.
+"""The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and
+the result.
 
-One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a linear reads.
+One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a
+linear reads.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class FourBitScheme:
 
     @property
     def signs(self) -> tuple[bool, ...]:
-        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits resolve less finely."""
+        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits
+        resolve less finely."""
         return (True, False) if self.double_quant else (True,)
 
     @property
@@ -104,7 +107,8 @@ class FourBitScheme:
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers apart."""
+    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers
+    apart."""
 
     threshold: float
     format: Literal["int8"] = "int8"
@@ -153,7 +157,8 @@ class Int8Scheme:
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group besides."""
+    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group
+    besides."""
 
     scheme: IntegerLayout
     range: str = "mse"  # what a static scale of inputs is chosen by

@@ -1,7 +1,9 @@
-"""What must hold of the values of stored tensors: one check for from_pretrained, for `evaluate` and for live modules.
+"""What must hold of the values of stored tensors: one check for from_pretrained, for `evaluate` and for live
+modules.
 
-Loaders compare shapes and types. Values can be damaged too, and the model would load and compute nonsense: each layout lists by
-`flaws` what must hold of its own, as bools on the device of the tensors, and those of a linear are read back together.
+Loaders compare shapes and types. Values can be damaged too, and the model would load and compute nonsense:
+each layout lists by `flaws` what must hold of its own, as bools on the device of the tensors, and those of a
+linear are read back together.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Modules of ours turned back into plain float ones, all of a model or some, as its config then says.
 
-`model.dequantize()` is all of them. `resize_token_embeddings` turns the embedding and the head, which have no codes for new
-rows, and merging an adapter the linears that it changes.
+`model.dequantize()` is all of them. `resize_token_embeddings` turns the embedding and the head, which have no
+codes for new rows, and merging an adapter the linears that it changes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ def ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredModule]]:
 
 
 def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
-    """The ties by the names that the tensors have in this model, which lacks a prefix where it has no head."""
+    """The ties by the names that the tensors have in this model, which lacks a prefix where it has no
+    head."""
     prefix = f"{model.base_model_prefix}."
     shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
     return (
@@ -42,7 +43,8 @@ def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str
 def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtype) -> None:
     """Put float modules in place of those of ours that are called so, and have the config say so.
 
-    Errors: ModelError for offloaded weights, and for what shares tensors with modules that are not among them.
+    Errors: ModelError for offloaded weights, and for what shares tensors with modules that are not among
+    them.
     """
     modules = {name: module for name, module in ours(model) if name in names}
     config = getattr(model.config, "quantization_config", None)
@@ -76,7 +78,8 @@ def _require_apart(names: Collection[str], ties: Mapping[str, str]) -> None:
         owners = [name.rpartition(".")[0] for name in (target, source)]
         if sum(owner in names for owner in owners) == 1:
             raise ModelError(
-                f"{owners[0]} and {owners[1]} share a tensor, so one alone can't change; use model.dequantize() first"
+                f"{owners[0]} and {owners[1]} share a tensor, so one alone can't change; use "
+                "model.dequantize() first"
             )
 
 
@@ -112,7 +115,8 @@ def plain_of(module: StoredModule, dtype: torch.dtype) -> nn.Module:
 
 
 def let_resize(model: PreTrainedModel) -> None:
-    """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have no new rows."""
+    """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have
+    no new rows."""
     kind: Any = type(model)
     if (
         kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings

@@ -13,10 +13,11 @@ ADVICE = "set LLMCOMPRESS_CACHE to a folder"
 
 
 def cache_folder() -> Path:
-    """$LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the temporary files.
+    """$LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the temporary
+    files.
 
-    The last is for a user without a home, as containers have. Raises OutputError where somebody else has made that folder:
-    compiled code is loaded from it.
+    The last is for a user without a home, as containers have. Raises OutputError where somebody else has made
+    that folder: compiled code is loaded from it.
     """
     if named := os.environ.get("LLMCOMPRESS_CACHE"):
         return Path(named)

@@ -1,5 +1,5 @@
-"""Safetensors read lazily: headers only, and one tensor at a time with `pread`, so that no file page counts as ours and peak
-memory is the largest tensor.
+"""Safetensors read lazily: headers only, and one tensor at a time with `pread`, so that no file page counts
+as ours and peak memory is the largest tensor.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def is_beside(part: str) -> bool:
-    """Whether a tensor with this last name belongs to the `weight` beside it: its scales, mask, levels or factors."""
+    """Whether a tensor with this last name belongs to the `weight` beside it: its scales, mask, levels or
+    factors."""
     return part.startswith("weight_") or part in ("SCB", "input_scale")
 
 
@@ -63,9 +64,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of files and names.
+    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of
+    files and names.
 
-    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is whose.
+    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is
+    whose.
     """
 
     folder: Path
@@ -76,10 +79,11 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
-        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as our artefacts.
+        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as
+        our artefacts.
 
-        Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged files, and (as a
-        base) a model that is quantised already or no causal language model.
+        Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged
+        files, and (as a base) a model that is quantised already or no causal language model.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -101,7 +105,8 @@ class Checkpoint:
         lost = sorted(name for name in listed if name and name not in tensors)
         if lost:
             raise ModelError(
-                f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again"
+                f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it "
+                "again"
             )
         if base and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
             raise _wrapper(folder, f"it stores {inner}")
@@ -148,7 +153,8 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none, nor are zeros."""
+        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none,
+        nor are zeros."""
         packed = {
             name.removesuffix(mark)
             for name in self.tensors
@@ -180,7 +186,8 @@ class Checkpoint:
         ).hexdigest()
 
     def digest(self) -> str:
-        """The same without the config. Reads all tensors, but those of files that are known to be as they were then."""
+        """The same without the config. Reads all tensors, but those of files that are known to be as they
+        were then."""
         stamp = self._stamp()
         known = None if stamp is None else _DIGESTS.get(stamp)
         if known is None:
@@ -191,9 +198,11 @@ class Checkpoint:
         return known
 
     def _stamp(self) -> Stamp | None:
-        """Which files these are, and when they changed; None where that is so fresh that a clock may not show the next change.
+        """Which files these are, and when they changed; None where that is so fresh that a clock may not show
+        the next change.
 
-        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides another content.
+        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides
+        another content.
         """
         found, now = [], time.time_ns()
         for name in sorted({entry.file for entry in self.tensors.values()}):
@@ -211,7 +220,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
         bad = int((~finite).sum())
         raise ModelError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a sound copy"
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a "
+            "sound copy"
         )
 
 
@@ -240,11 +250,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors: ModelError."""
+    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors:
+    ModelError."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the weights; merge it with "
-            "merge_and_unload() and save the result to another folder, or move the adapter's files to one of their own"
+            f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the "
+            "weights; merge it with "
+            "merge_and_unload() and save the result to another folder, or move the adapter's files to one "
+            "of their own"
         )
 
 
@@ -263,7 +276,8 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
     kind, architectures = str(config.get("model_type")), config.get("architectures") or []
     if not isinstance(architectures, list):
         raise ModelError(
-            f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; correct it"
+            f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; "
+            "correct it"
         )
     if isinstance(config.get("text_config"), dict):
         raise _wrapper(folder, f"model_type {kind}")
@@ -282,14 +296,17 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
 def _wrapper(folder: Path, how: str) -> ModelError:
     """What to say of a model of images or sound that has a text model inside."""
     return ModelError(
-        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model with the head as a "
-        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), load_state_dict, "
+        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model "
+        "with the head as a "
+        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), "
+        "load_state_dict, "
         "save_pretrained"
     )
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty name."""
+    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty
+    name."""
     if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
         return {"": "model.safetensors"}
     if (folder / INDEX).is_file():
@@ -297,7 +314,8 @@ def _files(folder: Path) -> dict[str, str]:
         missing = sorted(file for file in set(listed.values()) if not (folder / file).is_file())
         if missing:
             raise ModelError(
-                f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again"
+                f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them "
+                "again"
             )
         return listed
     pickles = sorted(
@@ -305,7 +323,8 @@ def _files(folder: Path) -> dict[str, str]:
     )
     if pickles:
         raise ModelError(
-            f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened here; convert it: "
+            f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened "
+            "here; convert it: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(
@@ -334,12 +353,14 @@ def _is_shard(file: Any) -> bool:
 
 
 def named_ties(ties: Any) -> dict[str, str]:
-    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names, or a circle."""
+    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names,
+    or a circle."""
     if ties is None:
         return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
         raise ModelError(
-            f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source"
+            f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its "
+            "source"
         )
     try:
         TopologicalSorter({target: [source] for target, source in ties.items()}).prepare()
@@ -351,7 +372,8 @@ def named_ties(ties: Any) -> dict[str, str]:
 
 
 def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
-    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for both."""
+    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for
+    both."""
     codes, found = config.get("quantization_config"), dict[str, str]()
     ties = named_ties(codes.get("ties")) if isinstance(codes, dict) else {}
     for target, source in ties.items():

@@ -1,14 +1,14 @@
-"""The small files beside a model's weights: which of them travel into an artefact and on to the Hub, and how much of
-each.
+"""The small files beside a model's weights: which of them travel into an artefact and on to the Hub, and how
+much of each.
 
-A folder may hold anything beside a model: notes, keys, links to other places. So what travels is a list of names: those
-by which transformers finds a tokenizer, a processor, a chat template and the settings of generation, and those of
-licences. Whatever has another name stays. A link is followed inside its folder, and in the Hub's cache, where every
-file is one, but nowhere else.
+A folder may hold anything beside a model: notes, keys, links to other places. So what travels is a list of
+names: those by which transformers finds a tokenizer, a processor, a chat template and the settings of
+generation, and those of licences. Whatever has another name stays. A link is followed inside its folder, and
+in the Hub's cache, where every file is one, but nowhere else.
 
-Two things of a config stay here as well. A folder of the machine that wrote it is of no use elsewhere. And `auto_map`
-names code of the repository that a model came from: the code is never copied, and none is needed, as only architectures
-that transformers has itself are compressed.
+Two things of a config stay here as well. A folder of the machine that wrote it is of no use elsewhere. And
+`auto_map` names code of the repository that a model came from: the code is never copied, and none is needed,
+as only architectures that transformers has itself are compressed.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ WORDS = (
 
 
 def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
-    """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its tokenizer."""
+    """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its
+    tokenizer."""
     return {
         str(file.relative_to(folder)): _content(file)
         for file in _named(folder, also)
@@ -90,7 +91,8 @@ def _named(folder: Path, also: Collection[str]) -> Iterator[Path]:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in its folder once links are followed; of a folder in the Hub's cache, also among the blobs there."""
+    """Whether a file lies in its folder once links are followed; of a folder in the Hub's cache, also among
+    the blobs there."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
@@ -116,7 +118,8 @@ def _content(file: Path) -> bytes:
 
 
 def shareable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what names code of its repository, or folders of the machine that wrote it; nested ones too."""
+    """A config without what names code of its repository, or folders of the machine that wrote it; nested
+    ones too."""
     return {key: _shareable(key, value) for key, value in fields.items() if not _stays(key, value)}
 
 

@@ -1,4 +1,5 @@
-"""The place where a result is to appear: what is there, and one rename that loses nothing which came meanwhile."""
+"""The place where a result is to appear: what is there, and one rename that loses nothing which came
+meanwhile."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ TAKEN = (
 
 
 def resolved(out: str | Path) -> Path:
-    """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can be none."""
+    """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can
+    be none."""
     path = path_of(out, "--out", OutputError)
     if path.is_symlink() and not path.exists():
         raise OutputError(
@@ -37,7 +39,8 @@ def resolved(out: str | Path) -> Path:
 
 
 def seen(folder: Path) -> Seen:
-    """What is at a place, to be known again; empty for nothing and for an empty folder, which is as good as none."""
+    """What is at a place, to be known again; empty for nothing and for an empty folder, which is as good as
+    none."""
     if not os.path.lexists(folder):
         return ()
     inside = sorted(folder.rglob("*")) if folder.is_dir() and not folder.is_symlink() else []
@@ -53,7 +56,8 @@ def seen(folder: Path) -> Seen:
 
 
 def appear(fresh: Path, out: Path, before: Seen, aside: Path) -> None:
-    """Let the folder `fresh` appear at `out`, where `before` was seen; what was there is moved `aside` first, and then goes.
+    """Let the folder `fresh` appear at `out`, where `before` was seen; what was there is moved `aside` first,
+    and then goes.
 
     Errors: FileExistsError where something else is there now; it stays, and so does `fresh`.
     """
@@ -90,7 +94,8 @@ def require_file(file: Path, option: str) -> None:
 
 
 def write_file(file: Path, text: str, option: str) -> None:
-    """Write a text file, whole or not at all; what is no file (/dev/stdout, a pipe) is written to. Errors: OutputError."""
+    """Write a text file, whole or not at all; what is no file (/dev/stdout, a pipe) is written to. Errors:
+    OutputError."""
     try:
         if _is_stream(file):
             file.write_text(text, "utf-8")

@@ -22,9 +22,10 @@ KEY = "key"  # the file that holds it
 class Journal:
     """What a run has finished, one file a layer, under the digest of everything that decides the result.
 
-    Another key discards what is there. A file that is cut short, damaged or of another key counts as not done; `damaged` are
-    the names of those that were found so. Only one process at a time may write there, unless it is `shared`: then nothing is
-    discarded, and several that finish the same layer leave what the last one wrote.
+    Another key discards what is there. A file that is cut short, damaged or of another key counts as not
+    done; `damaged` are the names of those that were found so. Only one process at a time may write there,
+    unless it is `shared`: then nothing is discarded, and several that finish the same layer leave what the
+    last one wrote.
     """
 
     def __init__(self, folder: Path, key: str, *, shared: bool = False) -> None:
@@ -43,7 +44,8 @@ class Journal:
                 put(stored, key)
 
     def get(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished layer's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""
+        """A finished layer's tensors and facts; None where it isn't finished or not sound. Reads the whole
+        file."""
         file = self.file(stage, layer)
         if not os.path.lexists(file):
             return None

@@ -1,7 +1,8 @@
-"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in their place.
+"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in
+their place.
 
-What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have any
-spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
+What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have
+any spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ def short_name(name: str) -> str:
 
 
 def is_path(text: str) -> bool:
-    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside the user's home."""
+    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside
+    the user's home."""
     return "\n" not in text and (_WHOLE.match(text) is not None or _in_home(text))
 
 
@@ -38,7 +40,8 @@ def _in_home(text: str) -> bool:
 
 
 def without(text: str, known: Iterable[str]) -> str:
-    """A text with the last name of each path that is `known` in place of the path, and without the folders that hold one."""
+    """A text with the last name of each path that is `known` in place of the path, and without the folders
+    that hold one."""
     names = {
         name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))
     }

@@ -32,7 +32,8 @@ def manifest_of(folder: Path) -> str:
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether a folder holds a manifest, the files that it names as they were written, and no others; reads all of them."""
+    """Whether a folder holds a manifest, the files that it names as they were written, and no others; reads
+    all of them."""
     try:
         return (folder / MANIFEST).read_bytes() == manifest_of(folder).encode()
     except OSError:

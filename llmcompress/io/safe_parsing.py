@@ -1,8 +1,9 @@
 """YAML and JSON that someone else wrote, such as a recipe from the Hub, read in bounded time and memory.
 
-YAML is read with the safe loader, which makes plain values and runs nothing, and three things more are refused: a key that is
-given twice (plain YAML silently takes the last), more depth than any recipe has, and more values than `MOST` once aliases are
-written out, so that the few lines which spell a billion values are refused before anything walks through them.
+YAML is read with the safe loader, which makes plain values and runs nothing, and three things more are
+refused: a key that is given twice (plain YAML silently takes the last), more depth than any recipe has, and
+more values than `MOST` once aliases are written out, so that the few lines which spell a billion values are
+refused before anything walks through them.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def yaml_of(text: str | bytes, *, largest: int) -> Any:
 
 
 def json_of(text: str | bytes, *, largest: int) -> Any:
-    """The value of a JSON text of at most `largest` bytes, all numbers finite; Unreadable for what is none, or is larger."""
+    """The value of a JSON text of at most `largest` bytes, all numbers finite; Unreadable for what is none,
+    or is larger."""
     _require_size(text, largest)
     if CONTROLS.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
         raise Unreadable("is no JSON for people: it spells control characters, which could steer a terminal")

@@ -15,7 +15,8 @@ PREFIX = "llmcompress-"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder that goes with the context, in TMPDIR or where the system has them. Errors: OutputError."""
+    """A temporary folder that goes with the context, in TMPDIR or where the system has them. Errors:
+    OutputError."""
     try:
         made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     except OSError as error:

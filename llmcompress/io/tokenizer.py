@@ -1,11 +1,12 @@
-"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of its
-base's.
+"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of
+its base's.
 
-AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by which files
-are there. For a Llama that became a Mistral, though the model is the same, it builds another class, which splits text
-after a special token otherwise. So the copied files are loaded beside the config that was written, and compared with
-the base's tokenizer on text that tells such classes apart. Where they differ, what the base's tokenizer saves takes
-their place, under the name of the class that reads tokenizer.json as it is.
+AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by
+which files are there. For a Llama that became a Mistral, though the model is the same, it builds another
+class, which splits text after a special token otherwise. So the copied files are loaded beside the config
+that was written, and compared with the base's tokenizer on text that tells such classes apart. Where they
+differ, what the base's tokenizer saves takes their place, under the name of the class that reads
+tokenizer.json as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from llmcompress.io.safetensors_writer import sync, writing
 
 SETTINGS = "tokenizer_config.json"
 LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
-AS_IT_IS = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is, whatever the model, since transformers 4
+# the class that reads tokenizer.json as it is, whatever the model, since transformers 4
+AS_IT_IS = "PreTrainedTokenizerFast"
 TRAITS = (
     "special_tokens_map",
     "chat_template",
@@ -91,10 +93,12 @@ AROUND = (  # a token among text
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from there is run."""
+    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from
+    there is run."""
     if (name := _own_class(folder)) is not None:
         raise ModelError(
-            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run here); "
+            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run "
+            "here); "
             "save one there that transformers has itself, as a tokenizer.json"
         )
     try:
@@ -126,7 +130,8 @@ def vocabulary_files(folder: Path) -> list[str]:
 def require_portable(
     folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path
 ) -> None:
-    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a folder in `within`.
+    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a
+    folder in `within`.
 
     Errors: ModelError, OutputError.
     """
@@ -138,10 +143,11 @@ def require_portable(
 
 
 def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
-    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often they do.
+    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often
+    they do.
 
-    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens too, or where a link
-    was not followed, as what it leads to is not to be published.
+    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens
+    too, or where a link was not followed, as what it leads to is not to be published.
     """
     if (wrong := _difference(written, tokenizer)) is None:
         return
@@ -152,7 +158,8 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
     _save(written, tokenizer)
     if (wrong := _difference(written, tokenizer)) is not None:
         raise ModelError(
-            f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with save_pretrained, as a "
+            f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with "
+            "save_pretrained, as a "
             "tokenizer.json"
         )
 
@@ -160,7 +167,8 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
 def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
     """The first thing that two tokenizers do differently, in words, or None.
 
-    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added token among text.
+    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added
+    token among text.
     """
     if ours.get_vocab() != theirs.get_vocab():
         return "the vocabularies differ"
@@ -185,7 +193,8 @@ def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int] | str]:
-    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't know."""
+    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't
+    know."""
     found: list[list[int] | str]
     try:
         found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
@@ -231,7 +240,8 @@ def _put(file: Path, content: bytes) -> None:
 
 
 def _own_class(folder: Path) -> str | None:
-    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or None."""
+    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or
+    None."""
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     listed = settings.get("auto_map")
     named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
@@ -247,7 +257,8 @@ def _each(named: Any) -> Iterator[str]:
 
 
 def _class_of(name: Any) -> type[PreTrainedTokenizerBase] | None:
-    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one needs."""
+    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one
+    needs."""
     if not isinstance(name, str) or not name.isidentifier():
         return None
     try:

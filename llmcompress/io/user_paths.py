@@ -1,7 +1,8 @@
 """What a user's words name on this disk: the path, or one line that says why there can be no such path.
 
-Python and the system refuse a name in many ways: a name that is too long or holds a null byte, `~nobody`, a `~` where no home
-folder is known, bytes that are no text, a folder that may not be read. Each is the user's to mend, whatever the name was for.
+Python and the system refuse a name in many ways: a name that is too long or holds a null byte, `~nobody`, a
+`~` where no home folder is known, bytes that are no text, a folder that may not be read. Each is the user's
+to mend, whatever the name was for.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError]
 
 
 def require_text(text: str, what: str, error: type[CompressError] = CompressError) -> None:
-    """Refuse a string that can't be written as UTF-8, as bytes of a command line that are no text or half a code point.
+    """Refuse a string that can't be written as UTF-8, as bytes of a command line that are no text or half a
+    code point.
 
     Reports, recipes and configs are UTF-8, so such a string could be read and never be written.
     """

@@ -1,5 +1,6 @@
 # mypy: ignore-errors
-"""What a GPU runs for kernels.py, in Triton's own Python; that module says what each kernel computes, and starts it."""
+"""What a GPU runs for kernels.py, in Triton's own Python; that module says what each kernel computes, and
+starts it."""
 
 import triton
 import triton.language as tl
@@ -53,9 +54,18 @@ def quantize_tokens(
 
 @triton.jit
 def scaled(
-    sums, scale_T, scale_R, bias_R, out_TR, T, R, PER_TOKEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-    WIDE: tl.constexpr
-):  # fmt: skip
+    sums,
+    scale_T,
+    scale_R,
+    bias_R,
+    out_TR,
+    T,
+    R,
+    PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """One token and WIDE rows a program."""
     t, r = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.load(sums + t * R + r, mask=r < R, other=0).to(tl.float32)
@@ -69,9 +79,22 @@ def scaled(
 
 @triton.jit
 def few_tokens(
-    codes_TC, scale_T, weight_RC, scale_R, bias_R, out_TR, T, R, C, PER_TOKEN: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+    codes_TC,
+    scale_T,
+    weight_RC,
+    scale_R,
+    bias_R,
+    out_TR,
+    T,
+    R,
+    C,
+    PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """All tokens and ROWS rows a program, which reads the weights of these."""
     t, r = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.zeros([TOKENS, ROWS], tl.int32)

@@ -1,12 +1,14 @@
-"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first wanted.
+"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first
+wanted.
 
-It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp that torch brought
-along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other
-processes to load. The file's name holds the sha256 of its content: one that was damaged is compiled again. As loading it runs
-what is in it, both file and folder must belong to this user (or root) and be writable by nobody else; where they are not, the
-kernel is compiled into a private temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS
-is 0, there is no kernel, and the caller has another way. A failure is logged once, as a warning.
-R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp
+that torch brought along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or
+~/.cache/llmcompress/kernels for other processes to load. The file's name holds the sha256 of its content: one
+that was damaged is compiled again. As loading it runs what is in it, both file and folder must belong to this
+user (or root) and be writable by nobody else; where they are not, the kernel is compiled into a private
+temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no
+kernel, and the caller has another way. A failure is logged once, as a warning. R rows (out), C columns (in),
+G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ SOURCE, HEADER = (Path(__file__).parent / "csrc" / name for name in ("lookup.c",
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 SMALL = 2**16  # weights that are not worth a second thread
-FEW = 16  # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of torch's
+# tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of
+# torch's
+FEW = 16
 PIECE = (
     2**22
 )  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
@@ -46,7 +50,8 @@ BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several t
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that fails."""
+    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that
+    fails."""
     if (why := why_not()) is not None and not _switched_off():
         logger.warning(
             "torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why
@@ -72,7 +77,8 @@ def halves(bits: int) -> bool:
 
 
 def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the weight at a time.
+    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the
+    weight at a time.
 
     Sums are float32's; where x is bfloat16 and the processor multiplies it, levels are rounded to that.
     """
@@ -94,10 +100,11 @@ def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits:
 
 
 def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G, 2^bits].
+    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G,
+    2^bits].
 
-    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x may be bfloat16,
-    and levels are rounded to it. Errors: ValueError, MemoryError.
+    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x
+    may be bfloat16, and levels are rounded to it. Errors: ValueError, MemoryError.
     """
     T, C = x_TC.shape
     R = _checked(packed_RB, levels_GL, C, rows, bits)
@@ -109,9 +116,18 @@ def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: 
         )
     out_TR = torch.empty(T, R)
     done = _loaded().lookup_matmul(
-        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, half,
+        x_TC.data_ptr(),
+        packed_RB.data_ptr(),
+        levels_GL.data_ptr(),
+        out_TR.data_ptr(),
+        T,
+        R,
+        C,
+        rows,
+        bits,
+        half,
         _threads(R * C),
-    )  # fmt: skip
+    )
     if not done:
         raise MemoryError(f"no memory for the inputs of a product of {T} tokens")
     return out_TR
@@ -127,7 +143,8 @@ def expand(
     start: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has from `start` on.
+    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has
+    from `start` on.
 
     Errors: ValueError, MemoryError.
     """
@@ -143,9 +160,17 @@ def expand(
             f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}"
         )
     done = _loaded().lookup_expand(
-        packed_RB.data_ptr(), levels_GL.data_ptr(), out_RC.data_ptr(), start, len(out_RC), columns, rows, bits,
-        levels_GL.dtype.itemsize, _threads(out_RC.numel()),
-    )  # fmt: skip
+        packed_RB.data_ptr(),
+        levels_GL.data_ptr(),
+        out_RC.data_ptr(),
+        start,
+        len(out_RC),
+        columns,
+        rows,
+        bits,
+        levels_GL.dtype.itemsize,
+        _threads(out_RC.numel()),
+    )
     if not done:
         raise MemoryError(f"no memory for a row of {columns} indices")
     return out_RC
@@ -166,7 +191,8 @@ def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits
         or levels_GL.shape != (-(-R // rows), 2**bits)
     ):
         raise ValueError(
-            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} rows each are "
+            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} "
+            "rows each are "
             f"no weight of {columns} columns"
         )
     return R
@@ -228,7 +254,8 @@ def _libgomp() -> list[Path]:
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
-    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may write there."""
+    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may
+    write there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_private(folder) and not any(map(_is_open, folder.parents)):
         return _made(folder)
@@ -247,7 +274,8 @@ def _made(folder: Path) -> ctypes.CDLL | None:
 
 
 def _found(folder: Path) -> ctypes.CDLL | None:
-    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that name goes."""
+    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that
+    name goes."""
     for file in sorted(folder.glob(f"lookup-{_digest()}-*.so")):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             if file.name == _name(opened.read()) and _is_private(file):
@@ -305,7 +333,8 @@ def _digest() -> str:
 
 
 def _compile(compiler: str, target: Path) -> bool:
-    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many processes try."""
+    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many
+    processes try."""
     threads = _libgomp()
     if not threads:
         return False

@@ -1,6 +1,8 @@
-"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in memory.
+"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in
+memory.
 
-The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
+The reading goes through transformers' own loader, which knows every renamed key and merged expert of every
+family.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from llmcompress.modeling.model_config import load_config, require_stored
 
 
 class DiskModel(LayerwiseModel):
-    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
+    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the
+    kernels round them."""
 
     def __init__(
         self,
@@ -80,7 +83,8 @@ class DiskModel(LayerwiseModel):
         for name in self.layouts:
             if not isinstance(modules.get(name), nn.Linear | Conv1D | nn.Embedding):
                 raise ModelError(
-                    f"config.json gives {name} a scheme, but this model has no such linear; the config is of another model"
+                    f"config.json gives {name} a scheme, but this model has no such linear; the config is "
+                    "of another model"
                 )
 
     @property
@@ -165,7 +169,8 @@ class DiskModel(LayerwiseModel):
 
 
 def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:
-    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that they hold.
+    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that
+    they hold.
 
     Raises ModelError where weights lack.
     """
@@ -184,8 +189,8 @@ def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> 
 def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint, dict[str, list[str]]]:
     """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
 
-    All else is no part of the model: masks that old checkpoints store, layers that this class does not have. A tied model may
-    store its one matrix under the head's name; it then has the embedding's too.
+    All else is no part of the model: masks that old checkpoints store, layers that this class does not have.
+    A tied model may store its one matrix under the head's name; it then has the embedding's too.
     """
     model, sources = resident.model, defaultdict[str, list[str]](list)
     mapping, known = get_model_conversion_mapping(model), model.state_dict()
@@ -221,7 +226,8 @@ def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> d
 def has_own_head(
     checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel
 ) -> bool:
-    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that it loads."""
+    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that
+    it loads."""
     head, embedding = (
         sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding)
     )

@@ -1,9 +1,11 @@
-"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live model.
+"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live
+model.
 
-A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
-outside the layers are loaded once; those of a layer while it is visited, always as a copy in the working precision on the
-working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
-model in memory give the same numbers. The price is that each visit to a layer reads it again.
+A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are
+asked for. The weights outside the layers are loaded once; those of a layer while it is visited, always as a
+copy in the working precision on the working device. So a stage may change what it is given, memory does not
+grow with the number of layers, and a folder and a model in memory give the same numbers. The price is that
+each visit to a layer reads it again.
 """
 
 from __future__ import annotations
@@ -74,7 +76,8 @@ class LayerwiseModel(ABC):
         self._freed = 0  # bytes since the heap was last given back
 
     def untie(self) -> None:
-        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in `from_pretrained`."""
+        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in
+        `from_pretrained`."""
         self.config = copy.deepcopy(self.config)
         head = self.model.get_submodule(self.anatomy.head)
         self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
@@ -131,7 +134,8 @@ class LayerwiseModel(ABC):
 
     @cached_property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no stored weight."""
+        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no
+        stored weight."""
         sizes: dict[torch.dtype, int] = {}
         for name, parameter in self.model.named_parameters():
             if (dtype := self.dtypes.get(name)) is not None:
@@ -141,11 +145,13 @@ class LayerwiseModel(ABC):
         return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most weights."""
+        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most
+        weights."""
         return self.dtypes.get(name, self.weight_dtype)
 
     def as_stored(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is stored."""
+        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is
+        stored."""
         return {
             f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
             for name, tensor in tensors.items()
@@ -160,7 +166,8 @@ class LayerwiseModel(ABC):
         return 8 * self.dtype_of(f"{linear}.weight").itemsize
 
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each layer, if given."""
+        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each
+        layer, if given."""
         return self._sum(widths or {}, lambda name: 1)
 
     def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
@@ -168,7 +175,8 @@ class LayerwiseModel(ABC):
         return self._sum(widths or {}, lambda name: self.dtype_of(name).itemsize)
 
     def _sum(self, counts: Mapping[str, Sequence[int]], each: Callable[[str], int]) -> int:
-        """Sum over all stored parameters, by their names in the model, of what `each` of their elements counts."""
+        """Sum over all stored parameters, by their names in the model, of what `each` of their elements
+        counts."""
         tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
         sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
@@ -185,7 +193,8 @@ class LayerwiseModel(ABC):
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
-        """By how much what is stored is less than the whole weights: what is shared, and what is a product."""
+        """By how much what is stored is less than the whole weights: what is shared, and what is a
+        product."""
         found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
@@ -234,19 +243,22 @@ class LayerwiseModel(ABC):
             owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
 
     def round_inputs(self, linear: str, inputs: Inputs) -> None:
-        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
+        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel
+        does."""
         self.model.get_submodule(linear).register_forward_pre_hook(
             lambda module, args: (inputs(args[0]), *args[1:])
         )
 
     def reader(self, name: str) -> str | None:
-        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to it, if one is."""
+        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to
+        it, if one is."""
         if name != self.anatomy.embedding:
             return name
         return self.anatomy.head if self.config.tie_word_embeddings else None
 
     def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
-        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and reads `inputs`."""
+        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and
+        reads `inputs`."""
         weight = self.model.get_parameter(
             f"{self.anatomy.embedding}.weight"
         )  # the very parameter of a tied head
@@ -255,7 +267,8 @@ class LayerwiseModel(ABC):
             self.round_inputs(head, inputs)
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the embedding.
+        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the
+        embedding.
 
         A tied head is left out, as it is the embedding's.
         """
@@ -266,7 +279,8 @@ class LayerwiseModel(ABC):
         return shapes | {self.anatomy.embedding: (V, D)}
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape (outputs, inputs)."""
+        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape
+        (outputs, inputs)."""
         for name, module in self.model.named_modules():
             if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
                 continue
@@ -280,12 +294,14 @@ class LayerwiseModel(ABC):
         names = sorted(absent)
         if names == [f"{self.anatomy.head}.weight"]:
             raise ModelError(
-                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a loader would draw "
+                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a "
+                "loader would draw "
                 "the head at random; set it to true if the head is the embedding, else fetch the base again"
             )
         if names:
             raise ModelError(
-                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch it again"
+                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch "
+                "it again"
             )
 
     @property
@@ -307,7 +323,8 @@ class LayerwiseModel(ABC):
 
 
 class MetaModel(LayerwiseModel):
-    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared, no weights."""
+    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared,
+    no weights."""
 
     place = "the config"  # or the folder
 
@@ -324,7 +341,8 @@ class MetaModel(LayerwiseModel):
 
 
 class InMemoryModel(LayerwiseModel):
-    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed.
+    """Weights in memory by their names in the model, as its state dict has them; they are read and never
+    changed.
 
     `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
     """
@@ -384,7 +402,8 @@ class InMemoryModel(LayerwiseModel):
 def _trim() -> None:
     """Have glibc give back what is free on its heap; other C libraries are left alone.
 
-    Layers that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
+    Layers that come and go fragment the heap, and without this peak memory grows with depth
+    (evaluation/results/cost.json).
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

@@ -1,7 +1,9 @@
-"""The config.json of a model: read in bounds, its flags at their defaults, and the skeleton that transformers builds of it.
+"""The config.json of a model: read in bounds, its flags at their defaults, and the skeleton that transformers
+builds of it.
 
-A config is anyone's words. What it asks for is compared with bounds, and with what the weight files hold, before anything of
-that size is made. Whatever transformers then says of it, in as many kinds of error as it has families, is one line here.
+A config is anyone's words. What it asks for is compared with bounds, and with what the weight files hold,
+before anything of that size is made. Whatever transformers then says of it, in as many kinds of error as it
+has families, is one line here.
 """
 
 from __future__ import annotations
@@ -52,7 +54,8 @@ SMALL = (
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The config of a model, with every flag at its default. Errors: ModelError, which names the field where it is known."""
+    """The config of a model, with every flag at its default. Errors: ModelError, which names the field where
+    it is known."""
     fields = read_json(folder / "config.json")
     require_bounded(folder, fields)
     try:
@@ -69,18 +72,21 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def require_readable(folder: Path) -> None:
-    """Refuse a small file beside the weights that transformers would read without bounds. Errors: ModelError."""
+    """Refuse a small file beside the weights that transformers would read without bounds. Errors:
+    ModelError."""
     for name in SMALL:
         if (folder / name).is_file():
             read_json(folder / name)
 
 
 def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse, before transformers reads them, fields that ask for more than any model has, or for other code or files."""
+    """Refuse, before transformers reads them, fields that ask for more than any model has, or for other code
+    or files."""
     for name, value in fields.items():
         if callable(getattr(PretrainedConfig, name, None)):
             raise ModelError(
-                f"{folder} has a config.json with a field {name}, which is no fact of a model; take the field out"
+                f"{folder} has a config.json with a field {name}, which is no fact of a model; take the "
+                "field out"
             )
         if name in ELSEWHERE and value is not None:
             raise ModelError(
@@ -88,11 +94,13 @@ def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
             )
     if fields.get("is_encoder_decoder") or fields.get("add_cross_attention"):
         raise ModelError(
-            f"{folder} is a decoder that reads an encoder, and no causal language model; give one that stands alone"
+            f"{folder} is a decoder that reads an encoder, and no causal language model; give one that "
+            "stands alone"
         )
     if fields.get("is_causal") is False:
         raise ModelError(
-            f"{folder} has is_causal: false in its config.json, so each token sees those after it; give a causal one"
+            f"{folder} has is_causal: false in its config.json, so each token sees those after it; give a "
+            "causal one"
         )
     asked = [("", fields)]
     while asked:
@@ -102,12 +110,14 @@ def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
                 asked.append((f"{path}{name}.", value))
             elif isinstance(value, int) and abs(value) > MOST.get(name, LARGEST):
                 raise ModelError(
-                    f"{folder} has a config.json with {path}{name} {_short(value)}, which no model has; correct it"
+                    f"{folder} has a config.json with {path}{name} {_short(value)}, which no model has; "
+                    "correct it"
                 )
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype.removeprefix("torch.") not in WEIGHTS:
         raise ModelError(
-            f"{folder} has a config.json with dtype {_short(dtype)}; correct it to one of {', '.join(WEIGHTS)}"
+            f"{folder} has a config.json with dtype {_short(dtype)}; correct it to one of "
+            f"{', '.join(WEIGHTS)}"
         )
 
 
@@ -122,7 +132,8 @@ def require_sizes(folder: Path, config: PretrainedConfig) -> None:
 
 
 def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str, Entry]) -> None:
-    """Refuse a config that asks for more than the files of a plain model hold, whatever its family. Errors: ModelError."""
+    """Refuse a config that asks for more than the files of a plain model hold, whatever its family. Errors:
+    ModelError."""
     widest = max((size for entry in tensors.values() for size in entry.shape), default=0)
     for name, value in _sizes(config).items():
         many = name == "num_hidden_layers" or "experts" in name  # tensors, of which each has some
@@ -130,7 +141,8 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
         if isinstance(value, int) and value > most:
             held = f"{len(tensors)} tensors" if many else f"no tensor with more than {widest} rows or columns"
             raise ModelError(
-                f"{folder} does not fit its config.json: {name} is {value}, and the files hold {held}; fetch it again"
+                f"{folder} does not fit its config.json: {name} is {value}, and the files hold {held}; "
+                "fetch it again"
             )
 
 
@@ -142,7 +154,8 @@ def _sizes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config without weights: parameters on the meta device, buffers real, every flag at its default.
+    """The model of a config without weights: parameters on the meta device, buffers real, every flag at its
+    default.
 
     Errors: ModelError for a config of which transformers builds none.
     """

@@ -1,15 +1,17 @@
 """A model's weights turned so that its activations lose their outliers and its function stays.
 
-Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these are folded into the
-linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn the hidden state everywhere if every
-weight that writes it is turned and every weight that reads it turned back. Between values and output projection attention
-mixes tokens and not channels, so a second matrix R2 may turn the channels of each head. As an orthogonal matrix is the inverse
-of its transpose, reading and writing need the same product along the axis, and the table of spellings says where that is:
-`hidden` for R1; for R2 `d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
+Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these
+are folded into the linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn
+the hidden state everywhere if every weight that writes it is turned and every weight that reads it turned
+back. Between values and output projection attention mixes tokens and not channels, so a second matrix R2 may
+turn the channels of each head. As an orthogonal matrix is the inverse of its transpose, reading and writing
+need the same product along the axis, and the table of spellings says where that is: `hidden` for R1; for R2
+`d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
 same config that costs nothing more at run time.
 
-Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of one set twice, and
-a float64 copy of a value or output projection. The time is D multiplications a weight for width D.
+Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of
+one set twice, and a float64 copy of a value or output projection. The time is D multiplications a weight for
+width D.
 """
 
 from __future__ import annotations
@@ -31,10 +33,12 @@ Turn = tuple[str, Tensor, int | None]  # the axis, the matrix, the part of a fus
 
 
 class Rotation:
-    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed` draws them.
+    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed`
+    draws them.
 
-    Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is learned here, and R2
-    is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
+    Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is
+    learned here, and R2 is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError
+    where `refusal` says why not.
     """
 
     def __init__(
@@ -55,9 +59,11 @@ class Rotation:
         self._tied = bool(config.tie_word_embeddings)
 
     def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by their full names.
+        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by
+        their full names.
 
-        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is tied.
+        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is
+        tied.
         """
         anatomy = self.anatomy
         _require(tensors, anatomy.outer, {f"{anatomy.head}.weight"} if self._tied else set())
@@ -69,9 +75,11 @@ class Rotation:
     def inner(
         self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
     ) -> dict[str, Tensor]:
-        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the layer.
+        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the
+        layer.
 
-        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are those of the anatomy.
+        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are
+        those of the anatomy.
         """
         _require(tensors, self.anatomy.layer, set())
         return self._rewrite(tensors, self.anatomy.layer, _norms(self.anatomy), _values(self.anatomy), sizes)
@@ -85,7 +93,8 @@ class Rotation:
         values: Mapping[str, int | None],
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and parts) `values`."""
+        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and
+        parts) `values`."""
         if self.R1_DD is None:
             norms = {}
         offset = self.anatomy.norm_offset
@@ -133,10 +142,12 @@ def rotate(
     M_DD: Tensor,
     part: int | None = None,
 ) -> Tensor:
-    """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that runs along it.
+    """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that
+    runs along it.
 
-    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it to that alternative
-    of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis that the spelling lacks.
+    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it
+    to that alternative of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis
+    that the spelling lacks.
     """
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if axis not in spelling.axes:
@@ -175,18 +186,23 @@ def _turn_term(
 
 
 def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) -> str | None:
-    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it can."""
+    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it
+    can."""
     if r1 and (why := _layer_norm(anatomy, config) or _unplaced(anatomy)):
         return f"{why}; leave R1 out"
     if r1 and config.tie_word_embeddings:
-        return "the final norm's gain would go into the head alone, and the head is tied to the embedding; untie it first"
+        return (
+            "the final norm's gain would go into the head alone, and the head is tied to the embedding; "
+            "untie it first"
+        )
     if r2 and not _values(anatomy):
         return "its table has no linear that reads the values along d; leave R2 out"
     return None
 
 
 def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
-    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is rms_norm_eps."""
+    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is
+    rms_norm_eps."""
     rows = {**anatomy.layer, **anatomy.outer}
     if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
@@ -196,7 +212,8 @@ def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
 
 
 def _unplaced(anatomy: Anatomy) -> str | None:
-    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `scale_pairs`."""
+    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in
+    `scale_pairs`."""
     norms = _norms(anatomy)
     followed = {reader for consumers in norms.values() for reader in consumers}
     for norm in _gains(anatomy.layer):
@@ -240,7 +257,8 @@ def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 
 
 def _values(anatomy: Anatomy) -> dict[str, int | None]:
-    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what reads it."""
+    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what
+    reads it."""
     found: dict[str, int | None] = {}
     for key, consumers in anatomy.scale_pairs.items():
         name, part, axes = anatomy.producer(key)

@@ -1,9 +1,10 @@
 """What a model is worth, and how far it is from its base: `llmcompress evaluate`.
 
-Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that they stand for, so
-that two numbers differ by the weights and by nothing else. A plain model in memory is computed in the same way from its state
-dict. What others quantised, in formats that only transformers reads, is loaded whole and runs by its own forward, as does a
-quantised model in memory. Speed is measured on the model as from_pretrained loads it, with the kernels that it will run on.
+Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that
+they stand for, so that two numbers differ by the weights and by nothing else. A plain model in memory is
+computed in the same way from its state dict. What others quantised, in formats that only transformers reads,
+is loaded whole and runs by its own forward, as does a quantised model in memory. Speed is measured on the
+model as from_pretrained loads it, with the kernels that it will run on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was not measured."""
+    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was
+    not measured."""
 
     model: str
     perplexity: float
@@ -52,7 +54,8 @@ class Evaluation:
     bos: bool = False  # whether each sequence begins with the BOS token, which is not scored
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where it is true."""
+        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where
+        it is true."""
         found = {
             key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"
         }
@@ -81,7 +84,8 @@ def evaluate(
     device: str | None = None,
     track: Track = untracked,
 ) -> Evaluation:
-    """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1 agreement.
+    """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1
+    agreement.
 
     Args:
         model: Hub id, folder, or a `PreTrainedModel` in memory, quantised or not.
@@ -141,7 +145,8 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
 
 
 def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
-    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own forward."""
+    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
+    forward."""
     name = str(model.config._name_or_path or type(model).__name__)
     stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
     size = sum(stored.values())

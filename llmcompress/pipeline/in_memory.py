@@ -1,4 +1,5 @@
-"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a temporary folder."""
+"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a
+temporary folder."""
 
 from __future__ import annotations
 
@@ -60,8 +61,8 @@ def apply_recipe(
 ) -> tuple[PreTrainedModel, Report]:
     """Compress a model in memory: changed in place and returned with its report.
 
-    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not looked at. Raises
-    CompressError as `run_recipe` does; the model is then as it was.
+    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not
+    looked at. Raises CompressError as `run_recipe` does; the model is then as it was.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
@@ -134,7 +135,8 @@ def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
 
 @dataclass
 class Chained:
-    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of the dense ones."""
+    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of
+    the dense ones."""
 
     source: InMemoryModel
     left: dict[str, torch.Tensor]
@@ -226,7 +228,8 @@ def _rebuilt(
 
 
 def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: Chained) -> None:
-    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared is one tensor."""
+    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared
+    is one tensor."""
     chosen, native_layout = chained.chosen, chained.source.plain
     for name, codes in packed.items():
         plain, coding = model.get_submodule(name), chosen[name]

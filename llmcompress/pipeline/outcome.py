@@ -1,4 +1,5 @@
-"""What the artefact holds: weights and config that from_pretrained loads, report, recipe, card and pictures."""
+"""What the artefact holds: weights and config that from_pretrained loads, report, recipe, card and
+pictures."""
 
 from __future__ import annotations
 
@@ -59,7 +60,8 @@ class Outcome:
 
     @property
     def ties(self) -> dict[str, str]:
-        """Tensors that are others, by their names in the model; those of a tied head apart, which its config tells of."""
+        """Tensors that are others, by their names in the model; those of a tied head apart, which its config
+        tells of."""
         found, shapes = dict(self.result.ties), self.model.matrices()
         for target, source in self.model.ties.items():
             linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
@@ -78,7 +80,8 @@ class Outcome:
                 for tensor, value in entry[0].items():
                     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                         raise ModelError(
-                            f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond {value.dtype}; take "
+                            f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond "
+                            f"{value.dtype}; take "
                             "a sound base, or leave the layer or the stage out"
                         )
                 yield self._read(entry[0])
@@ -132,7 +135,8 @@ def names_of(tensor: str, model: LayerwiseModel) -> list[str]:
 
 
 def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
-    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
+    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where
+    it can't be."""
     result = stage.result(model)
     config = changed(model.config, result.config) if result.config else model.config
     numbered = {
@@ -145,7 +149,8 @@ def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
 
 
 def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:
-    """How the linears that need our plug-in are written after a stage, by full name; a native model has none."""
+    """How the linears that need our plug-in are written after a stage, by full name; a native model has
+    none."""
     if native_kind(result.schemes, model) is not None:
         return {}
     return model.layouts | {name: layout_of(how) for name, how in result.schemes.items()}
@@ -154,7 +159,8 @@ def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLa
 def native_kind(
     chosen: Mapping[str, LinearScheme], model: LayerwiseModel
 ) -> type[FourBitScheme] | type[Int8Scheme] | None:
-    """Which native layout the whole model has, if one; none where something else in it needs our plug-in anyway."""
+    """Which native layout the whole model has, if one; none where something else in it needs our plug-in
+    anyway."""
     if not model.plain:
         return None
     kinds = {type(coding) for coding in chosen.values()}
@@ -191,9 +197,10 @@ def layout_of(how: LinearScheme) -> AnyLayout:
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
-    What a stage made is written under the names that the base has for it, everything else as the base stores it: each tensor
-    in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone, and what stays dense has to be of
-    one dtype for it to run; so it is written in the one that most weights have, and config.json says that.
+    What a stage made is written under the names that the base has for it, everything else as the base stores
+    it: each tensor in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone,
+    and what stays dense has to be of one dtype for it to run; so it is written in the one that most weights
+    have, and config.json says that.
     """
     layouts, native_kinds = outcome.layouts, native_kind(outcome.schemes, model) is not None
     native_layout = native_kinds or (model.has_codes and not layouts)
@@ -238,7 +245,8 @@ def _key(keys: Mapping[str, str], name: str) -> str:
 
 
 def ties_of(model: DiskModel) -> dict[str, str]:
-    """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written once."""
+    """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written
+    once."""
     head, embedding = (
         model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding)
     )
@@ -246,7 +254,8 @@ def ties_of(model: DiskModel) -> dict[str, str]:
 
 
 def require_pictures() -> None:
-    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors: OutputError."""
+    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors:
+    OutputError."""
     try:
         _draws()
     except OSError as error:
@@ -254,7 +263,8 @@ def require_pictures() -> None:
 
 
 def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]]:
-    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be written."""
+    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be
+    written."""
     from llmcompress.report import plots
 
     found: dict[str, Callable[[Report, Path], None]] = {

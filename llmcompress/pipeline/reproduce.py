@@ -1,7 +1,9 @@
-"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it says.
+"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it
+says.
 
-The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the report. What can
-differ without anyone's fault is said first (versions, device), and text that is not the same is refused before the run.
+The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the
+report. What can differ without anyone's fault is said first (versions, device), and text that is not the same
+is refused before the run.
 """
 
 from __future__ import annotations
@@ -59,10 +61,12 @@ def reproduce(
     device: str | None = None,
     track: Track = untracked,
 ) -> Reproduction:
-    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and numbers.
+    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and
+    numbers.
 
-    `base` and `data` take the place of those in the report, as they must where it names what only its author has. The second
-    artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or is not the same text.
+    `base` and `data` take the place of those in the report, as they must where it names what only its author
+    has. The second artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or
+    is not the same text.
     """
     folder, recipe = _artefact(name)
     if out is not None:
@@ -79,9 +83,15 @@ def reproduce(
     with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
         target = scratch / "again" if out is None else Path(out)
         again = run_recipe(
-            recipe, target, base=base, data=text, device=device, tokens_sha256=reported.data.sha256, overwrite=overwrite,
+            recipe,
+            target,
+            base=base,
+            data=text,
+            device=device,
+            tokens_sha256=reported.data.sha256,
+            overwrite=overwrite,
             track=track,
-        )  # fmt: skip
+        )
         theirs, ours = (Checkpoint.open(each, base=False) for each in (folder, target))
         shape, values = _structure(theirs, ours), _values(theirs, ours)
     if not shape and not values:
@@ -104,7 +114,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def threads_of(device: str) -> int | None:
-    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None without them."""
+    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None
+    without them."""
     found = re.search(r"(\d+) threads$", device)
     return int(found[1]) if found else None
 

@@ -1,8 +1,9 @@
 """compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
 
-Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished layer
-is in the journal, the artefact is measured from the disk it was written to, and it appears under its name only when it is
-whole and within what the recipe accepts. A run that died is started again with the same arguments and goes on.
+Order is what this file is about: everything that can be refused is refused before the first hour is spent,
+each finished layer is in the journal, the artefact is measured from the disk it was written to, and it
+appears under its name only when it is whole and within what the recipe accepts. A run that died is started
+again with the same arguments and goes on.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ def run_recipe(
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
 
-    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
-    hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
-    the recipe's bounds: then nothing is published, and the finished layers are kept.
+    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it;
+    `tokens_sha256` is the hash that the text must have. Raises CompressError for whatever is wrong with the
+    input, AcceptError where the result misses the recipe's bounds: then nothing is published, and the
+    finished layers are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -109,7 +111,8 @@ def run_recipe(
         sequences = calibration_data(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, sequences.sha256):
             raise DataError(
-                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with "
+                f"{tokens_sha256[:16]}; "
                 "give the same text with --data, or the same base with --base"
             )
         chained = _chain(pinned, model, found, sequences, place, track)
@@ -127,7 +130,8 @@ def run_recipe(
 
 @dataclass(frozen=True)
 class Chained:
-    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
+    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of
+    all."""
 
     model: DiskModel
     outcome: Outcome
@@ -214,7 +218,8 @@ def _measure(
 
 
 def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
-    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which tokens, by what."""
+    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which
+    tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
     made_of = [
@@ -230,7 +235,8 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: Ca
 
 @functools.cache
 def source_digest(folder: Path) -> str:
-    """Digest of the source of a package, in which its version is too: an editable one changes under the same version."""
+    """Digest of the source of a package, in which its version is too: an editable one changes under the same
+    version."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
@@ -238,7 +244,8 @@ def source_digest(folder: Path) -> str:
 
 
 def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
-    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
+    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on
+    it."""
     try:
         return _speed(folder, sequences, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's

@@ -1,8 +1,9 @@
 """A recipe: base, data, stages, accept, as one frozen value that YAML spells and a digest names.
 
-Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with a recipe is
-said in one line before anything is read: the key and where it stands, why it can't be, and the nearest right word. A recipe
-from the Hub is data like any other: nothing of it is run, and it can't name a file of this machine.
+Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with
+a recipe is said in one line before anything is read: the key and where it stands, why it can't be, and the
+nearest right word. A recipe from the Hub is data like any other: nothing of it is run, and it can't name a
+file of this machine.
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class Recipe(BaseModel):
         return tuple(stage.models["teacher"] for stage in self.stages if "teacher" in stage.models)
 
     def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
-        """The recipe with other names for its teachers and students: `name_of` is given the stage's number, role and name."""
+        """The recipe with other names for its teachers and students: `name_of` is given the stage's number,
+        role and name."""
         stages = tuple(
             stage.with_models({role: name_of(number, role, name) for role, name in stage.models.items()})
             for number, stage in enumerate(self.stages)
@@ -153,14 +155,16 @@ class Recipe(BaseModel):
             )
         if isinstance(newer := entries.get("schema"), int) and newer > SCHEMA:
             raise RecipeError(
-                f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
+                f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress "
+                f"0.{newer} or newer: "
                 f'pip install -U "llmcompress>=0.{newer}"'
             )
         return cls.of_entries(entries, where)
 
     @classmethod
     def of_entries(cls, entries: dict[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins with `where`."""
+        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins
+        with `where`."""
         try:
             return cls.model_validate(entries)
         except ValidationError as error:
@@ -172,17 +176,19 @@ class Recipe(BaseModel):
         path = path_of(file, "recipe", RecipeError)
         if not path.is_file():
             raise RecipeError(
-                f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id"
+                f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a "
+                "Hub id"
             )
         with path.open("rb") as opened:
             return cls.parse(opened.read(LARGEST + 1), str(path))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Recipe:
-        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact does.
+        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact
+        does.
 
-        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is resolved to a commit,
-        which the recipe and the reports of its runs remember. Errors: RecipeError.
+        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is
+        resolved to a commit, which the recipe and the reports of its runs remember. Errors: RecipeError.
         """
         path = path_of(name, "recipe", RecipeError)
         if path.is_dir():
@@ -198,14 +204,16 @@ class Recipe(BaseModel):
         return recipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors: OutputError."""
+        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors:
+        OutputError."""
         with writing(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             put(Path(folder) / FILE, self.to_yaml())
         return Path(folder) / FILE
 
     def push_to_hub(self, repo: str, *, private: bool = False, message: str | None = None) -> str:
-        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors: OutputError."""
+        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors:
+        OutputError."""
         text = self.for_others().to_yaml()
         files = {FILE: text.encode(), CARD: recipe_card(text, repo).encode()}
         return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
@@ -213,7 +221,8 @@ class Recipe(BaseModel):
     def local_names(self, reported: Report | None = None) -> set[str]:
         """The names of the recipe that are files and folders of this machine.
 
-        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an id of the Hub.
+        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an
+        id of the Hub.
         """
         asked: list[
             tuple[str, str | None, bool]
@@ -247,7 +256,8 @@ class Recipe(BaseModel):
         }
 
     def for_others(self, reported: Report | None = None) -> Recipe:
-        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of the Hub.
+        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of
+        the Hub.
 
         `reported` is as in `local_names`.
         """
@@ -264,9 +274,11 @@ class Recipe(BaseModel):
         return self.renamed(lambda number, role, name: told(name)).model_copy(update=changed)
 
     def require_own_names(self, *, base: str | None = None, data: str | DataSpec | None = None) -> None:
-        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place. Errors: RecipeError.
+        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place.
+        Errors: RecipeError.
 
-        Its author has no business with the files of this machine, whose words might end up in what is shared later.
+        Its author has no business with the files of this machine, whose words might end up in what is shared
+        later.
         """
         if self.origin is None:
             return
@@ -284,7 +296,8 @@ class Recipe(BaseModel):
                     else "save it to a file and run that, if you trust it"
                 )
                 raise RecipeError(
-                    f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "
+                    f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub "
+                    "may name none; "
                     f"{advice}"
                 )
 

@@ -1,7 +1,9 @@
-"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the time, what was kept?
+"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the
+time, what was kept?
 
-Each table is built as rows of plain text first and turned into a rich table last, so that the words are the same at every width
-and names with brackets are never read as markup. The formatters are public: the model card and the pictures use the same units.
+Each table is built as rows of plain text first and turned into a rich table last, so that the words are the
+same at every width and names with brackets are never read as markup. The formatters are public: the model
+card and the pictures use the same units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -136,7 +138,8 @@ def time_rows(report: Report) -> Rows:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and where it ran."""
+    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and
+    where it ran."""
     revision = f" @ {report.base.revision[:12]}" if report.base.revision else ""
     console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
     _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))

@@ -1,7 +1,8 @@
 """Pictures for the model card: where the error sits, what the compression changed, and how a training went.
 
-Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left alone and no display
-is needed; the files carry no date or version, so equal reports give equal bytes. Half a second each, most of it text layout.
+Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left
+alone and no display is needed; the files carry no date or version, so equal reports give equal bytes. Half a
+second each, most of it text layout.
 """
 
 import re
@@ -36,10 +37,11 @@ Points = dict[str, dict[int, float]]  # kind of linear -> layer -> value
 
 
 def error_per_layer(report: Report, path: Path) -> None:
-    """Draw the relative error of each linear over depth to a PNG at `path`, a line a kind; a strip below marks the kept ones.
+    """Draw the relative error of each linear over depth to a PNG at `path`, a line a kind; a strip below
+    marks the kept ones.
 
-    Several linears of one kind in one layer (experts) are drawn as their mean. Those outside the layers, such as the head,
-    stand right of the last layer. Without any linear the picture says so.
+    Several linears of one kind in one layer (experts) are drawn as their mean. Those outside the layers, such
+    as the head, stand right of the last layer. Without any linear the picture says so.
     """
     placed = [
         _place(name)
@@ -64,7 +66,8 @@ def error_per_layer(report: Report, path: Path) -> None:
 
 
 def _depth_ticks(axes: Axes, depth: int, outside: list[str]) -> None:
-    """At most 13 layers by number, and one tick more for what is outside them, by name where it is one linear."""
+    """At most 13 layers by number, and one tick more for what is outside them, by name where it is one
+    linear."""
     step = max(1, -(-depth // 12))
     ticks = [(x, str(x)) for x in range(0, depth, step) if not outside or depth - x >= step]
     if outside:
@@ -108,7 +111,8 @@ def _strip(axes: Axes, kept: Points, kinds: dict[str, int]) -> None:
 
 
 def before_after(report: Report, path: Path) -> None:
-    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second before and after to a PNG at `path`."""
+    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second before and after to a PNG
+    at `path`."""
     base, small = report.base, report.compressed
     figure = Figure(figsize=(10.0, 3.6), dpi=150, layout="constrained")
     size, perplexity, reading, writing = figure.subplots(1, 4)
@@ -195,10 +199,11 @@ def _panel(axes: Axes, title: str, before: float | None, after: float | None) ->
 
 
 def training_curves(report: Report, path: Path) -> None:
-    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError without any.
+    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError
+    without any.
 
-    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All panels share one
-    axis of nats a token, logarithmic where values are far apart.
+    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All
+    panels share one axis of nats a token, logarithmic where values are far apart.
     """
     trainings = report.trainings
     figure = Figure(figsize=(max(9.0, 3.2 * len(trainings)), 3.8), dpi=150, layout="constrained")
@@ -219,7 +224,8 @@ def training_curves(report: Report, path: Path) -> None:
 
 
 def _curve(axes: Axes, training: TrainingFacts) -> None:
-    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the legend."""
+    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the
+    legend."""
     points, best = training.points, training.best
     axes.plot(*zip(*points, strict=True), color=AFTER, marker="o", markersize=4.5, linewidth=1.4)
     start = "before" if best[0] else "before, which stays"
@@ -244,7 +250,8 @@ def _plain(axes: Axes) -> None:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); else None."""
+    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); else
+    None."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
     return (int(match[1]), re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "", match[2])) if match else (None, name)
 

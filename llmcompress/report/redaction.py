@@ -1,8 +1,9 @@
 """The report as it is shared: without what only the machine knows that it was made on.
 
-In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys alone, so
-that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that folder, is made from
-`for_others`: it names files and folders by their last names, and what comes from the Hub by its id.
+In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys
+alone, so that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that
+folder, is made from `for_others`: it names files and folders by their last names, and what comes from the Hub
+by its id.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def local_names(report: Report) -> list[str]:
 
 
 def for_others(report: Report, repo: str | None = None) -> Report:
-    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by their last names."""
+    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by
+    their last names."""
     names = local_names(report)
     base, data = report.base, report.data
     text = short_name(data.source) if is_local_text(report) else data.source

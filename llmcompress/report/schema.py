@@ -1,8 +1,9 @@
 """The report of a compression: what was measured before and after, written into the artefact as report.json.
 
-The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic models that refuse
-what they don't know; only a stage and a linear may carry facts of their own. A number that was not measured is null, never 0.
-The rooms beside this one: `measure` gets the numbers, `render` prints them, `card` and `pictures` show them on the Hub.
+The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic
+models that refuse what they don't know; only a stage and a linear may carry facts of their own. A number that
+was not measured is null, never 0. The rooms beside this one: `measure` gets the numbers, `render` prints
+them, `card` and `pictures` show them on the Hub.
 """
 
 import json
@@ -60,7 +61,8 @@ class _OpenFacts(BaseModel):
 
 
 class ModelFacts(_Facts):
-    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads, decode_ writes.
+    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads,
+    decode_ writes.
 
     `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
     """
@@ -77,7 +79,8 @@ class ModelFacts(_Facts):
 
 
 class FidelityFacts(_Facts):
-    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base || compressed)."""
+    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base ||
+    compressed)."""
 
     kl_nats_mean: Amount | None = None
     kl_nats_p99: Amount | None = None
@@ -89,8 +92,9 @@ class FidelityFacts(_Facts):
 class DataFacts(_Facts):
     """The text: `sha256` is over the calibration and evaluation tokens.
 
-    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of `split` evaluate.
-    `bos` is there, and true, where each window begins with the BOS token, and what is predicted there is not scored.
+    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of
+    `split` evaluate. `bos` is there, and true, where each window begins with the BOS token, and what is
+    predicted there is not scored.
     """
 
     source: str
@@ -113,7 +117,8 @@ class RecipeFacts(_Facts):
 
 
 class LinearFacts(_OpenFacts):
-    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its calibration outputs Y."""
+    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its
+    calibration outputs Y."""
 
     name: str
     format: str
@@ -145,9 +150,11 @@ class StageFacts(_OpenFacts):
 
 
 class TrainingFacts(_OpenFacts):
-    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at best and by step.
+    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at
+    best and by step.
 
-    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null is no number.
+    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null
+    is no number.
     """
 
     loss: str
@@ -232,7 +239,8 @@ class Report(_Facts):
         return tuple(TrainingFacts.of(stage) for stage in self.stages if stage.name == TRAINS)
 
     def to_json(self) -> str:
-        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
+        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a
+        stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
         optional = [
@@ -253,11 +261,13 @@ class Report(_Facts):
             raise CompressError(f"{where} {error}: take {FILE} as llmcompress wrote it") from None
         if not isinstance(raw, dict) or "schema" not in raw:
             raise CompressError(
-                f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote"
+                f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` "
+                "wrote"
             )
         if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
             raise CompressError(
-                f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install {_writer(raw)}"
+                f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install "
+                f"{_writer(raw)}"
             )
         try:
             return cls.model_validate(raw)
@@ -288,7 +298,8 @@ class Report(_Facts):
         perplexity_ratio: float | None = None,
         top1_agreement: float | None = None,
     ) -> None:
-        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds, agreement a lower one.
+        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds,
+        agreement a lower one.
 
         A bound on what was not measured is missed. None asks nothing.
         """

@@ -1,7 +1,9 @@
-"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in place, the order.
+"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in
+place, the order.
 
-The order is that of the computation: each layer with the inputs that the layers before it give as they have become, and in it
-the linears that read one input after another, so that each makes good what those before it lost against the full model.
+The order is that of the computation: each layer with the inputs that the layers before it give as they have
+become, and in it the linears that read one input after another, so that each makes good what those before it
+lost against the full model.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) 
 
 
 def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
-    """What the journal holds in place of the layer's weights and biases, with what kernels do to the inputs."""
+    """What the journal holds in place of the layer's weights and biases, with what kernels do to the
+    inputs."""
     for linear, how in written.items():
         parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
         packed = how.read(parts, layer.weight(linear).shape[1])
@@ -84,8 +87,8 @@ def rewritable(
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
     """The linears of layers that their layouts take, by full name, and those to keep with the reason.
 
-    `layout_of` is asked with the full name of each linear.
-    Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
+    `layout_of` is asked with the full name of each linear. Raises ModelError for a pattern of `skip` that
+    matches none, and where none is left; it says what no linear `becomes`.
     """
     ours = inner(model, model.anatomy.linears)
     require_known("skip", skip, ours)
@@ -104,10 +107,11 @@ def rewritable(
 
 @dataclass(frozen=True)
 class Rewriting:
-    """Linears written anew one after another: the stage's name in the journal, what to call the work, who does one linear.
+    """Linears written anew one after another: the stage's name in the journal, what to call the work, who
+    does one linear.
 
-    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout. Uncalibrated, it only looks
-    at the weight, and no full model runs beside.
+    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout.
+    Uncalibrated, it only looks at the weight, and no full model runs beside.
     """
 
     stage: str
@@ -144,7 +148,8 @@ class Rewriting:
         layouts: Mapping[str, RewrittenLayout],
         dtype_of: Callable[[str], torch.dtype],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the layer that change, by their full names, and what that cost; they are put in place."""
+        """The tensors of the layer that change, by their full names, and what that cost; they are put in
+        place."""
         tensors: dict[str, Tensor] = {}
         facts = []
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
@@ -181,7 +186,8 @@ def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[st
 
 
 def rewriting_memory(model: MetaModel, work: Workload) -> int:
-    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest solver."""
+    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest
+    solver."""
     widest = max(C for _, (_, C) in model.linear_maps())
     states: int = 4 * work.tokens * model.config.hidden_size
     return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

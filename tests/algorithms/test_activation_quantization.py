@@ -1,4 +1,5 @@
-"""The rounding of activations against whole numbers in int64 and float64, and the histogram against all that it has seen."""
+"""The rounding of activations against whole numbers in int64 and float64, and the histogram against all that
+it has seen."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def largest(bits: int) -> int:
 
 
 def quarters(bits: int, T: int, C: int, seed: int = 0) -> Tensor:
-    """Quarters of whole numbers whose largest in each token is the largest code: the step is one, int64 [T, C] in quarters."""
+    """Quarters of whole numbers whose largest in each token is the largest code: the step is one, int64 [T,
+    C] in quarters."""
     top = 4 * largest(bits)
     x_TC = torch.randint(-top, top + 1, (T, C), generator=torch.Generator().manual_seed(seed))
     x_TC[torch.arange(T), torch.arange(T) % C] = torch.where(torch.arange(T) % 2 == 0, top, -top)
@@ -56,7 +58,8 @@ def whole(quarter: int) -> int:
 
 
 def check(x: Tensor, found: Tensor, step: Tensor | float, bits: int) -> None:
-    """In float64: whole multiples of the step, none beyond the codes, each as near to x (clipped to them) as half a step."""
+    """In float64: whole multiples of the step, none beyond the codes, each as near to x (clipped to them) as
+    half a step."""
     step = torch.as_tensor(step).double()
     codes = (found.double() / step).round()
     loss = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 1e-6

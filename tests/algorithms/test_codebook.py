@@ -1,6 +1,8 @@
-"""Codebooks against all clusterings there are, against the same algorithms row by row, and for what they promise.
+"""Codebooks against all clusterings there are, against the same algorithms row by row, and for what they
+promise.
 
-Guaranteed is that a solved linear never loses more than k-means with nearest levels, and nothing where its values fit.
+Guaranteed is that a solved linear never loses more than k-means with nearest levels, and nothing where its
+values fit.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -215,8 +215,8 @@ def test_without_skew_the_skewed_divergences_are_the_plain_ones(kind: Kind) -> N
     student, teacher = normal(T, V, seed=1).requires_grad_(), normal(T, V, seed=2)
     found, expected = (
         token_loss(kind, student, teacher, skew=0),
-        token_loss(kind.removeprefix("skewed_"), student, teacher),
-    )  # type: ignore[arg-type]
+        token_loss(cast(Any, kind.removeprefix("skewed_")), student, teacher),
+    )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, student), torch.autograd.grad(expected, student))
 
@@ -307,8 +307,9 @@ def test_without_a_token_that_counts_the_loss_is_nothing(tokens: int) -> None:
 def test_bfloat16_is_rounded_where_the_model_rounds_it_and_nowhere_else(kind: Kind) -> None:
     student, teacher = (half(head(seed), torch.bfloat16) for seed in (0, 5))
     q, p = (
-        torch.nn.functional.linear(x.hidden_TD, x.weight_VD, x.bias_V).double() for x in (student, teacher)
-    )  # type: ignore[arg-type]
+        torch.nn.functional.linear(x.hidden_TD, cast(Tensor, x.weight_VD), x.bias_V).double()
+        for x in (student, teacher)
+    )
     expected = plain(kind, q, p).mean()
     found = token_loss(kind, student, teacher, chunk=2)
     assert found.dtype == torch.float32
@@ -443,7 +444,8 @@ def test_any_logits_have_a_finite_loss_and_gradient(kind: Kind, k: int | None) -
 
 
 class Largest(TorchDispatchMode):
-    """What the operations under it make: the size of the largest tensor, and the storages of size `large` or more."""
+    """What the operations under it make: the size of the largest tensor, and the storages of size `large` or
+    more."""
 
     def __init__(self, large: int, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,8 +1,8 @@
 """GPTQ and the descent against their plain forms, against all codes there are, and for what they promise.
 
-Identities are shown in float64, where no sum decides differently for having been taken in another order; what float32 adds
-is shown apart. Guaranteed is only that the descent never raises the objective: GPTQ itself is greedy, and beats nearest
-rounding on correlated inputs as a rule, not by a theorem.
+Identities are shown in float64, where no sum decides differently for having been taken in another order; what
+float32 adds is shown apart. Guaranteed is only that the descent never raises the objective: GPTQ itself is
+greedy, and beats nearest rounding on correlated inputs as a rule, not by a theorem.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def plain_gptq(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor
 
 
 def by_least_squares(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor:
-    """What Algorithm 1 stands for: after each column, those that are left make up for all rounded ones as well as they can."""
+    """What Algorithm 1 stands for: after each column, those that are left make up for all rounded ones as
+    well as they can."""
     order = torch.argsort(H_CC.diagonal(), descending=True, stable=True)
     W, S = W_RC[:, order], spread(S_RG, W_RC.shape[1] // S_RG.shape[1])[:, order]
     H, left = damped(H_CC, DAMP)[order][:, order], W.clone()
@@ -81,7 +82,8 @@ def by_least_squares(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> 
 
 
 def plain_descent(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor:
-    """Each column in turn takes the best of all its levels, found by trying them, the whole objective computed anew."""
+    """Each column in turn takes the best of all its levels, found by trying them, the whole objective
+    computed anew."""
     index, S = index_RC.clone(), spread(S_RG, W_RC.shape[1] // S_RG.shape[1])
     for c in range(W_RC.shape[1]):
         every = index.repeat(len(levels.levels), 1, 1)  # [L, R, C]
@@ -255,7 +257,8 @@ def test_in_float32_descent_from_gptq_raises_the_objective_by_rounding_at_most(
 def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(
     format: GridFormat, seed: int
 ) -> None:
-    """Against all 16^4 codes of a row of four columns: not the best of all, which is not promised, but close."""
+    """Against all 16^4 codes of a row of four columns: not the best of all, which is not promised, but
+    close."""
     W_RC, H_CC = problem(seed, R=1, C=4, tokens=20)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 4)

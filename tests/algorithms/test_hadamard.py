@@ -1,4 +1,5 @@
-"""The random rotations: orthogonal at every width, even, the same for a seed; and the product against one in float64."""
+"""The random rotations: orthogonal at every width, even, the same for a seed; and the product against one in
+float64."""
 
 import pytest
 import torch
@@ -55,7 +56,8 @@ def test_the_same_seed_gives_the_same_rotation_another_seed_another_and_the_glob
 
 @pytest.mark.parametrize(("n", "bound"), [(64, 1.0), (576, 3.0), (896, 7**0.5)])
 def test_what_stands_out_in_one_channel_is_spread_over_all(n: int, bound: float) -> None:
-    """One channel alone has a peak of sqrt(n) over its root mean square; afterwards at most sqrt of the odd factor."""
+    """One channel alone has a peak of sqrt(n) over its root mean square; afterwards at most sqrt of the odd
+    factor."""
     x_D = torch.zeros(n, dtype=torch.float64)
     x_D[n // 3] = 100.0
     y_D = x_D @ hadamard(n, 1)

@@ -1,4 +1,5 @@
-"""Scales as a step a row times whole multipliers, against a search in float64, and the grids of whole numbers."""
+"""Scales as a step a row times whole multipliers, against a search in float64, and the grids of whole
+numbers."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def floored(S_RG: Tensor, largest: int) -> Tensor:
 
 
 def least(S_RG: Tensor, largest: int) -> list[float]:
-    """For each row, the least sum of squared relative errors with the largest scale at any multiplier above half of all."""
+    """For each row, the least sum of squared relative errors with the largest scale at any multiplier above
+    half of all."""
     rows = []
     for row in floored(S_RG, largest).tolist():
         tried = []
@@ -85,7 +87,8 @@ def test_no_product_is_further_from_its_scale_than_half_a_step(
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
 def test_a_scale_is_off_by_no_more_than_half_a_step_of_its_own_multiplier(ratio: int) -> None:
-    """With 18 steps the largest has 10 or more: a scale that is 1 / ratio of it is off by less than ratio / 20 of itself."""
+    """With 18 steps the largest has 10 or more: a scale that is 1 / ratio of it is off by less than ratio /
+    20 of itself."""
     S_RG = some(0, 400, 8)
     wide = S_RG.amax(1, keepdim=True) <= S_RG * ratio
     error = (product(S_RG, 18).double() / S_RG.double() - 1).abs()

@@ -176,7 +176,8 @@ def test_each_step_is_given_its_number() -> None:
 
 
 def test_a_step_is_in_units_of_the_tensor() -> None:
-    """Adam's first step is the rate itself: the same share of each tensor, of zeros of the mean size of all."""
+    """Adam's first step is the rate itself: the same share of each tensor, of zeros of the mean size of
+    all."""
     start = {"large": 100 * torch.ones(5), "small": 0.01 * torch.ones(5), "none": torch.zeros(5)}
     found = descend(
         start, lambda tensors, step: torch.stack([t.sum() for t in tensors.values()]).sum(), steps=1, rate=0.1

@@ -1,8 +1,10 @@
-"""Learned rounding: where it starts, what gradient it follows, and what it gains on losses that can be written down.
+"""Learned rounding: where it starts, what gradient it follows, and what it gains on losses that can be
+written down.
 
-It is for a loss that is not the one GPTQ solved for: errors of other linears, inputs that drifted. There it gains much, and
-that is shown. On GPTQ's own objective the straight-through gradient has a floor: steps large enough to change codes end
-above GPTQ (which is why the stage compares and keeps the better), and only the scales are left to gain by.
+It is for a loss that is not the one GPTQ solved for: errors of other linears, inputs that drifted. There it
+gains much, and that is shown. On GPTQ's own objective the straight-through gradient has a floor: steps large
+enough to change codes end above GPTQ (which is why the stage compares and keeps the better), and only the
+scales are left to gain by.
 """
 
 from __future__ import annotations
@@ -216,7 +218,8 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Grid
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: GridFormat) -> None:
-    """A small layer with a nonlinearity, whose inputs lost something in the layers before: down(relu(up(x)))."""
+    """A small layer with a nonlinearity, whose inputs lost something in the layers before:
+    down(relu(up(x)))."""
     generator = torch.Generator().manual_seed(0)
     X_TC = torch.randn(512, 64, generator=generator)
     drifted = (

@@ -1,4 +1,5 @@
-"""The refit against torch's least squares, with and without drifted inputs and an intercept, and what it promises."""
+"""The refit against torch's least squares, with and without drifted inputs and an intercept, and what it
+promises."""
 
 from __future__ import annotations
 

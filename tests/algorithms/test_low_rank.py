@@ -1,4 +1,5 @@
-"""Products of low rank against the singular values of the whitened weight, which no other product can beat."""
+"""Products of low rank against the singular values of the whitened weight, which no other product can
+beat."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def lost(E_RC: Tensor, H_CC: Tensor) -> float:
 
 
 def tail(W_RC: Tensor, H_CC: Tensor, rank: int) -> float:
-    """The squares of the singular values of the weight times any root of H that a product of that rank must lose."""
+    """The squares of the singular values of the weight times any root of H that a product of that rank must
+    lose."""
     values, vectors = torch.linalg.eigh(H_CC)
     S_CC = vectors * values.clamp_min(0).sqrt()
     return float(torch.linalg.svdvals(W_RC @ S_CC)[rank:].square().sum())

@@ -1,4 +1,5 @@
-"""Greedy removal against its plain form, which tries every unit at every step and fits all columns that are left anew."""
+"""Greedy removal against its plain form, which tries every unit at every step and fits all columns that are
+left anew."""
 
 from __future__ import annotations
 

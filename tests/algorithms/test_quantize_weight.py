@@ -1,7 +1,8 @@
-"""Solving one linear: better than its first step, which is better than nearest, and only with scales that can be stored.
+"""Solving one linear: better than its first step, which is better than nearest, and only with scales that can
+be stored.
 
-Under exact scales no round can raise the objective. A coarse `snap` can, since it moves the scales off their optimum; what
-is promised then is that the scales returned are ones it gave.
+Under exact scales no round can raise the objective. A coarse `snap` can, since it moves the scales off their
+optimum; what is promised then is that the scales returned are ones it gave.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def coarse(S_RG: Tensor) -> Tensor:
 
 
 def doubly(S_RG: Tensor) -> Tensor:
-    """What bitsandbytes' double quantisation makes of the scales; not idempotent, for it takes their mean anew."""
+    """What bitsandbytes' double quantisation makes of the scales; not idempotent, for it takes their mean
+    anew."""
     return bitsandbytes_layout.double_quantize(S_RG).decode()
 
 

@@ -1,4 +1,5 @@
-"""Scores against sums written out, `obs` against the fit without the unit, and what every score must do with its units."""
+"""Scores against sums written out, `obs` against the fit without the unit, and what every score must do with
+its units."""
 
 from __future__ import annotations
 
@@ -57,7 +58,8 @@ OF_WEIGHTS = [name for name in SCORES if name != "activation"]
 
 
 def fitted_loss(W_RC: Tensor, H_CC: Tensor, cut: Tensor, damp: float = DAMP) -> float:
-    """tr(E H E^T) under damped moments, the columns `cut` (bool) gone and the rest by the normal equations."""
+    """tr(E H E^T) under damped moments, the columns `cut` (bool) gone and the rest by the normal
+    equations."""
     H, kept = damped(H_CC, damp), ~cut
     E_RC = W_RC.clone()
     E_RC[:, kept] -= torch.linalg.solve(H[kept][:, kept], H[kept] @ W_RC.T).T

@@ -1,4 +1,5 @@
-"""Factors against their formulas in plain loops, and the fit against the error it is said to lower: computed and rounded."""
+"""Factors against their formulas in plain loops, and the fit against the error it is said to lower: computed
+and rounded."""
 
 from __future__ import annotations
 
@@ -132,7 +133,8 @@ class Case:
         return total
 
     def real(self, factor_C: Tensor) -> float:
-        """The squared error of a token when inputs and weights are really rounded to whole steps of absmax over largest."""
+        """The squared error of a token when inputs and weights are really rounded to whole steps of absmax
+        over largest."""
         s, X, W = factor_C.double(), self.X_TC.double(), self.W_RC.double()
         aim, X, W = X @ W.T, X / s, W * s
         if self.input_largest is not None:

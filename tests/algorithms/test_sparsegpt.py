@@ -1,4 +1,5 @@
-"""Masks against sorting by hand, SparseGPT against its plain form and the scores it should beat, bits against numpy's."""
+"""Masks against sorting by hand, SparseGPT against its plain form and the scores it should beat, bits against
+numpy's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""One matrix for two against plain solves of its normal equations, row by row and channel by channel, in float64."""
+"""One matrix for two against plain solves of its normal equations, row by row and channel by channel, in
+float64."""
 
 from __future__ import annotations
 
@@ -56,7 +57,8 @@ def lost(W_VD: Tensor, target_VD: Tensor, weight_V: Tensor, metric_DD: Tensor) -
 
 
 def objective(p: Problem, M_VD: Tensor, gain_D: Tensor, balance: float) -> float:
-    """What `tie` minimises, spelled out: both metrics scaled to the mean size of their matrix, rows to a mean weight of one."""
+    """What `tie` minimises, spelled out: both metrics scaled to the mean size of their matrix, rows to a mean
+    weight of one."""
     of_E, of_O = (torch.stack([row @ m @ row for row in W]).mean() for W, m in ((p.E, p.F), (p.O, p.H)))
     of_embedding = lost(M_VD, p.E, p.seen / p.seen.mean(), p.F / of_E)
     return balance * of_embedding + lost(M_VD * gain_D, p.O, p.said / p.said.mean(), p.H / of_O)
@@ -110,7 +112,8 @@ def test_what_nothing_feels_and_nothing_reads_stays_as_the_embedding_has_it() ->
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999))
 def test_the_gain_is_the_least_squares_one(seed: int) -> None:
-    """Every row and direction of the metric a sample of its own, and the pull towards 1 one for each channel."""
+    """Every row and direction of the metric a sample of its own, and the pull towards 1 one for each
+    channel."""
     p = problem(seed)
     R_DD = torch.linalg.cholesky(p.H)
     samples = [said.sqrt() * R_DD.T * m for m, said in zip(p.E, p.said, strict=True)]

@@ -1,7 +1,9 @@
-"""The table is proved, not reviewed: on a pico model of every family, and of every config that changes its rows.
+"""The table is proved, not reviewed: on a pico model of every family, and of every config that changes its
+rows.
 
-Each proof changes weights through the table alone and compares logits. Where a change is an identity by the table, it has to be
-one in the model (<= 1e-5); where any single row is left out of it, the logits have to move, so no row is there for nothing.
+Each proof changes weights through the table alone and compares logits. Where a change is an identity by the
+table, it has to be one in the model (<= 1e-5); where any single row is left out of it, the logits have to
+move, so no row is there for nothing.
 """
 
 import re
@@ -31,7 +33,8 @@ CASES += [
 ]
 every_config = pytest.mark.parametrize(("family", "overrides"), CASES)
 
-# Without rotary embedding a bias on the keys adds the same to every score of a query, which softmax takes out again.
+# Without rotary embedding a bias on the keys adds the same to every score of a query, which softmax takes out
+# again.
 WITHOUT_EFFECT = {("opt", "self_attn.k_proj.bias")}
 
 
@@ -140,8 +143,9 @@ def test_every_family_has_a_pico_model_and_every_condition_is_decided_both_ways(
 def permutation(case: Subject, axis: str) -> tuple[Tensor, dict[str, Tensor]]:
     """A permutation of an axis that moves every unit, and the buffers that have to follow it.
 
-    Rotary embedding turns the pairs (i, i + r/2) of the first r units of d, each at its own frequency: a permutation has to
-    keep the pairs together and take the frequencies along. What lies past r, and d without rotary embedding, is free.
+    Rotary embedding turns the pairs (i, i + r/2) of the first r units of d, each at its own frequency: a
+    permutation has to keep the pairs together and take the frequencies along. What lies past r, and d without
+    rotary embedding, is free.
     """
     if axis != "d" or not case.rotary:
         return one_cycle(case.sizes[axis]), {}
@@ -151,7 +155,8 @@ def permutation(case: Subject, axis: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def difference(case: Subject, axis: str, left_out: str | None = None) -> float:
-    """How far the logits are from where they belong when an axis is permuted through the table, less one row."""
+    """How far the logits are from where they belong when an axis is permuted through the table, less one
+    row."""
     order, buffers = permutation(case, axis)
     rows = {name: case.rows[name] for name in case.weights if case.row_of(name) != left_out}
     weights = {name: take(case.weights[name], row, case.sizes, axis, order) for name, row in rows.items()}
@@ -186,7 +191,8 @@ def test_leaving_any_one_row_out_of_a_permutation_moves_the_logits(
 
 
 def rescaled(case: Subject, key: str, left_out: str | None = None) -> dict[str, Tensor]:
-    """The weights after a scale has crossed from a producer to its readers in every layer, less one of these modules."""
+    """The weights after a scale has crossed from a producer to its readers in every layer, less one of these
+    modules."""
     name, part, axes = case.anatomy.producer(key)
     factor = (
         torch.rand([case.sizes[axis] for axis in axes], generator=torch.Generator().manual_seed(2)).double()

@@ -111,7 +111,8 @@ def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(
 
 @pytest.mark.slow
 def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
-    """Quantised, cut again, thinned out, or taken as a base of its own: all go on from the widths there are."""
+    """Quantised, cut again, thinned out, or taken as a base of its own: all go on from the widths there
+    are."""
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     uneven = {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}
     followers: dict[str, dict[str, Any]] = {
@@ -164,7 +165,10 @@ def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_pat
         ),
         tmp_path / "out",
     )
-    script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
+    script = (
+        "from transformers import AutoModelForCausalLM; "
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300
     )

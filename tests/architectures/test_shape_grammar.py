@@ -1,4 +1,5 @@
-"""The grammar of spellings, against an oracle of plain loops that name every position of a term by its units."""
+"""The grammar of spellings, against an oracle of plain loops that name every position of a term by its
+units."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence

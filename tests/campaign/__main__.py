@@ -53,7 +53,8 @@ def main() -> int:
             count = part(bench, max(1, round(tries * given.scale)))
             outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(count.outcomes.items()))
             print(
-                f"{name}: {count.tried} tried, {len(count.faults)} faults, {time.monotonic() - start:.0f} s ({outcomes})",
+                f"{name}: {count.tried} tried, {len(count.faults)} faults, {time.monotonic() - start:.0f} s "
+                f"({outcomes})",
                 flush=True,
             )
             for fault in count.faults:

@@ -40,7 +40,8 @@ INTEGERS = {  # what the parts of our formats must never hold
 
 
 def artefacts(bench: Bench, tries: int) -> Count:
-    """Put nonsense into `tries` artefacts: a value that no tensor of its kind has, a damaged file, a malformed config."""
+    """Put nonsense into `tries` artefacts: a value that no tensor of its kind has, a damaged file, a
+    malformed config."""
     count = Count("artefacts")
     made = dict(_made(bench))
     for place in bench.places("artefact", tries):
@@ -88,7 +89,8 @@ def _made(bench: Bench) -> Iterator[tuple[str, Path]]:
 
 
 def _load(folder: Path) -> None:
-    """Load and run as a user does; exit code 2 where we refuse that, 3 where somebody else does, before it comes to us."""
+    """Load and run as a user does; exit code 2 where we refuse that, 3 where somebody else does, before it
+    comes to us."""
     from transformers import AutoModelForCausalLM
 
     import llmcompress

@@ -1,4 +1,5 @@
-"""A base whose config.json, or another small file of it, has an odd value: it goes on, or is refused in one line, soon."""
+"""A base whose config.json, or another small file of it, has an odd value: it goes on, or is refused in one
+line, soon."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The command line in a child that is forked from a process which has imported everything: a case costs no start-up."""
+"""The command line in a child that is forked from a process which has imported everything: a case costs no
+start-up."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ MEMORY = 6 << 30  # bytes of address space beyond what the parent has
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code (minus the signal that killed it), what it printed, what it left in its TMPDIR."""
+    """How a child ended: its exit code (minus the signal that killed it), what it printed, what it left in
+    its TMPDIR."""
 
     code: int
     out: str
@@ -28,7 +30,8 @@ class Ended:
 
     @property
     def crashed(self) -> str | None:
-        """Why this is no way to end, or None: a traceback, a signal, code 1, or a refusal that is not one line."""
+        """Why this is no way to end, or None: a traceback, a signal, code 1, or a refusal that is not one
+        line."""
         if "Traceback" in self.err or self.code not in (0, 2, 3):
             return f"exit code {self.code}: {self.err[-600:]}"
         errors = [line for line in self.err.splitlines() if line.startswith("error:")]
@@ -38,7 +41,8 @@ class Ended:
 
 
 class Child:
-    """A forked process that runs the command line, or any function, with its own TMPDIR, and bounds on time and memory."""
+    """A forked process that runs the command line, or any function, with its own TMPDIR, and bounds on time
+    and memory."""
 
     def __init__(
         self,

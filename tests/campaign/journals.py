@@ -11,7 +11,8 @@ from tests.campaign.forked import Child
 
 
 def journals(bench: Bench, tries: int) -> Count:
-    """Kill each of `tries` runs at a random moment, damage one file of what it worked in, and let it go on to its end."""
+    """Kill each of `tries` runs at a random moment, damage one file of what it worked in, and let it go on to
+    its end."""
     count = Count("journals")
     for place in bench.places("journal", tries):
         out = place / "out"

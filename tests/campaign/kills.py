@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 
 def kills(bench: Bench, tries: int) -> Count:
-    """Kill each of `tries` runs up to MOST times, at a random moment by a random signal, and let it go on to its end."""
+    """Kill each of `tries` runs up to MOST times, at a random moment by a random signal, and let it go on to
+    its end."""
     count = Count("kills")
     for place in bench.places("kill", tries):
         out, name = place / "out", bench.draw.choice(sorted(bench.expected))

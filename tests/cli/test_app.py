@@ -1,4 +1,5 @@
-"""The command line: what each command prints and writes, and one clear line with the right exit code for whatever is wrong."""
+"""The command line: what each command prints and writes, and one clear line with the right exit code for
+whatever is wrong."""
 
 from __future__ import annotations
 

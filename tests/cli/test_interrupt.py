@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: one line, the exit code of the signal, no traceback, nothing left behind; from the first moment on."""
+"""Ctrl-C and SIGTERM: one line, the exit code of the signal, no traceback, nothing left behind; from the
+first moment on."""
 
 from __future__ import annotations
 

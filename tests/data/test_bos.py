@@ -1,4 +1,5 @@
-"""Models whose tokenizer begins with BOS: it is the first token of each window, and what is predicted there is not scored."""
+"""Models whose tokenizer begins with BOS: it is the first token of each window, and what is predicted there
+is not scored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Text in, token windows out: every source, every refusal, and the promise that the two sides never overlap."""
+"""Text in, token windows out: every source, every refusal, and the promise that the two sides never
+overlap."""
 
 from __future__ import annotations
 
@@ -232,7 +233,10 @@ def test_too_little_text_says_how_much_there_is_and_what_to_ask_for(
     file = str(write_rows(tmp_path / "a.txt", sentences(100)))
     with pytest.raises(
         DataError,
-        match=r"calibration .* fills 3\d windows of 64 tokens .* use samples: 3\d or length: 5 or give more text",
+        match=(
+            r"calibration .* fills 3\d windows of 64 tokens .* use samples: 3\d or length: 5 or give more "
+            r"text"
+        ),
     ):
         load(by_bytes, source=file, samples=500)
     with pytest.raises(

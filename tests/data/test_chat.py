@@ -1,4 +1,5 @@
-"""Conversations as calibration text: found in any table, spelled by the tokenizer's chat template, refused in one line."""
+"""Conversations as calibration text: found in any table, spelled by the tokenizer's chat template, refused in
+one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Text that is compressed with gzip: read as if it were not, as far as it is needed, or refused in one line."""
+"""Text that is compressed with gzip: read as if it were not, as far as it is needed, or refused in one
+line."""
 
 from __future__ import annotations
 
@@ -98,7 +99,10 @@ def test_what_is_no_whole_gzip_file_is_refused_in_one_line(name: str, tmp_path: 
         load(tmp_path / name)
     with pytest.raises(
         DataError,
-        match=r"gone.txt.gz does not exist; name a .txt, .jsonl or .parquet file \(the first two also as .gz\)",
+        match=(
+            r"gone.txt.gz does not exist; name a .txt, .jsonl or .parquet file "
+            r"\(the first two also as .gz\)"
+        ),
     ):
         load(tmp_path / "gone.txt.gz")
 

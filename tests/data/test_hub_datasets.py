@@ -1,4 +1,5 @@
-"""Hub data sets through the real `datasets` and a local Hub: streamed at one commit, and what is said where that can't be."""
+"""Hub data sets through the real `datasets` and a local Hub: streamed at one commit, and what is said where
+that can't be."""
 
 from __future__ import annotations
 
@@ -179,7 +180,8 @@ def some(count, **spec):
     assert len(hub.log) == before
     assert answers[:2] == [[words[:4], ["b"], old]] * 2
     assert answers[2].startswith(
-        "DataError: 4 rows of train of user/texts are in the cache, more are asked for, and HF_HUB_OFFLINE is set; unset it, "
+        "DataError: 4 rows of train of user/texts are in the cache, more are asked for, and HF_HUB_OFFLINE "
+        "is set; unset it, "
     )
     assert answers[3].startswith("DataError: the Hub data set user/texts is not in the cache (")
     assert ask(env, READ + some + "told(some, 99)") == [

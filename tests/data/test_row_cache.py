@@ -1,4 +1,5 @@
-"""Rows kept as far as they were read: each comes once, a damaged shelf says so, and one that can't be written stops nobody."""
+"""Rows kept as far as they were read: each comes once, a damaged shelf says so, and one that can't be written
+stops nobody."""
 
 from __future__ import annotations
 

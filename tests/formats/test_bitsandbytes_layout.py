@@ -1,4 +1,5 @@
-"""The bitsandbytes border against bitsandbytes itself, bit for bit, and against a process that has only transformers."""
+"""The bitsandbytes border against bitsandbytes itself, bit for bit, and against a process that has only
+transformers."""
 
 import itertools
 import json
@@ -32,7 +33,8 @@ repacks = pytest.mark.skipif(
 
 @pytest.fixture(autouse=True)
 def eager() -> Iterator[None]:
-    """From layer 2048 up bitsandbytes' CPU dequantisation is compiled at first use, which takes most of a minute."""
+    """From layer 2048 up bitsandbytes' CPU dequantisation is compiled at first use, which takes most of a
+    minute."""
     torch.compiler.set_stance("force_eager")
     yield
     torch.compiler.set_stance("default")
@@ -285,7 +287,9 @@ for folder in sys.argv[1:]:
     assert not any(info.values()), info
     weights = {
         name + (".codes" if isinstance(m, Linear4bit) else ".dense"):
-            dequantize_4bit(m.weight.data, m.weight.quant_state) if isinstance(m, Linear4bit) else m.weight.data.clone()
+            dequantize_4bit(m.weight.data, m.weight.quant_state)
+            if isinstance(m, Linear4bit)
+            else m.weight.data.clone()
         for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)
     }
     with torch.no_grad():

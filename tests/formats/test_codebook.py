@@ -1,4 +1,5 @@
-"""Linears in codebooks: what lies on the disk, what they compute, and what transformers makes of a checkpoint of them."""
+"""Linears in codebooks: what lies on the disk, what they compute, and what transformers makes of a checkpoint
+of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Integer layouts and the integer linear against int64 and float64 arithmetic, and LLM.int8 against bitsandbytes itself."""
+"""Integer layouts and the integer linear against int64 and float64 arithmetic, and LLM.int8 against
+bitsandbytes itself."""
 
 import copy
 import itertools
@@ -52,7 +53,8 @@ def own(scheme: IntegerLayout, R: int, C: int, *, unit: bool = False) -> Integer
 
 
 def product(weight: IntegerWeight, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What a linear should give, in float64, from the rounded tokens and the dequantised weight; float64 [T, R]."""
+    """What a linear should give, in float64, from the rounded tokens and the dequantised weight; float64 [T,
+    R]."""
     columns = torch.arange(weight.codes_RC.shape[1])
     W = weight.codes_RC.double() * weight.scale_R.double()[:, None]
     if weight.multiplier_RG is not None and weight.scheme.group_size is not None:

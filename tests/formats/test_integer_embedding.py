@@ -1,4 +1,5 @@
-"""Int8 embeddings through plain `from_pretrained`, alone and as one matrix with the head, in models that are else float."""
+"""Int8 embeddings through plain `from_pretrained`, alone and as one matrix with the head, in models that are
+else float."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def artefact(
     tied: bool = True,
     **config: Any,
 ) -> Any:
-    """Write a model whose embedding, and head if tied, is in int8; returns the float model of the same weights."""
+    """Write a model whose embedding, and head if tied, is in int8; returns the float model of the same
+    weights."""
     model = cast(Any, pico(family, tie_word_embeddings=tied, **config))
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())

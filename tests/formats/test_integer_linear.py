@@ -1,4 +1,5 @@
-"""The ways an integer linear multiplies and the steps that a GPU runs compiled, against the plain arithmetic."""
+"""The ways an integer linear multiplies and the steps that a GPU runs compiled, against the plain
+arithmetic."""
 
 import itertools
 

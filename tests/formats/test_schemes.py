@@ -1,4 +1,5 @@
-"""Each coding against plain arithmetic: what is stored is read back, and stands for levels times the scales it snapped to."""
+"""Each coding against plain arithmetic: what is stored is read back, and stands for levels times the scales
+it snapped to."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ def spread(scale_RG: Tensor) -> Tensor:
 
 
 def drawn(coding: QuantScheme) -> RoundedWeight:
-    """Any levels under any scales that the coding may be asked to store: within a factor of 10, of both signs if it says so."""
+    """Any levels under any scales that the coding may be asked to store: within a factor of 10, of both signs
+    if it says so."""
     generator = torch.Generator().manual_seed(1)
     index_RC = torch.randint(len(coding.grid.levels), (R, C), generator=generator)
     scale_RG = torch.rand((R, C // coding.columns((R, C))), generator=generator) * 0.9 + 0.1
@@ -75,7 +77,8 @@ def test_what_is_stored_reads_back_as_levels_times_the_snapped_scales(coding: Qu
     expected = coding.grid.levels.double()[rounded.index_RC] * spread(coding.snap(rounded.scale_RG))
     for found in (registry.dequantize(written), registry.dequantize(again)):
         assert found.dtype == torch.float32 and found.shape == (R, C)
-        # 4 bits: the one product in float32; integers: code * (scale / largest) in place of (code / largest) * scale
+        # 4 bits: the one product in float32; integers: code * (scale / largest) in place of (code / largest)
+        # * scale
         torch.testing.assert_close(
             found.double(), expected, rtol=1e-7 if coding in FOUR_BIT else 3e-7, atol=1e-12
         )
@@ -99,7 +102,8 @@ def test_a_linear_is_found_among_the_tensors_of_a_checkpoint(coding: QuantScheme
 
 @every_coding
 def test_snapped_scales_are_near_those_asked_for(coding: QuantScheme) -> None:
-    """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level; else exactly."""
+    """Multipliers: half of one, of which the largest of a row has at least ten; 8 bits: half a level; else
+    exactly."""
     scale_RG = drawn(coding).scale_RG
     error = (coding.snap(scale_RG) - scale_RG).abs()
     if isinstance(coding, FourBitScheme):
@@ -164,7 +168,8 @@ def test_inputs_are_rounded_as_the_linear_rounds_them(coding: IntegerScheme) -> 
 
 @pytest.mark.parametrize("threshold", [0.0, 2.5, 3.0])
 def test_int8_inputs_are_rounded_as_the_stock_kernel_rounds_them(threshold: float) -> None:
-    """On inputs that float16 holds exactly; the sums and the columns that are not rounded are float16 there."""
+    """On inputs that float16 holds exactly; the sums and the columns that are not rounded are float16
+    there."""
     coding = Int8Scheme(threshold)
     weight, x = coding.nearest(noise(R, C)), noise(40, C, seed=3).half().float()
     assert isinstance(weight, Int8Weight)

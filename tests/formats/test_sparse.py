@@ -1,4 +1,5 @@
-"""Sparse linears: what lies on the disk, what they compute, and what transformers makes of a checkpoint that has them."""
+"""Sparse linears: what lies on the disk, what they compute, and what transformers makes of a checkpoint that
+has them."""
 
 from __future__ import annotations
 

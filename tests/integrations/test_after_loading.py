@@ -1,4 +1,5 @@
-"""What users do to a model of ours once it is loaded: adapters merged, tokens added, casts, copies, caches, checkpoints."""
+"""What users do to a model of ours once it is loaded: adapters merged, tokens added, casts, copies, caches,
+checkpoints."""
 
 from __future__ import annotations
 
@@ -164,7 +165,8 @@ assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 @pytest.fixture(scope="module", params=["tied", "untied", "in memory"])
 def embedded(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What makes a model with an int8 embedding: its head is tied to it, quantised apart, or it was never on the disk."""
+    """What makes a model with an int8 embedding: its head is tied to it, quantised apart, or it was never on
+    the disk."""
     folder = tmp_path_factory.mktemp("embedded")
     base = save_base(folder / "base", tie_word_embeddings=request.param != "untied")
     stage = {"format": "w8a8", "embedding": "int8", "rounding": "nearest"}

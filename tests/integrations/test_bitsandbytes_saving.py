@@ -1,4 +1,5 @@
-"""Live native models saved again, bit for bit; what is refused is in test_resave_folder, what happens without us in _stock.
+"""Live native models saved again, bit for bit; what is refused is in test_resave_folder, what happens without
+us in _stock.
 
 A CPU without AVX512-BF16 repacks nothing, so `repack` tells bitsandbytes that it has that and runs a forward.
 """
@@ -101,7 +102,8 @@ def forward(model: Any) -> Tensor:
 
 
 def repack(model: Any) -> int:
-    """A forward as bitsandbytes runs it on a CPU with AVX512-BF16; how many linears it repacked. On others logits are wrong."""
+    """A forward as bitsandbytes runs it on a CPU with AVX512-BF16; how many linears it repacked. On others
+    logits are wrong."""
     linears: list[Any] = [
         module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]
     ]
@@ -246,7 +248,9 @@ FROM_CACHE = """
 import os, sys, urllib.error, urllib.request
 from pathlib import Path
 import pytest
-from tests.integrations.test_bitsandbytes_saving import ModelError, different, load, repack, save_native, stored
+from tests.integrations.test_bitsandbytes_saving import (
+    ModelError, different, load, repack, save_native, stored
+)
 model = load("user/name", local_files_only=True)
 with pytest.raises(urllib.error.HTTPError):
     urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/loaded")

@@ -1,4 +1,5 @@
-"""What `save_native` refuses, and what it does to the folder it is given: it appears whole, or is as it was."""
+"""What `save_native` refuses, and what it does to the folder it is given: it appears whole, or is as it
+was."""
 
 import shutil
 from pathlib import Path

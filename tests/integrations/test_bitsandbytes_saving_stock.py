@@ -1,6 +1,7 @@
 """What transformers and bitsandbytes do by themselves to a native model that is saved again.
 
-Where one of these fails they have mended it, and part of `llmcompress.integrations.bitsandbytes_saving` may go.
+Where one of these fails they have mended it, and part of `llmcompress.integrations.bitsandbytes_saving` may
+go.
 """
 
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""A run in several processes, as `accelerate launch` starts them: the same work, divided where there is training."""
+"""A run in several processes, as `accelerate launch` starts them: the same work, divided where there is
+training."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tests.bases import save_base, staged_recipe, write_text
 
 
 def launch(recipe: Path, out: Path, count: int) -> subprocess.CompletedProcess[str]:
-    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for several GPUs."""
+    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for
+    several GPUs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [*launcher, "-m", "llmcompress", "run", str(recipe), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LLMCOMPRESS_CACHE": str(out.parent / "cache")}

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness evaluates an artefact with its own `hf` model and nothing of ours; needs `pip install lm_eval`."""
+"""lm-evaluation-harness evaluates an artefact with its own `hf` model and nothing of ours; needs `pip install
+lm_eval`."""
 
 from __future__ import annotations
 
@@ -30,8 +31,10 @@ from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
 folder, tasks = sys.argv[1:]
 manager = TaskManager(include_path=tasks, include_defaults=False)
-about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}  # the tokenizer of tests has no token that begins a text
-found = simple_evaluate(model="hf", model_args=about, tasks=["facts"], task_manager=manager, device="cpu", batch_size=1)
+about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}
+found = simple_evaluate(
+    model="hf", model_args=about, tasks=["facts"], task_manager=manager, device="cpu", batch_size=1
+)
 assert not any(module.startswith("llmcompress") for module in sys.modules)
 print("FOUND", json.dumps(found["results"]["facts"]["byte_perplexity,none"]))
 """

@@ -1,4 +1,5 @@
-"""Artefacts as models of other tasks: classes with a new head, or none, which is to be plain and trainable."""
+"""Artefacts as models of other tasks: classes with a new head, or none, which is to be plain and
+trainable."""
 
 from __future__ import annotations
 

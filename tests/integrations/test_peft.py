@@ -1,4 +1,5 @@
-"""What others build on a native artefact: PEFT puts a LoRA adapter on it and trains it, and the codes stay what they were."""
+"""What others build on a native artefact: PEFT puts a LoRA adapter on it and trains it, and the codes stay
+what they were."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def test_an_adapter_on_a_native_artefact_learns_and_is_saved_and_loaded(tmp_path
         if isinstance(module, Linear4bit)
     }
     assert codes
-    adapted.train()  # as every trainer does; bitsandbytes' CPU kernel with AVX512-BF16, which eval mode runs, has no gradient
+    # as every trainer does; bitsandbytes' CPU kernel with AVX512-BF16, which eval mode runs, has no gradient
+    adapted.train()
     learning = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(learning, lr=0.02)
     tokens = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(0))

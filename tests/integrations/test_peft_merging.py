@@ -1,4 +1,5 @@
-"""A PEFT adapter beside the weights or around a model in memory: refused in one line, for with it they are another."""
+"""A PEFT adapter beside the weights or around a model in memory: refused in one line, for with it they are
+another."""
 
 from __future__ import annotations
 
@@ -127,7 +128,8 @@ def test_an_adapter_around_a_model_in_memory_is_refused(folders: tuple[Path, Pat
 def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_own(
     stage: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All that share a weight become plain and have their own; one of them alone can't, and nothing changes."""
+    """All that share a weight become plain and have their own; one of them alone can't, and nothing
+    changes."""
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
     run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     plain = live(load(tmp_path / "out"))

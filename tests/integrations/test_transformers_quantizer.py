@@ -1,4 +1,5 @@
-"""Models that we quantised, through plain `from_pretrained`, against the float model with the same rounding."""
+"""Models that we quantised, through plain `from_pretrained`, against the float model with the same
+rounding."""
 
 import copy
 import json
@@ -143,7 +144,8 @@ def test_a_loaded_model_computes_what_rounding_in_floats_does(scheme: Any_, tmp_
         assert not any(
             tensor.requires_grad for m in ours for part, tensor in m.named_parameters() if part != "bias"
         )
-        # the 4-bit kernel of some CPUs computes in bfloat16; an activation that falls on the other side of a half moves 1e-3
+        # the 4-bit kernel of some CPUs computes in bfloat16; an activation that falls on the other side of a
+        # half moves 1e-3
         assert distance(logits(model), logits(oracle)) < (0.02 if isinstance(scheme, FourBitLayout) else 3e-3)
         if isinstance(scheme, IntegerLayout) and scheme.activations == "none":
             torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-4, atol=1e-4)

@@ -1,4 +1,5 @@
-"""What a checkpoint holds beside the model: masks of old versions, heads and towers that this class does not have."""
+"""What a checkpoint holds beside the model: masks of old versions, heads and towers that this class does not
+have."""
 
 from __future__ import annotations
 

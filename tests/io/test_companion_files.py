@@ -1,4 +1,5 @@
-"""The small files beside a model: those that travel are known by name, links out of the folder are not followed."""
+"""The small files beside a model: those that travel are known by name, links out of the folder are not
+followed."""
 
 from __future__ import annotations
 
@@ -22,14 +23,48 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def test_what_transformers_knows_by_name_travels_and_nothing_else(tmp_path: Path) -> None:
-    known = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-             "sentencepiece.bpe.model", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
-             "chat_template.json", "additional_chat_templates/tool.jinja", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
-             "NOTICE.md")  # fmt: skip
-    others = ("credentials.json", "notes.txt", "users.txt", "secrets.json", "my.model", "prompts.jinja", "LICENSE_KEYS.txt",
-              "requirements.txt", "report.json", "model.safetensors.index.json", "modeling_phi3.py", "tokenizer.json.bak",
-              "additional_chat_templates/notes.txt", "emoji.json", ".env", "sub/tokenizer.json")  # fmt: skip
+    known = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/tool.jinja",
+        "LICENSE",
+        "LICENSE.txt",
+        "LICENSE.md",
+        "NOTICE",
+        "NOTICE.md",
+    )
+    others = (
+        "credentials.json",
+        "notes.txt",
+        "users.txt",
+        "secrets.json",
+        "my.model",
+        "prompts.jinja",
+        "LICENSE_KEYS.txt",
+        "requirements.txt",
+        "report.json",
+        "model.safetensors.index.json",
+        "modeling_phi3.py",
+        "tokenizer.json.bak",
+        "additional_chat_templates/notes.txt",
+        "emoji.json",
+        ".env",
+        "sub/tokenizer.json",
+    )
     folder = fill(tmp_path, *known, *others)
     assert set(kept(folder)) == set(known)
     assert set(kept(folder, ["emoji.json", "gone.txt"])) == {

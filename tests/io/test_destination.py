@@ -1,4 +1,5 @@
-"""Where a result appears: names that can be no folder are one line, and nothing that came meanwhile is lost."""
+"""Where a result appears: names that can be no folder are one line, and nothing that came meanwhile is
+lost."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The journal: what is saved is read back by the next run, and what is damaged or another run's counts as not done."""
+"""The journal: what is saved is read back by the next run, and what is damaged or another run's counts as not
+done."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path

@@ -12,10 +12,19 @@ from llmcompress.io.local_names import is_path, short_name, without, without_pat
 @pytest.mark.parametrize(
     "text",
     [
-        "/home/alice/model", "/home/alice/secret dir/model", "~/model", "~alice/model", "./model", "../model", "C:\\models\\a",
-        "C:/models/a", "\\\\server\\share", "file:///home/alice/a", "/root/.cache/a.json",
+        "/home/alice/model",
+        "/home/alice/secret dir/model",
+        "~/model",
+        "~alice/model",
+        "./model",
+        "../model",
+        "C:\\models\\a",
+        "C:/models/a",
+        "\\\\server\\share",
+        "file:///home/alice/a",
+        "/root/.cache/a.json",
     ],
-)  # fmt: skip
+)
 def test_a_path_is_known_by_how_it_begins(text: str) -> None:
     assert is_path(text)
 
@@ -43,7 +52,10 @@ def test_a_text_inside_the_home_folder_is_a_path_too() -> None:
 
 
 def test_paths_in_a_text_are_told_by_their_last_names() -> None:
-    said = "rest in /home/alice/.cache/kept; of '~/texts/diary.txt' and C:\\models\\tiny, 5 of 8 kv/q at https://a.org/b/c"
+    said = (
+        "rest in /home/alice/.cache/kept; of '~/texts/diary.txt' and C:\\models\\tiny, 5 of 8 kv/q at "
+        "https://a.org/b/c"
+    )
     assert without_paths(said) == "rest in kept; of 'diary.txt' and tiny, 5 of 8 kv/q at https://a.org/b/c"
     assert (
         without_paths("read secret dir/alice/diary.txt", ["secret dir/alice/diary.txt"]) == "read diary.txt"

@@ -95,7 +95,8 @@ HOSTILE: dict[str, str | bytes] = {
 
 
 def bounded(call: Callable[[], Any]) -> Any:
-    """What a call gives, or its CompressError; everything else, and too much time or memory, fails the test."""
+    """What a call gives, or its CompressError; everything else, and too much time or memory, fails the
+    test."""
     said = "nothing"
     tracemalloc.start()
     start = time.monotonic()

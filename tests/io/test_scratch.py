@@ -45,7 +45,10 @@ def test_where_there_can_be_none_one_line_names_tmpdir(
         if asked
         else r"the system's folder of temporary files \(TMPDIR is not set\)"
     )
-    line = rf"^can't write to {where} \(No such file or directory\); free space there or set TMPDIR to another folder$"
+    line = (
+        rf"^can't write to {where} \(No such file or directory\); free space there or set TMPDIR to another "
+        r"folder$"
+    )
     with pytest.raises(OutputError, match=line), scratch_folder():
         raise AssertionError("there is none")
 

@@ -1,4 +1,5 @@
-"""An artefact's tokenizer gives the base's tokens, whatever config is beside it, and runs no code of anyone's repository."""
+"""An artefact's tokenizer gives the base's tokens, whatever config is beside it, and runs no code of anyone's
+repository."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The Triton kernels against the plain forms of what they compute.
 
-They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one program after
-another: the same numbers, nothing of speed or of a GPU's memory.
+They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one
+program after another: the same numbers, nothing of speed or of a GPU's memory.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""A rotated model is the same model: the logits of every family that can be turned, and of mutants that leave one row out.
+"""A rotated model is the same model: the logits of every family that can be turned, and of mutants that leave
+one row out.
 
-The models are pico ones with random gains and biases; the weights go through `outer` and `inner` one set at a time, as a
-streamed model's do. What can't be turned is listed too, with the reason that it has to give.
+The models are pico ones with random gains and biases; the weights go through `outer` and `inner` one set at a
+time, as a streamed model's do. What can't be turned is listed too, with the reason that it has to give.
 """
 
 from __future__ import annotations

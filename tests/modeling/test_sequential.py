@@ -87,7 +87,8 @@ def test_linears_that_read_one_input_share_one_matrix() -> None:
 def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_weights_as_they_were(
     family: str,
 ) -> None:
-    """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy have it."""
+    """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy
+    have it."""
     model = pico(family).requires_grad_(False)
     tokens = windows(model.config.vocab_size)
     read: dict[str, dict[str, Tensor]] = {"full": {}, "changed": {}}

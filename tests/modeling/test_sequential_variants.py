@@ -1,4 +1,5 @@
-"""Variants of a model in one pass, and what a walk back finds at its start: against the whole model, really changed."""
+"""Variants of a model in one pass, and what a walk back finds at its start: against the whole model, really
+changed."""
 
 from __future__ import annotations
 
@@ -154,7 +155,8 @@ def test_a_block_can_be_passed_over_first_last_or_between(family: str) -> None:
 
 @by_family
 def test_candidates_go_on_top_of_a_base(family: str) -> None:
-    """Where a candidate says nothing of a layer the base decides, where it does it takes the place of the base's."""
+    """Where a candidate says nothing of a layer the base decides, where it does it takes the place of the
+    base's."""
     model, first = model_of(family), MLP[family][0]
     (half, halve), (twice, double), (other, swap) = (
         scaled(first, 0.5),

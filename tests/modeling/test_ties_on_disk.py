@@ -1,4 +1,5 @@
-"""Checkpoints some of whose tensors are others: written by hand, as our readers and as transformers see them."""
+"""Checkpoints some of whose tensors are others: written by hand, as our readers and as transformers see
+them."""
 
 from __future__ import annotations
 

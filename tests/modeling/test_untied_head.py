@@ -1,4 +1,5 @@
-"""A head that is its own though config.json says it is the embedding: the files decide, as in transformers."""
+"""A head that is its own though config.json says it is the embedding: the files decide, as in
+transformers."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def test_an_equal_head_is_written_once(tmp_path: Path, text: Path) -> None:
 
 
 def test_a_head_that_is_equal_as_it_is_loaded_is_the_embedding(tmp_path: Path) -> None:
-    """Transformers compares in the dtype that it loads: what differs in float32 alone is one matrix in bfloat16."""
+    """Transformers compares in the dtype that it loads: what differs in float32 alone is one matrix in
+    bfloat16."""
     base = base_with_head(tmp_path / "base", same=True)
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16().float()
@@ -195,7 +197,8 @@ def test_a_base_without_a_head_that_is_said_to_have_its_own_is_refused(tmp_path:
 
 
 def test_a_teacher_predicts_by_its_own_head(tmp_path: Path, text: Path) -> None:
-    """A distillation with weight on its predictions alone moves the student as those of the untied teacher do."""
+    """A distillation with weight on its predictions alone moves the student as those of the untied teacher
+    do."""
     teacher = base_with_head(tmp_path / "teacher")
     told = tmp_path / "told"
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(teacher))

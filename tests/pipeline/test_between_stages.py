@@ -1,4 +1,5 @@
-"""What lies between two stages: a run that goes on from it gives the bytes of one that nothing disturbed, whatever happened."""
+"""What lies between two stages: a run that goes on from it gives the bytes of one that nothing disturbed,
+whatever happened."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ LESSON: dict[str, Any] = {"distill": {"steps": 6, "batch": 4, "learning_rate": 1
 
 
 def interrupted(folder: Path, *stages: dict[str, Any]) -> tuple[Recipe, Path]:
-    """A recipe of which all stages were done and nothing was published, and `whole`, what comes of it undisturbed."""
+    """A recipe of which all stages were done and nothing was published, and `whole`, what comes of it
+    undisturbed."""
     recipe = staged_recipe(
         write_text(folder / "facts.txt"),
         save_base(folder / "base", num_hidden_layers=2),

@@ -1,4 +1,5 @@
-"""`evaluate` on what others quantised: measured where transformers can load it here, else one line says what is missing."""
+"""`evaluate` on what others quantised: measured where transformers can load it here, else one line says what
+is missing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Weights that are finite and huge: one line that names the layer, or a right result, and never half a report."""
+"""Weights that are finite and huge: one line that names the layer, or a right result, and never half a
+report."""
 
 from __future__ import annotations
 

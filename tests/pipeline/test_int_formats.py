@@ -1,4 +1,5 @@
-"""int8 and the integer formats from recipe to artefact: what loads, that it computes what was measured, and what is refused."""
+"""int8 and the integer formats from recipe to artefact: what loads, that it computes what was measured, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 
-# name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts, qwen2 biases.
+# name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts,
+# qwen2 biases.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("llama", {"format": "int8"}),
     "int8 outliers": ("qwen2", {"format": "int8", "threshold": 2.5, "rounding": "nearest"}),
@@ -55,8 +57,9 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 INT8 = [name for name in RECIPES if name.startswith("int8")]
 OURS = [name for name in RECIPES if name not in INT8]
 BITS = {"int8": 8.0, "w8a8": 8.0, "w4a8": 4 + 8 / 64, "w4a4": 4 + 8 / 64, "w8a16": 8.0, "w4a16": 4 + 8 / 64}
-# An activation that lies at a half falls on one side or the other by the order of sums: it moves the logits by some 1e-4 with
-# 8 bits and more with 4. The stock int8 kernel takes its inputs through float16, so that one code in thirty does.
+# An activation that lies at a half falls on one side or the other by the order of sums: it moves the logits
+# by some 1e-4 with 8 bits and more with 4. The stock int8 kernel takes its inputs through float16, so that
+# one code in thirty does.
 NEAR = {
     name: 0.03 if name in INT8 else 1e-5 if "none" in name else 0.02 if "w4a4" in name else 3e-3
     for name in RECIPES
@@ -141,7 +144,8 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def elsewhere(everything: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each artefact is to a process that never imports llmcompress: an error, or what loading it has to tell."""
+    """What each artefact is to a process that never imports llmcompress: an error, or what loading it has to
+    tell."""
     scratch = tmp_path_factory.mktemp("elsewhere")
     save_file({"tokens": TOKENS}, scratch / "tokens")
     arguments = [sys.executable, "-c", LOADER, str(scratch / "tokens"), *map(str, everything.values())]
@@ -354,7 +358,8 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
     for name, weight in expected.items():
         torch.testing.assert_close(now[f"{layer}{name}"].double(), weight, rtol=1e-5, atol=1e-7)
     assert torch.equal(now[f"{layer}self_attn.q_proj.bias"], was[f"{layer}self_attn.q_proj.bias"])
-    # both readers of the second norm are kept, so nothing crosses from it, but from up_proj to down_proj it does
+    # both readers of the second norm are kept, so nothing crosses from it, but from up_proj to down_proj it
+    # does
     for name in ("post_attention_layernorm", "mlp.gate_proj"):
         assert torch.equal(now[f"{layer}{name}.weight"], was[f"{layer}{name}.weight"])
     units = crossed(was[f"{layer}mlp.up_proj.weight"], now[f"{layer}mlp.up_proj.weight"])

@@ -130,7 +130,8 @@ def test_values_that_stay_and_levels_have_the_dtype_of_their_linear(tmp_path: Pa
 def test_a_quantised_model_of_a_mixed_base_loads_and_generates(
     family: str, half: torch.dtype, said: str | None, stage: dict[str, Any], tmp_path: Path, text: Path
 ) -> None:
-    """In bitsandbytes' formats a loader casts no weight, so what stays dense is of one dtype there; config.json says it."""
+    """In bitsandbytes' formats a loader casts no weight, so what stays dense is of one dtype there;
+    config.json says it."""
     base = mixed_base(tmp_path / "base", family, matrices_in(half), said)
     run_recipe(staged_recipe(text, base, {"quantize": stage}, samples=4, length=24), tmp_path / "out")
     model = load(tmp_path / "out")

@@ -31,7 +31,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 from tests.models import pico
 
-# name -> family, settings, the format of each linear by the end of its name. gpt2 has Conv1D and biases, phi3 fused parts.
+# name -> family, settings, the format of each linear by the end of its name. gpt2 has Conv1D and biases, phi3
+# fused parts.
 MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "nf4 and int8": (
         "llama",

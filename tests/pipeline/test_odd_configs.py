@@ -1,4 +1,5 @@
-"""Bases whose small files say odd things: each goes on or is one line, in bounded time and memory, before the first stage."""
+"""Bases whose small files say odd things: each goes on or is one line, in bounded time and memory, before the
+first stage."""
 
 from __future__ import annotations
 
@@ -138,7 +139,8 @@ def start(base: Path, recipe: Recipe) -> None:
 
 
 def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
-    """The one line that refuses a config, or nothing; whatever else is raised is said of the config that raised it."""
+    """The one line that refuses a config, or nothing; whatever else is raised is said of the config that
+    raised it."""
     (base / "config.json").write_text(json.dumps(fields))
     begin, said = time.monotonic(), ""
     for attempt in (lambda: plan_recipe(recipe, base=str(base)), lambda: start(base, recipe)):
@@ -379,7 +381,10 @@ def empty_shard(base: Path) -> None:
     min(base.glob("model-*.safetensors")).write_bytes(b"")
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},"a":{"dtype":"F32","shape":[8],"data_offsets":[32,64]}}'
+TWICE = (
+    b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},'
+    b'"a":{"dtype":"F32","shape":[8],"data_offsets":[32,64]}}'
+)
 DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
     ("no metadata", without_metadata, "has no metadata, which from_pretrained asks for"),
     ("truncated index", truncated_index, "is not JSON"),

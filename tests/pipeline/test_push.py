@@ -1,4 +1,5 @@
-"""The whole round on a local Hub, each step a process of its own: run a recipe by its id, push, load, evaluate, reproduce."""
+"""The whole round on a local Hub, each step a process of its own: run a recipe by its id, push, load,
+evaluate, reproduce."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class World(NamedTuple):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
-    """A Hub with a base, a recipe and a text, and `out`, which a run by id made of them and pushed as me/tiny."""
+    """A Hub with a base, a recipe and a text, and `out`, which a run by id made of them and pushed as
+    me/tiny."""
     place = tmp_path_factory.mktemp("world")
     base = save_base(place / "base", num_hidden_layers=2)
     card = b"---\nlicense: mit\nlanguage: [en]\n---\n# a base\n"
@@ -193,7 +195,10 @@ def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) ->
         "stages: [{distill: {teacher: ../teacher}}]": "save it to a file and run that, if you trust it",
         "stages: [{distill: {student: ./base}}]": "save it to a file and run that, if you trust it",
     }
-    script = "from llmcompress import Recipe\nfrom llmcompress.pipeline.run import run_recipe\nfrom llmcompress.errors import RecipeError\n"
+    script = (
+        "from llmcompress import Recipe\nfrom llmcompress.pipeline.run import run_recipe\nfrom "
+        "llmcompress.errors import RecipeError\n"
+    )
     for number, (entries, option) in enumerate(cases.items()):
         world.hub.add(f"evil/recipe-{number}", {"recipe.yaml": entries.encode()})
         base = None if option == "--base" else "them/base"

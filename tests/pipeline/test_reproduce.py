@@ -1,4 +1,5 @@
-"""A recipe run again from the report of its artefact: bit-equal, or what differs, and refusals before the time is spent."""
+"""A recipe run again from the report of its artefact: bit-equal, or what differs, and refusals before the
+time is spent."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ from llmcompress.errors import AcceptError, CompressError, DataError, ModelError
 from llmcompress.pipeline.reproduce import KL, PERPLEXITY, _close, reproduce, threads_of
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report
-from tests.bases import save_base, small_recipe, write_text
+from tests.bases import known, save_base, small_recipe, write_text
 from tests.clients import shell
 
 
@@ -75,8 +76,11 @@ def test_weights_that_differ_are_named_and_numbers_that_hold_are_within_toleranc
 
 def test_other_numbers_are_different(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
-    save_file({name: tensor * 2 if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()},
-              copy / "model.safetensors", {"format": "pt"})  # fmt: skip
+    save_file(
+        {name: tensor * 2 if tensor.dtype.is_floating_point else tensor for name, tensor in tensors.items()},
+        copy / "model.safetensors",
+        {"format": "pt"},
+    )
     edit_report(copy, "compressed", "perplexity", value=Report.of(copy).compressed.perplexity * 2)  # type: ignore[operator]
     found = reproduce(str(copy))
     assert found.verdict == "different"
@@ -119,11 +123,11 @@ def test_close_is_what_the_tolerances_say(shelf: Path) -> None:
 
     def moved(kl: float, perplexity: float) -> Report:
         fidelity = report.fidelity.model_copy(
-            update={"kl_nats_mean": report.fidelity.kl_nats_mean * (1 + kl)}
-        )  # type: ignore[operator]
+            update={"kl_nats_mean": known(report.fidelity.kl_nats_mean) * (1 + kl)}
+        )
         small = report.compressed.model_copy(
-            update={"perplexity": report.compressed.perplexity * (1 + perplexity)}
-        )  # type: ignore[operator]
+            update={"perplexity": known(report.compressed.perplexity) * (1 + perplexity)}
+        )
         return report.model_copy(update={"fidelity": fidelity, "compressed": small})
 
     assert _close(report, moved(0.9 * KL, 0.9 * PERPLEXITY)) and _close(

@@ -1,4 +1,5 @@
-"""The main job on pico models: what plain transformers loads is what we computed, the same each time, whole or not at all."""
+"""The main job on pico models: what plain transformers loads is what we computed, the same each time, whole
+or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ for folder in sys.argv[2:]:
         name: dequantize_4bit(m.weight.data, m.weight.quant_state)
         for name, m in model.named_modules() if isinstance(m, Linear4bit)
     }
-    model.get_input_embeddings().requires_grad_(True)  # with gradients the weights are dequantised and multiplied exactly
+    model.get_input_embeddings().requires_grad_(True)  # so weights are dequantised
     seen["exact logits"] = model(tokens).logits.detach()
     with torch.no_grad():
         seen["logits"] = model(tokens).logits
@@ -63,7 +64,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_elsewhere(folders: list[Path], scratch: Path) -> dict[Path, dict[str, Tensor]]:
-    """Weights of the 4-bit linears and logits, as one process that has only transformers and bitsandbytes sees them."""
+    """Weights of the 4-bit linears and logits, as one process that has only transformers and bitsandbytes
+    sees them."""
     from safetensors.torch import save_file
 
     save_file({"tokens": TOKENS}, scratch / "tokens")
@@ -99,7 +101,8 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
-    """Every family, compressed by gptq; two of them by learned rounding too, one in many shards, one in bfloat16."""
+    """Every family, compressed by gptq; two of them by learned rounding too, one in many shards, one in
+    bfloat16."""
     folder = tmp_path_factory.mktemp("families")
     outs = {}
     for family in FAMILIES:

@@ -40,7 +40,8 @@ def first(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def held(out: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a process holds the lock of what works on `out`, and has seen what is there: it then makes `artifact`."""
+    """Wait until a process holds the lock of what works on `out`, and has seen what is there: it then makes
+    `artifact`."""
     deadline, partial = time.monotonic() + 250, partial_folder(out)
     while not ((partial / "artifact").is_dir() and (partial / "lock").read_bytes().endswith(b"}")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -71,7 +72,8 @@ def test_a_second_run_is_refused_while_the_first_lives_and_goes_on_when_it_was_k
         done = shell({}, "run", recipe, "--out", out, *overwrite)
         refused(
             done,
-            f"--out {out} is in use by process {first.pid} on {socket.gethostname()}; wait for it, or choose another",
+            f"--out {out} is in use by process {first.pid} on {socket.gethostname()}; wait for it, or "
+            "choose another",
         )
         assert files(partial_folder(out)) == before and not out.exists()
     first.kill()

@@ -1,4 +1,5 @@
-"""What a recipe may say of tie, share, low_rank and codebook, in which order, and what it is told when it is wrong."""
+"""What a recipe may say of tie, share, low_rank and codebook, in which order, and what it is told when it is
+wrong."""
 
 from __future__ import annotations
 
@@ -220,7 +221,10 @@ def test_an_impossible_setting_is_told_why(settings: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["share", "codebook", "low_rank"])
 @pytest.mark.parametrize("prune", [CUT, "sparsify: {pattern: '2:4'}", "prune: {axis: layer, keep: 1}"])
 def test_nothing_is_cut_once_it_is_shared(prune: str, kind: str) -> None:
-    why = f"{prune.partition(':')[0]} comes before {kind}: weights that are shared, products or codes can't be cut any more"
+    why = (
+        f"{prune.partition(':')[0]} comes before {kind}: weights that are shared, products or codes can't "
+        "be cut any more"
+    )
     assert refusal(stages(ENTRIES[kind], prune)) == why
     assert refusal(stages(ENTRIES[kind], HEAL, prune)) == why
     if "pattern" not in prune:
@@ -251,7 +255,10 @@ def test_a_codebook_comes_after_healing_as_quantize_does() -> None:
 
 
 def test_two_codes_for_the_same_linears_are_refused() -> None:
-    why = "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave one"
+    why = (
+        "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or "
+        "leave one"
+    )
     assert refusal(stages(ENTRIES["codebook"], "quantize")) == why
     assert refusal(stages(ENTRIES["codebook"], "distill: {train: scales}", "quantize")) == why
     for fine in ("codebook: {entries: 16, skip: ['*.mlp.*']}", "codebook: {entries: 16, skip: [a]}"):
@@ -262,7 +269,10 @@ def test_two_codes_for_the_same_linears_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_what_is_quantised_is_not_tied(kind: str) -> None:
-    why = "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes nothing, or "
+    why = (
+        "a quantised model can't be changed again, but for what is not in codes: after the one quantize "
+        "comes nothing, or "
+    )
     assert refusal(stages("quantize", ENTRIES[kind])).startswith(why)
 
 

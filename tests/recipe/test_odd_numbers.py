@@ -1,4 +1,5 @@
-"""Numbers and words of a recipe that no run can end with, and packages that it would miss only hours later."""
+"""Numbers and words of a recipe that no run can end with, and packages that it would miss only hours
+later."""
 
 from __future__ import annotations
 

@@ -23,7 +23,8 @@ base: user/model
 revision: abc
 data: {source: wikitext-2, samples: 4, length: 16, seed: 1}
 stages:
-  - quantize: {format: fp4, group_size: 128, double_quant: true, rounding: learned, steps: 7, skip: ["*.q_proj"], head: quantize}
+  - quantize: {format: fp4, group_size: 128, double_quant: true, rounding: learned, steps: 7,
+                skip: ["*.q_proj"], head: quantize}
 accept: {kl_nats: 0.05, top1_agreement: 0.9}
 """
 
@@ -89,11 +90,13 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
         ("[{quantise: {group_size: 64}}]", '"quantise" is no stage; did you mean quantize?'),
         (
             "[{zzz: {}}]",
-            '"zzz" is no stage; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize',
+            '"zzz" is no stage; use one of prune, sparsify, tie, share, low_rank, codebook, distill, '
+            "quantize",
         ),
         (
             "[{}]",
-            "an entry is one stage, this one has nothing; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize",
+            "an entry is one stage, this one has nothing; use one of prune, sparsify, tie, share, low_rank, "
+            "codebook, distill, quantize",
         ),
         ("[]", "stages"),
         ("quantize", "stages"),
@@ -255,8 +258,8 @@ def test_a_newer_schema_names_the_version_to_install() -> None:
     assert Recipe.parse("schema: 1\nstages: [quantize]") == Recipe.parse("stages: [quantize]")
     assert Recipe.parse("schema: 1\nstages: [quantize]").digest == Recipe.parse("stages: [quantize]").digest
     assert (
-        'has schema 7, this llmcompress reads up to 1; install llmcompress 0.7 or newer: pip install -U "llmcompress>=0.7"'
-        in (refusal("schema: 7\nnew_key: 1\nstages: [{grow: {}}]"))
+        "has schema 7, this llmcompress reads up to 1; install llmcompress 0.7 or newer: pip install -U "
+        '"llmcompress>=0.7"' in (refusal("schema: 7\nnew_key: 1\nstages: [{grow: {}}]"))
     )
     for wrong in ("0", "'1'", "1.0", "true", "[1]"):
         assert "schema" in refusal(f"schema: {wrong}\nstages: [quantize]")

@@ -1,6 +1,8 @@
-"""Every recipe that we ship makes an artefact of a small base, which goes to a local Hub; its card is right, as is the report.
+"""Every recipe that we ship makes an artefact of a small base, which goes to a local Hub; its card is right,
+as is the report.
 
-Text, steps and base are small, so what comes out is no good; how each is done, measured and told is what a user gets.
+Text, steps and base are small, so what comes out is no good; how each is done, measured and told is what a
+user gets.
 """
 
 from __future__ import annotations
@@ -78,7 +80,8 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
 
 
 def numbers(cell: str) -> list[float]:
-    """What a cell of a table says: `2.76 MB` is 2.76 millions, `12.34 [12.10, 12.60]` three numbers, `97.80 %` a share."""
+    """What a cell of a table says: `2.76 MB` is 2.76 millions, `12.34 [12.10, 12.60]` three numbers, `97.80
+    %` a share."""
     scale = 0.01 if cell.endswith("%") else {"k": 1e3, "M": 1e6, "G": 1e9}.get(cell.rpartition(" ")[2][:1], 1)
     return [
         float(number.replace(",", "")) * scale for number in re.findall(r"[0-9][0-9.,]*[0-9]|[0-9]", cell)

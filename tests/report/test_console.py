@@ -1,4 +1,5 @@
-"""The report as JSON, on the terminal, as a model card and as pictures: the same numbers everywhere, bad input in one line."""
+"""The report as JSON, on the terminal, as a model card and as pictures: the same numbers everywhere, bad
+input in one line."""
 
 import copy
 import json
@@ -26,7 +27,10 @@ from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.stage import Distill
 
-RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the layer\n"
+RECIPE = (
+    "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the "
+    "layer\n"
+)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -602,9 +606,11 @@ def test_the_card_tells_each_training_in_a_sentence_with_a_picture() -> None:
     text = card(trained(), RECIPE, {})
     assert (
         "## Training\n\n"
-        "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || student) on held-out "
+        "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || "
+        "student) on held-out "
         "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % won back.\n\n"
-        "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was better than "
+        "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was "
+        "better than "
         "the start, KL 0.1250 nats/token on held-out text, which stays.\n\n"
         "![KL on held-out text over the steps of training](training.png)\n\n## Limits" in text
     )

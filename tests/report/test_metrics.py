@@ -298,7 +298,8 @@ def test_the_environment_names_versions_and_a_device_in_words() -> None:
 
 
 def test_perplexity_costs_little_beside_a_forward_pass_of_a_small_model() -> None:
-    """Hidden 256, 8 layers, V 4096: the loss takes 3 % of the forward pass on one core, and 10 % are allowed here."""
+    """Hidden 256, 8 layers, V 4096: the loss takes 3 % of the forward pass on one core, and 10 % are allowed
+    here."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,

@@ -1,4 +1,5 @@
-"""What leaves this machine, by a push or in the folder of an artefact: no file that lay there by chance, no local path."""
+"""What leaves this machine, by a push or in the folder of an artefact: no file that lay there by chance, no
+local path."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ NAMES = ("base", "teacher", "student", "diary.txt", "out")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of an odd name with a base that tells of it, a teacher, a student, and what a recipe made of them: `out`."""
+    """A folder of an odd name with a base that tells of it, a teacher, a student, and what a recipe made of
+    them: `out`."""
     folder = tmp_path_factory.mktemp("place") / f"{ODD} dir" / "alice"
     for name in ("base", "teacher", "student"):
         save_base(folder / name, num_hidden_layers=1)
@@ -198,9 +200,15 @@ def test_what_was_written_before_goes_without_paths_too(place: Path, copy: Path)
 
 @pytest.mark.parametrize(
     ("source", "shared"),
-    [("secret dir/alice/diary.txt", "./diary.txt"), ("alice/diary.txt", "./diary.txt"), ("~/texts", "./texts"),
-     ("C:\\texts\\a.txt", "./a.txt"), ("python-docs", "python-docs"), ("Salesforce/wikitext", "Salesforce/wikitext")],
-)  # fmt: skip
+    [
+        ("secret dir/alice/diary.txt", "./diary.txt"),
+        ("alice/diary.txt", "./diary.txt"),
+        ("~/texts", "./texts"),
+        ("C:\\texts\\a.txt", "./a.txt"),
+        ("python-docs", "python-docs"),
+        ("Salesforce/wikitext", "Salesforce/wikitext"),
+    ],
+)
 def test_a_recipe_alone_is_shared_without_paths(source: str, shared: str) -> None:
     told = Recipe.model_validate(
         {"data": {"source": source}, "base": "meta/llama@v1", "stages": [{"quantize": {}}]}

@@ -69,7 +69,8 @@ def codebooks(model: PreTrainedModel) -> dict[str, CodebookLinear]:
 def clustered(
     folder: Path, family: str, entries: int, rows: int | None, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A base whose linears have at most so many values in each `rows` rows of outputs, all of them values of a type."""
+    """A base whose linears have at most so many values in each `rows` rows of outputs, all of them values of
+    a type."""
     model, generator = pico(family, vocab_size=VOCABULARY, **narrow(family)), torch.Generator().manual_seed(3)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     for name, (R, C) in source.linear_maps():

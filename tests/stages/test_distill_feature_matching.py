@@ -1,4 +1,5 @@
-"""Matching: which layer is held against which, by how much they are apart, and the linear between unequal widths."""
+"""Matching: which layer is held against which, by how much they are apart, and the linear between unequal
+widths."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""What weights are made of while they learn: the same weight at the start, and at the end what is written is what was used."""
+"""What weights are made of while they learn: the same weight at the start, and at the end what is written is
+what was used."""
 
 from __future__ import annotations
 
@@ -168,7 +169,8 @@ def test_the_module_computes_with_the_weight_that_is_made(what: str, transposed:
 @by_weight
 @by_way
 def test_every_parameter_has_the_gradient_of_a_plain_weight(what: str, transposed: bool) -> None:
-    """By differences in the one direction: the change of a weighted sum of the weight, for levels and scales as if exact."""
+    """By differences in the one direction: the change of a weighted sum of the weight, for levels and scales
+    as if exact."""
     module, making = module_of(WEIGHTS[what](), transposed)
     upstream = noise(R, C, seed=5)
     (turned(module, cast(Tensor, module.weight)) * upstream).sum().backward()
@@ -315,7 +317,8 @@ def factors(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
 
 
 def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedModel:
-    """The model that a checkpoint with these tensors in place of its own is, each linear plain and by itself."""
+    """The model that a checkpoint with these tensors in place of its own is, each linear plain and by
+    itself."""
     found = dict(resident.source)
     found |= {
         name: t

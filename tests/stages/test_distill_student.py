@@ -1,4 +1,5 @@
-"""The student: whole it is the same function, what learns is what was said, and what is written is what it computed."""
+"""The student: whole it is the same function, what learns is what was said, and what is written is what it
+computed."""
 
 from __future__ import annotations
 
@@ -79,7 +80,8 @@ def coded(
     outside: bool = False,
     **config: Any,
 ) -> InMemoryModel:
-    """A pico model with 4-bit codes of the linears of its layers (and its head, if `outside`), its scales spread by factors."""
+    """A pico model with 4-bit codes of the linears of its layers (and its head, if `outside`), its scales
+    spread by factors."""
     model = cast(PreTrainedModel, cast(Any, pico(family, **config)).to(dtype))
     plain, weights, packed = live(model), dict(model.state_dict()), {}
     for name, shape in plain.linear_maps():

@@ -1,4 +1,5 @@
-"""The teacher: what it says of a text is what the model says, in 4 bits, from disk and of fewer tokens too."""
+"""The teacher: what it says of a text is what the model says, in 4 bits, from disk and of fewer tokens
+too."""
 
 from __future__ import annotations
 
@@ -328,9 +329,15 @@ def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher
     other[4, -1] = (other[4, -1] + 1) % V
     one: dict[str, Any] = {"windows_NL": text}
     for change in (
-        {"key": "another"}, {"k": K + 1}, {"temperature": 2.0}, {"windows_NL": other}, {"windows_NL": text.flip(0)},
-        {"windows_NL": text[:4]}, {"windows_NL": text.view(10, L // 2)}, {"windows_NL": text.flatten()[None]},
-    ):  # fmt: skip
+        {"key": "another"},
+        {"k": K + 1},
+        {"temperature": 2.0},
+        {"windows_NL": other},
+        {"windows_NL": text.flip(0)},
+        {"windows_NL": text[:4]},
+        {"windows_NL": text.view(10, L // 2)},
+        {"windows_NL": text.flatten()[None]},
+    ):
         with pytest.raises(AssertionError, match="asked again"):
             kept(tmp_path, absent, **one | change)
     assert kept(tmp_path, teacher, text, k=K + 1).asked == 5

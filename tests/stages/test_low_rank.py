@@ -1,4 +1,5 @@
-"""Linears as products of low rank whose basis layers share: what is exact, what is stored once, what may follow."""
+"""Linears as products of low rank whose basis layers share: what is exact, what is stored once, what may
+follow."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The stage on pico models: which linears it takes, which it keeps and why, and that nearest is stock bitsandbytes."""
+"""The stage on pico models: which linears it takes, which it keeps and why, and that nearest is stock
+bitsandbytes."""
 
 from __future__ import annotations
 

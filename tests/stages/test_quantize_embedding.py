@@ -1,4 +1,5 @@
-"""`embedding: int8`, from recipe to artefact: what loads and computes what was measured, and that a tied head is one matrix."""
+"""`embedding: int8`, from recipe to artefact: what loads and computes what was measured, and that a tied head
+is one matrix."""
 
 from __future__ import annotations
 
@@ -196,7 +197,8 @@ for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
     except RuntimeError:
-        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        load_it = partial(AutoModelForCausalLM.from_pretrained, folder, ignore_mismatched_sizes=True)
+        _, info = load_it(output_loading_info=True)
         told[folder] = sorted(key[0] for key in info["mismatched_keys"])
 assert not any(name.startswith("llmcompress") for name in sys.modules)
 print(json.dumps(told))

@@ -1,4 +1,5 @@
-"""A scale that crosses changes nothing, the search never ends worse than it began, and planted outliers are smoothed away."""
+"""A scale that crosses changes nothing, the search never ends worse than it began, and planted outliers are
+smoothed away."""
 
 from __future__ import annotations
 
@@ -190,7 +191,8 @@ def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
 def rounded_error(
     layer: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]
 ) -> float:
-    """What the nearest codes of the readers and the rounding of their inputs cost in the layer's output, in plain hooks."""
+    """What the nearest codes of the readers and the rounding of their inputs cost in the layer's output, in
+    plain hooks."""
 
     def read(module: nn.Module, args: tuple[Tensor, ...], *, bits: int | None) -> tuple[Tensor, ...]:
         return args if bits is None else (round_tokens(args[0], bits), *args[1:])
@@ -258,7 +260,8 @@ def one_layer(family: str) -> dict[str, Any]:
 
 
 def test_a_given_exponent_is_that_of_the_papers() -> None:
-    """Largest input and weight of a unit over all columns that read it, four query heads for each value channel."""
+    """Largest input and weight of a unit over all columns that read it, four query heads for each value
+    channel."""
     coding: QuantScheme = IntegerScheme(IntegerLayout("w8a8"))
     linears = ["self_attn.o_proj", "mlp.down_proj"]
     for layer in layers(pico("llama")):
@@ -294,7 +297,8 @@ def test_only_what_is_rounded_is_smoothed() -> None:
         assert list(found) == ["post_attention_layernorm"]
 
 
-# Outliers that were planted: some channels of the norms are 50 to 100 times as large, and the columns that read them as small.
+# Outliers that were planted: some channels of the norms are 50 to 100 times as large, and the columns that
+# read them as small.
 
 
 def plant(model: PreTrainedModel) -> PreTrainedModel:

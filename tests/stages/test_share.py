@@ -696,7 +696,8 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 
 
 def test_what_is_measured_block_by_block_is_what_the_loss_says(text: Path, tmp_path: Path) -> None:
-    """The weights of the file, read layer by layer, give the logits that the model of both layers' weights gives."""
+    """The weights of the file, read layer by layer, give the logits that the model of both layers' weights
+    gives."""
     base, out = save_base(tmp_path / "base", "opt"), tmp_path / "out"
     run_recipe(recipe(text, base, share(residual_rank=2)), out)
     tensors = weights_of(out)

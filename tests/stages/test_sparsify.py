@@ -1,4 +1,5 @@
-"""Single weights pruned: what stays, that the rest makes up for it, and that folder, memory and plan agree."""
+"""Single weights pruned: what stays, that the rest makes up for it, and that folder, memory and plan
+agree."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Embedding and head tied: a plain tied model, the best of both, and nothing lost where they were one already."""
+"""Embedding and head tied: a plain tied model, the best of both, and nothing lost where they were one
+already."""
 
 from __future__ import annotations
 

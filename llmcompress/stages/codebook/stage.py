@@ -1,7 +1,9 @@
-"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole linear.
+"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole
+linear.
 
-Which values, and which of them a weight takes, is solved for as codes of a quantisation are (`methods.codebook`), under the
-second moments of the inputs and against the full model. Stored are packed indices and the codebooks; a product looks them up.
+Which values, and which of them a weight takes, is solved for as codes of a quantisation are
+(`methods.codebook`), under the second moments of the inputs and against the full model. Stored are packed
+indices and the codebooks; a product looks them up.
 """
 
 from __future__ import annotations
@@ -64,7 +66,8 @@ class Codebook(Stage):
         return CodebookLayout(self.entries, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
+        where none is left."""
         return rewritable(
             model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
         )
@@ -111,7 +114,8 @@ class Codebook(Stage):
 
 
 def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> CodebookWeight:
-    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
+    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the
+    levels' type."""
     require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))
     palette = solve_codebook(

@@ -74,7 +74,9 @@ class DistillConfig(Settings):
     )
     student: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Hub id or folder of the model to train, or of its config alone; default what the base became",
+        description=(
+            "Hub id or folder of the model to train, or of its config alone; default what the base became"
+        ),
     )
     cache: bool = Field(
         default=False, description="keep what the teacher says on disk, and don't ask it twice"
@@ -87,7 +89,9 @@ class DistillConfig(Settings):
     )
     train: Train = Field(
         default="all",
-        description="which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over",
+        description=(
+            "which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over"
+        ),
     )
     rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="of lora")
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(

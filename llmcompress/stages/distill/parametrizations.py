@@ -1,8 +1,10 @@
-"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a product.
+"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a
+product.
 
-Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and norms are rounded
-in every step to what will be stored, so that what is measured is what is written; parts of products learn in float32, as plain
-matrices do, and are rounded once at the end. R rows (out), C columns (in), G layers of a row or codebooks, L levels.
+Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and
+norms are rounded in every step to what will be stored, so that what is measured is what is written; parts of
+products learn in float32, as plain matrices do, and are rounded once at the end. R rows (out), C columns
+(in), G layers of a row or codebooks, L levels.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class WeightParametrization(nn.Module):
 
 
 class ScaledCodes(WeightParametrization):
-    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it was."""
+    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it
+    was."""
 
     codes = True
     parts = ("weight_absmax",)
@@ -93,7 +96,8 @@ class ScaledCodes(WeightParametrization):
 
 
 class CodebookLevels(WeightParametrization):
-    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at first by none."""
+    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at
+    first by none."""
 
     codes = True
     parts = ("weight_levels",)
@@ -194,6 +198,7 @@ def attach(linear: nn.Module, making: WeightParametrization, device: torch.devic
 
 
 def parameters_of(name: str, making: WeightParametrization) -> dict[str, str]:
-    """The names of the parameters that the weight of a linear of that name is made of, by the tensors that are stored."""
+    """The names of the parameters that the weight of a linear of that name is made of, by the tensors that
+    are stored."""
     place = f"{name}.parametrizations.weight.original"
     return {part: f"{place}{i if len(making.parts) > 1 else ''}" for i, part in enumerate(making.parts)}

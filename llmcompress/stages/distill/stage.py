@@ -1,8 +1,9 @@
 """Train what is left of a model to predict as the model did that the run began with, or as another one does.
 
-The student is what the stages before made of the base; teacher and student are whole in memory, in the working precision.
-Held-out windows, those that calibrate and are not trained on, tell when the student was best, and that is what stays, or the
-student as it came if it never was better. An interrupted training goes on from its last checkpoint in the journal's folder.
+The student is what the stages before made of the base; teacher and student are whole in memory, in the
+working precision. Held-out windows, those that calibrate and are not trained on, tell when the student was
+best, and that is what stays, or the student as it came if it never was better. An interrupted training goes
+on from its last checkpoint in the journal's folder.
 """
 
 from __future__ import annotations
@@ -94,7 +95,8 @@ class Distill(DistillConfig, Stage):
             isinstance(each, FourBitScheme | CodebookLayout) for each in schemes
         ):
             raise ModelError(
-                "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; train norms"
+                "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; "
+                "train norms"
             )
         if self.train == "lora" and model.layouts:
             raise ModelError(
@@ -127,7 +129,8 @@ class Distill(DistillConfig, Stage):
         )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Train, unless the journal holds the result; leave the weights that learned there, layer by layer."""
+        """Train, unless the journal holds the result; leave the weights that learned there, layer by
+        layer."""
         journal = context.journal
         entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]
         if not all(journal.has(*entry) for entry in entries):
@@ -150,7 +153,8 @@ class Distill(DistillConfig, Stage):
             )
         if len(text) < (length - unscored) * self.batch:
             raise DataError(
-                f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
+                f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of "
+                f"{self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
         windows = SequenceDataset(
@@ -162,12 +166,14 @@ class Distill(DistillConfig, Stage):
         left = self.steps - (int(earlier.name.rpartition("-")[2]) if earlier else 0)
         watch = Watch(iter(context.track(range(left), f"distill ({self.loss})", left)))
         trainer = DistillTrainer(
-            student=student.model, objective=objective,
-            model=student.trained, args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
+            student=student.model,
+            objective=objective,
+            model=student.trained,
+            args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
             train_dataset=windows,
             eval_dataset=[{"input_ids": window, WINDOW: torch.tensor(n)} for n, window in enumerate(held)],
             callbacks=[watch, *([EarlyStoppingCallback(self.patience)] if self.patience else [])],
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(earlier) if earlier else None)
         measured = _logged(trainer, "eval_loss")
@@ -189,11 +195,13 @@ class Distill(DistillConfig, Stage):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
-        """What is to be known of a training that came to its end, with so many tokens of text, `length` of them a window."""
+        """What is to be known of a training that came to its end, with so many tokens of text, `length` of
+        them a window."""
         notes = []
         if broken_at is not None:
             notes.append(
-                f"training left the numbers at step {broken_at}, and the best step before stays; lower learning_rate"
+                f"training left the numbers at step {broken_at}, and the best step before stays; lower "
+                "learning_rate"
             )
         if not better:
             notes.append("training made nothing better on held-out text, so the student stays as it came")
@@ -281,7 +289,8 @@ def _said_of(kept: Sequence[CachedTeacher]) -> str:
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return (
-        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in the cache. KL on "
+        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were "
+        "in the cache. KL on "
         "held-out windows counts all but the likeliest tokens as one, so it is never more than in full"
     )
 
@@ -292,7 +301,8 @@ def _logged(trainer: DistillTrainer, what: str) -> dict[int, float]:
 
 
 def _thinned(values: Mapping[int, float]) -> list[list[float | None]]:
-    """Pairs of a step and a value, null where it is no number; of more than POINTS, the means between as many steps."""
+    """Pairs of a step and a value, null where it is no number; of more than POINTS, the means between as many
+    steps."""
     pairs, every = list(values.items()), max(1, -(-len(values) // POINTS))
     groups = [pairs[i : i + every] for i in range(0, len(pairs), every)]
     means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]

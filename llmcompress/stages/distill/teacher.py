@@ -1,8 +1,9 @@
 """The teacher of a distillation: a model whole in memory, or what it said of each window, kept on disk.
 
-What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2 bytes a number in
-half precision, and 2 or 4 an index. It is found again by the teacher's weights and the window's tokens, so another recipe on
-the same text reads it too, and nothing that was said by another teacher or of other text is ever taken for it.
+What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2
+bytes a number in half precision, and 2 or 4 an index. It is found again by the teacher's weights and the
+window's tokens, so another recipe on the same text reads it too, and nothing that was said by another teacher
+or of other text is ever taken for it.
 """
 
 from __future__ import annotations
@@ -40,7 +41,8 @@ class CachedOutput:
 
 @dataclass(frozen=True, eq=False)
 class TeacherOutput:
-    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way there."""
+    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way
+    there."""
 
     scores: Scores
     hidden_BLD: tuple[
@@ -59,7 +61,8 @@ class Teacher(Protocol):
 
 
 def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
-    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if given."""
+    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if
+    given."""
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -98,7 +101,8 @@ class LiveTeacher:
 
 
 def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
-    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take them."""
+    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take
+    them."""
 
     def quantized(layer: nn.Module) -> None:
         for name, module in list(layer.named_modules()):
@@ -122,7 +126,8 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
 
 
 class CachedTeacher:
-    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher` first, once."""
+    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher`
+    first, once."""
 
     def __init__(
         self,

@@ -1,8 +1,9 @@
-"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and what it is asked.
+"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and
+what it is asked.
 
-Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The logits of
-neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside the student's own forward
-pass, where a model whose weights are spread over devices has its head.
+Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The
+logits of neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside
+the student's own forward pass, where a model whose weights are spread over devices has its head.
 """
 
 from __future__ import annotations
@@ -49,10 +50,11 @@ OWN = "own"  # in a batch: which windows the student is to go on with by itself
 
 
 class SequenceDataset(Dataset[dict[str, Tensor]]):
-    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
+    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more
+    in another.
 
-    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is marked for the student
-    to write.
+    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is
+    marked for the student to write.
     """
 
     def __init__(
@@ -112,7 +114,8 @@ class Objective:
 def measured(
     student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput, unscored: int, found: Any
 ) -> tuple[Tensor, Tensor]:
-    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found.
+    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student
+    found.
 
     What is predicted at the first `unscored` positions of a window counts in neither.
     """
@@ -137,7 +140,8 @@ def answering(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
-    """The first half of each window, and the other half as the model goes on by itself, drawn from what it predicts.
+    """The first half of each window, and the other half as the model goes on by itself, drawn from what it
+    predicts.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
     """
@@ -162,7 +166,8 @@ def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
 
 
 class DistillTrainer(Trainer):
-    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence in any case."""
+    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence
+    in any case."""
 
     student: PreTrainedModel
     objective: Objective
@@ -263,7 +268,8 @@ class Watch(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a training that is as it was written, and so is the best one until then; others are deleted.
+    """The last checkpoint of a training that is as it was written, and so is the best one until then; others
+    are deleted.
 
     `Watch` writes a manifest into each when it is complete.
     """

@@ -1,9 +1,11 @@
-"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in common.
+"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in
+common.
 
-The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model gives them. The
-coefficients, each layer's own, are then solved for layer after layer, on the inputs as they have become and against the full
-model. With one layer a group there is nothing shared: it is plain low-rank compression, whose basis too is that of the inputs
-as they have become. A product of low rank has fewer operations as well as fewer bytes.
+The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model
+gives them. The coefficients, each layer's own, are then solved for layer after layer, on the inputs as they
+have become and against the full model. With one layer a group there is nothing shared: it is plain low-rank
+compression, whose basis too is that of the inputs as they have become. A product of low rank has fewer
+operations as well as fewer bytes.
 """
 
 from __future__ import annotations
@@ -77,10 +79,12 @@ class LowRank(Stage):
         return groups
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
+        where none is left."""
         if self.layers_per_basis > len(model.layers):
             raise ModelError(
-                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of this model; use fewer"
+                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of "
+                "this model; use fewer"
             )
         ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
         require_known("skip", self.skip, ours)

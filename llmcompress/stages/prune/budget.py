@@ -1,6 +1,7 @@
 """How much of a model stays: a share or a number of units, or the parameters or bytes that are to be reached.
 
-A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut included.
+A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut
+included.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class Budget(Settings):
         return self
 
     def spent(self, model: LayerwiseModel, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """What the model takes of the budget, if it has these widths: bytes where it is a size, else parameters."""
+        """What the model takes of the budget, if it has these widths: bytes where it is a size, else
+        parameters."""
         return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
 
     def allowed(self, model: LayerwiseModel) -> int:
@@ -97,7 +99,8 @@ class Budget(Settings):
     def uniform(
         self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int
     ) -> tuple[int, ...]:
-        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
+        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as
+        `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
         allowed = self.allowed(model)
@@ -125,7 +128,8 @@ class Budget(Settings):
         return counts
 
     def count(self, axis: str, size: int, multiple: int) -> int:
-        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or all by rounding."""
+        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or
+        all by rounding."""
         assert self.keep is not None
         if isinstance(self.keep, int):
             if self.multiple and self.keep % self.multiple:
@@ -137,7 +141,8 @@ class Budget(Settings):
             count = max(multiple, round(self.keep * size / multiple) * multiple)
         if count >= size:
             raise ModelError(
-                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of {multiple}): nothing '
+                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of '
+                f"{multiple}): nothing "
                 "would be cut; use a smaller keep or multiple"
             )
         return count
@@ -150,6 +155,7 @@ class Budget(Settings):
             else (f"size: {self.size}", "bytes")
         )
         return ModelError(
-            f"{said} can't be reached: what this stage may cut leaves at least {least} of {self.spent(model)} {unit}; "
+            f"{said} can't be reached: what this stage may cut leaves at least {least} of "
+            f"{self.spent(model)} {unit}; "
             "allow more, or cut other axes too"
         )

@@ -1,9 +1,10 @@
 """A narrower hidden state: the directions of it that say least are cut out of every weight that has the axis.
 
-With `pca` the hidden state is first turned onto its principal axes, one rotation for the whole model that is folded into the
-weights, so that what is cut is the directions with the least variance; with `activation` it is single channels, those that the
-norms put out smallest. A norm over fewer channels divides by another root mean square, which its gain makes up for. Linears
-that read the state are then solved for anew: their outputs on the narrow state come closest to what they made of the whole one.
+With `pca` the hidden state is first turned onto its principal axes, one rotation for the whole model that is
+folded into the weights, so that what is cut is the directions with the least variance; with `activation` it
+is single channels, those that the norms put out smallest. A norm over fewer channels divides by another root
+mean square, which its gain makes up for. Linears that read the state are then solved for anew: their outputs
+on the narrow state come closest to what they made of the whole one.
 """
 
 from __future__ import annotations
@@ -35,11 +36,12 @@ def why_not(model: LayerwiseModel, score: str) -> str | None:
 
 
 def find_directions(model: LayerwiseModel, context: Context, score: str) -> None:
-    """Have the journal hold the directions [D, D], those first that stay longest: columns, or for `activation` an order [D].
+    """Have the journal hold the directions [D, D], those first that stay longest: columns, or for
+    `activation` an order [D].
 
-    Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the whole model,
-    so that no matrix is left on the residual path and the result is a plain model. activation: Minitron, Muralidharan et al.
-    2024, arXiv:2407.14679.
+    Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the
+    whole model, so that no matrix is left on the residual path and the result is a plain model. activation:
+    Minitron, Muralidharan et al. 2024, arXiv:2407.14679.
     """
     journal = context.journal
     if journal.has(DIRECTIONS, 0):
@@ -62,7 +64,8 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
 def cut(
     model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool
 ) -> list[dict[str, Any]]:
-    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by layer."""
+    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by
+    layer."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
     order = journal.load(DIRECTIONS, 0)[0]["directions"]
     kept = torch.arange(count) if score == "pca" else order[:count].sort().values

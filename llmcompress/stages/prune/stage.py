@@ -1,10 +1,12 @@
-"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what else there is.
+"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what
+else there is.
 
-Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear that reads the
-axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of the
-model as it was. Where all layers keep the same number of units, the result is a plain checkpoint that transformers loads by
-itself; where `allocation` gives each layer a width of its own, it loads once llmcompress is imported. A layer that the journal
-holds is not cut again. `experts`, `hidden` and `depth` know what is special about experts, the hidden state and layers.
+Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear
+that reads the axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become
+come closest to those of the model as it was. Where all layers keep the same number of units, the result is a
+plain checkpoint that transformers loads by itself; where `allocation` gives each layer a width of its own, it
+loads once llmcompress is imported. A layer that the journal holds is not cut again. `experts`, `hidden` and
+`depth` know what is special about experts, the hidden state and layers.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from llmcompress.stages.prune.allocation import Widths
 from llmcompress.stages.prune.budget import NEAR, Budget
 
 STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
-KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+# what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+KERNEL = 64
 INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
 Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
 SCORES = {  # of an axis, the default first
@@ -67,17 +70,21 @@ class Prune(Budget, Stage):
     }
 
     axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
-        description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, experts, "
-        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of ffn with kv or q"
+        description="what is cut: ffn neurons, kv heads with their query heads, "
+        "q: query heads of every kv head, experts, "
+        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of "
+        "ffn with kv or q"
     )
     allocation: Literal["uniform", "sensitivity"] | None = Field(
         default=None,
-        description="as many units in every layer, or where they lose least; default uniform with keep, else not",
+        description="uniform: as many units in every layer; sensitivity: where they lose least; "
+        "default uniform with keep, else sensitivity",
     )
     score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = (
         Field(
             default=None,
-            description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers and sublayers kl",
+            description="saliency of a unit; default obs, for experts activation, for hidden pca, "
+            "for layers and sublayers kl",
         )
     )
     repair: bool = Field(
@@ -138,7 +145,8 @@ class Prune(Budget, Stage):
         for axis in self.axes:
             if axis not in model.sizes or (axis in INNER and model.anatomy.consumer_of(axis) is None):
                 raise ModelError(
-                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer'
+                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or '
+                    "layer"
                 )
             if axis == "hidden" and (why := hidden_size.why_not(model, self.worth)):
                 raise ModelError(
@@ -152,7 +160,8 @@ class Prune(Budget, Stage):
         return found
 
     def cut(self, model: LayerwiseModel, journal: Journal | None = None) -> Cut:
-        """What the stage leaves; without the journal of what it has found, as if layers were alike and the last layers went.
+        """What the stage leaves; without the journal of what it has found, as if layers were alike and the
+        last layers went.
 
         Raises ModelError where the axis can't be cut, or not so far.
         """
@@ -186,7 +195,8 @@ class Prune(Budget, Stage):
         """Refuse to prune what is no plain matrix any more. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
             raise ValueError(
-                f"prune comes before {other}: weights that are shared, products or codes can't be cut any more"
+                f"prune comes before {other}: weights that are shared, products or codes can't be cut any "
+                "more"
             )
         super().require_place(before, after)
 
@@ -233,7 +243,8 @@ class Prune(Budget, Stage):
     def _cutting(
         self, model: MetaModel, inner: int, work: Workload
     ) -> tuple[str, float, int, tuple[str, ...]]:
-        """Of units of axes: what stays in words, the operations, the widest input that is solved for, and notes."""
+        """Of units of axes: what stays in words, the operations, the widest input that is solved for, and
+        notes."""
         cut, maps, sizes = self.cut(model), dict(model.linear_maps()), self.sizes(model)
         consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in self.axes]
         C = max(maps[name][1] if name in maps else model.config.hidden_size for name in consumers)
@@ -245,7 +256,10 @@ class Prune(Budget, Stage):
         if not self.sensitive:
             return spoken, operations, C, ()
         operations += 2 * 2.0 * inner * work.tokens + solved
-        note = "the run finds a width for each layer, where it loses least; what stands here is for layers all alike"
+        note = (
+            "the run finds a width for each layer, where it loses least; "
+            "what stands here is for layers all alike"
+        )
         return f"{spoken} in the mean", operations, C, (note,)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:

@@ -1,9 +1,10 @@
-"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change least.
+"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change
+least.
 
-What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that differ in width, and
-loads once llmcompress is imported. The attention of the first layer of each kind stays, for caches tell the length of a text
-by it, and so does the first ffn: a model without any is not one that can be built. A layer that loses both parts passes its
-input on, and may as well be cut by `axis: layer`.
+What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that
+differ in width, and loads once llmcompress is imported. The attention of the first layer of each kind stays,
+for caches tell the length of a text by it, and so does the first ffn: a model without any is not one that can
+be built. A layer that loses both parts passes its input on, and may as well be cut by `axis: layer`.
 """
 
 from __future__ import annotations
@@ -67,7 +68,8 @@ def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
 
 
 def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
-    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than can."""
+    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than
+    can."""
     every = candidates(model)
     if budget.keep is not None:
         whole = isinstance(budget.keep, float) and budget.keep == 1
@@ -90,10 +92,11 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
 
 
 def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
-    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least a parameter.
+    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least
+    a parameter.
 
-    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence from the full
-    model for the perplexity.
+    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence
+    from the full model for the perplexity.
     """
     axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
     parts: list[Part] = [(index, model.anatomy.consumer_of(axis)) for index, axis in candidates(model)]

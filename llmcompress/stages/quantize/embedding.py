@@ -1,9 +1,10 @@
-"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it really gives.
+"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it
+really gives.
 
-Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to calibrate, as a row is
-read alone. Where the head is tied to the embedding it is the same matrix and multiplies by the same codes, and what it reads is
-rounded as the format of the other linears has it. What stays dense outside the layers is journalled beside it, if a rotation
-changed it.
+Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to
+calibrate, as a row is read alone. Where the head is tied to the embedding it is the same matrix and
+multiplies by the same codes, and what it reads is rounded as the format of the other linears has it. What
+stays dense outside the layers is journalled beside it, if a rotation changed it.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def apart(model: LayerwiseModel) -> set[str]:
 def settle_outer(
     model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by int8 codes.
+    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by
+    int8 codes.
 
-    Returns the states that the embedding gave before, and what the report says of it; both empty where it is kept.
+    Returns the states that the embedding gave before, and what the report says of it; both empty where it is
+    kept.
     """
     name, journal = model.anatomy.embedding, context.journal
     if (model.rotation or name in chosen) and not journal.has(OUTER, 0):

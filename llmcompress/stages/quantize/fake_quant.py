@@ -1,4 +1,5 @@
-"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
+"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding
+decide by."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ def trial(
     tops: Mapping[str, float],
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
+    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their
+    kernels round it.
 
     tops: the largest input of each linear, for static scales. The layer stays as it was.
     """

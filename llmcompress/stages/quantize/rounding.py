@@ -26,7 +26,8 @@ METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, 
 
 
 def half_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with AVX512-BF16 or AMX."""
+    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with
+    AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -58,7 +59,8 @@ class Rounding:
     )  # of one that an earlier layer has, its codes
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
-        """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
+        """Codes and scales solved for under the second moments of the inputs, against the full model's
+        outputs if they know it.
 
         Where scales may have one sign or both, both are solved for and the smaller error is kept.
         """
@@ -83,9 +85,11 @@ class Rounding:
     def in_turn(
         self, layer: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
-        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
+        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what
+        the next ones read.
 
-        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of inputs.
+        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of
+        inputs.
         """
         solved: dict[str, Solution] = {}
         moments: dict[str, Moments] = {}
@@ -110,7 +114,8 @@ class Rounding:
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
     def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
-        """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
+        """What is stored of the linears whose codes are known, each with the static scale of its own
+        inputs."""
         found = dict(self.known)
         for linear in found.keys() & scales.keys():
             weight = found[linear]
@@ -121,7 +126,8 @@ class Rounding:
     def round_inputs(
         self, layer: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        """From here on the linears of `groups` among `weights` read what their kernels will; their static
+        scales, if any."""
         static = {
             linear: coding
             for linear, coding in self.codings.items()
@@ -156,10 +162,11 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[dict[str, Solution], dict[str, Any]]:
-        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before and after.
+        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before
+        and after.
 
-        The loss is the error of the layer's output against the full model's, weighed by the output Fisher matrix. Where
-        training ends no better than it began, the start is kept.
+        The loss is the error of the layer's output against the full model's, weighed by the output Fisher
+        matrix. Where training ends no better than it began, the start is kept.
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)

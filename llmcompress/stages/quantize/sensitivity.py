@@ -1,9 +1,10 @@
 """Which linears suffer most from their rounding, so that a small share of the weights can be spared it.
 
-Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F the output Fisher
-matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are spared in the order of nats a weight, as
-long as they fit in the share: the best choice there is but for what is left over at the end. Where our own layout rounds what
-a linear reads, it is spared that alone, as two int8 codes hold 16 bits, and keeps its bytes; else it stays as it is.
+Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F
+the output Fisher matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are
+spared in the order of nats a weight, as long as they fit in the share: the best choice there is but for what
+is left over at the end. Where our own layout rounds what a linear reads, it is spared that alone, as two int8
+codes hold 16 bits, and keeps its bytes; else it stays as it is.
 """
 
 from __future__ import annotations
@@ -56,7 +57,8 @@ def _nats(outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float
 
 
 def most_hurt(costs: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
-    """The linears to spare: at most `share` of all weights (sizes, by linear), those first that cost most nats a weight."""
+    """The linears to spare: at most `share` of all weights (sizes, by linear), those first that cost most
+    nats a weight."""
     room, found = share * sum(sizes.values()), []
     for linear in sorted(costs, key=lambda linear: costs[linear] / sizes[linear], reverse=True):
         if costs[linear] > 0 and sizes[linear] <= room:

@@ -1,10 +1,11 @@
 """Quantise the linears, each layer with the inputs that the layers before it give.
 
-`nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
-scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
-the full model. `learned` goes on from there and trains the codes and scales of a whole layer at once, so that its output
-comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A layer that the
-journal holds is not done again: its codes are read, and the walk goes on through them.
+`nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for
+its codes and scales under the second moments of its inputs, one after another, so that each makes good what
+those before it lost against the full model. `learned` goes on from there and trains the codes and scales of a
+whole layer at once, so that its output comes closest to the full model's where the full model's predictions
+feel it. All three write the same bytes. A layer that the journal holds is not done again: its codes are read,
+and the walk goes on through them.
 """
 
 from __future__ import annotations
@@ -54,13 +55,16 @@ STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and
 
 
 class Quantize(FormatConfig, Stage):
-    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
+    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`:
+    and a Format."""
 
     name: ClassVar[str] = STAGE
     quantizes: ClassVar[bool] = True
     overrides: dict[str, Override] = Field(
         default={},
-        description="other settings for some linears, by name (* matches anything) or by an axis they run along",
+        description=(
+            "other settings for some linears, by name (* matches anything) or by an axis they run along"
+        ),
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(
         default="gptq", description="nearest is stock bitsandbytes"
@@ -73,11 +77,15 @@ class Quantize(FormatConfig, Stage):
     )
     rotate: bool | Literal["heads"] = Field(
         default=False,
-        description="turn the hidden state and each head's values first (heads: these alone); folded, so free",
+        description=(
+            "turn the hidden state and each head's values first (heads: these alone); folded, so free"
+        ),
     )
     protect: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description="share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone",
+        description=(
+            "share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
+        ),
     )
     skip: tuple[str, ...] = Field(
         default=(), strict=False, description="linears to keep, by name; * matches anything"
@@ -102,13 +110,15 @@ class Quantize(FormatConfig, Stage):
         return self
 
     def rotation(self, model: LayerwiseModel, seed: int) -> Rotation | None:
-        """The rotation that is to come first, if one is; raises ModelError where the model can't be rotated."""
+        """The rotation that is to come first, if one is; raises ModelError where the model can't be
+        rotated."""
         if not self.rotate:
             return None
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect` left out.
+        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect`
+        left out.
 
         Raises ModelError where none is left, or an override can't stand beside the rest.
         """
@@ -123,7 +133,8 @@ class Quantize(FormatConfig, Stage):
             ]
         ):
             raise ModelError(
-                f"{alone[0]} is for layers by themselves, and some of this model share weights; leave {alone[0]}"
+                f"{alone[0]} is for layers by themselves, and some of this model share weights; leave "
+                f"{alone[0]}"
             )
         for name, shape in model.linear_maps():
             coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
@@ -135,7 +146,8 @@ class Quantize(FormatConfig, Stage):
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
         if not chosen:
             raise ModelError(
-                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another group_size or skip"
+                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another "
+                "group_size or skip"
             )
         if self.embedding == "int8":
             chosen |= embedding_codings(
@@ -160,7 +172,8 @@ class Quantize(FormatConfig, Stage):
         """Refuse a second code for the same linears. Errors: ValueError."""
         if any(stage.takes_all for stage in before) and (self.head, self.embedding) == ("keep", "keep"):
             raise ValueError(
-                "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave one"
+                "codebook and quantize are two codes for the same linears, and codebook takes all; give it "
+                "skip, or leave one"
             )
         super().require_place(before, after)
 
@@ -198,13 +211,15 @@ class Quantize(FormatConfig, Stage):
         )
 
     def _memory(self, model: MetaModel, tokens: int) -> int:
-        """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the hidden states."""
+        """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the
+        hidden states."""
         inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
         outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
         # inputs and outputs, here and in the full model
         states = tokens * model.config.hidden_size * (2 if self.rounding == "nearest" else 4)
         widest = max(columns for _, (_, columns) in model.linear_maps())
-        # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam if trained
+        # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam
+        # if trained
         copies = {"nearest": 4, "gptq": 6, "learned": 11}[self.rounding]
         floats = inner * copies + outer + states + 4 * widest * widest
         return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
@@ -257,7 +272,8 @@ class Quantize(FormatConfig, Stage):
                 return "head: keep"
             if model.config.tie_word_embeddings:
                 raise ModelError(
-                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: keep and embedding: "
+                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: "
+                    "keep and embedding: "
                     "int8, which is both"
                 )
         elif name not in ours:
@@ -318,7 +334,8 @@ class Quantize(FormatConfig, Stage):
         steps: int,
         full: Sequence[Tensor],
     ) -> None:
-        """Do the layers; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
+        """Do the layers; `full`: the states that the full model's embedding gives, where it is not the one
+        that is used."""
         journal = context.journal
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
         pooled = self._pooled(model, context, chosen) if calibrated and model.shared_linears else {}
@@ -341,7 +358,8 @@ class Quantize(FormatConfig, Stage):
                 install(layer, codings, journal.load(STAGE, layer.index)[0])
 
     def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
-        """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
+        """Of weights that layers share, the second moments of what all of them read, by the full name of the
+        first."""
         shared_linears, found = model.shared_linears, dict[str, Moments]()
         wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
         for layer in context.track(
@@ -382,7 +400,8 @@ class Quantize(FormatConfig, Stage):
         context: Context,
         dtype_of: Callable[[str], torch.dtype],
     ) -> list[str]:
-        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
+        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that
+        stay dense."""
         if self.smooth is None:
             return self._turned(layer, codings)
         journal = context.journal
@@ -470,10 +489,11 @@ def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], tor
 
 
 def starved_experts(layers: list[dict[str, Any]], few: int) -> list[str]:
-    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those experts.
+    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those
+    experts.
 
-    No calibrated format can be better than its data: such an expert's second moments are singular. Experts are kept in their
-    dtype by the formats that there are, so this is said and nothing more is done.
+    No calibrated format can be better than its data: such an expert's second moments are singular. Experts
+    are kept in their dtype by the formats that there are, so this is said and nothing more is done.
     """
     lines = []
     for layer in layers:

@@ -1,8 +1,10 @@
-"""Which layers are to share a part: those whose swapping for one another changes the model's predictions least.
+"""Which layers are to share a part: those whose swapping for one another changes the model's predictions
+least.
 
-Quick scores (cosine of weights, CKA of outputs) only choose what is tried. Then one layer after another is given up for another
-one's weights, each time the one whose loss, measured on the model with all swaps so far, is the least. Those that were given up
-for the same layer are a group. `cka`, `cosine` and `adjacent` decide without measuring, and are there to be compared with.
+Quick scores (cosine of weights, CKA of outputs) only choose what is tried. Then one layer after another is
+given up for another one's weights, each time the one whose loss, measured on the model with all swaps so far,
+is the least. Those that were given up for the same layer are a group. `cka`, `cosine` and `adjacent` decide
+without measuring, and are there to be compared with.
 """
 
 from __future__ import annotations
@@ -29,7 +31,8 @@ Groups = list[list[int]]
 def find(
     model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness
 ) -> dict[str, Any]:
-    """The layers in `count` groups that are to share `linears`, the first of each the one that it starts from, and the loss.
+    """The layers in `count` groups that are to share `linears`, the first of each the one that it starts
+    from, and the loss.
 
     What is known of the loss is the KL in nats a token of plain swaps, with `kl` alone.
     """
@@ -69,7 +72,8 @@ def find(
 def _swaps(
     likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, int]
 ) -> dict[tuple[int, int], dict[int, int]]:
-    """What may be given up next, as a layer and the one in its place: all swaps with it, what had that layer going along."""
+    """What may be given up next, as a layer and the one in its place: all swaps with it, what had that layer
+    going along."""
     left = [index for index in range(layers) if index not in given_up]
     found = {}
     for index in left:

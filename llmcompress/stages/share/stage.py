@@ -1,9 +1,10 @@
 """Let layers that do the same work share the weights of their feed-forward part, their attention, or both.
 
-`grouping` finds the groups. What a group shares is fitted: it starts as the weights of the layer that serves all best and is
-trained on what each of them makes of its own inputs, weighed by what the model feels of it. Norms and biases, which cost next
-to nothing, stay each layer's own and are trained with it; so is the difference of low rank that each may have (residual_rank).
-What is shared is one tensor on disk and in memory. It is multiplied once for each layer, so there is no speed in it.
+`grouping` finds the groups. What a group shares is fitted: it starts as the weights of the layer that serves
+all best and is trained on what each of them makes of its own inputs, weighed by what the model feels of it.
+Norms and biases, which cost next to nothing, stay each layer's own and are trained with it; so is the
+difference of low rank that each may have (residual_rank). What is shared is one tensor on disk and in memory.
+It is multiplied once for each layer, so there is no speed in it.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ class Share(Stage):
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part has none."""
+        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part
+        has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
             of = [
@@ -94,13 +96,15 @@ class Share(Stage):
             ]
             if not of:
                 raise ModelError(
-                    f"the {part} of a {anatomy.family} model is no linears that can be shared; share other parts"
+                    f"the {part} of a {anatomy.family} model is no linears that can be shared; share other "
+                    "parts"
                 )
             found += of
         return [name for name in anatomy.linears if name in found]
 
     def groups_of(self, model: LayerwiseModel, journal: Journal | None = None) -> list[list[int]]:
-        """The layers that share, the first of each group the one that stores; without a journal of what was found, a guess.
+        """The layers that share, the first of each group the one that stores; without a journal of what was
+        found, a guess.
 
         Raises ModelError where there are no such layers, or layers of a group differ in width.
         """
@@ -175,7 +179,9 @@ class Share(Stage):
         floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
         note = "the run finds the layers that share with least loss; what stands here is for neighbours"
         return Estimate(
-            stage=f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)",
+            stage=(
+                f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)"
+            ),
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
             peak_memory_bytes=4 * floats,
@@ -209,7 +215,8 @@ class Share(Stage):
         facts.add(journal.load(STAGE, index)[1] for index in range(len(model.layers)))
         groups = self.groups_of(model, journal)
         facts.notes = [
-            f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are unchanged: "
+            f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are "
+            "unchanged: "
             "a shared weight is multiplied once for each layer"
         ]
         asked = self.model_dump(include={"parts", "residual_rank", "steps"}, exclude_none=True, mode="json")
@@ -262,7 +269,8 @@ class Share(Stage):
         linears: Sequence[str],
         windows: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before and after."""
+        """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before
+        and after."""
         entering = {}
         for index in group:
             states = load_file(context.scratch / f"entering-{index}.safetensors")
@@ -285,7 +293,8 @@ class Share(Stage):
         return {name: tensor.cpu() for name, tensor in fitted.items()}, {"nats": after, "nats_before": before}
 
     def _start(self, members: Sequence[_Member], source: _Member) -> dict[str, Tensor]:
-        """The weights of one layer for all, the other layers' differences from it as far as their rank allows."""
+        """The weights of one layer for all, the other layers' differences from it as far as their rank
+        allows."""
         tensors = {linear: W_RC.clone() for linear, W_RC in source.weights.items()}
         for member in members:
             tensors |= {f"{member.index}:{name}": tensor.clone() for name, tensor in member.own.items()}
@@ -303,7 +312,8 @@ class Share(Stage):
         shared: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
+        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is
+        their own."""
         name, layout, found = (
             model.layer_name(index),
             FactoredLayout("shared", self.residual_rank),
@@ -318,7 +328,8 @@ class Share(Stage):
 
 
 class _Member:
-    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is felt."""
+    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is
+    felt."""
 
     def __init__(self, layer: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
         self.layer, self.index = layer, layer.index

@@ -1,10 +1,12 @@
-"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the zeros' bytes.
+"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the
+zeros' bytes.
 
-Each layer is done with the inputs that the layers before it give, and within it the linears that read one input after
-another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical baseline, nothing more: no inputs
-are looked at. `wanda` asks how large the inputs are that a weight meets; what stays is as it was. `sparsegpt` also has what
-stays make up for what went, against the full model's outputs. The last two put the mean output right through the bias,
-where there is one. A layer that the journal holds is not done again.
+Each layer is done with the inputs that the layers before it give, and within it the linears that read one
+input after another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical
+baseline, nothing more: no inputs are looked at. `wanda` asks how large the inputs are that a weight meets;
+what stays is as it was. `sparsegpt` also has what stays make up for what went, against the full model's
+outputs. The last two put the mean output right through the bias, where there is one. A layer that the journal
+holds is not done again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Sparsify(Stage):
     rewrites: ClassVar[bool] = True
 
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
-        description="which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
+        description=(
+            "which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
+        )
     )
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None, description="unstructured: share that stays"
@@ -83,7 +87,8 @@ class Sparsify(Stage):
         """Refuse a place that is not the last. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
             raise ValueError(
-                f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more"
+                f"sparsify comes before {other}: weights that are shared, products or codes can't be cut "
+                "any more"
             )
         if after:
             why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
@@ -147,7 +152,8 @@ class Sparsify(Stage):
 
 
 def stays(W_RC: Tensor, layout: SparseLayout) -> Tensor:
-    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them stay too."""
+    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them
+    stay too."""
     if layout.allows(mask_RC := W_RC != 0):
         return mask_RC
     keep = layout.choice(W_RC.shape[1])
