@@ -42,7 +42,5 @@ Device = Annotated[
 OUT = typer.Option("--out", metavar="DIR", help="Folder for the result.")
 Out = Annotated[Path, OUT]
 OptionalOut = Annotated[Path | None, OUT]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a finished result in the folder for the result.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

@@ -26,6 +26,7 @@ from llmcompress.formats.value_checks import finite, require_sound
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
 import bitsandbytes.functional  # noqa: E402
+from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
 from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
 from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
 from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
@@ -38,6 +39,16 @@ GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels acce
 NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
+
+
+def has_native_library() -> bool:
+    """Whether bitsandbytes found its compiled library for this machine."""
+    return not isinstance(stock.lib, NoLibrary)
+
+
+def multiplies_packed() -> bool:
+    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in each forward."""
+    return bool(stock.has_avx512bf16())
 
 
 def grid(format: FourBitFormat) -> Tensor:

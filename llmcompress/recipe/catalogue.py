@@ -111,8 +111,10 @@ def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
         if not line.startswith("#"):
             break
         if found := MEASURED.fullmatch(line):
-            numbers = (float(found[group]) for group in ("kl", "before", "after", "seconds"))
-            measured.append(Measured(found["model"], *numbers, found["against"]))
+            kl, before, after, seconds = (
+                float(found[group]) for group in ("kl", "before", "after", "seconds")
+            )
+            measured.append(Measured(found["model"], kl, before, after, seconds, found["against"]))
         elif not line.startswith(("# measured", "# yaml-language-server")):
             words.append(line.lstrip("# "))
     return " ".join(words), tuple(measured)
