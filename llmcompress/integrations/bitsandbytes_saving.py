@@ -23,13 +23,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
-from transformers.quantizers.base import HfQuantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
-from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer
 
 from llmcompress.errors import ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
+from llmcompress.integrations.transformers_compat import (
+    Bnb4bitDeserialize,
+    Bnb4BitHfQuantizer,
+    Bnb8bitDeserialize,
+    Bnb8BitHfQuantizer,
+    HfQuantizer,
+)
 from llmcompress.io.destination import Seen, appear, seen
 from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
 

@@ -18,10 +18,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ModuleUtilsMixin
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.quantizers.base import HfQuantizer
 
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
@@ -41,6 +37,13 @@ from llmcompress.formats.quantization_config import read_config as read_config
 from llmcompress.formats.registry import AnyLayout
 from llmcompress.formats.sparse import SparseLayout, SparseLinear
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
+from llmcompress.integrations.transformers_compat import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    Conv1D,
+    HfQuantizer,
+    ModuleUtilsMixin,
+)
 
 MODULES: dict[type[AnyLayout], Any] = {
     **{IntegerLayout: IntegerLinear, FourBitLayout: FourBitLinear, SparseLayout: SparseLinear},
