@@ -57,12 +57,19 @@ def test_where_things_end_early_the_last_line_says_how_many_there_were() -> None
     assert printed(1, 2, 9)[-1].startswith("quantize [nf4]: 2 of 9, 2.0 s elapsed")
 
 
+def test_the_remaining_time_is_that_at_the_pace_of_late() -> None:
+    clock, text = Clock(), io.StringIO()
+    for thing in lines(range(4), "work", 4, Console(file=text, width=100), clock):
+        clock.now += 0.1 if thing == 0 else 60  # the first is read from the journal of an earlier run
+    assert text.getvalue().splitlines()[1] == "work: 2 of 4, 1 min 00 s elapsed, about 2 min 00 s left"
+
+
 def test_what_raises_is_no_last_line() -> None:
     text = io.StringIO()
     going = lines(range(5), "work", 5, Console(file=text), Clock())
     with pytest.raises(ZeroDivisionError):
         [1 / (2 - thing) for thing in going]
-    assert text.getvalue().splitlines() == ["work: 1 of 5, 0.0 s elapsed, about 0.0 s left"]
+    assert text.getvalue().splitlines() == ["work: 1 of 5, 0.0 s elapsed"]
 
 
 @pytest.fixture(params=[True, False], ids=["terminal", "file"])
