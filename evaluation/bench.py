@@ -46,13 +46,13 @@ STOCK = {  # what stock bitsandbytes and the classics offer besides nf4-nearest,
     "depth-50-kl": "stages: [{prune: {axis: layer, keep: 0.5}}]",
     "ffn-budget-uniform": "stages: [{prune: {axis: ffn, parameters: 0.8, allocation: uniform}}]",  # what the allocation wins
     "hidden-75-plain": "stages: [{prune: {axis: hidden, keep: 0.75, repair: false}}]",
-    "magnitude-2-4": "stages: [{prune: {pattern: '2:4', score: magnitude}}]",
-    "wanda-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: wanda}}]",
-    "tie-plain": "stages: [{tie: {weights: [embedding, head]}}]",
-    "share-ffn": "stages: [{tie: {layers: auto, parts: [ffn], groups: 3}}]",
-    "basis-75": "stages: [{tie: {basis: 2, keep: 0.75}}]",
+    "magnitude-2-4": "stages: [{sparsify: {pattern: '2:4', score: magnitude}}]",
+    "wanda-50": "stages: [{sparsify: {pattern: unstructured, keep: 0.5, score: wanda}}]",
+    "tie-plain": "stages: [{tie: {}}]",
+    "share-ffn": "stages: [{share: {layers: auto, parts: [ffn], groups: 3}}]",
+    "basis-75": "stages: [{low_rank: {layers_per_basis: 2, keep: 0.75}}]",
     "nf4-gptq-32": "stages: [{quantize: {format: nf4, group_size: 32}}]",  # about the bytes of codebook-16
-    "magnitude-50": "stages: [{prune: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
+    "magnitude-50": "stages: [{sparsify: {pattern: unstructured, keep: 0.5, score: magnitude}}]",
 }
 LENGTH = 256
 WINDOWS = {"length": LENGTH, "bos": False}  # text alone, as what the rivals were measured on (rivals/windows.py)

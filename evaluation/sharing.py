@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 SHARES = (0.9, 0.75, 0.6, 0.5)
 HEAL = {name: {"steps": 150, "batch": 4, "learning_rate": rate} for name, rate in (("demo", 3e-4), ("wikilm-8m", 2e-4))}
 SCALES = {"train": "scales", "learning_rate": 1e-3}
-TIE = {"tie": {"weights": ["embedding", "head"]}}
+TIE = {"tie": {}}
 Stages = list[dict[str, Any]]
 
 
@@ -80,8 +80,8 @@ def rows_of(name: str, model: MetaModel) -> dict[str, Stages]:
             rows[f"ways: {round(100 * share)} %, {way}"] = stages
             rows[f"ways: {round(100 * share)} %, {way}, healed"] = [*stages, {"distill": heal}]
     for way, stages in {
-        "codebook of 16 a row": [{"tie": {"codebook": 16}}],
-        "codebook of 256 a linear": [{"tie": {"codebook": 256, "per": "linear"}}],
+        "codebook of 16 a row": [{"codebook": {"entries": 16}}],
+        "codebook of 256 a linear": [{"codebook": {"entries": 256, "per": "linear"}}],
         "nf4": [{"quantize": {"format": "nf4"}}],
         "nf4, layer 32": [{"quantize": {"format": "nf4", "group_size": 32}}],
         "w8a16": [{"quantize": {"format": "w8a16"}}],
@@ -97,8 +97,8 @@ def rows_of(name: str, model: MetaModel) -> dict[str, Stages]:
             rows[f"tied: {fit}"], rows[f"tied: {fit}, healed"] = stages, [*stages, {"distill": heal}]
     layers = len(model.layers)
     for by in ("kl", "cka", "cosine", "adjacent"):
-        rows[f"grouping: {by}"] = [{"tie": {"layers": by, "groups": layers // 2 + 1}}]
-    rows["grouping: kl, residual of rank 16"] = [{"tie": {"layers": "kl", "groups": layers // 2 + 1, "residual_rank": 16}}]
+        rows[f"grouping: {by}"] = [{"share": {"layers": by, "groups": layers // 2 + 1}}]
+    rows["grouping: kl, residual of rank 16"] = [{"share": {"layers": "kl", "groups": layers // 2 + 1, "residual_rank": 16}}]
     return rows
 
 

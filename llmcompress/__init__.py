@@ -1,35 +1,85 @@
-"""llmcompress makes causal language models of Hugging Face transformers small, and says what that cost."""
+"""llmcompress makes causal language models of Hugging Face transformers small, and says what that cost.
 
-from llmcompress.cli import interrupt as interrupt  # first: what comes takes seconds, in which Ctrl-C is answered
+Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public names below are
+imported when they are first used.
+"""
+
+from llmcompress.cli import interrupt as interrupt  # first: the imports of a command take seconds, and Ctrl-C is answered
 
 # isort: split
-from llmcompress.data.sources import DataSpec
-from llmcompress.errors import AcceptError, CompressError
-from llmcompress.integrations import peft_merging as peft_merging  # has PEFT merge into what we quantised
-from llmcompress.integrations import transformers_quantizer as transformers_quantizer  # teaches from_pretrained our formats
-from llmcompress.integrations.bitsandbytes_saving import (
-    save_native,  # has save_pretrained mend or refuse what forwards did to native models
-)
-from llmcompress.pipeline.evaluate import evaluate
-from llmcompress.pipeline.push import push
-from llmcompress.pipeline.reproduce import reproduce
-from llmcompress.pipeline.run import run_recipe as compress
-from llmcompress.recipe.recipe import Accept, Recipe
-from llmcompress.report.schema import Report
-from llmcompress.stages.quantize.stage import Quantize
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from llmcompress.integrations.registration import register
+
+if TYPE_CHECKING:
+    from llmcompress.data.sources import DataSpec as DataSpec
+    from llmcompress.errors import AcceptError as AcceptError
+    from llmcompress.errors import CompressError as CompressError
+    from llmcompress.errors import DataError as DataError
+    from llmcompress.errors import ModelError as ModelError
+    from llmcompress.errors import OutputError as OutputError
+    from llmcompress.errors import RecipeError as RecipeError
+    from llmcompress.integrations.bitsandbytes_saving import save_native as save_native
+    from llmcompress.pipeline.api import compress as compress
+    from llmcompress.pipeline.api import plan as plan
+    from llmcompress.pipeline.evaluate import Evaluation as Evaluation
+    from llmcompress.pipeline.evaluate import evaluate as evaluate
+    from llmcompress.pipeline.plan import Plan as Plan
+    from llmcompress.pipeline.push import push as push
+    from llmcompress.pipeline.reproduce import Reproduction as Reproduction
+    from llmcompress.pipeline.reproduce import reproduce as reproduce
+    from llmcompress.recipe.recipe import Accept as Accept
+    from llmcompress.recipe.recipe import Recipe as Recipe
+    from llmcompress.report.schema import Report as Report
+    from llmcompress.stages.codebook.stage import Codebook as Codebook
+    from llmcompress.stages.distill.stage import Distill as Distill
+    from llmcompress.stages.low_rank.stage import LowRank as LowRank
+    from llmcompress.stages.prune.stage import Prune as Prune
+    from llmcompress.stages.quantize.config import Override as Override
+    from llmcompress.stages.quantize.smoothing import Smooth as Smooth
+    from llmcompress.stages.quantize.stage import Quantize as Quantize
+    from llmcompress.stages.share.stage import Share as Share
+    from llmcompress.stages.sparsify.stage import Sparsify as Sparsify
+    from llmcompress.stages.tie.stage import Tie as Tie
 
 __version__ = "0.1.0"
-__all__ = [
-    "Accept",
-    "AcceptError",
-    "CompressError",
-    "DataSpec",
-    "Quantize",
-    "Recipe",
-    "Report",
-    "compress",
-    "evaluate",
-    "push",
-    "reproduce",
-    "save_native",
-]
+
+_PUBLIC = {
+    **dict.fromkeys(("compress", "plan"), "pipeline.api"),
+    **dict.fromkeys(("Evaluation", "evaluate"), "pipeline.evaluate"),
+    **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),
+    **dict.fromkeys(("Accept", "Recipe"), "recipe.recipe"),
+    **dict.fromkeys(("AcceptError", "CompressError", "DataError", "ModelError", "OutputError", "RecipeError"), "errors"),
+    "Plan": "pipeline.plan",
+    "push": "pipeline.push",
+    "save_native": "integrations.bitsandbytes_saving",
+    "DataSpec": "data.sources",
+    "Report": "report.schema",
+    "Codebook": "stages.codebook.stage",
+    "Distill": "stages.distill.stage",
+    "LowRank": "stages.low_rank.stage",
+    "Prune": "stages.prune.stage",
+    "Override": "stages.quantize.config",
+    "Smooth": "stages.quantize.smoothing",
+    "Quantize": "stages.quantize.stage",
+    "Share": "stages.share.stage",
+    "Sparsify": "stages.sparsify.stage",
+    "Tie": "stages.tie.stage",
+}
+__all__ = [*_PUBLIC, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_PUBLIC[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PUBLIC})
+
+
+register()

@@ -15,17 +15,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize
+from llmcompress.formats.registry import AnyLayout, StoredWeight, dequantize, tensors_of
 from llmcompress.integrations import transformers_quantizer  # teaches from_pretrained our formats
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
-from llmcompress.pipeline.outcome import tensors_of
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
-from tests.bases import VOCABULARY, byte_tokenizer
+from tests.bases import VOCABULARY, byte_tokenizer, known
 
 CPU = torch.device("cpu")
 TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -65,7 +64,7 @@ def write_in(
         turned = isinstance(module, Conv1D)
         found = made((plain.T if turned else plain).contiguous())
         del state[f"{name}.weight"]
-        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native_layout=False).items()})
+        state.update({f"{name}.{part}": tensor for part, tensor in tensors_of(found, native=False).items()})
         weight = dequantize(found)
         plain.copy_(weight.T if turned else weight)
         names.append(name)
@@ -91,7 +90,7 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
         told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
     )
     assert report.compressed.parameters == written.compressed.parameters
-    assert 0 <= (written.compressed.size_bytes or 0) - (report.compressed.size_bytes or 0) < 10_000  # the header
+    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000  # the header
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(folder / "out")))
     result.save_pretrained(folder / "saved")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import tokenizers
 from transformers import PreTrainedTokenizerFast
@@ -14,6 +14,13 @@ from llmcompress.recipe.recipe import Recipe
 from tests.models import pico
 
 VOCABULARY = 256
+Value = TypeVar("Value")
+
+
+def known(value: Value | None) -> Value:
+    """What a report says; a test that compares it fails where the report says nothing."""
+    assert value is not None, "the report does not say"
+    return value
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

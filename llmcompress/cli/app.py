@@ -58,14 +58,19 @@ def run(
 
 
 @app.command()
-def plan(recipe: options.RecipeName, base: options.Base = None, device: options.Device = None) -> None:
+def plan(
+    recipe: options.RecipeName,
+    base: options.Base = None,
+    data: options.Data = None,
+    device: options.Device = None,
+) -> None:
     """Estimate what a run would give and cost from the model's config alone; run nothing."""
     from llmcompress.pipeline.plan import plan_recipe
     from llmcompress.recipe import shipped
     from llmcompress.report.console import print_plan
 
-    rows, notes = plan_recipe(shipped.resolve(recipe), base=base, device=device)
-    print_plan(rows, notes, out)
+    found = plan_recipe(shipped.resolve(recipe), base=base, data=data, device=device)
+    print_plan(found.rows, found.notes, out)
 
 
 @app.command()
@@ -98,7 +103,7 @@ def evaluate(
     if json_file is not None:
         require_file(json_file, "--json")
     spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
-    result = measure(model, against=against, data=spec, device=device, track=track)
+    result = measure(model, against=against, data=spec, device=device, track=track).to_dict()
     print_evaluation(result, out)
     if json_file is not None:
         write_file(json_file, json.dumps(result, indent=2) + "\n", "--json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
@@ -129,3 +130,21 @@ def hold(module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, dev
         module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
     module.prepare()
     return module.eval()
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the rest of the package asks of a weight format of ours; each format file defines one as FORMAT.
+
+    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory: codes, scales and
+    whatever else its tensors hold.
+    """
+
+    names: tuple[str, ...]  # values of `format` in config.json; none: every name that no other format has
+    layout: type[Any]
+    weight: type[Any]
+    mark: str  # a tensor that only linears of this format have beside `weight`
+    module: type[StoredLinear]  # what runs it
+    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]  # tensors, layout, [R, C] -> weight
+    tensors: Callable[[Any], dict[str, Tensor]]  # weight -> the tensors of the disk, by their names in the linear
+    linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from llmcompress.algorithms.codebook import ENTRIES, Palette, look_up
 from llmcompress.errors import ModelError
-from llmcompress.formats.base import DTYPES, StoredLinear, hold
+from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 from llmcompress.kernels import lut_gemm
 
@@ -240,3 +240,20 @@ def linear(weight: CodebookWeight, bias: Tensor | None, *, device: torch.device 
     (R, C), dtype = weight.codes_RC.shape, DTYPES[weight.layout.dtype]
     module = CodebookLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None) -> CodebookWeight:
+    assert shape is not None
+    return read(tensors, layout, *shape)
+
+
+FORMAT = Format(
+    names=("codebook",),
+    layout=CodebookLayout,
+    weight=CodebookWeight,
+    mark="weight_levels",
+    module=CodebookLinear,
+    read=_read,
+    tensors=CodebookWeight.tensors,
+    linear=linear,
+)

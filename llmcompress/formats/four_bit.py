@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
-from llmcompress.formats.base import DTYPES, StoredLinear, hold
+from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
@@ -146,3 +146,20 @@ def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: t
     scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
     module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")
     return hold(module, tensors(packed), bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None) -> bitsandbytes_layout.Packed:
+    assert shape is not None
+    return read(tensors, layout, *shape, torch.float32)
+
+
+FORMAT = Format(
+    names=("nf4", "fp4"),
+    layout=FourBitLayout,
+    weight=bitsandbytes_layout.Packed,
+    mark="weight_absmax",
+    module=FourBitLinear,
+    read=_read,
+    tensors=tensors,
+    linear=linear,
+)

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.formats import bitsandbytes_layout, integer
-from llmcompress.formats.base import StoredLinear, hold
+from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
@@ -204,3 +205,19 @@ def stock(
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
     return cast(nn.Module, module.eval())
+
+
+def _read(tensors: Mapping[str, Tensor], layout: IntegerLayout, shape: tuple[int, int] | None) -> IntegerWeight:
+    return integer.read(tensors, layout, shape[1] if shape else None)
+
+
+FORMAT = Format(
+    names=(),
+    layout=IntegerLayout,
+    weight=IntegerWeight,
+    mark="weight_scale",
+    module=IntegerLinear,
+    read=_read,
+    tensors=IntegerWeight.tensors,
+    linear=linear,
+)

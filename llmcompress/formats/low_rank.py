@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
-from llmcompress.formats.base import StoredLinear, hold
+from llmcompress.formats.base import Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 
@@ -168,3 +168,20 @@ def linear(weight: FactoredWeight, bias: Tensor | None, *, device: torch.device 
     R, C = tensors["weight"].shape[1], (tensors["weight"] if weight.right_KC is None else weight.right_KC).shape[-1]
     module = FactoredLinear(C, R, weight.layout, bias=bias is not None, dtype=tensors["weight"].dtype, device="meta")
     return hold(module, tensors, bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None) -> FactoredWeight:
+    assert shape is not None
+    return read(tensors, layout, *shape)
+
+
+FORMAT = Format(
+    names=("shared", "basis"),
+    layout=FactoredLayout,
+    weight=FactoredWeight,
+    mark="weight_right",
+    module=FactoredLinear,
+    read=_read,
+    tensors=FactoredWeight.tensors,
+    linear=linear,
+)

@@ -1,8 +1,7 @@
-"""One linear as it lies in a checkpoint, whatever its format: found, read, written, what it computes.
+"""Every weight format: found, read, written, put into a model, whatever it is.
 
-Formats differ in their tensors (`native`, `integer`, `sparse_linear`, `factored`, `codebook_linear`) and in whether the kernel
-rounds what the linear reads.
-Whoever reads a checkpoint or a journal asks here and need not know which it is.
+`FORMATS` are those of ours, which config.json describes; a new one is a file with a `FORMAT` and a line there. Beside them are
+the two native layouts of bitsandbytes, which need no plug-in. Whoever reads a checkpoint or a journal asks here.
 """
 
 from __future__ import annotations
@@ -11,49 +10,50 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.algorithms.activation_quantization import round_but_outliers, round_static, round_tokens
 from llmcompress.errors import ModelError, first_line
-from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer, low_rank, sparse
-from llmcompress.formats.base import Inputs
+from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer_linear, low_rank, sparse
+from llmcompress.formats.base import Format, Inputs
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
-from llmcompress.io.checkpoint import BESIDE, FACTORS
+from llmcompress.io.checkpoint import is_beside
 
+FORMATS: tuple[Format, ...] = (
+    four_bit.FORMAT,
+    sparse.FORMAT,
+    low_rank.FORMAT,
+    codebook.FORMAT,
+    integer_linear.FORMAT,
+)
 StoredWeight = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
 RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout  # the layouts that are not of quantised linears
-AnyLayout = (
-    IntegerLayout | FourBitLayout | RewrittenLayout
-)  # of a linear in a model that needs our plug-in, as config.json has it
-KINDS: dict[Any, type[AnyLayout]] = {  # by format; every other is a Scheme
-    **{"nf4": FourBitLayout, "fp4": FourBitLayout, "sparse": SparseLayout},
-    **{"shared": FactoredLayout, "basis": FactoredLayout, "codebook": CodebookLayout},
-}
+AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
+NATIVE_MARKS = ("weight.absmax", "SCB")
 RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
-MARKS = (
-    ".weight.absmax",
-    ".SCB",
-    ".weight_scale",
-    ".weight_absmax",
-    ".weight_mask",
-    ".weight_right",
-    ".weight_levels",
-)  # a linear with one of these is no plain one
+
+
+def format_of(layout: AnyLayout) -> Format:
+    """The format that a layout belongs to."""
+    return next(each for each in FORMATS if isinstance(layout, each.layout))
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
     """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared has no mark."""
-    return [name.removesuffix(mark) for name in names for mark in MARKS if name.endswith(mark)]
+    marks = [f".{mark}" for mark in (*NATIVE_MARKS, *(each.mark for each in FORMATS))]
+    return [name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)]
 
 
 def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
-    beside = {name: tensors[f"{linear}.{name}"] for name in ("weight", *BESIDE, *FACTORS) if f"{linear}.{name}" in tensors}
-    return bitsandbytes_layout.parts_of(linear, tensors) if f"{linear}.weight.absmax" in tensors else beside
+    if f"{linear}.weight.absmax" in tensors:
+        return bitsandbytes_layout.parts_of(linear, tensors)
+    inside = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors.items() if name.startswith(f"{linear}.")}
+    return {name: tensor for name, tensor in inside.items() if name == "weight" or is_beside(name)}
 
 
 def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None) -> StoredWeight:
@@ -61,26 +61,29 @@ def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tu
 
     Errors: ModelError for damaged ones.
     """
-    if isinstance(layout, FourBitLayout):
-        assert shape is not None
-        return four_bit.read(parts, layout, *shape, torch.float32)
-    if isinstance(layout, SparseLayout):
-        assert shape is not None
-        return sparse.read(parts, layout, *shape)
-    if isinstance(layout, FactoredLayout):
-        assert shape is not None
-        return low_rank.read(parts, layout, *shape)
-    if isinstance(layout, CodebookLayout):
-        assert shape is not None
-        return codebook.read(parts, layout, *shape)
-    if layout is not None:
-        return integer.read(parts, layout, shape[1] if shape else None)
-    return Int8Weight.read(parts) if "SCB" in parts else bitsandbytes_layout.unpack(parts)
+    if layout is None:
+        return Int8Weight.read(parts) if "SCB" in parts else bitsandbytes_layout.unpack(parts)
+    found: StoredWeight = format_of(layout).read(parts, layout, shape)
+    return found
 
 
-def tensors_of(stored: StoredWeight) -> dict[str, Tensor]:
-    """The tensors of a linear as they are written, by their names in it."""
-    return bitsandbytes_layout.tensors(stored) if isinstance(stored, bitsandbytes_layout.Packed) else stored.tensors()
+def tensors_of(weight: StoredWeight, *, native: bool = True) -> dict[str, Tensor]:
+    """The tensors of a linear as they are written, by their names in it; 4-bit codes in the stock layout if `native`."""
+    if not isinstance(weight, bitsandbytes_layout.Packed):
+        return weight.tensors()
+    return bitsandbytes_layout.tensors(weight) if native else four_bit.tensors(weight)
+
+
+def linear_of(
+    weight: StoredWeight, bias: Tensor | None, *, native: bool, threshold: float, device: torch.device | str
+) -> nn.Module:
+    """A live module that holds copies of a weight, on its kernels; `threshold` is LLM.int8's."""
+    if isinstance(weight, Int8Weight):
+        return integer_linear.stock(weight, bias, threshold=threshold, device=device)
+    if native and isinstance(weight, bitsandbytes_layout.Packed):
+        return bitsandbytes_layout.linear(weight, bias, device=device)
+    own = next(each for each in FORMATS if isinstance(weight, each.weight))
+    return own.linear(weight, bias, device=device)
 
 
 def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -102,7 +105,7 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
             raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
         fields = {RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"}
         try:
-            layout = KINDS.get(str(fields.get("format")), IntegerLayout)(**fields)
+            layout = _layout(str(fields.get("format")))(**fields)
         except (TypeError, ValueError) as error:
             why = f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again from its source"
             raise ModelError(f"config.json has a scheme {_shown(fields)} that {why}") from None
@@ -116,6 +119,11 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
                 raise ModelError(f"config.json gives {linear} two schemes; name each linear once")
             found[linear] = layout
     return found
+
+
+def _layout(name: str) -> type[AnyLayout]:
+    """What describes a linear whose format is called so; that of integers takes what no other does."""
+    return next(each.layout for each in FORMATS if name in each.names or not each.names)
 
 
 def _shown(value: Any) -> str:

@@ -18,6 +18,7 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import groups_of, integer_scales
 from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.base import Inputs
+from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 
 
@@ -39,6 +40,11 @@ class FourBitScheme:
     def signs(self) -> tuple[bool, ...]:
         """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits resolve less finely."""
         return (True, False) if self.double_quant else (True,)
+
+    @property
+    def layout(self) -> FourBitLayout:
+        """What config.json says of such a linear in a model that needs our plug-in."""
+        return FourBitLayout(self.format, self.group_size, self.double_quant)
 
     @property
     def bits(self) -> float:
@@ -158,6 +164,11 @@ class IntegerScheme:
     def grid(self) -> Grid:
         """The levels, on the CPU."""
         return grid("int8" if self.scheme.weight_bits == 8 else "int4")
+
+    @property
+    def layout(self) -> IntegerLayout:
+        """What config.json says of such a linear in a model that needs our plug-in."""
+        return self.scheme
 
     @property
     def bits(self) -> float:

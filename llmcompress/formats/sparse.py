@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.sparsegpt import Keep, fill, pack_mask, unpack_mask
 from llmcompress.errors import ModelError
-from llmcompress.formats.base import DTYPES, StoredLinear, hold
+from llmcompress.formats.base import DTYPES, Format, StoredLinear, hold
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 
@@ -196,3 +196,20 @@ def linear(weight: SparseWeight, bias: Tensor | None, *, device: torch.device | 
     (R, C), dtype = weight.mask_RC.shape, DTYPES[weight.layout.dtype]
     module = SparseLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)
+
+
+def _read(tensors: Mapping[str, Tensor], layout: SparseLayout, shape: tuple[int, int] | None) -> SparseWeight:
+    assert shape is not None
+    return read(tensors, layout, *shape)
+
+
+FORMAT = Format(
+    names=("sparse",),
+    layout=SparseLayout,
+    weight=SparseWeight,
+    mark="weight_mask",
+    module=SparseLinear,
+    read=_read,
+    tensors=SparseWeight.tensors,
+    linear=linear,
+)

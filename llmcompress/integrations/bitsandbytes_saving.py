@@ -26,13 +26,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.errors import ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
-from llmcompress.integrations.transformers_compat import (
-    Bnb4bitDeserialize,
-    Bnb4BitHfQuantizer,
-    Bnb8bitDeserialize,
-    Bnb8BitHfQuantizer,
-    HfQuantizer,
-)
+from llmcompress.integrations.transformers_compat import Bnb4bitDeserialize, Bnb8bitDeserialize
 from llmcompress.io.destination import Seen, appear, seen
 from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
 
@@ -63,7 +57,7 @@ def save_native(
     before = seen(folder)
     if not overwrite and before:
         raise OutputError(f"{folder} is not empty; choose another folder or pass overwrite=True")
-    _mend(model)
+    mend(model)
     with writing(folder):
         _write(model, folder, before, max_shard_size)
     return folder
@@ -129,7 +123,7 @@ def _require_native(model: PreTrainedModel) -> None:
             )
 
 
-def _mend(model: PreTrainedModel) -> None:
+def mend(model: PreTrainedModel) -> None:
     """Give the live model what forwards took from it, and let transformers save it. Errors: ModelError."""
     linears = dict(_linears(model))
     lost = [name for name, module in linears.items() if bitsandbytes_layout.scales_lost(module)]
@@ -233,14 +227,3 @@ def _settle(bias: nn.Parameter, dtype: torch.dtype, origin: Tensor | None) -> No
         if torch.equal(exact.to(bias.dtype), bias.data):
             bias.data = exact
             return
-
-
-def _before_saving(quantizer: HfQuantizer, model: PreTrainedModel) -> tuple[None, dict[str, str]]:
-    """What `save_pretrained` asks a quantizer for: no other state dict than the model's, once that is right."""
-    if not getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
-        _mend(model)
-    return None, {}
-
-
-for _kind in (Bnb4BitHfQuantizer, Bnb8BitHfQuantizer):
-    cast(Any, _kind).get_state_dict_and_metadata = _before_saving

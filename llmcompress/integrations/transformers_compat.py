@@ -18,8 +18,5 @@ from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConf
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUTO_QUANTIZATION_CONFIG_MAPPING
-from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer as HfQuantizer
-from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer as Bnb4BitHfQuantizer
-from transformers.quantizers.quantizer_bnb_8bit import Bnb8BitHfQuantizer as Bnb8BitHfQuantizer
 from transformers.utils import logging as logging

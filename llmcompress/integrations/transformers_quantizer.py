@@ -24,31 +24,18 @@ from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import StoredLinear, StoredModule
-from llmcompress.formats.codebook import CodebookLayout, CodebookLinear
-from llmcompress.formats.four_bit import FourBitLayout, FourBitLinear
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.integer_embedding import IntegerEmbedding, share
 from llmcompress.formats.integer_linear import IntegerLinear
-from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear
+from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.quantization_config import METHOD as METHOD
 from llmcompress.formats.quantization_config import CompressedConfig as CompressedConfig
 from llmcompress.formats.quantization_config import quantization_config as quantization_config
 from llmcompress.formats.quantization_config import read_config as read_config
-from llmcompress.formats.registry import AnyLayout
-from llmcompress.formats.sparse import SparseLayout, SparseLinear
+from llmcompress.formats.registry import AnyLayout, format_of
+from llmcompress.formats.sparse import SparseLinear
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
-from llmcompress.integrations.transformers_compat import (
-    AUTO_QUANTIZATION_CONFIG_MAPPING,
-    AUTO_QUANTIZER_MAPPING,
-    Conv1D,
-    HfQuantizer,
-    ModuleUtilsMixin,
-)
-
-MODULES: dict[type[AnyLayout], Any] = {
-    **{IntegerLayout: IntegerLinear, FourBitLayout: FourBitLinear, SparseLayout: SparseLinear},
-    **{FactoredLayout: FactoredLinear, CodebookLayout: CodebookLinear},
-}
+from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, ModuleUtilsMixin
 
 
 class Quantizer(HfQuantizer):
@@ -258,7 +245,7 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: tor
             f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of another model"
         )
     bias = cast(Tensor | None, module.bias)
-    twin: StoredLinear = MODULES[type(scheme)](C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
+    twin: StoredLinear = format_of(scheme).module(C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
     return cast(StoredLinear, _marked(twin))
 
@@ -281,8 +268,3 @@ def _dtype(model: PreTrainedModel) -> torch.dtype:
         embedding = None
     found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
     return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
-
-
-# Not by transformers' decorators, which refuse a second time: a reloaded module takes the place of its former self.
-AUTO_QUANTIZATION_CONFIG_MAPPING[METHOD] = CompressedConfig
-AUTO_QUANTIZER_MAPPING[METHOD] = Quantizer

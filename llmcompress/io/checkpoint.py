@@ -24,14 +24,20 @@ from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
 INDEX = "model.safetensors.index.json"
-BESIDE = (  # scales and masks by names without a second dot
-    *("SCB", "weight_mask", "weight_format", "weight_scale", "weight_multiplier", "input_scale"),
-    *("weight_absmax", "weight_nested_absmax", "weight_nested_levels", "weight_offset", "weight_levels"),
-)
 WRAPPED = ("language_model.", "model.language_model.")  # how the names of a text model in a multimodal one begin
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
+
+
+def is_beside(part: str) -> bool:
+    """Whether a tensor with this last name belongs to the `weight` beside it: its scales, mask, levels or factors."""
+    return part.startswith("weight_") or part in ("SCB", "input_scale")
+
+
+def is_scale(part: str) -> bool:
+    """Whether such a tensor is no weight itself, as a factor is."""
+    return is_beside(part) and part not in FACTORS
 
 
 FRESH = 2_000_000_000  # nanoseconds: some file systems count seconds, or two
@@ -131,7 +137,7 @@ class Checkpoint:
             if (
                 name not in self.aliases
                 and not (dot and f"{weight}.weight" in packed)
-                and name.rpartition(".")[2] not in BESIDE
+                and not is_scale(name.rpartition(".")[2])
             ):
                 number = torch.Size(entry.shape).numel()
                 if (levels := self.tensors.get(f"{name}_levels")) is not None:  # an index of so many bits a weight

@@ -38,16 +38,21 @@ def foreign_method(folder: Path) -> str | None:
 
 
 class WholeModel:
-    """A model in memory, as from_pretrained loads it from a folder. Errors: ModelError where it can't be loaded here."""
+    """A model whole in memory, run by its own forward."""
 
-    def __init__(self, folder: Path, device: torch.device, method: str) -> None:
-        self.folder, self.device, self.size_bytes = folder, device, size_bytes(folder)
+    def __init__(self, model: PreTrainedModel, device: torch.device, size_bytes: int) -> None:
+        self.model, self.device, self.size_bytes = model, device, size_bytes
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device, method: str) -> WholeModel:
+        """As from_pretrained loads it from a folder. Errors: ModelError where it can't be loaded here."""
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelError(
                 f"{folder} is quantised by {method!r}, which transformers {transformers.__version__} does not know; update "
                 "transformers, or give the model that it was made from"
             )
-        self._require_memory()
+        size = size_bytes(folder)
+        _require_memory(folder, size, device)
         options: dict[str, Any] = {"device_map": {"": device}} if device.type != "cpu" else {}
         try:
             with no_progress_bar():
@@ -59,20 +64,12 @@ class WholeModel:
             raise ModelError(f"{folder} is quantised by {method}, and transformers can't load it here: {why}") from None
         if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
             raise ModelError(f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it again")
-        self.model: PreTrainedModel = model.eval()
+        return cls(model.eval(), device, size)
 
     @property
     def config(self) -> PretrainedConfig:
         """The model's."""
         return self.model.config
-
-    def _require_memory(self) -> None:
-        free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else psutil.virtual_memory().available
-        if self.size_bytes > free:
-            raise ModelError(
-                f"{self.folder} has {amount(self.size_bytes, 'B')} of weights, which are loaded whole, and "
-                f"{amount(free, 'B')} of memory are free; use a larger machine"
-            )
 
     def logits(self, windows: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
         """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first positions."""
@@ -81,3 +78,12 @@ class WholeModel:
             with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
                 scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             yield scores[:, unscored:]
+
+
+def _require_memory(folder: Path, size: int, device: torch.device) -> None:
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    if size > free:
+        raise ModelError(
+            f"{folder} has {amount(size, 'B')} of weights, which are loaded whole, and {amount(free, 'B')} of memory are free; "
+            "use a larger machine"
+        )

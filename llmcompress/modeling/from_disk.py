@@ -29,7 +29,7 @@ from llmcompress.integrations.transformers_compat import (
     logging,
     rename_source_key,
 )
-from llmcompress.io.checkpoint import BESIDE, FACTORS, Checkpoint, check_finite
+from llmcompress.io.checkpoint import Checkpoint, check_finite, is_beside
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.model_config import load_config, require_stored
 
@@ -176,7 +176,7 @@ def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint,
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     for key in checkpoint.tensors:
-        if ".weight." not in key and not key.endswith((*BESIDE, *FACTORS)):  # scales belong to the weight beside them
+        if ".weight." not in key and not is_beside(key.rpartition(".")[2]):  # scales belong to the weight beside them
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             target = target if target in known or key not in known else key
             if target in known:

@@ -135,6 +135,14 @@ class LayerwiseModel(ABC):
             for name, tensor in tensors.items()
         }
 
+    def inner_parameters(self) -> int:
+        """Parameters inside the layers, as they are in memory."""
+        return sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
+
+    def bits_of(self, linear: str) -> int:
+        """Bits in which a weight of a plain linear is stored, by its full name."""
+        return 8 * self.dtype_of(f"{linear}.weight").itemsize
+
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
         """Parameters that the whole model stores, tied ones once; with so many units of some axes in each layer, if given."""
         return self._sum(widths or {}, lambda name: 1)

@@ -1,27 +1,32 @@
 """What a model is worth, and how far it is from its base: `llmcompress evaluate`.
 
 Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that they stand for, so
-that two numbers differ by the weights and by nothing else. What others quantised, in formats that only transformers reads, is
-loaded whole and runs by its own forward (`foreign`). Speed is measured on the model as from_pretrained loads it, with
-the kernels that it will run on.
+that two numbers differ by the weights and by nothing else. A plain model in memory is computed in the same way from its state
+dict. What others quantised, in formats that only transformers reads, is loaded whole and runs by its own forward, as does a
+quantised model in memory. Speed is measured on the model as from_pretrained loads it, with the kernels that it will run on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.data.sources import DataSpec
+from llmcompress.errors import ModelError
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.foreign import WholeModel, foreign_method
 from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.model_config import defaults, load_config
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.modeling.sequential import logits as walked
@@ -31,54 +36,124 @@ from llmcompress.report.metrics import Speed, fidelity, speed
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was not measured."""
+
+    model: str
+    perplexity: float
+    perplexity_ci95: tuple[float, float]
+    tokens: int
+    size_bytes: int
+    tokens_per_s: float | None
+    kl_nats_mean: float | None = None
+    kl_nats_p99: float | None = None
+    top1_agreement: float | None = None
+    bos: bool = False  # whether each sequence begins with the BOS token, which is not scored
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where it is true."""
+        found = {key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"}
+        found["perplexity_ci95"] = list(self.perplexity_ci95)
+        return found if self.bos else {key: value for key, value in found.items() if key != "bos"}
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A model that is measured."""
+
+    name: str
+    config: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase | None
+    size_bytes: int
+    logits: Callable[[Tensor, Track, int], Iterator[Tensor]]
+    speed: Callable[[Tensor], Speed | None]
+
+
 def evaluate(
-    model: str,
+    model: str | os.PathLike[str] | PreTrainedModel,
     *,
-    against: str | None = None,
-    data: DataSpec | None = None,
+    against: str | os.PathLike[str] | PreTrainedModel | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | DataSpec | None = None,
     device: str | None = None,
     track: Track = untracked,
-) -> dict[str, Any]:
-    """Perplexity with its interval, size and speed of a model by folder or Hub id; against a base also KL and top-1 agreement.
+) -> Evaluation:
+    """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1 agreement.
 
-    The keys are those of `evaluate --json`; `bos` is there, and true, where each window begins with the BOS token. Raises
-    CompressError where model, base or data can't be read.
+    Args:
+        model: Hub id, folder, or a `PreTrainedModel` in memory, quantised or not.
+        against: the base to compare with, given in the same ways.
+        tokenizer: of a model in memory; one that is given by name brings its own.
+        data: the text, as a `DataSpec` or as `--data` takes it.
+        device: `cpu` or `cuda`; a quantised model in memory runs where it is.
+        track: shows progress, as for `compress`.
+
+    Raises:
+        CompressError: model, base or text can't be read.
     """
     where = pick_device(device)
     subject = _opened(model, where)
-    sequences = calibration_data(subject, data or DataSpec(), tokenizer_of(subject.folder))
+    words = tokenizer or subject.tokenizer
+    if words is None:
+        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+    spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
+    sequences = calibration_data(subject, spec, words)
     windows, unscored = sequences.evaluation, sequences.unscored
-    base = None
-    if against is not None:
-        base = _logits(_opened(against, where), windows, track, unscored)
-    measured = fidelity(_logits(subject, windows, track, unscored), sequences.scored, base)
-    fast = speed(subject.model, windows) if isinstance(subject, WholeModel) else speed_of(subject.folder, windows, where)
-    result: dict[str, Any] = {
-        "model": model,
-        "perplexity": measured.perplexity,
-        "perplexity_ci95": list(measured.perplexity_ci95),
-        "tokens": measured.tokens,
-        "size_bytes": subject.size_bytes if isinstance(subject, WholeModel) else subject.checkpoint.size_bytes,
-        "tokens_per_s": fast and fast.prefill_tokens_per_s,
-    }
-    if against is not None:
-        result |= {key: getattr(measured, key) for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement")}
-    if unscored:
-        result["bos"] = True
-    return result
+    base = None if against is None else _opened(against, where).logits(windows, track, unscored)
+    measured = fidelity(subject.logits(windows, track, unscored), sequences.scored, base)
+    fast = subject.speed(windows)
+    compared = against is not None
+    return Evaluation(
+        model=subject.name,
+        perplexity=measured.perplexity,
+        perplexity_ci95=measured.perplexity_ci95,
+        tokens=measured.tokens,
+        size_bytes=subject.size_bytes,
+        tokens_per_s=fast.prefill_tokens_per_s if fast else None,
+        kl_nats_mean=measured.kl_nats_mean if compared else None,
+        kl_nats_p99=measured.kl_nats_p99 if compared else None,
+        top1_agreement=measured.top1_agreement if compared else None,
+        bos=bool(unscored),
+    )
 
 
-def _opened(name: str, device: torch.device) -> DiskModel | WholeModel:
+def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.device) -> _Subject:
+    """A model by name or in memory, ready to be measured. Errors: ModelError."""
+    if isinstance(model, PreTrainedModel):
+        return _of_live(model, device)
+    name = os.fspath(model)
     folder = find_base(name, wanted="model").folder
     config_of(folder)
     method = foreign_method(folder)
-    return DiskModel(folder, device, quantized=True) if method is None else WholeModel(folder, device, method)
+    if method is None:
+        read = DiskModel(folder, device, quantized=True)
+        timed = partial(speed_of, folder, device=device)
+        return _Subject(name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed)
+    whole = WholeModel.load(folder, device, method)
+    return _of_whole(name, whole, tokenizer_of(folder))
 
 
-def _logits(model: DiskModel | WholeModel, windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
-    if isinstance(model, WholeModel):
-        return model.logits(windows, track, unscored)
-    return walked(model, windows, track, unscored)
+def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
+    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own forward."""
+    name = str(model.config._name_or_path or type(model).__name__)
+    stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
+    size = sum(stored.values())
+    if getattr(model.config, "quantization_config", None) is not None:
+        return _of_whole(name, WholeModel(model, model.device, size), None)
+    read = InMemoryModel(model.config, dict(model.state_dict()), device)
+    return _Subject(name, model.config, None, size, _walked(read), partial(speed, model))
+
+
+def _of_whole(name: str, whole: WholeModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
+    return _Subject(name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model))
+
+
+def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Tensor]]:
+    def logits(windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
+        return walked(model, windows, track, unscored)
+
+    return logits
 
 
 def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | None:

@@ -19,18 +19,10 @@ from llmcompress.architectures.resize import changed
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError
 from llmcompress.formats import (
-    bitsandbytes_layout,
-    codebook,
-    four_bit,
     integer_embedding,
-    integer_linear,
-    low_rank,
     registry,
-    sparse,
 )
-from llmcompress.formats.codebook import CodebookWeight
-from llmcompress.formats.integer import Int8Weight, IntegerWeight
-from llmcompress.formats.low_rank import FactoredWeight
+from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
 from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
@@ -42,7 +34,7 @@ from llmcompress.io.scratch import scratch_folder
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
-from llmcompress.pipeline.outcome import Outcome, tensors_of
+from llmcompress.pipeline.outcome import Outcome
 from llmcompress.pipeline.resolve import (
     calibration_data,
     pick_device,
@@ -55,10 +47,7 @@ from llmcompress.pipeline.stages import report_of, require_possible, run_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, ModelSource
-from llmcompress.stages.linear_rewriting import LinearScheme
-from llmcompress.stages.prune.stage import Prune
-from llmcompress.stages.tie.stage import Tie
+from llmcompress.stages.base import Context, LinearScheme, ModelSource
 
 
 def apply_recipe(
@@ -99,7 +88,7 @@ def apply_recipe(
     written = {
         f"{linear}.{part}": tensor
         for linear, codes in packed.items()
-        for part, tensor in tensors_of(codes, source.plain).items()
+        for part, tensor in registry.tensors_of(codes, native=source.plain).items()
         if f"{linear}.{part}" not in source.ties
     }
     zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
@@ -161,12 +150,12 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     if recipe.student:
         now.source, origin = _student(recipe.student, recipe.data.seed, base.device), []
         now.left = dict(now.source.source)
-    for step in recipe.stages:
+    for stage in recipe.stages:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
             context = Context(teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track)
-            now.facts.append(run_stage(step.stage, now.source, context))
-            outcome = Outcome(step.stage, now.source, journal)
+            now.facts.append(run_stage(stage, now.source, context))
+            outcome = Outcome(stage, now.source, journal)
             origin = outcome.left_of(origin)
             _take_in(now, outcome)
     return now
@@ -175,11 +164,12 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
 def _take_in(now: Chained, outcome: Outcome) -> None:
     """What a stage made of the model becomes the model."""
     source, changes = now.source, outcome.changes()
-    now.chosen = now.chosen | outcome.chosen
+    now.chosen = {**now.chosen, **outcome.schemes}
     now.quantization = changes.pop("quantization_config", now.quantization)
     for linears, dense in outcome.entries():
         now.packed, now.dense = now.packed | linears, now.dense | dense
-    config = changed(source.config, changes) if isinstance(outcome.stage, Prune | Tie) else source.config
+    resized = outcome.result.config
+    config = changed(source.config, resized) if resized else source.config
     named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
     now.left = {name: tensor for name, tensor in named.items() if name is not None}
     if config is not source.config:
@@ -229,20 +219,8 @@ def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: C
             continue
         kept = plain.bias
         bias = kept if isinstance(kept, nn.Parameter) else None
-        module: nn.Module
-        if isinstance(codes, bitsandbytes_layout.Packed):
-            module = (bitsandbytes_layout if native_layout else four_bit).linear(codes, bias, device=model.device)
-        elif isinstance(codes, Int8Weight):
-            threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
-            module = integer_linear.stock(codes, bias, threshold=threshold, device=model.device)
-        elif isinstance(codes, SparseWeight):
-            module = sparse.linear(codes, bias, device=model.device)
-        elif isinstance(codes, FactoredWeight):
-            module = low_rank.linear(codes, bias, device=model.device)
-        elif isinstance(codes, CodebookWeight):
-            module = codebook.linear(codes, bias, device=model.device)
-        else:
-            module = integer_linear.linear(codes, bias, device=model.device)
+        threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
+        module = registry.linear_of(codes, bias, native=native_layout, threshold=threshold, device=model.device)
         model.set_submodule(name, module)
     transformers_quantizer.declare_ties(model, chained.source.ties)
     transformers_quantizer.unite(model, chained.source.ties)

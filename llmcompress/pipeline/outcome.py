@@ -14,7 +14,7 @@ from llmcompress import hub
 from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
-from llmcompress.formats import bitsandbytes_layout, four_bit, integer, registry
+from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
@@ -25,51 +25,36 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.model_config import without_flags
-from llmcompress.recipe.entries import Stage
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
 from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
-from llmcompress.stages.base import OUTER
-from llmcompress.stages.distill.stage import Distill
-from llmcompress.stages.linear_rewriting import LinearScheme
-from llmcompress.stages.low_rank.stage import LowRank
-from llmcompress.stages.prune.stage import Cut, Prune
-from llmcompress.stages.share.stage import Share
-from llmcompress.stages.tie.stage import Tie
+from llmcompress.stages.base import OUTER, LinearScheme, Stage, StageResult
 
 Entry = tuple[dict[str, StoredWeight], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
 
 
 class Outcome:
-    """What a stage made of a model, read from its journal: `chosen` says how linears are written, `kept` why others are not."""
+    """What a stage made of a model, read from its journal."""
 
     def __init__(self, stage: Stage, model: LayerwiseModel, journal: Journal) -> None:
         self.stage, self.model, self.journal = stage, model, journal
-        self.chosen: dict[str, LinearScheme] = {}
-        self.kept: dict[str, str] = {}
-        self.cut = stage.cut(model, journal) if isinstance(stage, Prune) else Cut()
-        if isinstance(stage, Prune | Distill | Tie):
-            return
-        chosen, self.kept = stage.settled(model, journal)
-        self.chosen = dict(chosen)
+        self.result = stage.result(model, journal)
+        self.schemes = self.result.schemes
 
     @property
     def layouts(self) -> dict[str, AnyLayout]:
         """How the linears that need our plug-in are written, by full name."""
-        if native_kind(self.chosen, self.model) is not None:
-            return {}
-        return self.model.layouts | {name: layout_of(how) for name, how in self.chosen.items()}
+        return layouts_after(self.result, self.model)
 
     @property
     def ties(self) -> dict[str, str]:
         """Tensors that are others, by their names in the model; those of a tied head apart, which its config tells of."""
-        stage, shapes = self.stage, self.model.matrices()
-        found = stage.ties(self.model, self.journal) if isinstance(stage, Share | LowRank) else {}
+        found, shapes = dict(self.result.ties), self.model.matrices()
         for target, source in self.model.ties.items():
             linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
-            if linear in self.chosen:  # which is written anew, and is still the other
-                parts = layout_of(self.chosen[linear]).shapes(*shapes[linear])
+            if linear in self.schemes:  # which is written anew, and is still the other
+                parts = layout_of(self.schemes[linear]).shapes(*shapes[linear])
                 found |= {f"{linear}.{part}": f"{other}.{part}" for part in parts if part != "input_scale"}
             else:
                 found[target] = source
@@ -77,11 +62,9 @@ class Outcome:
 
     def entries(self) -> Iterator[Entry]:
         """A journal's entry at a time: layer by layer, the head, and what changed outside."""
-        if isinstance(self.stage, Prune) and self.stage.of_layers:
-            return  # nothing is changed that stays
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
         for name, index in [*names, (OUTER, 0)]:
-            if (entry := self.journal.get(name, index)) is not None:
+            if (entry := self.journal.get(name, index)) is not None and entry[0]:
                 for tensor, value in entry[0].items():
                     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                         raise ModelError(
@@ -93,11 +76,11 @@ class Outcome:
     def _read(self, tensors: Mapping[str, Tensor]) -> Entry:
         linears: dict[str, StoredWeight] = {}
         parts, shapes, layouts = set[str](), self.model.matrices(), self.model.layouts
-        ours = [name for name in (self.chosen | layouts) if f"{name}.weight" in tensors]
+        ours = [name for name in {**self.schemes, **layouts} if f"{name}.weight" in tensors]
         for name in dict.fromkeys([*registry.quantized_linears(tensors), *ours]):
             found = registry.parts_of(name, tensors)
-            if name in self.chosen:
-                linears[name] = self.chosen[name].read(found, shapes[name][1])
+            if name in self.schemes:
+                linears[name] = self.schemes[name].read(found, shapes[name][1])
             else:  # has learned: 4-bit codes come in the native layout, whatever the model's
                 layout = layouts.get(name)
                 linears[name] = registry.read(found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name])
@@ -106,30 +89,24 @@ class Outcome:
 
     def changes(self) -> dict[str, Any]:
         """What changes in config.json."""
-        found: dict[str, Any]
-        if isinstance(self.stage, Prune):
-            found = self.stage.changes(self.model, self.cut)
-            if SCHEMA in found:  # loading it is to ask for our plug-in
-                found["quantization_config"] = transformers_quantizer.quantization_config([])
-            return found
-        if isinstance(self.stage, Distill):
-            return {}
-        if isinstance(self.stage, Tie):
-            return {"tie_word_embeddings": True}
-        found = {"quantization_config": quantization_of(self)}
-        if self.model.anatomy.embedding in self.chosen and self.model.config.dtype is None:  # or a loader takes a scale's
-            found |= _dtype_of(self.model)
+        found = dict(self.result.config)
+        if self.schemes:
+            found["quantization_config"] = quantization_of(self)
+        elif SCHEMA in found:  # loading it is to ask for our plug-in
+            found["quantization_config"] = transformers_quantizer.quantization_config([])
+        if self.model.anatomy.embedding in self.schemes and self.model.config.dtype is None:
+            found |= _dtype_of(self.model)  # or a loader takes that of a scale
         return found
 
     def left_of(self, layers: Sequence[int]) -> list[int]:
         """Of something that each layer has, what the layers have that stay."""
-        return [layer for index, layer in enumerate(layers) if index not in self.cut.gone]
+        return [layer for index, layer in enumerate(layers) if index not in self.result.removed_layers]
 
     def renamed(self, name: str) -> str | None:
-        """The name of a tensor once the stage is done; None where it goes."""
-        if isinstance(self.stage, Tie) and name in head_names(self.model):
+        """The name of a tensor, in the model or in its files, once the stage is done; None where it goes."""
+        if any(name == removed or name in names_of(removed, self.model) for removed in self.result.removed):
             return None
-        return renumbered(name, self.model.anatomy.layers, self.cut.gone)
+        return renumbered(name, self.model.anatomy.layers, self.result.removed_layers)
 
 
 def _dtype_of(model: LayerwiseModel) -> dict[str, str]:
@@ -137,29 +114,26 @@ def _dtype_of(model: LayerwiseModel) -> dict[str, str]:
     return {"dtype": str(model.weight_dtype).removeprefix("torch.")}
 
 
-def head_names(model: LayerwiseModel) -> set[str]:
-    """What the model and its files call the head's matrix."""
-    head = f"{model.anatomy.head}.weight"
-    return {head, *(model.sources.get(head, []) if isinstance(model, DiskModel) else [])}
+def names_of(tensor: str, model: LayerwiseModel) -> list[str]:
+    """What the files of a model call one of its tensors; nothing where it has no files."""
+    return model.sources.get(tensor, []) if isinstance(model, DiskModel) else []
 
 
 def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
     """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
-    config, layouts, ties, dtypes = model.config, model.layouts, model.ties, model.dtypes
-    if isinstance(stage, Prune):
-        config, gone = changed(config, stage.changes(model)), stage.cut(model).gone
-        numbered = {renumbered(name, model.anatomy.layers, gone): dtype for name, dtype in dtypes.items()}
-        dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
-    elif isinstance(stage, Tie):
-        stage.require_possible(model)
-        config = changed(config, {"tie_word_embeddings": True})
-    elif not isinstance(stage, Distill):
-        chosen: Mapping[str, LinearScheme] = stage.choose(model)[0]
-        if native_kind(chosen, model) is None:
-            layouts = layouts | {name: layout_of(how) for name, how in chosen.items()}
-        if isinstance(stage, Share | LowRank):
-            ties = ties | stage.ties(model)
-    return MetaModel(config, model.device, model.dtype, layouts, ties, dtypes)
+    result = stage.result(model)
+    config = changed(model.config, result.config) if result.config else model.config
+    numbered = {renumbered(name, model.anatomy.layers, result.removed_layers): dtype for name, dtype in model.dtypes.items()}
+    dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
+    ties = model.ties | dict(result.ties)
+    return MetaModel(config, model.device, model.dtype, layouts_after(result, model), ties, dtypes)
+
+
+def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:
+    """How the linears that need our plug-in are written after a stage, by full name; a native model has none."""
+    if native_kind(result.schemes, model) is not None:
+        return {}
+    return model.layouts | {name: layout_of(how) for name, how in result.schemes.items()}
 
 
 def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> type[FourBitScheme] | type[Int8Scheme] | None:
@@ -175,8 +149,8 @@ def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> ty
 
 def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
-    kind, first = native_kind(outcome.chosen, outcome.model), next(iter(outcome.chosen.values()), None)
-    skip = bitsandbytes_layout.skip_list(list(outcome.kept), outcome.chosen, outcome.model.model.base_model_prefix)
+    kind, first = native_kind(outcome.schemes, outcome.model), next(iter(outcome.schemes.values()), None)
+    skip = bitsandbytes_layout.skip_list(list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix)
     if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which layers
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
@@ -187,21 +161,10 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     return transformers_quantizer.quantization_config(list(linears.items()), outcome.ties)
 
 
-def layout_of(coding: LinearScheme) -> registry.AnyLayout:
+def layout_of(how: LinearScheme) -> AnyLayout:
     """What config.json says of a linear in a model that needs our plug-in."""
-    if isinstance(coding, RewrittenLayout):
-        return coding
-    if isinstance(coding, IntegerScheme):
-        return coding.scheme
-    assert isinstance(coding, FourBitScheme)  # `together` leaves no Int8 beside others
-    return four_bit.FourBitLayout(coding.format, coding.group_size, coding.double_quant)
-
-
-def tensors_of(packed: StoredWeight, native_layout: bool) -> dict[str, Tensor]:
-    """The tensors of a linear as they are written, by their names in it."""
-    if isinstance(packed, bitsandbytes_layout.Packed) and not native_layout:
-        return four_bit.tensors(packed)
-    return registry.tensors_of(packed)
+    assert not isinstance(how, Int8Scheme), "`together` leaves none beside others"
+    return how.layout if isinstance(how, FourBitScheme | IntegerScheme) else how
 
 
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
@@ -211,13 +174,13 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
     in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone, and what stays dense has to be of
     one dtype for it to run; so it is written in the one that most weights have, and config.json says that.
     """
-    layouts, native_kinds = outcome.layouts, native_kind(outcome.chosen, model) is not None
+    layouts, native_kinds = outcome.layouts, native_kind(outcome.schemes, model) is not None
     native_layout = native_kinds or (model.has_codes and not layouts)
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     writer.ties = ties_of(model) | {_key(keys, name): _key(keys, source) for name, source in outcome.ties.items()}
     replaced: set[str] = set()
-    casts = native_kind(outcome.chosen, model) is not None
+    casts = native_kind(outcome.schemes, model) is not None
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(model.weight_dtype) if casts and tensor.is_floating_point() else tensor
@@ -226,7 +189,7 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
         named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
-            named |= {f"{key}.{part}": tensor for part, tensor in tensors_of(packed, native_layout).items()}
+            named |= {f"{key}.{part}": tensor for part, tensor in registry.tensors_of(packed, native=native_layout).items()}
         names = (*dense, *(f"{linear}.weight" for linear in linears))
         replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
         writer.add(named)

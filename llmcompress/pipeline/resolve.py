@@ -122,6 +122,11 @@ def _why(error: Exception) -> str:
     return (" ".join(str(error).split()) or type(error).__name__)[:120]
 
 
+def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
+    """The text of a recipe, or what takes its place: a string as DataSpec.with_text takes it."""
+    return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
+
+
 def pin_commits(recipe: Recipe) -> Recipe:
     """The recipe with its teachers and students at the commits that their names stand for now; those in folders stay.
 
@@ -144,8 +149,8 @@ def source_of(name: str, device: torch.device) -> ModelSource:
 
 def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
-    for step in recipe.stages:
-        for role, name in step.others.items():
+    for stage in recipe.stages:
+        for role, name in stage.models.items():
             folder = find_base(name, weights=False, wanted=role).folder
             theirs = config_of(folder, base=True).vocab_size
             if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):

@@ -42,6 +42,7 @@ from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
     config_of,
+    data_of,
     find_base,
     pick_device,
     pin_commits,
@@ -56,7 +57,6 @@ from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
 from llmcompress.stages.base import Context, ModelSource
-from llmcompress.stages.distill.stage import Distill
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
 
@@ -65,7 +65,7 @@ def run_recipe(
     recipe: Recipe,
     out: str | Path,
     *,
-    base: str | None = None,
+    base: str | Base | None = None,
     data: str | DataSpec | None = None,
     overwrite: bool = False,
     device: str | None = None,
@@ -79,14 +79,14 @@ def run_recipe(
     the recipe's bounds: then nothing is published, and the finished layers are kept.
     """
     start = time.monotonic()
-    recipe.require_own_names(base=base, data=data)
+    recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
     target = path_of(out, "--out", OutputError)
     place = partial_folder(target)
     require_pictures()
     distributed.join(device)
-    found = find_base(base or recipe.base, recipe.revision if base is None else None)
+    found = base if isinstance(base, Base) else find_base(base or recipe.base, recipe.revision if base is None else None)
     config = config_of(found.folder, base=True)
-    spec = recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
+    spec = data_of(recipe, data)
     where, tokenizer = pick_device(device), tokenizer_of(found.folder)
     pinned = pin_commits(recipe)
     require_same_vocabulary(pinned, config, tokenizer)
@@ -152,23 +152,23 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
     others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
     fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
     origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
-    for number, step in enumerate(recipe.stages):
+    for number, stage in enumerate(recipe.stages):
         folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, sequences)
         with distributed.first_alone() as writes:
             journal = Journal(folder, key) if writes else None
         journal = journal or Journal(folder, key)
         with tempfile.TemporaryDirectory(dir=place) as scratch:
             context = Context(teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
-            if distributed.first() or isinstance(step.stage, Distill):
-                facts.append(run_stage(step.stage, model, context))
+            if distributed.first() or stage.trains:
+                facts.append(run_stage(stage, model, context))
         distributed.wait()
-        outcome = Outcome(step.stage, model, journal)
+        outcome = Outcome(stage, model, journal)
         origin = outcome.left_of(origin)
         if number < len(recipe.stages) - 1:
             with distributed.first_alone() as writes:
                 if writes and (note := write_joint(journal, model, outcome, base.folder)):
                     facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
-            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.chosen) or model.has_codes)
+            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes)
     return Chained(model, outcome, facts)
 
 

@@ -9,11 +9,8 @@ import torch
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
-from llmcompress.errors import ModelError
-from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.pipeline.outcome import outline_after
-from llmcompress.recipe.entries import Stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, environment
 from llmcompress.report.schema import (
@@ -26,30 +23,15 @@ from llmcompress.report.schema import (
     Report,
     StageFacts,
 )
-from llmcompress.stages.base import Context, naming_layer, require_numbers
-from llmcompress.stages.codebook.stage import Codebook
-from llmcompress.stages.distill.stage import Distill
-from llmcompress.stages.quantize.stage import Quantize
+from llmcompress.stages.base import Context, Stage, StageResult, naming_layer, require_numbers
 
 
 def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
     """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
-    scaled = False
-    for step in recipe.stages:
-        stage = step.stage
-        if isinstance(stage, Distill):
-            stage.require_packages()
-            stage.micro(stage.length or 1)
-            if stage.train == "scales" and not scaled:
-                raise ModelError(
-                    "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; train norms"
-                )
-            if stage.train == "lora" and model.layouts:
-                raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
-        elif isinstance(stage, Quantize):
-            stage.rotation(model, recipe.data.seed)
-            scaled = scaled or any(isinstance(coding, FourBitScheme) for coding in stage.choose(model)[0].values())
-        scaled = scaled or isinstance(stage, Codebook)
+    before: list[StageResult] = []
+    for stage in recipe.stages:
+        stage.require_possible(model, before, recipe.data.seed)
+        before.append(stage.result(model))
         model = outline_after(stage, model)
 
 

@@ -27,15 +27,12 @@ from llmcompress.io.local_names import short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.safetensors_writer import put, writing
 from llmcompress.io.user_paths import path_of
-from llmcompress.recipe.entries import AXIS, PATTERN, TIES, StageEntry, require_order
+from llmcompress.recipe.entries import STAGES, AnyStage, StageEntry, require_order
 from llmcompress.report.model_card import recipe_card
 from llmcompress.report.schema import CARD, RecipeFacts
-from llmcompress.stages.distill.stage import Distill
-from llmcompress.stages.prune.stage import Prune
 from llmcompress.stages.quantize.config import Override
 from llmcompress.stages.quantize.smoothing import Smooth
 from llmcompress.stages.quantize.stage import Quantize
-from llmcompress.stages.sparsify.stage import Sparsify
 
 if TYPE_CHECKING:
     from llmcompress.report.schema import Report
@@ -74,7 +71,7 @@ class Recipe(BaseModel):
     )
     revision: str | None = Field(default=None, min_length=1, description="commit, branch or tag of a base on the Hub")
     data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
-    stages: Annotated[tuple[StageEntry, ...], Field(min_length=1)]
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     accept: Accept = Accept()
     _origin: RecipeFacts | None = PrivateAttr(default=None)
 
@@ -89,26 +86,25 @@ class Recipe(BaseModel):
 
     def training_tokens(self, length: int) -> int:
         """How many tokens the stages that train ask for, where windows of the data have `length`."""
-        return max((step.distill.tokens(length) for step in self.stages if step.distill), default=0)
+        return max(stage.training_tokens(length) for stage in self.stages)
 
     @property
     def student(self) -> str | None:
         """The model that takes the place of the base, if one does."""
-        return self.stages[0].others.get("student")
+        return self.stages[0].models.get("student")
 
     @property
     def teachers(self) -> tuple[str, ...]:
         """The models that teach besides the base."""
-        return tuple(step.others["teacher"] for step in self.stages if "teacher" in step.others)
+        return tuple(stage.models["teacher"] for stage in self.stages if "teacher" in stage.models)
 
     def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
         """The recipe with other names for its teachers and students: `name_of` is given the stage's number, role and name."""
-        steps = list(self.stages)
-        for number, step in enumerate(steps):
-            names = {role: name_of(number, role, name) for role, name in step.others.items()}
-            if step.distill and names:
-                steps[number] = step.model_copy(update={"distill": step.distill.model_copy(update=names)})
-        return self.model_copy(update={"stages": tuple(steps)})
+        stages = tuple(
+            stage.with_models({role: name_of(number, role, name) for role, name in stage.models.items()})
+            for number, stage in enumerate(self.stages)
+        )
+        return self.model_copy(update={"stages": stages})
 
     @property
     def digest(self) -> str:
@@ -146,6 +142,11 @@ class Recipe(BaseModel):
                 f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
                 f'pip install -U "llmcompress>=0.{newer}"'
             )
+        return cls.of_entries(entries, where)
+
+    @classmethod
+    def of_entries(cls, entries: dict[str, Any], where: str = "recipe") -> Recipe:
+        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins with `where`."""
         try:
             return cls.model_validate(entries)
         except ValidationError as error:
@@ -201,9 +202,9 @@ class Recipe(BaseModel):
         if self.base is not None:
             asked.append((self.base, base.model if base else None, base is not None and base.revision is not None))
         asked.append((self.data.source, data.source if data else None, data is not None and data.revision is not None))
-        for number, step in enumerate(self.stages):
+        for number, stage in enumerate(self.stages):
             facts = reported.stages[number].model_dump() if reported and number < len(reported.stages) else {}
-            for role, name in step.others.items():
+            for role, name in stage.models.items():
                 repo, commit = hub.split(str(facts.get(role)))
                 asked.append((name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit)))
 
@@ -242,7 +243,7 @@ class Recipe(BaseModel):
         named = [("data.source", self.data.source, "--data")] if data is None else []
         if base is None and self.base is not None:
             named.append(("base", self.base, "--base"))
-        named += [(role, name, "") for step in self.stages for role, name in step.others.items()]
+        named += [(role, name, "") for stage in self.stages for role, name in stage.models.items()]
         for place, name, option in named:
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):
                 continue
@@ -280,9 +281,8 @@ def _explain(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{message}{shown}"
 
 
-KINDS = ("literal[", "constrained-", AXIS, PATTERN, *TIES)  # what pydantic puts into a place beside the keys
-KEYS = {"data": DataSpec, "accept": Accept, AXIS: Prune, PATTERN: Sparsify, "quantize": Quantize, "smooth": Smooth}
-KEYS |= {"distill": Distill, **TIES}
+KINDS = ("literal[", "constrained-")  # what pydantic puts into a place beside the keys
+KEYS: dict[str, type[BaseModel]] = {"data": DataSpec, "accept": Accept, "smooth": Smooth, **STAGES}
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:

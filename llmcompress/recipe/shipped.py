@@ -28,9 +28,7 @@ def folder() -> Path:
     for place in (INSTALLED, CHECKOUT):
         if any(place.glob("*.yaml")):
             return place
-    raise RecipeError(
-        f"this installation has no recipes in {INSTALLED}; install llmcompress again, or give a file"
-    )
+    raise RecipeError(f"this installation has no recipes in {INSTALLED}; install llmcompress again, or give a file")
 
 
 def names() -> tuple[str, ...]:
@@ -60,9 +58,7 @@ def resolve(text: str | Path) -> Recipe:
     if word in names():
         if path.is_file() or (path / FILE).is_file():
             kind = "folder" if path.is_dir() else "file"
-            logger.warning(
-                "recipe %s: taken from the %s of that name here, not the shipped recipe", word, kind
-            )
+            logger.warning("recipe %s: taken from the %s of that name here, not the shipped recipe", word, kind)
             return Recipe.from_pretrained(path)
         return load(word)
     on_hub = path.suffix not in SUFFIXES and hub.is_repository(hub.split(word)[0])

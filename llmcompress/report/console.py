@@ -5,7 +5,7 @@ and names with brackets are never read as markup. The formatters are public: the
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 from rich import box
 from rich.console import Console
@@ -74,7 +74,7 @@ def fidelity_rows(report: Report) -> Rows:
     return [
         ("KL(base || compressed), mean", nats(facts.kl_nats_mean)),
         ("KL, 99th percentile", nats(facts.kl_nats_p99)),
-        ("same first choice", percent(facts.top1_agreement)),
+        ("top-1 agreement", percent(facts.top1_agreement)),
         ("perplexity ratio [95 %]", with_interval(facts.perplexity_ratio, facts.perplexity_ratio_ci95)),
     ]
 
@@ -152,7 +152,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
         ("tokens/s, writing", amount(get("decode_tokens_per_s"))),
         ("KL(base || model), mean", nats(get("kl_nats_mean"))),
         ("KL, 99th percentile", nats(get("kl_nats_p99"))),
-        ("same first choice", percent(get("top1_agreement"))),
+        ("top-1 agreement", percent(get("top1_agreement"))),
     ]
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
 
@@ -162,7 +162,7 @@ def print_reproduction(verdict: str, differences: Iterable[str], reported: Repor
     rows = [
         ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
         ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
-        ("same first choice", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
+        ("top-1 agreement", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
         ("bytes on disk", amount(reported.compressed.size_bytes, "B"), amount(again.compressed.size_bytes, "B")),
     ]
     _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)
@@ -170,17 +170,36 @@ def print_reproduction(verdict: str, differences: Iterable[str], reported: Repor
         console.print(f"- {line}", soft_wrap=True, highlight=False, markup=False)
 
 
-def print_plan(rows: Sequence[Mapping[str, Any]], notes: Iterable[str], console: Console) -> None:
-    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect; None is what can't be foretold."""
+class PlanRow(Protocol):
+    """A row of a plan: None is what can't be foretold."""
+
+    @property
+    def stage(self) -> str: ...
+    @property
+    def parameters(self) -> int | None: ...
+    @property
+    def size_bytes(self) -> int | None: ...
+    @property
+    def peak_memory_bytes(self) -> int | None: ...
+    @property
+    def seconds(self) -> float | None: ...
+    @property
+    def flops_per_token(self) -> int | None: ...
+    @property
+    def kv_cache_bytes_per_token(self) -> int | None: ...
+
+
+def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) -> None:
+    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect."""
     cells = [
         (
-            str(row["stage"]),
-            amount(row.get("parameters")),
-            amount(row.get("size_bytes"), "B"),
-            amount(row.get("peak_memory_bytes"), "B"),
-            duration(row.get("seconds")),
-            amount(row.get("flops_per_token"), "FLOP"),
-            amount(row.get("kv_cache_bytes_per_token"), "B"),
+            row.stage,
+            amount(row.parameters),
+            amount(row.size_bytes, "B"),
+            amount(row.peak_memory_bytes, "B"),
+            duration(row.seconds),
+            amount(row.flops_per_token, "FLOP"),
+            amount(row.kv_cache_bytes_per_token, "B"),
         )
         for row in rows
     ]

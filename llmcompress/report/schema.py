@@ -274,7 +274,11 @@ class Report(_Facts):
 
 _GENTLER = {  # what asks less of a stage, in the words of a recipe
     "prune": "a larger keep",
-    "tie": "fewer ties",
+    "sparsify": "a larger keep",
+    "tie": "no tie",
+    "share": "more groups",
+    "low_rank": "a larger keep or rank",
+    "codebook": "more entries",
     "distill": "more distillation steps",
     "quantize": "rounding: learned, a smaller group_size or more calibration samples",
 }

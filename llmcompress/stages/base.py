@@ -1,22 +1,31 @@
-"""What a stage is given besides the model: data, the journal it writes to, a seed, and a way to show progress."""
+"""What every stage of a recipe is: its settings, what it says before it runs, what it does, and what it leaves.
+
+The pipeline asks a stage and never what kind of stage it has. A new stage is a subclass of `Stage` in a folder of its own and a
+line in `recipe.entries.STAGES`.
+"""
 
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError, first_line
+from llmcompress.formats.registry import RewrittenLayout
+from llmcompress.formats.schemes import QuantScheme
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
 
+LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
 OUTER = "outer"  # what the journal calls what lies outside the layers
 
 
@@ -86,3 +95,124 @@ class Facts:
         for entry in entries:
             self.linears += entry.pop("linears")
             self.layers.append(entry)
+
+
+@dataclass(frozen=True)
+class StageResult:
+    """What a stage leaves of a model, besides the tensors in its journal."""
+
+    schemes: Mapping[str, LinearScheme] = field(default_factory=dict)  # how linears are written, by full name
+    kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are, with the reason
+    ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor that it is, in the model's names
+    config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that change
+    removed_layers: tuple[int, ...] = ()
+    removed: frozenset[str] = frozenset()  # tensors that are no longer stored, by their names in the model
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a stage would work on, for an estimate."""
+
+    tokens: int  # of calibration text
+    length: int  # of a sequence
+    rate: float  # operations per second of this machine
+    size_bytes: int  # of the model as the stage finds it
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage would leave and cost."""
+
+    stage: str  # in words
+    parameters: int
+    size_bytes: int
+    peak_memory_bytes: int
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+class Settings(BaseModel):
+    """Settings of a recipe: frozen, without unknown keys; a key that was renamed is refused with its new name."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    retired: ClassVar[Mapping[str, str]] = {}  # key -> what to write instead
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_retired_keys(cls, entry: Any) -> Any:
+        for key in entry if isinstance(entry, Mapping) else ():
+            if key in cls.retired:
+                raise ValueError(f"{key} is no key any more; {cls.retired[key]}")
+        return entry
+
+
+class Stage(Settings):
+    """One stage of a recipe.
+
+    Its fields are what a recipe says of it. The methods are what the pipeline asks, in the order in which it asks: whether the
+    stage may stand where it stands, whether the model can take it, what it would cost, then the work, then what it left.
+    """
+
+    name: ClassVar[str]  # in recipes, journals and reports
+    trains: ClassVar[bool] = False  # whether it runs in every process of a distributed run
+    quantizes: ClassVar[bool] = False  # whether nothing but training may follow it
+    rewrites: ClassVar[bool] = False  # whether linears are no plain matrices after it, which can't be pruned
+    has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
+    combines: ClassVar[bool] = False  # whether it costs so much that training belongs after it
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The models that the stage names besides the base, by their roles: teacher, student."""
+        return {}
+
+    def with_models(self, names: Mapping[str, str]) -> Stage:
+        """The stage with other names for these roles."""
+        return self.model_copy(update=dict(names)) if names else self
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether it leaves no linear of the layers to another code."""
+        return False
+
+    @property
+    def purpose(self) -> str:
+        """What the stage does, in a few words, for lists of recipes."""
+        return self.name
+
+    def training_tokens(self, length: int) -> int:
+        """Tokens of text that the stage trains on, where sequences of the data have `length`."""
+        return 0
+
+    def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Refuse a place between other stages of a recipe. Errors: ValueError, which says why."""
+        if any(stage.quantizes for stage in before):
+            raise ValueError(
+                "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
+                "nothing, or distill with train: scales, norms or all"
+            )
+        if self.combines and any(stage.trains for stage in before) and not any(stage.trains for stage in after):
+            raise ValueError(
+                f"distill heals what comes before it, and {self.name} comes after the last one; put distill after {self.name}"
+            )
+
+    def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
+        """Refuse, before any work, what can't be done to this model; `before` is what earlier stages leave.
+
+        Errors: CompressError.
+        """
+
+    @abstractmethod
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """What the stage leaves of `model`.
+
+        Without a journal of what the stage has found, as far as that is known before: layers alike, the last ones removed.
+        Errors: ModelError where the model can't take the stage.
+        """
+
+    @abstractmethod
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """What the stage would cost on `model`, which leaves `left`."""
+
+    @abstractmethod
+    def apply(self, model: LayerwiseModel, context: Context) -> Facts:
+        """Do what the journal does not hold yet, and leave tensors and facts there. Errors: CompressError."""

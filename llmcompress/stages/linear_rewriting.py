@@ -22,14 +22,12 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.registry import RewrittenLayout, StoredWeight
-from llmcompress.formats.schemes import QuantScheme
 from llmcompress.formats.sparse import SparseLayout
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Facts, naming_layer
+from llmcompress.stages.base import Context, Facts, LinearScheme, Workload, naming_layer
 
-LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
 Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at the shape of a linear alone
 
 
@@ -155,3 +153,17 @@ class Rewriting:
                 bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
                 facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
         return tensors, {"name": layer.name, "linears": facts}
+
+
+def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[str, ...]:
+    """How many linears are rewritten and how many stay, for a plan; nothing where none stays."""
+    if not kept:
+        return ()
+    return (f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",)
+
+
+def rewriting_memory(model: MetaModel, work: Workload) -> int:
+    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest solver."""
+    widest = max(C for _, (_, C) in model.linear_maps())
+    states: int = 4 * work.tokens * model.config.hidden_size
+    return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

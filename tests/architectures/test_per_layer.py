@@ -114,7 +114,7 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
         "nf4": {"quantize": {"format": "nf4", "group_size": 32, "rotate": "heads"}},
         "int8": {"quantize": {"format": "int8", "smooth": {}}},
         "layer": {"prune": {"axis": "layer", "keep": 2}},
-        "2:4": {"prune": {"pattern": "2:4"}},
+        "2:4": {"sparsify": {"pattern": "2:4"}},
     }
     for name, after in followers.items():
         out = tmp_path / name.replace(":", "-")

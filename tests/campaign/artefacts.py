@@ -23,10 +23,10 @@ FORMATS = {
     "w4a8": "[{quantize: {format: w4a8, group_size: 32}}]",
     "int8-embedding": "[{quantize: {format: w8a8, embedding: int8}}]",
     "mixed": "[{quantize: {format: nf4, overrides: {'*.down_proj': {format: w8a8}}}}]",
-    "sparse": "[{prune: {pattern: '2:4'}}]",
-    "basis": "[{tie: {basis: 2, keep: 0.75}}]",
-    "share": "[{tie: {layers: adjacent, parts: [ffn], groups: 1}}]",
-    "codebook": "[{tie: {codebook: 16}}]",
+    "sparse": "[{sparsify: {pattern: '2:4'}}]",
+    "basis": "[{low_rank: {layers_per_basis: 2, keep: 0.75}}]",
+    "share": "[{share: {layers: adjacent, parts: [ffn], groups: 1}}]",
+    "codebook": "[{codebook: {entries: 16}}]",
 }
 INTEGERS = {  # what the parts of our formats must never hold
     "weight_multiplier": (0, 255),

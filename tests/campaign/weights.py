@@ -25,9 +25,9 @@ STAGES = (
     *("quantize: {format: w8a8, activations: static}", "quantize: {format: nf4, protect: 0.2}"),
     *(f"prune: {{axis: ffn, keep: 0.5, score: {score}}}" for score in ("obs", "taylor", "wanda", "magnitude", "activation")),
     *("prune: {axis: kv, keep: 0.5}", "prune: {axis: layer, keep: 0.5}", "prune: {axis: hidden, keep: 0.5}"),
-    *("prune: {pattern: '2:4'}", "prune: {axis: ffn, parameters: 0.8}", "prune: {axis: sublayer, keep: 0.5}"),
-    *("tie: {codebook: 4}", "tie: {codebook: 256}", "tie: {basis: 2, keep: 0.75}", "tie: {weights: [embedding, head]}"),
-    *("tie: {layers: adjacent, parts: [ffn], groups: 1}", "distill: {steps: 2, batch: 2}"),
+    *("sparsify: {pattern: '2:4'}", "prune: {axis: ffn, parameters: 0.8}", "prune: {axis: sublayer, keep: 0.5}"),
+    *("codebook: {entries: 4}", "codebook: {entries: 256}", "low_rank: {layers_per_basis: 2, keep: 0.75}", "tie: {}"),
+    *("share: {layers: adjacent, parts: [ffn], groups: 1}", "distill: {steps: 2, batch: 2}"),
 )
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
     "one of 7e4": lambda W: W.index_put((torch.tensor([0]),) * W.dim(), torch.tensor(7e4)),

@@ -172,9 +172,9 @@ def test_a_linear_is_refused_exactly_where_the_kernels_fail(format: bitsandbytes
         assert (refused is None) == runs_on_the_kernel(R, C, layer, format), (R, C, layer, refused)
 
 
-def test_a_refusal_says_which_block_would_fit() -> None:
-    assert "use layer 32" in (bitsandbytes_layout.refusal((64, 96), "nf4", 64) or "")
-    assert "no layer size fits" in (bitsandbytes_layout.refusal((64, 172), "nf4", 64) or "")
+def test_a_refusal_says_which_group_size_would_fit() -> None:
+    assert "use group_size 32" in (bitsandbytes_layout.refusal((64, 96), "nf4", 64) or "")
+    assert "no group_size fits" in (bitsandbytes_layout.refusal((64, 172), "nf4", 64) or "")
     assert "48 output rows" in (bitsandbytes_layout.refusal((48, 128), "nf4", 64) or "")
 
 

@@ -176,11 +176,11 @@ STAGES: dict[str, dict[str, Any]] = {
     "w8a16": {"quantize": {"format": "w8a16"}},
     "w4a16": {"quantize": {"format": "w4a16", "rounding": "nearest"}},
     "mixed": {"quantize": {"format": "nf4", "double_quant": True, "overrides": {"*down_proj": {"format": "w4a8"}}}},
-    "sparse": {"prune": {"pattern": "unstructured", "keep": 0.5}},
-    "2:4": {"prune": {"pattern": "2:4"}},
-    "codebook": {"tie": {"codebook": 16, "per": "row"}},
-    "basis": {"tie": {"basis": 2, "keep": 0.5}},
-    "shared": {"tie": {"layers": "auto", "parts": ["ffn"], "groups": 1, "residual_rank": 4, "steps": 4}},
+    "sparse": {"sparsify": {"pattern": "unstructured", "keep": 0.5}},
+    "2:4": {"sparsify": {"pattern": "2:4"}},
+    "codebook": {"codebook": {"entries": 16, "per": "row"}},
+    "basis": {"low_rank": {"layers_per_basis": 2, "keep": 0.5}},
+    "shared": {"share": {"layers": "auto", "parts": ["ffn"], "groups": 1, "residual_rank": 4, "steps": 4}},
 }
 
 

@@ -119,7 +119,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_an_adapter_on_one_of_two_layers_that_share_is_refused_before_anything_changes(text: Path, tmp_path: Path) -> None:
-    shared = {"tie": {"layers": "auto", "parts": ["ffn"], "groups": 1, "steps": 2}}
+    shared = {"share": {"layers": "auto", "parts": ["ffn"], "groups": 1, "steps": 2}}
     run_recipe(staged_recipe(text, save_base(tmp_path / "base"), shared, samples=8, length=24), tmp_path / "out")
     model = adapted(load(tmp_path / "out"), ["layers.1.mlp.down_proj"])
     before = live(model)

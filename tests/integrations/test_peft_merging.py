@@ -108,9 +108,9 @@ def test_an_adapter_around_a_model_in_memory_is_refused(folders: tuple[Path, Pat
 @pytest.mark.parametrize(
     "stage",
     [
-        {"layers": "adjacent", "groups": 1, "steps": 0},
-        {"layers": "adjacent", "groups": 1, "steps": 0, "residual_rank": 2},
-        {"basis": 2, "keep": 0.5},
+        {"share": {"layers": "adjacent", "groups": 1, "steps": 0}},
+        {"share": {"layers": "adjacent", "groups": 1, "steps": 0, "residual_rank": 2}},
+        {"low_rank": {"layers_per_basis": 2, "keep": 0.5}},
     ],
     ids=["shared", "with-a-difference", "basis"],
 )
@@ -119,7 +119,7 @@ def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_ow
 ) -> None:
     """All that share a weight become plain and have their own; one of them alone can't, and nothing changes."""
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
-    run_recipe(staged_recipe(text, base, {"tie": stage}, samples=4, length=24), tmp_path / "out")
+    run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     plain = live(load(tmp_path / "out"))
     settings: dict[str, Any] = {"r": 2, "target_modules": ["up_proj"], "init_lora_weights": False}
     acts: dict[str, Callable[[Any], Any]] = {
@@ -147,7 +147,7 @@ def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_ow
 
 def test_a_shared_weight_is_copied_pickled_and_cast_as_one(tmp_path: Path) -> None:
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
-    stage = {"tie": {"layers": "adjacent", "groups": 1, "steps": 0}}
+    stage = {"share": {"layers": "adjacent", "groups": 1, "steps": 0}}
     run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     model = load(tmp_path / "out")
     plain = live(model)

@@ -35,7 +35,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "Linear8bitLt": {"formats.bitsandbytes_layout"},
         "Params4bit": {"formats.bitsandbytes_layout"},
     },
-    "peft.tuners": {"tuners_utils": {"integrations.peft_merging"}},
+    "peft.tuners": {"tuners_utils": {"integrations.registration"}},
     "transformers.conversion_mapping": {"get_model_conversion_mapping": {COMPAT}},
     "transformers.core_model_loading": {
         "WeightConverter": {COMPAT},
@@ -57,13 +57,9 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "tokenizer_class_from_name": {"io.tokenizer"},
     },
     "transformers.pytorch_utils": {"Conv1D": {COMPAT, "pipeline.in_memory", "stages.distill.student"}},
-    "transformers.quantizers.auto": {
-        "AUTO_QUANTIZATION_CONFIG_MAPPING": {COMPAT},
-        "AUTO_QUANTIZER_MAPPING": {COMPAT},
-    },
+    "transformers.quantizers": {"auto": {"integrations.registration"}},
+    "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": {COMPAT}},
     "transformers.quantizers.base": {"HfQuantizer": {COMPAT}},
-    "transformers.quantizers.quantizer_bnb_4bit": {"Bnb4BitHfQuantizer": {COMPAT}},
-    "transformers.quantizers.quantizer_bnb_8bit": {"Bnb8BitHfQuantizer": {COMPAT}},
     "transformers.quantizers.quantizers_utils": {"should_convert_module": {"formats.bitsandbytes_layout"}},
     "transformers.utils": {"logging": {COMPAT, "pipeline.resolve"}},
     "transformers.utils.import_utils": {"is_peft_available": {"stages.distill.config"}},
@@ -122,8 +118,11 @@ def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def is_module(text: str) -> bool:
-    """Whether a string is the name of a module of PEFT, which is imported by its name and not by a statement."""
-    return re.fullmatch(r"peft(\.\w+)+", text) is not None and importlib.util.find_spec(text) is not None
+    """Whether a string is the name of a module that is imported by its name, and not by a statement."""
+    return (
+        re.fullmatch(r"(transformers|peft)(\.\w+)+", text) is not None
+        and importlib.util.find_spec(text) is not None
+    )
 
 
 def attributes(trees: list[ast.Module]) -> set[str]:
@@ -181,6 +180,13 @@ def test_each_attribute_is_found_in_the_installed_version(name: str) -> None:
         parent, _, kind = where.rpartition(".")
         owner = getattr(importlib.import_module(parent), kind)
     assert hasattr(owner, name) or hasattr(pico("llama").config, name)
+
+
+def test_what_registration_changes_is_there() -> None:
+    auto = importlib.import_module("transformers.quantizers.auto")
+    assert auto.AUTO_QUANTIZATION_CONFIG_MAPPING.keys() == auto.AUTO_QUANTIZER_MAPPING.keys()
+    for kind in (auto.Bnb4BitHfQuantizer, auto.Bnb8BitHfQuantizer):
+        assert hasattr(kind, "get_state_dict_and_metadata")
 
 
 @pytest.mark.parametrize("name", PRIVATE_OF_TORCH)

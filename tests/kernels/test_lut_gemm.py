@@ -146,9 +146,7 @@ def test_what_is_not_a_weight_is_refused_and_not_read() -> None:
             lut_gemm.expand(packed, levels, 2, 4, 40, start=start, out=out)
 
 
-def test_a_switch_turns_the_kernel_off(
-    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_switch_turns_the_kernel_off(fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "0")
     assert not lut_gemm.available() and lut_gemm.form() is None
     assert lut_gemm.why_not() == "LLMCOMPRESS_KERNELS is 0"

@@ -57,7 +57,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     plain = live(AutoModelForCausalLM.from_pretrained(base))
     assert torch.equal(measured(base), plain)
     spec = DataSpec(source=str(text), length=24, evaluation_samples=2)
-    before = evaluate(str(base), data=spec)["perplexity"]
+    before = evaluate(str(base), data=spec).perplexity
     tied = pico(family, vocab_size=256, tie_word_embeddings=True)
     assert distance(live(tied), plain) > 0.01
     run_recipe(staged_recipe(text, base, NF4_HEAD), tmp_path / "out")
@@ -67,7 +67,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     told.save_pretrained(tmp_path / "told")
     for file in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "told" / file).write_bytes((base / file).read_bytes())
-    assert evaluate(str(tmp_path / "told"), data=spec)["perplexity"] == before
+    assert evaluate(str(tmp_path / "told"), data=spec).perplexity == before
 
 
 @pytest.mark.parametrize(
@@ -75,10 +75,10 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     [
         {"prune": {"axis": "ffn", "keep": 0.6}},
         {"prune": {"axis": "hidden", "keep": 0.75, "score": "activation"}},
-        {"prune": {"pattern": "2:4", "score": "magnitude"}},
-        {"tie": {"layers": "adjacent", "groups": 1, "steps": 0}},
-        {"tie": {"codebook": 16}},
-        {"tie": {"basis": 2, "keep": 0.5}},
+        {"sparsify": {"pattern": "2:4", "score": "magnitude"}},
+        {"share": {"layers": "adjacent", "groups": 1, "steps": 0}},
+        {"codebook": {"entries": 16}},
+        {"low_rank": {"layers_per_basis": 2, "keep": 0.5}},
         INT8,
         {"quantize": {"format": "w8a8", "rotate": True, "rounding": "nearest"}},
         {"distill": {"steps": 1, "batch": 2}},
@@ -91,9 +91,9 @@ def test_each_stage_leaves_the_head_its_own(stage: dict[str, Any], tmp_path: Pat
     report = run_recipe(recipe, told)
     assert config_of(told)["tie_word_embeddings"] is False
     assert distance(measured(told), live(load(told))) < 1e-5
-    rows, _ = plan_recipe(recipe)
-    assert rows[0]["parameters"] == report.base.parameters
-    assert rows[-1]["parameters"] == report.compressed.parameters
+    rows = plan_recipe(recipe).rows
+    assert rows[0].parameters == report.base.parameters
+    assert rows[-1].parameters == report.compressed.parameters
     written = weights_of(told)
     assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 

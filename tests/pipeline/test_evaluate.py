@@ -18,7 +18,7 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.run import run_recipe
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, small_recipe, write_text
 
 KEYS = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
 AGAINST = ["kl_nats_mean", "kl_nats_p99", "top1_agreement"]
@@ -61,26 +61,26 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     nll = F.nll_loss(log_q[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
 
     found = evaluate(str(tmp_path / "stock"), against=str(base), data=spec)
-    assert list(found) == [*KEYS, *AGAINST]
-    assert found["kl_nats_mean"] == pytest.approx(float(kl.mean()), rel=1e-3)
-    assert found["kl_nats_p99"] == pytest.approx(float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-3)
-    assert found["top1_agreement"] == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.006)
-    assert found["perplexity"] == pytest.approx(math.exp(float(nll)), rel=1e-4)
-    assert found["tokens"] == 6 * 31
-    assert found["size_bytes"] == (tmp_path / "stock" / "model.safetensors").stat().st_size
+    assert list(found.to_dict()) == [*KEYS, *AGAINST]
+    assert found.kl_nats_mean == pytest.approx(float(kl.mean()), rel=1e-3)
+    assert found.kl_nats_p99 == pytest.approx(float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-3)
+    assert found.top1_agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.006)
+    assert found.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
+    assert found.tokens == 6 * 31
+    assert found.size_bytes == (tmp_path / "stock" / "model.safetensors").stat().st_size
 
 
 def test_a_model_is_no_distance_from_itself(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "llama", max_shard_size="100KB")
     found = evaluate(str(base), against=str(base), data=spec)
-    assert (found["kl_nats_mean"], found["kl_nats_p99"], found["top1_agreement"]) == (0.0, 0.0, 1.0)
-    low, high = found["perplexity_ci95"]
-    assert low < found["perplexity"] < high and found["tokens_per_s"] > 0
+    assert (found.kl_nats_mean, found.kl_nats_p99, found.top1_agreement) == (0.0, 0.0, 1.0)
+    low, high = found.perplexity_ci95
+    assert low < found.perplexity < high and known(found.tokens_per_s) > 0
 
 
 def test_without_a_base_there_is_no_distance(spec: DataSpec, tmp_path: Path) -> None:
     found = evaluate(str(save_base(tmp_path / "base")), data=spec)
-    assert list(found) == KEYS
+    assert list(found.to_dict()) == KEYS
 
 
 def test_an_artefact_evaluates_as_its_report_says(spec: DataSpec, tmp_path: Path) -> None:
@@ -88,9 +88,9 @@ def test_an_artefact_evaluates_as_its_report_says(spec: DataSpec, tmp_path: Path
     report = run_recipe(small_recipe(Path(spec.source), base), tmp_path / "out")
     same = spec.model_copy(update={"length": 24, "evaluation_samples": 4})
     found = evaluate(str(tmp_path / "out"), against=str(base), data=same)
-    assert found["kl_nats_mean"] == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-6)
-    assert found["perplexity"] == pytest.approx(report.compressed.perplexity, rel=1e-6)
-    assert found["size_bytes"] == report.compressed.size_bytes
+    assert found.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-6)
+    assert found.perplexity == pytest.approx(report.compressed.perplexity, rel=1e-6)
+    assert found.size_bytes == report.compressed.size_bytes
 
 
 def test_models_of_two_vocabularies_can_not_be_compared(spec: DataSpec, tmp_path: Path) -> None:

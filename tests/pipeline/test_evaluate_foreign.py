@@ -23,7 +23,7 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, small_recipe, write_text
 
 BLOCK = 64  # of FP8 scales
 
@@ -90,8 +90,8 @@ def test_4_bit_codes_that_are_stored_as_another_type_are_read(
     stored = load_file(tmp_path / "stock/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert stored.dtype == getattr(torch, storage)
     found = evaluate(str(tmp_path / "stock"), against=str(base), data=spec)
-    assert found["perplexity"] == pytest.approx(perplexity(tmp_path / "stock", windows), rel=1e-3)
-    assert 0 < found["kl_nats_mean"] < 0.5
+    assert found.perplexity == pytest.approx(perplexity(tmp_path / "stock", windows), rel=1e-3)
+    assert 0 < known(found.kl_nats_mean) < 0.5
     plain = Checkpoint.open(base).parameters
     assert Checkpoint.open(tmp_path / "stock", base=False).parameters == plain
 
@@ -123,11 +123,11 @@ def test_fp8_is_measured_as_transformers_loads_it(spec: DataSpec, windows: Tenso
     base = save_base(tmp_path / "base")
     folder = fp8(base, tmp_path / "fp8")
     found = evaluate(str(folder), against=str(base), data=spec)
-    assert found["perplexity"] == pytest.approx(perplexity(folder, windows), rel=1e-3)
-    assert 0 < found["kl_nats_mean"] < 0.1 and found["tokens_per_s"] > 0
-    assert found["size_bytes"] == (folder / "model.safetensors").stat().st_size
+    assert found.perplexity == pytest.approx(perplexity(folder, windows), rel=1e-3)
+    assert 0 < known(known(found.kl_nats_mean)) < 0.1 and known(found.tokens_per_s) > 0
+    assert found.size_bytes == (folder / "model.safetensors").stat().st_size
     turned = evaluate(str(base), against=str(folder), data=spec)  # as the base of another, too
-    assert turned["top1_agreement"] == found["top1_agreement"]
+    assert turned.top1_agreement == found.top1_agreement
     for act in (plan_recipe, lambda told: run_recipe(told, tmp_path / "out")):
         with pytest.raises(ModelError, match="is quantised already"):
             act(small_recipe(Path(spec.source), folder))
@@ -229,8 +229,8 @@ def test_compressed_tensors_are_measured_where_their_package_is(spec: DataSpec, 
     }
     folder = rewritten(base, tmp_path / "model", said, tensors)
     found = evaluate(str(folder), against=str(base), data=spec)
-    assert found["perplexity"] == pytest.approx(perplexity(folder, windows), rel=1e-3)
-    assert 0 < found["kl_nats_mean"] < 0.02
+    assert found.perplexity == pytest.approx(perplexity(folder, windows), rel=1e-3)
+    assert 0 < known(found.kl_nats_mean) < 0.02
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -243,5 +243,5 @@ def test_torchao_is_measured_where_it_is(spec: DataSpec, windows: Tensor, tmp_pa
     AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     found = evaluate(str(tmp_path / "model"), against=str(base), data=spec)
-    assert found["perplexity"] == pytest.approx(perplexity(tmp_path / "model", windows), rel=1e-3)
-    assert 0 < found["kl_nats_mean"] < 0.01
+    assert found.perplexity == pytest.approx(perplexity(tmp_path / "model", windows), rel=1e-3)
+    assert 0 < known(found.kl_nats_mean) < 0.01

@@ -58,7 +58,7 @@ def base_with(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path
     [
         ({"quantize": {"format": "int8", "rounding": "nearest"}}, r"model\.layers\.0\.mlp\.\w+"),
         ({"quantize": {"format": "int8"}}, r"model\.layers\.0.* float16"),
-        ({"tie": {"codebook": 16}}, rf"{UP}: weights up to 7e\+04 don't fit float16"),
+        ({"codebook": {"entries": 16}}, rf"{UP}: weights up to 7e\+04 don't fit float16"),
     ],
     ids=["int8-nearest", "int8-gptq", "codebook"],
 )
@@ -76,9 +76,9 @@ def test_what_float16_does_not_hold_is_told_with_its_layer(stage: dict[str, Any]
         {"quantize": {"format": "w4a8"}},
         {"quantize": {"format": "nf4", "double_quant": True, "rounding": "nearest"}},
         {"prune": {"axis": "ffn", "keep": 0.5}},
-        {"prune": {"pattern": "2:4"}},
-        {"tie": {"basis": 1, "keep": 0.5}},
-        {"tie": {"weights": ["embedding", "head"], "fit": "mean"}},
+        {"sparsify": {"pattern": "2:4"}},
+        {"low_rank": {"layers_per_basis": 1, "keep": 0.5}},
+        {"tie": {"fit": "mean"}},
     ],
     ids=["w4a8", "nf4", "ffn", "sparse", "basis", "tie"],
 )

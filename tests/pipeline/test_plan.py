@@ -16,7 +16,7 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.plan import per_token, plan_recipe
 from llmcompress.pipeline.run import run_recipe
-from tests.bases import save_base, small_recipe, staged_recipe, write_text
+from tests.bases import known, save_base, small_recipe, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 
@@ -29,9 +29,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_parameters_and_bytes_of_the_base_are_those_of_its_files(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     checkpoint = Checkpoint.open(base)
-    rows, _ = plan_recipe(small_recipe(text, base))
-    assert rows[0]["parameters"] == checkpoint.parameters
-    assert 0 <= checkpoint.size_bytes - rows[0]["size_bytes"] < 8000  # the header
+    rows = plan_recipe(small_recipe(text, base)).rows
+    assert rows[0].parameters == checkpoint.parameters
+    assert 0 <= checkpoint.size_bytes - rows[0].size_bytes < 8000  # the header
 
 
 @pytest.mark.parametrize(
@@ -51,12 +51,13 @@ def test_the_bytes_of_the_result_are_those_that_a_run_writes(
 ) -> None:
     base = save_base(tmp_path / "base", family, **config)
     recipe = small_recipe(text, base, rounding="nearest", **settings)
-    rows, notes = plan_recipe(recipe)
+    plan = plan_recipe(recipe)
+    rows, notes = plan.rows, plan.notes
     report = run_recipe(recipe, tmp_path / "out")
-    assert rows[1]["parameters"] == report.compressed.parameters
+    assert rows[1].parameters == report.compressed.parameters
     assert report.compressed.size_bytes is not None
     headers = 2500 * len(report.linears) + 4000  # names, and what each linear says of its own format
-    assert 0 <= report.compressed.size_bytes - rows[1]["size_bytes"] < headers
+    assert 0 <= report.compressed.size_bytes - rows[1].size_bytes < headers
     assert f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes) or not report.kept
 
 
@@ -64,10 +65,11 @@ def test_a_plan_reads_no_weights_and_writes_nothing(text: Path, tmp_path: Path) 
     base = save_base(tmp_path / "base")
     (base / "model.safetensors").unlink()
     before = sorted(tmp_path.rglob("*"))
-    rows, notes = plan_recipe(small_recipe(text, base))
-    assert [row["stage"] for row in rows] == ["base", "quantize (nf4, gptq)"]
-    assert rows[1]["seconds"] > 0 and rows[1]["peak_memory_bytes"] > 0
-    assert any("8 windows of 24 tokens" in note for note in notes)
+    plan = plan_recipe(small_recipe(text, base))
+    rows, notes = plan.rows, plan.notes
+    assert [row.stage for row in rows] == ["base", "quantize (nf4, gptq)"]
+    assert known(rows[1].seconds) > 0 and known(rows[1].peak_memory_bytes) > 0
+    assert any("8 sequences of 24 tokens" in note for note in notes)
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -76,8 +78,8 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
     seconds = {}
     for base in (small, deep):
         for rounding in ("nearest", "gptq", "learned"):
-            rows, _ = plan_recipe(small_recipe(text, base, rounding=rounding))
-            seconds[base.name, rounding] = rows[1]["seconds"]
+            rows = plan_recipe(small_recipe(text, base, rounding=rounding)).rows
+            seconds[base.name, rounding] = known(rows[1].seconds)
     for name in ("small", "deep"):
         assert seconds[name, "nearest"] < seconds[name, "gptq"] < seconds[name, "learned"]
     assert seconds["deep", "gptq"] > 5 * seconds["small", "gptq"]  # 12 times, by a clock that other work disturbs
@@ -85,7 +87,7 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
 
 def test_memory_does_not_grow_with_the_layers(text: Path, tmp_path: Path) -> None:
     small, deep = save_base(tmp_path / "small"), save_base(tmp_path / "deep", num_hidden_layers=24)
-    peaks = {plan_recipe(small_recipe(text, base))[0][1]["peak_memory_bytes"] for base in (small, deep)}
+    peaks = {plan_recipe(small_recipe(text, base)).rows[1].peak_memory_bytes for base in (small, deep)}
     assert len(peaks) == 1
 
 
@@ -138,7 +140,7 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: str) -> None:
     model: Any = pico(family)
-    row = per_token(MetaModel(model.config, torch.device("cpu"), torch.float32))
+    flops, cached = per_token(MetaModel(model.config, torch.device("cpu"), torch.float32))
     cache: Any = DynamicCache(config=model.config)
     multiplied = 0
 
@@ -150,10 +152,10 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
     with torch.no_grad():
         model(torch.tensor([[3, 4, 5, 6, 7]]), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    assert row["kv_cache_bytes_per_token"] == held // 5
+    assert cached == held // 5
     routed = 2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0  # layers, experts a token, matrices, weights, tokens
     router = 2 * 5 * 64 if family == "qwen3_moe" else 0  # is no linear module
-    assert row["flops_per_token"] in (2 * (multiplied + routed) // 5, 2 * ((multiplied + routed) // 5 + router))
+    assert flops in (2 * (multiplied + routed) // 5, 2 * ((multiplied + routed) // 5 + router))
     for hook in hooks:
         hook.remove()
 
@@ -170,10 +172,13 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
 )
 def test_a_cut_is_priced_before_it_is_made(stage: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=False)
-    whole, cut = plan_recipe(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]}))[0]
-    assert all(cut[key] <= whole[key] for key in ("parameters", "size_bytes", "flops_per_token", "kv_cache_bytes_per_token"))
-    assert cut["flops_per_token"] < whole["flops_per_token"]
+    whole, cut = plan_recipe(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]})).rows
+    assert all(
+        getattr(cut, key) <= getattr(whole, key)
+        for key in ("parameters", "size_bytes", "flops_per_token", "kv_cache_bytes_per_token")
+    )
+    assert cut.flops_per_token < whole.flops_per_token
     if stage["axis"] == "kv":
-        assert cut["kv_cache_bytes_per_token"] == whole["kv_cache_bytes_per_token"] // 2
+        assert cut.kv_cache_bytes_per_token == whole.kv_cache_bytes_per_token // 2
     if "parameters" in stage:
-        assert cut["parameters"] <= 0.8 * whole["parameters"]
+        assert cut.parameters <= 0.8 * whole.parameters

@@ -19,8 +19,13 @@ PLACES = (
     *(f"distill: {{{key}: N}}" for key in ("steps", "batch", "length", "temperature", "hidden", "attention", "weight_decay")),
     *(f"distill: {{{key}: N}}" for key in ("evaluate_every", "patience", "micro_batch", "learning_rate", "label_share")),
     *("distill: {train: lora, rank: N}", "distill: {cache: true, top_k: N}"),
-    *("quantize: {steps: N}", "quantize: {format: int8, threshold: N}", "tie: {basis: N}", "tie: {basis: 1, rank: N}"),
-    *("tie: {layers: auto, groups: N}", "tie: {layers: auto, groups: 1, residual_rank: N}", "tie: {pairs: [[0, N]]}"),
+    *(
+        "quantize: {steps: N}",
+        "quantize: {format: int8, threshold: N}",
+        "low_rank: {layers_per_basis: N}",
+        "low_rank: {layers_per_basis: 1, rank: N}",
+    ),
+    *("share: {layers: auto, groups: N}", "share: {layers: auto, groups: 1, residual_rank: N}", "share: {pairs: [[0, N]]}"),
     *("prune: {axis: ffn, size: N}", "prune: {axis: ffn, keep: 0.5, multiple: N}", "prune: {axis: ffn, parameters: N}"),
 )
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llmcompress.errors import CompressError, RecipeError
 from llmcompress.recipe.recipe import LARGEST, Recipe
+from llmcompress.stages.quantize.stage import Quantize
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 FULL = """
@@ -37,8 +38,8 @@ def refusal(text: str | bytes) -> str:
 
 def test_a_recipe_says_everything_in_a_few_lines() -> None:
     recipe = Recipe.parse(FULL)
-    stage = recipe.stages[0].quantize
-    assert stage is not None and stage is recipe.stages[0].stage
+    stage = recipe.stages[0]
+    assert isinstance(stage, Quantize)
     assert (recipe.base, recipe.data.samples, recipe.accept.kl_nats) == ("user/model", 4, 0.05)
     assert (stage.format, stage.group_size, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
 
@@ -47,8 +48,9 @@ def test_a_recipe_says_everything_in_a_few_lines() -> None:
 def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
     recipe = Recipe.parse(f"stages:\n{stage}")
     assert recipe == Recipe.parse("stages: [{quantize: {format: nf4, group_size: 64, rounding: gptq}}]")
-    stage_ = recipe.stages[0].quantize
-    assert stage_ is not None and (stage_.format, stage_.rounding) == ("nf4", "gptq")
+    found = recipe.stages[0]
+    assert isinstance(found, Quantize)
+    assert (found.format, found.rounding) == ("nf4", "gptq")
 
 
 @pytest.mark.parametrize(
@@ -58,7 +60,7 @@ def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
         ("bse: a\nstages: [quantize]", "bse", "base"),
         ("stages: [quantize]\naccpet: {}", "accpet", "accept"),
         ("data: {sampels: 3}\nstages: [quantize]", "data.sampels", "samples"),
-        ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok", "layer"),
+        ("stages: [{quantize: {groupsize: 64}}]", "stages.0.quantize.groupsize", "group_size"),
         ("stages: [{quantize: {roundings: gptq}}]", "stages.0.quantize.roundings", "rounding"),
         ("accept: {kl_nat: 1}\nstages: [quantize]", "accept.kl_nat", "kl_nats"),
     ],
@@ -78,8 +80,11 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
     [
         ("[quantise]", '"quantise" is no stage; did you mean quantize?'),
         ("[{quantise: {group_size: 64}}]", '"quantise" is no stage; did you mean quantize?'),
-        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, tie, distill, quantize'),
-        ("[{}]", "an entry is one stage, this one has nothing; use one of prune, tie, distill, quantize"),
+        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize'),
+        (
+            "[{}]",
+            "an entry is one stage, this one has nothing; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize",
+        ),
         ("[]", "stages"),
         ("quantize", "stages"),
         ("[3]", "stages.0"),
@@ -101,9 +106,9 @@ def test_a_wrong_stage_is_told_so(stages: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "place"),
     [
-        ("group_size: 48", "layer"),
-        ("layer: true", "layer"),
-        ("layer: '64'", "layer"),
+        ("group_size: 48", "group_size"),
+        ("group_size: true", "group_size"),
+        ("group_size: '64'", "group_size"),
         ("format: int4", "format"),
         ("double_quant: 7", "double_quant"),
         ("rounding: best", "rounding"),
@@ -156,7 +161,7 @@ def test_a_value_of_the_wrong_kind_is_told_where_it_stands(text: str, place: str
         ("3", "holds a int, not a mapping"),
         ("stages: [", "is no YAML (line 1)"),
         ("base: a\nstages: [quantize]\nbase: b", 'is no YAML (line 3): "base" is given twice'),
-        ("stages: [{quantize: {group_size: 64, group_size: 32}}]", '"layer" is given twice'),
+        ("stages: [{quantize: {group_size: 64, group_size: 32}}]", '"group_size" is given twice'),
         ("a: b: c", "is no YAML (line 1)"),
         ("base: a\n\tstages: b", "is no YAML (line 2)"),
         ("base: !!python/object/apply:os.system ['true']\nstages: [quantize]", "is no YAML"),
@@ -235,17 +240,15 @@ def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship(
     schema.check_schema(json.loads(text))
     for file in RECIPES.glob("*.yaml"):
         assert not list(schema.iter_errors(yaml.safe_load(file.read_text()))), file
-    for good in ("stages: [quantize]", "schema: 1\nstages: [{quantize: null}]", FULL):
+    for good in ("stages: [tie, quantize]", "stages: [{tie: null}]", "schema: 1\nstages: [{quantize: null}]", FULL):
         assert not list(schema.iter_errors(yaml.safe_load(good))), good
     for wrong in (
         "{}",
         "stages: []",
         "stages: [quantise]",
-        "stages: [{quantize: {blok: 64}}]",
+        "stages: [{quantize: {block: 64}}]",
         "stages: [{tie: {wheights: []}}]",
-        "stages: [{tie: {}}]",
-        "stages: [{tie: {layers: auto}}]",
-        "stages: [{tie: null}]",
+        "stages: [{share: {layers: auto}}]",
         "stages: [prune]",
         "schema: 2\nstages: [quantize]",
         "stages: [{prune: {axis: ffn, keep: 0.5}, quantize: {}}]",
@@ -289,7 +292,7 @@ def test_the_recipes_we_ship_are_short_and_right(file: Path) -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-KEYS = st.sampled_from(["base", "data", "stages", "accept", "quantize", "layer", "format", "samples", "kl_nats", "skip"])
+KEYS = st.sampled_from(["base", "data", "stages", "accept", "quantize", "group_size", "format", "samples", "kl_nats", "skip"])
 values: Any = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=4)
 )

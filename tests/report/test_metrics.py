@@ -17,6 +17,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from llmcompress.errors import DataError, ModelError
 from llmcompress.report import metrics
+from tests.bases import known
 
 W, L, V = 12, 9, 37
 
@@ -66,7 +67,7 @@ def test_every_number_agrees_with_float64_in_every_dtype_and_chunk(
     kl = (p.exp() * (p - q)).sum(-1).flatten()
     assert found.perplexity == pytest.approx(float(reference(small, windows).mean().exp()), rel=1e-6)
     assert found.base_perplexity == pytest.approx(float(reference(base, windows).mean().exp()), rel=1e-6)
-    assert found.perplexity_ratio == pytest.approx(found.perplexity / (found.base_perplexity or 0), rel=1e-9)
+    assert found.perplexity_ratio == pytest.approx(found.perplexity / known(found.base_perplexity), rel=1e-9)
     assert found.kl_nats_mean == pytest.approx(float(kl.mean()), abs=1e-6)
     assert found.kl_nats_p99 == pytest.approx(float(kl.sort().values[math.ceil(0.99 * W * L) - 1]), abs=2e-6)
     assert found.top1_agreement == pytest.approx(float((base.argmax(-1) == small.argmax(-1)).double().mean()))
@@ -121,7 +122,7 @@ def test_pairing_makes_the_interval_of_the_ratio_narrow(windows: Tensor) -> None
     found = metrics.fidelity([logits(3, near=base)], windows, [base])
     low, high = found.perplexity_ratio_ci95 or (0.0, 0.0)
     own_low, own_high = found.perplexity_ci95
-    assert low < (found.perplexity_ratio or 0) < high
+    assert low < known(found.perplexity_ratio) < high
     assert high - low < 0.3 * (own_high - own_low) / found.perplexity
 
 

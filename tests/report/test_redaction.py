@@ -15,6 +15,7 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import RecipeFacts, Report
+from llmcompress.stages.distill.stage import Distill
 from tests.bases import save_base, write_text
 
 ODD = "Zq7secret"  # in every path here, and in nothing that may be shared
@@ -101,8 +102,8 @@ def test_the_recipe_that_is_shared_is_that_of_its_report_and_its_names_are_no_id
     there = sent(place / "out")
     told = Recipe.parse(there["recipe.yaml"])
     assert told.digest == Report.from_json(there["report.json"]).recipe_digest
-    lesson = told.stages[0].distill
-    assert lesson is not None
+    lesson = told.stages[0]
+    assert isinstance(lesson, Distill)
     assert (told.base, told.data.source) == ("./base", "./diary.txt")
     assert (lesson.teacher, lesson.student) == ("./teacher", "./student")
     told._origin = RecipeFacts(source="me/tiny", revision="ab" * 20)

@@ -24,7 +24,7 @@ from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.codebook.stage import Codebook
 from tests.artefacts import CPU, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 # A layer, narrow where it can be, for the solving of codes is most of the time here.
@@ -46,7 +46,7 @@ def small(folder: Path, family: str = "llama", **config: Any) -> Path:
 
 
 def cluster(entries: int = 16, **settings: Any) -> dict[str, Any]:
-    return {"tie": {"codebook": entries, **settings}}
+    return {"codebook": {"entries": entries, **settings}}
 
 
 def recipe(text: Path, base: Path, *stages: dict[str, Any]) -> Recipe:
@@ -98,7 +98,7 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, te
         assert linear.bits == entries.bit_length() - 1 + 16 * entries / C and 0 < linear.relative_error < 0.7
     counted = Checkpoint.open(out, base=False).parameters
     assert report.compressed.parameters == counted == report.base.parameters, "as many weights, of fewer values"
-    assert (report.compressed.size_bytes or 0) < (report.base.size_bytes or 0)
+    assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
     once, again = weights_of(out), weights_of(tmp_path / "again")
     assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
@@ -130,11 +130,11 @@ def test_weights_of_few_values_are_kept_exactly(
 
 
 SETTINGS: list[tuple[str, dict[str, Any], str]] = [
-    ("llama", {"codebook": 16, "per": "linear"}, "codebook of 16 a linear"),
-    ("gpt2", {"codebook": 256, "per": "linear", "skip": ["*.c_fc"]}, "codebook of 256 a linear"),
-    ("llama", {"codebook": 8, "per": "group", "rows": 5}, "codebook of 8 for 5 rows"),  # 5 divides nothing
-    ("phi3", {"codebook": 4, "per": "group", "rows": 1000}, "codebook of 4 for 1000 rows"),  # more than there are
-    ("qwen3_moe", {"codebook": 4}, "codebook of 4 a row"),
+    ("llama", {"entries": 16, "per": "linear"}, "codebook of 16 a linear"),
+    ("gpt2", {"entries": 256, "per": "linear", "skip": ["*.c_fc"]}, "codebook of 256 a linear"),
+    ("llama", {"entries": 8, "per": "group", "rows": 5}, "codebook of 8 for 5 rows"),  # 5 divides nothing
+    ("phi3", {"entries": 4, "per": "group", "rows": 1000}, "codebook of 4 for 1000 rows"),  # more than there are
+    ("qwen3_moe", {"entries": 4}, "codebook of 4 a row"),
 ]
 
 
@@ -142,14 +142,15 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
 def test_a_plan_foretells_the_parameters_and_bytes(
     family: str, settings: dict[str, Any], spoken: str, text: Path, tmp_path: Path
 ) -> None:
-    base, out, told = small(tmp_path / "base", family), tmp_path / "out", {"tie": settings}
-    rows, notes = plan_recipe(recipe(text, base, told))
+    base, out, told = small(tmp_path / "base", family), tmp_path / "out", {"codebook": settings}
+    plan = plan_recipe(recipe(text, base, told))
+    rows, notes = plan.rows, plan.notes
     report = run_recipe(recipe(text, base, told), out)
     assert {linear.format for linear in report.linears} == {spoken}
-    assert rows[1]["parameters"] == report.compressed.parameters
-    assert rows[1]["size_bytes"] == sum(tensor.nbytes for tensor in weights_of(out).values())
-    assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 8000  # the header
-    assert rows[1]["stage"] == f"tie (codebook of {settings['codebook']})" and rows[1]["seconds"] > 0
+    assert rows[1].parameters == report.compressed.parameters
+    assert rows[1].size_bytes == sum(tensor.nbytes for tensor in weights_of(out).values())
+    assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 8000  # the header
+    assert rows[1].stage == f"codebook ({settings['entries']} entries)" and known(rows[1].seconds) > 0
     assert f"{len(report.linears)} linears are rewritten, {len(report.kept)} kept" in " ".join(notes)
     assert distance(live(load(out)), measured(out)) < 1e-5
     shapes = dict(InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps())
@@ -160,9 +161,9 @@ def test_a_plan_foretells_the_parameters_and_bytes(
 
 def test_more_values_and_more_codebooks_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = small(tmp_path / "base"), list[float]()
-    for settings in ({"codebook": 4, "per": "linear"}, {"codebook": 4}, {"codebook": 8}):
-        report = run_recipe(recipe(text, base, {"tie": settings}), tmp_path / str(len(lost)))
-        lost.append(report.fidelity.kl_nats_mean or 0.0)
+    for settings in ({"entries": 4, "per": "linear"}, {"entries": 4}, {"entries": 8}):
+        report = run_recipe(recipe(text, base, {"codebook": settings}), tmp_path / str(len(lost)))
+        lost.append(known(report.fidelity.kl_nats_mean))
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
 
 
@@ -217,8 +218,8 @@ def test_what_is_skipped_can_be_quantised(text: Path, tmp_path: Path) -> None:
     assert {entry.why for entry in report.stages[1].kept if "self_attn" in entry.name} == {"is stored as codebook already"}
     model = load(out)
     assert len(codebooks(model)) == 4 and distance(live(model), measured(out)) < 0.02
-    rows, _ = plan_recipe(recipe(text, base, *stages))
-    assert rows[-1]["parameters"] == report.compressed.parameters == report.base.parameters
+    rows = plan_recipe(recipe(text, base, *stages)).rows
+    assert rows[-1].parameters == report.compressed.parameters == report.base.parameters
     result, again = apply_recipe(
         recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
     )
@@ -258,7 +259,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     run_recipe(recipe(text, base, cluster(4, skip=["*.k_proj"])), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
-    assert (facts["name"], facts["codebook"], facts["per"], facts["bits"]) == (
+    assert (facts["name"], facts["entries"], facts["per"], facts["bits"]) == (
         "codebook",
         4,
         "row",
@@ -276,7 +277,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 def test_linears_that_would_become_no_smaller_are_kept_with_the_reason() -> None:
     model = pico("llama")
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    stage = Codebook.model_validate({"codebook": 256, "per": "group", "rows": 8})
+    stage = Codebook.model_validate({"entries": 256, "per": "group", "rows": 8})
     chosen, kept = stage.choose(source)
     assert set(chosen) == {f"model.layers.{index}.{name}" for index in (0, 1) for name in ("mlp.down_proj", "self_attn.o_proj")}
     assert set(chosen.values()) == {CodebookLayout(256, 8, "float16")}
@@ -287,16 +288,16 @@ def test_linears_that_would_become_no_smaller_are_kept_with_the_reason() -> None
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"codebook": 16, "skip": ["*.nothing"]}, r'skip "\*.nothing" matches no linear of this model; they have names like'),
-        ({"codebook": 16, "skip": ["*"]}, r"no linear of this model can have a codebook \(skip\); leave the stage"),
-        ({"codebook": 256}, r"no linear of this model can have a codebook \(.* weights take .* bits each"),
+        ({"entries": 16, "skip": ["*.nothing"]}, r'skip "\*.nothing" matches no linear of this model; they have names like'),
+        ({"entries": 16, "skip": ["*"]}, r"no linear of this model can have a codebook \(skip\); leave the stage"),
+        ({"entries": 256}, r"no linear of this model can have a codebook \(.* weights take .* bits each"),
     ],
 )
 def test_what_can_not_be_is_refused_before_anything_is_read(
     settings: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
     base = small(tmp_path / "base")
-    assert_refused(recipe(text, base, {"tie": settings}), why, tmp_path / "out")
+    assert_refused(recipe(text, base, {"codebook": settings}), why, tmp_path / "out")
 
 
 def test_two_codebooks_one_after_the_other_find_nothing_left(text: Path, tmp_path: Path) -> None:

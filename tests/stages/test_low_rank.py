@@ -25,7 +25,7 @@ from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.low_rank.stage import LowRank
 from tests.artefacts import CPU, TOKENS, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, noise, pico
 
 
@@ -35,7 +35,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def basis(layers: int = 2, **settings: Any) -> dict[str, Any]:
-    return {"tie": {"basis": layers, **(settings or {"keep": 0.5})}}
+    return {"low_rank": {"layers_per_basis": layers, **(settings or {"keep": 0.5})}}
 
 
 def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 8) -> Recipe:
@@ -101,11 +101,11 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, 
     assert stored_of(out) <= 0.5 * whole, "keep is a share of the parameters of the linears"
     unique = sum(parameter.numel() for parameter in model.parameters())
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters == unique
-    assert (report.base.parameters or 0) - unique == whole - stored_of(out)
-    rows, _ = plan_recipe(recipe(text, base))
-    assert rows[1]["parameters"] == unique and rows[1]["stage"] == "tie (basis of 2)"
-    assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 12_000  # the header
-    assert rows[1]["flops_per_token"] < rows[0]["flops_per_token"] or rows[1]["parameters"] < rows[0]["parameters"]
+    assert known(report.base.parameters) - unique == whole - stored_of(out)
+    rows = plan_recipe(recipe(text, base)).rows
+    assert rows[1].parameters == unique and rows[1].stage == "low_rank (a basis for 2 layers)"
+    assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 12_000  # the header
+    assert rows[1].flops_per_token < rows[0].flops_per_token or rows[1].parameters < rows[0].parameters
     model.save_pretrained(tmp_path / "again")
     once, again = weights_of(out), weights_of(tmp_path / "again")
     assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
@@ -118,15 +118,15 @@ def test_weights_of_a_low_rank_in_common_rows_lose_nothing(layers: int, family: 
     report = run_recipe(recipe(text, base, basis(layers, rank=6)), tmp_path / "out")
     assert max(linear.relative_error for linear in report.linears) < 1e-4
     assert distance(live(load(tmp_path / "out")), live(model)) < 1e-3
-    assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
+    assert known(report.fidelity.kl_nats_mean) < 1e-6
 
 
 def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, tmp_path: Path) -> None:
     base, lost, sizes = save_base(tmp_path / "base"), [], []
     for keep in (0.3, 0.6, 0.999):
         report = run_recipe(recipe(text, base, basis(2, keep=keep)), tmp_path / str(keep))
-        lost.append(report.fidelity.kl_nats_mean or 0.0)
-        sizes.append(report.compressed.parameters or 0)
+        lost.append(known(report.fidelity.kl_nats_mean))
+        sizes.append(known(report.compressed.parameters))
         assert stored_of(tmp_path / str(keep)) <= keep * sum(R * C for n, (R, C) in resident().linear_maps() if "layers" in n)
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
     assert all(less < more for less, more in pairwise(sizes))
@@ -135,10 +135,10 @@ def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, 
 
 def test_a_rank_just_below_break_even_is_chosen_and_the_next_is_not() -> None:
     source = resident("gpt2")  # c_fc is 320 x 64: two of them and a basis have K (2 320 + 64) weights
-    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 58}).choose(source)
+    chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 58}).choose(source)
     assert "transformer.h.0.mlp.c_fc" in chosen and chosen["transformer.h.1.mlp.c_fc"] == FactoredLayout("basis", 58)
     assert 58 * (2 * 320 + 64) < 2 * 320 * 64 <= 59 * (2 * 320 + 64)
-    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 59}).choose(source)
+    chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 59}).choose(source)
     assert kept["transformer.h.0.mlp.c_fc"] == "a product of rank 59 for 320 x 64 weights stores no less"
     assert set(chosen) == {f"transformer.h.{index}.mlp.c_proj" for index in (0, 1)}, "64 x 320: K (2 64 + 320)"
 
@@ -156,8 +156,8 @@ def test_a_basis_of_one_layer_shares_nothing(text: Path, tmp_path: Path) -> None
     assert distance(live(model), measured(out)) < 1e-5
     before, after = (sum(p.numel() for p in load(folder).parameters()) for folder in (base, out))
     assert report.compressed.parameters == after < before
-    rows, _ = plan_recipe(recipe(text, base, basis(1, rank=16)))
-    assert rows[1]["flops_per_token"] < rows[0]["flops_per_token"], "a product of low rank has fewer operations"
+    rows = plan_recipe(recipe(text, base, basis(1, rank=16))).rows
+    assert rows[1].flops_per_token < rows[0].flops_per_token, "a product of low rank has fewer operations"
 
 
 def test_layers_left_over_are_a_group_of_their_own(text: Path, tmp_path: Path) -> None:
@@ -168,8 +168,8 @@ def test_layers_left_over_are_a_group_of_their_own(text: Path, tmp_path: Path) -
     ranks = [cast(Any, layer).mlp.up_proj.scheme.rank for layer in layers_of(model)]
     assert ranks[0] == ranks[1] == int(0.5 * 2 * 320 * 64 / (2 * 320 + 64)) and ranks[2] == int(0.5 * 320 * 64 / (320 + 64))
     assert distance(live(model), measured(out)) < 1e-5
-    rows, _ = plan_recipe(recipe(text, base, basis(2, keep=0.5)))
-    assert rows[1]["parameters"] == report.compressed.parameters == sum(p.numel() for p in model.parameters())
+    rows = plan_recipe(recipe(text, base, basis(2, keep=0.5))).rows
+    assert rows[1].parameters == report.compressed.parameters == sum(p.numel() for p in model.parameters())
 
 
 def test_layers_of_other_widths_are_not_in_one_group(text: Path, tmp_path: Path) -> None:
@@ -187,11 +187,13 @@ def test_layers_of_other_widths_are_not_in_one_group(text: Path, tmp_path: Path)
 
 def test_what_is_skipped_is_kept_with_the_others_of_its_group() -> None:
     source = resident()
-    chosen, kept = LowRank.model_validate({"basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}).choose(source)
+    chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}).choose(
+        source
+    )
     assert kept["model.layers.1.mlp.up_proj"] == "skip"
     assert kept["model.layers.0.mlp.up_proj"] == "another of its group is kept"
     assert kept["lm_head"] == "the head stays" and len(chosen) == 12
-    moe = LowRank.model_validate({"basis": 2, "rank": 8}).choose(resident("qwen3_moe"))[1]
+    moe = LowRank.model_validate({"layers_per_basis": 2, "rank": 8}).choose(resident("qwen3_moe"))[1]
     assert moe["model.layers.0.mlp.experts.down_proj"] == "3-D experts, which are stored whole"
 
 
@@ -242,8 +244,8 @@ def test_the_head_beside_products_can_be_quantised_and_products_can_not(text: Pa
     model = load(out)
     assert {linear.name for linear in report.linears if linear.format == "nf4"} == {"lm_head"}
     assert len(shared_names(model)) == 7 and distance(live(model), measured(out)) < 0.02
-    rows, _ = plan_recipe(recipe(text, base, *stages))
-    assert rows[-1]["parameters"] == report.compressed.parameters
+    rows = plan_recipe(recipe(text, base, *stages)).rows
+    assert rows[-1].parameters == report.compressed.parameters
 
 
 # In memory, interrupted, told, refused.
@@ -264,7 +266,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: 
     base = save_base(tmp_path / "base")
     told = recipe(text, base, basis(layers))
     run_recipe(told, tmp_path / "once")
-    for lost in (["basis.00001"], ["basis.00000", "found.00000"]):
+    for lost in (["low_rank.00001"], ["low_rank.00000", "found.00000"]):
         with pytest.raises(AcceptError):
             run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
         for name in lost:
@@ -287,7 +289,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     run_recipe(recipe(text, save_base(tmp_path / "base")), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
-    assert (facts["name"], facts["basis"], facts["keep"]) == ("basis", 2, 0.5)
+    assert (facts["name"], facts["layers_per_basis"], facts["keep"]) == ("low_rank", 2, 0.5)
     assert report.linears[0].format.startswith("basis of rank ") and report.linears[-1].format.endswith(", shared")
     card = (tmp_path / "out" / "README.md").read_text()
     install = card.split("```")[1]
@@ -298,20 +300,23 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"basis": 3, "rank": 8}, "basis: 3 is more than the 2 layers of this model; use fewer"),
-        ({"basis": 2, "rank": 4000}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
-        ({"basis": 2, "keep": 0.0001}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
-        ({"basis": 2, "rank": 8, "skip": ["*.nothing"]}, r'skip "\*.nothing" matches no linear of this model; they have names'),
-        ({"basis": 2, "rank": 8, "skip": ["*"]}, "no linear of this model becomes smaller"),
+        ({"layers_per_basis": 3, "rank": 8}, "layers_per_basis: 3 is more than the 2 layers of this model; use fewer"),
+        ({"layers_per_basis": 2, "rank": 4000}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
+        ({"layers_per_basis": 2, "keep": 0.0001}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
+        (
+            {"layers_per_basis": 2, "rank": 8, "skip": ["*.nothing"]},
+            r'skip "\*.nothing" matches no linear of this model; they have names',
+        ),
+        ({"layers_per_basis": 2, "rank": 8, "skip": ["*"]}, "no linear of this model becomes smaller"),
     ],
 )
 def test_what_can_not_be_is_refused_before_anything_is_read(
     settings: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
-    assert_refused(recipe(text, base, {"tie": settings}), why, tmp_path / "out")
+    assert_refused(recipe(text, base, {"low_rank": settings}), why, tmp_path / "out")
 
 
 def test_a_share_too_small_for_any_rank_is_said() -> None:
-    _, kept = LowRank.model_validate({"basis": 1, "keep": 0.03}).choose(resident())
+    _, kept = LowRank.model_validate({"layers_per_basis": 1, "keep": 0.03}).choose(resident())
     assert kept["model.layers.0.self_attn.k_proj"] == "keep leaves no rank of 32 x 64 weights"

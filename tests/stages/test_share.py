@@ -33,7 +33,7 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, assert_same_in_memory, distance, live, load, measured, weights_of
-from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 PARTS: dict[str, tuple[str, ...]] = {"ffn": ("ffn",), "attention": ("attention",), "both": ("attention", "ffn")}
@@ -46,7 +46,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def share(*pairs: list[int], **settings: Any) -> dict[str, Any]:
-    return {"tie": {"pairs": list(pairs) or [[0, 1]], "parts": ["ffn"], "steps": 3, **settings}}
+    return {"share": {"pairs": list(pairs) or [[0, 1]], "parts": ["ffn"], "steps": 3, **settings}}
 
 
 def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 4) -> Recipe:
@@ -132,10 +132,10 @@ def test_every_family_loads_what_was_measured_and_stores_it_once(
     own = sum(2 * rank * (rows + columns) for rows, columns in shapes)
     saved = sum(math.prod(shape) for shape in shapes) - own
     assert sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values()) == 4 * saved
-    assert (report.compressed.size_bytes or 0) - header(out) == (report.base.size_bytes or 0) - header(base) - 4 * saved
+    assert known(report.compressed.size_bytes) - header(out) == known(report.base.size_bytes) - header(base) - 4 * saved
     unique = sum(parameter.numel() for parameter in model.parameters())
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters == unique
-    assert (report.base.parameters or 0) - unique == saved
+    assert known(report.base.parameters) - unique == saved
 
 
 @pytest.mark.parametrize("family", MIXED_UP)
@@ -170,7 +170,7 @@ def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = save_base(tmp_path / "base"), {}
     for name, settings in {"bare": {"steps": 0}, "fit": {"steps": 60}, "rank": {"steps": 0, "residual_rank": 32}}.items():
         report = run_recipe(recipe(text, base, share(**settings), samples=16), tmp_path / name)
-        lost[name] = report.fidelity.kl_nats_mean or 0.0
+        lost[name] = known(report.fidelity.kl_nats_mean)
         nats = [layer["nats"] for layer in details(report)["layers"]]
         lost[f"{name}, said"] = sum(nats)
     assert lost["fit"] < lost["bare"] and lost["fit, said"] < lost["bare, said"]
@@ -299,7 +299,7 @@ def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Pat
     for name, parameter in layers_of(model)[3].named_parameters():
         parameter.data.copy_(layers_of(model)[1].get_parameter(name).data)
     base = save(model, tmp_path / "base")
-    stage = {"tie": {"layers": by, "groups": 3, "parts": ["ffn"], "steps": 0}}
+    stage = {"share": {"layers": by, "groups": 3, "parts": ["ffn"], "steps": 0}}
     report = run_recipe(recipe(text, base, stage), tmp_path / "out")
     facts = details(report)
     assert (facts["layers"], facts["groups"]) == (by, [[1, 3]])
@@ -309,7 +309,7 @@ def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Pat
 
 def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
-    told = recipe(text, base, {"tie": {"layers": "kl", "groups": 2, "parts": ["attention"], "steps": 0}})
+    told = recipe(text, base, {"share": {"layers": "kl", "groups": 2, "parts": ["attention"], "steps": 0}})
     facts = details(run_recipe(told, tmp_path / "out"))
     windows = load_data(told.data, byte_tokenizer(), VOCABULARY, None).calibration
     with torch.no_grad():
@@ -325,7 +325,7 @@ def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: P
 
 def test_neighbours_are_groups_without_any_measuring(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=4)
-    report = run_recipe(recipe(text, base, {"tie": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out")
+    report = run_recipe(recipe(text, base, {"share": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out")
     assert details(report)["groups"] == [[0, 1], [2, 3]] and "kl_nats" not in details(report)
     model = load(tmp_path / "out")
     assert shared_names(model, 0, 1) == shared_names(model, 2, 3) != set() and not shared_names(model, 1, 2)
@@ -348,7 +348,7 @@ def test_groups_that_can_not_be_are_refused_before_anything_is_read(
     settings: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
-    refused(recipe(text, base, {"tie": settings}), tmp_path / "out", why)
+    refused(recipe(text, base, {"share": settings}), tmp_path / "out", why)
 
 
 def test_layers_of_other_widths_are_refused_by_the_axis(text: Path, tmp_path: Path) -> None:
@@ -357,7 +357,7 @@ def test_layers_of_other_widths_are_refused_by_the_axis(text: Path, tmp_path: Pa
     uneven = run_recipe(recipe(text, base, prune), tmp_path / "uneven")
     assert len(set(details(uneven)["widths"]["ffn"])) == 2
     why = 'layers 0 and 1 have [0-9]+ and [0-9]+ of axis "ffn"; .* group layers of the same widths'
-    for settings in (share(), {"tie": {"layers": "kl", "groups": 1}}):
+    for settings in (share(), {"share": {"layers": "kl", "groups": 1}}):
         refused(recipe(text, tmp_path / "uneven", settings), tmp_path / "out", why)
     with pytest.raises(ModelError, match=why) as told:  # known only once the stage before is done
         run_recipe(recipe(text, base, prune, share()), tmp_path / "out")
@@ -410,8 +410,8 @@ def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any],
     near = 0.02 if "4" in settings["format"] else 3e-3
     assert distance(live(model), measured(out)) < near
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters
-    rows, _ = plan_recipe(recipe(text, base, *stages))
-    assert rows[-1]["parameters"] == report.compressed.parameters
+    rows = plan_recipe(recipe(text, base, *stages)).rows
+    assert rows[-1].parameters == report.compressed.parameters
     result, again = apply_recipe(
         recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
     )
@@ -456,15 +456,15 @@ def test_what_needs_layers_by_themselves_is_refused(settings: dict[str, Any], te
 
 
 @pytest.mark.parametrize(
-    "after", [{"tie": {"codebook": 16}}, {"tie": {"basis": 2, "rank": 8}}], ids=lambda s: next(iter(s["tie"]))
+    "after", [{"codebook": {"entries": 16}}, {"low_rank": {"layers_per_basis": 2, "rank": 8}}], ids=lambda s: next(iter(s))
 )
 def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
-    tied = {"tie": {"weights": ["embedding", "head"], "fit": "mean"}}
+    tied = {"tie": {"fit": "mean"}}
     report = run_recipe(recipe(text, base, share(), after, tied), out)
     model = load(out)
     ours = {f"mlp.{name}_proj.weight" for name in ("gate", "up", "down")}
-    bases = {f"self_attn.{name}_proj.weight_right" for name in "qkvo"} if "basis" in after["tie"] else set()
+    bases = {f"self_attn.{name}_proj.weight_right" for name in "qkvo"} if "low_rank" in after else set()
     assert shared_names(model) == ours | bases
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert distance(live(model), measured(out)) < 1e-5
@@ -477,7 +477,7 @@ def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text
     assert (
         again.compressed.parameters
         == report.compressed.parameters
-        == plan_recipe(recipe(text, base, *stages))[0][-1]["parameters"]
+        == plan_recipe(recipe(text, base, *stages)).rows[-1].parameters
     )
 
 
@@ -503,7 +503,7 @@ def test_what_is_healed_stays_shared(family: str, stages: list[dict[str, Any]], 
     found = next(stage.model_dump() for stage in report.stages if stage.name == "distill")
     assert found["kl_after"] < found["kl_before"] and not found["notes"]
     model = load(out)
-    parts = stages[0]["tie"]["parts"]
+    parts = stages[0]["share"]["parts"]
     assert shared_names(model) >= {f"{name}.weight" for name in linears(family, *parts)}
     assert distance(live(model), measured(out)) < (0.02 if "quantize" in str(stages) else 1e-5)
     result, _ = apply_recipe(recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
@@ -532,7 +532,7 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, text: Path
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
-    stages: list[dict[str, Any]] = [{"tie": {"layers": "kl", "groups": 2, "steps": 3}}, {"quantize": {"format": "w8a8"}}]
+    stages: list[dict[str, Any]] = [{"share": {"layers": "kl", "groups": 2, "steps": 3}}, {"quantize": {"format": "w8a8"}}]
     told = recipe(text, base, *stages)
     run_recipe(told, tmp_path / "once")
     for lost in (
@@ -560,13 +560,14 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
 )
 def test_a_plan_foretells_the_parameters_and_bytes(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
-    told = recipe(text, base, {"tie": {**settings, "steps": 0}})
-    rows, notes = plan_recipe(told)
+    told = recipe(text, base, {"share": {**settings, "steps": 0}})
+    plan = plan_recipe(told)
+    rows, notes = plan.rows, plan.notes
     report = run_recipe(told, tmp_path / "out")
-    assert rows[1]["parameters"] == report.compressed.parameters
-    assert 0 <= (report.compressed.size_bytes or 0) - rows[1]["size_bytes"] < 8000  # the header
+    assert rows[1].parameters == report.compressed.parameters
+    assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 8000  # the header
     assert any("what stands here is for neighbours" in note for note in notes) == (settings.get("layers") == "kl")
-    assert (rows[1]["flops_per_token"] > rows[0]["flops_per_token"]) == ("residual_rank" in settings), "there is no speed in it"
+    assert (rows[1].flops_per_token > rows[0].flops_per_token) == ("residual_rank" in settings), "there is no speed in it"
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:

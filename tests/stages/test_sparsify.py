@@ -31,7 +31,7 @@ from llmcompress.report.schema import Report
 from llmcompress.stages.linear_rewriting import Rewriting
 from llmcompress.stages.sparsify.stage import Sparsify, stays
 from tests.artefacts import CPU, distance, live, load, measured
-from tests.bases import byte_tokenizer, save_base, write_text
+from tests.bases import byte_tokenizer, known, save_base, write_text
 from tests.models import FAMILIES, pico
 
 HALF = {"pattern": "unstructured", "keep": 0.5}
@@ -49,7 +49,7 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 8) ->
 
 
 def sparse(**settings: Any) -> dict[str, Any]:
-    return {"prune": {"pattern": "2:4", **settings}}
+    return {"sparsify": {"pattern": "2:4", **settings}}
 
 
 @pytest.mark.slow
@@ -66,8 +66,8 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, te
         assert int(module.dense.unflatten(1, (-1, 4)).ne(0).sum(-1).max()) == 2
         assert (linear.format, linear.bits) == ("sparse 2:4", 17) and 0 < linear.relative_error < 1
     checkpoint = Checkpoint.open(out, base=False)
-    assert report.compressed.parameters == checkpoint.parameters < (report.base.parameters or 0)
-    assert (report.compressed.size_bytes or 0) < (report.base.size_bytes or 0)
+    assert report.compressed.parameters == checkpoint.parameters < known(report.base.parameters)
+    assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
     once, again = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
     assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
@@ -106,19 +106,19 @@ def test_zeros_of_the_base_go_for_free(text: Path, tmp_path: Path) -> None:
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("wanda", "magnitude", "sparsegpt"):
         report = run_recipe(recipe(text, tmp_path / "base", sparse(score=score)), tmp_path / score)
-        assert (report.fidelity.kl_nats_mean or 0.0) < 1e-6
+        assert known(report.fidelity.kl_nats_mean) < 1e-6
         assert distance(live(load(tmp_path / score)), live(load(tmp_path / "base"))) < 1e-5
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [sparse(), sparse(pattern="4:8"), {"prune": HALF}], ids=lambda s: s["prune"]["pattern"])
+@pytest.mark.parametrize("stage", [sparse(), sparse(pattern="4:8"), {"sparsify": HALF}], ids=lambda s: s["sparsify"]["pattern"])
 def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(
     stage: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base, kl = save_base(tmp_path / "base"), []
     for score in SCORES:
-        settings = {"prune": {**stage["prune"], "score": score}}
-        kl.append(run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean or 0.0)
+        settings = {"sparsify": {**stage["sparsify"], "score": score}}
+        kl.append(known(run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean))
     assert 0 < kl[0] < kl[1] < kl[2]
 
 
@@ -145,12 +145,12 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
 def test_more_kept_is_less_lost_and_more_bytes(text: Path, tmp_path: Path) -> None:
     base, reports = save_base(tmp_path / "base", num_hidden_layers=1), []
     for keep in (0.3, 0.5, 0.8):
-        stage = {"prune": {"pattern": "unstructured", "keep": keep, "score": "wanda"}}
+        stage = {"sparsify": {"pattern": "unstructured", "keep": keep, "score": "wanda"}}
         reports.append(run_recipe(recipe(text, base, stage), tmp_path / str(keep)))
     for less, more in pairwise(reports):
-        assert (less.fidelity.kl_nats_mean or 0) > (more.fidelity.kl_nats_mean or 0) > 0
-        assert (less.compressed.size_bytes or 0) < (more.compressed.size_bytes or 0)
-        assert (less.compressed.parameters or 0) < (more.compressed.parameters or 0)
+        assert known(less.fidelity.kl_nats_mean) > known(more.fidelity.kl_nats_mean) > 0
+        assert known(less.compressed.size_bytes) < known(more.compressed.size_bytes)
+        assert known(less.compressed.parameters) < known(more.compressed.parameters)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,10 @@ def test_a_zero_that_may_stay_stays(layout: SparseLayout) -> None:
     ("family", "stages"),
     [
         ("llama", [{"prune": {"axis": "ffn", "keep": 256}}, sparse()]),
-        ("llama", [{"prune": {**HALF, "skip": ["*.q_proj"]}}]),
+        ("llama", [{"sparsify": {**HALF, "skip": ["*.q_proj"]}}]),
         ("gpt2", [sparse(score="wanda")]),
         ("phi3", [sparse(pattern="4:8", score="magnitude")]),
-        ("qwen3_moe", [{"prune": {**HALF, "score": "wanda"}}]),
+        ("qwen3_moe", [{"sparsify": {**HALF, "score": "wanda"}}]),
     ],
 )
 def test_a_model_in_memory_becomes_what_the_folder_holds(
@@ -233,28 +233,29 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
     ("family", "stages"),
     [
         ("llama", [sparse()]),
-        ("llama", [{"prune": {"axis": "ffn", "keep": 192}}, {"prune": {**HALF, "score": "wanda"}}]),
+        ("llama", [{"prune": {"axis": "ffn", "keep": 192}}, {"sparsify": {**HALF, "score": "wanda"}}]),
         ("qwen3_moe", [sparse(pattern="4:8", score="magnitude")]),
-        ("gpt2", [{"prune": {"pattern": "unstructured", "keep": 0.37, "skip": ["*.c_attn"]}}]),
+        ("gpt2", [{"sparsify": {"pattern": "unstructured", "keep": 0.37, "skip": ["*.c_attn"]}}]),
     ],
 )
 def test_a_plan_foretells_the_parameters_and_bytes(
     family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
-    rows, notes = plan_recipe(recipe(text, base, *stages))
+    plan = plan_recipe(recipe(text, base, *stages))
+    rows, notes = plan.rows, plan.notes
     report = run_recipe(recipe(text, base, *stages), tmp_path / "out")
-    assert rows[-1]["parameters"] == report.compressed.parameters
-    assert 0 <= (report.compressed.size_bytes or 0) - rows[-1]["size_bytes"] < 8000  # the header
-    assert rows[-1]["seconds"] > 0 and rows[-1]["peak_memory_bytes"] > 0
-    settings = stages[-1]["prune"]
-    assert rows[-1]["stage"] == f"prune ({settings['pattern']}, {settings.get('score', 'sparsegpt')})"
+    assert rows[-1].parameters == report.compressed.parameters
+    assert 0 <= known(report.compressed.size_bytes) - rows[-1].size_bytes < 8000  # the header
+    assert known(rows[-1].seconds) > 0 and known(rows[-1].peak_memory_bytes) > 0
+    settings = stages[-1]["sparsify"]
+    assert rows[-1].stage == f"sparsify ({settings['pattern']}, {settings.get('score', 'sparsegpt')})"
     assert f"{len(report.linears)} linears lose weights, {len(report.kept)} are kept" in " ".join(notes)
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3_moe", num_hidden_layers=1)
-    run_recipe(recipe(text, base, {"prune": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
+    run_recipe(recipe(text, base, {"sparsify": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == ("sparsify", "unstructured", 0.5, "sparsegpt")
@@ -275,30 +276,36 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("stages", "why"),
     [
-        ('[prune: {pattern: "2:3"}]', "stages.0.prune.pattern: .*'unstructured', '2:4' or '4:8', not '2:3'"),
-        ('[prune: {patern: "2:4"}]', "stages.0.prune.patern: unknown key; did you mean pattern.$"),
-        ('[prune: {pattern: "2:4", scor: wanda}]', "stages.0.prune.scor: unknown key; did you mean score.$"),
+        ('[sparsify: {pattern: "2:3"}]', "stages.0.sparsify.pattern: .*'unstructured', '2:4' or '4:8', not '2:3'"),
+        ('[sparsify: {patern: "2:4"}]', "stages.0.sparsify.patern: unknown key; did you mean pattern.$"),
+        ('[sparsify: {pattern: "2:4", scor: wanda}]', "stages.0.sparsify.scor: unknown key; did you mean score.$"),
         (
-            '[prune: {pattern: "2:4", repair: true}]',
-            "stages.0.prune.repair: unknown key; use one of pattern, keep, score, skip$",
+            '[sparsify: {pattern: "2:4", repair: true}]',
+            "stages.0.sparsify.repair: unknown key; use one of pattern, keep, score, skip$",
         ),
-        ('[prune: {pattern: "2:4", score: obs}]', "stages.0.prune.score: .*'sparsegpt', 'wanda' or 'magnitude', not 'obs'"),
+        (
+            '[sparsify: {pattern: "2:4", score: obs}]',
+            "stages.0.sparsify.score: .*'sparsegpt', 'wanda' or 'magnitude', not 'obs'",
+        ),
         ("[prune: {axis: ffn, keep: 0.5, score: sparsegpt}]", "stages.0.prune.score: .* not 'sparsegpt'"),
-        ('[prune: {pattern: "2:4", keep: 0.5}]', "stages.0.prune: keep is for pattern: unstructured; 2:4 says how many stay"),
-        ("[prune: {pattern: unstructured}]", "stages.0.prune: pattern: unstructured needs keep"),
-        ("[prune: {pattern: unstructured, keep: 1}]", "stages.0.prune.keep: .*less than 1, not 1"),
-        ("[prune: {pattern: unstructured, keep: half}]", "stages.0.prune.keep: .*not 'half'"),
         (
-            '[prune: {pattern: "2:4", axis: ffn}]',
-            "stages.0.prune: axis cuts whole units and pattern single weights; give one of",
+            '[sparsify: {pattern: "2:4", keep: 0.5}]',
+            "stages.0.sparsify: keep is for pattern: unstructured; 2:4 says how many stay",
         ),
-        ('[prune: {pattern: "2:4"}, quantize]', "prune with a pattern is the last stage: rounding would move its zeros"),
+        ("[sparsify: {pattern: unstructured}]", "stages.0.sparsify: pattern: unstructured needs keep"),
+        ("[sparsify: {pattern: unstructured, keep: 1}]", "stages.0.sparsify.keep: .*less than 1, not 1"),
+        ("[sparsify: {pattern: unstructured, keep: half}]", "stages.0.sparsify.keep: .*not 'half'"),
         (
-            '[prune: {pattern: "2:4"}, prune: {pattern: "4:8"}]',
-            "prune with a pattern is the last stage: its zeros are stored by",
+            '[sparsify: {pattern: "2:4", axis: ffn}]',
+            "stages.0.sparsify.axis: unknown key",
         ),
-        ('[prune: {pattern: "2:4"}, prune: {axis: ffn, keep: 0.5}]', "prune with a pattern is the last stage: its zeros are"),
-        ('[quantize, prune: {pattern: "2:4"}]', "a quantised model can't be changed again"),
+        ('[sparsify: {pattern: "2:4"}, quantize]', "sparsify is the last stage: rounding would move its zeros"),
+        (
+            '[sparsify: {pattern: "2:4"}, sparsify: {pattern: "4:8"}]',
+            "sparsify is the last stage: its zeros are stored by",
+        ),
+        ('[sparsify: {pattern: "2:4"}, prune: {axis: ffn, keep: 0.5}]', "sparsify is the last stage: its zeros are"),
+        ('[quantize, sparsify: {pattern: "2:4"}]', "a quantised model can't be changed again"),
     ],
 )
 def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
@@ -310,9 +317,9 @@ def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_a_pattern_without_quotes_is_what_it_looks_like(pattern: str) -> None:
     """YAML takes 2:4 for the number 124, in base 60."""
-    bare, quoted = (Recipe.parse(f"stages:\n  - prune:\n      pattern: {text}") for text in (pattern, f"'{pattern}'"))
+    bare, quoted = (Recipe.parse(f"stages:\n  - sparsify:\n      pattern: {text}") for text in (pattern, f"'{pattern}'"))
     assert bare == quoted and bare.digest == quoted.digest and Recipe.parse(bare.to_yaml()) == bare
-    assert isinstance(bare.stages[0].stage, Sparsify) and bare.stages[0].stage.pattern == pattern
+    assert isinstance(bare.stages[0], Sparsify) and bare.stages[0].pattern == pattern
 
 
 ALMOST_NONE = {"pattern": "unstructured", "keep": 0.001}
@@ -322,7 +329,7 @@ ALMOST_NONE = {"pattern": "unstructured", "keep": 0.001}
     ("settings", "why"),
     [
         (sparse(skip=["*.nothing"]), r'skip "\*.nothing" matches no linear of this model; they have names like model.layers.0'),
-        ({"prune": ALMOST_NONE}, "no linear of this model can lose weights .*try another keep or skip"),
+        ({"sparsify": ALMOST_NONE}, "no linear of this model can lose weights .*try another keep or skip"),
         (sparse(skip=["*"]), "no linear of this model can lose weights"),
     ],
 )
@@ -340,7 +347,7 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
 def test_config_json_names_each_sparse_linear_once(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     report = run_recipe(
-        recipe(text, base, {"prune": {"pattern": "unstructured", "keep": 0.4, "score": "wanda"}}), tmp_path / "out"
+        recipe(text, base, {"sparsify": {"pattern": "unstructured", "keep": 0.4, "score": "wanda"}}), tmp_path / "out"
     )
     (scheme,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
     assert sorted(scheme.pop("linears")) == sorted(linear.name for linear in report.linears)

@@ -6,11 +6,13 @@ second moments of the inputs and against the full model. Stored are packed indic
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from functools import partial
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.algorithms.codebook import solve_codebook
@@ -20,20 +22,22 @@ from llmcompress.formats.base import DTYPES
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.stages.base import Context, Facts
-from llmcompress.stages.linear_rewriting import Rewriting, rewritable
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.linear_rewriting import Rewriting, rewritable, rewriting_memory, rewriting_note
 
 STAGE = "codebook"
 
 
-class Codebook(BaseModel):
-    """`tie: {codebook, per, rows, skip}`."""
+class Codebook(Stage):
+    """`codebook: {entries, per, rows, skip}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
+    has_levels: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, str]] = {"codebook": "it is called entries"}
 
-    codebook: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
+    entries: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
     per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
     rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="per: group: how many adjacent rows share one"
@@ -51,20 +55,47 @@ class Codebook(BaseModel):
     def layout(self, model: LayerwiseModel, linear: str) -> CodebookLayout:
         """How a linear of a model, by its full name, is written."""
         dtype = "bfloat16" if model.dtype_of(f"{linear}.weight") is torch.bfloat16 else "float16"
-        return CodebookLayout(self.codebook, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
+        return CodebookLayout(self.entries, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
         return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
 
-    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
-        """As `choose`: there is nothing that only `apply` finds out."""
-        return self.choose(model)
+    @property
+    def purpose(self) -> str:
+        """What weights become."""
+        return f"stores weights as indices into {self.entries} values"
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether no linear is left to another code."""
+        return self.skip == ()
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears are written."""
+        return StageResult(*self.choose(model))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments, codes and levels."""
+        chosen, kept = self.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        bits = {name: model.bits_of(name) - chosen[name].bits(shapes[name]) for name in shapes}
+        saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
+        operations = 2.0 * model.inner_parameters() * work.tokens * 5
+        operations += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
+        return Estimate(
+            stage=f"codebook ({self.entries} entries)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes() - saved,
+            peak_memory_bytes=rewriting_memory(model, work),
+            seconds=operations / work.rate,
+            notes=rewriting_note(shapes, kept),
+        )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        facts = Rewriting(STAGE, f"tie (codebook of {self.codebook})", _solve).done(model, context, chosen, kept)
+        facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(model, context, chosen, kept)
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
 

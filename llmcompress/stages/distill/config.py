@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
 from transformers.utils.import_utils import is_peft_available
@@ -15,6 +15,7 @@ from llmcompress.algorithms.distillation_losses import SKEW, HiddenKind, Kind
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
 from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.stages.base import Settings
 from llmcompress.stages.distill.student import Train
 
 AT_ONCE = 4096  # tokens of a micro-batch, unless the recipe says otherwise
@@ -25,10 +26,10 @@ WITHIN = ("hidden", "attention")  # losses that need a teacher in memory
 PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
 
 
-class DistillConfig(BaseModel):
+class DistillConfig(Settings):
     """Who learns what from whom, for how long and at which rate."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
     loss: Kind = Field(default="forward_kl", description="how far the student's predictions are from the teacher's")
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=1000, description="updates of the weights")

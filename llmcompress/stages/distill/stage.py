@@ -18,10 +18,14 @@ from torch import Tensor
 from transformers import EarlyStoppingCallback, PrinterCallback
 
 from llmcompress.errors import DataError, ModelError
+from llmcompress.formats.codebook import CodebookLayout
+from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.integrations import distributed
+from llmcompress.io.journal import Journal
 from llmcompress.modeling.from_disk import no_progress_bar
-from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.stages.base import OUTER, Context, Facts
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE
+from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.distill.config import WITHIN, DistillConfig
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching, projection_of
 from llmcompress.stages.distill.student import Student
@@ -33,10 +37,66 @@ HELD = 32  # windows that measure
 POINTS = 200  # of a curve in the report
 
 
-class Distill(DistillConfig):
+class Distill(DistillConfig, Stage):
     """`distill: {loss, steps, learning_rate, batch, length, teacher, student, train, cache, ...}`."""
 
     name: ClassVar[str] = STAGE
+    trains: ClassVar[bool] = True
+
+    @property
+    def models(self) -> dict[str, str]:
+        """The teacher and the student, where the recipe names them."""
+        named = {"teacher": self.teacher, "student": self.student}
+        return {role: name for role, name in named.items() if name}
+
+    @property
+    def purpose(self) -> str:
+        """What is trained."""
+        return "trains a student" if self.student else "trains what is left"
+
+    def training_tokens(self, length: int) -> int:
+        """Tokens of text that the stage trains on."""
+        return self.tokens(length)
+
+    def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Refuse to train what can't learn there. Errors: ValueError."""
+        if self.train == "lora":
+            super().require_place(before, after)
+        if self.train == "scales" and not any(stage.quantizes or stage.has_levels for stage in before):
+            raise ValueError("train: scales is for what quantize or a codebook left; put one of them before it")
+        if self.student and before:
+            raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
+
+    def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
+        """Refuse what needs a missing package, batches that don't divide, and weights that can't learn so."""
+        self.require_packages()
+        self.micro(self.length or 1)
+        schemes = [scheme for result in before for scheme in result.schemes.values()]
+        if self.train == "scales" and not any(isinstance(each, FourBitScheme | CodebookLayout) for each in schemes):
+            raise ModelError(
+                "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; train norms"
+            )
+        if self.train == "lora" and model.layouts:
+            raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """Nothing but other numbers."""
+        return StageResult()
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of training, with a teacher as large as the student."""
+        parameters, length = model.parameters(), self.length or work.length
+        what = self.loss if self.train == "all" else f"{self.train}, {self.loss}"
+        learning = 3 if self.train == "all" else 0  # a gradient and two moments of every weight, or of next to none
+        floats = parameters * ((1 if self.cache else 2) + learning)
+        floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
+        return Estimate(
+            stage=f"distill ({what}, {self.steps} steps of {self.batch} x {length} tokens)",
+            parameters=parameters,
+            size_bytes=model.stored_bytes() if self.student else work.size_bytes,
+            peak_memory_bytes=4 * floats,
+            seconds=self.tokens(work.length) * 2.0 * parameters * 4 / work.rate,  # forward and backward, and the teacher
+        )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Train, unless the journal holds the result; leave the weights that learned there, layer by layer."""

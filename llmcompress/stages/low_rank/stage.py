@@ -9,10 +9,10 @@ as they have become. A product of low rank has fewer operations as well as fewer
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments, retarget
@@ -21,22 +21,24 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Facts
-from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known, rewriting_memory, rewriting_note
 
-STAGE, FOUND = "basis", "found"  # in the journal
+STAGE, FOUND = "low_rank", "found"  # in the journal
 
 
-class LowRank(BaseModel):
-    """`tie: {basis, rank or keep, skip}`."""
+class LowRank(Stage):
+    """`low_rank: {rank or keep, layers_per_basis, skip}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, str]] = {"basis": "it is called layers_per_basis"}
 
-    basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        description="adjacent layers that have a basis in common; 1: plain low rank"
+    layers_per_basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        default=1, description="adjacent layers that have a basis in common; 1: plain low rank"
     )
     rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(default=None, description="of every product")
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
@@ -56,7 +58,7 @@ class LowRank(BaseModel):
         for index in range(len(model.layers)):
             last = groups[-1] if groups else []
             alike = last and model.sizes_of(last[0]) == model.sizes_of(index)
-            if alike and len(last) < self.basis:
+            if alike and len(last) < self.layers_per_basis:
                 last.append(index)
             else:
                 groups.append([index])
@@ -64,8 +66,10 @@ class LowRank(BaseModel):
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
-        if self.basis > len(model.layers):
-            raise ModelError(f"basis: {self.basis} is more than the {len(model.layers)} layers of this model; use fewer")
+        if self.layers_per_basis > len(model.layers):
+            raise ModelError(
+                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of this model; use fewer"
+            )
         ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
         require_known("skip", self.skip, ours)
         chosen: dict[str, FactoredLayout] = {}
@@ -90,9 +94,29 @@ class LowRank(BaseModel):
             raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
         return chosen, kept
 
-    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """As `choose`: there is nothing that only `apply` finds out."""
-        return self.choose(model)
+    @property
+    def purpose(self) -> str:
+        """What linears become."""
+        return "writes linears as products of low rank"
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears are written, and which bases are one."""
+        return StageResult(*self.choose(model), self.ties(model))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments, bases and coefficients."""
+        chosen, kept = self.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        operations = 2.0 * model.inner_parameters() * work.tokens * (7 if self.layers_per_basis > 1 else 5)
+        operations += sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
+        return Estimate(
+            stage=f"low_rank (a basis for {self.layers_per_basis} layers)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+            peak_memory_bytes=rewriting_memory(model, work),
+            seconds=operations / work.rate,
+            notes=rewriting_note(shapes, kept),
+        )
 
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """Which stored tensors are others, by name: the bases."""
@@ -108,7 +132,7 @@ class LowRank(BaseModel):
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         (chosen, kept), groups = self.choose(model), self.groups(model)
-        if self.basis > 1:
+        if self.layers_per_basis > 1:
             self._find(model, context, groups, chosen)
         number_of = {model.layer_name(index): number for number, group in enumerate(groups) for index in group}
 
@@ -119,7 +143,7 @@ class LowRank(BaseModel):
         def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
             layer = next(layer for layer in number_of if name.startswith(f"{layer}."))
             W_RC = retarget(W_RC.float(), moments)
-            if self.basis > 1:
+            if self.layers_per_basis > 1:
                 basis_KC = found(number_of[layer])[name.removeprefix(f"{layer}.")].to(W_RC)
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
@@ -129,7 +153,9 @@ class LowRank(BaseModel):
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
             return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
 
-        facts = Rewriting(STAGE, f"tie (basis of {self.basis} layers)", solve).done(model, context, chosen, kept)
+        facts = Rewriting(STAGE, f"low_rank (a basis for {self.layers_per_basis} layers)", solve).done(
+            model, context, chosen, kept
+        )
         shared = self.ties(model)
         for entry in facts.linears:  # what is shared is stored once
             if f"{entry['name']}.weight_right" in shared:

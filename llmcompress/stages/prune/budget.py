@@ -9,11 +9,12 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from llmcompress.errors import ModelError
 from llmcompress.io.safe_parsing import MOST_COUNTED, MOST_STORED
 from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.stages.base import Settings
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
 HEADER = 160  # bytes that a file's header spends on a tensor, at most, and on itself
@@ -21,10 +22,8 @@ NEAR = 0.01  # a budget is to be reached to this share
 STEPS = (64, 32, 16, 8, 4, 2, 1)  # of a width: kernels like the first ones
 
 
-class Budget(BaseModel):
+class Budget(Settings):
     """`keep`, or `parameters`, or `size`; with `multiple`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="units that stay (in each layer), or layers: a share, or how many"

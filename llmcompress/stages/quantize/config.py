@@ -8,20 +8,21 @@ model whose embedding is int8, needs our plug-in, and there LLM.int8 becomes the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from llmcompress.errors import ModelError
 from llmcompress.formats.integer import FORMATS, IntegerLayout
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from llmcompress.stages.base import Settings
 
 
-class FormatConfig(BaseModel):
+class FormatConfig(Settings):
     """`format, group_size, double_quant, threshold, activations, range`: how linears are written, and what their kernels round."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    retired: ClassVar[Mapping[str, str]] = {"block": "it is called group_size"}
 
     format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16"] = Field(
         default="nf4", description="nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"

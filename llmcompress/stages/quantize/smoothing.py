@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments
@@ -21,16 +21,15 @@ from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 2  # batches that decide
 TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weight
 
 
-class Smooth(BaseModel):
+class Smooth(Settings):
     """`smooth: {method, alpha}`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")

@@ -24,15 +24,15 @@ from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
 from llmcompress.formats.low_rank import FactoredLayout
-from llmcompress.formats.schemes import QuantScheme
+from llmcompress.formats.schemes import FourBitScheme, QuantScheme
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
-from llmcompress.modeling.sequential import head_input, walk
-from llmcompress.stages.base import Context, Facts, naming_layer
-from llmcompress.stages.fisher import find_fisher, fisher
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE, head_input, walk
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload, naming_layer
+from llmcompress.stages.fisher import find_fisher, fisher, tokens_for
 from llmcompress.stages.linear_rewriting import inner, install, mean_bits, require_known
 from llmcompress.stages.quantize.config import FormatConfig, Override, together
 from llmcompress.stages.quantize.embedding import apart, embedding_codings, settle_outer
@@ -46,10 +46,11 @@ ALONE = ("smooth", "rotate", "protect", "rounding")  # what one weight for sever
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 
-class Quantize(FormatConfig):
+class Quantize(FormatConfig, Stage):
     """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
 
     name: ClassVar[str] = STAGE
+    quantizes: ClassVar[bool] = True
     overrides: dict[str, Override] = Field(
         default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
     )
@@ -111,7 +112,7 @@ class Quantize(FormatConfig):
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
         if not chosen:
             raise ModelError(
-                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another layer or skip"
+                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another group_size or skip"
             )
         if self.embedding == "int8":
             chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
@@ -124,6 +125,76 @@ class Quantize(FormatConfig):
             else:
                 kept[name] = kept[source]
         return together(chosen, native=model.plain), kept
+
+    @property
+    def purpose(self) -> str:
+        """What linears are rounded to, and how."""
+        return f"quantizes linears to {self.format} ({self.rounding})"
+
+    def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Refuse a second code for the same linears. Errors: ValueError."""
+        if any(stage.takes_all for stage in before) and (self.head, self.embedding) == ("keep", "keep"):
+            raise ValueError(
+                "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave one"
+            )
+        super().require_place(before, after)
+
+    def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
+        """Refuse a model that can't be rotated."""
+        self.rotation(model, seed)
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears and embedding are written."""
+        return StageResult(*(self.choose(model) if journal is None else self.settled(model, journal)))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments and solvers, and the bytes of the codes."""
+        chosen, kept = self.choose(model)
+        stored = {name: scheme for name, scheme in chosen.items() if name not in model.shared_linears}
+        shapes = {name: shape for name, shape in model.matrices().items() if name in stored}
+        solved = [name for name in shapes if name not in apart(model)]
+        saved = 0.0
+        for name, shape in shapes.items():
+            spares = self.protect if name in solved and spared(stored[name]) is None else 0.0
+            scales = 0 if isinstance(stored[name], FourBitScheme) else 32 * shape[0]
+            more = math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales  # bits, over those of the base
+            saved -= more * (1 - spares) / 8
+        formats = ", ".join(dict.fromkeys(scheme.format for scheme in stored.values()))
+        reasons = "; ".join(sorted(set(kept.values())))
+        return Estimate(
+            stage=f"quantize ({formats}, {self.rounding})",
+            parameters=model.parameters(),
+            size_bytes=int(work.size_bytes - saved),
+            peak_memory_bytes=self._memory(model, work.tokens),
+            seconds=self._operations(model, shapes, solved, work.tokens) / work.rate,
+            notes=(f"{len(shapes)} linears are quantised, {len(kept)} kept ({reasons})",) if kept else (),
+        )
+
+    def _memory(self, model: MetaModel, tokens: int) -> int:
+        """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the hidden states."""
+        inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
+        outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
+        # inputs and outputs, here and in the full model
+        states = tokens * model.config.hidden_size * (2 if self.rounding == "nearest" else 4)
+        widest = max(columns for _, (_, columns) in model.linear_maps())
+        # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam if trained
+        copies = {"nearest": 4, "gptq": 6, "learned": 11}[self.rounding]
+        floats = inner * copies + outer + states + 4 * widest * widest
+        return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
+
+    def _operations(self, model: MetaModel, shapes: Mapping[str, tuple[int, int]], solved: Sequence[str], tokens: int) -> float:
+        """Multiplications and additions of the stage."""
+        inner = model.inner_parameters()
+        forward = 2.0 * inner * tokens
+        total = 2 * forward  # one pass for the moments, one to go on
+        if self.rounding != "nearest":
+            total += 3 * forward  # the moments of one group of linears after another, in two streams; most passes end early
+            total += sum(2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in solved))
+        if self.rounding == "learned" or self.protect:
+            total += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
+        if self.rounding == "learned":
+            total += 3 * 2.0 * inner * self.steps * TOKENS_AT_ONCE + 2 * forward
+        return total
 
     def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
@@ -183,7 +254,7 @@ class Quantize(FormatConfig):
         unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
-        unsaid |= {"layer"} if self.format in ("int8", "w8a8", "w8a16") else set()
+        unsaid |= {"group_size"} if self.format in ("int8", "w8a8", "w8a16") else set()
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": mean_bits(bits, shapes)}
         facts.linears += embeddings
         facts.add(journal.load(STAGE, index)[1] for index in range(steps))

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -27,9 +27,9 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import together, walk
-from llmcompress.stages.base import Context, Facts
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import SAMPLE, TOKENS_AT_ONCE, together, walk
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 from llmcompress.stages.linear_rewriting import inner
 from llmcompress.stages.share import layer_groups
@@ -41,16 +41,15 @@ Part = Literal["attention", "ffn"]
 Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=2, strict=False)]
 
 
-class Share(BaseModel):
-    """`tie: {layers or pairs, parts, groups, residual_rank, steps}`."""
+class Share(Stage):
+    """`share: {layers or pairs, parts, groups, residual_rank, steps}`."""
 
     model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
         json_schema_extra={"oneOf": [{"required": ["layers", "groups"]}, {"required": ["pairs"]}]},
     )
     name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
+    combines: ClassVar[bool] = True
 
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
         default=None, description="how groups are found; auto is kl, the measured loss of swapping layers"
@@ -138,9 +137,33 @@ class Share(BaseModel):
         others = dict.fromkeys(inner(model, linears), "shares with no other layer")
         return chosen, {name: why for name, why in others.items() if name not in chosen}
 
-    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """As `choose`, once `apply` has found the groups."""
-        return self.choose(model, journal)
+    @property
+    def purpose(self) -> str:
+        """What is shared."""
+        return f"shares {' and '.join(self.parts)} between layers"
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How shared linears are written, and which tensors are one."""
+        chosen, kept = self.choose(model, journal)
+        return StageResult(chosen, kept, self.ties(model, journal))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of finding the groups and of fitting what each shares."""
+        groups, layers, inner = self.groups_of(model), len(model.layers), model.inner_parameters()
+        searched = self.layers in ("auto", "kl")
+        swaps = (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR) if searched else 0
+        operations = 2.0 * inner * (2 * work.tokens + 5 * TOKENS) + inner * SAMPLE * swaps
+        operations += 6.0 * inner / layers * TOKENS_AT_ONCE * self.steps * sum(map(len, groups))
+        floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
+        note = "the run finds the layers that share with least loss; what stands here is for neighbours"
+        return Estimate(
+            stage=f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+            peak_memory_bytes=4 * floats,
+            seconds=operations / work.rate,
+            notes=(note,) if searched else (),
+        )
 
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """Which stored tensors are others, by name."""
@@ -161,7 +184,7 @@ class Share(BaseModel):
                 self.choose(model)
                 found = layer_groups.find(model, context, linears, self.groups, by)
             journal.save(GROUPS, 0, {}, found)
-        chosen, kept = self.settled(model, journal)
+        chosen, kept = self.choose(model, journal)
         if not all(journal.has(STAGE, index) for index in range(len(model.layers))):
             self._fit_all(model, context, linears)
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])

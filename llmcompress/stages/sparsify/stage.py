@@ -9,9 +9,11 @@ where there is one. A layer that the journal holds is not done again.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments, retarget
@@ -20,19 +22,19 @@ from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.io.journal import Journal
-from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.stages.base import Context, Facts
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
 STAGE = "sparsify"
 BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML takes 2:4 and 4:8 for, where they are not quoted
 
 
-class Sparsify(BaseModel):
-    """`prune: {pattern, keep, score, skip}`."""
+class Sparsify(Stage):
+    """`sparsify: {pattern, keep, score, skip}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
+    rewrites: ClassVar[bool] = True
 
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
         description="which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
@@ -42,13 +44,6 @@ class Sparsify(BaseModel):
         default="sparsegpt", description="what a weight is worth; sparsegpt also adjusts those that stay"
     )
     skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _no_axis(cls, entry: Any) -> Any:
-        if isinstance(entry, dict) and "axis" in entry:
-            raise ValueError("axis cuts whole units and pattern single weights; give one of them, or two prune stages")
-        return entry
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -75,14 +70,51 @@ class Sparsify(BaseModel):
 
         return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
-    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, SparseLayout], dict[str, str]]:
-        """As `choose`: there is nothing that only `apply` finds out."""
-        return self.choose(model)
+    @property
+    def purpose(self) -> str:
+        """How many weights become zero."""
+        return f"sets weights to zero ({self.pattern if self.keep is None else f'{1 - self.keep:.0%}'})"
+
+    def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
+        """Refuse a place that is not the last. Errors: ValueError."""
+        if other := next((stage.name for stage in before if stage.rewrites), None):
+            raise ValueError(f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more")
+        if after:
+            why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
+            raise ValueError(f"sparsify is the last stage: {why}; cut whole units before it, and quantise none")
+        super().require_place(before, after)
+
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """How linears that lose weights are written."""
+        return StageResult(*self.choose(model))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of moments and of the solver."""
+        chosen, kept = self.choose(model)
+        shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
+        parameters, inner, layers = model.parameters(), model.inner_parameters(), len(model.layers)
+        saved = sum(math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape)) for name, shape in shapes.items())
+        calibrated = self.score != "magnitude"
+        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
+        operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
+        if self.score == "sparsegpt":
+            operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
+        states = work.tokens * model.config.hidden_size * (4 if calibrated else 2)
+        outer, widest = parameters - inner, max(C for _, C in shapes.values())
+        reasons = "; ".join(sorted(set(kept.values())))
+        return Estimate(
+            stage=f"sparsify ({self.pattern}, {self.score})",
+            parameters=parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
+            size_bytes=int(model.stored_bytes() - saved / 8),
+            peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2),
+            seconds=operations / work.rate,
+            notes=(f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})",) if kept else (),
+        )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        rewriting = Rewriting(STAGE, f"prune ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
+        rewriting = Rewriting(STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
         facts = rewriting.done(model, context, chosen, kept)
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts

@@ -10,19 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.tied_embeddings import tie
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.errors import ModelError
-from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.io.journal import Journal
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
-from llmcompress.stages.base import OUTER, Context, Facts
+from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "tie"
 SAMPLE = 8192  # tokens by which the balance is decided
@@ -30,33 +31,51 @@ STEPS = (4.0, 2.0, 1.4)  # factors between the balances that are tried, coarse t
 START = 0.25
 
 
-class Tie(BaseModel):
-    """`tie: {weights: [embedding, head], fit}`."""
+class Tie(Stage):
+    """`tie: {fit}`."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     name: ClassVar[str] = STAGE
+    combines: ClassVar[bool] = True
+    retired: ClassVar[Mapping[str, str]] = {
+        "weights": "tie is always for embedding and head; leave weights",
+        **dict.fromkeys(("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"),
+        "basis": "linears become products of low rank by low_rank: {keep: 0.5, layers_per_basis: 2}",
+        "codebook": "weights become indices by codebook: {entries: 16}",
+    }
 
-    weights: Annotated[tuple[Literal["embedding", "head"], ...], Field(strict=False)] = Field(
-        description="what becomes one matrix: [embedding, head]"
-    )
     fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
         default="least_squares", description="the best of both on calibration text; or their mean, or either as it is"
     )
 
-    @model_validator(mode="after")
-    def _both(self) -> Tie:
-        if sorted(self.weights) != ["embedding", "head"]:
-            raise ValueError(
-                f"weights are [embedding, head], not {list(self.weights)}; layers are shared by tie: {{layers: auto}}"
-            )
-        return self
+    @property
+    def purpose(self) -> str:
+        """What becomes one."""
+        return "ties embedding and head"
 
-    def require_possible(self, model: LayerwiseModel) -> None:
+    def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
+        """A tied model, without a matrix for its head."""
+        self.require_two_matrices(model)
+        return StageResult(config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"}))
+
+    def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+        """The cost of statistics and of the search for the balance."""
+        inner, D = model.inner_parameters(), model.config.hidden_size
+        outer = model.config.vocab_size * D
+        floats = 4 * outer + inner // len(model.layers) + 2 * work.tokens * D
+        return Estimate(
+            stage="tie (embedding and head)",
+            parameters=left.parameters(),
+            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+            peak_memory_bytes=4 * floats,
+            seconds=(2 * work.tokens + 12 * SAMPLE) * 2.0 * (inner + outer) / work.rate,
+        )
+
+    def require_two_matrices(self, model: LayerwiseModel) -> None:
         """Refuse a model whose two matrices can't be one. Errors: ModelError."""
         anatomy, rows = model.anatomy, model.anatomy.outer
         head, embedding = f"{anatomy.head}.weight", f"{anatomy.embedding}.weight"
         if model.config.tie_word_embeddings:
-            raise ModelError("the embedding and the head of this model are one matrix already; leave tie: {weights: ...}")
+            raise ModelError("the embedding and the head of this model are one matrix already; leave tie")
         if rows[head] != rows[embedding]:
             raise ModelError(
                 f'the embedding of this model is "{rows[embedding]}" and its head "{rows[head]}"; they can\'t be one'
@@ -64,13 +83,13 @@ class Tie(BaseModel):
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Leave the matrix in the journal, and with it what makes the channels that the head reads."""
-        self.require_possible(model)
+        self.require_two_matrices(model)
         journal = context.journal
         if not journal.has(OUTER, 0):
             journal.save(OUTER, 0, *self._made(model, context))
         found = journal.load(OUTER, 0)[1]
         notes = ["operations per token are unchanged: the one matrix is looked up and multiplied by as the two were"]
-        return Facts(STAGE, notes=notes, details={"weights": list(self.weights), "fit": self.fit} | found)
+        return Facts(STAGE, notes=notes, details={"fit": self.fit} | found)
 
     @torch.no_grad()
     def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -1,0 +1,153 @@
+"""The Python API: `compress` and `plan`, for models by name or in memory, and recipes in whatever form a user has them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import ModelError, RecipeError
+from llmcompress.io.scratch import scratch_folder
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import no_progress_bar
+from llmcompress.modeling.sequential import Track, untracked
+from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import Plan, plan_recipe
+from llmcompress.pipeline.resolve import Base, config_of, data_of, find_base
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe import shipped
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.schema import Report
+from llmcompress.stages.base import Stage
+
+AnyRecipe = str | os.PathLike[str] | Recipe | Stage | Sequence[Stage] | Mapping[str, Any]
+AnyModel = str | os.PathLike[str] | PreTrainedModel | None
+
+
+@overload
+def compress(
+    model: AnyModel,
+    recipe: AnyRecipe,
+    out: None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | DataSpec | None = None,
+    device: str | None = None,
+    track: Track = untracked,
+) -> tuple[PreTrainedModel, Report]: ...
+
+
+@overload
+def compress(
+    model: AnyModel,
+    recipe: AnyRecipe,
+    out: str | os.PathLike[str],
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | DataSpec | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> Report: ...
+
+
+def compress(
+    model: AnyModel,
+    recipe: AnyRecipe,
+    out: str | os.PathLike[str] | None = None,
+    *,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    data: str | DataSpec | None = None,
+    device: str | None = None,
+    overwrite: bool = False,
+    track: Track = untracked,
+) -> Report | tuple[PreTrainedModel, Report]:
+    """Compress a model by a recipe.
+
+    With `out` the result is written to that folder, one decoder layer at a time, and its report is returned; the same call
+    resumes a run that was interrupted. Without `out` the model is compressed in memory and returned with its report.
+
+    Args:
+        model: Hub id, folder, `demo`, a `PreTrainedModel`, or None for the base that the recipe names. A model in memory is
+            changed in place where its shapes stay, and returned; where they don't, a new model is returned.
+        recipe: name of a shipped recipe, file, folder, Hub id, `Recipe`, a stage or a list of stages, or a mapping as YAML
+            would give it.
+        out: folder for the result. It must not exist, unless `overwrite` is True and it holds a finished result.
+        tokenizer: of a `PreTrainedModel`; one that is given by name brings its own.
+        data: calibration and evaluation text in place of the recipe's, as a `DataSpec` or as `--data` takes it.
+        device: `cpu` or `cuda`; the first GPU where there is one.
+        overwrite: replace a finished result in `out`.
+        track: shows progress: takes an iterable, what is done, and how many there are, and yields what the iterable yields.
+
+    Raises:
+        CompressError: the input is wrong; the message says what was given, why not, and what to do.
+        AcceptError: the result misses a bound of the recipe's `accept`. Nothing is published.
+    """
+    told = recipe_of(recipe)
+    if out is None:
+        loaded, words = _in_memory(model, told, tokenizer)
+        return apply_recipe(told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track)
+    if not isinstance(model, PreTrainedModel):
+        name = None if model is None else os.fspath(model)
+        return run_recipe(told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track)
+    with scratch_folder() as folder, no_progress_bar():
+        words = _given(tokenizer)
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        base = Base(str(model.config._name_or_path or type(model).__name__), folder, None)
+        return run_recipe(told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track)
+
+
+def plan(
+    model: str | os.PathLike[str] | None,
+    recipe: AnyRecipe,
+    *,
+    data: str | DataSpec | None = None,
+    device: str | None = None,
+) -> Plan:
+    """What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
+
+    Arguments and errors are those of `compress`. Sizes are exact but for file headers; times are right to a factor of about two.
+    """
+    return plan_recipe(recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device)
+
+
+def recipe_of(recipe: AnyRecipe) -> Recipe:
+    """A recipe in any of the forms that `compress` takes. Errors: RecipeError."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, str | os.PathLike):
+        return shipped.resolve(os.fspath(recipe))
+    if isinstance(recipe, Mapping):
+        return Recipe.of_entries(dict(recipe))
+    if isinstance(recipe, Stage):
+        return Recipe.of_entries({"stages": [recipe]})
+    if isinstance(recipe, Sequence):
+        return Recipe.of_entries({"stages": list(recipe)})
+    raise RecipeError(
+        f"a recipe can't be a {type(recipe).__name__}; give a name, a file, a Recipe, a mapping, or a list of stages"
+    )
+
+
+def _in_memory(
+    model: AnyModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The model in memory, with its tokenizer."""
+    if isinstance(model, PreTrainedModel):
+        return model, _given(tokenizer)
+    name = recipe.base if model is None else os.fspath(model)
+    found = find_base(name, recipe.revision if model is None else None)
+    config_of(found.folder, base=True)
+    with no_progress_bar():
+        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(found.folder, dtype="auto")
+    return loaded.eval(), tokenizer or tokenizer_of(found.folder)
+
+
+def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    if tokenizer is None:
+        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+    return tokenizer
