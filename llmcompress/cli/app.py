@@ -1,29 +1,25 @@
-"""The command line: parsing, progress bars and exit codes; what a command does lies elsewhere.
+"""The commands: what each is given, and what it prints; what a command does lies elsewhere.
 
-Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe
-accepts, 1 = a bug, 130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line).
+Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts,
+1 = a bug, 130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line). Packages that take long to import are imported
+by the command that needs them.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import sys
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
-from llmcompress.cli import interrupt
+from llmcompress.cli import interrupt, logs, options
+from llmcompress.cli.progress import track
+from llmcompress.cli.terminal import err as err
+from llmcompress.cli.terminal import out as out
 from llmcompress.errors import AcceptError, CompressError
 
 app = typer.Typer(
@@ -33,96 +29,70 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-out, err = Console(), Console(stderr=True)
-
-Recipe = Annotated[
-    str,
-    typer.Argument(help="Recipe file (.yaml), folder with a recipe.yaml, or Hub id.", show_default=False),
-]
-BaseModel = Annotated[
-    str | None, typer.Option("--base", help="Folder or Hub id of the model, in place of the recipe's.")
-]
-Data = Annotated[
-    str | None,
-    typer.Option(
-        "--data",
-        help=(
-            "Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs; or "
-            "'{source: ..., config: ...}'."
-        ),
-    ),
-]
-Device = Annotated[
-    str | None, typer.Option("--device", help="cpu or cuda; the first GPU where there is one.")
-]
-
-
-def track(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    """A progress bar on stderr while `things` go by; a line at the end where that is no terminal."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=err) as progress:
-        yield from progress.track(things, total=count, description=what)
 
 
 @app.command()
 def run(
-    recipe: Recipe,
-    out_: Annotated[Path, typer.Option("--out", help="Folder for the result.")] = Path("compressed"),
-    base: BaseModel = None,
-    data: Data = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result.")] = False,
-    device: Device = None,
+    recipe: options.RecipeName,
+    base: options.Base = None,
+    data: options.Data = None,
+    out_: options.Out = Path("compressed"),
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
 ) -> None:
-    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it
-    was."""
+    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
     from llmcompress.integrations import distributed
     from llmcompress.modeling.sequential import untracked
     from llmcompress.pipeline.run import run_recipe
-    from llmcompress.recipe.recipe import Recipe
+    from llmcompress.recipe import shipped
     from llmcompress.report.console import print_report
 
-    steps, shown = Recipe.from_pretrained(recipe), track if distributed.first() else untracked
+    steps, shown = shipped.resolve(recipe), track if distributed.first() else untracked
     report = run_recipe(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
     if not distributed.first():
         return
     print_report(report, out)
     out.print(
-        f"The compressed model lies in {out_}; load it with "
-        f"AutoModelForCausalLM.from_pretrained({str(out_)!r})."
+        f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r})."
     )
 
 
 @app.command()
-def plan(recipe: Recipe, base: BaseModel = None, device: Device = None) -> None:
-    """Say what a run would give and cost (parameters, bytes, memory, time) from the model's shapes alone; run
-    nothing."""
+def plan(
+    recipe: options.RecipeName,
+    base: options.Base = None,
+    data: options.Data = None,
+    device: options.Device = None,
+) -> None:
+    """Estimate what a run would give and cost from the model's config alone; run nothing."""
     from llmcompress.pipeline.plan import plan_recipe
-    from llmcompress.recipe.recipe import Recipe
+    from llmcompress.recipe import shipped
     from llmcompress.report.console import print_plan
 
-    plan = plan_recipe(Recipe.from_pretrained(recipe), base=base, device=device)
-    print_plan(plan.rows, plan.notes, out)
+    found = plan_recipe(shipped.resolve(recipe), base=base, data=data, device=device)
+    print_plan(found.rows, found.notes, out)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Folder or Hub id.", show_default=False)],
+    model: options.ModelName,
     against: Annotated[
-        str | None, typer.Option("--against", help="Base to compare with: KL, top-1 agreement.")
+        str | None,
+        typer.Option("--against", metavar="BASE", help="Base to compare with: KL, top-1 agreement."),
     ] = None,
-    data: Data = None,
+    data: options.Data = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the numbers to this file as well.")
+        Path | None,
+        typer.Option("--json", metavar="FILE", help="Write the numbers to this file as well."),
     ] = None,
-    length: Annotated[int | None, typer.Option("--length", min=2, help="Tokens in a window.")] = None,
-    samples: Annotated[int, typer.Option("--samples", min=1, help="Windows of text.")] = 64,
-    device: Device = None,
+    length: Annotated[
+        int | None,
+        typer.Option(
+            "--length", min=2, help="Tokens of a sequence. Default: up to 2048, as the model takes."
+        ),
+    ] = None,
+    samples: Annotated[int, typer.Option("--samples", min=1, help="Sequences of text.")] = 64,
+    device: options.Device = None,
 ) -> None:
     """Measure a model: perplexity with its interval, bytes, tokens/s, and the distance from a base."""
     from llmcompress.data.sources import PYTHON_DOCS, DataSpec
@@ -133,16 +103,14 @@ def evaluate(
     if json_file is not None:
         require_file(json_file, "--json")
     spec = DataSpec(length=length, samples=1, evaluation_samples=samples).with_text(data or PYTHON_DOCS)
-    result = measure(model, against=against, data=spec, device=device, track=track)
-    print_evaluation(result.to_dict(), out)
+    result = measure(model, against=against, data=spec, device=device, track=track).to_dict()
+    print_evaluation(result, out)
     if json_file is not None:
-        write_file(json_file, json.dumps(result.to_dict(), indent=2) + "\n", "--json")
+        write_file(json_file, json.dumps(result, indent=2) + "\n", "--json")
 
 
 @app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)],
-) -> None:
+def report(folder: options.Artefact) -> None:
     """Print the report of a finished run."""
     from llmcompress.report.console import print_report
     from llmcompress.report.schema import Report
@@ -152,15 +120,16 @@ def report(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(help="A folder that `run` wrote.", show_default=False)],
-    repo: Annotated[str, typer.Argument(help="Where it goes: user/name.", show_default=False)],
+    folder: options.Artefact,
+    repo: Annotated[
+        str, typer.Argument(metavar="USER/NAME", help="Where it goes on the Hub.", show_default=False)
+    ],
     private: Annotated[
         bool, typer.Option("--private", help="Make the repository private, if it is made.")
     ] = False,
     message: Annotated[str | None, typer.Option("--message", help="Message of the commit.")] = None,
 ) -> None:
-    """Share a finished run on the Hub: weights, card, report and recipe in one commit. After a broken upload,
-    run it again."""
+    """Share a finished run on the Hub in one commit. After a broken upload, run it again."""
     from llmcompress.pipeline.push import push as send
 
     pushed = send(folder, repo, private=private, message=message)
@@ -172,18 +141,23 @@ def push(
 @app.command()
 def reproduce(
     name: Annotated[
-        str, typer.Argument(help="A folder that `run` wrote, or user/name@revision.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NAME",
+            help="Folder that `run` wrote, or user/name@revision on the Hub.",
+            show_default=False,
+        ),
     ],
-    base: BaseModel = None,
-    data: Data = None,
-    out_: Annotated[
-        Path | None, typer.Option("--out", help="Keep the second artefact in this folder.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a finished result there.")] = False,
-    device: Device = None,
+    base: options.Base = None,
+    data: options.Data = None,
+    out_: options.OptionalOut = None,
+    overwrite: options.Overwrite = False,
+    device: options.Device = None,
 ) -> None:
-    """Run the recipe of a finished run again and say what came out: bit-equal, equal within tolerance, or
-    what differs."""
+    """Run the recipe of a finished run again and compare: bit-equal, equal within tolerance, or what differs.
+
+    Without --out, the second result is not kept.
+    """
     from llmcompress.pipeline.reproduce import reproduce as run_again
     from llmcompress.report.console import print_reproduction
 
@@ -194,16 +168,42 @@ def reproduce(
 
 
 @app.command()
+def recipes(as_json: options.AsJson = False) -> None:
+    """List the shipped recipes by purpose: what each leaves of a model, what it costs, and what loads the result."""
+    from llmcompress.cli.recipe_list import print_entries
+    from llmcompress.recipe import catalogue
+
+    entries = catalogue.entries()
+    if as_json:
+        typer.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
+    else:
+        print_entries(entries)
+
+
+@app.command()
+def doctor(as_json: options.AsJson = False) -> None:
+    """Show the installed packages, what the machine can do, and which kernels run here."""
+    from llmcompress.cli.doctor import examine, print_facts
+
+    facts = examine()
+    if as_json:
+        typer.echo(json.dumps(facts, indent=2))
+    else:
+        print_facts(facts)
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON Schema of recipes, with which an editor completes and checks them."""
     from llmcompress.recipe.recipe import Recipe
 
-    print(Recipe.json_schema(), end="")
+    typer.echo(Recipe.json_schema(), nl=False)
 
 
 def main() -> None:
     """The command `llmcompress`."""
-    with interrupt.one_line():
+    writes = os.environ.get("RANK", "0") == "0"  # of several processes only the first one
+    with interrupt.one_line(), logs.shown_on(err, logging.INFO if writes else logging.ERROR):
         try:
             app()
         except CompressError as error:

@@ -30,10 +30,7 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="TEXT",
-        help=(
-            "Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs, or "
-            "'{source: ..., config: ...}'."
-        ),
+        help="Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs, or '{source: ..., config: ...}'.",
     ),
 ]
 Device = Annotated[
@@ -45,7 +42,5 @@ Device = Annotated[
 OUT = typer.Option("--out", metavar="DIR", help="Folder for the result.")
 Out = Annotated[Path, OUT]
 OptionalOut = Annotated[Path | None, OUT]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace a finished result in the folder for the result.")
-]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a finished result in --out.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]

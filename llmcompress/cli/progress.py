@@ -65,13 +65,14 @@ def lines(
         done += 1
         now = clock()
         if done in (1, count) or now - at >= INTERVAL:
+            left = (now - at) / (done - printed) * (count - done)  # at the pace since the last line
             at, printed = now, done
-            console.print(_line(what, done, count, now - start), **PLAIN)
+            console.print(_line(what, done, count, now - start, left), **PLAIN)
     if printed != done:
-        console.print(_line(what, done, count, clock() - start), **PLAIN)
+        console.print(_line(what, done, count, clock() - start, 0.0), **PLAIN)
 
 
-def _line(what: str, done: int, count: int, elapsed: float) -> str:
-    """One plain line."""
-    left = f", about {duration(elapsed / done * (count - done))} left" if 0 < done < count else ""
-    return f"{what}: {done} of {count}, {duration(elapsed)} elapsed{left}"
+def _line(what: str, done: int, count: int, elapsed: float, left: float) -> str:
+    """One plain line; `left` is the remaining time in seconds."""
+    estimate = f", about {duration(left)} left" if done < count and left else ""
+    return f"{what}: {done} of {count}, {duration(elapsed)} elapsed{estimate}"

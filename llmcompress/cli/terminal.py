@@ -22,7 +22,11 @@ def print_table(
     from rich.text import Text
 
     table = Table(
-        title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD
+        title=Text(title, style="bold"),
+        title_justify="left",
+        header_style="dim",
+        show_header=any(header),
+        box=box.SIMPLE_HEAD,
     )
     for place, name in enumerate(header):
         table.add_column(Text(name), justify="right" if place in right else "left", overflow="fold")

@@ -32,6 +32,7 @@ logging.getLogger("bitsandbytes.autograd._functions").setLevel(
     logging.ERROR
 )  # and at each int8 product of a cast to float16
 import bitsandbytes.functional  # noqa: E402
+from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
 from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
 from bitsandbytes.nn.modules import Linear4bit as StockLinear4bit  # noqa: E402
 from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
@@ -49,6 +50,16 @@ NEW_HEADS = (
     "qa_outputs",
     "multiple_choice_head",
 )  # what transformers calls the heads of other tasks
+
+
+def has_native_library() -> bool:
+    """Whether bitsandbytes found its compiled library for this machine."""
+    return not isinstance(stock.lib, NoLibrary)
+
+
+def multiplies_packed() -> bool:
+    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in each forward."""
+    return bool(stock.has_avx512bf16())
 
 
 def grid(format: FourBitFormat) -> Tensor:

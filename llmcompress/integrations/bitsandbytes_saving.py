@@ -25,10 +25,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.integrations.bitsandbytes import Bnb4bitDeserialize, Bnb8bitDeserialize
 
 from llmcompress.errors import ModelError, OutputError
 from llmcompress.formats import bitsandbytes_layout
+from llmcompress.integrations.transformers_compat import Bnb4bitDeserialize, Bnb8bitDeserialize
 from llmcompress.io.destination import Seen, appear, seen
 from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
 

@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.architectures.per_layer import mixed
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import StoredLinear, StoredModule
 from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.quantization_config import CompressedConfig, read_config
+from llmcompress.integrations.transformers_compat import Conv1D
 
 WRAPPED = ".base_layer"  # what PEFT adds to the name of a linear under an adapter
 

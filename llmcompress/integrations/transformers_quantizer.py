@@ -19,9 +19,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_utils import ModuleUtilsMixin
-from transformers.pytorch_utils import Conv1D
-from transformers.quantizers.base import HfQuantizer
 
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
@@ -39,6 +36,7 @@ from llmcompress.formats.quantization_config import read_config as read_config
 from llmcompress.formats.registry import AnyLayout, format_of
 from llmcompress.formats.sparse import SparseLinear
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
+from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, ModuleUtilsMixin
 
 
 class Quantizer(HfQuantizer):

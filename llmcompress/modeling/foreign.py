@@ -16,9 +16,9 @@ import torch
 import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from llmcompress.errors import ModelError
+from llmcompress.integrations.transformers_compat import AUTO_QUANTIZATION_CONFIG_MAPPING
 from llmcompress.integrations.transformers_quantizer import METHOD
 from llmcompress.io.checkpoint import read_json
 from llmcompress.io.units import amount

@@ -17,20 +17,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    convert_and_load_state_dict_in_model,
-    rename_source_key,
-)
-from transformers.modeling_utils import LoadStateDictConfig
-from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import registry
 from llmcompress.integrations import transformers_quantizer
+from llmcompress.integrations.transformers_compat import (
+    Conv1D,
+    LoadStateDictConfig,
+    WeightConverter,
+    WeightRenaming,
+    convert_and_load_state_dict_in_model,
+    get_model_conversion_mapping,
+    logging,
+    rename_source_key,
+)
 from llmcompress.io.checkpoint import Checkpoint, check_finite, is_beside
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.model_config import load_config, require_stored

@@ -24,7 +24,6 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, mixed
@@ -34,6 +33,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.integrations.transformers_compat import Conv1D
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton

@@ -16,9 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmcompress.cli.app import err, main, out
+from llmcompress.recipe import shipped
 from tests.bases import save_base, small_recipe, write_text
 from tests.clients import Result, shell
 
+COMMANDS = ("run", "plan", "evaluate", "report", "push", "reproduce", "recipes", "doctor", "schema")
 EVALUATION = ["model", "perplexity", "perplexity_ci95", "tokens", "size_bytes", "tokens_per_s"]
 AGAINST = ["kl_nats_mean", "kl_nats_p99", "top1_agreement"]
 
@@ -117,8 +119,52 @@ def test_evaluate_writes_the_keys_of_the_contract(shelf: Path, cli: Cli, tmp_pat
 
 
 def test_help_is_there_for_every_command(cli: Cli) -> None:
-    assert all(command in cli("--help").out for command in ("run", "plan", "evaluate", "report"))
-    assert all(cli(command, "--help").code == 0 for command in ("run", "plan", "evaluate", "report"))
+    assert all(command in cli("--help").out for command in COMMANDS)
+    assert all(cli(command, "--help").code == 0 for command in COMMANDS)
+
+
+def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
+    shelf: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = cli("plan", "nf4-gptq", "--base", shelf / "base")
+    assert done.code == 0 and not done.err
+    assert "quantize (nf4, gptq)" in done.out
+    (tmp_path / "nf4-gptq").write_text("stages: [{quantize: {format: fp4}}]")
+    done = cli("plan", "nf4-gptq", "--base", shelf / "base")
+    assert done.code == 0 and "quantize (fp4, gptq)" in done.out
+    assert done.err == "warning: recipe nf4-gptq: taken from the file of that name here, not the shipped recipe\n"
+    refused(cli("plan", "nf4-gtpq", "--base", shelf / "base"), "did you mean nf4-gptq?", tmp_path)
+
+
+def test_recipes_lists_all_by_purpose(cli: Cli) -> None:
+    done = cli("recipes")
+    assert done.code == 0 and not done.err
+    assert all(f" {name} " in done.out for name in shipped.names())
+    assert "4 bits per weight" in done.out and "bitsandbytes" in done.out
+    listed = json.loads(cli("recipes", "--json").out)
+    assert sorted(entry["name"] for entry in listed) == list(shipped.names())
+    assert {"purpose", "does", "leaves", "loads_with", "measured", "stages"} <= listed[0].keys()
+
+
+def test_doctor_prints_what_its_json_says(cli: Cli) -> None:
+    facts = json.loads(cli("doctor", "--json").out)
+    assert facts.keys() == {"versions", "platform", "cpu", "compiler", "gpus", "kernels"}
+    done = cli("doctor")
+    assert done.code == 0 and not done.err
+    assert all(kernel["runs"] in " ".join(done.out.split()) for kernel in facts["kernels"])
+
+
+def test_schema_prints_json(cli: Cli) -> None:
+    assert json.loads(cli("schema").out)["title"] == "llmcompress recipe"
+
+
+@pytest.mark.slow
+def test_progress_of_a_run_that_is_not_on_a_terminal_is_plain_lines(shelf: Path, tmp_path: Path) -> None:
+    arguments = ("run", shelf / "recipe.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
+    lines = [line for line in shell({}, *arguments).err.splitlines() if line.startswith("quantize (nf4, gptq): ")]
+    assert lines[0].startswith("quantize (nf4, gptq): 1 of 2, ") and " left" in lines[0]
+    assert lines[-1].startswith("quantize (nf4, gptq): 2 of 2, ") and lines[-1].endswith(" elapsed")
 
 
 def refused(done: Result, message: str, folder: Path, *, code: int = 2) -> None:
@@ -290,9 +336,9 @@ def test_a_wrong_base_is_one_clear_line(
 
 
 def last_line(text: str) -> str:
-    """Without the lines of a progress bar before it."""
+    """Without the lines of progress before it."""
     lines = text.replace("\r", "\n").splitlines()
-    assert all("━" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), text
+    assert all(" elapsed" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), text
     return lines[-1] if lines else ""
 
 

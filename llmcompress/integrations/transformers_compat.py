@@ -1,0 +1,22 @@
+"""Every name of transformers that is not one of its top level, for the rooms from `integrations` on.
+
+transformers may move or change these in any release, so its version has an upper bound in pyproject.toml. Two lower
+rooms import theirs themselves: `io.tokenizer` and `formats`. tests/integrations/test_transformers_compat.py lists all of
+them, and what is used of private attributes, and finds each in the installed version.
+"""
+
+from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter as WeightConverter
+from transformers.core_model_loading import WeightRenaming as WeightRenaming
+from transformers.core_model_loading import (
+    convert_and_load_state_dict_in_model as convert_and_load_state_dict_in_model,
+)
+from transformers.core_model_loading import rename_source_key as rename_source_key
+from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bitDeserialize
+from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
+from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
+from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
+from transformers.pytorch_utils import Conv1D as Conv1D
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.base import HfQuantizer as HfQuantizer
+from transformers.utils import logging as logging
