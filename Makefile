@@ -3,15 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
+PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test check campaign format bench clean
+.PHONY: demo test test-slow test-all check campaign format bench clean
 
 demo: $(READY)
 	$(BIN)/llmcompress run recipes/demo.yaml --out out/demo --overwrite
 
-test: $(READY)
-	$(PYTEST)
+test: $(READY) # every feature once, in five minutes on two cores
+	$(PYTEST) -m "not slow"
+
+test-slow: $(READY) # the rest: whole runs in processes of their own, every family, the fault campaign
+	$(PYTEST) -m slow
+
+test-all: test-slow test
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -19,7 +24,7 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/python -m evaluation tables --check
 	$(BIN)/python -m evaluation pictures --check
-	$(PYTEST)
+	$(MAKE) test-all
 
 campaign: $(READY) # rough ends, rivals, odd configs, damaged files, odd words: half an hour on two cores
 	$(BIN)/python -m tests.campaign

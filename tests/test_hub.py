@@ -301,6 +301,7 @@ def test_offline_nothing_is_pushed(tmp_path: Path, folder: Path) -> None:
     assert answer == "OutputError: user/new can't be pushed while HF_HUB_OFFLINE is set; unset it"
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["stall", "cut", "error"])
 def test_a_server_that_fails_is_one_clear_line(served: tuple[Hub, str], tmp_path: Path, kind: str) -> None:
     hub, endpoint = served

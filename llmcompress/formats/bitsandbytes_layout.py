@@ -58,7 +58,8 @@ def has_native_library() -> bool:
 
 
 def multiplies_packed() -> bool:
-    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in each forward."""
+    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in
+    each forward."""
     return bool(stock.has_avx512bf16())
 
 

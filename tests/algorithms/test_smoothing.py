@@ -166,6 +166,7 @@ def case(format: str, outlier: float = 20, seed: int = 0, T: int = 512, R: int =
 by_format = pytest.mark.parametrize("format", ["w8a8", "w4a8", "w4a4", "w4a16"])
 
 
+@pytest.mark.slow(keep=1)
 @by_format
 @pytest.mark.parametrize("outlier", [10, 30])
 def test_the_fit_lowers_the_error_to_expect_and_the_real_one_below_the_start_and_every_exponent(
@@ -234,6 +235,7 @@ def test_a_factor_for_all_columns_together_changes_nothing_in_the_error_to_expec
     torch.testing.assert_close(problem.fit(start=torch.full((64,), 7.0)), found, rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow(keep=1)
 @by_format
 @pytest.mark.parametrize("dead", ["one input", "one weight", "all inputs", "all weights"])
 def test_channels_that_nothing_enters_or_leaves_give_finite_factors(format: str, dead: str) -> None:

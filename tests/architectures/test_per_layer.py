@@ -29,6 +29,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 DENSE = tuple(family for family in FAMILIES if family != "qwen3_moe")
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 

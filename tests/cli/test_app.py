@@ -133,7 +133,10 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
     (tmp_path / "nf4-gptq").write_text("stages: [{quantize: {format: fp4}}]")
     done = cli("plan", "nf4-gptq", "--base", shelf / "base")
     assert done.code == 0 and "quantize (fp4, gptq)" in done.out
-    assert done.err == "warning: recipe nf4-gptq: taken from the file of that name here, not the shipped recipe\n"
+    assert (
+        done.err
+        == "warning: recipe nf4-gptq: taken from the file of that name here, not the shipped recipe\n"
+    )
     refused(cli("plan", "nf4-gtpq", "--base", shelf / "base"), "did you mean nf4-gptq?", tmp_path)
 
 
@@ -162,7 +165,9 @@ def test_schema_prints_json(cli: Cli) -> None:
 @pytest.mark.slow
 def test_progress_of_a_run_that_is_not_on_a_terminal_is_plain_lines(shelf: Path, tmp_path: Path) -> None:
     arguments = ("run", shelf / "recipe.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
-    lines = [line for line in shell({}, *arguments).err.splitlines() if line.startswith("quantize (nf4, gptq): ")]
+    lines = [
+        line for line in shell({}, *arguments).err.splitlines() if line.startswith("quantize (nf4, gptq): ")
+    ]
     assert lines[0].startswith("quantize (nf4, gptq): 1 of 2, ") and " left" in lines[0]
     assert lines[-1].startswith("quantize (nf4, gptq): 2 of 2, ") and lines[-1].endswith(" elapsed")
 
@@ -338,7 +343,9 @@ def test_a_wrong_base_is_one_clear_line(
 def last_line(text: str) -> str:
     """Without the lines of progress before it."""
     lines = text.replace("\r", "\n").splitlines()
-    assert all(" elapsed" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), text
+    assert all(" elapsed" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), (
+        text
+    )
     return lines[-1] if lines else ""
 
 

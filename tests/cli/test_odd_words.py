@@ -101,6 +101,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "closed").chmod(0o700)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_bytes_that_are_no_text() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "llmcompress", "run", b"\xff.yaml"], capture_output=True, timeout=300
@@ -149,6 +150,8 @@ except RuntimeError:
     print("no home")
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import writing
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 print(cache_folder())
 try:
     with writing(Path("/nowhere")):
@@ -158,6 +161,7 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="homes of POSIX")
 def test_a_user_without_a_home_has_a_cache_of_their_own(tmp_path: Path) -> None:
     def run() -> list[str]:

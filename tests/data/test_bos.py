@@ -44,6 +44,8 @@ from tests.artefacts import CPU
 from tests.bases import VOCABULARY, bos_tokenizer, byte_tokenizer, known, save_base, save_bos_base, write_text
 from tests.models import noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 SMALL: dict[str, Any] = {"samples": 8, "length": 24, "evaluation_samples": 6}
 SHARED = Path(__file__).parents[2].parent / "shared"
 

@@ -49,6 +49,7 @@ def told(env: dict[str, str], *specs: str) -> list[Any]:
     return ask(env, READ + "\n".join(f"told(sides, {spec})" for spec in specs))
 
 
+@pytest.mark.slow
 def test_a_data_set_is_streamed_split_by_split_at_one_commit(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     old = hub.add(
@@ -91,6 +92,7 @@ def test_a_data_set_is_streamed_split_by_split_at_one_commit(served: tuple[Hub, 
     )
 
 
+@pytest.mark.slow
 def test_no_more_of_a_data_set_is_fetched_than_is_read(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     shards = {f"data/train-{number:05}-of-00050.jsonl": jsonl(*["word " * 200] * 200) for number in range(50)}
@@ -101,6 +103,7 @@ def test_no_more_of_a_data_set_is_fetched_than_is_read(served: tuple[Hub, str], 
     assert 1 <= len(fetched) < 10
 
 
+@pytest.mark.slow
 def test_a_data_set_of_one_split_evaluates_on_its_first_rows_and_calibrates_on_the_next(
     served: tuple[Hub, str], tmp_path: Path
 ) -> None:
@@ -115,6 +118,7 @@ told(walk)
     assert ask(environment(endpoint, tmp_path), READ + script) == [[["first"], ["second", "third"]]]
 
 
+@pytest.mark.slow
 def test_private_and_gated_data_sets_want_the_users_token(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     files = {"train.jsonl": jsonl("a"), "test.jsonl": jsonl("b")}
@@ -134,6 +138,7 @@ def test_private_and_gated_data_sets_want_the_users_token(served: tuple[Hub, str
     assert [answer[:2] for answer in mine] == [[["a"], ["b"]]] * 2
 
 
+@pytest.mark.slow
 def test_offline_what_is_cached_is_read_and_what_is_not_says_so(
     served: tuple[Hub, str], tmp_path: Path
 ) -> None:
@@ -150,6 +155,7 @@ def test_offline_what_is_cached_is_read_and_what_is_not_says_so(
     )
 
 
+@pytest.mark.slow
 def test_what_was_streamed_is_there_offline_as_far_as_it_was_read(
     served: tuple[Hub, str], tmp_path: Path
 ) -> None:

@@ -185,6 +185,7 @@ def test_names_that_no_file_has_are_refused(source: str, why: str) -> None:
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_in_one_line(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     code, _, told = shell({}, "evaluate", base, "--data", rows(tmp_path / "a.jsonl", '{"text": "\\udfff"}'))

@@ -300,6 +300,7 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 KEPT = "model.layers.1.mlp.down_proj"
 
 
+@pytest.mark.slow
 def test_a_plain_from_pretrained_dequantises_what_we_computed(tmp_path: Path) -> None:
     variants: list[tuple[bitsandbytes_layout.FourBitFormat, int, bool]] = [
         *(

@@ -29,6 +29,8 @@ from tests.artefacts import linears, write_in
 from tests.integrations.test_transformers_quantizer import LOADER, load, logits
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LAYOUTS = (
     CodebookLayout(16, 1, "float16"),
     CodebookLayout(16, None, "float32"),
@@ -303,6 +305,7 @@ def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(
         assert torch.equal(logits(model.dequantize()), logits(plain))
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_every_layout(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2", "qwen3_moe"):

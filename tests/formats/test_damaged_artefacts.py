@@ -37,6 +37,8 @@ from tests.artefacts import CPU, distance, live, load, measured, write_in
 from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LAYOUTS: tuple[AnyLayout, ...] = (
     IntegerLayout("w8a8"),
     IntegerLayout("w8a8", "static"),
@@ -226,6 +228,7 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, write_text(folder / "facts.txt")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", STAGES)
 def test_what_is_made_of_zeros_is_not_taken_for_damaged(
     name: str, zeros: tuple[Path, Path], tmp_path: Path

@@ -246,6 +246,7 @@ def test_two_int8_codes_hold_every_16_bit_code() -> None:
     assert torch.equal(integer.HIGH * high + low, codes[0].long())
 
 
+@pytest.mark.slow(keep=1)
 # torch 2.13's own compiler does what the warning is about
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @by_scheme

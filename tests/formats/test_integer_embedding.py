@@ -25,6 +25,8 @@ from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import distance
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = torch.arange(3, 27)[None]
 FAMILIES = ("llama", "gemma3_text", "gpt2", "opt", "gpt_neox")

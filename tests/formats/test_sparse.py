@@ -31,6 +31,8 @@ from tests.artefacts import linears, write_in
 from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, distance, load, logits
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LAYOUTS = (
     SparseLayout("2:4", "float32"),
     SparseLayout("4:8", "float32"),
@@ -227,6 +229,7 @@ def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(
         assert small.size_bytes < 0.8 * whole.size_bytes
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_every_pattern(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2", "qwen3_moe"):

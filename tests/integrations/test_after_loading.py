@@ -33,9 +33,10 @@ from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, wr
 from tests.formats.test_damaged_artefacts import LAYOUTS, made
 from tests.models import pico
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # PEFT asks transformers by an old name
+pytestmark = [
+    pytest.mark.usefixtures("short_runs"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # PEFT asks transformers by an old name
 by_layout = pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: str(layout.name if hasattr(layout, "name") else layout)
 )

@@ -251,6 +251,8 @@ import pytest
 from tests.integrations.test_bitsandbytes_saving import (
     ModelError, different, load, repack, save_native, stored
 )
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 model = load("user/name", local_files_only=True)
 with pytest.raises(urllib.error.HTTPError):
     urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/loaded")

@@ -26,6 +26,8 @@ from tests.integrations.test_bitsandbytes_saving import (
     stored,
 )
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def damaged(made: Path, part: str) -> None:
     """Change one number of the artefact on disk."""

@@ -29,6 +29,8 @@ EVALUATE = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 folder, tasks = sys.argv[1:]
 manager = TaskManager(include_path=tasks, include_defaults=False)
 about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}

@@ -21,6 +21,8 @@ from tests.artefacts import TOKENS
 from tests.bases import save_base, small_recipe, write_text
 from tests.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4"},
     "int8": {"format": "int8"},
@@ -64,6 +66,7 @@ def known(task: str, base: Path) -> bool:
     )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("format", ["nf4", "int8", "w8a8"])
 def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(

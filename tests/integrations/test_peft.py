@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, save_base, small_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.mark.filterwarnings(
     "ignore::UserWarning", "ignore::FutureWarning"

@@ -26,9 +26,10 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import distance, live, load
 from tests.bases import byte_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # PEFT asks transformers by an old name
+pytestmark = [
+    pytest.mark.usefixtures("short_runs"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # PEFT asks transformers by an old name
 
 
 def adapted(base: Path) -> peft.PeftModel:
@@ -54,6 +55,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return base, beside, write_text(folder / "facts.txt")
 
 
+@pytest.mark.slow
 def test_an_adapter_beside_the_weights_is_refused_in_one_line(
     folders: tuple[Path, Path, Path], tmp_path: Path
 ) -> None:

@@ -201,6 +201,8 @@ def test_int8_codes_of_the_stock_format_join_a_mixed_model() -> None:
 LOADER = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)

@@ -17,6 +17,8 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, weights_of
 from tests.bases import known, save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 OLD: dict[str, dict[str, Tensor]] = {
     "gpt2": {
         **{f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.uint8) for i in range(2)},
@@ -56,6 +58,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", OLD)
 @pytest.mark.parametrize(
     "stage",

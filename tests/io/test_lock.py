@@ -42,6 +42,7 @@ def refusal(file: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_lock_is_refused_while_its_process_lives_and_free_when_that_was_killed(tmp_path: Path) -> None:
     file = tmp_path / "work" / "lock"
     with hold(file) as process:

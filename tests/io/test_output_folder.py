@@ -249,6 +249,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     tmp_path: Path, base: Path, state: dict[str, Tensor], existing: bool

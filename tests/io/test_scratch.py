@@ -69,6 +69,8 @@ import sys, tempfile
 tempfile.tempdir = "/no/such/folder"  # as if no folder of temporary files could be written
 sys.argv = ["llmcompress", *sys.argv[1:]]
 from llmcompress.cli.app import main
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 main()
 """
 

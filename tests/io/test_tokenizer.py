@@ -18,6 +18,8 @@ from llmcompress.io.tokenizer import difference, keep_tokens, tokenizer_of, voca
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import byte_tokenizer, llama_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 TEMPLATE = "{{ bos_token }}{% for message in messages %}[INST] {{ message.content }} [INST]{% endfor %}"
 CHAT = [{"role": "user", "content": " hello hello"}, {"role": "user", "content": "\n1"}]
 EVIL = "raise SystemExit('the code of a repository was run')\n"

@@ -200,6 +200,7 @@ def test_without_what_it_takes_there_is_no_kernel_and_one_warning(
     assert WHY[broken] in record.getMessage()
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_many_that_compile_at_once_make_one_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
@@ -280,6 +281,7 @@ def test_a_kernel_that_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
         assert [file.read_bytes() for file in folder.iterdir()] == [sound]
 
 
+@pytest.mark.slow(keep=1)
 @needs_kernel
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
 @pytest.mark.parametrize("open_to", ["the folder", "the one above", "another owner", "a link"])

@@ -28,6 +28,8 @@ from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, load,
 from tests.models import noise, pico
 from tests.stages.test_distill_student import turned
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LINEARS = {  # that are shared, in a layer
     "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"),
     "gpt2": ("mlp.c_fc", "mlp.c_proj"),

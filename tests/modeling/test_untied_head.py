@@ -23,6 +23,8 @@ from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, me
 from tests.bases import save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 EMBEDDING = {
     "llama": "model.embed_tokens.weight",
     "gpt2": "transformer.wte.weight",
@@ -77,6 +79,7 @@ def test_what_is_measured_is_what_transformers_loads(
     assert evaluate(str(tmp_path / "told"), data=spec).perplexity == before
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "stage",
     [

@@ -159,6 +159,8 @@ large = {"torch", "transformers", "bitsandbytes", "datasets", "matplotlib", "typ
 late = large & set(sys.modules)
 assert not late, late
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 assert "llmcompress" in AUTO_QUANTIZER_MAPPING
 assert not {"matplotlib", "datasets", "typer"} & set(sys.modules)
 """

@@ -20,6 +20,8 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from tests.bases import save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 STAGES: tuple[dict[str, Any], ...] = (
     {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
     {"quantize": {"rounding": "nearest"}},
@@ -150,6 +152,7 @@ def test_a_damaged_layer_is_done_again_and_that_is_said(damage: str, two_stages:
     assert any("1 files of the journal were damaged on the disk" in note for note in notes)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["distill.00001", "outer.00000", "distilled.00000"])
 def test_a_damaged_part_of_what_was_learned_is_never_left_out(
     name: str, trained: tuple[Recipe, Path]

@@ -40,6 +40,7 @@ def whole_logits(model: torch.nn.Module, windows: Tensor) -> Tensor:
         return model(windows, use_cache=False).logits.double()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     family: str, spec: DataSpec, windows: Tensor, tmp_path: Path
@@ -92,6 +93,7 @@ def test_without_a_base_there_is_no_distance(spec: DataSpec, tmp_path: Path) -> 
     assert list(found.to_dict()) == KEYS
 
 
+@pytest.mark.slow
 def test_an_artefact_evaluates_as_its_report_says(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     report = run_recipe(small_recipe(Path(spec.source), base), tmp_path / "out")

@@ -26,6 +26,8 @@ from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, small_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 BLOCK = 64  # of FP8 scales
 
 

@@ -21,6 +21,8 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.stages.base import naming_layer, require_numbers
 from tests.bases import save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 UP = "model.layers.0.mlp.up_proj"
 
 

@@ -127,6 +127,8 @@ LOADER = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, told = load_file(sys.argv[1])["tokens"], {}
 for folder in sys.argv[2:]:
     try:
@@ -303,6 +305,7 @@ def smoothed(text: Path, base: Path) -> Recipe:
     return small_recipe(text, base, format="w4a8", smooth={}, activations="static")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "lost",
     [

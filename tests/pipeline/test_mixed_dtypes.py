@@ -19,6 +19,8 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import known, save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 Dtype = Callable[[str, Tensor], torch.dtype]
 
 

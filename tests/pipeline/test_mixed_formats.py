@@ -149,6 +149,8 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     save_file({"logits": model(load_file(sys.argv[2])["tokens"]).logits}, sys.argv[3])

@@ -183,6 +183,8 @@ BOUNDED = """
 import resource, sys
 from pathlib import Path
 from tests.pipeline.test_odd_configs import hostile
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (3000,) * 2)
 wrong = hostile(tuple(sys.argv[2].split(",")), Path(sys.argv[1]), float(sys.argv[3]))

@@ -19,6 +19,8 @@ from llmcompress.pipeline.run import run_recipe
 from tests.bases import known, save_base, small_recipe, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -19,6 +19,8 @@ from llmcompress.report.schema import Report
 from tests.bases import known, save_base, small_recipe, write_text
 from tests.clients import shell
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -74,6 +76,7 @@ def test_weights_that_differ_are_named_and_numbers_that_hold_are_within_toleranc
     assert found.differences[1:] == (f"{name}: {share:.3g} % of its values differ",)
 
 
+@pytest.mark.slow
 def test_other_numbers_are_different(copy: Path) -> None:
     tensors = load_file(copy / "model.safetensors")
     save_file(

@@ -252,6 +252,7 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
     assert not partial_folder(out).exists()
 
 
+@pytest.mark.slow
 def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(
     llama: tuple[Path, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -319,6 +320,7 @@ def live(base: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "qwen3_moe"])
 def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)

@@ -14,6 +14,8 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.distill import config
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 NUMBERS = (10**400, 10**30, 2**63, ".inf", ".nan", "1e400")
 PLACES = (
     *("data: {samples: N}", "data: {length: N}", "data: {evaluation_samples: N}"),

@@ -38,6 +38,8 @@ import torch
 from llmcompress import Recipe, push
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report import metrics
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 sys.modules["llmcompress.pipeline.evaluate"].speed = partial(metrics.speed, decode_tokens=2, repeats=1)
 torch.set_num_threads(1)
 for told in sys.argv[1:]:
@@ -94,6 +96,7 @@ def tables(text: str) -> dict[str, list[list[float]]]:
     return {row[0].replace("\\|", "|"): [numbers(cell) for cell in row[1:]] for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(
     name: str, pushed: dict[str, dict[str, bytes]]

@@ -19,6 +19,8 @@ from llmcompress.report.schema import RecipeFacts, Report
 from llmcompress.stages.distill.stage import Distill
 from tests.bases import save_base, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 ODD = "Zq7secret"  # in every path here, and in nothing that may be shared
 NAMES = ("base", "teacher", "student", "diary.txt", "out")
 

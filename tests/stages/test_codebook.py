@@ -36,6 +36,8 @@ from tests.artefacts import (
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 # A layer, narrow where it can be, for the solving of codes is most of the time here.
 WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "qwen3_moe": "moe_intermediate_size"}
 
@@ -93,6 +95,7 @@ def clustered(
 # What is written and what it loads as.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_what_was_measured_and_saves_it_again(
     family: str, text: Path, tmp_path: Path

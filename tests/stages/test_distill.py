@@ -108,6 +108,7 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path
     assert base.keys() == out.keys() and all(torch.equal(out[name], base[name]) for name in base)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "cross_entropy"])
 def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
@@ -143,6 +144,7 @@ def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
     assert changed and all("norm" in name for name in changed)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
 def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", family)
@@ -161,6 +163,7 @@ def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__
 
 
+@pytest.mark.slow
 def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
@@ -191,6 +194,8 @@ KILLED = """
 import sys
 from llmcompress import Recipe
 from llmcompress.pipeline.run import run_recipe
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
@@ -229,6 +234,7 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -332,6 +338,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -369,6 +376,7 @@ def test_what_is_written_by_the_student_is_drawn_the_same_again() -> None:
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, ids)
 
 
+@pytest.mark.slow
 def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     notes = []
@@ -383,6 +391,7 @@ def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
     assert notes[1].startswith("the teacher was asked for 0 of 40 windows")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("train", ["scales", "norms", "all"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_quantised_model_learns_at_the_same_bytes(
@@ -413,6 +422,7 @@ def test_a_quantised_model_learns_at_the_same_bytes(
     assert model.config.quantization_config.bnb_4bit_use_double_quant == double_quant
 
 
+@pytest.mark.slow
 def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     mixed = {
@@ -431,6 +441,7 @@ def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path
     assert torch.equal(weights(tmp_path / "out")[name], weights(tmp_path / "plain")[name])
 
 
+@pytest.mark.slow
 def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = (
@@ -446,6 +457,7 @@ def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path:
     assert all(torch.allclose(state[name].float(), out[name].float(), atol=1e-5) for name in out)
 
 
+@pytest.mark.slow
 def test_another_model_teaches(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     save_base(tmp_path / "other", hidden_size=128)
@@ -460,6 +472,7 @@ def test_another_model_teaches(text: Path, tmp_path: Path) -> None:
         assert found["kl_after"] < found["kl_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_too", [True, False])
 def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")

@@ -21,6 +21,8 @@ from llmcompress.stages.distill.teacher import TeacherOutput, forward_arguments,
 from tests.artefacts import CPU
 from tests.models import noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 KINDS: tuple[HiddenKind, ...] = ("mse", "cosine")
 WEIGHTS = [("mse", 1.0, 0.0), ("cosine", 1.0, 0.0), ("mse", 0.0, 1.0), ("cosine", 0.5, 2.0)]

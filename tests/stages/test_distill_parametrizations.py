@@ -36,6 +36,8 @@ from tests.artefacts import CPU
 from tests.models import noise, pico
 from tests.stages.test_distill_student import IDS, live, logits, move, state, turned, weight_of
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 R, C = 32, 128
 LAYOUTS = (FactoredLayout("shared"), FactoredLayout("shared", 5), FactoredLayout("basis", 6))
 BOOKS = (

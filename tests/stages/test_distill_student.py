@@ -29,6 +29,8 @@ from tests.artefacts import CPU
 from tests.bases import save_base
 from tests.models import FAMILIES, VARIANTS, noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS)
 CODED = (

@@ -32,6 +32,8 @@ from llmcompress.stages.distill.teacher import (
 from tests.artefacts import CPU, distance
 from tests.models import FAMILIES, VARIANTS, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 V, L, K = 160, 8, 16
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 CAPPED: tuple[tuple[str, dict[str, Any]], ...] = tuple(

@@ -39,6 +39,8 @@ from tests.artefacts import (
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -100,6 +102,7 @@ def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedMo
 # What is written and what it loads as.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_loads_what_was_measured_and_shares_the_bases(
     family: str, text: Path, tmp_path: Path
@@ -257,6 +260,7 @@ def test_it_generates_is_cast_and_dequantised(text: Path, tmp_path: Path) -> Non
 LESSON = {"steps": 8, "batch": 4, "learning_rate": 2e-5}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2), ("qwen2", 1)])
 def test_what_is_healed_stays_a_product_and_shared(
     family: str, layers: int, text: Path, tmp_path: Path

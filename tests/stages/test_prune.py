@@ -26,6 +26,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 HEADS = (
     "llama",
     "mistral",

@@ -20,6 +20,8 @@ from tests.artefacts import CPU
 from tests.bases import save_base, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def outline(family: str = "llama", **config: Any) -> MetaModel:
     model = MetaModel(pico(family, **config).config, CPU, torch.float32)

@@ -23,6 +23,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 WITH_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 
 

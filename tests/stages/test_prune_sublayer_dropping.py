@@ -116,6 +116,7 @@ def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
         assert kl == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "after",
     [
@@ -152,6 +153,8 @@ def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
     script = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)

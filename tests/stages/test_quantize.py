@@ -24,6 +24,8 @@ from llmcompress.stages.quantize.stage import Quantize, starved_experts
 from tests.bases import VOCABULARY, known, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 CPU = torch.device("cpu")
 
 
@@ -91,6 +93,7 @@ def test_nearest_is_stock_bitsandbytes(
         assert all(torch.equal(theirs[name], found[name]) for name in theirs)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("format", "group_size", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)]
 )
@@ -125,6 +128,7 @@ def test_calibration_beats_nearest_at_the_same_bytes(
     )  # the offset of double quantisation is spelled in digits
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gpt_neox"])
 def test_biases_take_up_the_mean_error_of_calibrated_rounding(
     family: str, text: Path, tmp_path: Path
@@ -172,6 +176,7 @@ def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     kept = run_recipe(small_recipe(text, base), tmp_path / "kept")

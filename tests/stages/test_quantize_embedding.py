@@ -192,6 +192,8 @@ def test_a_report_counts_the_embedding_once(case: Case, artefacts: dict[Case, Pa
 LOADER = """
 import json, sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 told = {}
 for folder in sys.argv[1:]:
     try:

@@ -30,6 +30,8 @@ from llmcompress.stages.quantize.smoothing import Smooth
 from tests.bases import VOCABULARY, byte_tokenizer, known, small_recipe, write_text
 from tests.models import FAMILIES, VARIANTS, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 CPU = torch.device("cpu")
 SAME = 1e-5  # of the largest output
 CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
@@ -222,6 +224,7 @@ SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt", "qwen3_moe"])
 @pytest.mark.parametrize(
     ("coding", "method", "dtype"), SEARCHED, ids=[f"{coding.format}-{how}" for coding, how, _ in SEARCHED]

@@ -134,6 +134,7 @@ CASES += [(family, "ffn" if family in MIXED_UP else "attention", 0) for family i
 CASES += [("phi3", "attention", 0), ("gpt2", "attention", 0)]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "parts", "rank"), CASES)
 def test_every_family_loads_what_was_measured_and_stores_it_once(
     family: str, parts: str, rank: int, text: Path, tmp_path: Path
@@ -162,6 +163,7 @@ def test_every_family_loads_what_was_measured_and_stores_it_once(
     assert known(report.base.parameters) - unique == saved
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", MIXED_UP)
 def test_layers_that_are_equal_share_for_free(family: str, text: Path, tmp_path: Path) -> None:
     model = alike(family, "ffn", "attention")
@@ -317,6 +319,8 @@ def test_it_is_a_plain_model_again_once_it_is_dequantised(artefact: Path, tmp_pa
 FORGOTTEN = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 except Exception as error:
@@ -327,6 +331,7 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("artefact", ["gpt2"], indirect=True)
 def test_without_the_import_it_raises(artefact: Path) -> None:
     done = subprocess.run(
@@ -339,6 +344,7 @@ def test_without_the_import_it_raises(artefact: Path) -> None:
 # Which layers.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("by", ["auto", "kl", "cosine", "cka"])
 def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Path) -> None:
     model = alike("llama", "ffn", "attention", source=1, target=3, num_hidden_layers=4)
@@ -438,6 +444,7 @@ QUANTIZED = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "settings"), QUANTIZED, ids=str)
 def test_what_is_shared_is_quantised_once(
     family: str, settings: dict[str, Any], text: Path, tmp_path: Path
@@ -556,6 +563,7 @@ def test_another_tie_takes_the_linears_that_are_left(
 LESSON = {"steps": 8, "batch": 4, "learning_rate": 1e-3}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "stages"),
     [

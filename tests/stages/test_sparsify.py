@@ -35,6 +35,8 @@ from tests.artefacts import CPU, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 HALF = {"pattern": "unstructured", "keep": 0.5}
 SCORES = ("sparsegpt", "wanda", "magnitude")
 
@@ -262,6 +264,7 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}", "torch.uint8"}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "stages"),
     [

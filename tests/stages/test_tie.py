@@ -88,6 +88,7 @@ def found(report: Report) -> dict[str, Any]:
 # What is written.
 
 
+@pytest.mark.slow(keep=1)
 @by_base
 def test_what_is_left_is_a_plain_tied_model_that_computes_what_was_measured(
     family: str, config: dict[str, Any], text: Path, tmp_path: Path
@@ -120,6 +121,8 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, seen = load_file(sys.argv[1])["tokens"], {}
 for number, folder in enumerate(sys.argv[3:]):
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -131,6 +134,7 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_plug_in_also_once_it_is_nf4(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     run_recipe(recipe(text, base), tmp_path / "tied")
@@ -197,6 +201,7 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
 # What it costs.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("fit", FITS)
 def test_the_loss_said_is_that_of_the_predictions_on_the_calibration_text(
     fit: str, text: Path, tmp_path: Path
@@ -225,6 +230,7 @@ def test_the_plain_fits_are_what_their_names_say(text: Path, tmp_path: Path) -> 
         )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -305,6 +311,7 @@ def test_a_gain_on_what_the_head_reads_is_one_on_the_columns_of_the_head(
 # In memory, interrupted, planned, refused.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "config"), [("llama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 32})]
 )
@@ -331,6 +338,7 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
     )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     told = recipe(text, base, tie(), {"quantize": {"format": "w8a8", "rounding": "nearest"}})
