@@ -78,7 +78,7 @@ def test_plan_says_what_to_expect_and_runs_nothing(shelf: Path, cli: Cli) -> Non
     before = sorted(shelf.rglob("*"))
     done = cli("plan", shelf / "recipe.yaml", "--base", shelf / "base")
     assert done.code == 0 and not done.err
-    for words in ("to expect", "quantize (nf4, gptq)", "14 linears are quantised, 1 kept", "8 windows of 24 tokens"):
+    for words in ("to expect", "quantize (nf4, gptq)", "14 linears are quantised, 1 kept", "8 sequences of 24 tokens"):
         assert words in done.out
     assert sorted(shelf.rglob("*")) == before
 
@@ -106,9 +106,9 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
     shelf: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    done = cli("plan", "nf4-gptq", "--base", shelf / "base")
+    done = cli("plan", "nf4-gptq", "--base", shelf / "base", "--data", "{source: python-docs, samples: 3}")
     assert done.code == 0 and not done.err
-    assert "quantize (nf4, gptq)" in done.out
+    assert "quantize (nf4, gptq)" in done.out and "3 sequences of" in done.out
     (tmp_path / "nf4-gptq").write_text("stages: [{quantize: {format: fp4}}]")
     done = cli("plan", "nf4-gptq", "--base", shelf / "base")
     assert done.code == 0 and "quantize (fp4, gptq)" in done.out
@@ -156,7 +156,7 @@ def refused(done: Result, message: str, folder: Path, *, code: int = 2) -> None:
 
 
 WRONG_RECIPES = {
-    "unknown key": ("stages: [{quantize: {blok: 64}}]", "stages.0.quantize.blok: unknown key; did you mean layer?"),
+    "unknown key": ("stages: [{quantize: {group_siz: 64}}]", "stages.0.quantize.group_siz: unknown key; did you mean group_size?"),
     "wrong type": ("stages: [{quantize: {double_quant: 7}}]", "stages.0.quantize.double_quant"),
     "impossible value": ("stages: [{quantize: {group_size: 48}}]", "stages.0.quantize.group_size"),
     "unknown stage": ("stages: [quantise]", "did you mean quantize?"),
@@ -370,8 +370,8 @@ def test_what_can_not_be_evaluated_is_one_clear_line(shelf: Path, cli: Cli, tmp_
 
 @pytest.mark.slow
 def test_a_shell_sees_the_exit_codes(shelf: Path, tmp_path: Path) -> None:
-    (tmp_path / "wrong.yaml").write_text("stages: [{quantize: {blok: 64}}]")
-    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean layer?", tmp_path)
+    (tmp_path / "wrong.yaml").write_text("stages: [{quantize: {group_siz: 64}}]")
+    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean group_size?", tmp_path)
     strict = (shelf / "recipe.yaml").read_text() + "accept: {kl_nats: 1.0e-9}\n"
     (tmp_path / "strict.yaml").write_text(strict)
     done = shell({"COLUMNS": "40"}, "run", tmp_path / "strict.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
