@@ -5,50 +5,39 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
-from llmcompress.architectures.resize import changed
-from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError
 from llmcompress.formats import (
     integer_embedding,
     registry,
 )
 from llmcompress.formats.integer import IntegerWeight
-from llmcompress.formats.registry import StoredWeight
+from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.plain_modules import let_resize
-from llmcompress.io.cache import cache_folder
-from llmcompress.io.journal import Journal
-from llmcompress.io.scratch import scratch_folder
-from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
-from llmcompress.pipeline.outcome import Outcome
+from llmcompress.pipeline.memory_store import MemoryStore
+from llmcompress.pipeline.report_facts import report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
     pick_device,
     pin_commits,
     require_same_vocabulary,
-    source_of,
-    student_folder,
 )
-from llmcompress.pipeline.stages import report_of, require_possible, run_stage
+from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
-from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, LinearScheme, ModelSource
+from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
 
 def apply_recipe(
@@ -78,8 +67,9 @@ def apply_recipe(
     pinned = pin_commits(recipe)
     require_same_vocabulary(pinned, model.config, tokenizer)
     sequences = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
-    chained = _chain(pinned, base, sequences, track)
-    source, left, packed = chained.source, chained.left, chained.packed
+    store = MemoryStore(pinned, base)
+    facts = run_stages(pinned, store, store.teacher, sequences, track)
+    source = store.model
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
     ours, theirs = (
         logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model)
@@ -87,41 +77,39 @@ def apply_recipe(
     measured = fidelity(ours, sequences.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
-        model=name, parameters=parameters(model), size_bytes=_size(state),
-        perplexity=measured.base_perplexity, perplexity_ci95=measured.base_perplexity_ci95,
-    )  # fmt: skip
-    written = {
-        f"{linear}.{part}": tensor
-        for linear, codes in packed.items()
-        for part, tensor in registry.tensors_of(codes, native=source.plain).items()
-        if f"{linear}.{part}" not in source.ties
-    }
-    zeros = sum(
-        weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight)
-    )  # are no parameters
-    dense = {
-        name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen
-    }
+        model=name,
+        parameters=parameters(model),
+        size_bytes=_size(state),
+        perplexity=measured.base_perplexity,
+        perplexity_ci95=measured.base_perplexity_ci95,
+    )
     after = ModelFacts(
         model=name,
-        parameters=source.parameters() - zeros,
-        size_bytes=_size(dense) + sum(tensor.nbytes for tensor in written.values()),
+        parameters=source.parameters() - _zeros(store),
+        size_bytes=_stored_size(store),
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-    report = report_of(recipe, before, after, measured, sequences, chained.facts, cost, where)
+    report = report_of(recipe, before, after, measured, sequences, facts, cost, where)
     report.require(**recipe.accept.model_dump())
-    if source.config is not base.config:
-        model = _rebuilt(source.config, left, model)
-    _tell_tied(model, source.config.tie_word_embeddings, source.anatomy.head)
-    for name, tensor in chained.dense.items():
-        model.get_parameter(name).data.copy_(tensor)
-    if packed:
-        _install(model, packed, chained)
-    if chained.quantization:
-        model.config.quantization_config = chained.quantization
-    return model, report
+    return _made(model, base, store), report
+
+
+def _made(model: PreTrainedModel, base: InMemoryModel, store: MemoryStore) -> PreTrainedModel:
+    """The model as the stages left it. All is built before anything of the model given is touched."""
+    config = store.model.config
+    built = model if config is base.config else _rebuilt(config, store.left, model)
+    dense = [(built.get_parameter(name), tensor) for name, tensor in store.dense.items()]
+    modules = _modules(built, store)
+    for parameter, tensor in dense:
+        parameter.data.copy_(tensor)
+    _tell_tied(built, config.tie_word_embeddings, store.model.anatomy.head)
+    if modules:
+        _install(built, modules, store)
+    if store.quantization:
+        built.config.quantization_config = store.quantization
+    return built
 
 
 def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
@@ -131,86 +119,6 @@ def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
     elif model.config.tie_word_embeddings:
         model.config.tie_word_embeddings = False
         model.all_tied_weights_keys.pop(f"{head}.weight", None)
-
-
-@dataclass
-class Chained:
-    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of
-    the dense ones."""
-
-    source: InMemoryModel
-    left: dict[str, torch.Tensor]
-    packed: dict[str, StoredWeight] = field(default_factory=dict)
-    chosen: dict[str, LinearScheme] = field(default_factory=dict)
-    quantization: dict[str, Any] | None = None  # of config.json
-    dense: dict[str, torch.Tensor] = field(default_factory=dict)
-    facts: list[StageFacts] = field(default_factory=list)
-
-
-def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, track: Track) -> Chained:
-    """Do the stages, each journal in a folder that goes with it."""
-
-    def teacher(name: str | None) -> ModelSource:
-        if name is not None:
-            return source_of(name, base.device)
-        return ModelSource(
-            partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint
-        )
-
-    now = Chained(base, dict(base.source))
-    origin = list(range(len(base.layers)))
-    if recipe.student:
-        now.source, origin = _student(recipe.student, recipe.data.seed, base.device), []
-        now.left = dict(now.source.source)
-    for stage in recipe.stages:
-        with scratch_folder() as folder:
-            journal = Journal(folder / "journal", "in memory")
-            context = Context(
-                teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track
-            )
-            now.facts.append(run_stage(stage, now.source, context))
-            outcome = Outcome(stage, now.source, journal)
-            origin = outcome.left_of(origin)
-            _take_in(now, outcome)
-    return now
-
-
-def _take_in(now: Chained, outcome: Outcome) -> None:
-    """What a stage made of the model becomes the model."""
-    source, changes = now.source, outcome.changes()
-    now.chosen = {**now.chosen, **outcome.schemes}
-    now.quantization = changes.pop("quantization_config", now.quantization)
-    for linears, dense in outcome.entries():
-        now.packed, now.dense = now.packed | linears, now.dense | dense
-    resized = outcome.result.config
-    config = changed(source.config, resized) if resized else source.config
-    named = {outcome.renamed(name): tensor for name, tensor in (now.left | now.dense).items()}
-    now.left = {name: tensor for name, tensor in named.items() if name is not None}
-    if config is not source.config:
-        now.dense = {}
-    weights = dict(now.left)
-    for name, codes in now.packed.items():
-        weight = registry.dequantize(codes)
-        weights[f"{name}.weight"] = (
-            weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
-        )
-    if config.tie_word_embeddings:
-        for tensors in (now.left, weights):
-            tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
-    now.source = InMemoryModel(
-        config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties
-    )
-    for name, codes in now.packed.items():
-        reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
-        if reader and inputs:
-            now.source.round_inputs(reader, inputs)
-
-
-def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
-    """The model that takes the place of the base."""
-    with scratch_folder() as folder, no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student_folder(name, folder, seed))
-    return InMemoryModel(model.config, dict(model.state_dict()), device)
 
 
 def _rebuilt(
@@ -227,31 +135,58 @@ def _rebuilt(
     return cast(PreTrainedModel, model.train(like.training))
 
 
-def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: Chained) -> None:
-    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared
-    is one tensor."""
-    chosen, native_layout = chained.chosen, chained.source.plain
-    for name, codes in packed.items():
-        plain, coding = model.get_submodule(name), chosen[name]
+def _modules(model: PreTrainedModel, store: MemoryStore) -> dict[str, nn.Module]:
+    """The modules that run on the kernels, by the names of the plain ones that they replace."""
+    found: dict[str, nn.Module] = {}
+    for name, codes in store.packed.items():
+        plain, scheme = model.get_submodule(name), store.chosen[name]
         if isinstance(plain, nn.Embedding):
             assert isinstance(codes, IntegerWeight)
-            shared = [
-                linear for linear in chosen if linear not in packed
-            ]  # a tied head, whose codes are these
-            transformers_quantizer.set_embedding(
-                model, name, integer_embedding.embedding(name, plain, codes), *shared
-            )
+            found[name] = integer_embedding.embedding(name, plain, codes)
             continue
-        kept = plain.bias
-        bias = kept if isinstance(kept, nn.Parameter) else None
-        threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
-        module = registry.linear_of(
-            codes, bias, native=native_layout, threshold=threshold, device=model.device
+        bias: torch.Tensor | None = plain.bias if isinstance(plain.bias, nn.Parameter) else None
+        if bias is not None and (corrected := store.dense.get(f"{name}.bias")) is not None:
+            bias = corrected.to(bias)
+        threshold = scheme.threshold if isinstance(scheme, Int8Scheme) else 0.0
+        found[name] = registry.linear_of(
+            codes, bias, native=store.model.plain, threshold=threshold, device=model.device
         )
-        model.set_submodule(name, module)
-    transformers_quantizer.declare_ties(model, chained.source.ties)
-    transformers_quantizer.unite(model, chained.source.ties)
+    return found
+
+
+def _install(model: PreTrainedModel, modules: Mapping[str, nn.Module], store: MemoryStore) -> None:
+    """Put modules in place of the plain ones; what is shared is one tensor."""
+    for name, module in modules.items():
+        if isinstance(module, IntegerEmbedding):
+            shared = [linear for linear in store.chosen if linear not in store.packed]  # a tied head
+            transformers_quantizer.set_embedding(model, name, module, *shared)
+        else:
+            model.set_submodule(name, module)
+    transformers_quantizer.declare_ties(model, store.model.ties)
+    transformers_quantizer.unite(model, store.model.ties)
     let_resize(model)
+
+
+def _zeros(store: MemoryStore) -> int:
+    """Weights that are zero and not stored, which are no parameters."""
+    return sum(weight.zeros for weight in store.packed.values() if isinstance(weight, SparseWeight))
+
+
+def _stored_size(store: MemoryStore) -> int:
+    """Bytes of the tensors that the compressed model would have on disk."""
+    source = store.model
+    written = {
+        f"{linear}.{part}": tensor
+        for linear, codes in store.packed.items()
+        for part, tensor in registry.tensors_of(codes, native=source.plain).items()
+        if f"{linear}.{part}" not in source.ties
+    }
+    dense = {
+        name: tensor
+        for name, tensor in store.left.items()
+        if name.removesuffix(".weight") not in store.chosen
+    }
+    return _size(dense) + sum(tensor.nbytes for tensor in written.values())
 
 
 def _size(state: Mapping[str, torch.Tensor]) -> int:

@@ -8,16 +8,9 @@ again with the same arguments and goes on.
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import json
-import tempfile
 import time
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -27,18 +20,17 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError, OutputError, first_line
 from llmcompress.integrations import distributed
-from llmcompress.io.cache import cache_folder
 from llmcompress.io.checkpoint import Checkpoint
-from llmcompress.io.journal import Journal
-from llmcompress.io.output_folder import Writer, journal_folder, partial_folder
+from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard
 from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.io.user_paths import path_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, logits, untracked
-from llmcompress.pipeline.between_stages import joint_folder, write_joint
+from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.evaluate import speed_of
-from llmcompress.pipeline.outcome import Outcome, companions, require_pictures, write_weights
+from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
+from llmcompress.pipeline.report_facts import report_of
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -50,14 +42,12 @@ from llmcompress.pipeline.resolve import (
     require_computable,
     require_loadable,
     require_same_vocabulary,
-    source_of,
     student_folder,
 )
-from llmcompress.pipeline.stages import report_of, require_possible, run_stage
+from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
-from llmcompress.report.schema import CostFacts, ModelFacts, Report, StageFacts
-from llmcompress.stages.base import Context, ModelSource
+from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
 
@@ -115,27 +105,18 @@ def run_recipe(
                 f"{tokens_sha256[:16]}; "
                 "give the same text with --data, or the same base with --base"
             )
-        chained = _chain(pinned, model, found, sequences, place, track)
+        store = DiskStore(pinned, model, found.folder, sequences, place)
+        facts = run_stages(pinned, store, store.teacher, sequences, track)
         if writer is not None:
-            folder = write_weights(writer, chained.model, chained.outcome)
+            folder = write_weights(writer, store.model, store.left)
             keep_tokens(folder, tokenizer, found.folder)
             before, after, measured = _measure(found, folder, str(out), where, sequences, track)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-            report = report_of(recipe, before, after, measured, sequences, chained.facts, cost, where)
+            report = report_of(recipe, before, after, measured, sequences, facts, cost, where)
             report.require(**recipe.accept.model_dump())
             writer.publish(companions(report, recipe, found.folder, place))
     distributed.wait()
     return Report.of(target)
-
-
-@dataclass(frozen=True)
-class Chained:
-    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of
-    all."""
-
-    model: DiskModel
-    outcome: Outcome
-    facts: list[StageFacts]
 
 
 def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
@@ -146,46 +127,6 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         if writes:
             discard(place / "student")  # whatever is there
         return student_folder(recipe.student, place / "student", seed, write=writes)
-
-
-def _chain(
-    recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track
-) -> Chained:
-    """Do the stages.
-
-    Of several processes the first does them, and the others come in where there is training.
-    """
-
-    def teacher(name: str | None) -> ModelSource:
-        return source_of(name or str(base.folder), model.device)
-
-    others = (
-        (None, *recipe.teachers) if recipe.student else recipe.teachers
-    )  # without one, the base is the model
-    fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
-    origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
-    for number, stage in enumerate(recipe.stages):
-        folder, key = journal_folder(place, number), _key(recipe, number, fingerprints, sequences)
-        with distributed.first_alone() as writes:
-            journal = Journal(folder, key) if writes else None
-        journal = journal or Journal(folder, key)
-        with tempfile.TemporaryDirectory(dir=place) as scratch:
-            context = Context(
-                teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track
-            )
-            if distributed.first() or stage.trains:
-                facts.append(run_stage(stage, model, context))
-        distributed.wait()
-        outcome = Outcome(stage, model, journal)
-        origin = outcome.left_of(origin)
-        if number < len(recipe.stages) - 1:
-            with distributed.first_alone() as writes:
-                if writes and (note := write_joint(journal, model, outcome, base.folder)):
-                    facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
-            model = DiskModel(
-                joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes
-            )
-    return Chained(model, outcome, facts)
 
 
 def _measure(
@@ -215,32 +156,6 @@ def _measure(
         **_speed(folder, sequences, device),
     )
     return before, after, measured
-
-
-def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
-    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which
-    tokens, by what."""
-    versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
-    stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [
-        *fingerprints,
-        sequences.sha256,
-        sequences.training_sha256,
-        versions,
-        source_digest(Path(__file__).parents[1]),
-    ]
-    text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-@functools.cache
-def source_digest(folder: Path) -> str:
-    """Digest of the source of a package, in which its version is too: an editable one changes under the same
-    version."""
-    digest = hashlib.sha256()
-    for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
-        digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:

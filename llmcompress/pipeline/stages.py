@@ -1,29 +1,67 @@
-"""The stages of a recipe one after another: what a run on disk and one in memory have in common."""
+"""The run loop: the stages of a recipe one after another, on a model wherever it is between two of them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-
-import torch
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
 
 from llmcompress.data.calibration import CalibrationData
-from llmcompress.data.sources import DataSpec
+from llmcompress.integrations import distributed
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.journal import Journal
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.pipeline.outcome import outline_after
+from llmcompress.modeling.sequential import Track
+from llmcompress.pipeline.outcome import Outcome, outline_after
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import Fidelity, environment
-from llmcompress.report.schema import (
-    DATA_PLACE,
-    CostFacts,
-    DataFacts,
-    EnvironmentFacts,
-    FidelityFacts,
-    ModelFacts,
-    Report,
-    StageFacts,
-)
-from llmcompress.stages.base import Context, Stage, StageResult, naming_layer, require_numbers
+from llmcompress.report.schema import StageFacts
+from llmcompress.stages.base import Context, ModelSource, Stage, StageResult, naming_layer, require_numbers
+
+
+class Store(Protocol):
+    """Where the model is between two stages: on disk, or in memory."""
+
+    @property
+    def model(self) -> LayerwiseModel:
+        """The model as the stages so far have left it."""
+
+    @property
+    def shared(self) -> bool:
+        """Whether several processes work on the one model: then the first does what does not train."""
+
+    def working(self, number: int) -> AbstractContextManager[tuple[Journal, Path]]:
+        """The journal of a stage, by its number, and a folder for its temporary files."""
+
+    def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
+        """Make what a stage left the model; a note for the report, if there is one to make."""
+
+
+def run_stages(
+    recipe: Recipe,
+    store: Store,
+    teacher: Callable[[str | None], ModelSource],
+    sequences: CalibrationData,
+    track: Track,
+) -> list[StageFacts]:
+    """Run all stages of a recipe on the model of a store; their facts. Raises CompressError as the stages
+    do."""
+    origin, facts = [] if recipe.student else list(range(len(store.model.layers))), list[StageFacts]()
+    for number, stage in enumerate(recipe.stages):
+        with store.working(number) as (journal, scratch):
+            context = Context(
+                teacher, origin, sequences, journal, scratch, cache_folder(), recipe.data.seed, track
+            )
+            if not store.shared or distributed.first() or stage.trains:
+                facts.append(run_stage(stage, store.model, context))
+            if store.shared:
+                distributed.wait()
+            outcome = Outcome(stage, store.model, journal)
+            origin = outcome.left_of(origin)
+            if note := store.take_in(outcome, last=number == len(recipe.stages) - 1):
+                facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
+    return facts
 
 
 def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
@@ -61,43 +99,3 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
     }
     require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
-
-
-def report_of(
-    recipe: Recipe,
-    before: ModelFacts,
-    after: ModelFacts,
-    measured: Fidelity,
-    sequences: CalibrationData,
-    stages: Sequence[StageFacts],
-    cost: CostFacts,
-    device: torch.device,
-) -> Report:
-    """The report of a run."""
-    return Report(
-        recipe_digest=recipe.digest,
-        recipe=recipe.origin,
-        base=before,
-        compressed=after,
-        fidelity=FidelityFacts.model_validate(measured.facts()),
-        data=DataFacts(
-            source=sequences.spec.source,
-            **_place(sequences.spec),
-            sha256=sequences.sha256,
-            calibration_tokens=sequences.calibration_tokens,
-            evaluation_tokens=sequences.evaluation_tokens,
-            bos=True if sequences.unscored else None,
-        ),
-        stages=tuple(stages),
-        cost=cost,
-        environment=EnvironmentFacts.model_validate(environment(device)),
-    )
-
-
-def _place(spec: DataSpec) -> dict[str, str]:
-    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any
-    table."""
-    said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
-    if spec.revision is None:
-        del said["split"]
-    return {key: value for key, value in said.items() if (key, value) != ("column", "text")}

@@ -23,6 +23,8 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 QUANTIZE = Recipe.parse("stages: [quantize]")
 ODD = {
     "too long": ("x" * 5000, "File name too long"),
@@ -150,8 +152,6 @@ except RuntimeError:
     print("no home")
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import writing
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 print(cache_folder())
 try:
     with writing(Path("/nowhere")):

@@ -28,6 +28,8 @@ from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 TOKENS = torch.arange(3, 27)[None]
 FAMILIES = (
     "llama",
@@ -251,8 +253,6 @@ import pytest
 from tests.integrations.test_bitsandbytes_saving import (
     ModelError, different, load, repack, save_native, stored
 )
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 model = load("user/name", local_files_only=True)
 with pytest.raises(urllib.error.HTTPError):
     urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/loaded")

@@ -15,6 +15,8 @@ import pytest
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import save_base, small_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 TASK = """
 task: facts
 dataset_path: json
@@ -29,8 +31,6 @@ EVALUATE = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 folder, tasks = sys.argv[1:]
 manager = TaskManager(include_path=tasks, include_defaults=False)
 about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}

@@ -28,6 +28,8 @@ from llmcompress.integrations.registration import register
 from tests.artefacts import linears
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 Any_ = IntegerLayout | FourBitLayout
 STEP = torch.tensor(0.04)  # of static activations
 TOKENS = torch.arange(3, 27)[None]
@@ -201,8 +203,6 @@ def test_int8_codes_of_the_stock_format_join_a_mixed_model() -> None:
 LOADER = """
 import sys
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)

@@ -17,6 +17,8 @@ from llmcompress.pipeline.in_memory import apply_recipe
 from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def test_a_scratch_folder_goes_with_its_context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -69,8 +71,6 @@ import sys, tempfile
 tempfile.tempdir = "/no/such/folder"  # as if no folder of temporary files could be written
 sys.argv = ["llmcompress", *sys.argv[1:]]
 from llmcompress.cli.app import main
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 main()
 """
 

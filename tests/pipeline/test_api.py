@@ -30,6 +30,8 @@ from llmcompress.pipeline.evaluate import Evaluation
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, known, save_base, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
@@ -159,8 +161,6 @@ large = {"torch", "transformers", "bitsandbytes", "datasets", "matplotlib", "typ
 late = large & set(sys.modules)
 assert not late, late
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 assert "llmcompress" in AUTO_QUANTIZER_MAPPING
 assert not {"matplotlib", "datasets", "typer"} & set(sys.modules)
 """

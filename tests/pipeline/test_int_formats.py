@@ -32,6 +32,8 @@ from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 # name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts,
 # qwen2 biases.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -127,8 +129,6 @@ LOADER = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, told = load_file(sys.argv[1])["tokens"], {}
 for folder in sys.argv[2:]:
     try:

@@ -31,6 +31,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 # name -> family, settings, the format of each linear by the end of its name. gpt2 has Conv1D and biases, phi3
 # fused parts.
 MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
@@ -149,8 +151,6 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     save_file({"logits": model(load_file(sys.argv[2])["tokens"]).logits}, sys.argv[3])

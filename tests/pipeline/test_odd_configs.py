@@ -40,6 +40,8 @@ from llmcompress.recipe.recipe import Recipe
 from tests.bases import save_base, small_recipe, write_text
 from tests.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 CPU = torch.device("cpu")
 SECONDS = 60.0  # for one config, on a busy machine; the worst took 50 ms alone
 ODD: tuple[Any, ...] = (
@@ -183,8 +185,6 @@ BOUNDED = """
 import resource, sys
 from pathlib import Path
 from tests.pipeline.test_odd_configs import hostile
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (3000,) * 2)
 wrong = hostile(tuple(sys.argv[2].split(",")), Path(sys.argv[1]), float(sys.argv[3]))

@@ -24,6 +24,8 @@ from tests.bases import facts, save_base
 from tests.clients import shell
 from tests.hub_server import OFFLINE, TOKEN, Hub, environment, serve
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 RECIPE = """
 data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}
 stages:
@@ -335,8 +337,6 @@ def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: Wor
 def test_a_recipe_is_pushed_alone_and_fetched_again(world: World) -> None:
     script = """
 from llmcompress import Recipe
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 recipe = Recipe.from_pretrained("them/recipe", revision="v1")
 commit = recipe.push_to_hub("me/recipe", message="mine")
 again = Recipe.from_pretrained("me/recipe")

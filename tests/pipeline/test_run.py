@@ -25,8 +25,9 @@ from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import logits
+from llmcompress.pipeline.disk_store import source_digest
 from llmcompress.pipeline.in_memory import apply_recipe
-from llmcompress.pipeline.run import run_recipe, source_digest
+from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer, save_base, small_recipe, write_text
@@ -223,7 +224,8 @@ import sys
 import torch
 torch.set_num_threads(1)  # as the runs here: sums in another order have other last bits
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.pipeline.run import run_recipe, source_digest
+from llmcompress.pipeline.disk_store import source_digest
+from llmcompress.pipeline.run import run_recipe
 run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 

@@ -28,6 +28,8 @@ from tests.bases import facts, save_base
 from tests.hub_cards import wrong_with
 from tests.hub_server import TOKEN, environment, serve
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
 LAYERS = {"width-and-depth-budget": 8}  # which takes an eighth of them; the others have a base of 4
 MAKE = """
@@ -38,8 +40,6 @@ import torch
 from llmcompress import Recipe, push
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report import metrics
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 sys.modules["llmcompress.pipeline.evaluate"].speed = partial(metrics.speed, decode_tokens=2, repeats=1)
 torch.set_num_threads(1)
 for told in sys.argv[1:]:

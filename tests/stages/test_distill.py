@@ -41,6 +41,8 @@ from tests.artefacts import load
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 TRAINED = {"steps": 6, "batch": 4, "learning_rate": 1e-4}
 
 
@@ -194,8 +196,6 @@ KILLED = """
 import sys
 from llmcompress import Recipe
 from llmcompress.pipeline.run import run_recipe
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 

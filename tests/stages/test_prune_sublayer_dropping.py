@@ -24,6 +24,8 @@ from tests.artefacts import CPU, distance, live, load
 from tests.bases import VOCABULARY, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 FITTING = tuple(family for family in FAMILIES if family not in ("gpt2", "qwen3_moe"))
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
@@ -153,8 +155,6 @@ def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
     script = """
 import sys
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)

@@ -34,6 +34,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 Case = tuple[str, bool]  # family, whether its head is tied
 CASES: list[Case] = [(family, tied) for family in FAMILIES for tied in (True, False)]
 SETTINGS: dict[str, Any] = {"format": "w8a8", "rounding": "nearest", "embedding": "int8"}
@@ -192,8 +194,6 @@ def test_a_report_counts_the_embedding_once(case: Case, artefacts: dict[Case, Pa
 LOADER = """
 import json, sys
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 told = {}
 for folder in sys.argv[1:]:
     try:

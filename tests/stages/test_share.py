@@ -36,6 +36,8 @@ from tests.artefacts import CPU, TOKENS, assert_same_in_memory, distance, live, 
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 PARTS: dict[str, tuple[str, ...]] = {
     "ffn": ("ffn",),
     "attention": ("attention",),
@@ -319,8 +321,6 @@ def test_it_is_a_plain_model_again_once_it_is_dequantised(artefact: Path, tmp_pa
 FORGOTTEN = """
 import sys
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 except Exception as error:

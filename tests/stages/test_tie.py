@@ -34,6 +34,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 FITS = ("least_squares", "mean", "embedding", "head")
 UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
     *((family, {}) for family in FAMILIES),
@@ -121,8 +123,6 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-
-pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, seen = load_file(sys.argv[1])["tokens"], {}
 for number, folder in enumerate(sys.argv[3:]):
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,0 +1,62 @@
+"""The report of a run, put together from what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import DataSpec
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import Fidelity, environment
+from llmcompress.report.schema import (
+    DATA_PLACE,
+    CostFacts,
+    DataFacts,
+    EnvironmentFacts,
+    FidelityFacts,
+    ModelFacts,
+    Report,
+    StageFacts,
+)
+
+
+def report_of(
+    recipe: Recipe,
+    before: ModelFacts,
+    after: ModelFacts,
+    measured: Fidelity,
+    sequences: CalibrationData,
+    stages: Sequence[StageFacts],
+    cost: CostFacts,
+    device: torch.device,
+) -> Report:
+    """The report of a run."""
+    return Report(
+        recipe_digest=recipe.digest,
+        recipe=recipe.origin,
+        base=before,
+        compressed=after,
+        fidelity=FidelityFacts.model_validate(measured.facts()),
+        data=DataFacts(
+            source=sequences.spec.source,
+            **_place(sequences.spec),
+            sha256=sequences.sha256,
+            calibration_tokens=sequences.calibration_tokens,
+            evaluation_tokens=sequences.evaluation_tokens,
+            bos=True if sequences.unscored else None,
+        ),
+        stages=tuple(stages),
+        cost=cost,
+        environment=EnvironmentFacts.model_validate(environment(device)),
+    )
+
+
+def _place(spec: DataSpec) -> dict[str, str]:
+    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any
+    table."""
+    said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
+    if spec.revision is None:
+        del said["split"]
+    return {key: value for key, value in said.items() if (key, value) != ("column", "text")}
