@@ -17,6 +17,7 @@ from llmcompress.io.checkpoint import opened
 from llmcompress.io.safetensors_writer import Shard, discard, put, sync_folder, tensors_digest, writing
 
 KEY = "key"  # the file that holds it
+Stamp = tuple[int, int, int]  # of a file: size, time of the last change in nanoseconds, inode
 
 
 class Journal:
@@ -26,10 +27,14 @@ class Journal:
     done; `damaged` are the names of those that were found so. Only one process at a time may write there,
     unless it is `shared`: then nothing is discarded, and several that finish the same layer leave what the
     last one wrote.
+
+    A file is hashed once: when it is first read, or never where this process wrote it. After that `has` only
+    asks whether it is still the same file, by size, time and inode.
     """
 
     def __init__(self, folder: Path, key: str, *, shared: bool = False) -> None:
         self.folder, self.key, self.damaged = folder, key, set[str]()
+        self._sound: dict[str, Stamp] = {}
         with writing(folder):
             if shared:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -44,8 +49,7 @@ class Journal:
                 put(stored, key)
 
     def get(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished layer's tensors and facts; None where it isn't finished or not sound. Reads the whole
-        file."""
+        """A finished layer's tensors and facts; None where it isn't finished or not sound."""
         file = self.file(stage, layer)
         if not os.path.lexists(file):
             return None
@@ -53,9 +57,11 @@ class Journal:
             handle = opened(file)
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            if metadata["key"] == self.key and metadata["sha256"] == tensors_digest(
-                tensors, metadata["facts"]
-            ):
+            if self._is_known(file):
+                return tensors, json.loads(metadata["facts"])
+            digest = tensors_digest(tensors, metadata["facts"])
+            if metadata["key"] == self.key and metadata["sha256"] == digest:
+                self._sound[file.name] = _stamp(file)
                 return tensors, json.loads(metadata["facts"])
         except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             pass  # in whatever way it is damaged
@@ -63,8 +69,15 @@ class Journal:
         return None
 
     def has(self, stage: str, layer: int) -> bool:
-        """Whether a layer of a stage is finished and sound; reads the whole file."""
-        return self.get(stage, layer) is not None
+        """Whether a layer of a stage is finished and sound; a file is read once a process for that."""
+        return self._is_known(self.file(stage, layer)) or self.get(stage, layer) is not None
+
+    def _is_known(self, file: Path) -> bool:
+        """Whether a file is one that was found sound, or written, by this process."""
+        try:
+            return self._sound.get(file.name) == _stamp(file)
+        except OSError:
+            return False
 
     def load(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """A finished layer's tensors and facts. Errors: KeyError where `has` is False."""
@@ -87,8 +100,14 @@ class Journal:
             if file.is_dir():
                 discard(file)
             shard.file.replace(file)
+            self._sound[file.name] = _stamp(file)
             sync_folder(self.folder)
 
     def file(self, stage: str, layer: int) -> Path:
         """Where a finished layer is."""
         return self.folder / f"{stage}.{layer:05}.safetensors"
+
+
+def _stamp(file: Path) -> Stamp:
+    found = file.lstat()
+    return found.st_size, found.st_mtime_ns, found.st_ino

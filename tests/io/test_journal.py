@@ -3,11 +3,13 @@ done."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from llmcompress.errors import CompressError, OutputError
+from llmcompress.io.checkpoint import opened
 from llmcompress.io.journal import Journal
 from llmcompress.io.safetensors_writer import Shard, tensors_digest
 from tests.io.test_safetensors_writer import some_tensors
@@ -102,3 +104,20 @@ def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: 
     assert len(list((tmp_path / "journal").iterdir())) == 2
     other = Journal(tmp_path / "journal", "other", shared=True)
     assert not other.has("window", 0) and Journal(tmp_path / "journal", "key", shared=True).has("window", 0)
+
+
+def test_a_file_is_read_once_to_know_that_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Journal(tmp_path / "journal", "key").save("quantize", 0, some_tensors(), {})
+    journal = Journal(tmp_path / "journal", "key")
+    reads: list[Path] = []
+
+    def watched(file: Path) -> Any:
+        reads.append(file)
+        return opened(file)
+
+    monkeypatch.setattr("llmcompress.io.journal.opened", watched)
+    assert all(journal.has("quantize", 0) for _ in range(3))
+    assert len(reads) == 1
+    journal.save("quantize", 1, some_tensors(), {})
+    assert journal.has("quantize", 1)
+    assert len(reads) == 1, "what it wrote itself it need not read"
