@@ -1,4 +1,5 @@
-"""What pyproject.toml cannot say: the wheel has copies of the shipped recipes, which lie in `recipes/` of a checkout."""
+"""What pyproject.toml cannot say: the wheel has copies of the shipped recipes, which lie in `recipes/` of
+a checkout."""
 
 from __future__ import annotations
 

@@ -1,26 +1,27 @@
-"""Which part of the solver buys what? The same model and tokens, one ingredient after another, and those that did not help.
+"""Which part of the solver contributes what? The same model and tokens, one ingredient after another.
 
-    python evaluation/ablation.py [--model demo] [--threads 2]
+    python -m evaluation ablation [--model demo] [--threads 2]
 
-All variants write NF4 at layer 64 with float32 scales: the same bytes. KL against the base on 64 windows of 256 tokens, 256
-windows calibrate. The result goes to evaluation/results/ablation-MODEL.json; evaluation/NOTES.md says what it means.
+All variants write nf4 with a group size of 64 and float32 scales: the same bytes. 256 sequences of 256 tokens
+calibrate, 64 evaluate. The result goes to results/ablation-MODEL.json; NOTES.md says what it means.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
 
 import torch
-from bench import LENGTH, MODELS, head
 from torch import Tensor
 
+from evaluation import machine, results
+from evaluation.models import LENGTH, MODELS
+from evaluation.options import parser
+from evaluation.results import AblationRow
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.hessian import retarget
@@ -37,20 +38,28 @@ from llmcompress.report.metrics import fidelity
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.stage import Quantize
 
-BLOCK, CPU = 64, torch.device("cpu")
+GROUP_SIZE = 64
+CPU = torch.device("cpu")
 Linear = Callable[[Tensor, Tensor], Tensor]  # (W [R, C], H [C, C]) -> what it is rounded to
 
 
 def absmax(W_RC: Tensor) -> Tensor:
-    return groups_of(W_RC, BLOCK).abs().amax(-1).clamp_min(1e-12)
+    """The scale of each group of a weight [R, C], [R, C / GROUP_SIZE]: its largest absolute value."""
+    return groups_of(W_RC, GROUP_SIZE).abs().amax(-1).clamp_min(1e-12)
 
 
 def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: int) -> Linear:
     """The solver with some of its parts left out."""
 
     def linear(W_RC: Tensor, H_CC: Tensor) -> Tensor:
-        scale = search_scales(W_RC, H_CC.diagonal(), levels, BLOCK, signed=signed) if search else absmax(W_RC)
-        index = gptq(W_RC, H_CC, scale, levels) if feedback else levels.nearest(W_RC / spread(scale, BLOCK))
+        scale = (
+            search_scales(W_RC, H_CC.diagonal(), levels, GROUP_SIZE, signed=signed)
+            if search
+            else absmax(W_RC)
+        )
+        index = (
+            gptq(W_RC, H_CC, scale, levels) if feedback else levels.nearest(W_RC / spread(scale, GROUP_SIZE))
+        )
         for _ in range(rounds):
             scale = fit_scales(W_RC, H_CC, levels.levels[index], scale)
             index = descend(W_RC, H_CC, index, scale, levels)
@@ -59,12 +68,29 @@ def solver(levels: Grid, *, search: bool, signed: bool, feedback: bool, rounds: 
     return linear
 
 
+@dataclass(frozen=True)
+class Measured:
+    """KL in nats/token of a variant, and the seconds that it took."""
+
+    kl_nats_mean: float
+    seconds: float
+
+
+class Changed(DiskModel):
+    """A model on disk, some of whose tensors, by their name on disk, are others."""
+
+    changed: Mapping[str, Tensor] = MappingProxyType({})
+
+    def _read(self, key: str, target: str) -> Tensor:
+        return self.changed[key] if key in self.changed else super()._read(key, target)
+
+
 class Variants:
     """A model, its tokens, and ways of rounding it."""
 
     def __init__(self, name: str) -> None:
         base, text = MODELS[name]
-        self.model = DiskModel(find_base(base).folder, CPU)
+        self.model = Changed(find_base(base).folder, CPU)
         spec = DataSpec(source=text, length=LENGTH, bos=False)
         self.data = calibration_data(self.model, spec, tokenizer_of(self.model.folder))
         self.base = list(logits(self.model, self.data.evaluation))
@@ -74,7 +100,9 @@ class Variants:
         inner = (name.removeprefix(f"{self.model.anatomy.layers}.").partition(".")[2] for name in chosen)
         self.linears = tuple(dict.fromkeys(inner))  # by name in a layer: those whose shape the format takes
 
-    def score(self, change: Callable[[DecoderLayer], Mapping[str, Tensor]], *, reference: bool = False) -> dict[str, float]:
+    def score(
+        self, change: Callable[[DecoderLayer], Mapping[str, Tensor]], *, reference: bool = False
+    ) -> Measured:
         """KL and seconds of a model whose every layer is changed so."""
         start, changed = time.monotonic(), {}
         for layer in walk(self.model, self.data.calibration, reference=reference):
@@ -82,22 +110,22 @@ class Variants:
                 layer.set_weight(linear, W_RC)
                 changed[f"{layer.name}.{linear}.weight"] = layer.oriented(linear, W_RC)
         seconds = time.monotonic() - start
-        read = self.model._read
-        by_key = {self.model.sources[target][0]: W for target, W in changed.items()}
-        self.model._read = lambda key, target: by_key[key] if key in by_key else read(key, target)  # type: ignore[method-assign]
+        self.model.changed = {self.model.sources[target][0]: W for target, W in changed.items()}
         measured = fidelity(logits(self.model, self.data.evaluation), self.data.evaluation, self.base)
-        self.model._read = read  # type: ignore[method-assign]
-        return {"kl_nats_mean": float(measured.kl_nats_mean or 0), "seconds": seconds}
+        self.model.changed = {}
+        return Measured(float(measured.kl_nats_mean or 0), seconds)
 
-    def alone(self, linear: Linear) -> dict[str, float]:
+    def alone(self, linear: Linear) -> Measured:
+        """All linears of a layer from one pass over the layer as it was."""
+
         def change(layer: DecoderLayer) -> dict[str, Tensor]:
             moments = layer.moments()
             return {name: linear(layer.weight(name), moments[name].H_CC) for name in self.linears}
 
         return self.score(change)
 
-    def in_turn(self, *, asymmetric: bool = True, at_once: bool = False) -> dict[str, float]:
-        """Linears solved for one after another; `at_once`: all from one pass over the layer as it was."""
+    def in_turn(self, *, asymmetric: bool = True, at_once: bool = False) -> Measured:
+        """Linears solved one after another; `at_once`: all from one pass over the layer as it was."""
         linear = solver(self.levels, search=True, signed=True, feedback=True, rounds=3)
 
         def change(layer: DecoderLayer) -> dict[str, Tensor]:
@@ -113,11 +141,14 @@ class Variants:
 
         return self.score(change, reference=True)
 
-    def learned(self, *, metric: str = "fisher", target: str = "full", steps: int = 200) -> dict[str, float]:
+    def learned(self, *, metric: str = "fisher", target: str = "full", steps: int = 200) -> Measured:
+        """Learned rounding by a metric (fisher, plain), to the full model's outputs or the layer's own."""
         if not self.fisher:
             with tempfile.TemporaryDirectory() as scratch:
                 self.fisher = dict(output_fisher(self.model, self.data.calibration[:128], Path(scratch), 0))
-        rounding = Rounding(dict.fromkeys(self.linears, FourBitScheme("nf4", BLOCK, False, torch.float32)), CPU)
+        rounding = Rounding(
+            dict.fromkeys(self.linears, FourBitScheme("nf4", GROUP_SIZE, False, torch.float32)), CPU
+        )
 
         def change(layer: DecoderLayer) -> dict[str, Tensor]:
             F_DD = self.fisher[layer.index]
@@ -132,19 +163,14 @@ class Variants:
         return self.score(change, reference=True)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=MODELS, default="demo")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    variants = Variants(given.model)
-    levels = variants.levels
+def jobs(variants: Variants) -> dict[str, Callable[[], Measured]]:
+    """Every variant by name."""
 
-    def part(search: bool, signed: bool, feedback: bool, rounds: int) -> Callable[[], dict[str, float]]:
-        return lambda: variants.alone(solver(levels, search=search, signed=signed, feedback=feedback, rounds=rounds))
+    def part(search: bool, signed: bool, feedback: bool, rounds: int) -> Callable[[], Measured]:
+        linear = solver(variants.levels, search=search, signed=signed, feedback=feedback, rounds=rounds)
+        return lambda: variants.alone(linear)
 
-    jobs: dict[str, Callable[[], dict[str, float]]] = {
+    return {
         "absmax, nearest (stock)": part(False, False, False, 0),
         "searched scales, nearest": part(True, False, False, 0),
         "searched signed scales, nearest": part(True, True, False, 0),
@@ -160,15 +186,19 @@ def main() -> None:
         "learned": variants.learned,
         "learned, 100 steps": lambda: variants.learned(steps=100),
         "learned, plain squared error": lambda: variants.learned(metric="plain"),
-        "learned, layer's own output as target": lambda: variants.learned(target="own"),
+        "learned, the layer's own output as target": lambda: variants.learned(target="own"),
     }
-    rows: list[dict[str, Any]] = []
-    for name, job in jobs.items():
-        rows.append({"variant": name, **job()})
-        print(f"{name}: KL {rows[-1]['kl_nats_mean']:.5f} nats, {rows[-1]['seconds']:.0f} s", flush=True)
-    result = {**head(), "rows": rows}
-    (Path(__file__).parent / "results" / f"ablation-{given.model}.json").write_text(json.dumps(result, indent=2) + "\n")
 
 
-if __name__ == "__main__":
-    main()
+def main(argv: Sequence[str]) -> int:
+    """Measure every variant and write the result."""
+    options = parser("ablation", __doc__)
+    options.add_argument("--model", choices=MODELS, default="demo")
+    given = machine.parse(options, argv)
+    rows = []
+    for name, job in jobs(Variants(given.model)).items():
+        found = job()
+        rows.append(AblationRow(variant=name, kl_nats_mean=found.kl_nats_mean, seconds=found.seconds))
+        print(f"{name}: KL {found.kl_nats_mean:.5f} nats/token, {found.seconds:.0f} s", flush=True)
+    results.write(f"ablation-{given.model}", machine.head(), {"rows": rows})
+    return 0

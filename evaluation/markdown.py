@@ -1,14 +1,18 @@
-"""Markdown tables, and the place between two marks where one stands in a file."""
+"""Markdown tables, and the place between two marks of a file where one stands."""
 
 from __future__ import annotations
 
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows))
+from collections.abc import Sequence
 
 
-def between(text: str, name: str, made: str) -> str:
-    """A text with what stands between `<!-- NAME -->` and `<!-- end NAME -->` made new."""
-    before, _, rest = text.partition(f"<!-- {name} -->\n")
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; every row has as many cells as the header."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
+
+
+def between(text: str, name: str, content: str) -> str:
+    """The text with `content` between `<!-- NAME -->` and `<!-- end NAME -->`; unchanged without them."""
+    before, begin, rest = text.partition(f"<!-- {name} -->\n")
     _, end, after = rest.partition(f"<!-- end {name} -->")
-    return f"{before}<!-- {name} -->\n{made}{end}{after}"
+    return f"{before}{begin}{content}{end}{after}" if begin and end else text

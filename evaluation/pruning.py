@@ -1,106 +1,102 @@
-"""What does structured pruning lose? Every score with and without repair, allocations and axes, at the same parameters.
+"""What does structured pruning lose? Scores, repair, allocations and axes at the same parameters.
 
-    python evaluation/pruning.py [--models demo wikilm-8m] [--shares 0.8 0.6] [--rows obs ...] [--threads 2]
+    python -m evaluation pruning [--models demo wikilm-8m] [--shares 0.8 0.6] [--rows obs ...] [--threads 2]
 
-A share is that of the parameters of the decoder layers that stay. Scores and allocations cut the feed-forward width until it is
-reached, exactly where its units allow; layers and sublayers go until it is. `hidden` narrows embedding and head too, so
-its models are smaller than the others at the same share. Each row is a whole `run_recipe` from disk to disk and its own report,
-on windows of 256 tokens, 64 of which calibrate. The result goes to evaluation/results/pruning.json.
+A share is that of the decoder layers' parameters that stays. Scores and allocations cut the feed-forward
+width until it is reached, exactly where its units allow; layers and sublayers are dropped until it is.
+`hidden` narrows embedding and head too, so its models are smaller than the others at the same share. Each row
+is a whole run from disk to disk and its own report, on sequences of 256 tokens, 64 of which calibrate. The
+result goes to results/pruning.json, a row at a time.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
-from bench import LENGTH, MODELS, head
-
+from evaluation import machine, results
+from evaluation.models import MODELS
+from evaluation.options import parser
+from evaluation.results import PruningRow
+from evaluation.runs import SAMPLES, known, layer_parameters, losses, outline, recipe_of, run, seconds
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.pipeline.resolve import config_of, find_base
-from llmcompress.pipeline.run import run_recipe
-from llmcompress.recipe.recipe import Recipe
 
-FILE = Path(__file__).parent / "results" / "pruning.json"
-WINDOWS = 64
+NAME = "pruning"
 SCORES = ("obs", "taylor", "wanda", "activation", "magnitude")
+Settings = dict[str, object]  # of a `prune` stage
 
 
-def stages(model: MetaModel, share: float) -> dict[str, list[dict[str, Any]]]:
-    """What is done for each row of the table."""
-    inner = model.parameters() - model.parameters({axis: [0] * len(model.layers) for axis in ("ffn", "kv")})
-    target, layers = model.parameters() - int((1 - share) * inner), len(model.layers)
-    pca = not model.config.tie_word_embeddings
-    narrow = {"axis": "hidden", "multiple": 2, **({} if pca else {"score": "activation"})}
-    rows: dict[str, list[dict[str, Any]]] = {}
+def stages(model: MetaModel, share: float) -> dict[str, list[Settings]]:
+    """The settings of the `prune` stages of each row, for a share of the decoder layers' parameters."""
+    layers = len(model.layers)
+    inner = model.parameters() - model.parameters({axis: [0] * layers for axis in ("ffn", "kv")})
+    target = model.parameters() - int((1 - share) * inner)
+    narrow: Settings = {"axis": "hidden", "multiple": 2}
+    if model.config.tie_word_embeddings:  # a tied head has no principal axes to cut
+        narrow["score"] = "activation"
+    rows: dict[str, list[Settings]] = {}
     for score in SCORES:
-        for mend in (True, False):
-            cut = {"axis": "ffn", "parameters": target, "allocation": "uniform", "score": score, "repair": mend, "multiple": 1}
-            rows[f"{score}{'' if mend else ', no repair'}"] = [cut]
+        for repair in (True, False):
+            cut: Settings = {"axis": "ffn", "parameters": target, "allocation": "uniform", "multiple": 1}
+            name = score if repair else f"{score}, no repair"
+            rows[name] = [cut | {"score": score, "repair": repair}]
     rows["obs, sensitivity"] = [{"axis": "ffn", "parameters": target}]
     rows["obs, sensitivity, ffn and kv"] = [{"axis": ["ffn", "kv"], "parameters": target}]
     rows["layers by kl"] = [{"axis": "layer", "keep": max(1, int(share * layers))}]
-    rows["layers by influence"] = [{"axis": "layer", "keep": max(1, int(share * layers)), "score": "influence"}]
+    rows["layers by influence"] = [
+        {"axis": "layer", "keep": max(1, int(share * layers)), "score": "influence"}
+    ]
     rows["sublayers by kl"] = [{"axis": "sublayer", "parameters": target}]
     rows["hidden"] = [{**narrow, "keep": share}]
     rows["hidden, no repair"] = [{**narrow, "keep": share, "repair": False}]
-    rows["hidden, then ffn by sensitivity"] = [{**narrow, "keep": (1 + share) / 2}, {"axis": "ffn", "parameters": target}]
+    rows["hidden, then ffn by sensitivity"] = [
+        {**narrow, "keep": (1 + share) / 2},
+        {"axis": "ffn", "parameters": target},
+    ]
     return rows
 
 
-def measure(name: str, cuts: list[dict[str, Any]]) -> dict[str, Any]:
+def measure(name: str, share: float, row: str, cuts: list[Settings]) -> PruningRow:
+    """One row: what is left, and what it loses."""
     base, text = MODELS[name]
-    data = {"source": text, "samples": WINDOWS, "length": LENGTH}
-    recipe = Recipe.model_validate({"data": data, "stages": [{"prune": cut} for cut in cuts]})
     with tempfile.TemporaryDirectory() as folder:
-        report = run_recipe(recipe, Path(folder) / "out", base=base)
-        left = outline(str(Path(folder) / "out"))
-        inner = sum(p.numel() for layer in left.layers for p in layer.parameters())
-    return {
-        "stages": cuts,
-        "parameters": report.compressed.parameters,
-        "block_parameters": inner,
-        "widths": [stage.model_dump().get("widths") for stage in report.stages],
-        "kl_nats_mean": report.fidelity.kl_nats_mean,
-        "top1_agreement": report.fidelity.top1_agreement,
-        "perplexity": report.compressed.perplexity,
-        "base_perplexity": report.base.perplexity,
-        "seconds": sum(stage.seconds for stage in report.stages),
-    }
+        report = run(recipe_of([{"prune": cut} for cut in cuts], text), Path(folder) / "out", base)
+        left = layer_parameters(outline(Path(folder) / "out"))
+    return PruningRow(
+        **losses(report),
+        model=name,
+        share=share,
+        row=row,
+        stages=cuts,
+        parameters=int(known(report.compressed.parameters)),
+        block_parameters=left,
+        widths=[stage.model_dump().get("widths") for stage in report.stages],
+        top1_agreement=known(report.fidelity.top1_agreement),
+        seconds=seconds(report),
+        share_reached=left / layer_parameters(outline(base)),
+        commit=machine.commit(),
+    )
 
 
-def outline(base: str) -> MetaModel:
-    return MetaModel(config_of(find_base(base, weights=False).folder), torch.device("cpu"), torch.float32)
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
-    parser.add_argument("--shares", nargs="+", type=float, default=[0.8, 0.6])
-    parser.add_argument("--rows", nargs="+", help="only these")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    known = json.loads(FILE.read_text())["rows"] if FILE.is_file() else []
+def main(argv: Sequence[str]) -> int:
+    """Measure every row and write each as soon as it is there."""
+    options = parser(NAME, __doc__)
+    options.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
+    options.add_argument("--shares", nargs="+", type=float, default=[0.8, 0.6])
+    options.add_argument("--rows", nargs="+", help="only these")
+    given = machine.parse(options, argv)
     for name in given.models:
-        model = outline(MODELS[name][0])
-        inner = sum(p.numel() for layer in model.layers for p in layer.parameters())
         for share in given.shares:
-            for row, cuts in stages(model, share).items():
+            for row, cuts in stages(outline(MODELS[name].base), share).items():
                 if given.rows and row not in given.rows:
                     continue
                 print(f"{name}, {share}: {row} ...", file=sys.stderr, flush=True)
-                found = {"model": name, "share": share, "row": row, **measure(name, cuts)}
-                found["share_reached"] = found["block_parameters"] / inner
-                found["commit"] = head()["commit"]
-                print(f"{name}, {share}: {row}: KL {found['kl_nats_mean']:.4f}, {found['seconds']:.0f} s", flush=True)
-                known = [old for old in known if (old["model"], old["share"], old["row"]) != (name, share, row)] + [found]
-                FILE.write_text(json.dumps({**head(), "calibration_windows": WINDOWS, "rows": known}, indent=2) + "\n")
-
-
-if __name__ == "__main__":
-    main()
+                found = measure(name, share, row, cuts)
+                print(
+                    f"{name}, {share}: {row}: KL {found.kl_nats_mean:.4f}, {found.seconds:.0f} s", flush=True
+                )
+                rows = results.merge(NAME, ("model", "share", "row"), found)
+                results.write(NAME, machine.head(), {"calibration_windows": SAMPLES, "rows": rows})
+    return 0

@@ -1,301 +1,651 @@
-"""Write the committed results into README.md and the heads of the recipes, so that no number there is typed by hand.
+"""Write RESULTS.md, the heads of the recipes and their table from the result files.
 
-    python evaluation/tables.py [--check]
+    python -m evaluation tables [--check]
 
-Between `<!-- NAME -->` and `<!-- end NAME -->` of README.md stands what is made here; in a recipe, the lines from `# measured`
-to the first line that is no comment. With --check nothing is written, and the exit code is 1 where something would change.
+With --check nothing is written: the exit code is 1, with one line, where a file does not agree with
+`results/*.json`.
 """
 
 from __future__ import annotations
 
-import json
+import re
 import sys
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from markdown import between, table
-from recipe_tables import STOCK, ratio, recipe_texts
+from evaluation import recipe_heads
+from evaluation.baselines import MEANING, STAGES, STOCK
+from evaluation.markdown import table
+from evaluation.options import parser
+from evaluation.results import (
+    ROOT,
+    AblationRow,
+    BosRow,
+    CostRow,
+    DistillSpeed,
+    Fidelity,
+    FidelityRow,
+    GpuRow,
+    HealingRow,
+    Held,
+    LookupSpeed,
+    OutlierRow,
+    PrunedSpeedRow,
+    PruningRow,
+    Rival,
+    RivalPruningFailure,
+    RivalPruningRow,
+    Rivals,
+    Rows,
+    SharingRow,
+    Speed,
+    ThroughputRow,
+    load,
+)
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "evaluation" / "results"
 MODELS = ("demo", "wikilm-8m", "stories260k")
+OURS = ("nf4-gptq-double", "nf4-learned-double", "nf4-learned")  # what stands beside the quantisers of others
+WIDTH = 110  # of a paragraph
 WIDEST = 10  # columns of a table of speeds
+UNTRAINED = "KL in nats/token by share of the parameters that stay, untrained -> after a short distillation"
+SHARES = ("90 %", "75 %", "60 %", "50 %")  # of the parameters, in sharing-*.json
 
 
-def load(name: str) -> dict[str, Any] | None:
-    file = RESULTS / f"{name}.json"
-    return json.loads(file.read_text()) if file.is_file() else None
+PICTURE = """\
+<picture>
+  <source media="(prefers-color-scheme: dark)" srcset="pictures/{name}-dark.svg">
+  <img src="pictures/{name}-light.svg" alt="{alt}">
+</picture>"""
 
 
-def rows_of(model: str) -> dict[str, dict[str, Any]]:
-    result = load(f"fidelity-{model}")
-    return {row["recipe"]: row for row in result["rows"]} if result else {}
+@dataclass(frozen=True)
+class Results:
+    """The result files of a folder."""
+
+    folder: Path
+
+    def load(self, name: str, kind: type[Held]) -> Held | None:
+        """One file, or None where it is not there."""
+        return load(self.folder, name, kind)
+
+    def every(self, names: Iterable[str], kind: type[Held]) -> list[Held]:
+        """Those of several files that are there."""
+        return [found for name in names if (found := self.load(name, kind)) is not None]
+
+    def recipes(self, model: str) -> dict[str, FidelityRow]:
+        """The rows of a model by recipe, in the order of their KL."""
+        result = self.load(f"fidelity-{model}", Fidelity)
+        return {row.recipe: row for row in result.rows} if result else {}
 
 
-def fidelity() -> str:
-    """One table a model: every recipe beside stock bitsandbytes at the same bytes."""
+@dataclass(frozen=True)
+class Section:
+    """A part of RESULTS.md: a heading, what is measured on which model by which command, and its tables."""
+
+    title: str
+    about: str
+    make: Callable[[Results], str]
+    picture: str = ""  # its name in pictures/
+    alt: str = ""  # what it shows, in words
+
+    def text(self, body: str) -> str:
+        """The section, with its tables in `body`."""
+        parts = [f"## {self.title}", wrapped(self.about), body]
+        if self.picture:
+            parts.insert(2, PICTURE.format(name=self.picture, alt=self.alt))
+        return "\n\n".join(parts)
+
+
+def percent(share: float, digits: int = 0) -> str:
+    """A share in percent."""
+    return f"{100 * share:.{digits}f} %"
+
+
+def megabytes(size: float, digits: int = 2) -> str:
+    """Bytes in units of 10^6."""
+    return f"{size / 1e6:.{digits}f}"
+
+
+def heading(model: str, about: str = "") -> str:
+    """A heading for one model, and what is to be known of it."""
+    return f"### {model}\n\n{about}\n" if about else f"### {model}\n"
+
+
+def where(hardware: str, commit: str = "") -> str:
+    """The machine and the measured commit, as a sentence."""
+    machine = hardware.replace(" 1 threads", " 1 thread")
+    return f"Measured on {machine}, commit {commit}." if commit else f"Measured on {machine}."
+
+
+def joined(parts: Iterable[str]) -> str:
+    """Tables below each other."""
+    return "\n".join(parts)
+
+
+def fidelity(results: Results) -> str:
+    """A table for each model: every recipe, in the order of its KL."""
     parts = []
-    for model in MODELS:
-        result, rows = load(f"fidelity-{model}"), rows_of(model)
-        if result is None:
+    for model, result in ((model, results.load(f"fidelity-{model}", Fidelity)) for model in MODELS):
+        if result is None or not result.rows:
             continue
+        rows = {row.recipe: row for row in result.rows}
+        header = ["recipe", "bits per weight", "MB", "KL, nats/token", "over baseline", "top-1 agreement"]
         lines = [
             [
-                name if name not in STOCK else f"{name} ({STOCK[name]})",
-                f"{row['bits']:.3f}",
-                f"{row['size_bytes'] / 1e6:.2f}",
-                f"{row['kl_nats_mean']:.5f}",
-                ratio(rows, name),
-                f"{100 * row['top1_agreement']:.2f} %",
-                f"{row['perplexity']:.3f}",
-                f"{row['seconds']:.0f}",
+                f"{name} ({MEANING[name]})" if name in STAGES or name in STOCK else name,
+                f"{row.bits:.3f}",
+                megabytes(row.size_bytes),
+                f"{row.kl_nats_mean:.5f}",
+                recipe_heads.ratio(rows, name),
+                percent(row.top1_agreement, 2),
+                f"{row.perplexity:.3f}",
+                f"{row.seconds:.0f}",
             ]
             for name, row in rows.items()
         ]
-        base = next(iter(rows.values()))["base_perplexity"]
-        header = [
-            "recipe",
-            "bits a weight",
-            "MB on disk",
-            "KL, nats",
-            "of its baseline",
-            "same first token",
-            "perplexity",
-            "seconds",
-        ]
-        where = " / ".join(sorted({row["environment"]["device"] for row in rows.values()}))
-        parts.append(f"**{model}** on {result['text']}, base perplexity {base:.3f} ({where}; commits in the file):\n")
-        parts.append(table(header, lines) + "\n")
-    return "\n".join(parts)
+        machines = " / ".join(sorted({row.environment.device for row in result.rows}))
+        base = f"Evaluated on {result.text}; perplexity of the base {result.rows[0].base_perplexity:.3f}."
+        parts.append(heading(model, f"{base} {where(machines)}"))
+        parts.append(table([*header, "perplexity", "seconds"], lines))
+    return joined(parts)
 
 
-def rivals() -> str:
-    """The rivals beside ours, calibrated and evaluated on the same windows."""
+def rivals(results: Results) -> str:
+    """The quantisers of others beside ours, in the order of their KL."""
     parts = []
     for model in MODELS:
-        result, ours = load(f"rivals-{model}"), rows_of(model)
-        if result is None:
+        if (result := results.load(f"rivals-{model}", Rivals)) is None:
             continue
+        found: list[tuple[float, list[str]]] = []
+        for name, rival in result.rivals.items():
+            if isinstance(rival, Rival):
+                what = f"{rival.method} ({rival.package})"
+                found.append((rival.kl_nats_mean, [what, f"{rival.bits_per_weight:.3f}", *_quality(rival)]))
+            else:
+                found.append((float("inf"), [f"{name}: did not run", "", "", "", "", ""]))
+        ours = results.recipes(model)
+        for name in OURS:
+            if (row := ours.get(name)) is not None:
+                found.append((row.kl_nats_mean, [f"llmcompress {name}", f"{row.bits:.3f}", *_quality(row)]))
+        header = ["quantiser", "bits per weight", "MB", "KL, nats/token", "top-1 agreement", "seconds"]
+        parts.append(heading(model, where(result.hardware)))
+        parts.append(table(header, [line for _, line in sorted(found, key=lambda entry: entry[0])]))
+    return joined(parts)
+
+
+def _quality(row: Rival | FidelityRow) -> list[str]:
+    """Bytes, KL, top-1 agreement and seconds."""
+    sizes = [megabytes(row.size_bytes), f"{row.kl_nats_mean:.5f}"]
+    return [*sizes, percent(row.top1_agreement, 2), f"{row.seconds:.0f}"]
+
+
+def ablation(results: Results) -> str:
+    """The solver, one ingredient after another."""
+    if (result := results.load("ablation-demo", Rows[AblationRow])) is None:
+        return ""
+    lines = [[row.variant, f"{row.kl_nats_mean:.5f}", f"{row.seconds:.0f}"] for row in result.rows]
+    return joined(
+        [where(result.hardware, result.commit) + "\n", table(["variant", "KL, nats/token", "seconds"], lines)]
+    )
+
+
+def outliers(results: Results) -> str:
+    """Perplexities of the model with planted outliers, and of the one without."""
+    if (result := results.load("outliers", Rows[OutlierRow])) is None:
+        return ""
+    header = ["format", "KL with outliers, nats/token", "perplexity with outliers", "perplexity without"]
+    lines = []
+    for row in result.rows:
+        original = f"{row.original.perplexity:.3f}" if row.original else ""
+        lines.append([row.what, f"{row.planted.kl_nats_mean:.5f}", f"{row.planted.perplexity:.3f}", original])
+    base = f"Perplexity of the base {result.rows[0].planted.base_perplexity:.3f}."
+    return joined([f"{base} {where(result.hardware, result.commit)}\n", table(header, lines)])
+
+
+def bos(results: Results) -> str:
+    """KL of each recipe by what calibrated and what evaluated it."""
+    if (result := results.load("bos", Rows[BosRow])) is None:
+        return ""
+    found = {
+        (row.recipe, row.calibrated_with_bos, row.scored_with_bos): row.kl_nats_mean for row in result.rows
+    }
+    cases = [(True, True), (False, True), (True, False), (False, False)]  # calibrated, evaluated
+    words = {True: "with", False: "without"}
+    header = ["recipe", *(f"calibrated {words[one]}, evaluated {words[other]}" for one, other in cases)]
+    names = dict.fromkeys(recipe for recipe, *_ in found)
+    lines = [[name, *(f"{found[name, one, other]:.5f}" for one, other in cases)] for name in names]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def gpu(results: Results) -> str:
+    """Recipes run on a GPU, beside the same on a CPU."""
+    if (result := results.load("gpu", Rows[GpuRow])) is None:
+        return ""
+    header = ["model", "recipe", "KL on the GPU, nats/token", "KL on a CPU", "seconds"]
+    lines = [
+        [
+            row.model,
+            row.recipe,
+            f"{row.kl_nats_mean:.5f}",
+            f"{row.kl_nats_mean_cpu:.5f}",
+            f"{row.seconds:.0f}",
+        ]
+        for row in result.rows
+    ]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def pruning(results: Results) -> str:
+    """A table for each model and share of the parameters, ours and Torch-Pruning's by their KL."""
+    if (ours := results.load("pruning", Rows[PruningRow])) is None:
+        return ""
+    others = results.load("rivals-pruning", Rows[RivalPruningRow | RivalPruningFailure])
+    theirs = [row for row in (others.rows if others else []) if isinstance(row, RivalPruningRow)]
+    header = ["method", "M in layers", "M in all", "KL, nats/token", "perplexity", "seconds"]
+    parts = []
+    for model in dict.fromkeys(row.model for row in ours.rows):
+        base = next(row.base_perplexity for row in ours.rows if row.model == model)
+        parts.append(heading(model, f"Perplexity of the base {base:.2f}. {where(ours.hardware)}"))
+        for share in dict.fromkeys(row.share for row in ours.rows if row.model == model):
+            named = [(row.row, row) for row in ours.rows if (row.model, row.share) == (model, share)]
+            lines = [_pruned(name, row) for name, row in named]
+            lines += [
+                _pruned(f"{row.rival}: {row.importance}, {row.scope}", row)
+                for row in theirs
+                if (row.model, row.share) == (model, share)
+            ]
+            lines.sort(key=lambda cells: float(cells[3]))
+            parts.append(f"{percent(share)} of the parameters of the decoder layers:\n")
+            parts.append(table(header, lines))
+    return joined(parts)
+
+
+def _pruned(name: str, row: PruningRow | RivalPruningRow) -> list[str]:
+    sizes = [f"{row.block_parameters / 1e6:.3f}", f"{row.parameters / 1e6:.3f}"]
+    return [name, *sizes, f"{row.kl_nats_mean:.4f}", f"{row.perplexity:.2f}", f"{row.seconds:.0f}"]
+
+
+def healing(results: Results) -> str:
+    """A table for each model: ways to train it after the same cut, in the order of their KL."""
+    if (result := results.load("healing", Rows[HealingRow])) is None:
+        return ""
+    header = ["training", "tokens", "learning rate", "KL, nats/token", "recovered", "perplexity", "seconds"]
+    parts = []
+    for model in dict.fromkeys(row.model for row in result.rows):
+        rows = sorted((row for row in result.rows if row.model == model), key=lambda row: row.kl_nats_mean)
         lines = [
             [
-                f"{entry['method']} ({next(f'{package} {version}' for package, version in entry['versions'].items())})",
-                f"{entry['bits_per_weight']:.3f}",
-                f"{entry['kl_nats_mean']:.5f}",
-                f"{100 * entry['top1_agreement']:.2f} %",
-                f"{entry['seconds']:.0f}",
+                row.row,
+                f"{row.steps} x {row.batch * 256 / 1000:.0f} k",
+                f"{row.learning_rate:g}",
+                f"{row.kl_nats_mean:.4f}",
+                percent(row.won_back),
+                f"{row.perplexity:.2f}",
+                f"{row.seconds:.0f}",
             ]
-            for entry in result["rivals"].values()
-            if "kl_nats_mean" in entry
+            for row in rows
         ]
-        for name in ("nf4-gptq-double", "nf4-learned-double", "nf4-learned"):
-            if name in ours:
-                row = ours[name]
-                agreement, seconds = f"{100 * row['top1_agreement']:.2f} %", f"{row['seconds']:.0f}"
-                lines.append([f"llmcompress {name}", f"{row['bits']:.3f}", f"{row['kl_nats_mean']:.5f}", agreement, seconds])
-        parts.append(f"**{model}**:\n")
-        lines.sort(key=lambda cells: float(cells[2]))
-        parts.append(table(["what", "bits a weight", "KL, nats", "same first token", "seconds"], lines) + "\n")
-    return "\n".join(parts)
+        cut = f"Cut by {rows[0].cut}: KL {rows[0].kl_cut:.4f} before training."
+        base = f"Perplexity of the base {rows[0].base_perplexity:.2f}."
+        parts.append(heading(model, f"{cut} {base} {where(result.hardware)}"))
+        parts.append(table(header, lines))
+    return joined(parts)
 
 
-def cost() -> str:
-    """What a run costs against one forward pass, and how it grows."""
-    result = load("cost")
-    if result is None:
+def sharing(results: Results) -> str:
+    """Ways to make each model smaller, to tie its embedding and head, and to group layers that share."""
+    parts = []
+    for model in MODELS:
+        if (result := results.load(f"sharing-{model}", Rows[SharingRow])) is None:
+            continue
+        rows = {row.row: row for row in result.rows}
+        base = f"Perplexity of the base {result.rows[0].base_perplexity:.2f}."
+        parts.append(heading(model, f"{base} {where(result.hardware)}"))
+        parts.append(f"{UNTRAINED}:\n")
+        parts.append(_ways(rows))
+        tied = _losses(rows, "tied")
+        if tied:
+            tied.append(["least squares", *_loss(rows, "ways: tie embedding and head")[1:]])
+        grouped = _losses(rows, "grouping")
+        for what, lines in (("tied embedding and head", tied), ("how layers that share are found", grouped)):
+            if lines:
+                lines.sort(key=lambda cells: float(cells[2].split()[0]))
+                parts.append(table([what, "bytes", "KL, nats/token", "perplexity"], lines))
+    return joined(parts)
+
+
+def _losses(rows: Mapping[str, SharingRow], kind: str) -> list[list[str]]:
+    """The rows of a kind, untrained and trained in one line."""
+    names = [name for name in rows if name.startswith(f"{kind}: ") and not name.endswith("healed")]
+    return [_loss(rows, name) for name in names]
+
+
+def _ways(rows: Mapping[str, SharingRow]) -> str:
+    """By way and share of the parameters; codes have one size, and stand where it is small enough."""
+    sized = tuple(f"ways: {share}" for share in SHARES)
+    ways = dict.fromkeys(name.split(", ")[1] for name in rows if name.startswith(sized))
+    lines = [[way, *(_loss(rows, f"ways: {share}, {way}")[2] for share in SHARES)] for way in ways]
+    others = [name for name in rows if name.startswith("ways: ") and not name.startswith(sized)]
+    for name in others:
+        if name.endswith("healed"):
+            continue
+        way, size, loss, _ = _loss(rows, name)
+        small = [loss if float(size[:-2]) <= float(share[:-2]) + 0.5 else "" for share in SHARES]
+        lines.append([f"{way} ({size} of the bytes)", *small])
+    return table(["method", *SHARES], lines)
+
+
+def _loss(rows: Mapping[str, SharingRow], name: str) -> list[str]:
+    """What was done, its share of the bytes, KL and perplexity untrained -> trained."""
+    found = [rows[each] for each in (name, f"{name}, healed") if each in rows]
+    if not found:
+        return [name, "", "", ""]
+    kl = " -> ".join(f"{row.kl_nats_mean:.4f}" for row in found)
+    perplexity = " -> ".join(f"{row.perplexity:.2f}" for row in found)
+    return [name.partition(": ")[2], percent(found[0].share_of_bytes), kl, perplexity]
+
+
+def cost(results: Results) -> str:
+    """Each run beside a forward pass over the same tokens."""
+    if (result := results.load("cost", Rows[CostRow])) is None:
+        return ""
+    header = ["series", "layers", "width", "tokens", "quantize, s", "forward pass, s", "passes", "memory, MB"]
+    lines = [
+        [
+            row.series,
+            str(row.layers),
+            str(row.hidden),
+            str(row.tokens),
+            f"{row.quantize_s:.1f}",
+            f"{row.forward_s:.1f}",
+            f"{row.forward_passes:.1f}",
+            megabytes(row.run_memory_bytes, 0),
+            megabytes(row.checkpoint_bytes, 0),
+        ]
+        for row in result.rows
+    ]
+    about = f"Memory is the peak above what the imports hold. {where(result.hardware, result.commit)}\n"
+    return joined([about, table([*header, "checkpoint, MB"], lines)])
+
+
+def throughput(results: Results) -> str:
+    """Tokens/s of evaluation, and its ratio to bare forward passes."""
+    if (result := results.load("throughput", Rows[ThroughputRow])) is None:
         return ""
     header = [
-        "series",
-        "layers",
-        "width",
-        "tokens",
-        "quantize, s",
-        "forward pass, s",
-        "passes",
-        "peak memory, MB",
-        "checkpoint, MB",
+        "model",
+        "bare, tokens/s",
+        "perplexity, tokens/s",
+        "ratio",
+        "with KL, tokens/s",
+        "ratio to two passes",
     ]
     lines = [
         [
-            row["series"],
-            *(str(row[key]) for key in ("layers", "hidden", "tokens")),
-            *(f"{row[key]:.1f}" for key in ("quantize_s", "forward_s", "forward_passes")),
-            *(f"{row[key] / 1e6:.0f}" for key in ("run_memory_bytes", "checkpoint_bytes")),
+            row.model,
+            f"{row.bare_tokens_per_s:.0f}",
+            f"{row.perplexity_tokens_per_s:.0f}",
+            f"{row.perplexity_ratio:.3f}",
+            f"{row.perplexity_kl_tokens_per_s:.0f}",
+            f"{row.perplexity_kl_ratio:.3f}",
         ]
-        for row in result["rows"]
+        for row in result.rows
     ]
-    return (
-        "What a run costs against one plain forward pass over the same tokens, on random-weight Llamas, and how it grows "
-        f"({result['hardware']}, commit {result['commit']}; memory is above what the imports hold):\n\n{table(header, lines)}\n"
-    )
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
-def speed() -> str:
-    """How fast the formats are beside the reference of the same run, on a CPU and on a GPU."""
-    return "\n".join(
-        _speed(result) for name in ("speed-avx2", "speed-avx512", "speed-cuda") if (result := load(name)) is not None
-    )
+def distill_speed(results: Results) -> str:
+    """Steps/s of each way to train, for each student."""
+    if (result := results.load("distill_speed", DistillSpeed)) is None:
+        return ""
+    header = ["student", "training", "steps/s", "over the bare loop"]
+    lines = [
+        [
+            f"{percent(student.layers, 1)} of the layers",
+            row.what,
+            f"{row.steps_per_s:.3f}",
+            f"{row.of_bare_loop:.2f} x",
+        ]
+        for student in result.students
+        for row in student.rows
+    ]
+    shape = f"Steps of {result.batch} sequences of {result.length} tokens on {result.model}."
+    return joined([f"{shape} {where(result.hardware, result.commit)}\n", table(header, lines)])
 
 
-def _speed(result: Any) -> str:
-    columns = list(dict.fromkeys((row["what"], row["batch"], row["tokens"]) for row in result["rows"]))
-    if len(columns) > WIDEST:  # of the single linears the largest, and not every batch
+def speed(results: Results) -> str:
+    """A table for each processor."""
+    names = ("speed-avx2", "speed-avx512", "speed-cuda")
+    return joined(_speed(result) for result in results.every(names, Speed))
+
+
+def _speed(result: Speed) -> str:
+    columns = list(dict.fromkeys((row.what, row.batch, row.tokens) for row in result.rows))
+    if len(columns) > WIDEST:  # the largest of the single linears, and not every batch
         largest = [what for what, *_ in columns if what.startswith("linear")][-1]
         columns = [key for key in columns if key[0] == largest or not key[0].startswith("linear")]
-        columns = [key for key in columns if key[1] in (1, max(batch for _, batch, _ in columns))]
-    found = {(row["candidate"], row["what"], row["batch"], row["tokens"]): row["speedup_p10"] for row in result["rows"]}
-    names = dict.fromkeys(row["candidate"] for row in result["rows"])
-    header = [
-        "candidate",
-        *(f"{what}, {f'batch {batch}' if tokens == 1 else f'{tokens} tokens'}" for what, batch, tokens in columns),
+        most = max(batch for _, batch, _ in columns)
+        columns = [key for key in columns if key[1] in (1, most)]
+    found = {(row.candidate, row.what, row.batch, row.tokens): row.speedup_p10 for row in result.rows}
+    header = ["format"]
+    header += [
+        f"{what}, {f'batch {batch}' if tokens == 1 else f'{tokens} tokens'}"
+        for what, batch, tokens in columns
     ]
-    lines = [[name, *(f"{found[(name, *key)]:.2f} x" if (name, *key) in found else "" for key in columns)] for name in names]
-    where = f"{result['hardware']}, {result['cpu_capability']}, commit {result['commit']}"
-    return (
-        f"Times as fast as {result['reference']} in the same run, at the 10th percentile ({where}):\n\n{table(header, lines)}\n"
+    lines = []
+    for name in dict.fromkeys(row.candidate for row in result.rows):
+        cells = [found.get((name, *key)) for key in columns]
+        lines.append([name, *(f"{cell:.2f} x" if cell is not None else "" for cell in cells)])
+    processor = "GPU" if ";" in result.hardware else result.cpu_capability
+    about = f"How many times as fast as {result.reference}. {where(result.hardware, result.commit)}"
+    return joined([heading(processor, about), table(header, lines)])
+
+
+def lookup_speed(results: Results) -> str:
+    """A table for each kind of CPU."""
+    names = ("lookup_speed-avx2", "lookup_speed-avx512")
+    return joined(_lookup(result) for result in results.every(names, LookupSpeed))
+
+
+def _lookup(result: LookupSpeed) -> str:
+    found = {(row.what, row.dtype, row.candidate, row.tokens): row.time_of_nf4_p10 for row in result.rows}
+    names = [name for name in dict.fromkeys(row.candidate for row in result.rows) if "nf4" not in name]
+    tokens = list(dict.fromkeys(row.tokens for row in result.rows))
+    lines = [
+        [
+            what.removeprefix("linear "),
+            dtype,
+            name,
+            *(f"{found[what, dtype, name, count]:.2f}" for count in tokens),
+        ]
+        for what, dtype in dict.fromkeys((row.what, row.dtype) for row in result.rows)
+        for name in names
+    ]
+    header = ["linear", "inputs", "weight", *(f"{count} token{'s' * (count > 1)}" for count in tokens)]
+    return joined(
+        [heading(result.cpu_capability, where(result.hardware, result.commit)), table(header, lines)]
     )
 
 
-def pruning() -> str:
-    """What structured pruning loses at the same share of the layers, ours and Torch-Pruning's."""
-    ours, theirs, parts = load("pruning"), load("rivals-pruning"), []
-    for model, share in dict.fromkeys((row["model"], row["share"]) for row in (ours or {"rows": []})["rows"]):
-        lines = []
-        for row in [*ours["rows"], *(theirs or {"rows": []})["rows"]]:
-            if (row["model"], row["share"]) == (model, share):
-                what = row["row"] if "row" in row else f"{row['rival']}: {row['importance']}, {row['scope']}"
-                sizes = [f"{row[key] / 1e6:.3f}" for key in ("block_parameters", "parameters")]
-                lines.append([what, *sizes, f"{row['kl_nats_mean']:.4f}", f"{row['perplexity']:.2f}", f"{row['seconds']:.0f}"])
-        lines.sort(key=lambda cells: float(cells[3]))
-        base = next(row["base_perplexity"] for row in ours["rows"] if row["model"] == model)
-        parts.append(f"**{model}**, {100 * share:.0f} % of the parameters of its layers (base perplexity {base:.2f}):\n")
-        parts.append(table(["what", "M in layers", "M in all", "KL, nats", "perplexity", "seconds"], lines) + "\n")
-    return "\n".join(parts)
-
-
-def pruned_speed() -> str:
-    """How fast models of fewer parameters are."""
-    result = load("pruned_speed")
-    if result is None:
+def pruned_speed(results: Results) -> str:
+    """Each cut model as a share of the whole."""
+    if (result := results.load("pruned_speed", Rows[PrunedSpeedRow])) is None:
         return ""
-    keys = ("block_parameters", "flops", "reading_time", "decoding_time")
-    lines = [[row["cut"], *(f"{row[key]:.3f}" for key in keys), str(row["kv_cache_bytes_per_token"])] for row in result["rows"]]
-    header = ["cut", "layer parameters", "operations", "time to read", "time to decode", "cache, bytes a token"]
-    where = f"{result['hardware']}, commit {result['commit']}"
-    return f"As shares of the whole model's, in the same run ({where}):\n\n{table(header, lines)}\n"
-
-
-def healing() -> str:
-    """What training wins back of what pruning lost."""
-    result, parts = load("healing"), []
-    for model in dict.fromkeys(row["model"] for row in (result or {"rows": []})["rows"]):
-        rows = [row for row in result["rows"] if row["model"] == model]
-        lines = [
-            [
-                row["row"],
-                f"{row['steps']} x {row['batch'] * 256 / 1000:.0f} k",
-                f"{row['learning_rate']:g}",
-                f"{row['kl_nats_mean']:.4f}",
-                f"{100 * row['won_back']:.0f} %",
-                f"{row['perplexity']:.2f}",
-                f"{row['seconds']:.0f}",
-            ]
-            for row in sorted(rows, key=lambda row: float(row["kl_nats_mean"]))
-        ]
-        first = rows[0]
-        what = f"**{model}**, cut to 60 % of the parameters of its layers ({first['cut']}; KL {first['kl_cut']:.4f} untrained, "
-        parts.append(f"{what}base perplexity {first['base_perplexity']:.2f}; {result['hardware']}):\n")
-        parts.append(table(["training", "tokens", "rate", "KL, nats", "won back", "perplexity", "seconds"], lines) + "\n")
-    return "\n".join(parts)
-
-
-def sharing() -> str:
-    """What each way of making a model smaller loses at the same bytes, and how what is shared is best found."""
-    parts = []
-    for model in MODELS:
-        if (result := load(f"sharing-{model}")) is None:
-            continue
-        rows = {row["row"]: row for row in result["rows"]}
-        base = next(iter(rows.values()))["base_perplexity"]
-        parts.append(f"**{model}** (base perplexity {base:.2f}; {result['hardware']}), KL in nats alone -> healed:\n")
-        parts.append(_ways(rows) + "\n")
-        for kind, what in (("tied", "embedding and head as one"), ("grouping", "how layers that share are found")):
-            if lines := [_lost(rows, name) for name in rows if name.startswith(f"{kind}: ") and not name.endswith("healed")]:
-                if kind == "tied":
-                    lines.append(["least squares", *_lost(rows, "ways: tie embedding and head")[1:]])
-                lines.sort(key=lambda cells: float(cells[2].split()[0]))
-                parts.append(table([what, "bytes", "KL, nats", "perplexity"], lines) + "\n")
-    return "\n".join(parts)
-
-
-def _ways(rows: dict[str, Any]) -> str:
-    """By way and share of the parameters; codes in one line each, with the bytes that they have."""
-    shares = ("90 %", "75 %", "60 %", "50 %")
-    ways = list(dict.fromkeys(name.split(", ")[1] for name in rows if name.startswith(tuple(f"ways: {s}" for s in shares))))
-    lines = [[way, *(_lost(rows, f"ways: {share}, {way}")[2] for share in shares)] for way in ways]
-    codes = [name for name in rows if name.startswith("ways: ") and not name.startswith(tuple(f"ways: {s}" for s in shares))]
-    for name in [name for name in codes if not name.endswith("healed")]:
-        way, size, lost, _ = _lost(rows, name)
-        lines.append(
-            [f"{way} ({size} of the bytes)", *(lost if float(size[:-2]) <= float(s[:-2]) + 0.5 else "" for s in shares)]
-        )
-    return table(["of the parameters", *shares], lines)
-
-
-def _lost(rows: dict[str, Any], name: str) -> list[str]:
-    """What was done, its share of the bytes, KL alone and healed, and perplexity likewise."""
-    alone, healed = rows.get(name), rows.get(f"{name}, healed")
-    found = [row for row in (alone, healed) if row]
-    if not found:
-        return [name, "", "", ""]
-    size = f"{100 * found[0]['share_of_bytes']:.0f} %"
-    lost, perplexity = (" -> ".join(f"{row[k]:.{n}f}" for row in found) for k, n in (("kl_nats_mean", 4), ("perplexity", 2)))
-    return [name.partition(": ")[2], size, lost, perplexity]
-
-
-def lookup_speed() -> str:
-    """How long a codebook that is looked up takes, and a plain linear, beside stock nf4, on each kind of CPU."""
-    results = [load(f"lookup_speed-{kind}") for kind in ("avx2", "avx512")]
-    return "\n".join(_lookup(result) for result in results if result is not None)
-
-
-def _lookup(result: Any) -> str:
-    found = {(row["what"], row["dtype"], row["tokens"], row["candidate"]): row["time_of_nf4_p10"] for row in result["rows"]}
-    names = [name for name in dict.fromkeys(key[3] for key in found) if "nf4" not in name]
-    tokens = list(dict.fromkeys(key[2] for key in found))
-    lines = [
-        [what.removeprefix("linear "), dtype, name, *(f"{found[what, dtype, count, name]:.2f}" for count in tokens)]
-        for what, dtype in dict.fromkeys(key[:2] for key in found)
-        for name in names
+    header = [
+        "cut",
+        "parameters of the layers",
+        "operations",
+        "time to read",
+        "time to decode",
+        "cache, bytes per token",
     ]
-    header = ["linear", "inputs", "candidate", *(f"{count} token{'s' * (count > 1)}" for count in tokens)]
-    where = f"{result['hardware']}, {result['cpu_capability']}, commit {result['commit']}"
-    return f"Time over that of bitsandbytes' nf4 in the same run, at the 10th percentile ({where}):\n\n{table(header, lines)}\n"
+    lines = []
+    for row in result.rows:
+        shares = [row.block_parameters, row.flops, row.reading_time, row.decoding_time]
+        lines.append([row.cut, *(f"{share:.3f}" for share in shares), str(row.kv_cache_bytes_per_token)])
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
-MORE = (
-    *(("pruning", pruning), ("pruned speed", pruned_speed), ("healing", healing)),
-    *(("sharing", sharing), ("lookup speed", lookup_speed)),
+SECTIONS = (
+    Section(
+        "Recipes",
+        "The loss of every recipe and of its baseline, on three small models: `python -m evaluation "
+        "bench`. Seconds are those of the stages on a shared machine of two cores: orders of magnitude.",
+        fidelity,
+    ),
+    Section(
+        "Other quantisers",
+        "AutoRound, GPTQModel and llm-compressor, each in its own environment, calibrated and evaluated "
+        "on the same sequences of the same models: `python -m evaluation rivals`. Their bits are measured "
+        "on disk, ours are those of the format; MB is the whole file. On stories260k, whose ffn width of "
+        "172 neither bitsandbytes nor the two that did not run take, ours quantise attention alone and "
+        "AutoRound every linear.",
+        rivals,
+        "kl-against-bytes",
+        "KL to the base against bytes on wikilm-8m, of llmcompress, stock bitsandbytes and other quantisers",
+    ),
+    Section(
+        "The 4-bit solver",
+        "What each ingredient contributes, in nf4 with a group size of 64, on the demo model: "
+        "`python -m evaluation ablation`.",
+        ablation,
+    ),
+    Section(
+        "Activations with outliers",
+        "8-bit formats on the demo model after four channels of every norm were multiplied by 50 to 100: "
+        "`python -m evaluation outliers`.",
+        outliers,
+    ),
+    Section(
+        "BOS",
+        "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated "
+        "with and without it: `python -m evaluation bos`.",
+        bos,
+    ),
+    Section(
+        "On a GPU",
+        "The loss of recipes that ran on a GPU, beside the same on a CPU, on two small models: "
+        "`llmcompress run` with `--device cuda`; seven runs shared the GPU, so seconds say little.",
+        gpu,
+    ),
+    Section(
+        "Pruning",
+        "The loss of structured pruning without training at the same share of the decoder layers' "
+        "parameters, on the demo model and wikilm-8m: `python -m evaluation pruning`, and "
+        "`rivals-pruning` for Torch-Pruning. Ours calibrate on 64 sequences, Torch-Pruning on 256. Scores "
+        "cut `ffn` alone; `hidden` narrows embedding and head as well, so its models are smaller than the "
+        "others at the same share.",
+        pruning,
+    ),
+    Section(
+        "Distillation after pruning",
+        "How much of a cut's loss training recovers, by loss function, on the demo model and wikilm-8m "
+        "cut to 60 % of the decoder layers' parameters: `python -m evaluation healing`. `long` is forward "
+        "KL for more steps.",
+        healing,
+    ),
+    Section(
+        "Sharing, low rank, codebooks",
+        "What each way to make a model smaller loses at the same size, on the demo model and wikilm-8m: "
+        "`python -m evaluation sharing`.",
+        sharing,
+    ),
+    Section(
+        "Cost of a run",
+        "Seconds and peak memory of `quantize` against one forward pass over the same tokens, on random "
+        "Llamas of growing size: `python -m evaluation cost`.",
+        cost,
+    ),
+    Section(
+        "Cost of evaluation",
+        "Tokens/s of perplexity, and of perplexity with KL, against bare forward passes, on the demo "
+        "model and wikilm-8m: `python -m evaluation throughput`.",
+        throughput,
+    ),
+    Section(
+        "Cost of distillation",
+        "Steps/s of the `distill` stage against the plainest training loop, on wikilm-8m: "
+        "`python -m evaluation distill-speed`. A ratio is the median of those of each round.",
+        distill_speed,
+    ),
+    Section(
+        "Speed of the formats",
+        "Single linears, a random Llama of 111 M parameters and, on the GPU, one of 8 B, decoding a token "
+        "and reading a prompt, at the 10th percentile of calls that take turns in one process: `python -m "
+        "evaluation speed`.",
+        speed,
+        "speed",
+        "Speed of the formats over that of floats on two CPUs and a GPU, decoding and reading a prompt",
+    ),
+    Section(
+        "Speed of codebooks",
+        "Time of random linears over that of bitsandbytes' nf4 in the same run, at the 10th percentile: "
+        "`python -m evaluation lookup-speed`.",
+        lookup_speed,
+    ),
+    Section(
+        "Speed of pruned models",
+        "A random Llama cut along each axis, as shares of the whole model in the same run: "
+        "`python -m evaluation pruned-speed`.",
+        pruned_speed,
+    ),
+)
+ABOVE = (
+    "Every table is written by `python -m evaluation tables` from [results/](results/), which holds more "
+    "numbers than are shown, with command, commit, versions and hardware. KL is KL(base || compressed), "
+    "the mean over all tokens of held-out text; lower is better. The models are small: their tables show "
+    "how methods compare, not what a model of 7 B parameters loses."
 )
 
 
-def main() -> int:
-    wanted = {ROOT / "README.md": (ROOT / "README.md").read_text()}
-    for name, make in (
-        ("fidelity", fidelity),
-        ("rivals", rivals),
-        ("cost", cost),
-        ("speed", speed),
-        *MORE,
-    ):
-        wanted[ROOT / "README.md"] = between(wanted[ROOT / "README.md"], name, make())
-    wanted |= recipe_texts({model: rows_of(model) for model in MODELS})
-    stale = [file for file, text in wanted.items() if file.read_text() != text]
-    for file in stale:
-        print(f"{'stale' if '--check' in sys.argv else 'written'}: {file.relative_to(ROOT)}")
-        if "--check" not in sys.argv:
-            file.write_text(wanted[file])
-    return 1 if stale and "--check" in sys.argv else 0
+def wrapped(text: str) -> str:
+    """A paragraph in lines of at most WIDTH columns, code not broken."""
+    whole = re.sub(r"`[^`]*`", lambda code: code[0].replace(" ", "\0"), text)
+    return textwrap.fill(whole, WIDTH, break_on_hyphens=False).replace("\0", " ")
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def document(results: Results) -> str:
+    """RESULTS.md: a section for each kind of result that is there."""
+    parts, contents = [], []
+    for section in SECTIONS:
+        if body := section.make(results):
+            anchor = section.title.lower().replace(",", "").replace(" ", "-")
+            contents.append(f"- [{section.title}](#{anchor})")
+            parts.append(section.text(body))
+    above = f"# Results\n\n{wrapped(ABOVE)}\n"
+    return "\n".join([above, "\n".join(contents) + "\n", *parts])
+
+
+def wanted(root: Path) -> dict[Path, str]:
+    """What RESULTS.md and the recipes of a checkout should say."""
+    results = Results(root / "evaluation" / "results")
+    rows = {model: results.recipes(model) for model in MODELS}
+    return {
+        root / "evaluation" / "RESULTS.md": document(results),
+        **recipe_heads.texts(root / "recipes", rows),
+    }
+
+
+def stale(texts: Mapping[Path, str]) -> list[Path]:
+    """The files that do not say what they should."""
+    return [file for file, text in texts.items() if not file.is_file() or file.read_text("utf-8") != text]
+
+
+def main(argv: Sequence[str]) -> int:
+    """Write what is stale, or with --check say so and return 1."""
+    options = parser("tables", __doc__)
+    options.add_argument("--check", action="store_true", help="write nothing; exit 1 where a file is stale")
+    options.add_argument("--root", type=Path, default=ROOT, help="the checkout; default: this one")
+    given = options.parse_args(argv)
+    texts = wanted(given.root)
+    files = stale(texts)
+    names = ", ".join(str(file.relative_to(given.root)) for file in files)
+    if given.check and files:
+        print(f"not what results/*.json say: {names}; run python -m evaluation tables", file=sys.stderr)
+        return 1
+    for file in files:
+        file.write_text(texts[file], "utf-8")
+        print(f"written: {file.relative_to(given.root)}")
+    return 0

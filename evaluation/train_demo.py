@@ -1,27 +1,28 @@
 """Train the demo model: a small Llama on the documentation text that every Python carries.
 
-Question: can a model of under 4 MB, trained in half an hour on a laptop's CPU, be good enough that 4-bit rounding costs
-something and calibration wins it back? The text is `python-docs`; its evaluation part is never seen. Muon for the matrices
-(more progress per token than AdamW), AdamW for embedding and norms, cosine to zero, windows of 256 tokens and of 512 for the
-last fifth. Every width divides by 64, so each linear takes 4-bit layers of 64. Same versions and threads give the same bytes.
+Question: can a model of under 4 MB, trained in half an hour on a laptop's CPU, be good enough that 4-bit
+rounding costs something and calibration wins it back? The text is `python-docs`; its evaluation part is never
+seen. Muon for the matrices (more progress per token than AdamW), AdamW for embedding and norms, cosine to
+zero, sequences of 256 tokens and of 512 for the last fifth. Every width divides by 64, so each linear takes
+groups of 64. Same versions and threads give the same bytes.
 
-    python evaluation/train_demo.py --out llmcompress/demo
+    python -m evaluation train-demo --out llmcompress/demo
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
 import platform
 import shlex
-import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "0")  # threads that wait do not burn the cores of others; read when torch is imported
+os.environ.setdefault(
+    "GOMP_SPINCOUNT", "0"
+)  # threads that wait do not burn the cores of others; read when torch is imported
 
 import tokenizers
 import torch
@@ -29,6 +30,7 @@ import transformers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from evaluation.options import parser
 from llmcompress.data.python_docs import python_docs
 
 VOCABULARY = 1536
@@ -84,9 +86,9 @@ def loss_of(model: LlamaForCausalLM, tokens_BL: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def mean_loss(model: LlamaForCausalLM, stream: Tensor, windows: int) -> float:
-    """The loss over the first windows of a token stream, in nats per token."""
-    whole = stream[: stream.numel() // LENGTH * LENGTH].view(-1, LENGTH)[:windows]
+def mean_loss(model: LlamaForCausalLM, stream: Tensor, sequences: int) -> float:
+    """The loss over the first sequences of a token stream, in nats per token."""
+    whole = stream[: stream.numel() // LENGTH * LENGTH].view(-1, LENGTH)[:sequences]
     return sum(loss_of(model, batch).item() * len(batch) for batch in torch.split(whole, 8)) / len(whole)
 
 
@@ -95,8 +97,10 @@ def rate(step: int, steps: int) -> float:
     return min((step + 1) / 50, 0.5 * (1 + math.cos(math.pi * step / steps)))
 
 
-def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, steps: int, batch_tokens: int) -> list[dict[str, float]]:
-    """Train in place on windows drawn at random; returns the losses along the way."""
+def train(
+    model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, steps: int, batch_tokens: int
+) -> list[dict[str, float]]:
+    """Train in place on sequences drawn at random; returns the losses along the way."""
     draw = torch.Generator().manual_seed(0)
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
     others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
@@ -120,21 +124,29 @@ def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, steps: int, 
         running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
         if step % 100 == 0 or step == steps:
             heldout_loss = mean_loss(model, heldout, 16)
-            history.append({"step": step, "train_loss": round(running, 4), "heldout_loss": round(heldout_loss, 4)})
+            history.append(
+                {"step": step, "train_loss": round(running, 4), "heldout_loss": round(heldout_loss, 4)}
+            )
             seconds = time.perf_counter() - start
-            print(f"step {step}/{steps}  train {running:.4f}  held out {heldout_loss:.4f}  {seconds:.0f} s", flush=True)
+            print(
+                f"step {step}/{steps}  train {running:.4f}  held out {heldout_loss:.4f}  {seconds:.0f} s",
+                flush=True,
+            )
     return history
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="the folder to write")
-    parser.add_argument("--steps", type=int, default=2200)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--hardware", default=platform.machine(), help="the machine, in words, for training.json")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def main(argv: Sequence[str]) -> int:
+    """Train, write the model, and say in training.json what was done."""
+    options = parser("train-demo", __doc__)
+    options.add_argument("--out", type=Path, required=True, help="the folder to write")
+    options.add_argument("--steps", type=int, default=2200)
+    options.add_argument("--batch-tokens", type=int, default=2048)
+    options.add_argument("--threads", type=int, default=2)
+    options.add_argument(
+        "--hardware", default=platform.machine(), help="the machine, in words, for training.json"
+    )
+    given = options.parse_args(argv)
+    torch.set_num_threads(given.threads)
     torch.manual_seed(0)
     transformers.utils.logging.set_verbosity_error()  # the whole text is longer than 512
 
@@ -142,25 +154,31 @@ def main() -> None:
     tokenizer = train_tokenizer(calibration)
     stream, heldout = (torch.tensor(tokenizer(text)["input_ids"]) for text in (calibration, evaluation))
     model = new_model()
-    print(f"{model.num_parameters()} parameters, {stream.numel()} tokens to learn, {heldout.numel()} held out", flush=True)
+    tokens = f"{stream.numel()} tokens to learn, {heldout.numel()} held out"
+    print(f"{model.num_parameters()} parameters, {tokens}", flush=True)
     start = time.perf_counter()
-    history = train(model, stream, heldout, arguments.steps, arguments.batch_tokens)
+    history = train(model, stream, heldout, given.steps, given.batch_tokens)
     seconds = time.perf_counter() - start
 
     model = model.to(torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the overload
-    model.save_pretrained(arguments.out)
-    tokenizer.save_pretrained(arguments.out)
+    model.save_pretrained(given.out)
+    tokenizer.save_pretrained(given.out)
     written = LlamaForCausalLM.from_pretrained(
-        arguments.out, dtype=torch.float32
-    )  # the losses of what is on disk, not of what was trained
-    facts: dict[str, Any] = {
-        "command": shlex.join(["python", "evaluation/train_demo.py", *sys.argv[1:]]),
-        "hardware": arguments.hardware,
-        "threads": arguments.threads,
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        given.out, dtype=torch.float32
+    )  # the losses are those of what is on disk
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    facts: dict[str, object] = {
+        "command": shlex.join(["python", "-m", "evaluation", "train-demo", *argv]),
+        "hardware": given.hardware,
+        "threads": given.threads,
+        "versions": versions,
         "parameters": model.num_parameters(),
-        "steps": arguments.steps,
-        "tokens_per_step": arguments.batch_tokens,
+        "steps": given.steps,
+        "tokens_per_step": given.batch_tokens,
         "seconds": round(seconds),
         "train_bytes": len(calibration.encode()),
         "train_tokens": stream.numel(),
@@ -170,9 +188,6 @@ def main() -> None:
         "heldout_loss": round(mean_loss(written, heldout, 10**9), 4),
         "history": history,
     }
-    (arguments.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (given.out / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(json.dumps({key: value for key, value in facts.items() if key != "history"}, indent=1))
-
-
-if __name__ == "__main__":
-    main()
+    return 0

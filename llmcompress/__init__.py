@@ -1,10 +1,12 @@
 """llmcompress makes causal language models of Hugging Face transformers small, and says what that cost.
 
-Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public names below are
-imported when they are first used.
+Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public
+names below are imported when they are first used.
 """
 
-from llmcompress.cli import interrupt as interrupt  # first: the imports of a command take seconds, and Ctrl-C is answered
+from llmcompress.cli import (
+    interrupt as interrupt,
+)  # first: the imports of a command take seconds, and Ctrl-C is answered
 
 # isort: split
 from importlib import import_module
@@ -50,7 +52,9 @@ _PUBLIC = {
     **dict.fromkeys(("Evaluation", "evaluate"), "pipeline.evaluate"),
     **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),
     **dict.fromkeys(("Accept", "Recipe"), "recipe.recipe"),
-    **dict.fromkeys(("AcceptError", "CompressError", "DataError", "ModelError", "OutputError", "RecipeError"), "errors"),
+    **dict.fromkeys(
+        ("AcceptError", "CompressError", "DataError", "ModelError", "OutputError", "RecipeError"), "errors"
+    ),
     "Plan": "pipeline.plan",
     "push": "pipeline.push",
     "save_native": "integrations.bitsandbytes_saving",

@@ -1,7 +1,8 @@
 """The errors that a user's input can cause.
 
-Each message is one line with three parts: what was given, why it can't be, and what to do. The command line prints the
-message without a traceback and exits with `exit_code`; anything that is not a CompressError is our bug and keeps its traceback.
+Each message is one line with three parts: what was given, why it can't be, and what to do. The command line
+prints the message without a traceback and exits with `exit_code`; anything that is not a CompressError is our
+bug and keeps its traceback.
 """
 
 

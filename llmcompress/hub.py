@@ -1,9 +1,11 @@
-"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one commit.
+"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one
+commit.
 
-Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name are taken, so a
-repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size that is looked up before it is
-fetched. What is in the local cache is not fetched again, and works without a network. The token is the user's own, as
-`hf auth login` or HF_TOKEN leave it; no function here takes or shows one.
+Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name
+are taken, so a repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size
+that is looked up before it is fetched. What is in the local cache is not fetched again, and works without a
+network. The token is the user's own, as `hf auth login` or HF_TOKEN leave it; no function here takes or shows
+one.
 """
 
 from __future__ import annotations
@@ -82,34 +84,45 @@ def offline() -> bool:
     return bool(constants.HF_HUB_OFFLINE)
 
 
-def fetch(model: str, revision: str | None, *, weights: bool = True, wanted: str = "base") -> tuple[Path, str]:
+def fetch(
+    model: str, revision: str | None, *, weights: bool = True, wanted: str = "base"
+) -> tuple[Path, str]:
     """The local folder of a model on the Hub, and the commit that it holds; ModelError where it can't be had.
 
-    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the user.
+    With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the
+    user.
     """
     with _asked(f"{wanted} {model}", revision, ModelError, "check the path or the network"):
-        folder = snapshot_download(model, revision=revision, allow_patterns=SMALL + (WEIGHTS if weights else []))
+        folder = snapshot_download(
+            model, revision=revision, allow_patterns=SMALL + (WEIGHTS if weights else [])
+        )
     return Path(folder), Path(folder).name
 
 
 def read(
     repo: str, file: str, revision: str | None, *, largest: int, wanted: str, error: type[CompressError]
 ) -> tuple[bytes, str]:
-    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't be had.
+    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't
+    be had.
 
     A file of more than `largest` bytes is refused before it is fetched.
     """
     with _asked(f"{wanted} {repo}", revision, error, "check the id or the network", file):
         found = hf_hub_download(repo, file, revision=revision, dry_run=True)
         if (found.file_size or 0) > largest:
-            raise error(f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}")
-        path = Path(hf_hub_download(repo, file, revision=revision))  # by its name, which the cache remembers for offline use
+            raise error(
+                f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}"
+            )
+        path = Path(
+            hf_hub_download(repo, file, revision=revision)
+        )  # by its name, which the cache remembers for offline use
     with path.open("rb") as opened:
         return opened.read(largest + 1), path.parent.name
 
 
 def dataset_commit(source: str, revision: str | None) -> str:
-    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network too."""
+    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network
+    too."""
     with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
         return str(HfApi().dataset_info(source, revision=revision).sha)
 
@@ -122,26 +135,37 @@ class Pushed:
     url: str
 
 
-def push(repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()) -> Pushed:
-    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError where that fails.
+def push(
+    repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()
+) -> Pushed:
+    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError
+    where that fails.
 
-    What is there already is not sent again, nor is what a broken upload had finished: large files are known by their hash.
-    Files of the repository that match one of the patterns `replaced` and are not given are deleted in that commit.
+    What is there already is not sent again, nor is what a broken upload had finished: large files are known
+    by their hash. Files of the repository that match one of the patterns `replaced` and are not given are
+    deleted in that commit.
     """
     api = HfApi()
     if offline():
         raise OutputError(f"{repo} can't be pushed while HF_HUB_OFFLINE is set; unset it")
-    with _asked(f"repository {repo}", None, OutputError, "run the same command again: what arrived is not sent again"):
+    with _asked(
+        f"repository {repo}", None, OutputError, "run the same command again: what arrived is not sent again"
+    ):
         where = api.create_repo(repo, private=private, exist_ok=True)
         there = set(api.list_repo_files(where.repo_id))
         stale = [name for name in there - set(files) if any(fnmatch(name, pattern) for pattern in replaced)]
-        added = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=content) for name, content in sorted(files.items())]
+        added = [
+            CommitOperationAdd(path_in_repo=name, path_or_fileobj=content)
+            for name, content in sorted(files.items())
+        ]
         gone = [CommitOperationDelete(path_in_repo=name) for name in sorted(stale)]
         try:
             made = api.create_commit(where.repo_id, [*added, *gone], commit_message=message)
         except HfHubHTTPError:
             raise
-        except ValueError as error:  # of the client's own: before it sends anything it has the Hub look at the card
+        except (
+            ValueError
+        ) as error:  # of the client's own: before it sends anything it has the Hub look at the card
             raise OutputError(f"the Hub refuses the card: {error}; {MEND}") from None
     return Pushed(made.oid, str(where))
 
@@ -153,7 +177,9 @@ def evaluation_results(entries: Iterable[Mapping[str, Any]]) -> str:
 
 
 @contextmanager
-def _asked(what: str, revision: str | None, kind: type[CompressError], advice: str, file: str = "a file") -> Iterator[None]:
+def _asked(
+    what: str, revision: str | None, kind: type[CompressError], advice: str, file: str = "a file"
+) -> Iterator[None]:
     """Say in one line what the Hub, or the way to it, refuses: `what` as `base user/name`."""
 
     def refuse(why: str, todo: str) -> NoReturn:
@@ -173,7 +199,9 @@ def _asked(what: str, revision: str | None, kind: type[CompressError], advice: s
         refuse(f"has no revision {revision}", "give a branch, tag or commit that it has")
     except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
         if offline():
-            refuse("is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it once with a network")
+            refuse(
+                "is not in the cache, and HF_HUB_OFFLINE is set", "unset it, or fetch it once with a network"
+            )
         refuse(f"can't be fetched ({type(error).__name__}) and is not a folder here", advice)
     except EntryNotFoundError:
         refuse(f"lacks {file}", "give one that llmcompress wrote")
@@ -181,6 +209,10 @@ def _asked(what: str, revision: str | None, kind: type[CompressError], advice: s
         status = error.response.status_code
         if status in (401, 403):
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
-        refuse(f"can't be had (HTTP {status}{': ' + error.server_message[:200] if error.server_message else ''})", advice)
+        refuse(
+            "can't be had (HTTP "
+            f"{status}{': ' + error.server_message[:200] if error.server_message else ''})",
+            advice,
+        )
     except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
         refuse(f"can't be had ({type(error).__name__}: {first_line(error)[:200]})", advice)

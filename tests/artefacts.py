@@ -1,4 +1,5 @@
-"""What the tests ask of an artefact on disk: what it loads as, what it computes, and what the report measured of it."""
+"""What the tests ask of an artefact on disk: what it loads as, what it computes, and what the report measured
+of it."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ TOKENS = torch.randint(1, VOCABULARY, (2, 24), generator=torch.Generator().manua
 
 def load(folder: Path) -> PreTrainedModel:
     model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True))
-    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert not any(
+        set(info[kind]) - {"lm_head.weight"}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    )
     return cast(PreTrainedModel, model)
 
 
@@ -57,7 +61,8 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 def write_in(
     folder: Path, model: PreTrainedModel, layout: AnyLayout, made: Callable[[Tensor], StoredWeight]
 ) -> PreTrainedModel:
-    """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these weights."""
+    """Write a model whose linears are what is `made` of their weights [R, C], and give the model itself these
+    weights."""
     state, names = dict(model.state_dict()), []
     for name, module in linears(model).items():
         plain = cast(Tensor, module.weight).data
@@ -84,23 +89,29 @@ def linears(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTrainedModel, Report, Report]:
-    """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and the written one."""
+    """What a recipe makes of a base in memory is what it writes to `folder`/out: the model, its report and
+    the written one."""
     written = run_recipe(told, folder / "out")
     result, report = apply_recipe(
         told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
     )
     assert report.compressed.parameters == written.compressed.parameters
-    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000  # the header
+    assert (
+        0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
+    )  # the header
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(folder / "out")))
     result.save_pretrained(folder / "saved")
     once, again = weights_of(folder / "out"), weights_of(folder / "saved")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
     return result, report, written
 
 
 def assert_refused(told: Recipe, why: str, out: Path) -> None:
-    """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is written."""
+    """A recipe that a model can't take is refused in one line, by a plan and by a run, before anything is
+    written."""
     for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, out)]):
         with pytest.raises(ModelError, match=why) as caught:
             act(told)

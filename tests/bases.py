@@ -1,4 +1,5 @@
-"""What a run needs on disk, made on the spot: a pico base with a tokenizer of one token a byte, and a text file."""
+"""What a run needs on disk, made on the spot: a pico base with a tokenizer of one token a byte, and a text
+file."""
 
 from __future__ import annotations
 
@@ -26,7 +27,9 @@ def known(value: Value | None) -> Value:
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """One token a byte: 256 in all."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, [])
+    )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=96)
@@ -45,20 +48,26 @@ def bos_tokenizer(begins: bool = True) -> PreTrainedTokenizerFast:
 
 def save_bos_base(folder: Path, family: str = "llama", **config: Any) -> Path:
     """A pico base of 257 tokens with a tokenizer that begins with BOS."""
-    pico(family, **{"vocab_size": VOCABULARY + 1, "bos_token_id": VOCABULARY, **config}).save_pretrained(folder)
+    pico(family, **{"vocab_size": VOCABULARY + 1, "bos_token_id": VOCABULARY, **config}).save_pretrained(
+        folder
+    )
     bos_tokenizer().save_pretrained(folder)
     return folder
 
 
 def llama_tokenizer(**settings: Any) -> dict[str, str]:
-    """The files of a tokenizer as Llama's are: `▁` is put before the text by a normaliser, which the class leaves out.
+    """The files of a tokenizer as Llama's are: `▁` is put before the text by a normaliser, which the class
+    leaves out.
 
-    So LlamaTokenizer and what reads tokenizer.json as it is differ on `<s>hello`. `settings` go into tokenizer_config.json.
+    So LlamaTokenizer and what reads tokenizer.json as it is differ on `<s>hello`. `settings` go into
+    tokenizer_config.json.
     """
     special = ("<unk>", "<s>", "</s>", "[INST]")
     letters = [*special, "▁", "\n", *map(chr, range(33, 127)), *"éß日本🙂"]
     merges = [("▁", "h"), ("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("▁", "hello"), ("▁", "▁")]
-    vocabulary = {token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])}
+    vocabulary = {
+        token: number for number, token in enumerate([*letters, *("".join(pair) for pair in merges)])
+    }
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True))
     before = [tokenizers.normalizers.Prepend("▁"), tokenizers.normalizers.Replace(" ", "▁")]
     bpe.normalizer = tokenizers.normalizers.Sequence(before)
@@ -71,7 +80,9 @@ def llama_tokenizer(**settings: Any) -> dict[str, str]:
 
 def save_base(folder: Path, family: str = "llama", *, max_shard_size: str = "1GB", **config: Any) -> Path:
     """A pico base of 256 tokens with its tokenizer."""
-    pico(family, **{"vocab_size": VOCABULARY, **config}).save_pretrained(folder, max_shard_size=max_shard_size)
+    pico(family, **{"vocab_size": VOCABULARY, **config}).save_pretrained(
+        folder, max_shard_size=max_shard_size
+    )
     byte_tokenizer().save_pretrained(folder)
     return folder
 
@@ -85,7 +96,10 @@ def write_text(file: Path) -> Path:
 
 def facts(train: str, test: str, column: str = "text") -> dict[str, bytes]:
     """Two .jsonl files of a data set by their names: 300 rows that are all different, and 100 others."""
-    rows = [json.dumps({column: f"fact {number} is {number * number} and {number**3}"}).encode() for number in range(400)]
+    rows = [
+        json.dumps({column: f"fact {number} is {number * number} and {number**3}"}).encode()
+        for number in range(400)
+    ]
     return {train: b"\n".join(rows[:300]), test: b"\n".join(rows[300:])}
 
 
@@ -96,7 +110,9 @@ def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recip
     return Recipe.model_validate(entries | ({"base": str(base)} if base else {}))
 
 
-def staged_recipe(text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 48) -> Recipe:
+def staged_recipe(
+    text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 48
+) -> Recipe:
     """Several stages; `samples` windows of `length` tokens calibrate, 8 evaluate."""
     data = {"source": str(text), "samples": samples, "length": length, "evaluation_samples": 8}
     return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})

@@ -1,4 +1,5 @@
-"""Child processes that talk to the local Hub: the client reads its settings when it is imported, so each has its own."""
+"""Child processes that talk to the local Hub: the client reads its settings when it is imported, so each has
+its own."""
 
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import llmcompress
 PRELUDE = """
 import json, sys, types
 from pathlib import Path
-package = types.ModuleType("llmcompress")  # without what it imports: the border needs neither torch nor transformers
+package = types.ModuleType("llmcompress")  # without its imports
 package.__path__ = [sys.argv.pop(1)]
 sys.modules["llmcompress"] = package
 from llmcompress import hub
@@ -32,9 +33,15 @@ def told(call, *args, **settings):
 def ask(env: Mapping[str, str], script: str, *arguments: str, timeout: int = 180) -> list[Any]:
     """What `told(...)` in a script says, call by call: what was returned, or `KindOfError: message`."""
     command = [sys.executable, "-c", PRELUDE + script, str(Path(llmcompress.__file__).parent), *arguments]
-    result = subprocess.run(command, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout)
+    result = subprocess.run(
+        command, env={**os.environ, **env}, capture_output=True, text=True, timeout=timeout
+    )
     assert result.returncode == 0, result.stderr
-    return [json.loads(line.removeprefix("TOLD ")) for line in result.stdout.splitlines() if line.startswith("TOLD ")]
+    return [
+        json.loads(line.removeprefix("TOLD "))
+        for line in result.stdout.splitlines()
+        if line.startswith("TOLD ")
+    ]
 
 
 class Result(NamedTuple):

@@ -1,6 +1,10 @@
-"""One thread: on shared cores the many small operations of these tests lose more to waiting than they gain from a second."""
+"""What all tests share: one thread, which tests are slow, and runs without what a test does not look at.
 
-import importlib
+One thread: on shared cores the many small operations of these tests lose more to waiting than they gain
+from a second.
+"""
+
+from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -8,12 +12,25 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmcompress.pipeline import evaluate
 from llmcompress.report import metrics, plots
 from llmcompress.report.schema import Report
 
 torch.set_num_threads(1)
-EVALUATE = importlib.import_module("llmcompress.pipeline.evaluate")  # under whose name the package has the function
-WHOLE = ("test_run", "test_cli", "test_evaluate")  # what these test is whole runs
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The first `keep` parameters of a slow test are not slow; files with slow tests come first, so that no
+    process is left with them at the end."""
+    kept: Counter[str] = Counter()
+    for item in items:
+        mark, name = item.get_closest_marker("slow"), item.nodeid.partition("[")[0]
+        if mark and kept[name] < mark.kwargs.get("keep", 0):
+            kept[name] += 1
+            item.own_markers = [other for other in item.own_markers if other.name != "slow"]
+    slow = Counter(str(item.path) for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[str(item.path)])
 
 
 @pytest.fixture
@@ -23,16 +40,13 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
-@pytest.fixture(scope="module", autouse=True)
-def short_runs(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Most of a tiny run is drawing its pictures and timing its tokens: here the one is left out, the other cut short."""
-    if request.module.__name__.rpartition(".")[2] in WHOLE:
-        yield
-        return
+@pytest.fixture(scope="module")
+def short_runs() -> Iterator[None]:
+    """Runs draw no pictures and time few tokens, which is most of the time of a tiny run."""
     with pytest.MonkeyPatch.context() as patch:
         for draw in ("before_after", "error_per_layer"):
             patch.setattr(plots, draw, _no_picture)
-        patch.setattr(EVALUATE, "speed", partial(metrics.speed, decode_tokens=2, repeats=1))
+        patch.setattr(evaluate, "speed", partial(metrics.speed, decode_tokens=2, repeats=1))
         yield
 
 

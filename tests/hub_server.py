@@ -1,14 +1,16 @@
-"""A small Hugging Face Hub in memory, for tests that drive the real clients: huggingface_hub, transformers and datasets.
+"""A small Hugging Face Hub in memory, for tests that drive the real clients: huggingface_hub, transformers
+and datasets.
 
-A test opens it with `with serve() as (hub, endpoint):`, fills it with `hub.add`, and runs the client in a child process with
-the variables of `environment`, since the client reads its settings when it is imported. Then the test looks at `hub.files`,
-`hub.commits` and `hub.log`. `hub.faults` breaks answers on purpose.
+A test opens it with `with serve() as (hub, endpoint):`, fills it with `hub.add`, and runs the client in a
+child process with the variables of `environment`, since the client reads its settings when it is imported.
+Then the test looks at `hub.files`, `hub.commits` and `hub.log`. `hub.faults` breaks answers on purpose.
 
-What it can't show, because it is not the Hub: uploads and downloads through Xet; redirects to a CDN and signed links (large
-files come from this server itself); rate limits, quotas and sizes that the Hub refuses; its check of file names, and all of its
-check of cards (here it is what hub_cards.py knows of it); real logins, roles and scopes of tokens (a token is the owner's or a
-stranger's, no more); TLS; pull requests, paged listings, the dataset viewer and its Parquet copies. It answers what the client
-at hand (huggingface_hub 2.4) reads, and says nothing of a Hub that has changed since.
+What it can't show, because it is not the Hub: uploads and downloads through Xet; redirects to a CDN and
+signed links (large files come from this server itself); rate limits, quotas and sizes that the Hub refuses;
+its check of file names, and all of its check of cards (here it is what hub_cards.py knows of it); real
+logins, roles and scopes of tokens (a token is the owner's or a stranger's, no more); TLS; pull requests,
+paged listings, the dataset viewer and its Parquet copies. It answers what the client at hand (huggingface_hub
+2.4) reads, and says nothing of a Hub that has changed since.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ from tests.hub_cards import wrong_with
 TOKEN = "hf_test"  # the owner's: sees and writes everything
 STRANGER = "hf_stranger"  # valid, but sees no private repository, has accepted no terms, and writes nothing
 OWNER = "user"  # whoami's name; a repository that is created without a namespace goes under it
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}  # over `environment`: no network, and nobody there
+OFFLINE = {
+    "HF_HUB_OFFLINE": "1",
+    "HF_ENDPOINT": "http://127.0.0.1:9",
+}  # over `environment`: no network, and nobody there
 LARGE = 10_000_000  # bytes; what is larger is an LFS object, whatever its name
 LARGE_NAMES = (".safetensors", ".png")  # these are LFS objects at any size
 PIECE = 1 << 20
@@ -41,12 +46,14 @@ Fields = dict[str, str]
 
 @dataclass(frozen=True)
 class Fault:
-    """A breakdown that strikes the next `times` requests whose `METHOD path` has a match of the regular expression `path`.
+    """A breakdown that strikes the next `times` requests whose `METHOD path` has a match of the regular
+    expression `path`.
 
-    cut: the connection is closed in the middle: of the upload where there is one, else of the answer (HEAD: before it).
-    stall: the answer comes after `seconds`. error: the answer is `status` and nothing is done. huge: the answer is filled up
-    with blanks to `size` bytes, which its headers (Content-Length, X-Linked-Size) say too; a listing stays valid JSON.
-    A fault is taken out of `hub.faults` when it has struck for the last time.
+    cut: the connection is closed in the middle: of the upload where there is one, else of the answer (HEAD:
+    before it). stall: the answer comes after `seconds`. error: the answer is `status` and nothing is done.
+    huge: the answer is filled up with blanks to `size` bytes, which its headers (Content-Length,
+    X-Linked-Size) say too; a listing stays valid JSON. A fault is taken out of `hub.faults` when it has
+    struck for the last time.
     """
 
     path: str
@@ -69,8 +76,12 @@ class File(NamedTuple):
 
     @property
     def git_id(self) -> str:
-        """The id git gives the blob: of an LFS object, that is the id of the small pointer file which git holds."""
-        pointer = f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.content)}\n"
+        """The id git gives the blob: of an LFS object, that is the id of the small pointer file which git
+        holds."""
+        pointer = (
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize "
+            f"{len(self.content)}\n"
+        )
         blob = pointer.encode() if self.large else self.content
         return hashlib.sha1(b"blob %d\0" % len(blob) + blob).hexdigest()
 
@@ -82,7 +93,13 @@ class File(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """The entry of a listing, without the path."""
         lfs = (
-            {"lfs": {**dict.fromkeys(("oid", "sha256"), self.sha256), "size": len(self.content), "pointerSize": 130}}
+            {
+                "lfs": {
+                    **dict.fromkeys(("oid", "sha256"), self.sha256),
+                    "size": len(self.content),
+                    "pointerSize": 130,
+                }
+            }
             if self.large
             else {}
         )
@@ -91,7 +108,8 @@ class File(NamedTuple):
 
 @dataclass
 class Repo:
-    """A repository: its commits, oldest first, each with all its files; branches and tags are names of commits."""
+    """A repository: its commits, oldest first, each with all its files; branches and tags are names of
+    commits."""
 
     name: str
     private: bool = False
@@ -107,17 +125,21 @@ class Repo:
     def commit(self, files: dict[str, File], branch: str = "main") -> str:
         """Put one commit with exactly these files on a branch; its sha."""
         listing = "".join(f"{name} {file.git_id}\n" for name, file in sorted(files.items()))
-        sha = hashlib.sha1(f"{self.name} {self.branches.get(branch)} {len(self.commits)}\n{listing}".encode()).hexdigest()
+        sha = hashlib.sha1(
+            f"{self.name} {self.branches.get(branch)} {len(self.commits)}\n{listing}".encode()
+        ).hexdigest()
         self.commits[sha] = files
         self.branches[branch] = sha
         return sha
 
 
 class Hub:
-    """The repositories of the server, what was asked of it, and how it is to fail. Its methods may be called while it serves.
+    """The repositories of the server, what was asked of it, and how it is to fail. Its methods may be called
+    while it serves.
 
-    `log` has every request as (method, path without escapes and query). `tokens` are the owner's and `strangers` somebody
-    else's valid tokens. `objects` has the LFS objects by their sha256, committed or not, `repos` what is told of Repo above.
+    `log` has every request as (method, path without escapes and query). `tokens` are the owner's and
+    `strangers` somebody else's valid tokens. `objects` has the LFS objects by their sha256, committed or not,
+    `repos` what is told of Repo above.
     """
 
     def __init__(self) -> None:
@@ -131,11 +153,19 @@ class Hub:
         self.closing = threading.Event()
 
     def add(
-        self, repo_id: str, files: Mapping[str, bytes], *, kind: Kind = "model", private: bool = False, gated: bool = False
+        self,
+        repo_id: str,
+        files: Mapping[str, bytes],
+        *,
+        kind: Kind = "model",
+        private: bool = False,
+        gated: bool = False,
     ) -> str:
-        """Make one commit on main that adds or replaces files, in a repository which is made if there is none; its sha.
+        """Make one commit on main that adds or replaces files, in a repository which is made if there is
+        none; its sha.
 
-        The names of the files are not checked, so that a listing can be hostile. `private` and `gated` are set anew each time.
+        The names of the files are not checked, so that a listing can be hostile. `private` and `gated` are
+        set anew each time.
         """
         with self.lock:
             repo = self.repos.setdefault((kind, repo_id), Repo(repo_id))
@@ -153,7 +183,9 @@ class Hub:
         """All files of a repository at a revision. Errors: KeyError."""
         with self.lock:
             repo = self.repos[kind, repo_id]
-            return {name: file.content for name, file in repo.commits[repo.find(revision) or revision].items()}
+            return {
+                name: file.content for name, file in repo.commits[repo.find(revision) or revision].items()
+            }
 
     def commits(self, repo_id: str, kind: Kind = "model") -> list[str]:
         """The commits of a repository, oldest first. Errors: KeyError."""
@@ -166,7 +198,9 @@ class Hub:
             self.log.append((method, path))
             for place, fault in enumerate(self.faults):
                 if re.search(fault.path, f"{method} {path}"):
-                    self.faults[place : place + 1] = [replace(fault, times=fault.times - 1)] if fault.times > 1 else []
+                    self.faults[place : place + 1] = (
+                        [replace(fault, times=fault.times - 1)] if fault.times > 1 else []
+                    )
                     return fault
         return None
 
@@ -179,7 +213,10 @@ def is_large(name: str, size: int) -> bool:
 def entries(files: Mapping[str, File]) -> dict[str, dict[str, Any]]:
     """What a listing says of each file, and of each folder that files lie in."""
     folders = {name[:place] for name in files for place, letter in enumerate(name) if letter == "/" and place}
-    named = {folder: {"type": "directory", "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()} for folder in folders}
+    named = {
+        folder: {"type": "directory", "size": 0, "oid": hashlib.sha1(folder.encode()).hexdigest()}
+        for folder in folders
+    }
     named.update({name: file.facts() for name, file in files.items()})
     return {name: {**facts, "path": name} for name, facts in sorted(named.items())}
 
@@ -193,15 +230,19 @@ class Answer(NamedTuple):
 
 
 class RefusedError(Exception):
-    """A request that is not granted: the client makes its own exception of the status, the code and the message."""
+    """A request that is not granted: the client makes its own exception of the status, the code and the
+    message."""
 
-    def __init__(self, status: int, message: str, code: str | None = None, headers: Fields | None = None) -> None:
+    def __init__(
+        self, status: int, message: str, code: str | None = None, headers: Fields | None = None
+    ) -> None:
         coded = {"X-Error-Message": message, **({"X-Error-Code": code} if code else {}), **(headers or {})}
         self.answer = Answer({"error": message}, status, coded)
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Reads a request, answers it with a method for each thing the Hub can be asked, and does what a fault wants."""
+    """Reads a request, answers it with a method for each thing the Hub can be asked, and does what a fault
+    wants."""
 
     protocol_version = "HTTP/1.1"
     hub: Hub
@@ -213,7 +254,9 @@ class Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault else None
         self.body = self.rfile.read(length // 2 if kind == "cut" else length)
         stalled = fault and kind == "stall" and self.hub.closing.wait(fault.seconds)
-        if len(self.body) < length or stalled or (kind == "cut" and self.command == "HEAD"):  # also: the client was killed
+        if (
+            len(self.body) < length or stalled or (kind == "cut" and self.command == "HEAD")
+        ):  # also: the client was killed
             self.close_connection = True
             return
         try:
@@ -252,17 +295,21 @@ class Handler(BaseHTTPRequestHandler):
             raise RefusedError(401, "Invalid credentials in Authorization header")
         for pattern, handle in ROUTES:
             if match := re.fullmatch(pattern, f"{self.command} {self.place}"):
-                self.asked = {name: unquote(value) for name, value in match.groupdict().items() if value is not None}
+                self.asked = {
+                    name: unquote(value) for name, value in match.groupdict().items() if value is not None
+                }
                 self.kind = "dataset" if self.asked.get("kind", "").startswith("datasets") else "model"
                 with self.hub.lock:
                     return handle(self)
         raise RefusedError(501, f"tests/hub_server.py knows no {self.command} {self.place}")
 
     def repo(self, write: bool = False) -> Repo:
-        """The repository, if it may be seen (or written). One that may not be seen is refused like one that isn't there.
+        """The repository, if it may be seen (or written). One that may not be seen is refused like one that
+        isn't there.
 
-        Without a token that is 401 with the code RepoNotFound, also for a write to a public repository: of the real Hub's
-        bare 401 the client makes the same exception, but only where the address begins with https.
+        Without a token that is 401 with the code RepoNotFound, also for a write to a public repository: of
+        the real Hub's bare 401 the client makes the same exception, but only where the address begins with
+        https.
         """
         repo = self.hub.repos.get((self.kind, self.asked["repo"]))
         if self.token is None and (write or repo is None or repo.private):
@@ -291,43 +338,69 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self) -> Answer:
         wanted = json.loads(self.body)
-        kind, repo_id = wanted.get("type") or "model", f"{wanted.get('organization') or OWNER}/{wanted['name']}"
+        kind, repo_id = (
+            wanted.get("type") or "model",
+            f"{wanted.get('organization') or OWNER}/{wanted['name']}",
+        )
         if not self.owner:
-            raise RefusedError(403 if self.token else 401, f"You don't have the rights to create a {kind} under {OWNER}")
+            raise RefusedError(
+                403 if self.token else 401, f"You don't have the rights to create a {kind} under {OWNER}"
+            )
         url = f"{self.base}/{'' if kind == 'model' else kind + 's/'}{repo_id}"
         if (kind, repo_id) in self.hub.repos:
             return Answer({"error": f"You already created this {kind} repo", "url": url}, 409)
         self.hub.repos[kind, repo_id] = repo = Repo(repo_id, wanted.get("visibility") == "private")
-        repo.commit({".gitattributes": File("".join(f"*{end} filter=lfs\n" for end in LARGE_NAMES).encode(), False)})
+        repo.commit(
+            {".gitattributes": File("".join(f"*{end} filter=lfs\n" for end in LARGE_NAMES).encode(), False)}
+        )
         return Answer({"url": url, "name": repo_id})
 
     def info(self) -> Answer:
         repo, sha, files = self.commit_at()
-        siblings = [{"rfilename": name, "blobId": file.git_id, **file.facts()} for name, file in files.items()]
-        facts = {"id": self.asked["repo"], "sha": sha, "siblings": siblings, "private": repo.private, "tags": []}
+        siblings = [
+            {"rfilename": name, "blobId": file.git_id, **file.facts()} for name, file in files.items()
+        ]
+        facts = {
+            "id": self.asked["repo"],
+            "sha": sha,
+            "siblings": siblings,
+            "private": repo.private,
+            "tags": [],
+        }
         dates = dict.fromkeys(("lastModified", "createdAt"), "2026-01-01T00:00:00.000Z")
-        return Answer({**facts, **dates, "gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0})
+        return Answer(
+            {**facts, **dates, "gated": "manual" if repo.gated else False, "disabled": False, "downloads": 0}
+        )
 
     def refs(self) -> Answer:
         repo = self.repo()
 
         def told(folder: str, refs: Fields) -> list[Fields]:
-            return [{"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": sha} for name, sha in refs.items()]
+            return [
+                {"name": name, "ref": f"refs/{folder}/{name}", "targetCommit": sha}
+                for name, sha in refs.items()
+            ]
 
-        return Answer({"branches": told("heads", repo.branches), "tags": told("tags", repo.tags), "converts": []})
+        return Answer(
+            {"branches": told("heads", repo.branches), "tags": told("tags", repo.tags), "converts": []}
+        )
 
     def tree(self) -> Answer:
         _, sha, files = self.commit_at()
         listed, folder = entries(files), self.asked.get("rest", "").rstrip("/")
         if folder and listed.get(folder, {}).get("type") != "directory":
-            raise RefusedError(404, f"{folder} does not exist on {sha}", "EntryNotFound", {"X-Repo-Commit": sha})
+            raise RefusedError(
+                404, f"{folder} does not exist on {sha}", "EntryNotFound", {"X-Repo-Commit": sha}
+            )
         start, deep = f"{folder}/" if folder else "", "recursive=true" in self.query.lower()
         below = {name: facts for name, facts in listed.items() if name.startswith(start)}
         return Answer([facts for name, facts in below.items() if deep or "/" not in name.removeprefix(start)])
 
     def paths(self) -> Answer:
         listed = entries(self.commit_at()[2])
-        return Answer([listed[name] for name in parse_qs(self.body.decode()).get("paths", []) if name in listed])
+        return Answer(
+            [listed[name] for name in parse_qs(self.body.decode()).get("paths", []) if name in listed]
+        )
 
     def preupload(self) -> Answer:
         files, said = self.commit_at(write=True)[2], []
@@ -363,24 +436,38 @@ class Handler(BaseHTTPRequestHandler):
             if key == "file":
                 files[path] = File(base64.b64decode(value["content"]), False)
                 if path == "README.md" and (wrong := wrong_with(files[path].content.decode())):
-                    raise RefusedError(400, f"Your push was rejected during YAML metadata verification: {'; '.join(wrong)}")
+                    raise RefusedError(
+                        400, f"Your push was rejected during YAML metadata verification: {'; '.join(wrong)}"
+                    )
             elif key == "lfsFile":
                 if value["oid"] not in self.hub.objects:
                     raise RefusedError(400, f"The LFS object of {path} has not been uploaded")
                 files[path] = File(self.hub.objects[value["oid"]], True)
             elif key.startswith("deleted"):  # deletedFile or deletedFolder
                 start = path.rstrip("/") + "/"
-                gone = [name for name in files if name == path or (key == "deletedFolder" and name.startswith(start))]
+                gone = [
+                    name
+                    for name in files
+                    if name == path or (key == "deletedFolder" and name.startswith(start))
+                ]
                 if not gone:
                     raise RefusedError(404, f"A file with this name doesn't exist: {path}", "EntryNotFound")
                 files = {name: file for name, file in files.items() if name not in gone}
         made = repo.commit(files, self.asked["revision"])
-        return Answer({"success": True, "commitOid": made, "commitUrl": f"{self.base}/{self.asked['repo']}/commit/{made}"})
+        return Answer(
+            {
+                "success": True,
+                "commitOid": made,
+                "commitUrl": f"{self.base}/{self.asked['repo']}/commit/{made}",
+            }
+        )
 
     def resolve(self) -> Answer:
         repo, sha, files = self.commit_at()
         if repo.gated and not self.owner:
-            raise RefusedError(403 if self.token else 401, f"Access to {self.asked['repo']} is restricted.", "GatedRepo")
+            raise RefusedError(
+                403 if self.token else 401, f"Access to {self.asked['repo']} is restricted.", "GatedRepo"
+            )
         file, headers = files.get(self.asked["rest"]), {"X-Repo-Commit": sha, "Accept-Ranges": "bytes"}
         if file is None:
             raise RefusedError(404, "Entry not found", "EntryNotFound", headers)
@@ -390,7 +477,9 @@ class Handler(BaseHTTPRequestHandler):
         if not (part := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))):
             return Answer(file.content, 200, headers)
         start, end = int(part[1]), min(int(part[2] or size), size - 1)
-        return Answer(file.content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"})
+        return Answer(
+            file.content[start : end + 1], 206, {**headers, "Content-Range": f"bytes {start}-{end}/{size}"}
+        )
 
     def log_message(self, format: str, *args: object) -> None:
         """Nothing on the terminal of the tests."""
@@ -429,9 +518,11 @@ def serve() -> Iterator[tuple[Hub, str]]:
 
 
 def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str, str]:
-    """The variables that make a child process ask this server only, keep its caches in `home`, and send `token` or none.
+    """The variables that make a child process ask this server only, keep its caches in `home`, and send
+    `token` or none.
 
-    They go over those of the parent, `{**os.environ, **environment(...)}`, and switch off a token or offline mode set there.
+    They go over those of the parent, `{**os.environ, **environment(...)}`, and switch off a token or offline
+    mode set there.
     """
     given = {
         "HF_ENDPOINT": endpoint,
@@ -442,6 +533,10 @@ def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str
     }
     places = {"HF_HOME": f"{home}", "HF_HUB_CACHE": f"{home}/hub", "HF_DATASETS_CACHE": f"{home}/datasets"}
     places["LLMCOMPRESS_CACHE"] = f"{home}/llmcompress"
-    on = dict.fromkeys(("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1")
-    off = dict.fromkeys(("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0")  # the second else asks a server of Amazon
+    on = dict.fromkeys(
+        ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"
+    )
+    off = dict.fromkeys(
+        ("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0"
+    )  # the second else asks a server of Amazon
     return {**given, **places, **on, **off, "HUGGING_FACE_HUB_TOKEN": ""}

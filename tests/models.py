@@ -1,8 +1,9 @@
 """Pico models of every family, made on the spot.
 
-The widths differ from each other (hidden 64, query rows 128, key rows 32, ffn 320, vocabulary 160), so that a mixed-up shape
-shows; all but the key and value rows are multiples of 64, so that groups of 64 fit. Every weight is random, norms and biases
-too, and large enough that each has a say in the logits. They cost some milliseconds and 0.5 MB each.
+The widths differ from each other (hidden 64, query rows 128, key rows 32, ffn 320, vocabulary 160), so that a
+mixed-up shape shows; all but the key and value rows are multiples of 64, so that groups of 64 fit. Every
+weight is random, norms and biases too, and large enough that each has a say in the logits. They cost some
+milliseconds and 0.5 MB each.
 """
 
 from typing import Any
@@ -11,7 +12,19 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3", "gpt2", "opt", "gpt_neox", "qwen3_moe")
+FAMILIES = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "qwen3_moe",
+)
 
 _TOKENS = {"vocab_size": 160, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 _GROUPED = {
@@ -24,7 +37,10 @@ _GROUPED = {
     "max_position_embeddings": 96,
 }
 _PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
-_LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}  # shorter than the tests' texts
+_LOCAL = {
+    "sliding_window": 8,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # shorter than the tests' texts
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 8},
@@ -57,7 +73,8 @@ VARIANTS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def pico(family: str, **overrides: Any) -> PreTrainedModel:
-    """A tiny random causal LM of a family, float32, in eval mode, the same each time; `overrides` are config fields."""
+    """A tiny random causal LM of a family, float32, in eval mode, the same each time; `overrides` are config
+    fields."""
     config = AutoConfig.for_model(family, **{**_TOKENS, **_FIELDS[family], **overrides})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -70,7 +87,8 @@ def pico(family: str, **overrides: Any) -> PreTrainedModel:
 
 @torch.no_grad()
 def _randomise(name: str, parameter: torch.Tensor, centre: float) -> None:
-    """Matrices keep the size of what they read; norms lie around the centre (gemma adds 1 to its own), biases around 0."""
+    """Matrices keep the size of what they read; norms lie around the centre (gemma adds 1 to its own), biases
+    around 0."""
     if parameter.dim() == 1:
         parameter.normal_(centre if name.endswith("weight") else 0.0, 0.3)
     else:

@@ -1,6 +1,7 @@
 """The order of the rooms: which room may import which, and that every public name says what it is.
 
-`ROOMS` is the map of the project. `docs/architecture.md` shows it: `python -m tests.test_architecture` writes it there.
+`ROOMS` is the map of the project. `docs/architecture.md` shows it: `python -m tests.test_architecture` writes
+it there.
 """
 
 import ast
@@ -54,7 +55,8 @@ MODULES = {module_of(file): file for file in FILES}
 
 
 def imports(node: ast.AST) -> Iterator[str]:
-    """Every module imported at or below `node` at run time, by full name; what only a type checker reads is left out."""
+    """Every module imported at or below `node` at run time, by full name; what only a type checker reads is
+    left out."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
             continue
@@ -108,9 +110,13 @@ def test_no_stage_imports_another_stage() -> None:
         parts = module.split(".")
         if parts[0] == "stages" and len(parts) == 3:
             others = {
-                seen for seen in own_imports(module) if seen.split(".")[1:2] and seen.split(".")[1] in stages - {parts[1]}
+                seen
+                for seen in own_imports(module)
+                if seen.split(".")[1:2] and seen.split(".")[1] in stages - {parts[1]}
             }
-            assert not {seen for seen in others if seen.startswith("stages.")}, f"{module} imports another stage"
+            assert not {seen for seen in others if seen.startswith("stages.")}, (
+                f"{module} imports another stage"
+            )
 
 
 def test_algorithms_import_torch_and_each_other() -> None:
@@ -135,7 +141,10 @@ def test_a_foreign_package_has_one_border(package: str) -> None:
 def test_every_public_name_says_what_it_is(module: str) -> None:
     tree = ast.parse(MODULES[module].read_text())
     assert ast.get_docstring(tree), f"{module} does not say what it is"
-    owners: list[ast.Module | ast.ClassDef] = [tree, *(node for node in tree.body if isinstance(node, ast.ClassDef))]
+    owners: list[ast.Module | ast.ClassDef] = [
+        tree,
+        *(node for node in tree.body if isinstance(node, ast.ClassDef)),
+    ]
     for owner in owners:
         for node in owner.body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
@@ -146,8 +155,11 @@ def test_every_public_name_says_what_it_is(module: str) -> None:
 
 
 def first_sentence(module: str) -> str:
-    """What a module says of itself: its docstring up to the first full stop that ends a sentence, or its first line."""
-    text = " ".join((ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0].split())
+    """What a module says of itself: its docstring up to the first full stop that ends a sentence, or its
+    first line."""
+    text = " ".join(
+        (ast.get_docstring(ast.parse(MODULES[module].read_text())) or "").split("\n\n")[0].split()
+    )
     return text.partition(". ")[0].rstrip(".").replace("|", r"\|")
 
 

@@ -1,4 +1,5 @@
-"""The Hub border through the real client and a small local Hub; what that Hub can't show stands in the head of `hub_server`."""
+"""The Hub border through the real client and a small local Hub; what that Hub can't show stands in the head
+of `hub_server`."""
 
 from __future__ import annotations
 
@@ -54,7 +55,21 @@ def served() -> Iterator[tuple[Hub, str]]:
 
 def test_an_id_is_spelled_as_the_hub_spells_it() -> None:
     assert all(map(border.is_id, ("user/name", "gpt2", "U-1/a.b_c", "a/b")))
-    for name in ("a/b/c", "./a", "/a", "~/a", "", "a b", "a/", "user/name@v1", "ü/a", "..", "a\n", "-a/b", "a/.b"):
+    for name in (
+        "a/b/c",
+        "./a",
+        "/a",
+        "~/a",
+        "",
+        "a b",
+        "a/",
+        "user/name@v1",
+        "ü/a",
+        "..",
+        "a\n",
+        "-a/b",
+        "a/.b",
+    ):
         assert not border.is_id(name)
 
 
@@ -76,9 +91,13 @@ def test_only_safetensors_tokenizer_and_text_are_asked_for(served: tuple[Hub, st
     got = [path for method, path in hub.log if method == "GET" and "/resolve/" in path]
     assert len(got) == len(set(got))  # nothing a second time
     offline = environment("http://127.0.0.1:9", tmp_path) | {"HF_HUB_OFFLINE": "1"}
-    again, other = ask(offline, script.replace(", weights=False", "").replace("user/model", "user/other", 1) + "")[::-1]
+    again, other = ask(
+        offline, script.replace(", weights=False", "").replace("user/model", "user/other", 1) + ""
+    )[::-1]
     assert set(again[0]) == WHOLE  # from the cache, without a network
-    assert other.startswith("ModelError: base user/other is not in the cache, and HF_HUB_OFFLINE is set; unset it")
+    assert other.startswith(
+        "ModelError: base user/other is not in the cache, and HF_HUB_OFFLINE is set; unset it"
+    )
 
 
 def test_a_branch_or_tag_is_the_commit_that_it_stands_for(served: tuple[Hub, str], tmp_path: Path) -> None:
@@ -87,7 +106,8 @@ def test_a_branch_or_tag_is_the_commit_that_it_stands_for(served: tuple[Hub, str
     new = hub.add("user/recipe", {"recipe.yaml": b"stages: [prune]"})
     hub.tag("user/recipe", "v1", old)
     script = "\n".join(
-        f'told(lambda: [str(x) for x in hub.read("user/recipe", "recipe.yaml", {revision!r}, largest=99, wanted="recipe", '
+        f'told(lambda: [str(x) for x in hub.read("user/recipe", "recipe.yaml", {revision!r}, largest=99, '
+        'wanted="recipe", '
         f"error=RecipeError)])"
         for revision in (None, "main", "v1", old)
     )
@@ -99,9 +119,14 @@ def test_a_branch_or_tag_is_the_commit_that_it_stands_for(served: tuple[Hub, str
 def test_a_file_that_is_too_large_is_refused_and_not_fetched(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     hub.add("user/recipe", {"recipe.yaml": b"#" * 100})
-    script = 'told(hub.read, "user/recipe", "recipe.yaml", None, largest=99, wanted="recipe", error=RecipeError)'
+    script = (
+        'told(hub.read, "user/recipe", "recipe.yaml", None, largest=99, wanted="recipe", error=RecipeError)'
+    )
     (answer,) = ask(environment(endpoint, tmp_path), script)
-    assert answer == "RecipeError: recipe.yaml of user/recipe has 100 bytes, and may have 99; give another recipe"
+    assert (
+        answer
+        == "RecipeError: recipe.yaml of user/recipe has 100 bytes, and may have 99; give another recipe"
+    )
     assert not [path for method, path in hub.log if method == "GET" and "/resolve/" in path]
 
 
@@ -131,13 +156,21 @@ def test_each_refusal_of_the_hub_is_one_clear_line(served: tuple[Hub, str], tmp_
 
 def test_no_network_is_one_clear_line(tmp_path: Path) -> None:
     (answer,) = ask(environment("http://127.0.0.1:9", tmp_path), 'told(hub.fetch, "user/model", None)')
-    assert answer.startswith("ModelError: base user/model can't be fetched (LocalEntryNotFoundError) and is not a folder here;")
+    assert answer.startswith(
+        "ModelError: base user/model can't be fetched (LocalEntryNotFoundError) and is not a folder here;"
+    )
 
 
 def test_names_that_lead_out_of_the_cache_write_nothing(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     inside, outside = tmp_path / "home", tmp_path / "evil.json"
-    names = ["../../../../../evil.json", "a/../../../../../../evil.json", str(outside), "..\\evil.json", "C:/evil.json"]
+    names = [
+        "../../../../../evil.json",
+        "a/../../../../../../evil.json",
+        str(outside),
+        "..\\evil.json",
+        "C:/evil.json",
+    ]
     for number, name in enumerate(names):
         hub.add(f"user/evil-{number}", {**MODEL, name: b"evil"})
     script = FETCH + "\n".join(f'told(names, "user/evil-{number}")' for number in range(len(names)))
@@ -177,7 +210,9 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_a_push_is_one_commit_and_the_same_again_is_none(served: tuple[Hub, str], tmp_path: Path, folder: Path) -> None:
+def test_a_push_is_one_commit_and_the_same_again_is_none(
+    served: tuple[Hub, str], tmp_path: Path, folder: Path
+) -> None:
     hub, endpoint = served
     env = environment(endpoint, tmp_path / "home", TOKEN)
     first, second = ask(env, PUSH + f'told(push, "user/new", {str(folder)!r}, True)\n' * 2)
@@ -189,18 +224,32 @@ def test_a_push_is_one_commit_and_the_same_again_is_none(served: tuple[Hub, str]
     assert hub.repos["model", "user/new"].private
 
 
-def test_what_an_earlier_artefact_left_goes_in_the_same_commit(served: tuple[Hub, str], tmp_path: Path, folder: Path) -> None:
+def test_what_an_earlier_artefact_left_goes_in_the_same_commit(
+    served: tuple[Hub, str], tmp_path: Path, folder: Path
+) -> None:
     hub, endpoint = served
-    hub.add("user/old", {"model-00001-of-00002.safetensors": b"a", "model.safetensors.index.json": b"{}", "notes.md": b"mine"})
+    hub.add(
+        "user/old",
+        {
+            "model-00001-of-00002.safetensors": b"a",
+            "model.safetensors.index.json": b"{}",
+            "notes.md": b"mine",
+        },
+    )
     before = len(hub.commits("user/old"))
     ask(environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/old", {str(folder)!r})')
     assert hub.files("user/old").keys() == {file.name for file in folder.iterdir()} | {"notes.md"}
     assert len(hub.commits("user/old")) == before + 1
 
 
-def test_a_broken_upload_goes_on_where_it_broke(served: tuple[Hub, str], tmp_path: Path, folder: Path) -> None:
+def test_a_broken_upload_goes_on_where_it_broke(
+    served: tuple[Hub, str], tmp_path: Path, folder: Path
+) -> None:
     hub, endpoint = served
-    env, script = environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/new", {str(folder)!r})'
+    env, script = (
+        environment(endpoint, tmp_path / "home", TOKEN),
+        PUSH + f'told(push, "user/new", {str(folder)!r})',
+    )
     (folder / "model-00002-of-00002.safetensors").write_bytes(bytes([1]) * 2_000_000)
     hub.faults.append(Fault("POST .*/commit/main", "cut", times=99))
     (answer,) = ask(env, script)
@@ -222,18 +271,26 @@ def test_a_push_without_the_right_to_is_one_clear_line(
 ) -> None:
     hub, endpoint = served
     hub.add("user/mine", {"README.md": b""})
-    (answer,) = ask(environment(endpoint, tmp_path / "home", token), PUSH + f'told(push, "user/mine", {str(folder)!r})')
+    (answer,) = ask(
+        environment(endpoint, tmp_path / "home", token), PUSH + f'told(push, "user/mine", {str(folder)!r})'
+    )
     assert answer.startswith(f"OutputError: repository user/mine {why}") and LOGIN in answer
     assert hub.files("user/mine") == {"README.md": b""}
 
 
-def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(served: tuple[Hub, str], tmp_path: Path, folder: Path) -> None:
+def test_a_card_that_the_hub_refuses_is_one_line_that_says_why(
+    served: tuple[Hub, str], tmp_path: Path, folder: Path
+) -> None:
     hub, endpoint = served
     (folder / "README.md").write_text("---\nlicense: my own\nbase_model: /home/me/base\n---\n# a card\n")
-    (answer,) = ask(environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/new", {str(folder)!r})')
+    (answer,) = ask(
+        environment(endpoint, tmp_path / "home", TOKEN), PUSH + f'told(push, "user/new", {str(folder)!r})'
+    )
     assert answer == (
-        "OutputError: the Hub refuses the card: Invalid metadata in README.md. - \"base_model\" '/home/me/base' is not right - "
-        "\"license\" 'my own' is not right; correct the head of README.md beside the weights, which is then pushed as it is"
+        'OutputError: the Hub refuses the card: Invalid metadata in README.md. - "base_model" '
+        "'/home/me/base' is not right - "
+        "\"license\" 'my own' is not right; correct the head of README.md beside the weights, which is then "
+        "pushed as it is"
     )
     assert not [path for method, path in hub.log if method == "PUT"]  # said before anything is sent
 
@@ -244,6 +301,7 @@ def test_offline_nothing_is_pushed(tmp_path: Path, folder: Path) -> None:
     assert answer == "OutputError: user/new can't be pushed while HF_HUB_OFFLINE is set; unset it"
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("kind", ["stall", "cut", "error"])
 def test_a_server_that_fails_is_one_clear_line(served: tuple[Hub, str], tmp_path: Path, kind: str) -> None:
     hub, endpoint = served

@@ -1,7 +1,8 @@
-"""The sdist and the wheel are whole: the wheel, installed alone, runs a shipped recipe by its name outside the checkout.
+"""The sdist and the wheel are whole: the wheel, installed alone, runs a shipped recipe by its name outside
+the checkout.
 
-Nothing is fetched: the build uses the setuptools that is installed, and the environment of the wheel sees the dependencies
-that this one has.
+Nothing is fetched: the build uses the setuptools that is installed, and the environment of the wheel sees the
+dependencies that this one has.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("small")
 inputs = AutoTokenizer.from_pretrained("small")("Return the number of", return_tensors="pt")
 import llmcompress
+written = model.generate(**inputs, max_new_tokens=3, do_sample=False)
 print(json.dumps({
-    "tokens": model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] - inputs.input_ids.shape[1],
+    "tokens": written.shape[1] - inputs.input_ids.shape[1],
     "linear": type(model.model.layers[0].mlp.up_proj).__name__,
     "package": str(Path(llmcompress.__file__).parent),
 }))

@@ -1,8 +1,9 @@
-"""What every rival's script needs and nothing more: its arguments, its calibration windows, and a clock around the work.
+"""What every rival's script needs: its arguments, its calibration sequences, and a clock around the work.
 
-Each script runs alone in the rival's own environment, so this module may import only what all of those environments hold
-(torch and safetensors). The clock starts after the imports: a rival is charged for loading the base, for quantising and for
-writing, not for the start of Python. What was spent goes to `facts.json` beside the model, where `run.py` reads it.
+Each script runs alone in the rival's own environment, so this module may import only what all of those
+environments hold (torch and safetensors). The clock starts after the imports: a rival is charged for loading
+the base, for quantising and for writing, not for the start of Python. What was spent goes to `facts.json`
+beside the model, where the comparison reads it.
 """
 
 import argparse
@@ -21,7 +22,7 @@ PATHS = ("base", "calibration", "out", "facts")
 
 
 class Job:
-    """One quantisation: folders `base` in, `out` out, `windows` int64 [S, L], `group` weights a scale, loading `dtype`.
+    """Base and output folder, calibration sequences `tokens_SL` int64 [S, L], group size, dtype to load in.
 
     `more` are arguments that one script alone takes, by name and type; `given` holds all arguments.
     """
@@ -33,17 +34,24 @@ class Job:
         for name in PATHS:
             parser.add_argument(f"--{name}", type=Path, required=True)
         parser.add_argument("--group", type=int, default=128)
-        parser.add_argument("--dtype", default="auto", help="what the base is loaded in: auto (as on disk), float32")
+        parser.add_argument(
+            "--dtype", default="auto", help="what the base is loaded in: auto (as on disk), float32"
+        )
         self.given = given = parser.parse_args()
-        self.base, self.out, self.facts, self.group = str(given.base), str(given.out), given.facts, given.group
+        self.base, self.out, self.facts, self.group = (
+            str(given.base),
+            str(given.out),
+            given.facts,
+            given.group,
+        )
         self.dtype = given.dtype if given.dtype == "auto" else getattr(torch, given.dtype)
-        self.windows = load_file(given.calibration)["windows"]
+        self.tokens_SL = load_file(given.calibration)["windows"]
         torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
         torch.manual_seed(0)
         self.started = time.perf_counter(), time.process_time()
 
     def finish(self, method: str, folder: str | None = None) -> None:
-        """Write the facts: `method` in words, what was spent, and `folder` where the model lies if the rival chose another."""
+        """Write `method` in words, what was spent, and the model's `folder` if the rival chose another."""
         facts = {
             "method": method,
             "base_dtype": str(self.dtype).removeprefix("torch."),

@@ -1,26 +1,28 @@
-"""AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group, layer by layer.
+"""AutoRound (Intel): signed gradient descent on the rounding and the range of each weight group.
 
-Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8 windows each.
-torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.
+Source: Cheng et al. 2023, arXiv:2309.05516. W4A16 symmetric, its default recipe: 200 iterations of 8
+sequences each. torch.compile is off, as it needs a C++ compiler and changes the time, not the algorithm.
 """
 
 from auto_round import AutoRound
-from job import Job
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation.rivals.job import Job
 
 ITERATIONS = 200
 
 
 def main() -> None:
+    """Quantise the base and say what it took."""
     job = Job()
     rounding = AutoRound(
         AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype),
         AutoTokenizer.from_pretrained(job.base),
         scheme="W4A16",
         group_size=job.group,
-        dataset=list(job.windows.split(8)),  # tensors [8, L] are taken as they are
-        nsamples=len(job.windows),
-        seqlen=job.windows.shape[1],  # the default, 2048, would drop shorter windows without a word
+        dataset=list(job.tokens_SL.split(8)),  # tensors [8, L] are taken as they are
+        nsamples=len(job.tokens_SL),
+        seqlen=job.tokens_SL.shape[1],  # the default, 2048, would drop shorter sequences silently
         batch_size=8,
         iters=ITERATIONS,
         device_map="cpu",

@@ -1,24 +1,40 @@
 """llm-compressor (vLLM project): GPTQ with static activation order, written as compressed-tensors.
 
-Source: Frantar et al. 2022, arXiv:2210.17323. W4A16 symmetric; the block-by-block pipeline, which GPTQ chooses by itself,
-gives later layers the outputs of the quantised earlier ones.
+Source: Frantar et al. 2022, arXiv:2210.17323. W4A16 symmetric; the block-by-block pipeline, which GPTQ
+chooses by itself, gives later layers the outputs of the quantised earlier ones.
 """
 
-from job import Job
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from torch.utils.data import DataLoader
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from evaluation.rivals.job import Job
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """The calibration sequences one by one."""
+
+    def __init__(self, tokens_SL: Tensor) -> None:
+        self.tokens_SL = tokens_SL
+
+    def __len__(self) -> int:
+        return len(self.tokens_SL)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens_SL[index]}
 
 
 def main() -> None:
+    """Quantise the base and say what it took."""
     job = Job()
     model = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype)
     weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": job.group}
     scheme = {"targets": ["Linear"], "weights": weights}
     oneshot(
         model=model,
-        dataset=DataLoader([{"input_ids": row} for row in job.windows], batch_size=8),  # a loader is used as it is
+        dataset=DataLoader(Rows(job.tokens_SL), batch_size=8),  # a loader is used as it is
         recipe=GPTQModifier(config_groups={"group_0": scheme}, ignore=["lm_head"]),
     )
     model.save_pretrained(job.out, save_compressed=True)

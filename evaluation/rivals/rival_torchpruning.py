@@ -1,15 +1,17 @@
-"""Torch-Pruning (DepGraph): whole channels and heads cut from every layer alike, by magnitude or by first-order Taylor.
+"""Torch-Pruning (DepGraph): channels and heads cut from every layer alike, by magnitude or Taylor.
 
-Source: Fang et al. 2023, arXiv:2301.12900. As in its own example for language models (examples/LLMs/prune_llm.py): one ratio
-for all that is cut, ranked within each group of coupled layers, widths rounded to 4, key and value heads kept where queries
-share them. `scope` says what is cut: all (the example: hidden width, ffn and query heads), inner (ffn and query heads) or ffn.
-The ratio is the least that leaves at most `share` of the parameters of the decoder layers, by bisection. Taylor takes the
-gradient of the mean loss over all calibration windows, magnitude looks at no text. Nothing is repaired or trained afterwards.
+Source: Fang et al. 2023, arXiv:2301.12900. As in its own example for language models
+(examples/LLMs/prune_llm.py): one ratio for all that is cut, ranked within each group of coupled layers,
+widths rounded to 4, key and value heads kept where queries share them. `scope` says what is cut: all (the
+example: hidden width, ffn and query heads), inner (ffn and query heads) or ffn. The ratio is the least that
+leaves at most `share` of the parameters of the decoder layers, by bisection. Taylor takes the gradient of the
+mean loss over all calibration sequences, magnitude looks at no text. Nothing is repaired or trained after.
 
-Version 1.6.1 has two faults that stand in the way. Its search for a group never ends on the slices of rotary embeddings and on
-a key-value cache, so the graph is traced without them: they stay within a head, and heads are cut whole. And where no more
-query heads would stay than there are key heads, it takes the layer for one of ordinary attention, wants to cut the keys too,
-finds that none would be left and skips the layer without a word; `keep_shared` takes the keys out of the cut before.
+Version 1.6.1 has two faults that stand in the way. Its search for a group never ends on the slices of rotary
+embeddings and on a key-value cache, so the graph is traced without them: they stay within a head, and heads
+are cut whole. And where no more query heads would stay than there are key heads, it takes the layer for one
+of ordinary attention, wants to cut the keys too, finds that none would be left and skips the layer without a
+word; `keep_shared` takes the keys out of the cut before.
 """
 
 import sys
@@ -18,8 +20,9 @@ from unittest.mock import patch
 
 import torch
 import torch_pruning as tp
-from job import Job
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from evaluation.rivals.job import Job
 
 IMPORTANCES = {
     "taylor": tp.importance.GroupTaylorImportance(group_reduction="mean"),
@@ -30,17 +33,18 @@ TRIALS = 12  # halvings of the ratio: finer than one step of any width
 SLACK = 0.02  # how much less than the share may be left, as a part of it
 
 
-def gradients(model: PreTrainedModel, windows_SL: torch.Tensor, batch: int = 8) -> None:
-    """Leave the gradient of the mean loss over int64 windows [S, L] in the parameters, where Taylor looks for it."""
-    for ids_BL in windows_SL.split(batch):
+def gradients(model: PreTrainedModel, tokens_SL: torch.Tensor, batch: int = 8) -> None:
+    """Leave the gradient of the mean loss over int64 sequences [S, L] in the parameters, for Taylor."""
+    for ids_BL in tokens_SL.split(batch):
         loss = model(ids_BL, labels=ids_BL, use_cache=False).loss
-        (loss * len(ids_BL) / len(windows_SL)).backward()
+        (loss * len(ids_BL) / len(tokens_SL)).backward()
 
 
 def trace(model: PreTrainedModel, ids_BL: torch.Tensor) -> torch.Tensor:
     """Logits without rotary embeddings and cache, for the graph alone."""
     with patch.object(sys.modules[type(model).__module__], "apply_rotary_pos_emb", lambda q, k, *_: (q, k)):
-        return model(ids_BL, use_cache=False).logits
+        logits: torch.Tensor = model(ids_BL, use_cache=False).logits
+        return logits
 
 
 def pruned(base: PreTrainedModel, importance: str, scope: str, ratio: float) -> PreTrainedModel:
@@ -50,7 +54,9 @@ def pruned(base: PreTrainedModel, importance: str, scope: str, ratio: float) -> 
         copy.grad = parameter.grad  # what deepcopy leaves out
     attention = [layer.self_attn for layer in model.model.layers]
     queries = dict.fromkeys((each.q_proj for each in attention), config.num_attention_heads)
-    keys = dict.fromkeys((linear for each in attention for linear in (each.k_proj, each.v_proj)), config.num_key_value_heads)
+    keys = dict.fromkeys(
+        (linear for each in attention for linear in (each.k_proj, each.v_proj)), config.num_key_value_heads
+    )
     pruner = tp.pruner.BasePruner(
         model,
         example_inputs=torch.arange(8)[None],
@@ -76,7 +82,7 @@ def pruned(base: PreTrainedModel, importance: str, scope: str, ratio: float) -> 
 
 
 def keep_shared(pruner: tp.pruner.BasePruner, shared: set[torch.nn.Module]) -> None:
-    """Keep key and value heads that queries share out of every cut of heads, before the graph checks what is left."""
+    """Keep key and value heads that queries share out of every cut, before the graph checks what is left."""
     graph, check = pruner.DG, pruner.DG.check_pruning_group
 
     def without(group: tp.Group) -> bool:
@@ -109,7 +115,7 @@ def search(base: PreTrainedModel, importance: str, scope: str, share: float) -> 
 
 
 def config_of(model: PreTrainedModel) -> PretrainedConfig:
-    """The config of what is left. Llama's wants heads that divide the hidden width; Mistral is the same model without that."""
+    """The config of what is left; Mistral's where heads do not divide the hidden width, as Llama's wants."""
     first = model.model.layers[0]
     hidden, head = model.lm_head.in_features, first.self_attn.head_dim
     fields = model.config.to_dict() | {
@@ -126,15 +132,18 @@ def config_of(model: PreTrainedModel) -> PretrainedConfig:
 
 @torch.inference_mode()
 def save(model: PreTrainedModel, folder: str, ids_BL: torch.Tensor) -> None:
-    """Write the cut model as a checkpoint of its own shape, and see that what is loaded again gives its logits."""
+    """Write the cut model as a checkpoint of its own shape, and check the logits of what is loaded again."""
     shaped = AutoModelForCausalLM.from_config(config_of(model), dtype=torch.float32)
     shaped.load_state_dict(model.state_dict())
     shaped.save_pretrained(folder)
-    loaded = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
     torch.testing.assert_close(loaded(ids_BL).logits, model(ids_BL).logits)
 
 
 def main() -> None:
+    """Prune the base and say what it took."""
     job = Job(importance=str, scope=str, share=float)
     importance, scope, share = job.given.importance, job.given.scope, job.given.share
     if importance not in IMPORTANCES or scope not in SCOPES:
@@ -142,9 +151,9 @@ def main() -> None:
     # eager: the graph has to see how keys are repeated for their queries
     base = AutoModelForCausalLM.from_pretrained(job.base, dtype=job.dtype, attn_implementation="eager").eval()
     if importance == "taylor":
-        gradients(base, job.windows)
+        gradients(base, job.tokens_SL)
     model, ratio = search(base, importance, scope, share)
-    save(model, job.out, job.windows[:8])
+    save(model, job.out, job.tokens_SL[:8])
     AutoTokenizer.from_pretrained(job.base).save_pretrained(job.out)
     job.finish(f"{type(IMPORTANCES[importance]).__name__}, {scope}, ratio {ratio:.4f}")
 

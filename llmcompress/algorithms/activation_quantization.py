@@ -1,7 +1,9 @@
-"""Activations as an integer kernel sees them: rounded to whole numbers under one scale a token, or one for all.
+"""Activations as an integer kernel sees them: rounded to whole numbers under one scale a token, or one for
+all.
 
-What is returned is the value that the codes stand for, in the dtype of the input, so that a model in floating point computes
-what the kernels will (up to the order of sums). The gradient passes the rounding as if it were the identity.
+What is returned is the value that the codes stand for, in the dtype of the input, so that a model in floating
+point computes what the kernels will (up to the order of sums). The gradient passes the rounding as if it were
+the identity.
 """
 
 from __future__ import annotations
@@ -10,7 +12,11 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-LARGEST = {4: 7, 8: 127, 16: 127 * 256 + 127}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
+LARGEST = {
+    4: 7,
+    8: 127,
+    16: 127 * 256 + 127,
+}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
@@ -25,10 +31,11 @@ def round_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
 
 
 def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
-    """x [..., C] rounded to 8 bits a token, but for the columns where some token reaches `threshold`: LLM.int8's decomposition.
+    """x [..., C] rounded to 8 bits a token, but for the columns where some token reaches `threshold`:
+    LLM.int8's decomposition.
 
-    The maximum of a token is taken over its elements below the threshold, those in such columns too, as bitsandbytes does. A
-    threshold of 0 rounds everything. Columns are found in all that comes at once.
+    The maximum of a token is taken over its elements below the threshold, those in such columns too, as
+    bitsandbytes does. A threshold of 0 rounds everything. Columns are found in all that comes at once.
 
     Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2.
     """
@@ -46,7 +53,8 @@ def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class Magnitudes:
-    """A histogram of |x| over all that was seen, in bins of 0.7 % from 2^-40 to 2^40, and the largest of all."""
+    """A histogram of |x| over all that was seen, in bins of 0.7 % from 2^-40 to 2^40, and the largest of
+    all."""
 
     BINS, SPAN = 8192, 40
 
@@ -76,7 +84,8 @@ class Magnitudes:
 
 
 def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
-    """One scale for an input: `minmax` reaches the largest, `percentile` 99.99 % of all, `mse` has the least squared error."""
+    """One scale for an input: `minmax` reaches the largest, `percentile` 99.99 % of all, `mse` has the least
+    squared error."""
     largest = LARGEST[bits]
     if method == "minmax":
         return float(seen.top) / largest
@@ -85,6 +94,8 @@ def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
     values, best, least = seen.values(), 0.0, float("inf")
     for ratio in torch.linspace(0.05, 1.0, 96).tolist():
         scale = float(seen.top) * ratio / largest
-        error = ((values / max(scale, TINY)).round().clamp_(max=largest) * scale - values).square() @ seen.counts
+        error = (
+            (values / max(scale, TINY)).round().clamp_(max=largest) * scale - values
+        ).square() @ seen.counts
         best, least = (scale, float(error)) if float(error) < least else (best, least)
     return best

@@ -1,9 +1,10 @@
-"""Weights that share a few values: which values, and which of them each weight takes, both for the least output error.
+"""Weights that share a few values: which values, and which of them each weight takes, both for the least
+output error.
 
-`rows` adjacent rows of a linear share one codebook of L levels, the last group maybe fewer; with as many rows as there are, the
-linear has one. Levels are those of a weighted k-means, then codes and levels in turn minimise tr(E H E^T): codes by GPTQ and by
-descent as on any grid, each row in its own codebook, levels by least squares under the codes. Nothing is scaled: a level is
-the weight itself. G codebooks.
+`rows` adjacent rows of a linear share one codebook of L levels, the last group maybe fewer; with as many rows
+as there are, the linear has one. Levels are those of a weighted k-means, then codes and levels in turn
+minimise tr(E H E^T): codes by GPTQ and by descent as on any grid, each row in its own codebook, levels by
+least squares under the codes. Nothing is scaled: a level is the weight itself. G codebooks.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ PIECE = 2**23  # weights that are sorted at a time: 300 MB
 
 @dataclass(frozen=True)
 class Palette:
-    """A linear of shared values: index_RC int64 [R, C] into the ascending levels_GL [G, L] of a row's codebook."""
+    """A linear of shared values: index_RC int64 [R, C] into the ascending levels_GL [G, L] of a row's
+    codebook."""
 
     index_RC: Tensor
     levels_GL: Tensor
@@ -40,9 +42,11 @@ class Palette:
 
 @dataclass(frozen=True)
 class Codebooks(Grid):
-    """The levels of all codebooks in one table, as a grid for columns [R]: each row is looked up in a part of its own.
+    """The levels of all codebooks in one table, as a grid for columns [R]: each row is looked up in a part of
+    its own.
 
-    `levels` [G L], `middles` [G, L - 1], `codes` [G L] within a codebook; an index counts through the whole table.
+    `levels` [G L], `middles` [G, L - 1], `codes` [G L] within a codebook; an index counts through the whole
+    table.
     """
 
     rows: int
@@ -79,18 +83,22 @@ def nearest(W_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
 
 
 def gptq(W_RC: Tensor, H_CC: Tensor, levels_GL: Tensor, rows: int, *, damp: float = 0.01) -> Tensor:
-    """Index [R, C] of the level that each weight takes, as `methods.gptq.gptq` finds it on a grid that is the same for all.
+    """Index [R, C] of the level that each weight takes, as `methods.gptq.gptq` finds it on a grid that is the
+    same for all.
 
-    Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: each row has the levels of its codebook.
+    Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: each row has the levels of its
+    codebook.
     """
     grid, ones = Codebooks.of(levels_GL, rows), W_RC.new_ones(len(W_RC), 1)
     return grid.codes[columnwise.gptq(W_RC, H_CC, ones, grid, damp=damp)]
 
 
 def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
-    """Index [R, C] after one pass that moves each column to its best level, all others fixed; tr(E H E^T) never rises.
+    """Index [R, C] after one pass that moves each column to its best level, all others fixed; tr(E H E^T)
+    never rises.
 
-    Source: the coordinate descent of QuantEase, Behdin et al. 2023, arXiv:2309.01885, Algorithm 2, in codebooks.
+    Source: the coordinate descent of QuantEase, Behdin et al. 2023, arXiv:2309.01885, Algorithm 2, in
+    codebooks.
     """
     grid, ones = Codebooks.of(levels_GL, rows), W_RC.new_ones(len(W_RC), 1)
     start = index_RC + grid.offsets(len(W_RC))[:, None]
@@ -98,20 +106,24 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, row
 
 
 def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 100) -> Tensor:
-    """Ascending levels [G, entries] near the minimum of the sum of h (W - level)^2 over the weights of each group of rows.
+    """Ascending levels [G, entries] near the minimum of the sum of h (W - level)^2 over the weights of each
+    group of rows.
 
-    A group of no more than `entries` values has these for levels, the largest repeated. A column without input counts as if
-    its second moment were a millionth of the mean.
+    A group of no more than `entries` values has these for levels, the largest repeated. A column without
+    input counts as if its second moment were a millionth of the mean.
 
-    Source: SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, equation 4. Differs: weighed by the second moments of the inputs; for
-    up to 16 levels k-means starts from the best clusters of BINS bins, found by dynamic programming, which leaves it within 1 %
-    of the least there is; for 256 from as many bins, which are no such guarantee.
+    Source: SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, equation 4. Differs: weighed by the second moments
+    of the inputs; for up to 16 levels k-means starts from the best clusters of BINS bins, found by dynamic
+    programming, which leaves it within 1 % of the least there is; for 256 from as many bins, which are no
+    such guarantee.
     """
     floor = float(h_C.mean()) * 1e-6
     h_C = h_C.clamp_min(floor) if floor > 0 else torch.ones_like(h_C)
     whole = len(W_RC) // rows * rows
     parts = [*W_RC[:whole].split(max(1, PIECE // (rows * len(h_C))) * rows), W_RC[whole:]]
-    return torch.cat([_kmeans(part, h_C, entries, min(rows, len(part)), steps) for part in parts if len(part)])
+    return torch.cat(
+        [_kmeans(part, h_C, entries, min(rows, len(part)), steps) for part in parts if len(part)]
+    )
 
 
 def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> Tensor:
@@ -143,7 +155,8 @@ def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> T
 def _bins(x_GN: Tensor, h_GN: Tensor, bins: int) -> Tensor:
     """Where bins of sorted weights begin, and their end, int64 [G, bins + 1]; none is empty.
 
-    They are as dense as the cube root of the density, as the levels of a fine quantiser are (Panter and Dite 1951).
+    They are as dense as the cube root of the density, as the levels of a fine quantiser are (Panter and Dite
+    1951).
     """
     N, place = x_GN.shape[1], torch.arange(1, bins, device=x_GN.device)
     density = (h_GN[:, 1:] + h_GN[:, :-1]) / 2  # times the width
@@ -154,7 +167,8 @@ def _bins(x_GN: Tensor, h_GN: Tensor, bins: int) -> Tensor:
 
 
 def _best_cuts(mass: Tensor, moment: Tensor, square: Tensor, entries: int) -> Tensor:
-    """Where the clusters of bins begin that lose least, and their end, int64 [G, entries + 1], from running sums [G, bins + 1].
+    """Where the clusters of bins begin that lose least, and their end, int64 [G, entries + 1], from running
+    sums [G, bins + 1].
 
     Source: the dynamic programme for k-means in one dimension, Wang and Song 2011, Ckmeans.1d.dp.
     """
@@ -182,11 +196,15 @@ def _distinct(x_GN: Tensor, levels_GL: Tensor) -> Tensor:
     return torch.where(few, values, levels_GL)
 
 
-def fit_levels(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8) -> Tensor:
-    """Levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself; they need not ascend.
+def fit_levels(
+    W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8
+) -> Tensor:
+    """Levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself; they need
+    not ascend.
 
-    The normal equations are solved by conjugate gradients from the levels that there are, each level in units of what it
-    weighs. So a step is one product with H whatever L, none raises the objective, and levels that no weight takes stay.
+    The normal equations are solved by conjugate gradients from the levels that there are, each level in units
+    of what it weighs. So a step is one product with H whatever L, none raises the objective, and levels that
+    no weight takes stay.
     """
     place_RC = index_RC + (torch.arange(len(W_RC), device=W_RC.device) // rows * levels_GL.shape[1])[:, None]
 
@@ -217,19 +235,29 @@ def losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> Tensor:
 
 
 def solve_codebook(
-    W_RC: Tensor, H_CC: Tensor, entries: int, rows: int, *, snap: Snap | None = None, rounds: int = 3, damp: float = 0.01
+    W_RC: Tensor,
+    H_CC: Tensor,
+    entries: int,
+    rows: int,
+    *,
+    snap: Snap | None = None,
+    rounds: int = 3,
+    damp: float = 0.01,
 ) -> Palette:
     """Codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
 
-    Each codebook is the best that was met, by tr(E H E^T) under storable levels: the nearest ones of k-means, then GPTQ and
-    each round of fitted levels and descended codes. So it never loses more than k-means, and nothing where a group of rows has
-    no more than `entries` values, all storable. Errors: ValueError.
+    Each codebook is the best that was met, by tr(E H E^T) under storable levels: the nearest ones of k-means,
+    then GPTQ and each round of fitted levels and descended codes. So it never loses more than k-means, and
+    nothing where a group of rows has no more than `entries` values, all storable. Errors: ValueError.
 
-    Source: SqueezeLLM's k-means (arXiv:2306.07629), GPTQ (arXiv:2210.17323), then alternating least squares. Differs: the
-    levels for GPTQ are weighed by what a column's input has that the others can't make up for, 1 / [H^-1]_cc.
+    Source: SqueezeLLM's k-means (arXiv:2306.07629), GPTQ (arXiv:2210.17323), then alternating least squares.
+    Differs: the levels for GPTQ are weighed by what a column's input has that the others can't make up for, 1
+    / [H^-1]_cc.
     """
     if entries not in ENTRIES or rows < 1:
-        raise ValueError(f"no codebooks of {entries} levels for {rows} rows; levels are {', '.join(map(str, ENTRIES))}")
+        raise ValueError(
+            f"no codebooks of {entries} levels for {rows} rows; levels are {', '.join(map(str, ENTRIES))}"
+        )
     rows = min(rows, len(W_RC))
     snap = snap or (lambda levels_GL: levels_GL)
     levels = snap(kmeans(W_RC, H_CC.diagonal(), entries, rows))
@@ -251,4 +279,6 @@ def _better(W_RC: Tensor, H_CC: Tensor, new: Palette, old: Palette, least: Tenso
     lost = losses(W_RC, new, H_CC)
     won = lost < least
     index = torch.where(won.repeat_interleave(new.rows)[: len(W_RC), None], new.index_RC, old.index_RC)
-    return Palette(index, torch.where(won[:, None], new.levels_GL, old.levels_GL), new.rows), torch.where(won, lost, least)
+    return Palette(index, torch.where(won[:, None], new.levels_GL, old.levels_GL), new.rows), torch.where(
+        won, lost, least
+    )

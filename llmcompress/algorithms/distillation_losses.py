@@ -1,11 +1,13 @@
 """Losses that draw a student to its teacher: in what it predicts, in its hidden states, in where it attends.
 
-At a vocabulary of 128 thousand the logits of 4096 tokens take 2 GB in float32, and plain autograd holds five tensors of that
-size. Here the logits of a chunk of c tokens are made from hidden states, compared and turned into gradients at once: alive are
-7 to 13 buffers [c, V], the gradients [T, D] and, of a head that learns, [V, D], never [T, V]. No product is made twice. It is
-in the dtype of the hidden states, as in the model; what follows, and every sum over chunks, is in float32 or float64.
+At a vocabulary of 128 thousand the logits of 4096 tokens take 2 GB in float32, and plain autograd holds five
+tensors of that size. Here the logits of a chunk of c tokens are made from hidden states, compared and turned
+into gradients at once: alive are 7 to 13 buffers [c, V], the gradients [T, D] and, of a head that learns, [V,
+D], never [T, V]. No product is made twice. It is in the dtype of the hidden states, as in the model; what
+follows, and every sum over chunks, is in float32 or float64.
 
-Throughout p is the teacher, q the student; T tokens, V vocabulary, D hidden width, K likeliest tokens, B texts of L positions.
+Throughout p is the teacher, q the student; T tokens, V vocabulary, D hidden width, K likeliest tokens, B
+texts of L positions.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Kind = Literal["forward_kl", "reverse_kl", "total_variation", "cross_entropy", S
 HiddenKind = Literal["mse", "cosine"]
 SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # where none is given
 IGNORED = -100  # the label of a token that does not count
-FLOOR = -1e4  # nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
+FLOOR = (
+    -1e4
+)  # nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
 CHUNK = 128  # tokens at a time: a buffer is 64 MB at 128 thousand logits in float32
 
 
@@ -35,7 +39,8 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits that are not made yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) where there is a soft cap."""
+    """Logits that are not made yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) where there is a
+    soft cap."""
 
     hidden_TD: Tensor  # what the head reads, after the last norm; without a weight the product itself, [T, V]
     weight_VD: Tensor | None = None  # of another dtype it is copied into that of the hidden states
@@ -49,7 +54,9 @@ class Scores:
 
     def detached(self) -> Scores:
         """The same without gradient and in one dtype."""
-        weight, bias = (None if x is None else x.detach().to(self.hidden_TD.dtype) for x in (self.weight_VD, self.bias_V))
+        weight, bias = (
+            None if x is None else x.detach().to(self.hidden_TD.dtype) for x in (self.weight_VD, self.bias_V)
+        )
         return replace(self, hidden_TD=self.hidden_TD.detach(), weight_VD=weight, bias_V=bias)
 
     def product(self, index_T: Tensor) -> Tensor:
@@ -65,7 +72,8 @@ class Scores:
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A teacher's K likeliest tokens, int64, and the log-probabilities of these and, as the last of K + 1, of all others."""
+    """A teacher's K likeliest tokens, int64, and the log-probabilities of these and, as the last of K + 1, of
+    all others."""
 
     index_TK: Tensor
     log_p_TK1: Tensor
@@ -83,7 +91,8 @@ def _classes(log_p_TV: Tensor, index_TK: Tensor) -> Tensor:
 
 
 def top_k(teacher: Scores | Tensor, k: int, *, temperature: float = 1.0, chunk: int = CHUNK) -> TopK:
-    """The k likeliest tokens of softmax(logits / temperature) at each position, made `chunk` positions at a time."""
+    """The k likeliest tokens of softmax(logits / temperature) at each position, made `chunk` positions at a
+    time."""
     scores, parts = (teacher if isinstance(teacher, Scores) else Scores(teacher)).detached(), []
     every_T = torch.arange(scores.shape()[0], device=scores.hidden_TD.device)
     with torch.no_grad(), torch.autocast(every_T.device.type, enabled=False):
@@ -135,7 +144,10 @@ class _Task:
         if known is not None and self.label_share < 1:
             log_q = _log_probs(z_TV, self.temperature)
             if isinstance(known, TopK):
-                log_p, log_q = known.log_p_TK1[index_T].clamp_min(FLOOR), _classes(log_q, known.index_TK[index_T])
+                log_p, log_q = (
+                    known.log_p_TK1[index_T].clamp_min(FLOOR),
+                    _classes(log_q, known.index_TK[index_T]),
+                )
             else:
                 log_p = _log_probs(known.logits(known.product(index_T)), self.temperature)
             factor = self.temperature ** (1 if self.kind == "total_variation" else 2) * (1 - self.label_share)
@@ -145,12 +157,17 @@ class _Task:
             loss_T = loss_T - self.label_share * log_q[:, 0]
         return loss_T
 
-    def run(self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where wanted."""
+    def run(
+        self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0
+    ) -> tuple[Tensor, list[Tensor | None]]:
+        """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where
+        wanted."""
         hidden_TD, weight_VD, bias_V = student.hidden_TD, student.weight_VD, student.bias_V
         total, (to_hidden, to_weight, to_bias) = self.weight_T.new_zeros(()), wanted
         dH_TD = torch.zeros_like(hidden_TD) if to_hidden else None
-        dW_VD = torch.zeros_like(weight_VD, dtype=total.dtype) if to_weight and weight_VD is not None else None
+        dW_VD = (
+            torch.zeros_like(weight_VD, dtype=total.dtype) if to_weight and weight_VD is not None else None
+        )
         db_V = torch.zeros_like(bias_V, dtype=total.dtype) if to_bias and bias_V is not None else None
         for index_T in self.chunks:
             s_TV = student.product(index_T).requires_grad_(any(wanted))
@@ -172,7 +189,8 @@ class _Task:
 
 
 class _TokenLoss(torch.autograd.Function):
-    """The mean loss. Gradients are made with it, and scaled on the way back; that by plain logits then only: it is large."""
+    """The mean loss. Gradients are made with it, and scaled on the way back; that by plain logits then only:
+    it is large."""
 
     @staticmethod
     def forward(ctx: Any, task: _Task, student: Scores, *inputs: Tensor | None) -> Any:
@@ -203,39 +221,58 @@ def token_loss(
     skew: float | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The mean over tokens of how far what the student predicts, q, is from the teacher's p, in nats: a scalar with gradient.
+    """The mean over tokens of how far what the student predicts, q, is from the teacher's p, in nats: a
+    scalar with gradient.
 
-    forward_kl        KL(p, q)                             Hinton et al. 2015, arXiv:1503.02531
-    reverse_kl        KL(q, p)                             MiniLLM, Gu et al. 2023, arXiv:2306.08543
-    jensen_shannon    b KL(p, b p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)    GKD, Agarwal et al. 2023, arXiv:2306.13649
+    forward_kl        KL(p, q)                             Hinton et al. 2015, arXiv:1503.02531 reverse_kl
+    KL(q, p)                             MiniLLM, Gu et al. 2023, arXiv:2306.08543 jensen_shannon    b KL(p, b
+    p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)    GKD, Agarwal et al. 2023, arXiv:2306.13649
     skewed_forward_kl KL(p, a p + (1 - a) q)               DistiLLM, Ko et al. 2024, arXiv:2402.03898
-    skewed_reverse_kl KL(q, (1 - a) p + a q)               DistiLLM
-    total_variation   sum |p - q| / 2, a number in [0, 1]  f-distill, Wen et al. 2023, arXiv:2307.15190
-    cross_entropy     -log q(label), without a teacher
+    skewed_reverse_kl KL(q, (1 - a) p + a q)               DistiLLM total_variation   sum |p - q| / 2, a
+    number in [0, 1]  f-distill, Wen et al. 2023, arXiv:2307.15190 cross_entropy     -log q(label), without a
+    teacher
 
-    Scores or plain logits [T, V]; from TopK, any divergence in K + 1 classes, the last being the rest: never more than in full.
-    `skew` is b in (0, 1) or a in [0, 1). jensen_shannon goes to b KL(p, q) as b goes to 0, to (1 - b) KL(q, p) as b goes to 1.
-    Logits are divided by `temperature` t and the loss times t^2, total variation times t, for gradients that keep their size.
-    A share `label_share` of the loss is cross_entropy, at temperature 1. `labels_T` are the tokens to predict at each position;
-    those `IGNORED`, or of `weight_T` 0, are not even read. Without tokens the loss is 0. Raises ValueError for a misfit.
+    Scores or plain logits [T, V]; from TopK, any divergence in K + 1 classes, the last being the rest: never
+    more than in full. `skew` is b in (0, 1) or a in [0, 1). jensen_shannon goes to b KL(p, q) as b goes to 0,
+    to (1 - b) KL(q, p) as b goes to 1. Logits are divided by `temperature` t and the loss times t^2, total
+    variation times t, for gradients that keep their size. A share `label_share` of the loss is cross_entropy,
+    at temperature 1. `labels_T` are the tokens to predict at each position; those `IGNORED`, or of `weight_T`
+    0, are not even read. Without tokens the loss is 0. Raises ValueError for a misfit.
     """
     given = student if isinstance(student, Scores) else Scores(student)
     known = Scores(teacher) if isinstance(teacher, Tensor) else teacher
     scores, known = given.detached(), known.detached() if isinstance(known, Scores) else known
-    skew, label_share = SKEW.get(kind, 0.0) if skew is None else skew, 1.0 if kind == "cross_entropy" else label_share
+    skew, label_share = (
+        SKEW.get(kind, 0.0) if skew is None else skew,
+        1.0 if kind == "cross_entropy" else label_share,
+    )
     for misfit, what in (
         (kind not in get_args(Kind), f"{kind} is none of {', '.join(get_args(Kind))}"),
         (known is None and label_share < 1, f"{kind} needs a teacher"),
         (labels_T is None and label_share > 0, "cross entropy needs labels"),
-        (not 0 <= skew < 1 or (skew == 0 and kind == "jensen_shannon"), f"{kind} does not go with a skew of {skew}"),
-        (isinstance(known, Scores) and known.shape() != given.shape(), "student and teacher differ in tokens or vocabulary"),
-        (isinstance(known, TopK) and known.temperature != temperature, f"the top k were not taken at {temperature=}"),
-        (isinstance(known, TopK) and len(known.index_TK) != given.shape()[0], "student and teacher differ in tokens"),
+        (
+            not 0 <= skew < 1 or (skew == 0 and kind == "jensen_shannon"),
+            f"{kind} does not go with a skew of {skew}",
+        ),
+        (
+            isinstance(known, Scores) and known.shape() != given.shape(),
+            "student and teacher differ in tokens or vocabulary",
+        ),
+        (
+            isinstance(known, TopK) and known.temperature != temperature,
+            f"the top k were not taken at {temperature=}",
+        ),
+        (
+            isinstance(known, TopK) and len(known.index_TK) != given.shape()[0],
+            "student and teacher differ in tokens",
+        ),
     ):
         if misfit:
             raise ValueError(what)
     weights_T = torch.ones_like(scores.hidden_TD[:, 0]) if weight_T is None else weight_T
-    weights_T = (weights_T if labels_T is None else weights_T * (labels_T != IGNORED)).to(_wide(scores.hidden_TD))
+    weights_T = (weights_T if labels_T is None else weights_T * (labels_T != IGNORED)).to(
+        _wide(scores.hidden_TD)
+    )
     index_T = weights_T.nonzero()[:, 0]
     weights_T, chunks = weights_T / weights_T[index_T].mean(), index_T.split(chunk)
     task = _Task(kind, skew, temperature, label_share, known, labels_T, weights_T, chunks)
@@ -253,19 +290,26 @@ def _counted(weight_BL: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_loss(
-    kind: HiddenKind, student_BLD: Tensor, teacher_BLE: Tensor, W_ED: Tensor | None = None, weight_BL: Tensor | None = None
+    kind: HiddenKind,
+    student_BLD: Tensor,
+    teacher_BLE: Tensor,
+    W_ED: Tensor | None = None,
+    weight_BL: Tensor | None = None,
 ) -> Tensor:
     """The mean over positions of the mean squared difference of hidden states, or of 1 - their cosine.
 
-    `W_ED`, the weight of a linear, takes the student's width to the teacher's. Positions of `weight_BL` 0 are not read. Raises
-    ValueError where widths differ.
+    `W_ED`, the weight of a linear, takes the student's width to the teacher's. Positions of `weight_BL` 0 are
+    not read. Raises ValueError where widths differ.
 
-    Source: TinyBERT, Jiao et al. 2019, arXiv:1909.10351, equation 8; DistilBERT, Sanh et al. 2019, arXiv:1910.01108.
+    Source: TinyBERT, Jiao et al. 2019, arXiv:1909.10351, equation 8; DistilBERT, Sanh et al. 2019,
+    arXiv:1910.01108.
     """
     weight_T, student_TE, teacher_TE = _counted(weight_BL, student_BLD, teacher_BLE.detach())
     student_TE = student_TE if W_ED is None else linear(student_TE, W_ED.to(student_TE.dtype))
     if student_TE.shape != teacher_TE.shape:
-        raise ValueError(f"hidden states of {student_TE.shape[1]} and {teacher_TE.shape[1]} columns: give W_ED")
+        raise ValueError(
+            f"hidden states of {student_TE.shape[1]} and {teacher_TE.shape[1]} columns: give W_ED"
+        )
     if kind == "cosine":  # |u - v|^2 = 2 - 2 cos for units, and exactly 0 where equal
         student_TE, teacher_TE = normalize(student_TE, dim=-1), normalize(teacher_TE, dim=-1)
     apart_T = (student_TE - teacher_TE).square().sum(-1)
@@ -273,27 +317,35 @@ def hidden_loss(
 
 
 def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor | None = None) -> Tensor:
-    """The mean over heads and positions of KL(teacher, student) between attention probabilities over K keys, in nats.
+    """The mean over heads and positions of KL(teacher, student) between attention probabilities over K keys,
+    in nats.
 
     Unequal numbers of heads, H and G, are averaged away first. Probabilities below 1e-38 count as that.
 
     Source: MiniLM, Wang et al. 2020, arXiv:2002.10957.
     """
-    weight_T, q_THK, p_TGK = _counted(weight_BL, student_BHLK.transpose(1, 2), teacher_BGLK.detach().transpose(1, 2))
+    weight_T, q_THK, p_TGK = _counted(
+        weight_BL, student_BHLK.transpose(1, 2), teacher_BGLK.detach().transpose(1, 2)
+    )
     if q_THK.shape[1] != p_TGK.shape[1]:
         q_THK, p_TGK = q_THK.mean(1, keepdim=True), p_TGK.mean(1, keepdim=True)
     return _kl(p_TGK, q_THK).mean(1) @ weight_T
 
 
-def layer_map(student_layers: int, teacher_layers: int, gone: Collection[int] | None = None) -> tuple[int, ...]:
-    """The teacher's layer whose output each of the student's layers is to reach: the last of those that it stands for.
+def layer_map(
+    student_layers: int, teacher_layers: int, gone: Collection[int] | None = None
+) -> tuple[int, ...]:
+    """The teacher's layer whose output each of the student's layers is to reach: the last of those that it
+    stands for.
 
-    With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an even share.
-    Attention is that of the kept layer itself. Raises ValueError for numbers that do not fit.
+    With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an
+    even share. Attention is that of the kept layer itself. Raises ValueError for numbers that do not fit.
     """
     ends = [i * teacher_layers // student_layers for i in range(1, student_layers + 1)]
     if gone is not None:
         ends = [*sorted(set(range(teacher_layers)) - set(gone))[1:], teacher_layers]
     if not 1 <= student_layers <= teacher_layers or len(ends) != student_layers:
-        raise ValueError(f"{student_layers} layers are not what is left of {teacher_layers} without {gone or 'some'}")
+        raise ValueError(
+            f"{student_layers} layers are not what is left of {teacher_layers} without {gone or 'some'}"
+        )
     return tuple(end - 1 for end in ends)

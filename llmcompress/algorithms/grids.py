@@ -1,8 +1,9 @@
 """The grids that weights are rounded to, as sorted levels: bitsandbytes' 4-bit tables, and whole numbers.
 
-A code in a checkpoint is a row of bitsandbytes' own table, which for FP4 is not sorted and holds zero twice. Solvers want
-sorted levels without doubles, where the nearest one is a search and "one code up" means something. `Grid` keeps both. Whole
-numbers are levels from -1 to 1 too, so that a scale is the absolute maximum on every grid; their codes are the numbers.
+A code in a checkpoint is a row of bitsandbytes' own table, which for FP4 is not sorted and holds zero twice.
+Solvers want sorted levels without doubles, where the nearest one is a search and "one code up" means
+something. `Grid` keeps both. Whole numbers are levels from -1 to 1 too, so that a scale is the absolute
+maximum on every grid; their codes are the numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from torch import Tensor
 GridFormat = Literal["nf4", "fp4", "int4", "int8"]
 LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the grids of whole numbers are symmetric
 
-# Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32 in bitsandbytes.
+# Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32
+# in bitsandbytes.
 NF4 = (
     -1.0,
     -0.6961928009986877,
@@ -36,13 +38,15 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# Sign, two exponent bits, one mantissa bit, over 12: bitsandbytes' own FP4 in its own code order; codes 8 to 15 are negative.
+# Sign, two exponent bits, one mantissa bit, over 12: bitsandbytes' own FP4 in its own code order; codes 8 to
+# 15 are negative.
 FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Sorted distinct levels [L] of a format, the L - 1 middles between them, and the code [L] of each level."""
+    """Sorted distinct levels [L] of a format, the L - 1 middles between them, and the code [L] of each
+    level."""
 
     levels: Tensor
     middles: Tensor
@@ -57,10 +61,11 @@ class Grid:
         return torch.bucketize(x.contiguous(), self.middles)
 
     def position(self, x: Tensor) -> Tensor:
-        """Where x stands between the levels, as a fractional index: 3.25 is a quarter of the way from level 3 to level 4.
+        """Where x stands between the levels, as a fractional index: 3.25 is a quarter of the way from level 3
+        to level 4.
 
-        Rounding a position is rounding to the nearest level, and one unit is the local spacing of the codes, wherever
-        on the grid that is. x beyond the outermost levels is clamped to them.
+        Rounding a position is rounding to the nearest level, and one unit is the local spacing of the codes,
+        wherever on the grid that is. x beyond the outermost levels is clamped to them.
         """
         x = x.clamp(self.levels[0], self.levels[-1])
         upper = torch.bucketize(x.contiguous(), self.levels).clamp(1, len(self.levels) - 1)
@@ -80,9 +85,13 @@ def grid(format: GridFormat) -> Grid:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
         levels = codes.float() / LARGEST[format]
         return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes.to(torch.int8))
-    table = torch.tensor(NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32)
+    table = torch.tensor(
+        NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32
+    )
     levels, where = torch.unique(table, return_inverse=True)
     codes = torch.empty(len(levels), dtype=torch.uint8)
-    for code in range(len(table) - 1, -1, -1):  # of two codes with one level (0 and -0 of FP4) the lower one is written
+    for code in range(
+        len(table) - 1, -1, -1
+    ):  # of two codes with one level (0 and -0 of FP4) the lower one is written
         codes[where[code]] = code
     return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes)

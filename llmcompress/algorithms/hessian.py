@@ -1,8 +1,9 @@
 """Second moments of a linear's inputs, and the triangular factor of their inverse that GPTQ walks along.
 
-The squared output error of a linear over its calibration inputs is tr(E H E^T) with E the weight error and H = X X^T: one
-C x C matrix says all that the data has to say, so it is accumulated once and shared by every linear that reads the same input.
-Float32 throughout; the sums of a calibration set stay far within its range because they are kept as means.
+The squared output error of a linear over its calibration inputs is tr(E H E^T) with E the weight error and H
+= X X^T: one C x C matrix says all that the data has to say, so it is accumulated once and shared by every
+linear that reads the same input. Float32 throughout; the sums of a calibration set stay far within its range
+because they are kept as means.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from llmcompress.algorithms.overflow import Overflow
 class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
-    `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T; else None.
-    `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the largest |x| of each column. The
-    full model may have more columns, `full` of them.
+    `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T;
+    else None. `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the
+    largest |x| of each column. The full model may have more columns, `full` of them.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
@@ -38,7 +39,9 @@ class Moments:
         for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
             mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
         if full is not None:
-            self.X_CC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
+            self.X_CC = (
+                self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
+            )
             self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
         self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
@@ -47,10 +50,15 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether no value, square or sum of what was read is NaN or infinite."""
-        return all(bool(torch.isfinite(part).all()) for part in (self.H_CC, self.X_CC, self.full_C) if part is not None)
+        return all(
+            bool(torch.isfinite(part).all())
+            for part in (self.H_CC, self.X_CC, self.full_C)
+            if part is not None
+        )
 
     def joined(self, other: Moments) -> Moments:
-        """Those of the tokens of both; what the full model has in their place is left out, for two have two such places."""
+        """Those of the tokens of both; what the full model has in their place is left out, for two have two
+        such places."""
         both = Moments(len(self.H_CC), self.H_CC.device)
         both.tokens = self.tokens + other.tokens
         for name in ("H_CC", "mean_C", "full_C"):
@@ -61,7 +69,8 @@ class Moments:
 
 
 def damped(H_CC: Tensor, damp: float) -> Tensor:
-    """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets that mean."""
+    """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets
+    that mean."""
     mean = H_CC.diagonal().mean()
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # no input at all: identity, plain rounding
     H = H_CC.clone()
@@ -74,8 +83,8 @@ def damped(H_CC: Tensor, damp: float) -> Tensor:
 def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
     """Upper triangular U with (H + damping)^-1 = U^T U.
 
-    The damping grows tenfold until the Cholesky factorisation succeeds, so constant channels, dead channels and fewer
-    tokens than columns all end in a finite factor.
+    The damping grows tenfold until the Cholesky factorisation succeeds, so constant channels, dead channels
+    and fewer tokens than columns all end in a finite factor.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1.
     """
@@ -91,9 +100,11 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
 
 
 def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
-    """The weight whose outputs on x come closest to those of W on the full model's inputs f: W + W (X - H) (H + damping)^-1.
+    """The weight whose outputs on x come closest to those of W on the full model's inputs f: W + W (X - H) (H
+    + damping)^-1.
 
-    It makes good what the layers before have lost, as far as a linear map of x can; the damping keeps it near W.
+    It makes good what the layers before have lost, as far as a linear map of x can; the damping keeps it near
+    W.
 
     Source: Arai and Ichikawa 2025, arXiv:2504.09629, the corrected weight at full propagation.
     """
@@ -104,10 +115,11 @@ def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
 
 
 def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
-    """The weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f: least squares.
+    """The weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f: least
+    squares.
 
-    W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. It is `retarget` where the full model's inputs
-    are of another width.
+    W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. It is `retarget` where the full
+    model's inputs are of another width.
     """
     assert moments.X_CC is not None
     U_CC = inverse_factor(moments.H_CC, damp)

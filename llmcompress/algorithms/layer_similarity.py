@@ -1,8 +1,10 @@
-"""Which layers do the same work, by quick scores, and the weight that several of them can share, by gradient descent.
+"""Which layers do the same work, by quick scores, and the weight that several of them can share, by gradient
+descent.
 
-Two layers can be alike in their weights (cosine) or in what they put out on the same text (CKA, which does not mind another
-basis). Scores are cheap and may be wrong: what a swap really costs is for the caller to measure. The shared weight is not a
-mean: the neurons of two layers don't correspond, so it starts as one layer's own and is then trained on what all are to do.
+Two layers can be alike in their weights (cosine) or in what they put out on the same text (CKA, which does
+not mind another basis). Scores are cheap and may be wrong: what a swap really costs is for the caller to
+measure. The shared weight is not a mean: the neurons of two layers don't correspond, so it starts as one
+layer's own and is then trained on what all are to do.
 """
 
 from __future__ import annotations
@@ -27,10 +29,11 @@ def cosines(weights: Sequence[Tensor]) -> Tensor:
 
 
 def cka(outputs: Sequence[Tensor]) -> Tensor:
-    """The linear centred kernel alignment between any two of N outputs [T, D] on the same tokens: [N, N], in 0..1.
+    """The linear centred kernel alignment between any two of N outputs [T, D] on the same tokens: [N, N], in
+    0..1.
 
-    |Y_i^T Y_j|^2 / (|Y_i^T Y_i| |Y_j^T Y_j|) in Frobenius norms, of centred outputs: 1 for those that are a rotation and a
-    scale of each other.
+    |Y_i^T Y_j|^2 / (|Y_i^T Y_i| |Y_j^T Y_j|) in Frobenius norms, of centred outputs: 1 for those that are a
+    rotation and a scale of each other.
 
     Source: Kornblith et al. 2019, arXiv:1905.00414, section 3.
     """
@@ -42,7 +45,8 @@ def cka(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def agglomerate(likeness_NN: Tensor, count: int) -> list[list[int]]:
-    """N things in `count` groups, joined again and again where two groups are most alike in the mean of their pairs."""
+    """N things in `count` groups, joined again and again where two groups are most alike in the mean of their
+    pairs."""
     groups = [[index] for index in range(len(likeness_NN))]
     while len(groups) > count:
         pairs = [(a, b) for a in range(len(groups)) for b in range(a + 1, len(groups))]
@@ -58,7 +62,8 @@ def adjacent(things: int, count: int) -> list[list[int]]:
 
 
 def descend(start: Mapping[str, Tensor], loss: Loss, *, steps: int, rate: float = RATE) -> dict[str, Tensor]:
-    """Tensors after `steps` of Adam on `loss` from where they start, each at a rate of its own size, under a cosine schedule.
+    """Tensors after `steps` of Adam on `loss` from where they start, each at a rate of its own size, under a
+    cosine schedule.
 
     A tensor of zeros has the rate of those of its kind that are not (`rate` times the mean size of all).
     """
@@ -67,7 +72,9 @@ def descend(start: Mapping[str, Tensor], loss: Loss, *, steps: int, rate: float 
     mean = sum(sizes.values()) / max(1, len(sizes))
     groups = [{"params": [tensor], "lr": rate * (sizes[name] or mean)} for name, tensor in tensors.items()]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.99))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    )
     for step in range(steps):
         optimizer.zero_grad()
         loss(tensors, step).backward()

@@ -1,9 +1,10 @@
 """Rounding learned on the output of a whole layer, by gradient descent from GPTQ's solution.
 
-GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that they make up
-for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a quarter of the way from level
-3 to level 4), which is rounded on the way forward and gets the gradient of its rounded value on the way back; steps are
-therefore in units of the local code spacing, the same everywhere on an uneven grid.
+GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that
+they make up for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a
+quarter of the way from level 3 to level 4), which is rounded on the way forward and gets the gradient of its
+rounded value on the way back; steps are therefore in units of the local code spacing, the same everywhere on
+an uneven grid.
 """
 
 from __future__ import annotations
@@ -35,14 +36,18 @@ def _snapped(scale_RG: Tensor, snap: Snap | None) -> Tensor:
 
 
 class _Round(torch.autograd.Function):
-    """(positions [R, C], scales [R, G]) -> weights; the gradient passes the rounding as if it were the identity."""
+    """(positions [R, C], scales [R, G]) -> weights; the gradient passes the rounding as if it were the
+    identity."""
 
     @staticmethod
     def forward(ctx: Any, position: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         group_size = position.shape[1] // scale.shape[1]
         index = position.round().clamp_(0, len(grid.levels) - 1).int().flatten()
         steps = grid.spacing(torch.arange(len(grid.levels), device=index.device))
-        levels, step = (groups_of(table.index_select(0, index).view_as(position), group_size) for table in (grid.levels, steps))
+        levels, step = (
+            groups_of(table.index_select(0, index).view_as(position), group_size)
+            for table in (grid.levels, steps)
+        )
         ctx.save_for_backward(levels, step, scale)
         return (levels * scale[..., None]).view_as(position)
 
@@ -73,20 +78,28 @@ def learn(
 ) -> dict[str, RoundedWeight]:
     """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
-    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained, which are returned
-    before snapping.
-    `rate` is the first step's size in code spacings, `scale_rate` that of a scale relative to itself.
+    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained,
+    which are returned before snapping. `rate` is the first step's size in code spacings, `scale_rate` that of
+    a scale relative to itself.
 
-    Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven grids, in units of
-    the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
+    Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven
+    grids, in units of the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
     """
-    positions = {name: start_position(weights[name], start, grids[name]).requires_grad_() for name, start in starts.items()}
+    positions = {
+        name: start_position(weights[name], start, grids[name]).requires_grad_()
+        for name, start in starts.items()
+    }
     gains = {name: torch.zeros_like(start.scale_RG).requires_grad_() for name, start in starts.items()}
     optimizer = torch.optim.Adam(
-        [{"params": list(positions.values()), "lr": rate}, {"params": list(gains.values()), "lr": scale_rate}],
+        [
+            {"params": list(positions.values()), "lr": rate},
+            {"params": list(gains.values()), "lr": scale_rate},
+        ],
         betas=(0.9, 0.99),
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 + 0.5 * math.cos(math.pi * step / steps)
+    )
     snap = (snaps or {}).get
     for step in range(steps):
         scales = {name: _snapped(starts[name].scale_RG * (1 + gains[name]), snap(name)) for name in starts}

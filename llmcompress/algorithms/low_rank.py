@@ -1,9 +1,10 @@
-"""Weights as products of low rank, the best for the outputs on given inputs; several layers can have one factor in common.
+"""Weights as products of low rank, the best for the outputs on given inputs; several layers can have one
+factor in common.
 
-The squared output error of W is tr(E H E^T) with H the second moments of the inputs. Multiplied by a root S of H it is a plain
-Frobenius norm, for which a truncated singular value decomposition is the best there is: that is what whitening is for. Layers
-whose whitened weights are stacked share the right singular vectors, a common basis of what they read, and each has its own
-coefficients. R rows, C columns, K the rank.
+The squared output error of W is tr(E H E^T) with H the second moments of the inputs. Multiplied by a root S
+of H it is a plain Frobenius norm, for which a truncated singular value decomposition is the best there is:
+that is what whitening is for. Layers whose whitened weights are stacked share the right singular vectors, a
+common basis of what they read, and each has its own coefficients. R rows, C columns, K the rank.
 """
 
 from __future__ import annotations
@@ -29,22 +30,31 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
     raise Overflow("second moments are not finite")
 
 
-def shared_basis(weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int) -> tuple[list[Tensor], Tensor]:
-    """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight, its best product.
+def shared_basis(
+    weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int
+) -> tuple[list[Tensor], Tensor]:
+    """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight,
+    its best product.
 
-    `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is lost.
+    `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is
+    lost.
 
-    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; of one weight SVD-LLM, Wang et al. 2024,
-    arXiv:2403.07378, truncation-aware whitening. Differs: coefficients are solved for on each layer's own inputs.
+    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; of one weight SVD-LLM, Wang et al.
+    2024, arXiv:2403.07378, truncation-aware whitening. Differs: coefficients are solved for on each layer's
+    own inputs.
     """
     summed = torch.stack([H_CC.double() for H_CC in moments]).mean(0)
     S_CC = root(summed)
     whitened = torch.cat([W_RC.double() @ S_CC for W_RC in weights])
-    gram = whitened.T @ whitened  # of fewer rows than columns too, its leading vectors are the right singular ones
+    gram = (
+        whitened.T @ whitened
+    )  # of fewer rows than columns too, its leading vectors are the right singular ones
     _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     V_KC = vectors.flip(1)[:, :rank].T
     basis_KC = torch.linalg.solve_triangular(S_CC.T, V_KC.T, upper=True).T
-    lefts = [coefficients(W_RC, H_CC, basis_KC.to(W_RC.dtype)) for W_RC, H_CC in zip(weights, moments, strict=True)]
+    lefts = [
+        coefficients(W_RC, H_CC, basis_KC.to(W_RC.dtype)) for W_RC, H_CC in zip(weights, moments, strict=True)
+    ]
     return lefts, basis_KC.to(weights[0].dtype)
 
 
@@ -54,5 +64,7 @@ def coefficients(W_RC: Tensor, H_CC: Tensor, basis_KC: Tensor, damp: float = DAM
     B_KC = basis_KC.double()
     BH_KC = B_KC @ H
     inner = BH_KC @ B_KC.T
-    left_RK: Tensor = torch.linalg.solve((inner + inner.T) / 2, BH_KC @ W_RC.double().T).T.to(W_RC.dtype).contiguous()
+    left_RK: Tensor = (
+        torch.linalg.solve((inner + inner.T) / 2, BH_KC @ W_RC.double().T).T.to(W_RC.dtype).contiguous()
+    )
     return left_RK

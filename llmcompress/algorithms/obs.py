@@ -1,15 +1,18 @@
-"""Units of an axis removed one after another, each the one whose loss the others make up for best, by the second moments.
+"""Units of an axis removed one after another, each the one whose loss the others make up for best, by the
+second moments.
 
-`scores.obs` says what one unit costs while all others stay. As units go, those that stood in for them grow dear, so the costs
-are brought up to date after every removal: that is what sets this apart from sorting the scores. Neither weights nor outputs
-are needed for it. With J = H^-1 on the columns that stay and G = W^T W of the weights solved anew for them, removing the
-columns P costs tr(J_PP^-1 G_PP), and with the Cholesky factor J_PP = L L^T and
+`scores.obs` says what one unit costs while all others stay. As units go, those that stood in for them grow
+dear, so the costs are brought up to date after every removal: that is what sets this apart from sorting the
+scores. Neither weights nor outputs are needed for it. With J = H^-1 on the columns that stay and G = W^T W of
+the weights solved anew for them, removing the columns P costs tr(J_PP^-1 G_PP), and with the Cholesky factor
+J_PP = L L^T and
 
     v = L^-1 J_P:    n = L^-1 G_P: - 1/2 (L^-1 G_PP L^-T) v
 
-what is left is J - v^T v and G - v^T n - n^T v: two changes of low rank. They are made at once on the blocks that costs are
-read from, and in bunches on the matrices, by matrix products: 6 C^3 operations for all units, whatever their size. Float64: J
-shrinks by subtraction, and single precision would not live through it. The plain form stands in the tests as the oracle.
+what is left is J - v^T v and G - v^T n - n^T v: two changes of low rank. They are made at once on the blocks
+that costs are read from, and in bunches on the matrices, by matrix products: 6 C^3 operations for all units,
+whatever their size. Float64: J shrinks by subtraction, and single precision would not live through it. The
+plain form stands in the tests as the oracle.
 """
 
 from __future__ import annotations
@@ -26,41 +29,56 @@ from llmcompress.algorithms.saliency import alive, block_costs, members, on_unit
 
 @dataclass(frozen=True)
 class Removal:
-    """The order in which units go, int64 [N], and the loss after each, float64 [N], of `units` in all (N <= units)."""
+    """The order in which units go, int64 [N], and the loss after each, float64 [N], of `units` in all (N <=
+    units)."""
 
     order: Tensor
     losses: Tensor
     units: int
 
     def kept(self, count: int) -> Tensor:
-        """The `count` units that stay, int64 in rising order; raises ValueError where the removal did not go that far."""
+        """The `count` units that stay, int64 in rising order; raises ValueError where the removal did not go
+        that far."""
         stays = torch.ones(self.units, dtype=torch.bool, device=self.order.device)
         stays[self.order[: self._gone(count)]] = False
         return torch.nonzero(stays).flatten()
 
     def loss(self, count: int) -> float:
-        """The squared output error with `count` units kept and the rest solved for; raises ValueError as `kept` does."""
+        """The squared output error with `count` units kept and the rest solved for; raises ValueError as
+        `kept` does."""
         gone = self._gone(count)
         return float(self.losses[gone - 1]) if gone else 0.0
 
     def _gone(self, count: int) -> int:
         gone = self.units - count
         if not 0 <= gone <= len(self.order):
-            raise ValueError(f"{count} units can't be kept: between {self.units - len(self.order)} and {self.units} are known")
+            raise ValueError(
+                f"{count} units can't be kept: between {self.units - len(self.order)} and {self.units} are "
+                "known"
+            )
         return gone
 
 
 def remove(
-    W_RC: Tensor, H_CC: Tensor, unit_C: Tensor, units: int, *, least: int = 0, damp: float = 0.01, width: int = 64
+    W_RC: Tensor,
+    H_CC: Tensor,
+    unit_C: Tensor,
+    units: int,
+    *,
+    least: int = 0,
+    damp: float = 0.01,
+    width: int = 64,
 ) -> Removal:
-    """Remove the cheapest unit again and again until `least` are left, all other columns solved for anew each time.
+    """Remove the cheapest unit again and again until `least` are left, all other columns solved for anew each
+    time.
 
-    W_RC reads the axis, H_CC are the second moments of what it reads, `unit_C` the unit of each column (-1: never removed, but
-    it makes up for others). Losses are tr(E (H + damping) E^T), those that `repair` reaches. Of equals the first goes.
+    W_RC reads the axis, H_CC are the second moments of what it reads, `unit_C` the unit of each column (-1:
+    never removed, but it makes up for others). Losses are tr(E (H + damping) E^T), those that `repair`
+    reaches. Of equals the first goes.
 
-    Source: ZipLM, Kurtic et al. 2023, arXiv:2302.04089, Algorithm 1; SlimGPT, Ling et al. 2024, arXiv:2412.18110. Differs: W^T
-    W is brought up to date in place of W, and both matrices in bunches of `width` columns, so there is no need to cut in
-    batches.
+    Source: ZipLM, Kurtic et al. 2023, arXiv:2302.04089, Algorithm 1; SlimGPT, Ling et al. 2024,
+    arXiv:2412.18110. Differs: W^T W is brought up to date in place of W, and both matrices in bunches of
+    `width` columns, so there is no need to cut in batches.
     """
     table, U_CC = members(unit_C, units), inverse_factor(H_CC.double(), damp)
     W = (W_RC * alive(H_CC)).double()
@@ -80,7 +98,8 @@ def remove(
 
 
 class _Left:
-    """J and G of the columns that are left, with their blocks on the units up to date and changes of the rest delayed."""
+    """J and G of the columns that are left, with their blocks on the units up to date and changes of the rest
+    delayed."""
 
     def __init__(self, J_CC: Tensor, G_CC: Tensor, table: Tensor, width: int) -> None:
         self.table, self.width = table, width
@@ -91,7 +110,10 @@ class _Left:
     def eliminate(self, P: Tensor) -> None:
         """Solve all other columns for the loss of the columns P."""
         v, n = self._change(P)
-        v_UK, n_UK = pad(v, (0, 1))[:, self.table], pad(n, (0, 1))[:, self.table]  # [P, units, K]; -1 is the zero at the end
+        v_UK, n_UK = (
+            pad(v, (0, 1))[:, self.table],
+            pad(n, (0, 1))[:, self.table],
+        )  # [P, units, K]; -1 is the zero at the end
         change = torch.einsum("puk,pul->ukl", v_UK, n_UK)
         self.J_UKK = self.J_UKK - torch.einsum("puk,pul->ukl", v_UK, v_UK)
         self.G_UKK = self.G_UKK - change - change.mT

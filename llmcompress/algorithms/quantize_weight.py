@@ -1,7 +1,8 @@
 """One linear, from weights and second moments to codes: search, GPTQ, then scales and codes in turn.
 
-Each step minimises the same tr(E H E^T) over what the step before held fixed: scales under the nearest codes, codes under
-those scales, scales in closed form under those codes, codes by descent. Three rounds are where it stops paying.
+Each step minimises the same tr(E H E^T) over what the step before held fixed: scales under the nearest codes,
+codes under those scales, scales in closed form under those codes, codes by descent. Three rounds are where it
+stops paying.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the storable scales neares
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A linear on a grid: level indices int64 [R, C] and one scale per row and group_size of columns [R, G]."""
+    """A linear on a grid: level indices int64 [R, C] and one scale per row and group_size of columns [R,
+    G]."""
 
     index_RC: Tensor
     scale_RG: Tensor
 
     def weight(self, grid: Grid) -> Tensor:
         """The weight [R, C] that the codes stand for."""
-        return grid.levels[self.index_RC] * spread(self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1])
+        return grid.levels[self.index_RC] * spread(
+            self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1]
+        )
 
 
 def solve(
@@ -44,9 +48,11 @@ def solve(
 ) -> RoundedWeight:
     """Codes and scales of W under the second moments H of its inputs; `signed` lets scales be < 0.
 
-    With `snap` the codes are those for the storable scales nearest to the ones found, which are returned before snapping.
+    With `snap` the codes are those for the storable scales nearest to the ones found, which are returned
+    before snapping.
 
-    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a group of columns is one scale.
+    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a group of columns
+    is one scale.
     """
     snap = snap or (lambda scale_RG: scale_RG)
     found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed)
@@ -60,7 +66,8 @@ def solve(
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:
-    """Root of the squared output error over the squared output, tr(E H E^T) / tr(W H W^T); 0 where the output is zero."""
+    """Root of the squared output error over the squared output, tr(E H E^T) / tr(W H W^T); 0 where the output
+    is zero."""
     E = W_RC - Q_RC
     lost, whole = torch.sum((E @ H_CC) * E), torch.sum((W_RC @ H_CC) * W_RC)
     if not bool(torch.isfinite(lost + whole)) and W_RC.dtype is not torch.float64:  # squares of large weights

@@ -1,7 +1,7 @@
 """Block scales: searched before the codes are known, and solved for once they are.
 
-A scale is the stored absmax of a group of columns, and may be negative: NF4's levels are not symmetric, so the sign is a
-free bit that says which tail gets the finer steps.
+A scale is the stored absmax of a group of columns, and may be negative: NF4's levels are not symmetric, so
+the sign is a free bit that says which tail gets the finer steps.
 """
 
 from __future__ import annotations
@@ -22,11 +22,15 @@ def spread(S_RG: Tensor, group_size: int) -> Tensor:
     return S_RG.repeat_interleave(group_size, dim=1)
 
 
-def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24) -> Tensor:
-    """Scales [R, G] that minimise the rounding error of each group, weighed by the second moment h of each column.
+def search_scales(
+    W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24
+) -> Tensor:
+    """Scales [R, G] that minimise the rounding error of each group, weighed by the second moment h of each
+    column.
 
-    Tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first of equals
-    stays, so a group that no input reaches keeps its absolute maximum, and a group of zeros gets scale 1.
+    Tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first
+    of equals stays, so a group that no input reaches keeps its absolute maximum, and a group of zeros gets
+    scale 1.
     """
     W, h = groups_of(W_RC, group_size), groups_of(h_C[None], group_size)
     top = W.abs().amax(-1, keepdim=True)
@@ -42,9 +46,11 @@ def search_scales(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, sig
 
 
 def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor:
-    """Scales [R, G] that minimise tr((W - QS) H (W - QS)^T) with the levels Q [R, C] held fixed: closed form, row by row.
+    """Scales [R, G] that minimise tr((W - QS) H (W - QS)^T) with the levels Q [R, C] held fixed: closed form,
+    row by row.
 
-    A row whose system is singular (all its levels zero in some group) or whose solution is not usable keeps its old scales.
+    A row whose system is singular (all its levels zero in some group) or whose solution is not usable keeps
+    its old scales.
     """
     R, G = S_RG.shape
     rows = max(1, 2**24 // (G * G))  # the systems of so many rows at once: 64 MiB
@@ -55,7 +61,9 @@ def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor
     Q = groups_of(Q_RC, group_size)
     A_RGG = torch.empty(R, G, G, device=W_RC.device)
     for g in range(G):
-        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(-1)
+        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(
+            -1
+        )
     b_RG = (groups_of(W_RC @ H_CC, group_size) * Q).sum(-1)
     diagonal = A_RGG.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
@@ -66,10 +74,11 @@ def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor
 
 
 def integer_scales(S_RG: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Positive scales [R, G] as a step a row [R] times whole multipliers [R, G] in 1..`largest`, as near as they come.
+    """Positive scales [R, G] as a step a row [R] times whole multipliers [R, G] in 1..`largest`, as near as
+    they come.
 
-    The largest scale of a row gets a multiplier between half of `largest` and `largest`, whichever leaves the least relative
-    error over the row.
+    The largest scale of a row gets a multiplier between half of `largest` and `largest`, whichever leaves the
+    least relative error over the row.
     """
     top = S_RG.amax(1).clamp_min(torch.finfo(torch.float32).tiny * largest)
     S_RG = S_RG.maximum(top[:, None] / (2 * largest))  # a fit may end below zero, which no multiplier reaches

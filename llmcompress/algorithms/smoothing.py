@@ -1,8 +1,10 @@
-"""Scales that move the difficulty of rounding from the inputs of linears to their weights, or from some columns to others.
+"""Scales that move the difficulty of rounding from the inputs of linears to their weights, or from some
+columns to others.
 
-Multiplying a column of every reader by s and what it reads by 1 / s changes nothing, but what is rounded: an input channel that
-towers over the rest costs its whole token the precision (SmoothQuant), and a column that much is read through deserves finer
-steps than its group gives it (AWQ). How far to go is one exponent, which is searched.
+Multiplying a column of every reader by s and what it reads by 1 / s changes nothing, but what is rounded: an
+input channel that towers over the rest costs its whole token the precision (SmoothQuant), and a column that
+much is read through deserves finer steps than its group gives it (AWQ). How far to go is one exponent, which
+is searched.
 """
 
 from __future__ import annotations
@@ -16,19 +18,23 @@ WIDEST = 2.0**12  # of a factor, either way: beyond it half precision loses the 
 
 
 def smoothquant(input_top: Tensor, weight_top: Tensor, alpha: float) -> Tensor:
-    """Factor of each channel's weights: input_top^alpha / weight_top^(1 - alpha), of mean size one; dead channels stay.
+    """Factor of each channel's weights: input_top^alpha / weight_top^(1 - alpha), of mean size one; dead
+    channels stay.
 
     input_top, weight_top: largest absolute value of each channel, float32, of any one shape.
 
     Source: Xiao et al. 2022, arXiv:2211.10438, equation 4.
     """
     alive = (input_top > 0) & (weight_top > 0)
-    raw = torch.where(alive, input_top.clamp_min(1e-12) ** alpha / weight_top.clamp_min(1e-12) ** (1 - alpha), 1.0)
+    raw = torch.where(
+        alive, input_top.clamp_min(1e-12) ** alpha / weight_top.clamp_min(1e-12) ** (1 - alpha), 1.0
+    )
     return _centred(raw, alive)
 
 
 def awq(input_size: Tensor, alpha: float) -> Tensor:
-    """Factor of each channel's weights: input_size^alpha, of mean size one; input_size is the typical size of each channel.
+    """Factor of each channel's weights: input_size^alpha, of mean size one; input_size is the typical size of
+    each channel.
 
     Source: Lin et al. 2023, arXiv:2306.00978, equation 5.
     """
@@ -46,14 +52,16 @@ def fitted(
     weight_largest: int,
     group_size: int,
 ) -> Tensor:
-    """Factor [U] of the units' weights under which rounding is expected to cost least, by gradient descent from `start_U`.
+    """Factor [U] of the units' weights under which rounding is expected to cost least, by gradient descent
+    from `start_U`.
 
-    Rounding x to multiples of a step d adds noise of variance d^2 / 12. With steps of absmax / largest, for each token of the
-    inputs X (None: they are not rounded) and for each group of a row of W, the squared error of X W^T is in the mean 1 / 12 of
+    Rounding x to multiples of a step d adds noise of variance d^2 / 12. With steps of absmax / largest, for
+    each token of the inputs X (None: they are not rounded) and for each group of a row of W, the squared
+    error of X W^T is in the mean 1 / 12 of
         mean_t max_c (x_tc / s_c)^2 sum_c s_c^2 |w_c|^2 / largest_x^2
-          + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2
-    where c of the second term runs over the columns of group b. unit_C: the unit of each column. Whoever weighs tokens
-    unequally scales the rows of X.
+          + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2 where c of the second term runs over
+          the columns of group b. unit_C: the unit of each column. Whoever weighs tokens unequally scales the
+          rows of X.
     """
     log_U = start_U.clamp_min(1e-12).log().requires_grad_()
     X_TC, W_RC = X_TC.detach(), W_RC.detach()

@@ -1,9 +1,9 @@
 """Single weights set to zero: which, what the others become, and how zeros are stored without their bytes.
 
-What stays is either a share of each row or n of every m columns in a row. A share is per row as in Wanda: each output has an
-error of its own, and small rows are not emptied for the sake of large ones. Where scores of different rows are in the same
-units of error, as in SparseGPT, rows compete. Masks are bool, True where a weight stays. The plain form of SparseGPT is in the
-tests.
+What stays is either a share of each row or n of every m columns in a row. A share is per row as in Wanda:
+each output has an error of its own, and small rows are not emptied for the sake of large ones. Where scores
+of different rows are in the same units of error, as in SparseGPT, rows compete. Masks are bool, True where a
+weight stays. The plain form of SparseGPT is in the tests.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ Keep = float | tuple[int, int]  # a share of the weights, or n of every m column
 
 
 def keep_mask(score_RC: Tensor, keep: Keep) -> Tensor:
-    """The weights of the highest score, bool [R, C]: the share `keep` of each row, or n of every m neighbours in a row.
+    """The weights of the highest score, bool [R, C]: the share `keep` of each row, or n of every m neighbours
+    in a row.
 
-    Of equals the first stays. A last group of fewer than m columns keeps up to n. To let rows compete pass them as one,
-    `score_RC.reshape(1, -1)`.
+    Of equals the first stays. A last group of fewer than m columns keeps up to n. To let rows compete pass
+    them as one, `score_RC.reshape(1, -1)`.
 
     Source: Sun et al. 2023, arXiv:2306.11695, section 3 (comparison group: the weights of one output).
     """
@@ -41,13 +42,15 @@ def _highest(score_RN: Tensor, count: int) -> Tensor:
 
 
 def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp: float = 0.01) -> Tensor:
-    """W with zeros, each column's error pushed onto the columns not yet passed; what stays is what is not zero.
+    """W with zeros, each column's error pushed onto the columns not yet passed; what stays is what is not
+    zero.
 
-    Weights are chosen as they are by then, by w^2 / [H^-1]_cc of the columns still to come: a share of each `block` of columns
-    in all rows together, or n of every m columns in each row. A column whose input never fires goes first.
+    Weights are chosen as they are by then, by w^2 / [H^-1]_cc of the columns still to come: a share of each
+    `block` of columns in all rows together, or n of every m columns in each row. A column whose input never
+    fires goes first.
 
-    Source: Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1. Differs: the shares of blocks add up to that of the whole
-    to the weight; the weights that stay in columns without input are left as they are.
+    Source: Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1. Differs: the shares of blocks add up to
+    that of the whole to the weight; the weights that stay in columns without input are left as they are.
     """
     C = W_RC.shape[1]
     group = keep[1] if isinstance(keep, tuple) else block  # columns that are chosen from together
@@ -70,7 +73,8 @@ def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp:
 
 
 def _chosen(score_RB: Tensor, keep: Keep, before: int) -> Tensor:
-    """The mask of a block of columns, with as many in front of it; shares of blocks are rounded so that their sum is."""
+    """The mask of a block of columns, with as many in front of it; shares of blocks are rounded so that their
+    sum is."""
     if isinstance(keep, tuple):
         return keep_mask(score_RB, keep)
     R, B = score_RB.shape
@@ -79,9 +83,11 @@ def _chosen(score_RB: Tensor, keep: Keep, before: int) -> Tensor:
 
 
 def pack_mask(mask_RC: Tensor) -> Tensor:
-    """The mask as bits, uint8 [R, ceil(C / 8)]: the first column in the lowest bit, each row from a byte of its own.
+    """The mask as bits, uint8 [R, ceil(C / 8)]: the first column in the lowest bit, each row from a byte of
+    its own.
 
-    The values beside it are `W_RC[mask_RC]`, row by row. It is the layout of compressed-tensors' sparse bitmask.
+    The values beside it are `W_RC[mask_RC]`, row by row. It is the layout of compressed-tensors' sparse
+    bitmask.
     """
     bits = pad(mask_RC.to(torch.uint8), (0, -mask_RC.shape[1] % 8)).unflatten(1, (-1, 8))
     bits_RB: Tensor = (bits << _places(bits)).sum(-1, dtype=torch.uint8)
@@ -99,7 +105,8 @@ def _places(like: Tensor) -> Tensor:
 
 
 def fill(mask_RC: Tensor, values: Tensor) -> Tensor:
-    """The weight [R, C] whose entries under the mask are `values`, row by row; raises ValueError where their numbers differ."""
+    """The weight [R, C] whose entries under the mask are `values`, row by row; raises ValueError where their
+    numbers differ."""
     if len(values) != int(mask_RC.sum()):
         raise ValueError(f"{len(values)} values do not fill a mask of {int(mask_RC.sum())}")
     W_RC = values.new_zeros(mask_RC.shape)

@@ -1,9 +1,11 @@
-"""One matrix for the input embedding and the output head of a model that has two: the best of both, row by row.
+"""One matrix for the input embedding and the output head of a model that has two: the best of both, row by
+row.
 
-The embedding's rows are looked up, so an error e of row v costs what the model feels of it, e F e^T, as often as the token
-comes. The head's rows are multiplied by what it reads: an error costs e H e^T, as often as the token is predicted. One row that
-is to be both is their least-squares compromise. A gain g on each channel that the head reads is free, for a norm is there; it
-lets the two use the channels differently, and is solved for in turn with the rows. V vocabulary, D width.
+The embedding's rows are looked up, so an error e of row v costs what the model feels of it, e F e^T, as often
+as the token comes. The head's rows are multiplied by what it reads: an error costs e H e^T, as often as the
+token is predicted. One row that is to be both is their least-squares compromise. A gain g on each channel
+that the head reads is free, for a norm is there; it lets the two use the channels differently, and is solved
+for in turn with the rows. V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -18,11 +20,15 @@ GAIN_DAMP = 1e-4  # towards the gain of 1
 PIECE = 1 << 22  # weights of which there are copies in float64 at a time
 
 
-def fit_rows(E_VD: Tensor, O_VD: Tensor, seen_V: Tensor, said_V: Tensor, F_DD: Tensor, H_DD: Tensor, gain_D: Tensor) -> Tensor:
-    """M [V, D] with the least sum over rows of seen (m - e) F (m - e)^T + said (m g - o) H (m g - o)^T, in the type of E.
+def fit_rows(
+    E_VD: Tensor, O_VD: Tensor, seen_V: Tensor, said_V: Tensor, F_DD: Tensor, H_DD: Tensor, gain_D: Tensor
+) -> Tensor:
+    """M [V, D] with the least sum over rows of seen (m - e) F (m - e)^T + said (m g - o) H (m g - o)^T, in
+    the type of E.
 
-    seen_V, said_V: positive weights of rows; F, H: positive semi-definite. Each row has a system of its own, which one change
-    of basis makes diagonal for all: with A = F + damping = L L^T and L^-1 (g H g) L^-T = U diag(l) U^T, the basis Q = L^-T U.
+    seen_V, said_V: positive weights of rows; F, H: positive semi-definite. Each row has a system of its own,
+    which one change of basis makes diagonal for all: with A = F + damping = L L^T and L^-1 (g H g) L^-T = U
+    diag(l) U^T, the basis Q = L^-T U.
     """
     F, H, gain = F_DD.double(), H_DD.double(), gain_D.double()
     A_DD = F.clone()
@@ -72,8 +78,9 @@ def tie(
 ) -> tuple[Tensor, Tensor]:
     """The matrix M [V, D] for both embedding E and head O, and the gain [D] on what the head reads.
 
-    `balance` is the share of the embedding's errors: at 1 both metrics give the two matrices the same mean size, so which
-    balance is best depends on how a model's predictions bear errors, and is for the caller to measure. Sums are in float64.
+    `balance` is the share of the embedding's errors: at 1 both metrics give the two matrices the same mean
+    size, so which balance is best depends on how a model's predictions bear errors, and is for the caller to
+    measure. Sums are in float64.
     """
     F, H = F_DD.double(), H_DD.double()
     F = F * balance / _size(E_VD, F)

@@ -1,8 +1,10 @@
-"""THE table: what every weight of a model family is called, and the axes it runs along. The only weight names in the package.
+"""THE table: what every weight of a model family is called, and the axes it runs along. The only weight names
+in the package.
 
-Everything structural (cutting an axis, a scale that crosses two weights, one Hessian for the linears that read one input, the
-bytes of a plan) follows from these facts, so a family is added here and nowhere else, and `tests/test_anatomy.py` proves it
-on a tiny model: shapes, permutations of each axis, scales. Nothing here touches a tensor or imports transformers.
+Everything structural (cutting an axis, a scale that crosses two weights, one Hessian for the linears that
+read one input, the bytes of a plan) follows from these facts, so a family is added here and nowhere else, and
+`tests/test_anatomy.py` proves it on a tiny model: shapes, permutations of each axis, scales. Nothing here
+touches a tensor or imports transformers.
 """
 
 from __future__ import annotations
@@ -17,9 +19,10 @@ from llmcompress.errors import ModelError
 
 __all__ = ["FAMILIES", "Anatomy", "anatomy_of"]
 
-# The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models without grouped
-# heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands after its sublayer, no scale through
-# an activation other than relu. "x[1]" is the second part of a fused weight.
+# The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models
+# without grouped heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands
+# after its sublayer, no scale through an activation other than relu. "x[1]" is the second part of a fused
+# weight.
 
 ATTENTION = {
     "self_attn.q_proj.weight": "(kv q d) hidden",
@@ -48,7 +51,11 @@ MISTRAL = Anatomy(
         "mlp.up_proj.weight": "ffn hidden",
         "mlp.down_proj.weight": "hidden ffn",
     },
-    outer={"model.embed_tokens.weight": "vocab hidden", "model.norm.weight": "hidden", "lm_head.weight": "vocab hidden"},
+    outer={
+        "model.embed_tokens.weight": "vocab hidden",
+        "model.norm.weight": "hidden",
+        "lm_head.weight": "vocab hidden",
+    },
     consumers=(QKV, ("self_attn.o_proj",), GATE_UP, ("mlp.down_proj",)),
     scale_pairs={
         "input_layernorm": QKV,
@@ -78,12 +85,20 @@ LLAMA = MISTRAL.extend(
 )
 QWEN2 = MISTRAL.extend(
     "qwen2",
-    layer={"self_attn.q_proj.bias": "(kv q d)", "self_attn.k_proj.bias": "(kv d)", "self_attn.v_proj.bias": "(kv d)"},
+    layer={
+        "self_attn.q_proj.bias": "(kv q d)",
+        "self_attn.k_proj.bias": "(kv d)",
+        "self_attn.v_proj.bias": "(kv d)",
+    },
 )
 QWEN3 = MISTRAL.extend("qwen3", layer={**ATTENTION_BIAS, **HEAD_NORMS})
 GEMMA2 = MISTRAL.extend(
     "gemma2",
-    layer={**ATTENTION_BIAS, "pre_feedforward_layernorm.weight": "hidden", "post_feedforward_layernorm.weight": "hidden"},
+    layer={
+        **ATTENTION_BIAS,
+        "pre_feedforward_layernorm.weight": "hidden",
+        "post_feedforward_layernorm.weight": "hidden",
+    },
     scale_pairs={
         "input_layernorm": QKV,
         "self_attn.v_proj": ("self_attn.o_proj",),
@@ -165,7 +180,13 @@ GPT2 = Anatomy(
         "ln_2": ("mlp.c_fc",),
         "mlp.c_fc if activation_function == 'relu'": ("mlp.c_proj",),
     },
-    sizes={"vocab": "vocab_size", "position": "n_positions", "hidden": "n_embd", "kv": "n_head", "ffn": "n_inner"},
+    sizes={
+        "vocab": "vocab_size",
+        "position": "n_positions",
+        "hidden": "n_embd",
+        "kv": "n_head",
+        "ffn": "n_inner",
+    },
     embedding="transformer.wte",
     norm="transformer.ln_f",
     conv1d=frozenset({"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}),
@@ -194,12 +215,16 @@ OPT = Anatomy(
         "fc2.bias": "hidden if enable_bias",
     },
     outer={
-        f"{OPT_DECODER}.embed_tokens.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
+        f"{OPT_DECODER}.embed_tokens.weight": "vocab embed if word_embed_proj_dim != hidden_size "
+        "else vocab hidden",
         f"{OPT_DECODER}.project_in.weight": "hidden embed if word_embed_proj_dim != hidden_size",
-        f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",  # the first two rows stand for no position
-        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and not _remove_final_layer_norm"
+        # the first two rows stand for no position
+        f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",
+        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and "
+        "not _remove_final_layer_norm"
         " and layer_norm_elementwise_affine",
-        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and not _remove_final_layer_norm"
+        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and "
+        "not _remove_final_layer_norm"
         " and layer_norm_elementwise_affine",
         f"{OPT_DECODER}.project_out.weight": "embed hidden if word_embed_proj_dim != hidden_size",
         "lm_head.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
@@ -245,27 +270,42 @@ GPT_NEOX = Anatomy(
         "gpt_neox.final_layer_norm.bias": "hidden",
         "lm_head.weight": "vocab hidden",
     },
-    consumers=(("attention.query_key_value",), ("attention.dense",), ("mlp.dense_h_to_4h",), ("mlp.dense_4h_to_h",)),
+    consumers=(
+        ("attention.query_key_value",),
+        ("attention.dense",),
+        ("mlp.dense_h_to_4h",),
+        ("mlp.dense_4h_to_h",),
+    ),
     scale_pairs={
         "input_layernorm": ("attention.query_key_value",),
         "attention.query_key_value[2]": ("attention.dense",),
-        "post_attention_layernorm": ("mlp.dense_h_to_4h",),  # with parallel residual too: each norm has its own reader
+        "post_attention_layernorm": (
+            "mlp.dense_h_to_4h",
+        ),  # with parallel residual too: each norm has its own reader
         "mlp.dense_h_to_4h if hidden_act == 'relu'": ("mlp.dense_4h_to_h",),
     },
-    sizes={"vocab": "vocab_size", "hidden": "hidden_size", "kv": "num_attention_heads", "ffn": "intermediate_size"},
+    sizes={
+        "vocab": "vocab_size",
+        "hidden": "hidden_size",
+        "kv": "num_attention_heads",
+        "ffn": "intermediate_size",
+    },
     embedding="gpt_neox.embed_in",
     norm="gpt_neox.final_layer_norm",
 )
 
 FAMILIES: Mapping[str, Anatomy] = {
-    table.family: table for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, QWEN3_MOE)
+    table.family: table
+    for table in (LLAMA, MISTRAL, QWEN2, QWEN3, GEMMA2, GEMMA3, PHI3, GPT2, OPT, GPT_NEOX, QWEN3_MOE)
 }
 
 
 def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Anatomy:
-    """The anatomy of a model by its config; `shapes` (parameter name -> shape) only makes the error for a stranger better.
+    """The anatomy of a model by its config; `shapes` (parameter name -> shape) only makes the error for a
+    stranger better.
 
-    Raises ModelError for a family without rows, printing the rows to add, and for a config that the rows don't cover.
+    Raises ModelError for a family without rows, printing the rows to add, and for a config that the rows
+    don't cover.
     """
     family = getattr(config, "model_type", "")
     if family not in FAMILIES:
@@ -289,5 +329,8 @@ def _rows_to_add(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
         if first or not re.search(r"\.\d+\.", name):
             rows["layer" if first else "outer"][inner or name] = " ".join(known.get(n, str(n)) for n in shape)
     if not shapes:
-        rows = {"layer": {"each parameter of a layer": "its axes"}, "outer": {"each other parameter": "its axes"}}
+        rows = {
+            "layer": {"each parameter of a layer": "its axes"},
+            "outer": {"each other parameter": "its axes"},
+        }
     return f"Anatomy(layers={layers}, layer={rows['layer']}, outer={rows['outer']}, ...)"

@@ -1,9 +1,10 @@
 """Layers of different widths: what a config says of each, and the model that it means.
 
-transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by that, but most of
-its families build every layer from what is said for all. So their layers are built again here, each from a config of its own.
-A layer may have nothing left of its attention or of its feed-forward part: no heads, or no neurons. Its weights are then empty,
-and stand in the checkpoint as such. Where layers are not built anew no shape there fits, and loading fails, as it should.
+transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by
+that, but most of its families build every layer from what is said for all. So their layers are built again
+here, each from a config of its own. A layer may have nothing left of its attention or of its feed-forward
+part: no heads, or no neurons. Its weights are then empty, and stand in the checkpoint as such. Where layers
+are not built anew no shape there fits, and loading fails, as it should.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import CompressError, ModelError
 
 SCHEMA = "per_layer_config"
-ALLOW = "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
+ALLOW = (
+    "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
+)
 
 
 def mixed(config: PretrainedConfig) -> bool:
@@ -42,18 +45,23 @@ def overrides(config: PretrainedConfig) -> list[dict[str, Any]]:
 
 
 def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a config whose layers have these values; those that are the same in all are said for all alone."""
+    """The fields of a config whose layers have these values; those that are the same in all are said for all
+    alone."""
     names = {name for fields in layers for name in fields}
     same = {name: layers[0].get(name) for name in names if len({fields.get(name) for fields in layers}) == 1}
-    own = {str(index): {k: v for k, v in fields.items() if k not in same} for index, fields in enumerate(layers)}
+    own = {
+        str(index): {k: v for k, v in fields.items() if k not in same} for index, fields in enumerate(layers)
+    }
     different = {index: fields for index, fields in own.items() if fields}
     return same | ({SCHEMA: different, ALLOW: True} if different else {SCHEMA: None})
 
 
 class Absent(nn.Module):
-    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of `reader`.
+    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of
+    `reader`.
 
-    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that one's must stay.
+    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that
+    one's must stay.
     """
 
     def __init__(self, attention: nn.Module, reader: str) -> None:
@@ -78,9 +86,13 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
             built = _built(type(layer), config, index, anatomy)
         except CompressError:
             raise
-        except Exception as error:  # each family builds in its own way; to the user each says: this config is wrong
+        except (
+            Exception
+        ) as error:  # each family builds in its own way; to the user each says: this config is wrong
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
-            raise ModelError(f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source") from None
+            raise ModelError(
+                f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source"
+            ) from None
         layers[index] = built.to(like.dtype).train(layer.training)
 
 
@@ -110,7 +122,11 @@ def _empty(layer: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None
             owner, _, leaf = name.rpartition(".")
             linear: Any = layer.get_submodule(owner)
             old = linear.get_parameter(leaf)
-            setattr(linear, leaf, nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False))
+            setattr(
+                linear,
+                leaf,
+                nn.Parameter(old.new_empty(Spelling.parse(row).shape(sizes)), requires_grad=False),
+            )
             if leaf == "weight":
                 linear.out_features, linear.in_features = linear.weight.shape
     attention, _, reader = str(anatomy.consumer_of("kv")).rpartition(".")

@@ -1,8 +1,9 @@
 """The config of a model whose axes have other sizes, and proof that it is one that transformers builds.
 
-A table of axes says which field counts an axis; what else a config must then say follows from how heads are counted. Whether
-the numbers may stand together is asked of transformers itself, by building the model without memory. Llama alone wants its
-query heads to divide the hidden width; Mistral is the same model without that rule, so such a Llama becomes one.
+A table of axes says which field counts an axis; what else a config must then say follows from how heads are
+counted. Whether the numbers may stand together is asked of transformers itself, by building the model without
+memory. Llama alone wants its query heads to divide the hidden width; Mistral is the same model without that
+rule, so such a Llama becomes one.
 """
 
 from __future__ import annotations
@@ -20,14 +21,24 @@ from llmcompress.architectures.per_layer import build_layers, config_of_layer, f
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 
-TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))}  # the same but for these fields
+TWINS = {
+    "llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))
+}  # the same but for these fields
 
 
-def resized(config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]) -> dict[str, Any]:
-    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where none can."""
-    layers, different = config.num_hidden_layers, [axis for axis, counts in widths.items() if len(set(counts)) > 1]
+def resized(
+    config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]
+) -> dict[str, Any]:
+    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where
+    none can."""
+    layers, different = (
+        config.num_hidden_layers,
+        [axis for axis, counts in widths.items() if len(set(counts)) > 1],
+    )
     if inseparable := [axis for axis in different if axis in anatomy.outer_axes]:
-        raise ModelError(f'axis "{inseparable[0]}" has one size in the whole model; keep as many of it in every layer')
+        raise ModelError(
+            f'axis "{inseparable[0]}" has one size in the whole model; keep as many of it in every layer'
+        )
     if mixed(config) or different:
         said = overrides(config)
         for index, fields in enumerate(said):
@@ -38,16 +49,26 @@ def resized(config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Seq
     else:
         changes = _fields(config, anatomy, {axis: each[0] for axis, each in widths.items()})
     why = _refusal(config.to_dict() | changes)
-    if why is not None and (twin := TWINS.get(anatomy.family)) and not any(getattr(config, name, False) for name in twin[2]):
+    if (
+        why is not None
+        and (twin := TWINS.get(anatomy.family))
+        and not any(getattr(config, name, False) for name in twin[2])
+    ):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
-        named |= {"transformers_version": transformers.__version__}  # of old Mistrals a tokenizer is taken to be damaged
+        named |= {
+            "transformers_version": transformers.__version__
+        }  # of old Mistrals a tokenizer is taken to be damaged
         if _refusal(config.to_dict() | changes | named) is None:
             return changes | named
     if why is not None:
         spoken = ", ".join(
-            f"{'-'.join(str(n) for n in sorted({min(each), max(each)}))} of {axis}" for axis, each in widths.items()
+            f"{'-'.join(str(n) for n in sorted({min(each), max(each)}))} of {axis}"
+            for axis, each in widths.items()
         )
-        raise ModelError(f"a {anatomy.family} model can't have {spoken} in its {layers} layers ({why}); choose another keep")
+        raise ModelError(
+            f"a {anatomy.family} model can't have {spoken} in its {layers} layers ({why}); choose another "
+            "keep"
+        )
     return changes
 
 
@@ -59,30 +80,39 @@ def _fields(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int
         return fields
     if "q" not in anatomy.sizes or "d" not in anatomy.sizes:
         raise ModelError(
-            f"the heads of a {anatomy.family} model share out its hidden width, so neither can be cut; cut ffn or layers"
+            f"the heads of a {anatomy.family} model share out its hidden width, so neither can be cut; cut "
+            "ffn or layers"
         )
     sizes = {**anatomy.axis_sizes(config), **counts}
     return fields | {names["kv"]: sizes["kv"], names["q"]: sizes["kv"] * sizes["q"], names["d"]: sizes["d"]}
 
 
 def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where none can."""
+    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where
+    none can."""
     total, whole = config.num_hidden_layers, config.to_dict()
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fields: dict[str, Any] = {name: len(layers)}
     for key, value in whole.items():  # those that say something of each layer
-        if isinstance(value, list) and len(value) == total and key.startswith(("layer", "no_rope_layer", "attention_layer")):
+        if (
+            isinstance(value, list)
+            and len(value) == total
+            and key.startswith(("layer", "no_rope_layer", "attention_layer"))
+        ):
             fields[key] = [value[index] for index in layers]
     if mixed(config):
         said = overrides(config)
         fields |= fields_for([said[index] for index in layers])
     if (why := _refusal(whole | fields)) is not None:
-        raise ModelError(f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep")
+        raise ModelError(
+            f"a {config.model_type} model can't have {len(layers)} layers ({why}); choose another keep"
+        )
     return fields
 
 
 def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
-    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes with one."""
+    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes
+    with one."""
     found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
     if found is None or not gone:
         return name

@@ -1,10 +1,11 @@
 """The grammar in which the anatomy spells a weight: `(kv q d | kv d | kv d) hidden`.
 
-A spelling has one term for each dimension of the tensor. A term is an axis, a number (rows that belong to no axis), or a
-group in parentheses: factors side by side are nested, the last one running fastest, and alternatives between bars lie one
-after another. Groups nest, so a fused projection laid out head by head is `(kv (d | d | d)) hidden`. Weights that share an
-axis are coupled, and `take` cuts or reorders any of them along it without knowing what the weight does. Parsing is cached;
-`take` costs one index_select per dimension that has the axis.
+A spelling has one term for each dimension of the tensor. A term is an axis, a number (rows that belong to no
+axis), or a group in parentheses: factors side by side are nested, the last one running fastest, and
+alternatives between bars lie one after another. Groups nest, so a fused projection laid out head by head is
+`(kv (d | d | d)) hidden`. Weights that share an axis are coupled, and `take` cuts or reorders any of them
+along it without knowing what the weight does. Parsing is cached; `take` costs one index_select per dimension
+that has the axis.
 """
 
 from __future__ import annotations
@@ -49,14 +50,18 @@ class Spelling:
         return tuple(dict.fromkeys(axis for term in self.dims for axis in _axes(term)))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis without a size."""
+        """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis
+        without a size."""
         missing = [axis for axis in self.axes if axis not in sizes]
         if missing:
-            raise ValueError(f'axis "{missing[0]}" of "{self}" has no size; sizes are given for {", ".join(sizes)}')
+            raise ValueError(
+                f'axis "{missing[0]}" of "{self}" has no size; sizes are given for {", ".join(sizes)}'
+            )
         return tuple(_size(term, sizes) for term in self.dims)
 
     def part(self, number: int) -> Spelling:
-        """The spelling of one part of a fused weight: each group of several alternatives keeps the one of that number."""
+        """The spelling of one part of a fused weight: each group of several alternatives keeps the one of
+        that number."""
         return Spelling(tuple(_part(term, number) for term in self.dims))
 
     def __str__(self) -> str:
@@ -64,12 +69,18 @@ class Spelling:
 
 
 def take(
-    tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int], axis: str, index: Tensor | Sequence[int]
+    tensor: Tensor,
+    spelling: Spelling | str,
+    sizes: Mapping[str, int],
+    axis: str,
+    index: Tensor | Sequence[int],
 ) -> Tensor:
-    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor as it is.
+    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor
+    as it is.
 
-    `sizes` are the sizes before the cut; `index` is 1-D and the same in every group, so along `q` of `(kv q d)` each kv head
-    keeps the same query heads. Raises ValueError for an unknown axis or a tensor that has not the spelled shape.
+    `sizes` are the sizes before the cut; `index` is 1-D and the same in every group, so along `q` of `(kv q
+    d)` each kv head keeps the same query heads. Raises ValueError for an unknown axis or a tensor that has
+    not the spelled shape.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if axis not in sizes:
@@ -91,8 +102,9 @@ def scale(
 ) -> Tensor:
     """Multiply by `factor`, whose dimensions are `axes`, wherever the tensor runs along all of them.
 
-    Other axes repeat the factor: on `hidden (kv q d)`, axes `kv d` reach every query head. `part` confines it to that
-    alternative of a fused weight. Raises ValueError for a wrong shape, or an axis that is not in exactly one dimension.
+    Other axes repeat the factor: on `hidden (kv q d)`, axes `kv d` reach every query head. `part` confines it
+    to that alternative of a fused weight. Raises ValueError for a wrong shape, or an axis that is not in
+    exactly one dimension.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if tuple(factor.shape) != tuple(sizes[axis] for axis in axes):
@@ -110,7 +122,9 @@ def scale(
 def _fitting(tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int]) -> Spelling:
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if tuple(tensor.shape) != spelling.shape(sizes):
-        raise ValueError(f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}')
+        raise ValueError(
+            f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}'
+        )
     return spelling
 
 
@@ -148,7 +162,9 @@ def _coordinates(spelling: Spelling, sizes: Mapping[str, int], axis: str) -> Ten
     """The unit of `axis` at each position, -1 where there is none, shaped to broadcast against the tensor."""
     found = [dim for dim, term in enumerate(spelling.dims) if (units_along(term, sizes, axis) >= 0).any()]
     if len(found) != 1:
-        raise ValueError(f'"{axis}" is in {len(found)} dimensions of "{spelling}"; a scale needs it in exactly one')
+        raise ValueError(
+            f'"{axis}" is in {len(found)} dimensions of "{spelling}"; a scale needs it in exactly one'
+        )
     shape = [1] * len(spelling.dims)
     shape[found[0]] = -1
     return units_along(spelling.dims[found[0]], sizes, axis).reshape(shape)
@@ -177,7 +193,11 @@ def _part(term: Term, number: int) -> Term:
 
 def _text(term: Term) -> str:
     if isinstance(term, Group):
-        return "(" + " | ".join(" ".join(_text(factor) for factor in product) for product in term.alternatives) + ")"
+        return (
+            "("
+            + " | ".join(" ".join(_text(factor) for factor in product) for product in term.alternatives)
+            + ")"
+        )
     return str(term)
 
 
@@ -188,7 +208,9 @@ def _parse(text: str) -> Spelling:
         raise ValueError(f'"{text}" is no spelling; write axes, numbers, ( | ) and spaces')
     dims = _product(tokens, text)
     if tokens or not dims:
-        raise ValueError(f'"{text}" is no spelling: {"nothing is named" if not tokens else f"unexpected {tokens[0]}"}')
+        raise ValueError(
+            f'"{text}" is no spelling: {"nothing is named" if not tokens else f"unexpected {tokens[0]}"}'
+        )
     return Spelling(dims)
 
 
@@ -213,5 +235,8 @@ def _group(tokens: list[str], text: str) -> Group:
     for product in alternatives:
         named = [axis for term in product for axis in set(_axes(term))]
         if not product or len(named) != len(set(named)):
-            raise ValueError(f'"{text}" is no spelling: {"an empty alternative" if not product else "an axis inside itself"}')
+            raise ValueError(
+                f'"{text}" is no spelling: '
+                f"{'an empty alternative' if not product else 'an axis inside itself'}"
+            )
     return Group(tuple(alternatives))

@@ -1,9 +1,9 @@
 """What an anatomy holds, and how the conditions in its rows are decided by a config.
 
-A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim != hidden_size else
-vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be read, printed and compared. A field
-that a condition asks for and the config lacks is an error and not a False, since a row may be missing only because the config
-says so. The tables themselves are in `anatomy.py`.
+A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim !=
+hidden_size else vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be
+read, printed and compared. A field that a condition asks for and the config lacks is an error and not a
+False, since a row may be missing only because the config says so. The tables themselves are in `anatomy.py`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,31 @@ Rows = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in them."""
+    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in
+    them."""
 
     family: str  # model_type
     layers: str  # the ModuleList of layers
     layer: Rows  # parameter in a layer -> spelling
     outer: Rows  # parameter outside the layers -> spelling
-    consumers: tuple[tuple[str, ...], ...]  # linears of a layer by the input they read, in order of computation
+    consumers: tuple[
+        tuple[str, ...], ...
+    ]  # linears of a layer by the input they read, in order of computation
     scale_pairs: Mapping[
         str, tuple[str, ...]
     ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
-    sizes: Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
+    sizes: (
+        Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
+    )
     embedding: str
     norm: str | None  # the final norm; some OPT models have none
     head: str = "lm_head"
     router: tuple[str, ...] = ()  # modules whose weight picks the experts; they read what the experts read
     conv1d: frozenset[str] = frozenset()  # linears stored [in, out]
     norm_offset: float = 0.0  # norms multiply by norm_offset + weight
-    refuses: tuple[str, ...] = ()  # conditions on the config under which these rows would not tell the whole model
+    refuses: tuple[
+        str, ...
+    ] = ()  # conditions on the config under which these rows would not tell the whole model
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -55,42 +62,58 @@ class Anatomy:
         return frozenset(axis for row in self.outer.values() for axis in Spelling.parse(row).axes)
 
     def rows(self, config: Any) -> dict[str, str]:
-        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both their names."""
-        inner = {f"{self.layers}.{i}.{name}": row for i in range(config.num_hidden_layers) for name, row in self.layer.items()}
+        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both
+        their names."""
+        inner = {
+            f"{self.layers}.{i}.{name}": row
+            for i in range(config.num_hidden_layers)
+            for name, row in self.layer.items()
+        }
         return {**self.outer, **inner}
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
-        """The units on each axis that some row runs along; raises ModelError where the config does not tell."""
+        """The units on each axis that some row runs along; raises ModelError where the config does not
+        tell."""
         heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer that lost them
         hidden = config.hidden_size
         implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
         sizes = {}
-        for axis in dict.fromkeys(a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes):
+        for axis in dict.fromkeys(
+            a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes
+        ):
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
             size = implied.get(axis) if size is None else size
             if size is None:
-                raise ModelError(f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json')
+                raise ModelError(
+                    f'the {self.family} config has no "{self.sizes.get(axis, axis)}"; add it to config.json'
+                )
             sizes[axis] = int(size)
         if "q" in sizes:
             if heads and (not sizes["kv"] or heads % sizes["kv"]):
-                raise ModelError(f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json")
+                raise ModelError(
+                    f"{heads} query heads can't share {sizes['kv']} kv heads evenly; correct config.json"
+                )
             sizes["q"] = heads // max(sizes["kv"], 1)
         return sizes
 
     def consumer_of(self, axis: str) -> str | None:
-        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for experts."""
+        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for
+        experts."""
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
 
     def left(self, sizes: Mapping[str, int]) -> Anatomy:
-        """The facts of one layer in which an axis may have no units: without the linears and feeds that are empty there."""
+        """The facts of one layer in which an axis may have no units: without the linears and feeds that are
+        empty there."""
         empty = {name for name, row in self.layer.items() if not all(Spelling.parse(row).shape(sizes))}
         if not empty:
             return self
         consumers = tuple(group for group in self.consumers if f"{group[0]}.weight" not in empty)
         there = {linear for group in consumers for linear in group}
         scale_pairs = {
-            key: kept for key, old in self.scale_pairs.items() if (kept := tuple(name for name in old if name in there))
+            key: kept
+            for key, old in self.scale_pairs.items()
+            if (kept := tuple(name for name in old if name in there))
         }
         return replace(self, consumers=consumers, scale_pairs=scale_pairs)
 
@@ -103,7 +126,8 @@ class Anatomy:
         return Spelling.parse(self.layer[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
-        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the axes of its output."""
+        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the
+        axes of its output."""
         name, _, number = key.rstrip("]").partition("[")
         part = int(number) if number else None
         spelling = Spelling.parse(self.layer.get(f"{name}.weight") or self.layer[name])
@@ -111,8 +135,11 @@ class Anatomy:
         output = dims if len(dims) == 1 else dims[1:] if name in self.conv1d else dims[:-1]
         return name, part, Spelling(output).axes
 
-    def extend(self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any) -> Anatomy:
-        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes its place."""
+    def extend(
+        self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any
+    ) -> Anatomy:
+        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes
+        its place."""
         layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
         return replace(self, family=family, layer=layer, sizes=sizes, **facts)
 
@@ -120,11 +147,18 @@ class Anatomy:
         """The facts of one config: each condition decided, the rows it rules out left out."""
         for condition in self.refuses:
             if _holds(condition, config):
-                raise ModelError(f"a {self.family} model with {condition} is not one that llmcompress knows; use one without")
+                raise ModelError(
+                    f"a {self.family} model with {condition} is not one that llmcompress knows; use one "
+                    "without"
+                )
         layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
-        scale_pairs = {key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))}
-        return replace(self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config))
+        scale_pairs = {
+            key: consumers for text, consumers in self.scale_pairs.items() if (key := _choose(text, config))
+        }
+        return replace(
+            self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config)
+        )
 
 
 def _choose(text: str, config: Any) -> str | None:
@@ -135,14 +169,16 @@ def _choose(text: str, config: Any) -> str | None:
 
 
 def _holds(condition: str, config: Any) -> bool:
-    """Whether every clause holds: `field`, `not field`, `field == value` or `field != value`, joined by `and`."""
+    """Whether every clause holds: `field`, `not field`, `field == value` or `field != value`, joined by
+    `and`."""
 
     def value(word: str) -> Any:
         if word.isdigit() or word.startswith("'"):
             return int(word) if word.isdigit() else word.strip("'")
         if not hasattr(config, word):
             raise ModelError(
-                f'the {config.model_type} config has no "{word}", so its weights are not known; add it to config.json'
+                f'the {config.model_type} config has no "{word}", so its weights are not known; add it to '
+                "config.json"
             )
         return getattr(config, word)
 

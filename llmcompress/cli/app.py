@@ -1,8 +1,8 @@
 """The commands: what each is given, and what it prints; what a command does lies elsewhere.
 
-Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe accepts,
-1 = a bug, 130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line). Packages that take long to import are imported
-by the command that needs them.
+Exit code 0 = done, 2 = the input is wrong (one line, no traceback), 3 = the result misses what the recipe
+accepts, 1 = a bug, 130 = interrupted by Ctrl-C and 143 = by SIGTERM (one line). Packages that take long to
+import are imported by the command that needs them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def run(
     overwrite: options.Overwrite = False,
     device: options.Device = None,
 ) -> None:
-    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where it was."""
+    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where
+    it was."""
     from llmcompress.integrations import distributed
     from llmcompress.modeling.sequential import untracked
     from llmcompress.pipeline.run import run_recipe
@@ -53,7 +54,8 @@ def run(
         return
     print_report(report, out)
     out.print(
-        f"The compressed model lies in {out_}; load it with AutoModelForCausalLM.from_pretrained({str(out_)!r})."
+        f"The compressed model lies in {out_}; load it with "
+        f"AutoModelForCausalLM.from_pretrained({str(out_)!r})."
     )
 
 
@@ -169,7 +171,8 @@ def reproduce(
 
 @app.command()
 def recipes(as_json: options.AsJson = False) -> None:
-    """List the shipped recipes by purpose: what each leaves of a model, what it costs, and what loads the result."""
+    """List the shipped recipes by purpose: what each leaves of a model, what it costs, and what loads the
+    result."""
     from llmcompress.cli.recipe_list import print_entries
     from llmcompress.recipe import catalogue
 

@@ -38,7 +38,8 @@ Facts = dict[str, Any]
 
 
 def examine() -> Facts:
-    """Versions, CPU, compiler, GPUs and kernels, as JSON has them. The first call may compile the codebook kernel."""
+    """Versions, CPU, compiler, GPUs and kernels, as JSON has them. The first call may compile the codebook
+    kernel."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -61,7 +62,8 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> Facts:
-    """The processor: its name, how many threads torch uses, memory, and the instructions that kernels ask for."""
+    """The processor: its name, how many threads torch uses, memory, and the instructions that kernels ask
+    for."""
     import psutil
     import torch
 
@@ -192,7 +194,8 @@ def print_facts(facts: Facts) -> None:
         ("platform", facts["platform"]),
         (
             "CPU",
-            f"{processor['name']}, {processor['cores']} cores, torch uses {processor['torch_threads']} threads",
+            f"{processor['name']}, {processor['cores']} cores, torch uses {processor['torch_threads']} "
+            "threads",
         ),
         (
             "instructions",

@@ -1,8 +1,9 @@
-"""What Ctrl-C and SIGTERM do to the command `llmcompress`: one line, an exit code of 128 and the signal's number, no traceback.
+"""What Ctrl-C and SIGTERM do to the command `llmcompress`: one line, an exit code of 128 and the signal's
+number, no traceback.
 
-Importing torch and transformers takes seconds, so the package imports this first: while nothing has begun, a signal ends the
-process at once. Later it is raised as an exception, for folders of temporary files to go. In a program that only imports the
-package nothing is changed.
+Importing torch and transformers takes seconds, so the package imports this first: while nothing has begun, a
+signal ends the process at once. Later it is raised as an exception, for folders of temporary files to go. In
+a program that only imports the package nothing is changed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ MEANS = {"run": GOES_ON, "push": "the same command goes on, and what has arrived
 
 
 class Interrupted(BaseException):
-    """A signal has come, by its number; no `except Exception` takes it for an error, and no library for its own business."""
+    """A signal has come, by its number; no `except Exception` takes it for an error, and no library for its
+    own business."""
 
 
 def is_command() -> bool:
@@ -53,7 +55,8 @@ def one_line() -> Iterator[None]:
 
 
 def _answers(number: int) -> bool:
-    """Whether a signal may be answered: nohup, and shells that start a job in the background, have it ignored."""
+    """Whether a signal may be answered: nohup, and shells that start a job in the background, have it
+    ignored."""
     ours = threading.current_thread() is threading.main_thread()  # the only one that Python lets do it
     return ours and signal.getsignal(number) not in (signal.SIG_IGN, None)
 

@@ -30,7 +30,10 @@ Data = Annotated[
     typer.Option(
         "--data",
         metavar="TEXT",
-        help="Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs, or '{source: ..., config: ...}'.",
+        help=(
+            "Hub data set, .txt/.jsonl/.parquet file, folder of them, python-docs, or "
+            "'{source: ..., config: ...}'."
+        ),
     ),
 ]
 Device = Annotated[

@@ -52,10 +52,11 @@ def lines(
     console: Console,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Any]:
-    """Print a line after the first thing, after the last one, and between them at most one every INTERVAL seconds.
+    """Print a line after the first thing, after the last one, and between them at most one every INTERVAL
+    seconds.
 
-    A thing is finished when the next one is asked for. Where things end before `count`, the last line says how many
-    there were.
+    A thing is finished when the next one is asked for. Where things end before `count`, the last line says
+    how many there were.
     """
     start = at = clock()
     done = printed = 0

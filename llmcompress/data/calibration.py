@@ -1,14 +1,16 @@
 """Token sequences for calibration and evaluation, from any text a user can name.
 
-Text is joined, tokenised without special tokens and cut into non-overlapping windows of one length, as the GPTQ papers do; so
-numbers compare with theirs and a sequence is a row of a plain int64 matrix. Calibration windows are drawn by seed from the head of the
-calibration text (16 windows for each one asked for, so a data set of terabytes costs no more than a small one); evaluation
-windows are the first of the evaluation text, in order. The two texts come from different files, splits or rows, and a window
-found in both is refused. It costs about four seconds of one core per million tokens.
+Text is joined, tokenised without special tokens and cut into non-overlapping windows of one length, as the
+GPTQ papers do; so numbers compare with theirs and a sequence is a row of a plain int64 matrix. Calibration
+windows are drawn by seed from the head of the calibration text (16 windows for each one asked for, so a data
+set of terabytes costs no more than a small one); evaluation windows are the first of the evaluation text, in
+order. The two texts come from different files, splits or rows, and a window found in both is refused. It
+costs about four seconds of one core per million tokens.
 
-Where the tokenizer puts BOS before what it encodes, the model expects it, so a window is BOS and length - 1 tokens of text. The
-output at BOS is the same for every text: activations there calibrate, but what is predicted there counts neither in
-perplexity, KL and top-1 agreement nor in a loss. (lm-evaluation-harness counts it.)
+Where the tokenizer puts BOS before what it encodes, the model expects it, so a window is BOS and length - 1
+tokens of text. The output at BOS is the same for every text: activations there calibrate, but what is
+predicted there counts neither in perplexity, KL and top-1 agreement nor in a loss. (lm-evaluation-harness
+counts it.)
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"  # what a recipe calls the embedded model
-DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"  # the embedded model, trained on the calibration side of python-docs
+DEMO_MODEL: Path = (
+    Path(__file__).parents[1] / "demo"
+)  # the embedded model, trained on the calibration side of python-docs
 
 POOL = 16  # windows read for each calibration window drawn
 LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
@@ -47,10 +51,11 @@ LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is c
 class CalibrationData:
     """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
-    `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a plain stream [T] of
-    what the calibration text has besides, where a stage trains. `bos` is the token that each window begins with, None where it
-    is text from the start; the stream is without it, and whoever cuts windows from it calls `with_bos`. `spec` is what was asked
-    for; of a Hub data set with its commit and the split that evaluates.
+    `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a
+    plain stream [T] of what the calibration text has besides, where a stage trains. `bos` is the token that
+    each window begins with, None where it is text from the start; the stream is without it, and whoever cuts
+    windows from it calls `with_bos`. `spec` is what was asked for; of a Hub data set with its commit and the
+    split that evaluates.
     """
 
     calibration: Tensor
@@ -67,7 +72,8 @@ class CalibrationData:
 
     @property
     def scored(self) -> Tensor:
-        """The evaluation windows at the positions that are scored, int64 [evaluation_samples, length - unscored]."""
+        """The evaluation windows at the positions that are scored, int64 [evaluation_samples, length -
+        unscored]."""
         return self.evaluation[:, self.unscored :]
 
     @property
@@ -93,29 +99,47 @@ def load_data(
     max_length: int | None,
     training: Callable[[int], int] = lambda length: 0,
 ) -> CalibrationData:
-    """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions (None: no limit).
+    """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions
+    (None: no limit).
 
-    `training` says how many tokens to train on where windows have a length; fewer are given where the text has no more.
+    `training` says how many tokens to train on where windows have a length; fewer are given where the text
+    has no more.
 
-    Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is missing, too short, the same on both
-    sides, or not what the model reads.
+    Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is missing, too
+    short, the same on both sides, or not what the model reads.
     """
     if tokenizer is None:
-        raise DataError(f"the base has no tokenizer, so {spec.source} can't be read; save the tokenizer beside its weights")
+        raise DataError(
+            f"the base has no tokenizer, so {spec.source} can't be read; save the tokenizer beside its "
+            "weights"
+        )
     if spec.length is not None and max_length is not None and spec.length > max_length:
-        raise DataError(f"length {spec.length} is more than the {max_length} positions of the model; use length: {max_length}")
+        raise DataError(
+            f"length {spec.length} is more than the {max_length} positions of the model; use length: "
+            f"{max_length}"
+        )
     bos = bos_of(tokenizer, spec.bos)
     before = int(bos is not None)  # tokens of a window that are no text
-    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]  # of the text in a window
+    lengths = [
+        n - before for n in ([spec.length] if spec.length else _lengths(max_length))
+    ]  # of the text in a window
     if lengths[0] < 2:
-        raise DataError(f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} or more")
+        raise DataError(
+            f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} "
+            "or more"
+        )
     texts = _texts(spec)
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0], bos)
     trained = spec.samples * lengths[0] + training(lengths[0] + before)
     calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained), bos)
     _refuse_foreign(with_bos(torch.cat([calibration, evaluation])[None], bos), vocab_size)
-    asked = (("samples", spec.samples, calibration), ("evaluation_samples", spec.evaluation_samples, evaluation))
-    length = next((n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1])
+    asked = (
+        ("samples", spec.samples, calibration),
+        ("evaluation_samples", spec.evaluation_samples, evaluation),
+    )
+    length = next(
+        (n for n in lengths if all(have.numel() // n >= want for _, want, have in asked)), lengths[-1]
+    )
     for name, want, have in asked:
         _require(spec.source, name, want, have.numel(), length, before)
     every = calibration[: calibration.numel() // length * length].view(-1, length)
@@ -141,11 +165,14 @@ def with_bos(windows_NL: Tensor, bos: int | None) -> Tensor:
 def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -> int | None:
     """The token that windows are to begin with; None where they are text from the start.
 
-    `auto` is what the tokenizer does by itself, found out by encoding. Errors: DataError for `True` without a BOS token.
+    `auto` is what the tokenizer does by itself, found out by encoding. Errors: DataError for `True` without a
+    BOS token.
     """
     bos: int | None = tokenizer.bos_token_id
     if wanted is True and bos is None:
-        raise DataError("bos: true asks for a BOS token and the tokenizer has none; use bos: auto or bos: false")
+        raise DataError(
+            "bos: true asks for a BOS token and the tokenizer has none; use bos: auto or bos: false"
+        )
     begins = wanted is True or (wanted == "auto" and bos is not None and _adds(tokenizer, bos))
     return bos if begins else None
 
@@ -157,11 +184,16 @@ def _adds(tokenizer: PreTrainedTokenizerBase, bos: int) -> bool:
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
-    """The tokens of each text, with or without special ones. Errors: DataError where the tokenizer gives up."""
+    """The tokens of each text, with or without special ones. Errors: DataError where the tokenizer gives
+    up."""
     try:
-        found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
+        found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
     except Exception as error:  # tokenizers raise bare Exceptions, as for a word that they have no token for
-        raise DataError(f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model") from None
+        raise DataError(
+            f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model"
+        ) from None
     return cast(list[list[int]], found)
 
 
@@ -176,15 +208,21 @@ def _lengths(max_length: int | None) -> list[int]:
 
 
 def _require(source: str, field: str, want: int, tokens: int, length: int, before: int) -> None:
-    """DataError where the text fills fewer windows than asked for, of `length` tokens of text after `before` others."""
+    """DataError where the text fills fewer windows than asked for, of `length` tokens of text after `before`
+    others."""
     side = "calibration" if field == "samples" else "evaluation"
     windows = tokens // length
     if not tokens:
-        raise DataError(f"the {side} text of {source} is empty or gives no tokens; give a source that holds text")
-    if windows < want:
-        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (tokens >= 2 * want)
         raise DataError(
-            f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} tokens) and {field} "
+            f"the {side} text of {source} is empty or gives no tokens; give a source that holds text"
+        )
+    if windows < want:
+        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (
+            tokens >= 2 * want
+        )
+        raise DataError(
+            f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} "
+            f"tokens) and {field} "
             f"asks for {want}; use {' or '.join([*fit, 'give more text'])}"
         )
 
@@ -194,7 +232,8 @@ def _refuse_foreign(tokens: Tensor, vocab_size: int) -> None:
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest >= vocab_size:
         raise DataError(
-            f"the tokenizer gives token {largest} and the model has {vocab_size} tokens (0 to {vocab_size - 1}); "
+            f"the tokenizer gives token {largest} and the model has {vocab_size} tokens (0 to "
+            f"{vocab_size - 1}); "
             "use the tokenizer the model was trained with"
         )
 
@@ -205,20 +244,29 @@ def _refuse_overlap(source: str, pool_WL: Tensor, evaluation_WL: Tensor) -> None
     for number, window in enumerate(evaluation_WL):
         if window.numpy().tobytes() in calibrates:
             raise DataError(
-                f"evaluation window {number} of {source} also stands in its calibration text, so it would measure what it was "
+                f"evaluation window {number} of {source} also stands in its calibration text, so it would "
+                "measure what it was "
                 "tuned on; use different text for the two"
             )
 
 
-def _tokenise(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None) -> Tensor:
-    """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more than it needs.
+def _tokenise(
+    pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None
+) -> Tensor:
+    """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more
+    than it needs.
 
     Conversations are spelled by the chat template, without its own BOS where windows begin with `bos`.
     """
     without_bos = bos is not None
-    lines = ([piece] if isinstance(piece, str) else spelled(piece, tokenizer, without_bos=without_bos) for piece in pieces)
+    lines = (
+        [piece] if isinstance(piece, str) else spelled(piece, tokenizer, without_bos=without_bos)
+        for piece in pieces
+    )
     chunks, parts, have = _chunks(chain.from_iterable(lines)), [torch.empty(0, dtype=torch.int64)], 0
-    while have < enough and (batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))):  # 4 characters a token
+    while have < enough and (
+        batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))
+    ):  # 4 characters a token
         ids = _encoded(tokenizer, batch, special=False)
         parts.append(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64))
         have += len(parts[-1])
@@ -226,7 +274,8 @@ def _tokenise(pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enoug
 
 
 def _chunks(pieces: Iterable[str]) -> Iterator[str]:
-    """The joined pieces in strings of about CHUNK characters, cut between pieces, or within one that is longer than that."""
+    """The joined pieces in strings of about CHUNK characters, cut between pieces, or within one that is
+    longer than that."""
     held: list[str] = []
     size = 0
     for piece in pieces:
@@ -241,15 +290,20 @@ def _chunks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _texts(spec: DataSpec) -> Texts:
-    """The two sides of a source. What exists on disk is read from disk; else what is spelled like a Hub id is one."""
+    """The two sides of a source. What exists on disk is read from disk; else what is spelled like a Hub id is
+    one."""
     source, path = spec.source, path_of(spec.source, "data", DataError)
     if source != PYTHON_DOCS and not path.exists():
         if kind_of(path) or not hub.is_id(source):
-            raise DataError(f"{source} does not exist; name a {READABLE}, a folder of them, or a Hub data set")
+            raise DataError(
+                f"{source} does not exist; name a {READABLE}, a folder of them, or a Hub data set"
+            )
         return hub_texts(spec)
     given = [name for name in ("config", "revision", "evaluation_split") if getattr(spec, name) is not None]
     if given or spec.split != "train":
-        raise DataError(f"{(given or ['split'])[0]} is for Hub data sets and {source} is not one; leave it out")
+        raise DataError(
+            f"{(given or ['split'])[0]} is for Hub data sets and {source} is not one; leave it out"
+        )
     if source == PYTHON_DOCS:
         calibration, evaluation = python_docs()
         return Texts(calibration.splitlines(keepends=True), evaluation.splitlines(keepends=True))

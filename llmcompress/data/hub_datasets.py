@@ -1,7 +1,8 @@
-"""Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred windows.
+"""Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred
+windows.
 
-What is read is kept on a shelf of the cache. Without a network it is read from there, or from what `datasets.load_dataset`
-has left.
+What is read is kept on a shelf of the cache. Without a network it is read from there, or from what
+`datasets.load_dataset` has left.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from llmcompress.errors import DataError, first_line
 def hub_texts(spec: DataSpec) -> Texts:
     """A Hub data set, streamed: `split` calibrates; `evaluation_split`, else validation, else test evaluates.
 
-    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag is resolved to
-    its commit once, so that all that is read is of one commit. Errors: DataError.
+    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag
+    is resolved to its commit once, so that all that is read is of one commit. Errors: DataError.
     """
     if hub.offline():
         return _offline(spec)
@@ -30,15 +31,21 @@ def hub_texts(spec: DataSpec) -> Texts:
     commit = hub.dataset_commit(spec.source, spec.revision)
     shelf = RowCache(spec.source, spec.config, commit)
     try:
-        splits = shelf.splits or datasets.get_dataset_split_names(spec.source, config_name=spec.config, revision=commit)
+        splits = shelf.splits or datasets.get_dataset_split_names(
+            spec.source, config_name=spec.config, revision=commit
+        )
     except DataError:
         raise
-    except Exception as error:  # the Hub client raises a dozen kinds; to the user each says: this data set can't be had
+    except (
+        Exception
+    ) as error:  # the Hub client raises a dozen kinds; to the user each says: this data set can't be had
         raise _unreadable(spec.source, error) from error
     shelf.remember(spec.revision, splits)
 
     def stream(split: str, start: int) -> Iterable[Row]:
-        yield from datasets.load_dataset(spec.source, spec.config, split=split, revision=commit, streaming=True).skip(start)
+        yield from datasets.load_dataset(
+            spec.source, spec.config, split=split, revision=commit, streaming=True
+        ).skip(start)
 
     return _sides(spec, splits, lambda split: shelf.rows(split, spec.column, partial(stream, split)), commit)
 
@@ -51,14 +58,19 @@ def _offline(spec: DataSpec) -> Texts:
     wanted = shelf.commit if shelf else spec.revision
     try:
         every = datasets.load_dataset(spec.source, spec.config, revision=wanted)
-        commit = next(Path(file["filename"]).parent.name for split in every.values() for file in split.cache_files)
+        commit = next(
+            Path(file["filename"]).parent.name for split in every.values() for file in split.cache_files
+        )
         if not hub.is_commit(commit) or (commit != wanted and hub.is_commit(wanted)):
             raise FileNotFoundError(f"only {commit} is")
     except Exception as error:  # as above
         if shelf:
-            return _sides(spec, shelf.splits, lambda split: shelf.rows(split, spec.column, None), shelf.commit)
+            return _sides(
+                spec, shelf.splits, lambda split: shelf.rows(split, spec.column, None), shelf.commit
+            )
         raise DataError(
-            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE is set; unset it, "
+            f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE "
+            "is set; unset it, "
             f"or fetch it once with a network: datasets.load_dataset({spec.source!r})"
         ) from None
     return _sides(spec, list(every), every.__getitem__, commit)
@@ -70,8 +82,14 @@ def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[
         if split not in splits:
             raise DataError(f"{spec.source} has no split {split!r}; it has {', '.join(splits)}")
     if spec.evaluation_split == spec.split:
-        raise DataError(f"{spec.source} can't evaluate on {spec.split!r}, which calibrates; leave evaluation_split out")
-    others = [split for split in (spec.evaluation_split, "validation", "test") if split in splits and split != spec.split]
+        raise DataError(
+            f"{spec.source} can't evaluate on {spec.split!r}, which calibrates; leave evaluation_split out"
+        )
+    others = [
+        split
+        for split in (spec.evaluation_split, "validation", "test")
+        if split in splits and split != spec.split
+    ]
     rows = _hub_rows(spec, spec.split, rows_of)
     evaluation = _hub_rows(spec, others[0], rows_of) if others else rows
     return Texts(rows, evaluation, commit, others[0] if others else None)

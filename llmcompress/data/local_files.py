@@ -1,7 +1,7 @@
 """Text of local files and folders, plain or compressed with gzip, read lazily and in bounded memory.
 
-A .txt gives its lines, a .jsonl or .parquet its rows. Line ends become newlines, and a byte order mark at the start of a file
-is no part of its text.
+A .txt gives its lines, a .jsonl or .parquet its rows. Line ends become newlines, and a byte order mark at the
+start of a file is no part of its text.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ from llmcompress.data.sources import CHUNK, Texts
 from llmcompress.errors import DataError, first_line
 
 KINDS = {
-    ".txt": ".txt", ".txt.gz": ".txt", ".jsonl": ".jsonl", ".jsonl.gz": ".jsonl", ".json.gz": ".jsonl", ".parquet": ".parquet"
-}  # fmt: skip
+    ".txt": ".txt",
+    ".txt.gz": ".txt",
+    ".jsonl": ".jsonl",
+    ".jsonl.gz": ".jsonl",
+    ".json.gz": ".jsonl",
+    ".parquet": ".parquet",
+}
 READABLE = ".txt, .jsonl or .parquet file (the first two also as .gz)"
 LONGEST_ROW = 1 << 26  # characters of a line of a .jsonl
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
@@ -35,12 +40,15 @@ def kind_of(file: Path) -> str | None:
 
 
 def file_texts(file: Path, column: str) -> Texts:
-    """One file: its last tenth evaluates, what is before calibrates; in rows, or in characters of a .txt (at a line's end)."""
+    """One file: its last tenth evaluates, what is before calibrates; in rows, or in characters of a .txt (at
+    a line's end)."""
     if kind_of(file) == ".txt":
         cut = _cut(file)
         return Texts(_lines_between(file, 0, cut), _lines_between(file, cut, None))
     rows = sum(1 for _ in _pieces(file, column))
-    return Texts(islice(_pieces(file, column), rows * 9 // 10), islice(_pieces(file, column), rows * 9 // 10, None))
+    return Texts(
+        islice(_pieces(file, column), rows * 9 // 10), islice(_pieces(file, column), rows * 9 // 10, None)
+    )
 
 
 def folder_texts(folder: Path, column: str) -> Texts:
@@ -58,11 +66,19 @@ def folder_texts(folder: Path, column: str) -> Texts:
     if not calibrates or not evaluates:
         found = ", ".join(file.name for file in files) or "no .txt, .jsonl or .parquet file"
         missing = "valid* or test* file to evaluate on" if calibrates else "train* file to calibrate on"
-        raise DataError(f"{folder} holds {found} and no {missing}; name one so, or give one file (its last tenth evaluates)")
+        raise DataError(
+            f"{folder} holds {found} and no {missing}; name one so, or give one file (its last tenth "
+            "evaluates)"
+        )
     for ours, theirs in product(evaluates, calibrates):
         if _same(ours, theirs):
-            raise DataError(f"{ours} is the same text as {theirs.name}, so it can't evaluate; use different text for the two")
-    calibration, evaluation = (chain.from_iterable(_pieces(file, column) for file in side) for side in (calibrates, evaluates))
+            raise DataError(
+                f"{ours} is the same text as {theirs.name}, so it can't evaluate; use different text for "
+                "the two"
+            )
+    calibration, evaluation = (
+        chain.from_iterable(_pieces(file, column) for file in side) for side in (calibrates, evaluates)
+    )
     return Texts(calibration, evaluation)
 
 
@@ -99,7 +115,11 @@ def _lines(file: Path, longest: int) -> Iterator[str]:
     """
     _require_file(file)
     try:
-        with gzip.open(file, "rt", encoding="utf-8-sig") if file.suffix == ".gz" else file.open(encoding="utf-8-sig") as text:
+        with (
+            gzip.open(file, "rt", encoding="utf-8-sig")
+            if file.suffix == ".gz"
+            else file.open(encoding="utf-8-sig") as text
+        ):
             while line := text.readline(longest):
                 yield line
     except UnicodeDecodeError as error:
@@ -138,7 +158,8 @@ def _cut(file: Path) -> int:
 
 
 def _lines_between(file: Path, start: int, stop: int | None) -> Iterator[str]:
-    """The lines of the text between two of its characters, those that are long in parts of CHUNK characters."""
+    """The lines of the text between two of its characters, those that are long in parts of CHUNK
+    characters."""
     position, held = 0, ""
     for part in _lines(file, CHUNK):
         if stop is not None and position >= stop:
@@ -146,7 +167,9 @@ def _lines_between(file: Path, start: int, stop: int | None) -> Iterator[str]:
         position += len(part)
         if position <= start:
             continue
-        held += part[max(0, start - position + len(part)) : None if stop is None else stop - position + len(part)]
+        held += part[
+            max(0, start - position + len(part)) : None if stop is None else stop - position + len(part)
+        ]
         *whole, held = held.splitlines(keepends=True) or [""]
         yield from whole
         if len(held) >= CHUNK:
@@ -163,11 +186,15 @@ def _json_row(line: str, where: str) -> dict[str, object]:
     try:
         row = json.loads(line, parse_int=_integer)
     except RecursionError:
-        raise DataError(f"{where} has too many levels of lists and objects; write its text as a plain string") from None
+        raise DataError(
+            f"{where} has too many levels of lists and objects; write its text as a plain string"
+        ) from None
     except ValueError as error:
         raise DataError(f"{where} is not JSON ({error}); write one object a line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{where} is a {type(row).__name__}, not an object; write one object a line, as {{'text': '...'}}")
+        raise DataError(
+            f"{where} is a {type(row).__name__}, not an object; write one object a line, as {{'text': '...'}}"
+        )
     return row
 
 
@@ -198,13 +225,18 @@ def _parquet(file: Path, column: str) -> Iterator[Piece]:
                     yield from row_pieces({name: value}, name, str(file), f"{file} row {number}")
                 before += len(values)
     except (OSError, pyarrow.ArrowException) as error:
-        raise DataError(f"{file} is no Parquet file that can be read ({first_line(error)}); write it again") from error
+        raise DataError(
+            f"{file} is no Parquet file that can be read ({first_line(error)}); write it again"
+        ) from error
 
 
 def _values(column: Any, name: str, file: Path) -> list[Any]:
-    """What a column holds; DataError for values that Python has no room for, as strings that are not UTF-8."""
+    """What a column holds; DataError for values that Python has no room for, as strings that are not
+    UTF-8."""
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:
-        raise DataError(f"column {name!r} of {file} can't be read ({first_line(error)}); name a column of UTF-8 text") from None
+        raise DataError(
+            f"column {name!r} of {file} can't be read ({first_line(error)}); name a column of UTF-8 text"
+        ) from None
     return values

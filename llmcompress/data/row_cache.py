@@ -1,9 +1,10 @@
-"""What has been read of Hub data sets, kept: nobody streams the same rows twice, and without a network they are there.
+"""What has been read of Hub data sets, kept: nobody streams the same rows twice, and without a network they
+are there.
 
-A data set at a commit is a folder of the cache, with the names of its splits and, for each column of a split that was read, a
-file of one JSON value a row, a text or a conversation: as many rows as anyone has read, and after the last of the split an
-end. A row never changes at its commit, so what is kept is never wrong, only short. What a branch or tag stands for is
-remembered as of the last time.
+A data set at a commit is a folder of the cache, with the names of its splits and, for each column of a split
+that was read, a file of one JSON value a row, a text or a conversation: as many rows as anyone has read, and
+after the last of the split an end. A row never changes at its commit, so what is kept is never wrong, only
+short. What a branch or tag stands for is remembered as of the last time.
 """
 
 from __future__ import annotations
@@ -53,9 +54,11 @@ class RowCache:
             _keep(_place(self.source, self.config, name) / "commit", self.commit)
 
     def rows(self, split: str, column: str, more: Callable[[int], Iterable[Row]] | None) -> Iterator[Row]:
-        """The rows of a split in order, with this column: those that are kept, then `more(n)`, those that follow the first n.
+        """The rows of a split in order, with this column: those that are kept, then `more(n)`, those that
+        follow the first n.
 
-        The latter are kept as far as they are read. Without `more` there is no network; DataError where the kept don't suffice.
+        The latter are kept as far as they are read. Without `more` there is no network; DataError where the
+        kept don't suffice.
         """
         file = _place(self.source, self.config, self.commit) / f"{_digest(split, column)}.jsonl"
         values = _values(file)
@@ -66,7 +69,8 @@ class RowCache:
             yield {column: value}
         if more is None:
             raise DataError(
-                f"{kept or 'no'} rows of {split} of {self.source} are in the cache, more are asked for, and HF_HUB_OFFLINE is "
+                f"{kept or 'no'} rows of {split} of {self.source} are in the cache, more are asked for, and "
+                "HF_HUB_OFFLINE is "
                 f"set; unset it, or fetch all once with a network: datasets.load_dataset({self.source!r})"
             )
         try:
@@ -121,4 +125,6 @@ def _keep(file: Path, text: str) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         put(file, text)
     except OSError as error:
-        logger.warning("what is read is not kept for later: %s can't be written (%s)", file, first_line(error))
+        logger.warning(
+            "what is read is not kept for later: %s can't be written (%s)", file, first_line(error)
+        )

@@ -1,8 +1,8 @@
 """A row of a table of text: its text, or a conversation, which the tokenizer's chat template spells.
 
-Which of the two a column holds is seen by its values. A conversation is a list of messages, {role, content} or ShareGPT's
-{from, value}. A text becomes itself and an empty line, as the GPTQ papers join WikiText-2; a conversation becomes what the
-template makes of it, and nothing more, for the template itself ends a turn.
+Which of the two a column holds is seen by its values. A conversation is a list of messages, {role, content}
+or ShareGPT's {from, value}. A text becomes itself and an empty line, as the GPTQ papers join WikiText-2; a
+conversation becomes what the template makes of it, and nothing more, for the template itself ends a turn.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: messages, each with a role and a content that are strings; `where` says in which row it stands."""
+    """A conversation: messages, each with a role and a content that are strings; `where` says in which row it
+    stands."""
 
     messages: Sequence[Mapping[str, Any]]
     where: str
@@ -44,7 +45,8 @@ def column_among(names: Collection[str], column: str) -> str | None:
 def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> Iterator[Piece]:
     """What one row gives: a text with an empty line, a conversation, or nothing for a null.
 
-    `where` names the row. Errors: DataError for a column that is missing, and for what is neither text nor conversation.
+    `where` names the row. Errors: DataError for a column that is missing, and for what is neither text nor
+    conversation.
     """
     name = column_among(row, column)
     if name is None:
@@ -55,33 +57,48 @@ def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> 
         yield value + "\n\n"
     elif isinstance(value, list) and all(isinstance(message, dict) for message in value):
         if value:
-            yield Chat([_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)], where)
+            yield Chat(
+                [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)],
+                where,
+            )
     elif value is not None:
         raise DataError(
-            f"column {name!r} of {source} holds a {type(value).__name__}, not text; name a column of strings or of messages"
+            f"column {name!r} of {source} holds a {type(value).__name__}, not text; name a column of "
+            "strings or of messages"
         )
 
 
 def no_column(column: str, names: Sequence[str], source: str) -> DataError:
     """What is wrong with a column that a table does not have."""
-    return DataError(f"{source} has no column {column!r}; it has {', '.join(names) or 'none'}: set column to one of them")
+    return DataError(
+        f"{source} has no column {column!r}; it has {', '.join(names) or 'none'}: set column to one of them"
+    )
 
 
 def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool) -> list[str]:
-    """A conversation as the tokenizer's chat template spells it, in lines: where a long one is cut, no special token is.
+    """A conversation as the tokenizer's chat template spells it, in lines: where a long one is cut, no
+    special token is.
 
-    `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own. Errors: DataError.
+    `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own.
+    Errors: DataError.
     """
-    if not getattr(tokenizer, "chat_template", True):  # those that spell conversations without one have no such attribute
+    if not getattr(
+        tokenizer, "chat_template", True
+    ):  # those that spell conversations without one have no such attribute
         raise DataError(
-            f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain text, or take the "
+            f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain "
+            "text, or take the "
             "tokenizer of a chat model"
         )
     try:
-        text = str(tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False))
-    except Exception as error:  # templates are programs and raise what they like; to the user each says: this row does not fit
+        text = str(
+            tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
+        )
+    # templates are programs and raise what they like; to the user each says: this row does not fit
+    except Exception as error:
         raise DataError(
-            f"{chat.where} does not fit the tokenizer's chat template ({first_line(error)[:200]}); mend or remove the row"
+            f"{chat.where} does not fit the tokenizer's chat template ({first_line(error)[:200]}); mend or "
+            "remove the row"
         ) from None
     _require_unicode(text, chat.where)
     opening = tokenizer.bos_token if without_bos else None
@@ -89,14 +106,18 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
 
 
 def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message with a role and a content that are strings; what else it says is for the template, nulls left out."""
+    """A message with a role and a content that are strings; what else it says is for the template, nulls left
+    out."""
     message = {key: value for key, value in given.items() if value is not None}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         message["role"] = SPEAKERS.get(speaker, speaker)
     if "content" not in message and "value" in message:
         message["content"] = message.pop("value")
     if not isinstance(message.get("role"), str):
-        raise DataError(f"{where} has no role; write messages as {{role: user, content: ...}} or {{from: human, value: ...}}")
+        raise DataError(
+            f"{where} has no role; write messages as {{role: user, content: ...}} or "
+            f"{{from: human, value: ...}}"
+        )
     if "content" not in message and not set(message) - {"role"}:
         raise DataError(f"{where} has no content; mend or remove the row")
     return message | {"content": _content(message.get("content", ""), where)}
@@ -113,7 +134,9 @@ def _content(content: Any, where: str) -> str:
         text = part.get("text") if isinstance(part, dict) and part.get("type", "text") == "text" else part
         if not isinstance(text, str):
             kind = part.get("type", "part without text") if isinstance(part, dict) else type(part).__name__
-            raise DataError(f"{where} holds a part that is no text ({str(kind)[:40]}); give conversations of text alone")
+            raise DataError(
+                f"{where} holds a part that is no text ({str(kind)[:40]}); give conversations of text alone"
+            )
         texts.append(text)
     return "".join(texts)
 
@@ -124,4 +147,6 @@ def _require_unicode(text: str, where: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"\\u{ord(text[error.start]):04x}"
-        raise DataError(f"{where} holds {code}, half a character, which is no text; mend or remove the row") from None
+        raise DataError(
+            f"{where} holds {code}, half a character, which is no text; mend or remove the row"
+        ) from None

@@ -1,7 +1,7 @@
 """Which text a user can name, and what there is of it: one side to calibrate on and one to evaluate on.
 
-A side is a stream of pieces, texts and conversations, that are joined as they are, read lazily, so that no more is read than is
-used.
+A side is a stream of pieces, texts and conversations, that are joined as they are, read lazily, so that no
+more is read than is used.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.user_paths import path_of
 
 PYTHON_DOCS = "python-docs"
-CHUNK = 1 << 16  # characters tokenised as one string: long enough that its seams do not matter, short enough to run in parallel
-WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")  # what a DataSpec says beside which text it is
+CHUNK = (
+    1 << 16
+    # characters tokenised as one string: long enough that its seams do not matter, short enough to run in
+    # parallel
+)
+WINDOWS = (
+    "samples",
+    "length",
+    "seed",
+    "evaluation_samples",
+    "bos",
+)  # what a DataSpec says beside which text it is
 LARGEST = 1 << 12  # bytes of a mapping on the command line
 MOST = 10_000_000  # windows of text, and tokens of one
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
@@ -30,24 +40,33 @@ class DataSpec(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
-    source: str = Field(default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs")
+    source: str = Field(
+        default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs"
+    )
     config: str | None = Field(default=None, description="configuration of a Hub data set")
     split: str = Field(default="train", description="Hub split that calibrates")
-    evaluation_split: str | None = Field(default=None, description="Hub split that evaluates; default validation, else test")
+    evaluation_split: str | None = Field(
+        default=None, description="Hub split that evaluates; default validation, else test"
+    )
     column: str = Field(
         default=TEXT,
-        description="column that holds text, or messages for the chat template (Hub, .jsonl, .parquet); default text, else "
+        description="column that holds text, or messages for the chat template "
+        "(Hub, .jsonl, .parquet); default text, else "
         "messages or conversations",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
     samples: int = Field(default=256, ge=1, le=MOST, description="calibration windows")
     length: int | None = Field(
-        default=None, ge=2, le=MOST, description="tokens a window, BOS included; default up to 2048, as model and text allow"
+        default=None,
+        ge=2,
+        le=MOST,
+        description="tokens a window, BOS included; default up to 2048, as model and text allow",
     )
     seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
     evaluation_samples: int = Field(default=64, ge=1, le=MOST, description="evaluation windows")
     bos: Literal["auto"] | bool = Field(
-        default="auto", description="begin each window with the BOS token; auto: where the tokenizer adds it by itself"
+        default="auto",
+        description="begin each window with the BOS token; auto: where the tokenizer adds it by itself",
     )
 
     @model_serializer(mode="wrap")
@@ -56,9 +75,11 @@ class DataSpec(BaseModel):
         return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
 
     def with_text(self, text: str) -> DataSpec:
-        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe, of more than that.
+        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe,
+        of more than that.
 
-        What a mapping does not say of the text is at its default; what it does not say of the windows stays. Errors: DataError.
+        What a mapping does not say of the text is at its default; what it does not say of the windows stays.
+        Errors: DataError.
         """
         given: Any = {"source": text}
         if text.lstrip().startswith("{"):
@@ -82,7 +103,8 @@ class DataSpec(BaseModel):
 
 
 class Texts(NamedTuple):
-    """Pieces that are joined as they are. Both sides may be one iterator: evaluation is read first and calibration goes on."""
+    """Pieces that are joined as they are. Both sides may be one iterator: evaluation is read first and
+    calibration goes on."""
 
     calibration: Iterable[Piece]
     evaluation: Iterable[Piece]

@@ -1,4 +1,5 @@
-"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs are rounded."""
+"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs
+are rounded."""
 
 from __future__ import annotations
 
@@ -15,14 +16,19 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 Derived = TypeVar("Derived", bound=Tensor | nn.Module)
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of values that are stored as floats
+DTYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}  # of values that are stored as floats
 DERIVED: Any = (
     WeakTensorKeyDictionary()
 )  # weight -> what it was when something was made of it, and that thing for as long as it is
 
 
 class StoredLayout(Protocol):
-    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their values."""
+    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their
+    values."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Those of a linear [rows, columns], bias apart."""
@@ -32,16 +38,23 @@ class StoredLayout(Protocol):
 
 
 class StoredModule(nn.Module):
-    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not initialised.
+    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not
+    initialised.
 
     `scheme.shapes` says which tensors these are; a bias comes on top.
     """
 
     scheme: StoredLayout
-    exact = True  # whether its tensors have types of their own; else they have that of the model, and are cast with it
+    # whether its tensors have types of their own; else they have that of the model, and are cast with it
+    exact = True
 
     def _store(
-        self, scheme: StoredLayout, rows: int, columns: int, device: torch.device | str | None, dtype: torch.dtype | None = None
+        self,
+        scheme: StoredLayout,
+        rows: int,
+        columns: int,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         """Register the parameters; called once, at construction."""
         self.scheme, self.rows, self.columns = scheme, rows, columns
@@ -50,7 +63,8 @@ class StoredModule(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def prepare(self) -> None:
-        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in memory (meta)."""
+        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in
+        memory (meta)."""
         raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -59,16 +73,23 @@ class StoredModule(nn.Module):
 
     def stored(self) -> dict[str, Tensor]:
         """The tensors of the disk by name, without the bias."""
-        return {name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"}
+        return {
+            name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"
+        }
 
     def require_sound(self, name: str) -> None:
-        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls it `name`."""
+        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls
+        it `name`."""
         if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
             bias = getattr(self, "bias", None)
-            require_sound(name, [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])])
+            require_sound(
+                name,
+                [*self.scheme.flaws(self.stored()), *([] if bias is None else [finite(bias, "the bias")])],
+            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
-        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay integers."""
+        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay
+        integers."""
         exact = self.stored() if self.exact else {}
         cast(Any, super())._apply(fn, recurse)
         for name, data in exact.items():
@@ -79,7 +100,8 @@ class StoredModule(nn.Module):
 
 
 class StoredLinear(StoredModule, nn.Linear):
-    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model, and of the bias."""
+    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model,
+    and of the bias."""
 
     transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
     beside: str | None = None  # the buffer that `prepare` fills, if it has one
@@ -122,7 +144,9 @@ def _prepare_anew(module: StoredLinear, _: object) -> None:
 Module = TypeVar("Module", bound=StoredLinear)
 
 
-def hold(module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str) -> Module:
+def hold(
+    module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str
+) -> Module:
     """Let an empty module hold copies of the tensors of the disk, prepared and in eval mode."""
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
@@ -136,8 +160,8 @@ def hold(module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, dev
 class Format:
     """What the rest of the package asks of a weight format of ours; each format file defines one as FORMAT.
 
-    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory: codes, scales and
-    whatever else its tensors hold.
+    A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory:
+    codes, scales and whatever else its tensors hold.
     """
 
     names: tuple[str, ...]  # values of `format` in config.json; none: every name that no other format has
@@ -145,6 +169,10 @@ class Format:
     weight: type[Any]
     mark: str  # a tensor that only linears of this format have beside `weight`
     module: type[StoredLinear]  # what runs it
-    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]  # tensors, layout, [R, C] -> weight
-    tensors: Callable[[Any], dict[str, Tensor]]  # weight -> the tensors of the disk, by their names in the linear
+    read: Callable[
+        [Mapping[str, Tensor], Any, tuple[int, int] | None], Any
+    ]  # tensors, layout, [R, C] -> weight
+    tensors: Callable[
+        [Any], dict[str, Tensor]
+    ]  # weight -> the tensors of the disk, by their names in the linear
     linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

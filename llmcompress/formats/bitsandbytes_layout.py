@@ -1,9 +1,11 @@
-"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock kernels run.
+"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock
+kernels run.
 
-The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each `group_size` consecutive
-weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes' own functions write the tensors, so the
-names and bytes are theirs; decoding is spelled in plain torch, bit-equal to theirs wherever theirs is right (see `refusal`).
-R rows (out), C columns (in), G = C / group_size groups a row. Codes cost a byte a weight until `tensors` packs them.
+The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each
+`group_size` consecutive weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes'
+own functions write the tensors, so the names and bytes are theirs; decoding is spelled in plain torch,
+bit-equal to theirs wherever theirs is right (see `refusal`). R rows (out), C columns (in), G = C / group_size
+groups a row. Codes cost a byte a weight until `tensors` packs them.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.value_checks import finite, require_sound
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # at import it warns of an absent optional package
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # and at each int8 product of a cast to float16
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
+    logging.ERROR
+)  # at import it warns of an absent optional package
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(
+    logging.ERROR
+)  # and at each int8 product of a cast to float16
 import bitsandbytes.functional  # noqa: E402
 from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
 from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
@@ -38,7 +44,12 @@ FourBitFormat = Literal["nf4", "fp4"]
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
-NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")  # what transformers calls the heads of other tasks
+NEW_HEADS = (
+    "score",
+    "classifier",
+    "qa_outputs",
+    "multiple_choice_head",
+)  # what transformers calls the heads of other tasks
 
 
 def has_native_library() -> bool:
@@ -47,7 +58,8 @@ def has_native_library() -> bool:
 
 
 def multiplies_packed() -> bool:
-    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in each forward."""
+    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in
+    each forward."""
     return bool(stock.has_avx512bf16())
 
 
@@ -58,9 +70,11 @@ def grid(format: FourBitFormat) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DoubleQuantized:
-    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive scales.
+    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive
+    scales.
 
-    codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256] ascending, offset [].
+    codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256]
+    ascending, offset [].
     """
 
     codes: Tensor
@@ -75,7 +89,8 @@ class DoubleQuantized:
 
 
 def double_quantize(absmax: Tensor) -> DoubleQuantized:
-    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in row-major order."""
+    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in
+    row-major order."""
     flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
     offset = flat.mean()
     codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
@@ -85,9 +100,11 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of the weight.
+    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of
+    the weight.
 
-    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors: ValueError.
+    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors:
+    ValueError.
     """
 
     codes_RC: Tensor
@@ -100,9 +117,15 @@ class Packed:
     def __post_init__(self) -> None:
         R, C = self.codes_RC.shape
         if self.codes_RC.dtype != torch.uint8 or self.absmax_RG.dtype != torch.float32:
-            raise ValueError(f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_RG.dtype}")
+            raise ValueError(
+                f"codes must be uint8 and scales float32, got {self.codes_RC.dtype} and "
+                f"{self.absmax_RG.dtype}"
+            )
         if C % self.group_size or self.absmax_RG.shape != (R, C // self.group_size):
-            raise ValueError(f"codes {R} x {C} in groups of {self.group_size} can't have scales {tuple(self.absmax_RG.shape)}")
+            raise ValueError(
+                f"codes {R} x {C} in groups of {self.group_size} can't have scales "
+                f"{tuple(self.absmax_RG.shape)}"
+            )
         if self.nested is not None and not torch.equal(self.nested.decode(), self.absmax_RG):
             raise ValueError("the scales are not what their double quantisation decodes to")
 
@@ -113,21 +136,28 @@ class Packed:
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
-    """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes' dequantize_4bit."""
+    """The weight [R, C] in `dtype` (packed.dtype unless given), bit-equal to bitsandbytes'
+    dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
-    weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]  # float32, rounded once below
+    weight = (
+        levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]
+    )  # float32, rounded once below
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 
 def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
-    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight [R, C] float."""
-    data, state = stock.quantize_4bit(weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format)
+    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight
+    [R, C] float."""
+    data, state = stock.quantize_4bit(
+        weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
+    )
     return _read(data, state)
 
 
 def tensors(packed: Packed) -> dict[str, Tensor]:
-    """The tensors of one linear as its state dict stores them: `weight`, `weight.absmax`, `weight.quant_map`, ..."""
+    """The tensors of one linear as its state dict stores them: `weight`, `weight.absmax`, `weight.quant_map`,
+    ..."""
     codes = packed.codes_RC.reshape(-1)
     data = ((codes[::2] << 4) | codes[1::2]).unsqueeze(1)  # [R C / 2, 1], the even column in the high nibble
     return {"weight": data, **_stats(packed)}
@@ -139,10 +169,14 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
     try:
         state = stock.QuantState.from_dict(stats, device=data.device)
-    except (ValueError, KeyError) as error:  # as of tensors of another format, for which config.json has no scheme
+    except (
+        ValueError,
+        KeyError,
+    ) as error:  # as of tensors of another format, for which config.json has no scheme
         raise ModelError(
             f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
-            f"({first_line(error)}), and config.json names no other format for it; take the model again from its source"
+            f"({first_line(error)}), and config.json names no other format for it; take the model again "
+            "from its source"
         ) from None
     return _read(data, state)
 
@@ -151,7 +185,9 @@ def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of one linear among those of a checkpoint, named as `unpack` takes them."""
     weight = f"{linear}.weight"
     return {
-        name.removeprefix(f"{linear}."): t for name, t in tensors.items() if name == weight or name.startswith(f"{weight}.")
+        name.removeprefix(f"{linear}."): t
+        for name, t in tensors.items()
+        if name == weight or name.startswith(f"{weight}.")
     }
 
 
@@ -168,12 +204,15 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
     if packed.nested is not None:
         nested = packed.nested
         state.absmax, state.offset, state.nested = nested.codes.reshape(-1).contiguous(), nested.offset, True
-        state.state2 = stock.QuantState(nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32)
+        state.state2 = stock.QuantState(
+            nested.nested_absmax, code=nested.levels, blocksize=NESTED_GROUP, dtype=torch.float32
+        )
     return {f"weight.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
 
 
 def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of two.
+    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of
+    two.
 
     The bytes may be stored as a tensor of another type (`bnb_4bit_quant_storage`).
     """
@@ -186,7 +225,8 @@ def _read(data: Tensor, state: Any) -> Packed:
     (R, C), group_size = state.shape, state.blocksize
     if not state.nested and state.absmax.dtype != torch.float32:
         raise ModelError(
-            f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a forward on a CPU "
+            f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a "
+            "forward on a CPU "
             "had rounded them; take the checkpoint it was made from"
         )
     codes = codes_of(data, R, C)
@@ -201,11 +241,15 @@ def _read(data: Tensor, state: Any) -> Packed:
 def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str | None:
     """Why the kernels can't take a linear [R, C] in this format, or None.
 
-    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every group_size:
-    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it computes in bfloat16);
+    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every
+    group_size:
+    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it
+      computes in bfloat16);
     - R of 1, 7, 8, 16, 24, 31, 33, 48, 63: AssertionError in the repacking before the kernel;
-    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its dequantisation itself is wrong where
-      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C = 100, 172, 200).
+    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its
+      dequantisation itself is wrong where
+      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C
+      = 100, 172, 200).
     """
     R, C = shape
     if C % group_size:
@@ -213,17 +257,21 @@ def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str
         advice = f"use group_size {max(fitting)}" if fitting else "no group_size fits"
         return f"{format} rows of {C} weights don't divide into groups of {group_size} ({advice})"
     if R % ROWS:
-        return f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 needs"
+        return (
+            f"{R} output rows are no multiple of {ROWS}, which the 4-bit kernel on CPUs with AVX512-BF16 "
+            "needs"
+        )
     return None
 
 
 class Linear4bit(StockLinear4bit):
     """bitsandbytes' linear that keeps its exact scales.
 
-    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds its scales to
-    bfloat16; a `state_dict()` after it returns those and leaves the module computing with scrambled ones (measured: relative
-    error 1.5). Here all tensors of the layout but the codes lie in `kept`, and the state dict is made of them. Nor has the
-    kernel for what was repacked a gradient: a stock module passes back none, without an error; here it is that of the weight.
+    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds
+    its scales to bfloat16; a `state_dict()` after it returns those and leaves the module computing with
+    scrambled ones (measured: relative error 1.5). Here all tensors of the layout but the codes lie in `kept`,
+    and the state dict is made of them. Nor has the kernel for what was repacked a gradient: a stock module
+    passes back none, without an error; here it is that of the weight.
     """
 
     kept: dict[str, Tensor]
@@ -251,7 +299,8 @@ def linear(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Linear4bit:
-    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype unless told."""
+    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype
+    unless told."""
     R, C = packed.codes_RC.shape
     module: Linear4bit = cast(Any, Linear4bit)(
         C,
@@ -279,7 +328,9 @@ def packed_of(module: StockLinear4bit) -> Packed:
     data, state = module.weight.data, cast(Any, module.weight).quant_state
     kept: dict[str, Tensor] | None = getattr(module, "kept", None)
     if scales_lost(module):
-        raise ModelError("a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it")
+        raise ModelError(
+            "a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it"
+        )
     if getattr(state, "packing_format_for_cpu", False):
         state = copy.copy(state)  # the inverse writes into it
         state.original_nested = False  # keeps it from quantising the rounded scales again; they are not used
@@ -290,8 +341,8 @@ def packed_of(module: StockLinear4bit) -> Packed:
 def scales_lost(module: nn.Module) -> bool:
     """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
 
-    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and transposed, or, where
-    they were in 8 bits, quantised anew, which no dtype gives away.
+    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and
+    transposed, or, where they were in 8 bits, quantised anew, which no dtype gives away.
     """
     if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
         return False
@@ -300,24 +351,31 @@ def scales_lost(module: nn.Module) -> bool:
 
 
 def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:
-    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of those that don't.
+    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of
+    those that don't.
 
-    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in place of the
-    causal one: they are new, and must be plain to be initialised and trained. Names go without the `prefix` of the base model
-    too, for the classes that lack it. No entry matches a quantised linear.
+    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in
+    place of the causal one: they are new, and must be plain to be initialised and trained. Names go without
+    the `prefix` of the base model too, for the classes that lack it. No entry matches a quantised linear.
     """
     shorter = [name.removeprefix(f"{prefix}.") for name in kept]
-    beside = [entry for entry in (*shorter, *NEW_HEADS) if all(should_convert_module(name, [entry]) for name in quantised)]
+    beside = [
+        entry
+        for entry in (*shorter, *NEW_HEADS)
+        if all(should_convert_module(name, [entry]) for name in quantised)
+    ]
     return sorted({*kept, *beside})
 
 
 def quantization_config(
     format: FourBitFormat, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
 ) -> dict[str, Any]:
-    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list` does.
+    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list`
+    does.
 
-    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular expression) or is
-    its suffix. A full name from `named_modules()` therefore skips that module and what lies in it, and nothing else.
+    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular
+    expression) or is its suffix. A full name from `named_modules()` therefore skips that module and what lies
+    in it, and nothing else.
     """
     config = cast(Any, transformers.BitsAndBytesConfig)(
         load_in_4bit=True,

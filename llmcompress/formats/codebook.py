@@ -1,10 +1,11 @@
-"""A linear whose weights are indices into a small codebook that its rows share, or each row's own, run by look-up.
+"""A linear whose weights are indices into a small codebook that its rows share, or each row's own, run by
+look-up.
 
-`entries` levels, float16 say, for `rows` adjacent rows, and 2, 3, 4 or 8 bits a weight that say which. `weight` has a
-first axis of one that no plain linear has, so that a stock loader refuses it. On a CPU the product reads the packed indices
-themselves (lut_gemm.py), so that memory holds what the disk does; with gradients, on other devices and without a C compiler the
-weight is looked up by torch at each forward and dropped again.
-R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+`entries` levels, float16 say, for `rows` adjacent rows, and 2, 3, 4 or 8 bits a weight that say which.
+`weight` has a first axis of one that no plain linear has, so that a stock loader refuses it. On a CPU the
+product reads the packed indices themselves (lut_gemm.py), so that memory holds what the disk does; with
+gradients, on other devices and without a C compiler the weight is looked up by torch at each forward and
+dropped again. R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ from llmcompress.kernels import lut_gemm
 
 @dataclass(frozen=True)
 class CodebookLayout:
-    """How many levels a codebook has, how many adjacent rows share it (None: all of a linear), and the type of a level.
+    """How many levels a codebook has, how many adjacent rows share it (None: all of a linear), and the type
+    of a level.
 
     Errors: ValueError.
     """
@@ -38,9 +40,15 @@ class CodebookLayout:
 
     def __post_init__(self) -> None:
         if type(self.entries) is not int or self.entries not in ENTRIES:
-            raise ValueError(f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}")
-        if self.rows is not None and (isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1):
-            raise ValueError(f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}")
+            raise ValueError(
+                f"no codebook of {self.entries!r} levels; use one of {', '.join(map(str, ENTRIES))}"
+            )
+        if self.rows is not None and (
+            isinstance(self.rows, bool) or not isinstance(self.rows, int) or self.rows < 1
+        ):
+            raise ValueError(
+                f"rows that share a codebook are a whole number from 1, or none for all, not {self.rows!r}"
+            )
         if self.format != "codebook" or self.dtype not in DTYPES:
             raise ValueError(f"no format {self.format!r} of {self.dtype!r}; levels are {', '.join(DTYPES)}")
 
@@ -60,7 +68,8 @@ class CodebookLayout:
         return min(self.rows or rows, rows)
 
     def snap(self, levels_GL: Tensor) -> Tensor:
-        """The storable levels nearest to these, in their type: what `methods.codebook` is asked to stay on."""
+        """The storable levels nearest to these, in their type: what `methods.codebook` is asked to stay
+        on."""
         dtype = DTYPES[self.dtype]
         largest = torch.finfo(dtype).max
         return levels_GL.clamp(-largest, largest).to(dtype).to(levels_GL.dtype)
@@ -73,7 +82,10 @@ class CodebookLayout:
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] is not stored so, or None."""
         bits, plain = self.bits(shape), 8 * DTYPES[self.dtype].itemsize
-        small = f"{shape[0]} x {shape[1]} weights take {bits:.3g} bits each in a {self.name}, and {plain} as they are"
+        small = (
+            f"{shape[0]} x {shape[1]} weights take {bits:.3g} bits each in a {self.name}, and {plain} as "
+            "they are"
+        )
         return small if bits >= plain else None
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -102,7 +114,8 @@ def unit(bits: int) -> tuple[int, int]:
 
 
 def pack(codes_RC: Tensor, bits: int) -> Tensor:
-    """Indices as bytes, uint8 [R, B]: the first column in the highest bits, each row from a byte of its own."""
+    """Indices as bytes, uint8 [R, B]: the first column in the highest bits, each row from a byte of its
+    own."""
     count, size = unit(bits)
     codes = pad(codes_RC.to(torch.uint8), (0, -codes_RC.shape[1] % count)).unflatten(1, (-1, count)).int()
     shift = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
@@ -134,7 +147,8 @@ class CodebookWeight:
 
     @classmethod
     def of(cls, palette: Palette, layout: CodebookLayout) -> CodebookWeight:
-        """A solved linear. Errors: ValueError where its codebooks are of another layout, or its levels are not storable."""
+        """A solved linear. Errors: ValueError where its codebooks are of another layout, or its levels are
+        not storable."""
         (R, C), levels = palette.index_RC.shape, palette.levels_GL
         G = layout.shapes(R, C)["weight_levels"][0]
         if tuple(levels.shape) != G or layout.sharing(R) != min(palette.rows, R):
@@ -144,7 +158,8 @@ class CodebookWeight:
         return cls(palette.index_RC.to(torch.uint8).cpu(), levels.to(DTYPES[layout.dtype]).cpu(), layout)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a CodebookLinear names them."""
+        """The tensors of one linear as they lie on the disk, and as the state dict of a CodebookLinear names
+        them."""
         return {"weight": pack(self.codes_RC, self.layout.index_bits)[None], "weight_levels": self.levels_GL}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -153,7 +168,8 @@ class CodebookWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, columns: int) -> CodebookWeight:
-    """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
+    """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
+    [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if rows < 1 or seen != layout.shapes(rows, columns):
         wanted = layout.shapes(max(rows, 1), columns)
@@ -163,13 +179,17 @@ def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, colum
     return CodebookWeight(codes_RC, tensors["weight_levels"], layout)
 
 
-def _weight(packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _weight(
+    packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype
+) -> Tensor:
     """The weight [R, C] by torch."""
     codes_RC = unpack(packed[0], shape[1], layout.index_bits)
     return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
 
 
-def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]) -> Tensor:
+def _product(
+    input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+) -> Tensor:
     """Of an input [..., C], [..., R] in its type, by the kernel where there is one."""
     if not _usable(input, packed, levels_GL):
         return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
@@ -179,11 +199,17 @@ def _product(input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookL
 
 
 class _LookUp(torch.autograd.Function):
-    """The product forwards; backwards the weight is looked up again, so that none is kept from one to the other."""
+    """The product forwards; backwards the weight is looked up again, so that none is kept from one to the
+    other."""
 
     @staticmethod
     def forward(
-        ctx: Any, input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
+        ctx: Any,
+        input: Tensor,
+        packed: Tensor,
+        levels_GL: Tensor,
+        layout: CodebookLayout,
+        shape: tuple[int, int],
     ) -> Tensor:
         ctx.save_for_backward(packed, levels_GL)
         ctx.layout, ctx.shape = layout, shape
@@ -192,13 +218,21 @@ class _LookUp(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         packed, levels_GL = ctx.saved_tensors
-        return grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype), None, None, None, None
+        return (
+            grads[0] @ _weight(packed, levels_GL, ctx.layout, ctx.shape, grads[0].dtype),
+            None,
+            None,
+            None,
+            None,
+        )
 
 
 def _usable(input: Tensor, *stored: Tensor) -> bool:
     """Whether the kernel takes what a linear reads and has."""
     here = input.is_cpu and input.numel() > 0 and input.dtype in DTYPES.values()
-    return here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+    return (
+        here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+    )
 
 
 class CodebookLinear(StoredLinear):
@@ -235,14 +269,18 @@ class CodebookLinear(StoredLinear):
         return f"{super().extra_repr()}, {self.scheme.name}, {self.scheme.dtype}"
 
 
-def linear(weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> CodebookLinear:
+def linear(
+    weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> CodebookLinear:
     """A live module, in eval mode, that holds copies of our indices and levels."""
     (R, C), dtype = weight.codes_RC.shape, DTYPES[weight.layout.dtype]
     module = CodebookLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None) -> CodebookWeight:
+def _read(
+    tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None
+) -> CodebookWeight:
     assert shape is not None
     return read(tensors, layout, *shape)
 

@@ -1,10 +1,11 @@
 """nf4 and fp4 linears in models that mix formats, where the stock layout can't stand beside another one.
 
-The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`), because the dotted ones need the
-stock loader; the format, group_size and type that bitsandbytes keeps in a tensor of JSON are in config.json. Each forward is that
-of a stock module made of them (`prepare`), and so on the stock kernels. That module holds a second copy of the codes, for the
-CPU kernel reorders its own in place: 1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded,
-the weight is dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
+The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`),
+because the dotted ones need the stock loader; the format, group_size and type that bitsandbytes keeps in a
+tensor of JSON are in config.json. Each forward is that of a stock module made of them (`prepare`), and so on
+the stock kernels. That module holds a second copy of the codes, for the CPU kernel reorders its own in place:
+1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded, the weight is
+dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
 @dataclass(frozen=True)
 class FourBitLayout:
-    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with `double_quant`.
+    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with
+    `double_quant`.
 
     Errors: ValueError.
     """
@@ -42,18 +44,25 @@ class FourBitLayout:
             or self.group_size not in bitsandbytes_layout.GROUP_SIZES
         ):
             raise ValueError(
-                f"no format {self.format!r} in groups of {self.group_size!r}; groups are {', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
+                f"no format {self.format!r} in groups of {self.group_size!r}; groups are "
+                f"{', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
             )
         if not isinstance(self.double_quant, bool):
             raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors: ModelError."""
+        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors:
+        ModelError."""
         if columns % self.group_size or rows * columns % 2:
-            raise ModelError(f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}")
+            raise ModelError(
+                f"{rows} x {columns} weights don't divide into {self.format} groups of {self.group_size}"
+            )
         scales = rows * columns // self.group_size
         shapes = {"weight": ((rows * columns // 2, 1), torch.uint8)}
-        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {**shapes, "weight_absmax": ((scales,), torch.float32)}
+        found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            **shapes,
+            "weight_absmax": ((scales,), torch.float32),
+        }
         if self.double_quant:
             found["weight_absmax"] = (scales,), torch.uint8
             sizes = (-(-scales // bitsandbytes_layout.NESTED_GROUP), 256, 1)
@@ -70,8 +79,12 @@ class FourBitLayout:
 
 
 def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
-    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a FourBitLinear."""
-    found = {"weight": bitsandbytes_layout.tensors(packed)["weight"], "weight_absmax": packed.absmax_RG.reshape(-1)}
+    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a
+    FourBitLinear."""
+    found = {
+        "weight": bitsandbytes_layout.tensors(packed)["weight"],
+        "weight_absmax": packed.absmax_RG.reshape(-1),
+    }
     if packed.nested is not None:
         found["weight_absmax"] = packed.nested.codes.reshape(-1)
         values = (packed.nested.nested_absmax, packed.nested.levels, packed.nested.offset.reshape(1))
@@ -85,7 +98,9 @@ def read(
     """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != scheme.shapes(rows, columns):
-        raise ModelError(f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}")
+        raise ModelError(
+            f"a linear of {rows} x {columns} in {scheme} has {scheme.shapes(rows, columns)}, not {seen}"
+        )
     require_sound(f"a linear of {rows} x {columns}", scheme.flaws(tensors))
     codes = bitsandbytes_layout.codes_of(tensors["weight"], rows, columns)
     absmax, nested = tensors["weight_absmax"].reshape(rows, -1), None
@@ -100,16 +115,23 @@ class FourBitLinear(StoredLinear):
     """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
 
     scheme: FourBitLayout
-    kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()  # in a tuple, so that it is no submodule and not saved
+    kernel: tuple[
+        bitsandbytes_layout.Linear4bit, ...
+    ] = ()  # in a tuple, so that it is no submodule and not saved
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels refuse."""
+        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels
+        refuse."""
         self.kernel = ()
-        refused = bitsandbytes_layout.refusal((self.out_features, self.in_features), self.scheme.format, self.scheme.group_size)
+        refused = bitsandbytes_layout.refusal(
+            (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
+        )
         if self.weight.device.type != "meta" and refused is None:
             self.kernel = (
-                self.beside_weight(lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)),
+                self.beside_weight(
+                    lambda: bitsandbytes_layout.linear(self.packed(), None, device=self.weight.device)
+                ),
             )
 
     def packed(self) -> bitsandbytes_layout.Packed:
@@ -137,10 +159,15 @@ class FourBitLinear(StoredLinear):
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, double_quant={self.scheme.double_quant}"
+        return (
+            f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, "
+            f"double_quant={self.scheme.double_quant}"
+        )
 
 
-def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FourBitLinear:
+def linear(
+    packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> FourBitLinear:
     """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
     R, C = packed.codes_RC.shape
     scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
@@ -148,7 +175,9 @@ def linear(packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: t
     return hold(module, tensors(packed), bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None) -> bitsandbytes_layout.Packed:
+def _read(
+    tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None
+) -> bitsandbytes_layout.Packed:
     assert shape is not None
     return read(tensors, layout, *shape, torch.float32)
 

@@ -1,12 +1,13 @@
 """Weights and activations as integers: what lies on the disk, what it means, and the rounding of tokens.
 
-Two layouts. LLM.int8's (`Int8Weight`) is bitsandbytes' own, and plain transformers loads it. Ours (`IntegerWeight`) is for
-products whose two factors are integers: int8 codes with one scale a row, or int4 codes in groups of columns with an integer
-multiplier a group, so that code times multiplier still fits int8 and ONE float scale a row is left; then the sum over all
-columns stays in integers and bitsandbytes' int8 kernel computes it. No kernel here knows int4: such a weight is 0.5 byte on
-the disk and is expanded to 1 byte to be multiplied. A stock loader must not take our tensors for a float weight: it would load
-codes as numbers and say nothing. So every `weight` has a shape that no plain linear has, which it refuses.
-R rows (out), C columns (in), G = ceil(C / group_size) groups of columns, T tokens.
+Two layouts. LLM.int8's (`Int8Weight`) is bitsandbytes' own, and plain transformers loads it. Ours
+(`IntegerWeight`) is for products whose two factors are integers: int8 codes with one scale a row, or int4
+codes in groups of columns with an integer multiplier a group, so that code times multiplier still fits int8
+and ONE float scale a row is left; then the sum over all columns stays in integers and bitsandbytes' int8
+kernel computes it. No kernel here knows int4: such a weight is 0.5 byte on the disk and is expanded to 1 byte
+to be multiplied. A stock loader must not take our tensors for a float weight: it would load codes as numbers
+and say nothing. So every `weight` has a shape that no plain linear has, which it refuses. R rows (out), C
+columns (in), G = ceil(C / group_size) groups of columns, T tokens.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ WIDEST = (2**31 - 1) // 127**2  # columns whose products of codes still sum to a
 
 @dataclass(frozen=True)
 class IntegerLayout:
-    """How a linear is stored and multiplied: bits of weights and activations, scales of activations, columns a multiplier.
+    """How a linear is stored and multiplied: bits of weights and activations, scales of activations, columns
+    a multiplier.
 
-    Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not ("none": the weight is
-    dequantised). `group_size` is for 4-bit weights alone; the last group of a row may be shorter. Errors: ValueError.
+    Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not
+    ("none": the weight is dequantised). `group_size` is for 4-bit weights alone; the last group of a row may
+    be shorter. Errors: ValueError.
     """
 
     format: IntegerFormat
@@ -51,11 +54,14 @@ class IntegerLayout:
     def __post_init__(self) -> None:
         if self.format not in FORMATS or self.activations not in ACTIVATIONS:
             raise ValueError(
-                f"no scheme {self.format!r} with {self.activations!r} activations: use one of {', '.join(FORMATS)} "
+                f"no scheme {self.format!r} with {self.activations!r} activations: use one of "
+                f"{', '.join(FORMATS)} "
                 f"with {', '.join(ACTIVATIONS)}"
             )
         if self.weight_bits == 8 and self.group_size is not None:
-            raise ValueError(f"{self.format} has one scale a row and no group, got group_size {self.group_size}")
+            raise ValueError(
+                f"{self.format} has one scale a row and no group, got group_size {self.group_size}"
+            )
         if self.weight_bits == 4 and (type(self.group_size) is not int or not 1 <= self.group_size <= WIDEST):
             raise ValueError(f"{self.format} needs a group of 1 to {WIDEST} columns, got {self.group_size!r}")
 
@@ -90,10 +96,18 @@ class IntegerLayout:
             found = [within(weight, -largest, largest, codes), scaled_rows(scale_R, weight[0], 0)]
         else:  # the code -8 is a half byte of zero
             lowest = (weight < 16).any() | ((weight & 15) == 0).any()
-            found = [(lowest, f"{codes} must lie in -{largest}..{largest}"), scaled_rows(scale_R, weight, 0x88)]
-        return [*found, *self.flaws_of_scales(scale_R, tensors.get("weight_multiplier"), tensors.get("input_scale"))]
+            found = [
+                (lowest, f"{codes} must lie in -{largest}..{largest}"),
+                scaled_rows(scale_R, weight, 0x88),
+            ]
+        return [
+            *found,
+            *self.flaws_of_scales(scale_R, tensors.get("weight_multiplier"), tensors.get("input_scale")),
+        ]
 
-    def flaws_of_scales(self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None) -> list[Flaw]:
+    def flaws_of_scales(
+        self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None
+    ) -> list[Flaw]:
         """What must hold of what is stored beside the codes."""
         found = [finite(scale_R, "weight scales")]
         if multiplier_RG is not None:
@@ -106,10 +120,11 @@ class IntegerLayout:
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """One linear in integers: W [R, C] = scale_R * codes_RC * multiplier_RG, and x = input_scale * code where that is stored.
+    """One linear in integers: W [R, C] = scale_R * codes_RC * multiplier_RG, and x = input_scale * code where
+    that is stored.
 
-    codes_RC int8 [R, C] in -127..127 (4 bits: -7..7), scale_R float32 [R], multiplier_RG uint8 [R, G] in 1..18 (4 bits alone),
-    input_scale float32 [] > 0 (static activations alone). Errors: ValueError.
+    codes_RC int8 [R, C] in -127..127 (4 bits: -7..7), scale_R float32 [R], multiplier_RG uint8 [R, G] in
+    1..18 (4 bits alone), input_scale float32 [] > 0 (static activations alone). Errors: ValueError.
     """
 
     codes_RC: Tensor
@@ -121,15 +136,26 @@ class IntegerWeight:
     def __post_init__(self) -> None:
         R, C = self.codes_RC.shape
         shapes = self.scheme.shapes(R, C)
-        found = {"weight_scale": self.scale_R, "weight_multiplier": self.multiplier_RG, "input_scale": self.input_scale}
+        found = {
+            "weight_scale": self.scale_R,
+            "weight_multiplier": self.multiplier_RG,
+            "input_scale": self.input_scale,
+        }
         for name, tensor in found.items():
             if (tensor is None) == (name in shapes):
                 raise ValueError(f"{self.scheme} {'needs' if tensor is None else 'has no'} {name}")
             shape, dtype = shapes.get(name, ((), torch.float32))
-            if tensor is not None and (tensor.shape != (() if name == "input_scale" else shape) or tensor.dtype != dtype):
-                raise ValueError(f"{name} of {R} x {C} codes under {self.scheme} can't be {tensor.dtype} {tuple(tensor.shape)}")
+            if tensor is not None and (
+                tensor.shape != (() if name == "input_scale" else shape) or tensor.dtype != dtype
+            ):
+                raise ValueError(
+                    f"{name} of {R} x {C} codes under {self.scheme} can't be {tensor.dtype} "
+                    f"{tuple(tensor.shape)}"
+                )
         if self.codes_RC.dtype != torch.int8 or C > WIDEST:
-            raise ValueError(f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}")
+            raise ValueError(
+                f"codes must be int8 of at most {WIDEST} columns, got {self.codes_RC.dtype} with {C}"
+            )
         if (why := flaw_of(self._flaws())) is not None:
             raise (ValueError if bool(self.scale_R.isfinite().all()) else Overflow)(why)
 
@@ -149,11 +175,13 @@ class IntegerWeight:
         return (self.expanded().float() * self.scale_R[:, None]).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of an IntegerLinear names them.
+        """The tensors of one linear as they lie on the disk, and as the state dict of an IntegerLinear names
+        them.
 
-        int8: `weight` int8 [1, R, C], three axes ON PURPOSE: a loader that has not imported llmcompress must hit an error of
-        shapes, not load codes as floats. int4: `weight` uint8 [R, ceil(C / 2)], code + 8, even columns in the high nibble, and
-        `weight_multiplier` uint8 [R, G]. All: `weight_scale` float32 [R]; static: `input_scale` float32 [1].
+        int8: `weight` int8 [1, R, C], three axes ON PURPOSE: a loader that has not imported llmcompress must
+        hit an error of shapes, not load codes as floats. int4: `weight` uint8 [R, ceil(C / 2)], code + 8,
+        even columns in the high nibble, and `weight_multiplier` uint8 [R, G]. All: `weight_scale` float32
+        [R]; static: `input_scale` float32 [1].
         """
         found = {"weight": self.codes_RC[None] if self.multiplier_RG is None else pack(self.codes_RC)}
         found["weight_scale"] = self.scale_R
@@ -185,7 +213,8 @@ def read(tensors: Mapping[str, Tensor], scheme: IntegerLayout, columns: int | No
 
 
 def pack(codes_RC: Tensor) -> Tensor:
-    """Codes in -8..7, int8 [R, C], to two a byte, uint8 [R, ceil(C / 2)]; an odd row ends with a code of zero."""
+    """Codes in -8..7, int8 [R, C], to two a byte, uint8 [R, ceil(C / 2)]; an odd row ends with a code of
+    zero."""
     biased = (codes_RC + 8).to(torch.uint8)
     if biased.shape[1] % 2:
         biased = torch.nn.functional.pad(biased, (0, 1), value=8)
@@ -209,10 +238,12 @@ def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, group_size: int | Non
 def quantize_tokens(
     x: Tensor, bits: int, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Activations [..., C] to codes [T, C] int8 (16 bits: int16; or `dtype`) and scales float32 [T, 1], or the given [] or [1].
+    """Activations [..., C] to codes [T, C] int8 (16 bits: int16; or `dtype`) and scales float32 [T, 1], or
+    the given [] or [1].
 
-    Symmetric, round half to even; dynamic scales are absmax / largest code, a row of zeros gets zeros and a finite scale, and a
-    row that is not finite gets a scale that is not. A given scale clips. Computed in float32, so bfloat16 keeps its range.
+    Symmetric, round half to even; dynamic scales are absmax / largest code, a row of zeros gets zeros and a
+    finite scale, and a row that is not finite gets a scale that is not. A given scale clips. Computed in
+    float32, so bfloat16 keeps its range.
     """
     largest, whole = LARGEST[bits], dtype or (torch.int16 if bits > 8 else torch.int8)
     x_TC = x.reshape(-1, x.shape[-1])
@@ -222,7 +253,9 @@ def quantize_tokens(
         codes, absmax, _ = bitsandbytes_layout.stock.int8_vectorwise_quant(x_TC.contiguous())
         return codes.to(whole), (absmax / largest)[:, None]
     x_TC = x_TC.float()
-    tiny = torch.finfo(torch.float32).tiny  # below it, divisions are no longer exact enough to stay within the codes
+    tiny = torch.finfo(
+        torch.float32
+    ).tiny  # below it, divisions are no longer exact enough to stay within the codes
     scale = x_TC.abs().amax(dim=1, keepdim=True).div_(largest).clamp_min_(tiny)
     return (x_TC / scale).round_().to(whole), scale
 
@@ -246,9 +279,13 @@ class Int8Weight:
 
     def __post_init__(self) -> None:
         if self.codes_RC.dtype != torch.int8 or self.absmax_R.dtype != torch.float32:
-            raise ValueError(f"codes must be int8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_R.dtype}")
+            raise ValueError(
+                f"codes must be int8 and scales float32, got {self.codes_RC.dtype} and {self.absmax_R.dtype}"
+            )
         if self.codes_RC.dim() != 2 or self.absmax_R.shape != self.codes_RC.shape[:1]:
-            raise ValueError(f"codes {tuple(self.codes_RC.shape)} can't have scales {tuple(self.absmax_R.shape)}")
+            raise ValueError(
+                f"codes {tuple(self.codes_RC.shape)} can't have scales {tuple(self.absmax_R.shape)}"
+            )
         if not bool(self.absmax_R.isfinite().all()):
             raise Overflow("scales must be finite")
 
@@ -257,19 +294,28 @@ class Int8Weight:
         return (self.codes_RC * self.absmax_R[:, None] * 7.874015748698502e-3).to(dtype)  # its 1 / 127
 
     def as_integer(self) -> IntegerWeight:
-        """The same codes in our layout, for models that mix formats; it multiplies without LLM.int8's columns in floats."""
+        """The same codes in our layout, for models that mix formats; it multiplies without LLM.int8's columns
+        in floats."""
         return IntegerWeight(self.codes_RC, self.absmax_R / 127, IntegerLayout("w8a8"))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as bitsandbytes names them on the disk: `weight`, `SCB`, `weight_format`."""
-        return {"weight": self.codes_RC, "SCB": self.absmax_R, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        """The tensors of one linear as bitsandbytes names them on the disk: `weight`, `SCB`,
+        `weight_format`."""
+        return {
+            "weight": self.codes_RC,
+            "SCB": self.absmax_R,
+            "weight_format": torch.tensor(0, dtype=torch.uint8),
+        }
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
-        """The inverse of `tensors`, bit for bit. Errors: ModelError where they are not those of one linear."""
+        """The inverse of `tensors`, bit for bit. Errors: ModelError where they are not those of one
+        linear."""
         form = tensors.get("weight_format", torch.tensor(0))  # absent in old files
         if not {"weight", "SCB"} <= tensors.keys() or form.numel() != 1 or int(form):
-            raise ModelError(f"an int8 linear has `weight`, `SCB` and a `weight_format` of 0, not {sorted(tensors)}")
+            raise ModelError(
+                f"an int8 linear has `weight`, `SCB` and a `weight_format` of 0, not {sorted(tensors)}"
+            )
         try:
             return cls(tensors["weight"], tensors["SCB"])
         except ValueError as error:
@@ -277,10 +323,11 @@ class Int8Weight:
 
 
 def quantize_nearest(weight: Tensor) -> Int8Weight:
-    """Stock LLM.int8: a row's largest magnitude is its scale; weight [R, C] of any float type goes through float16, as there.
+    """Stock LLM.int8: a row's largest magnitude is its scale; weight [R, C] of any float type goes through
+    float16, as there.
 
-    Bit-equal to what bitsandbytes stores of the same weight on a CPU, but for a row of zeros in files of other devices, whose
-    codes here are zeros. Errors: Overflow for weights beyond float16.
+    Bit-equal to what bitsandbytes stores of the same weight on a CPU, but for a row of zeros in files of
+    other devices, whose codes here are zeros. Errors: Overflow for weights beyond float16.
     """
     half = weight.detach().to(torch.float16)
     absmax = half.abs().amax(dim=1).float()
@@ -293,7 +340,8 @@ def quantize_nearest(weight: Tensor) -> Int8Weight:
 def int8_config(threshold: float, skip: Sequence[str]) -> dict[str, Any]:
     """config.json's `quantization_config` of LLM.int8; `skip` as in bitsandbytes_layout.quantization_config.
 
-    Columns of the activations with a magnitude from `threshold` on are multiplied in floats; 0 leaves none of them.
+    Columns of the activations with a magnitude from `threshold` on are multiplied in floats; 0 leaves none of
+    them.
     """
     config = cast(Any, transformers.BitsAndBytesConfig)(
         load_in_8bit=True, llm_int8_threshold=float(threshold), llm_int8_skip_modules=sorted(set(skip))

@@ -1,13 +1,14 @@
 """A linear that multiplies integers: the module under our own quantised models.
 
-Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A forward rounds the
-tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes is the product of the dequantised
-factors, up to float32's rounding. It never goes through float16, unlike Linear8bitLt. The kernel is torch's on a CPU with
-AVX512, bitsandbytes' on a GPU, where few tokens take one of ours (int8_dispatch.py). Elsewhere the same integers are summed in
-float32, which is exact below 2^24: on other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the
-whole in each forward), on a GPU where C % 4.
-int4 weights are expanded to int8 once (`prepare`) and kept beside the packed ones: 1.5 bytes a weight in memory for 0.5 on the
-disk. A module that was not prepared, as when its weights are offloaded, expands them in every forward and keeps nothing.
+Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A
+forward rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes
+is the product of the dequantised factors, up to float32's rounding. It never goes through float16, unlike
+Linear8bitLt. The kernel is torch's on a CPU with AVX512, bitsandbytes' on a GPU, where few tokens take one of
+ours (int8_dispatch.py). Elsewhere the same integers are summed in float32, which is exact below 2^24: on
+other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the whole in each
+forward), on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the packed
+ones: 1.5 bytes a weight in memory for 0.5 on the disk. A module that was not prepared, as when its weights
+are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,9 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
 logger = logging.getLogger(__name__)
-KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"  # other CPUs multiply int8 one by one, slower than floats
+KERNEL = (
+    torch.backends.cpu.get_cpu_capability() == "AVX512"
+)  # other CPUs multiply int8 one by one, slower than floats
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
 
@@ -34,7 +37,8 @@ PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 M
 class IntegerLinear(StoredLinear):
     """A linear that multiplies integers, as `scheme` says.
 
-    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has none.
+    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has
+    none.
     """
 
     scheme: IntegerLayout
@@ -46,7 +50,8 @@ class IntegerLinear(StoredLinear):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there (meta)."""
+        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there
+        (meta)."""
         self.expanded = None
         if self.scheme.group_size is not None and self.weight.device.type != "meta":
             self.expanded = self.beside_weight(self._expand)
@@ -78,23 +83,35 @@ class IntegerLinear(StoredLinear):
         return (out if self.bias is None else out + self.bias).to(input.dtype)
 
     def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
-        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25 times as long."""
+        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25
+        times as long."""
         few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
         if few and not (torch.is_grad_enabled() and input.requires_grad):
             x_TC = input.reshape(-1, self.in_features)
-            whole = torch.compiler.is_compiling()  # a compiler makes no floats of the whole weight where it needs none
-            out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(self.weight_scale)
+            whole = (
+                torch.compiler.is_compiling()
+            )  # a compiler makes no floats of the whole weight where it needs none
+            out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(
+                self.weight_scale
+            )
             out = out if self.bias is None else out + self.bias
             return out.to(input.dtype).reshape(*input.shape[:-1], self.out_features)
         weight = (matrix.float() * self.weight_scale[:, None]).to(input.dtype)
-        return nn.functional.linear(input, weight, self.bias if self.bias is None else self.bias.to(input.dtype))
+        return nn.functional.linear(
+            input, weight, self.bias if self.bias is None else self.bias.to(input.dtype)
+        )
 
     def extra_repr(self) -> str:
         """What the scheme is, for `print(model)`."""
-        return f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, group_size={self.scheme.group_size}"
+        return (
+            f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, "
+            f"group_size={self.scheme.group_size}"
+        )
 
 
-def scaled(sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+def scaled(
+    sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
     """The outputs [T, R], computed in float32, from the sums of products of codes."""
     out = (sums_TR * scale).mul_(scale_R)
     if bias is not None:
@@ -119,12 +136,16 @@ def _product(
         x_TC = x.reshape(-1, x.shape[-1])
         codes_TC, scale = int8_dispatch.quantize_tokens(x_TC, bits, step)
         if len(x_TC) <= int8_dispatch.FEW:
-            return int8_dispatch.few_tokens(codes_TC, scale, matrix_RC, scale_R, bias, dtype, bits).reshape(shape)
+            return int8_dispatch.few_tokens(codes_TC, scale, matrix_RC, scale_R, bias, dtype, bits).reshape(
+                shape
+            )
         sums_TR = bitsandbytes_layout.stock.int8_linear_matmul(codes_TC, matrix_RC)
         return int8_dispatch.scaled(sums_TR, scale, scale_R, bias, dtype, bits).reshape(shape)
     multiply, whole = bitsandbytes_layout.stock.int8_linear_matmul, None
     if x.is_cpu and not torch.compiler.is_compiling():
-        multiply, whole = (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
+        multiply, whole = (
+            (integer_sums, None) if KERNEL else (float_sums, torch.float32 if bits <= 8 else None)
+        )
         if not KERNEL:
             _warn_of_float_sums()
     codes_TC, scale = integer.quantize_tokens(x, bits, step, whole)
@@ -139,11 +160,14 @@ def _product(
 @functools.cache
 def _warn_of_float_sums() -> None:
     """Say once that there is no kernel for products of int8 here."""
-    logger.warning("integer linears are summed in float32, about as fast as float ones: this CPU has no AVX512")
+    logger.warning(
+        "integer linears are summed in float32, about as fast as float ones: this CPU has no AVX512"
+    )
 
 
 def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
-    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without its way there."""
+    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without
+    its way there."""
     return torch._int_mm(codes_TC, matrix_RC.t())
 
 
@@ -167,7 +191,9 @@ class _StraightThrough(torch.autograd.Function):
     """The product forwards; backwards as if the activations had not been rounded."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix_RC: Tensor, scale_R: Tensor, step: Tensor | None, bits: int) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, matrix_RC: Tensor, scale_R: Tensor, step: Tensor | None, bits: int
+    ) -> Tensor:
         ctx.save_for_backward(matrix_RC, scale_R)
         ctx.dtype = x.dtype
         return _product(x, matrix_RC, scale_R, step, bits)
@@ -175,14 +201,23 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         matrix_RC, scale_R = ctx.saved_tensors
-        grad = (grads[0] * scale_R).to(ctx.dtype) @ matrix_RC.to(ctx.dtype)  # codes up to 127 are exact in bfloat16
+        grad = (grads[0] * scale_R).to(ctx.dtype) @ matrix_RC.to(
+            ctx.dtype
+        )  # codes up to 127 are exact in bfloat16
         return grad, None, None, None, None
 
 
-def linear(weight: IntegerWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> IntegerLinear:
+def linear(
+    weight: IntegerWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> IntegerLinear:
     """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
     R, C = weight.codes_RC.shape
-    return hold(IntegerLinear(C, R, weight.scheme, bias=bias is not None, device="meta"), weight.tensors(), bias, device)
+    return hold(
+        IntegerLinear(C, R, weight.scheme, bias=bias is not None, device="meta"),
+        weight.tensors(),
+        bias,
+        device,
+    )
 
 
 def weight_of(module: IntegerLinear) -> IntegerWeight:
@@ -193,21 +228,28 @@ def weight_of(module: IntegerLinear) -> IntegerWeight:
 def stock(
     weight: integer.Int8Weight, bias: Tensor | None, *, threshold: float, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the native layout."""
+    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the
+    native layout."""
     R, C = weight.codes_RC.shape
     module: Any = bitsandbytes_layout.Linear8bitLt(
         C, R, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"
     )
     codes = weight.codes_RC.to(device, copy=True)
     module.weight = bitsandbytes_layout.Int8Params(
-        codes, requires_grad=False, has_fp16_weights=False, CB=codes, SCB=weight.absmax_R.to(device, copy=True)
+        codes,
+        requires_grad=False,
+        has_fp16_weights=False,
+        CB=codes,
+        SCB=weight.absmax_R.to(device, copy=True),
     )
     if bias is not None:
         module.bias = nn.Parameter(bias.detach().to(device, copy=True), requires_grad=False)
     return cast(nn.Module, module.eval())
 
 
-def _read(tensors: Mapping[str, Tensor], layout: IntegerLayout, shape: tuple[int, int] | None) -> IntegerWeight:
+def _read(
+    tensors: Mapping[str, Tensor], layout: IntegerLayout, shape: tuple[int, int] | None
+) -> IntegerWeight:
     return integer.read(tensors, layout, shape[1] if shape else None)
 
 

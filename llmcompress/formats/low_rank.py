@@ -1,10 +1,11 @@
-"""A linear whose weight is made of parts: one that layers share, a product of low rank, or both, and the module that runs it.
+"""A linear whose weight is made of parts: one that layers share, a product of low rank, or both, and the
+module that runs it.
 
-`shared`: the weight is one matrix for several layers, to which each may add a difference of low rank of its own, left @ right.
-`basis`: the weight is left @ right, and `right`, the basis, may be one for several layers. Which tensors are one is not said
-here but in config.json's `ties`, by their names; what is shared is one tensor on the disk and one in memory, and is multiplied
-once for each layer that uses it. `weight` has a first axis of one that no plain linear has, for a stock loader to refuse.
-R rows (out), C columns (in), K the rank.
+`shared`: the weight is one matrix for several layers, to which each may add a difference of low rank of its
+own, left @ right. `basis`: the weight is left @ right, and `right`, the basis, may be one for several layers.
+Which tensors are one is not said here but in config.json's `ties`, by their names; what is shared is one
+tensor on the disk and one in memory, and is multiplied once for each layer that uses it. `weight` has a first
+axis of one that no plain linear has, for a stock loader to refuse. R rows (out), C columns (in), K the rank.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 @dataclass(frozen=True)
 class FactoredLayout:
-    """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that rank.
+    """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that
+    rank.
 
     The parts are weights like any others, in the type of the model. Errors: ValueError.
     """
@@ -56,21 +58,33 @@ class FactoredLayout:
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Why a linear [R, C] is not stored so, or None."""
         full = min(shape)
-        return f"a rank of {self.rank} is no less than that of {shape[0]} x {shape[1]} weights" if self.rank > full else None
+        return (
+            f"a rank of {self.rank} is no less than that of {shape[0]} x {shape[1]} weights"
+            if self.rank > full
+            else None
+        )
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of floats."""
+        """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of
+        floats."""
         dtype = torch.float32
         if self.format == "basis":
             return {"weight": ((1, rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
         found: dict[str, tuple[tuple[int, ...], torch.dtype]] = {"weight": ((1, rows, columns), dtype)}
         if self.rank:
-            found |= {"weight_left": ((rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
+            found |= {
+                "weight_left": ((rows, self.rank), dtype),
+                "weight_right": ((self.rank, columns), dtype),
+            }
         return found
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
         """What must hold of the stored tensors of a linear."""
-        return [finite(tensors[name], f"`{name}`") for name in ("weight", "weight_left", "weight_right") if name in tensors]
+        return [
+            finite(tensors[name], f"`{name}`")
+            for name in ("weight", "weight_left", "weight_right")
+            if name in tensors
+        ]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> FactoredWeight:
         """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError."""
@@ -83,7 +97,8 @@ class FactoredLayout:
 
 @dataclass(frozen=True, eq=False)
 class FactoredWeight:
-    """One linear in parts: whole [R, C] of `shared`, left [R, K] and right [K, C] of a basis or of a difference."""
+    """One linear in parts: whole [R, C] of `shared`, left [R, K] and right [K, C] of a basis or of a
+    difference."""
 
     layout: FactoredLayout
     whole_RC: Tensor | None = None
@@ -94,11 +109,13 @@ class FactoredWeight:
         """The same with its parts rounded to a type, on the CPU."""
         parts = (self.whole_RC, self.left_RK, self.right_KC)
         return FactoredWeight(
-            self.layout, *(None if part is None else part.detach().to(dtype).cpu().contiguous() for part in parts)
+            self.layout,
+            *(None if part is None else part.detach().to(dtype).cpu().contiguous() for part in parts),
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a FactoredLinear names them."""
+        """The tensors of one linear as they lie on the disk, and as the state dict of a FactoredLinear names
+        them."""
         if self.layout.format == "basis":
             parts = {"weight": self.left_RK, "weight_right": self.right_KC}
         else:
@@ -115,7 +132,8 @@ class FactoredWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, columns: int) -> FactoredWeight:
-    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
+    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
+    [rows, columns]."""
     seen = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "bias"}
     expected = {name: shape for name, (shape, _) in layout.shapes(rows, columns).items()}
     if seen != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -130,7 +148,8 @@ def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, colum
 class FactoredLinear(StoredLinear):
     """A linear [in_features -> out_features] made of parts; `dtype` is that of the model, and of the bias.
 
-    The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to (`requires_grad_`).
+    The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to
+    (`requires_grad_`).
     """
 
     scheme: FactoredLayout
@@ -162,15 +181,24 @@ class FactoredLinear(StoredLinear):
         return f"{super().extra_repr()}, {self.scheme.name}"
 
 
-def linear(weight: FactoredWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> FactoredLinear:
+def linear(
+    weight: FactoredWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
+) -> FactoredLinear:
     """A live module, in eval mode, that holds copies of our parts."""
     tensors = weight.tensors()
-    R, C = tensors["weight"].shape[1], (tensors["weight"] if weight.right_KC is None else weight.right_KC).shape[-1]
-    module = FactoredLinear(C, R, weight.layout, bias=bias is not None, dtype=tensors["weight"].dtype, device="meta")
+    R, C = (
+        tensors["weight"].shape[1],
+        (tensors["weight"] if weight.right_KC is None else weight.right_KC).shape[-1],
+    )
+    module = FactoredLinear(
+        C, R, weight.layout, bias=bias is not None, dtype=tensors["weight"].dtype, device="meta"
+    )
     return hold(module, tensors, bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None) -> FactoredWeight:
+def _read(
+    tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None
+) -> FactoredWeight:
     assert shape is not None
     return read(tensors, layout, *shape)
 

@@ -1,4 +1,5 @@
-"""What config.json's `quantization_config` says of a model of ours: the scheme of each linear, and which tensors are one."""
+"""What config.json's `quantization_config` says of a model of ours: the scheme of each linear, and which
+tensors are one."""
 
 from __future__ import annotations
 
@@ -18,13 +19,15 @@ METHOD = "llmcompress"
 def quantization_config(
     schemes: Sequence[tuple[AnyLayout, Sequence[str]]], ties: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors: ModelError."""
+    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors:
+    ModelError."""
     entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
     return CompressedConfig(entries, ties).to_dict()
 
 
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors: ModelError."""
+    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors:
+    ModelError."""
 
     ties: Mapping[str, str] = {}  # tensor -> the one that it is
 
@@ -37,7 +40,8 @@ class CompressedConfig(QuantizationConfigMixin):
     ) -> None:
         if unknown:
             raise ModelError(
-                f"config.json's quantization_config has {sorted(unknown)}, which this llmcompress doesn't know: update it"
+                f"config.json's quantization_config has {sorted(unknown)}, which this llmcompress doesn't "
+                "know: update it"
             )
         self.quant_method = cast(Any, quant_method)
         layouts_of(schemes)
@@ -51,13 +55,19 @@ class CompressedConfig(QuantizationConfigMixin):
 
     def without(self, linears: Collection[str]) -> CompressedConfig:
         """The same, of a model in which these are plain."""
-        left = [{**entry, "linears": [name for name in entry["linears"] if name not in linears]} for entry in self.schemes]
-        ties = {target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears}
+        left = [
+            {**entry, "linears": [name for name in entry["linears"] if name not in linears]}
+            for entry in self.schemes
+        ]
+        ties = {
+            target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears
+        }
         return CompressedConfig([entry for entry in left if entry["linears"]], ties)
 
 
 def read_config(quantization: Any) -> CompressedConfig:
-    """What config.json's `quantization_config` says of our linears and ties: nothing, where there is none or another's.
+    """What config.json's `quantization_config` says of our linears and ties: nothing, where there is none or
+    another's.
 
     Errors: ModelError.
     """
@@ -65,6 +75,9 @@ def read_config(quantization: Any) -> CompressedConfig:
         return CompressedConfig()
     if not isinstance(quantization, Mapping):
         raise ModelError(
-            f"config.json's quantization_config is no object: {str(quantization)[:80]}; take the model again from its source"
+            f"config.json's quantization_config is no object: {str(quantization)[:80]}; take the model "
+            "again from its source"
         )
-    return CompressedConfig(**quantization) if quantization.get("quant_method") == METHOD else CompressedConfig()
+    return (
+        CompressedConfig(**quantization) if quantization.get("quant_method") == METHOD else CompressedConfig()
+    )

@@ -1,7 +1,8 @@
 """Every weight format: found, read, written, put into a model, whatever it is.
 
-`FORMATS` are those of ours, which config.json describes; a new one is a file with a `FORMAT` and a line there. Beside them are
-the two native layouts of bitsandbytes, which need no plug-in. Whoever reads a checkpoint or a journal asks here.
+`FORMATS` are those of ours, which config.json describes; a new one is a file with a `FORMAT` and a line
+there. Beside them are the two native layouts of bitsandbytes, which need no plug-in. Whoever reads a
+checkpoint or a journal asks here.
 """
 
 from __future__ import annotations
@@ -30,8 +31,12 @@ FORMATS: tuple[Format, ...] = (
     codebook.FORMAT,
     integer_linear.FORMAT,
 )
-StoredWeight = bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
-RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout  # the layouts that are not of quantised linears
+StoredWeight = (
+    bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
+)
+RewrittenLayout = (
+    SparseLayout | FactoredLayout | CodebookLayout
+)  # the layouts that are not of quantised linears
 AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
 NATIVE_MARKS = ("weight.absmax", "SCB")
 RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
@@ -43,7 +48,8 @@ def format_of(layout: AnyLayout) -> Format:
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
-    """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared has no mark."""
+    """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared
+    has no mark."""
     marks = [f".{mark}" for mark in (*NATIVE_MARKS, *(each.mark for each in FORMATS))]
     return [name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)]
 
@@ -52,12 +58,19 @@ def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
     if f"{linear}.weight.absmax" in tensors:
         return bitsandbytes_layout.parts_of(linear, tensors)
-    inside = {name.removeprefix(f"{linear}."): tensor for name, tensor in tensors.items() if name.startswith(f"{linear}.")}
+    inside = {
+        name.removeprefix(f"{linear}."): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{linear}.")
+    }
     return {name: tensor for name, tensor in inside.items() if name == "weight" or is_beside(name)}
 
 
-def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None) -> StoredWeight:
-    """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its shape.
+def read(
+    parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None
+) -> StoredWeight:
+    """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its
+    shape.
 
     Errors: ModelError for damaged ones.
     """
@@ -68,7 +81,8 @@ def read(parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tu
 
 
 def tensors_of(weight: StoredWeight, *, native: bool = True) -> dict[str, Tensor]:
-    """The tensors of a linear as they are written, by their names in it; 4-bit codes in the stock layout if `native`."""
+    """The tensors of a linear as they are written, by their names in it; 4-bit codes in the stock layout if
+    `native`."""
     if not isinstance(weight, bitsandbytes_layout.Packed):
         return weight.tensors()
     return bitsandbytes_layout.tensors(weight) if native else four_bit.tensors(weight)
@@ -96,23 +110,34 @@ def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tens
 
 
 def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
-    """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`. Errors: ModelError."""
+    """The layout of each linear by full name, from the `schemes` of config.json's `quantization_config`.
+    Errors: ModelError."""
     if not isinstance(schemes, list | tuple):
-        raise ModelError(f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source")
+        raise ModelError(
+            f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source"
+        )
     found: dict[str, AnyLayout] = {}
     for entry in schemes:
         if not isinstance(entry, Mapping):
-            raise ModelError(f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source")
-        fields = {RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"}
+            raise ModelError(
+                f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source"
+            )
+        fields = {
+            RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"
+        }
         try:
             layout = _layout(str(fields.get("format")))(**fields)
         except (TypeError, ValueError) as error:
-            why = f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again from its source"
+            why = (
+                f"this llmcompress doesn't know: {first_line(error)}; update it, or take the model again "
+                "from its source"
+            )
             raise ModelError(f"config.json has a scheme {_shown(fields)} that {why}") from None
         linears = entry.get("linears", ())
         if not isinstance(linears, list | tuple) or not all(isinstance(linear, str) for linear in linears):
             raise ModelError(
-                f"config.json has linears that are no list of names: {_shown(linears)}; take it again from its source"
+                f"config.json has linears that are no list of names: {_shown(linears)}; take it again from "
+                "its source"
             )
         for linear in linears:
             if linear in found:
@@ -131,7 +156,8 @@ def _shown(value: Any) -> str:
 
 
 def int8_inputs(threshold: float) -> Inputs:
-    """How LLM.int8's kernel rounds what a linear reads, through float16; columns that reach `threshold` are left, if not 0."""
+    """How LLM.int8's kernel rounds what a linear reads, through float16; columns that reach `threshold` are
+    left, if not 0."""
 
     def rounded(x: Tensor) -> Tensor:
         half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())  # the gradient is that of x
@@ -145,4 +171,8 @@ def layout_inputs(layout: AnyLayout, input_scale: Tensor | float | None) -> Inpu
     if not isinstance(layout, IntegerLayout) or layout.activations == "none":
         return None
     bits = layout.activation_bits
-    return (lambda x: round_tokens(x, bits)) if input_scale is None else (lambda x: round_static(x, bits, input_scale))
+    return (
+        (lambda x: round_tokens(x, bits))
+        if input_scale is None
+        else (lambda x: round_static(x, bits, input_scale))
+    )

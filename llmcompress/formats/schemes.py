@@ -1,6 +1,8 @@
-"""The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and the result.
+"""The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and
+the result.
 
-One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a linear reads.
+One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a
+linear reads.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ class FourBitScheme:
 
     @property
     def signs(self) -> tuple[bool, ...]:
-        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits resolve less finely."""
+        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits
+        resolve less finely."""
         return (True, False) if self.double_quant else (True,)
 
     @property
@@ -78,7 +81,9 @@ class FourBitScheme:
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
         codes_RC = self.grid.codes[result.index_RC.cpu()]
         scale_RG = nested.decode() if nested else result.scale_RG.cpu()
-        return bitsandbytes_layout.Packed(codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested)
+        return bitsandbytes_layout.Packed(
+            codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested
+        )
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds what a linear reads: not at all."""
@@ -91,7 +96,9 @@ class FourBitScheme:
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
         """Stock bitsandbytes: absmax scales, nearest codes. Errors: Overflow for weights beyond `dtype`."""
         require_within(W_RC, self.dtype, "weights")
-        return bitsandbytes_layout.quantize_nearest(W_RC.to(self.dtype), self.format, self.group_size, self.double_quant)
+        return bitsandbytes_layout.quantize_nearest(
+            W_RC.to(self.dtype), self.format, self.group_size, self.double_quant
+        )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""
@@ -100,7 +107,8 @@ class FourBitScheme:
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers apart."""
+    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers
+    apart."""
 
     threshold: float
     format: Literal["int8"] = "int8"
@@ -149,7 +157,8 @@ class Int8Scheme:
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group besides."""
+    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group
+    besides."""
 
     scheme: IntegerLayout
     range: str = "mse"  # what a static scale of inputs is chosen by
@@ -215,7 +224,9 @@ class IntegerScheme:
         scale_R = (step_R / largest).cpu()
         # a fit may end below zero, or so near that it is zero: the same weights under a scale that is not
         codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
-        scale = None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
+        scale = (
+            None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
+        )
         return IntegerWeight(codes_RC, scale_R.abs(), self.scheme, multiplier, scale)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
@@ -236,7 +247,9 @@ class IntegerScheme:
         scale_RG = groups_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
         scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
         snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
-        return self.store(RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale)
+        return self.store(
+            RoundedWeight(self.grid.to(W_RC.device).nearest(W_RC / snapped), scale_RG), input_scale
+        )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
         """The inverse of what is written."""

@@ -1,13 +1,15 @@
-"""A linear most of whose weights may be zero: the values that stay and a bit for every place, and the module that runs it.
+"""A linear most of whose weights may be zero: the values that stay and a bit for every place, and the module
+that runs it.
 
-A share of the weights stays (`unstructured`), or n of every m neighbours in a row (`2:4`). How many there are follows from
-that and from the shape, whatever the rows have each, so a loader knows the shapes before it reads. On the disk a weight of
-16 bits at half its values takes 9. `weight` is one row of values, which no plain linear has, so that a stock loader refuses it.
+A share of the weights stays (`unstructured`), or n of every m neighbours in a row (`2:4`). How many there are
+follows from that and from the shape, whatever the rows have each, so a loader knows the shapes before it
+reads. On the disk a weight of 16 bits at half its values takes 9. `weight` is one row of values, which no
+plain linear has, so that a stock loader refuses it.
 
-There is no speed in it: the zeros are filled in once (`prepare`) and multiplied like any others, and the dense weight is kept
-beside the values, which is MORE memory than a plain linear takes. What torch has for 2:4 on a GPU, cuSPARSELt's product, was
-slower than the dense one for every shape that evaluation/speed.py tried on an H100, so it is not taken.
-R rows (out), C columns (in).
+There is no speed in it: the zeros are filled in once (`prepare`) and multiplied like any others, and the
+dense weight is kept beside the values, which is MORE memory than a plain linear takes. What torch has for 2:4
+on a GPU, cuSPARSELt's product, was slower than the dense one for every shape that evaluation/speed.py tried
+on an H100, so it is not taken. R rows (out), C columns (in).
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """What stays of a linear, and the type of its values: `keep` of the weights, or n of every m in a row (`pattern` "n:m").
+    """What stays of a linear, and the type of its values: `keep` of the weights, or n of every m in a row
+    (`pattern` "n:m").
 
     A last group of fewer than m columns keeps up to n. Errors: ValueError.
     """
@@ -45,7 +48,8 @@ class SparseLayout:
         share = isinstance(self.keep, float) and 0 < self.keep < 1
         if share != (self.pattern == "unstructured") or (self.keep is not None and not share):
             raise ValueError(
-                f"keep is a share between 0 and 1 of unstructured weights alone, not {self.keep!r} of {self.pattern}"
+                f"keep is a share between 0 and 1 of unstructured weights alone, not {self.keep!r} of "
+                f"{self.pattern}"
             )
         if self.format != "sparse" or self.dtype not in DTYPES:
             raise ValueError(f"no format {self.format!r} of {self.dtype!r}; values are {', '.join(DTYPES)}")
@@ -63,7 +67,8 @@ class SparseLayout:
         return columns // m * n + min(n, columns % m)
 
     def choice(self, columns: int) -> Keep:
-        """What `methods.sparse` is asked to keep of rows of so many: n of m, or a share that is a whole number of each row."""
+        """What `methods.sparse` is asked to keep of rows of so many: n of m, or a share that is a whole
+        number of each row."""
         if self.keep is not None:
             return self.kept(columns) / columns
         n, m = map(int, self.pattern.split(":"))
@@ -110,7 +115,8 @@ class SparseLayout:
 
 @dataclass(frozen=True, eq=False)
 class SparseWeight:
-    """One linear: the values that stay, row by row, and where: mask_RC bool [R, C], True where a weight stays."""
+    """One linear: the values that stay, row by row, and where: mask_RC bool [R, C], True where a weight
+    stays."""
 
     values: Tensor
     mask_RC: Tensor
@@ -118,9 +124,12 @@ class SparseWeight:
 
     @classmethod
     def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: SparseLayout) -> SparseWeight:
-        """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of another kind."""
+        """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of
+        another kind."""
         if not layout.allows(mask_RC):
-            raise ValueError(f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves")
+            raise ValueError(
+                f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves"
+            )
         return cls(W_RC[mask_RC].to(DTYPES[layout.dtype]).cpu(), mask_RC.cpu(), layout)
 
     @property
@@ -129,7 +138,8 @@ class SparseWeight:
         return self.mask_RC.numel() - self.values.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a SparseLinear names them."""
+        """The tensors of one linear as they lie on the disk, and as the state dict of a SparseLinear names
+        them."""
         return {"weight": self.values, "weight_mask": pack_mask(self.mask_RC)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -138,22 +148,29 @@ class SparseWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: SparseLayout, rows: int, columns: int) -> SparseWeight:
-    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear [rows, columns]."""
+    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
+    [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
-        raise ModelError(f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}")
+        raise ModelError(
+            f"a linear of {rows} x {columns} in {layout} has {layout.shapes(rows, columns)}, not {seen}"
+        )
     require_sound(f"a linear of {rows} x {columns}", layout.flaws(tensors))
     mask_RC = unpack_mask(tensors["weight_mask"], columns)
     if not layout.allows(mask_RC):
-        raise ModelError(f"the mask of a linear of {rows} x {columns} is not {layout.pattern}; it is damaged, fetch it again")
+        raise ModelError(
+            f"the mask of a linear of {rows} x {columns} is not {layout.pattern}; it is damaged, fetch it "
+            "again"
+        )
     return SparseWeight(tensors["weight"], mask_RC, layout)
 
 
 class SparseLinear(StoredLinear):
-    """A linear [in_features -> out_features] whose zeros are not stored; `dtype` is that of the model, and of the dense weight.
+    """A linear [in_features -> out_features] whose zeros are not stored; `dtype` is that of the model, and of
+    the dense weight.
 
-    Gradients go to the input and the bias; the weight has none. Without the dense weight, as when weights are offloaded, it
-    is filled in at every forward.
+    Gradients go to the input and the bias; the weight has none. Without the dense weight, as when weights are
+    offloaded, it is filled in at every forward.
     """
 
     scheme: SparseLayout

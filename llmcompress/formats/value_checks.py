@@ -1,7 +1,9 @@
-"""What must hold of the values of stored tensors: one check for from_pretrained, for `evaluate` and for live modules.
+"""What must hold of the values of stored tensors: one check for from_pretrained, for `evaluate` and for live
+modules.
 
-Loaders compare shapes and types. Values can be damaged too, and the model would load and compute nonsense: each layout lists by
-`flaws` what must hold of its own, as bools on the device of the tensors, and those of a linear are read back together.
+Loaders compare shapes and types. Values can be damaged too, and the model would load and compute nonsense:
+each layout lists by `flaws` what must hold of its own, as bools on the device of the tensors, and those of a
+linear are read back together.
 """
 
 from __future__ import annotations
@@ -35,11 +37,15 @@ def finite(tensor: Tensor, name: str) -> Flaw:
 
 def within(tensor: Tensor, low: int, high: int, name: str) -> Flaw:
     """Integers must lie in low..high."""
-    least, most = tensor.aminmax() if tensor.numel() else (tensor.new_full((), low), tensor.new_full((), high))
+    least, most = (
+        tensor.aminmax() if tensor.numel() else (tensor.new_full((), low), tensor.new_full((), high))
+    )
     return (least < low) | (most > high), f"{name} must lie in {low}..{high}"
 
 
 def scaled_rows(scale_R: Tensor, codes_RC: Tensor, zero: int) -> Flaw:
     """A scale must be above zero, or zero where all codes of its row stand for zero, as `zero` does."""
     empty = codes_RC[(scale_R == 0).nonzero()[:, 0]]
-    return (scale_R < 0).any() | (empty != zero).any(), "weight scales must be positive, or zero for a row of zeros"
+    return (scale_R < 0).any() | (
+        empty != zero
+    ).any(), "weight scales must be positive, or zero for a row of zeros"

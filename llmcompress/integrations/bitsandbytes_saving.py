@@ -1,14 +1,16 @@
 """Saving a live model in a native bitsandbytes layout, which transformers 5.23 refuses or gets wrong.
 
-Three things are in the way. Transformers can't reverse the loading of such a checkpoint (NotImplementedError). On a CPU with
-AVX512-BF16 the first forward without gradients has bitsandbytes repack 4-bit weights in place and round their scales to
-bfloat16: the exact ones are nowhere in the model any more, and `state_dict()` transposes what is left. And a forward leaves the
-biases of linears in the type that it computes in. So `save_native` mends the live model first. Lost scales come from the
-checkpoint that it was loaded from, if bitsandbytes' own repacking makes of them the very bytes that the model holds; where
-that can't be had, saving is refused.
+Three things are in the way. Transformers can't reverse the loading of such a checkpoint
+(NotImplementedError). On a CPU with AVX512-BF16 the first forward without gradients has bitsandbytes repack
+4-bit weights in place and round their scales to bfloat16: the exact ones are nowhere in the model any more,
+and `state_dict()` transposes what is left. And a forward leaves the biases of linears in the type that it
+computes in. So `save_native` mends the live model first. Lost scales come from the checkpoint that it was
+loaded from, if bitsandbytes' own repacking makes of them the very bytes that the model holds; where that
+can't be had, saving is refused.
 
-Importing this module has plain `save_pretrained` mend or refuse in the same way, through the hook that transformers' quantizers
-have for it. `state_dict()` and moving a repacked model to a GPU go past it and are as wrong as they were.
+Importing this module has plain `save_pretrained` mend or refuse in the same way, through the hook that
+transformers' quantizers have for it. `state_dict()` and moving a repacked model to a GPU go past it and are
+as wrong as they were.
 """
 
 from __future__ import annotations
@@ -35,20 +37,26 @@ MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "m
 
 
 def save_native(
-    model: PreTrainedModel, save_directory: str | Path, *, max_shard_size: int | str = "5GB", overwrite: bool = False
+    model: PreTrainedModel,
+    save_directory: str | Path,
+    *,
+    max_shard_size: int | str = "5GB",
+    overwrite: bool = False,
 ) -> Path:
-    """Save a model of bitsandbytes' own layouts as `save_pretrained` would, so that plain `from_pretrained` loads it bit-equal.
+    """Save a model of bitsandbytes' own layouts as `save_pretrained` would, so that plain `from_pretrained`
+    loads it bit-equal.
 
-    Written are config.json, generation_config.json and safetensors, all or nothing; the folder's path is returned. Codes and
-    scales are those that were loaded or quantised, every other parameter is as it is now. Where a forward on a CPU has rounded
-    scales, the checkpoint in `model.config._name_or_path` is loaded beside the model, from this machine alone (of a Hub id what
-    the cache has as `main`; a model keeps no revision), and stands in once it is proved to be what the model was made of: the
-    codes are the same, and so are its scales, rounded. The model is mended by that as well. A bias that a forward rounded is
-    taken from there too, and saved as it is where it can't be.
+    Written are config.json, generation_config.json and safetensors, all or nothing; the folder's path is
+    returned. Codes and scales are those that were loaded or quantised, every other parameter is as it is now.
+    Where a forward on a CPU has rounded scales, the checkpoint in `model.config._name_or_path` is loaded
+    beside the model, from this machine alone (of a Hub id what the cache has as `main`; a model keeps no
+    revision), and stands in once it is proved to be what the model was made of: the codes are the same, and
+    so are its scales, rounded. The model is mended by that as well. A bias that a forward rounded is taken
+    from there too, and saved as it is where it can't be.
 
-    With `overwrite` the model in a folder that isn't empty is replaced and its other files stay.
-    Errors: ModelError for a model without such linears, with adapters or offloaded weights, or of which lost scales can't be
-    had; OutputError where the folder isn't empty or can't be written.
+    With `overwrite` the model in a folder that isn't empty is replaced and its other files stay. Errors:
+    ModelError for a model without such linears, with adapters or offloaded weights, or of which lost scales
+    can't be had; OutputError where the folder isn't empty or can't be written.
     """
     _require_native(model)
     folder = Path(save_directory).resolve()
@@ -64,14 +72,17 @@ def save_native(
 
 
 def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: int | str) -> None:
-    """Let the model appear in a folder by one rename, beside what else was seen there before. Errors: OutputError."""
+    """Let the model appear in a folder by one rename, beside what else was seen there before. Errors:
+    OutputError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     fresh, replaced = staging / "fresh", staging / "replaced"
     try:
         if folder.exists():
             stale = shutil.ignore_patterns(*MODEL_FILES)
-            shutil.copytree(folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ())
+            shutil.copytree(
+                folder, fresh, ignore=lambda at, names: stale(at, names) if Path(at) == folder else ()
+            )
         model.save_pretrained(fresh, max_shard_size=max_shard_size)
         _flush(fresh)
         appear(fresh, folder, before, replaced)
@@ -99,7 +110,11 @@ def _flush(folder: Path) -> None:
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
     """The linears in one of bitsandbytes' layouts, by full name."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, bitsandbytes_layout.LINEARS))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes_layout.LINEARS)
+    )
 
 
 def _require_native(model: PreTrainedModel) -> None:
@@ -107,18 +122,22 @@ def _require_native(model: PreTrainedModel) -> None:
     method = config.get("quant_method") if isinstance(config, dict) else config.quant_method
     if method != "bitsandbytes" or not any(True for _ in _linears(model)):
         raise ModelError(
-            f"{type(model).__name__} holds no weights in a layout of bitsandbytes ({method or 'not quantised'}); "
+            f"{type(model).__name__} holds no weights in a layout of bitsandbytes "
+            f"({method or 'not quantised'}); "
             "use its own save_pretrained"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
-        raise ModelError("the model has adapters, which bitsandbytes' layouts can't hold; save those with save_pretrained")
+        raise ModelError(
+            "the model has adapters, which bitsandbytes' layouts can't hold; save those with save_pretrained"
+        )
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ModelError("weights of the model are offloaded; load it in memory to save it")
     for name, module in _linears(model):
         int8 = isinstance(module, bitsandbytes_layout.Linear8bitLt)
         if module.weight.dtype != torch.int8 if int8 else getattr(module.weight, "quant_state", None) is None:
             raise ModelError(
-                f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what is saved would not "
+                f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what "
+                "is saved would not "
                 "load; load the model without that option"
             )
 
@@ -140,7 +159,10 @@ def mend(model: PreTrainedModel) -> None:
     for name in lost:
         weight, state = found[name].weight, found[name].weight.quant_state
         state.to(linears[name].weight.device)
-        linears[name].weight.data, linears[name].weight.quant_state = weight.data.to(linears[name].weight.device), state
+        linears[name].weight.data, linears[name].weight.quant_state = (
+            weight.data.to(linears[name].weight.device),
+            state,
+        )
         linears[name].quant_state = state
     for name, module in linears.items():
         if module.bias is not None:
@@ -158,13 +180,15 @@ def _reads_codes(conversion: Any) -> bool:
 def _refusal(model: PreTrainedModel, lost: list[str], why: str) -> ModelError:
     where = model.config._name_or_path or "what it was loaded from"
     return ModelError(
-        f"a forward on a CPU rounded the scales of {len(lost)} 4-bit linears ({lost[0]} ...), and {where} {why}; "
+        f"a forward on a CPU rounded the scales of {len(lost)} 4-bit linears ({lost[0]} ...), and {where} "
+        f"{why}; "
         "save before the first forward, or load the model again and save that"
     )
 
 
 def _loaded_again(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it was loaded, from this machine alone. Errors: OSError, ValueError or RuntimeError where it can't be."""
+    """The model as it was loaded, from this machine alone. Errors: OSError, ValueError or RuntimeError where
+    it can't be."""
     where = str(model.config._name_or_path)
     if not where:
         raise ValueError("the model was not loaded from anywhere")
@@ -178,8 +202,8 @@ def _loaded_again(model: PreTrainedModel) -> PreTrainedModel:
 def _came_from(module: Any, origin: Any) -> bool:
     """Whether a linear whose scales are lost was `origin`, the linear of that name as it was loaded.
 
-    It was if bitsandbytes' repacking, or some turns there and back, makes of origin's tensors what the linear holds, bit for
-    bit: all codes, and scales as far as the linear still has them.
+    It was if bitsandbytes' repacking, or some turns there and back, makes of origin's tensors what the linear
+    holds, bit for bit: all codes, and scales as far as the linear still has them.
     """
     if type(origin) is not type(module):
         return False
@@ -220,7 +244,8 @@ def _is_rounded(bias: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 def _settle(bias: nn.Parameter, dtype: torch.dtype, origin: Tensor | None) -> None:
-    """Turn a bias back to its type, to the exact value if it is still origin's rounded; what neither fits stays as it is."""
+    """Turn a bias back to its type, to the exact value if it is still origin's rounded; what neither fits
+    stays as it is."""
     if bias.dtype == dtype:
         return
     for exact in ([] if origin is None else [origin.data.to(bias.device)]) + [bias.data.to(dtype)]:

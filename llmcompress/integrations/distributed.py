@@ -1,7 +1,8 @@
-"""Several processes that do one run, as `accelerate launch` starts them: which one writes, and where they wait for each other.
+"""Several processes that do one run, as `accelerate launch` starts them: which one writes, and where they
+wait for each other.
 
-Only training is divided among them. All other work is done by the first, while the others wait: what it leaves on the disk,
-which all of them must see, is where they go on from.
+Only training is divided among them. All other work is done by the first, while the others wait: what it
+leaves on the disk, which all of them must see, is where they go on from.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def count() -> int:
 
 
 def join(device: str | None) -> None:
-    """Meet the others, once, before anything else of the kind is set up; over gloo where there is no GPU or none is wanted."""
+    """Meet the others, once, before anything else of the kind is set up; over gloo where there is no GPU or
+    none is wanted."""
     if count() > 1:
         PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=PATIENCE)
 

@@ -1,8 +1,9 @@
-"""Adapters of PEFT on modules of ours: merging one changes weights, which codes can't follow, so they become plain first.
+"""Adapters of PEFT on modules of ours: merging one changes weights, which codes can't follow, so they become
+plain first.
 
-PEFT merges by adding to `weight.data`, and takes any subclass of nn.Linear for a float one: it would end in an error of torch,
-or add to codes, or to what layers share. It has no registry for modules of others, so its check before merging is extended
-(`registration`).
+PEFT merges by adding to `weight.data`, and takes any subclass of nn.Linear for a float one: it would end in
+an error of torch, or add to codes, or to what layers share. It has no registry for modules of others, so its
+check before merging is extended (`registration`).
 """
 
 from __future__ import annotations
@@ -17,19 +18,26 @@ from llmcompress.integrations.plain_modules import WRAPPED, make_plain
 
 
 def ready_to_merge(model: Any) -> None:
-    """Turn the modules of ours that are under an adapter plain, in the type of the model. Errors: ModelError."""
-    under = {name: m for name, m in model.named_modules() if isinstance(getattr(m, "base_layer", None), StoredModule)}
+    """Turn the modules of ours that are under an adapter plain, in the type of the model. Errors:
+    ModelError."""
+    under = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "base_layer", None), StoredModule)
+    }
     if not under:
         return
     if not isinstance(model, PreTrainedModel):
         raise ModelError(
-            f"{next(iter(under))} is quantised and no part of a PreTrainedModel; use its dequantize() before merging"
+            f"{next(iter(under))} is quantised and no part of a PreTrainedModel; use its dequantize() "
+            "before merging"
         )
     for name, adapter in under.items():
         if isinstance(adapter.base_layer, StoredLinear) and adapter.base_layer.transposed:
             if not hasattr(adapter, "fan_in_fan_out"):
                 raise ModelError(
-                    f"{name} is a Conv1D, which {type(adapter).__name__} can't merge into; use model.dequantize() first"
+                    f"{name} is a Conv1D, which {type(adapter).__name__} can't merge into; use "
+                    "model.dequantize() first"
                 )
             adapter.fan_in_fan_out = True  # as for the Conv1D that it becomes
     make_plain(model, [f"{name}{WRAPPED}" for name in under], model.dtype)

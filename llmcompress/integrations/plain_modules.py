@@ -1,7 +1,7 @@
 """Modules of ours turned back into plain float ones, all of a model or some, as its config then says.
 
-`model.dequantize()` is all of them. `resize_token_embeddings` turns the embedding and the head, which have no codes for new
-rows, and merging an adapter the linears that it changes.
+`model.dequantize()` is all of them. `resize_token_embeddings` turns the embedding and the head, which have no
+codes for new rows, and merging an adapter the linears that it changes.
 """
 
 from __future__ import annotations
@@ -29,18 +29,22 @@ def ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredModule]]:
 
 
 def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
-    """The ties by the names that the tensors have in this model, which lacks a prefix where it has no head."""
+    """The ties by the names that the tensors have in this model, which lacks a prefix where it has no
+    head."""
     prefix = f"{model.base_model_prefix}."
     shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
     return (
-        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()} if shorter else dict(ties)
+        {target.removeprefix(prefix): source.removeprefix(prefix) for target, source in ties.items()}
+        if shorter
+        else dict(ties)
     )
 
 
 def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtype) -> None:
     """Put float modules in place of those of ours that are called so, and have the config say so.
 
-    Errors: ModelError for offloaded weights, and for what shares tensors with modules that are not among them.
+    Errors: ModelError for offloaded weights, and for what shares tensors with modules that are not among
+    them.
     """
     modules = {name: module for name, module in ours(model) if name in names}
     config = getattr(model.config, "quantization_config", None)
@@ -48,9 +52,13 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
     own = known_ties(model, said.ties)
     for name, module in modules.items():
         if any(parameter.device.type == "meta" for parameter in module.parameters()):
-            raise ModelError(f"the weights of {name} are offloaded; load the model in memory to dequantise it")
+            raise ModelError(
+                f"the weights of {name} are offloaded; load the model in memory to dequantise it"
+            )
     bare = {name.replace(WRAPPED, "") for name in modules}
-    whole = len(modules) == sum(1 for _ in ours(model))  # then nothing can be said to share: a plain model has no word for it
+    whole = len(modules) == sum(
+        1 for _ in ours(model)
+    )  # then nothing can be said to share: a plain model has no word for it
     if not whole:
         _require_apart(bare, {**own, **model.all_tied_weights_keys})
     for name, module in modules.items():
@@ -70,7 +78,8 @@ def _require_apart(names: Collection[str], ties: Mapping[str, str]) -> None:
         owners = [name.rpartition(".")[0] for name in (target, source)]
         if sum(owner in names for owner in owners) == 1:
             raise ModelError(
-                f"{owners[0]} and {owners[1]} share a tensor, so one alone can't change; use model.dequantize() first"
+                f"{owners[0]} and {owners[1]} share a tensor, so one alone can't change; use "
+                "model.dequantize() first"
             )
 
 
@@ -106,7 +115,8 @@ def plain_of(module: StoredModule, dtype: torch.dtype) -> nn.Module:
 
 
 def let_resize(model: PreTrainedModel) -> None:
-    """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have no new rows."""
+    """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have
+    no new rows."""
     kind: Any = type(model)
     if (
         kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings
@@ -114,7 +124,9 @@ def let_resize(model: PreTrainedModel) -> None:
         kind.resize_token_embeddings = _resized
 
 
-def _resized(model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any) -> nn.Module:
+def _resized(
+    model: PreTrainedModel, new_num_tokens: int | None = None, *args: Any, **options: Any
+) -> nn.Module:
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
     names = [name for name, module in ours(model) if any(module is end for end in ends)]
     if names and (new_num_tokens is not None or args or options):

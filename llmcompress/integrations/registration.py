@@ -1,11 +1,14 @@
-"""What `import llmcompress` changes in other packages: everything is listed here, done once, and only when it is wanted.
+"""What `import llmcompress` changes in other packages: everything is listed here, done once, and only when it
+is wanted.
 
 - transformers learns the quantization method `llmcompress`, so that `from_pretrained` loads our formats;
-- `save_pretrained` of a model in a native bitsandbytes layout first mends what a forward did to it, or refuses;
+- `save_pretrained` of a model in a native bitsandbytes layout first mends what a forward did to it, or
+  refuses;
 - PEFT turns our modules into plain ones before it merges an adapter into them.
 
-Each change is made when the package in question is imported, or at once where it has been. The modules that do the work are
-imported when they are first needed: importing llmcompress takes milliseconds and imports neither torch nor transformers.
+Each change is made when the package in question is imported, or at once where it has been. The modules that
+do the work are imported when they are first needed: importing llmcompress takes milliseconds and imports
+neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -29,7 +32,8 @@ def register() -> None:
 
 
 def _teach_transformers(auto: ModuleType) -> None:
-    """Have transformers know our quantization method, and ask us before it saves native bitsandbytes models."""
+    """Have transformers know our quantization method, and ask us before it saves native bitsandbytes
+    models."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Config)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)
     for kind in (auto.Bnb4BitHfQuantizer, auto.Bnb8BitHfQuantizer):
@@ -56,7 +60,8 @@ def _quantizer(*args: Any, **options: Any) -> Any:
 
 
 def _before_saving(quantizer: Any, model: Any) -> tuple[None, dict[str, str]]:
-    """What `save_pretrained` asks a quantizer for: no other state dict than the model's, once that is right."""
+    """What `save_pretrained` asks a quantizer for: no other state dict than the model's, once that is
+    right."""
     if not getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
         from llmcompress.integrations.bitsandbytes_saving import mend
 

@@ -1,8 +1,9 @@
 """Every name of transformers that is not one of its top level, for the rooms from `integrations` on.
 
-transformers may move or change these in any release, so its version has an upper bound in pyproject.toml. Two lower
-rooms import theirs themselves: `io.tokenizer` and `formats`. tests/integrations/test_transformers_compat.py lists all of
-them, and what is used of private attributes, and finds each in the installed version.
+transformers may move or change these in any release, so its version has an upper bound in pyproject.toml. Two
+lower rooms import theirs themselves: `io.tokenizer` and `formats`.
+tests/integrations/test_transformers_compat.py lists all of them, and what is used of private attributes, and
+finds each in the installed version.
 """
 
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping

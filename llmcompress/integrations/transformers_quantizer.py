@@ -1,12 +1,13 @@
-"""The transformers border: `from_pretrained` learns to load the linears that we quantised or thinned, once this is imported.
+"""The transformers border: `from_pretrained` learns to load the linears that we quantised or thinned, once
+this is imported.
 
-config.json says which linear has which scheme, by full name, so that one model can mix them, and which tensors are one
-(`ties`); nothing is guessed from patterns.
-Before the weights are read each named linear is replaced by the module that stores and runs its scheme, whose parameters are
-the tensors of the file: loading, saving, offloading and sharding are transformers' own. An embedding can be among them, and a
-head tied to it, which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
-one of two tied weights, a tensor that the checkpoint lacks. Without the import, transformers warns of an unknown method and
-loads a plain model, which fails at the shapes that `IntegerLayout.shapes` chose for that.
+config.json says which linear has which scheme, by full name, so that one model can mix them, and which
+tensors are one (`ties`); nothing is guessed from patterns. Before the weights are read each named linear is
+replaced by the module that stores and runs its scheme, whose parameters are the tensors of the file: loading,
+saving, offloading and sharding are transformers' own. An embedding can be among them, and a head tied to it,
+which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
+one of two tied weights, a tensor that the checkpoint lacks. Without the import, transformers warns of an
+unknown method and loads a plain model, which fails at the shapes that `IntegerLayout.shapes` chose for that.
 """
 
 from __future__ import annotations
@@ -39,15 +40,21 @@ from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, Mo
 
 
 class Quantizer(HfQuantizer):
-    """Loads, saves and dequantises what llmcompress wrote; it quantises nothing itself, which takes a recipe."""
+    """Loads, saves and dequantises what llmcompress wrote; it quantises nothing itself, which takes a
+    recipe."""
 
     requires_calibration = True
     quantization_config: CompressedConfig
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
+    ) -> None:
         anatomy = anatomy_of(model.config)
         build_layers(model, _layers(model, anatomy), anatomy)
-        assigned, dtype = _resolved(model, self.quantization_config.assigned()), dtype or torch.get_default_dtype()
+        assigned, dtype = (
+            _resolved(model, self.quantization_config.assigned()),
+            dtype or torch.get_default_dtype(),
+        )
         done = _put_embeddings(model, assigned, dtype)
         for name in (name for name in assigned if name not in done):
             model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
@@ -58,10 +65,18 @@ class Quantizer(HfQuantizer):
         for name, module in ours(model):
             parts = dict(module.named_parameters(recurse=False))
             # what the checkpoint lacks was made anew, without the mark
-            missing = [f"{name}.{part}" for part, tensor in parts.items() if not hasattr(tensor, "_is_hf_initialized")]
+            missing = [
+                f"{name}.{part}"
+                for part, tensor in parts.items()
+                if not hasattr(tensor, "_is_hf_initialized")
+            ]
             if missing:
-                require_together(known_ties(model, self.quantization_config.ties), getattr(model, "hf_device_map", {}))
-                raise ModelError(f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source")
+                require_together(
+                    known_ties(model, self.quantization_config.ties), getattr(model, "hf_device_map", {})
+                )
+                raise ModelError(
+                    f"the checkpoint lacks {', '.join(missing)}; it is damaged, take it again from its source"
+                )
             _check_types(name, module)
             module.require_sound(name)
             for part, tensor in parts.items():  # the loader turns gradients on for scales
@@ -70,21 +85,27 @@ class Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype  # saving a model makes its config's a name
+        target = (
+            getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        )  # saving a model makes its config's a name
         make_plain(model, [name for name, _ in ours(model)], target or torch.float32)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The type that a tensor of the checkpoint is cast to; floats where codes belong are left, to be refused."""
+        """The type that a tensor of the checkpoint is cast to; floats where codes belong are left, to be
+        refused."""
         wanted = super().get_new_dtype(converter, param, dtype)
         return wanted if wanted is None or wanted.is_floating_point else None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes an element in memory: two codes beside their expansion to two bytes, or a copy; values beside all weights."""
+        """Bytes an element in memory: two codes beside their expansion to two bytes, or a copy; values beside
+        all weights."""
         owner, _, part = param_name.rpartition(".")
         module = model.get_submodule(owner)
         if part == "weight" and isinstance(module, SparseLinear):
-            return param.element_size() * (1 + module.in_features * module.out_features / max(1, param.numel()))
+            return param.element_size() * (
+                1 + module.in_features * module.out_features / max(1, param.numel())
+            )
         if part != "weight" or not isinstance(module, StoredLinear) or param.dtype != torch.uint8:
             return param.element_size()
         return 3 if isinstance(module, IntegerLinear) else 2
@@ -103,7 +124,8 @@ class Quantizer(HfQuantizer):
 
 
 def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
-    """Have loading, saving, moving and `tie_weights()` take tensors for the ones that they are, by their names in the model.
+    """Have loading, saving, moving and `tie_weights()` take tensors for the ones that they are, by their
+    names in the model.
 
     Errors: ModelError where the model has no such tensors, or not of one shape.
     """
@@ -112,13 +134,20 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
     known = dict(model.named_parameters(remove_duplicate=False))
     for target, source in ties.items():
         if lost := [name for name in (target, source) if name not in known]:
-            raise ModelError(f"config.json ties {target} to {source}, and the model has no {lost[0]}; the config is of another")
+            raise ModelError(
+                f"config.json ties {target} to {source}, and the model has no {lost[0]}; the config is of "
+                "another"
+            )
         if known[target].shape != known[source].shape:
             raise ModelError(
-                f"config.json ties {target} {tuple(known[target].shape)} to {source} {tuple(known[source].shape)}; they "
+                f"config.json ties {target} {tuple(known[target].shape)} to {source} "
+                f"{tuple(known[source].shape)}; they "
                 "can't be one"
             )
-    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+    model._tied_weights_keys = {
+        **(model._tied_weights_keys or {}),
+        **ties,
+    }  # the model's own, the class keeps its
     model.all_tied_weights_keys.update(ties)
     cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
 
@@ -127,12 +156,16 @@ def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> 
     """Refuse a device_map that tears apart what is one tensor. Errors: ModelError."""
 
     def place(name: str) -> Any:
-        return next((device_map[key] for key in sorted(device_map, reverse=True) if f"{name}.".startswith(f"{key}.")), None)
+        return next(
+            (device_map[key] for key in sorted(device_map, reverse=True) if f"{name}.".startswith(f"{key}.")),
+            None,
+        )
 
     for target, source in ties.items():
         if place(target) != place(source):
             raise ModelError(
-                f"{target} and {source} are one tensor, and the device_map puts them on {place(target)} and {place(source)}; "
+                f"{target} and {source} are one tensor, and the device_map puts them on {place(target)} and "
+                f"{place(source)}; "
                 "give one that keeps layers together which share weights"
             )
 
@@ -149,45 +182,68 @@ def unite(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
 
 
 def _adjust_bias(model: PreTrainedModel, module: nn.Module, source: Tensor) -> None:
-    """What transformers does to the bias of a tied head, but not of linears whose weight has the shape of the disk."""
+    """What transformers does to the bias of a tied head, but not of linears whose weight has the shape of the
+    disk."""
     if not isinstance(module, StoredModule):
         cast(Any, type(model))._adjust_bias(model, module, source)
 
 
-def set_embedding(model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None) -> None:
-    """Put an int8 embedding in its place, and where a head is tied to it, one that multiplies by the same tensors.
+def set_embedding(
+    model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None
+) -> None:
+    """Put an int8 embedding in its place, and where a head is tied to it, one that multiplies by the same
+    tensors.
 
-    Their scales are tied as the weights are, which loading, saving, moving and `tie_weights()` go by. Errors: ModelError for a
-    tied head with a bias, which transformers would cut to the first axis of our weight.
+    Their scales are tied as the weights are, which loading, saving, moving and `tie_weights()` go by. Errors:
+    ModelError for a tied head with a bias, which transformers would cut to the first axis of our weight.
     """
     if head is not None:
         if getattr(model.get_submodule(head), "bias", None) is not None:
             raise ModelError(f"{head} is tied to the embedding and has a bias; use embedding: keep")
         rows, columns = embedding.num_embeddings, embedding.embedding_dim
-        twin = IntegerLinear(columns, rows, embedding.scheme, bias=False, device="meta").train(embedding.training)
+        twin = IntegerLinear(columns, rows, embedding.scheme, bias=False, device="meta").train(
+            embedding.training
+        )
         share(twin, embedding)
         model.set_submodule(head, _marked(twin))
         ties = {f"{head}.{part}": f"{name}.{part}" for part in embedding.stored()}
-        model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}  # the model's own, the class keeps its
+        model._tied_weights_keys = {
+            **(model._tied_weights_keys or {}),
+            **ties,
+        }  # the model's own, the class keeps its
         model.all_tied_weights_keys.update(ties)
     model.set_submodule(name, embedding)
     for kind in {type(owner) for owner in model.modules() if isinstance(owner, PreTrainedModel)}:
         if kind.dtype is ModuleUtilsMixin.dtype:
-            cast(Any, kind).dtype = property(_dtype)  # a save writes it to config.json, masks of a static cache are of it
+            cast(Any, kind).dtype = property(
+                _dtype
+            )  # a save writes it to config.json, masks of a static cache are of it
 
 
-def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype) -> set[str]:
-    """Replace the embeddings among the names of the config, with the heads that are tied to them; all names replaced."""
+def _put_embeddings(
+    model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype
+) -> set[str]:
+    """Replace the embeddings among the names of the config, with the heads that are tied to them; all names
+    replaced."""
     modules, ties, done = dict(model.named_modules()), dict[str, str](model.all_tied_weights_keys), set[str]()
     for name, scheme in assigned.items():
         if not isinstance(plain := modules.get(name), nn.Embedding):
             continue
-        if not isinstance(scheme, IntegerLayout) or scheme.group_size is not None or scheme.activations == "static":
-            raise ModelError(f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)")
-        heads = [target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"]
+        if (
+            not isinstance(scheme, IntegerLayout)
+            or scheme.group_size is not None
+            or scheme.activations == "static"
+        ):
+            raise ModelError(
+                f"config.json gives the embedding {name} {scheme}; an embedding has int8 rows (w8a8)"
+            )
+        heads = [
+            target.removesuffix(".weight") for target, source in ties.items() if source == f"{name}.weight"
+        ]
         if wrong := [head for head in heads if assigned.get(head) != scheme]:
             raise ModelError(
-                f"config.json gives {name} a scheme, and {wrong[0]}, tied to it, not the same; they are one matrix"
+                f"config.json gives {name} a scheme, and {wrong[0]}, tied to it, not the same; they are one "
+                "matrix"
             )
         embedding = _marked(IntegerEmbedding(name, plain, scheme, dtype=dtype, device="meta"))
         set_embedding(model, name, embedding, heads[0] if heads else None)
@@ -197,12 +253,17 @@ def _put_embeddings(model: PreTrainedModel, assigned: Mapping[str, AnyLayout], d
 
 def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
     """The layers of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
-    path = anatomy.layers.removeprefix(f"{model.base_model_prefix}.") if model.base_model is model else anatomy.layers
+    path = (
+        anatomy.layers.removeprefix(f"{model.base_model_prefix}.")
+        if model.base_model is model
+        else anatomy.layers
+    )
     try:
         return cast(nn.ModuleList, model.get_submodule(path))
     except AttributeError:
         raise ModelError(
-            f"{type(model).__name__} has no {path}, so transformers would load none of the checkpoint's weights into it; load "
+            f"{type(model).__name__} has no {path}, so transformers would load none of the checkpoint's "
+            "weights into it; load "
             "the checkpoint by AutoModelForCausalLM or AutoModel"
         ) from None
 
@@ -215,37 +276,46 @@ def _marked(module: Any) -> Any:
 
 
 def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict[str, AnyLayout]:
-    """The names as they are in this model; without its head, a model has shorter names and lacks those outside it."""
+    """The names as they are in this model; without its head, a model has shorter names and lacks those
+    outside it."""
     if model.get_output_embeddings() is None:  # whose head is of another kind, or none
         assigned = {name: scheme for name, scheme in assigned.items() if name != "lm_head"}
     prefix = f"{model.base_model_prefix}."
-    if model.base_model is not model or not all(name.startswith(prefix) or name == "lm_head" for name in assigned):
+    if model.base_model is not model or not all(
+        name.startswith(prefix) or name == "lm_head" for name in assigned
+    ):
         return dict(assigned)
     return {name.removeprefix(prefix): scheme for name, scheme in assigned.items() if name.startswith(prefix)}
 
 
 def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: torch.dtype) -> StoredLinear:
-    """The module that takes the place of a plain linear, without memory. Errors: ModelError where it can't."""
+    """The module that takes the place of a plain linear, without memory. Errors: ModelError where it
+    can't."""
     modules = dict(model.named_modules())
     module = modules.get(name)
     if type(module) is not nn.Linear and not isinstance(module, Conv1D):
         raise ModelError(
-            f"config.json gives {name} a scheme, but this model has no such linear; the config is of another model"
+            f"config.json gives {name} a scheme, but this model has no such linear; the config is of "
+            "another model"
         )
     ties: Mapping[str, str] = model.all_tied_weights_keys
     if f"{name}.weight" in {*ties.keys(), *ties.values()}:
         raise ModelError(
-            f"config.json gives {name} a scheme, but its weight is tied to another; untie them (tie_word_embeddings)"
+            f"config.json gives {name} a scheme, but its weight is tied to another; untie them "
+            "(tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
     if (
         isinstance(scheme, FactoredLayout) and scheme.rank > R * C
     ):  # a basis of several layers can have more than the rank of one
         raise ModelError(
-            f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of another model"
+            f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of "
+            "another model"
         )
     bias = cast(Tensor | None, module.bias)
-    twin: StoredLinear = format_of(scheme).module(C, R, scheme, bias=bias is not None, dtype=dtype, device="meta")
+    twin: StoredLinear = format_of(scheme).module(
+        C, R, scheme, bias=bias is not None, dtype=dtype, device="meta"
+    )
     twin.transposed = isinstance(module, Conv1D)  # what it goes back to
     return cast(StoredLinear, _marked(twin))
 
@@ -256,15 +326,19 @@ def _check_types(name: str, module: StoredModule) -> None:
     for part, tensor in module.stored().items():
         if tensor.dtype != expected[part][1] and (module.exact or not tensor.is_floating_point()):
             raise ModelError(
-                f"{name}.{part} is {tensor.dtype} in the checkpoint, not {expected[part][1]}; take it again from its source"
+                f"{name}.{part} is {tensor.dtype} in the checkpoint, not {expected[part][1]}; take it again "
+                "from its source"
             )
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type of a model's activations; transformers takes that of the first float parameter, which of ours is a scale."""
+    """The type of a model's activations; transformers takes that of the first float parameter, which of ours
+    is a scale."""
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):
         embedding = None
     found = embedding.like if isinstance(embedding, IntegerEmbedding) else None
-    return found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
+    return (
+        found.dtype if found is not None else cast(torch.dtype, cast(Any, ModuleUtilsMixin).dtype.fget(model))
+    )

@@ -13,10 +13,11 @@ ADVICE = "set LLMCOMPRESS_CACHE to a folder"
 
 
 def cache_folder() -> Path:
-    """$LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the temporary files.
+    """$LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the temporary
+    files.
 
-    The last is for a user without a home, as containers have. Raises OutputError where somebody else has made that folder:
-    compiled code is loaded from it.
+    The last is for a user without a home, as containers have. Raises OutputError where somebody else has made
+    that folder: compiled code is loaded from it.
     """
     if named := os.environ.get("LLMCOMPRESS_CACHE"):
         return Path(named)
@@ -33,7 +34,9 @@ def _temporary() -> Path:
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise OutputError(f"no home folder is known and {folder} can't be made ({error.strerror}); {ADVICE}") from None
+        raise OutputError(
+            f"no home folder is known and {folder} can't be made ({error.strerror}); {ADVICE}"
+        ) from None
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o022:
         raise OutputError(f"no home folder is known and {folder} is not this user's alone; {ADVICE}")
     return folder

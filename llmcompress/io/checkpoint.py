@@ -1,5 +1,5 @@
-"""Safetensors read lazily: headers only, and one tensor at a time with `pread`, so that no file page counts as ours and peak
-memory is the largest tensor.
+"""Safetensors read lazily: headers only, and one tensor at a time with `pread`, so that no file page counts
+as ours and peak memory is the largest tensor.
 """
 
 from __future__ import annotations
@@ -24,14 +24,18 @@ from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
 INDEX = "model.safetensors.index.json"
-WRAPPED = ("language_model.", "model.language_model.")  # how the names of a text model in a multimodal one begin
+WRAPPED = (
+    "language_model.",
+    "model.language_model.",
+)  # how the names of a text model in a multimodal one begin
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def is_beside(part: str) -> bool:
-    """Whether a tensor with this last name belongs to the `weight` beside it: its scales, mask, levels or factors."""
+    """Whether a tensor with this last name belongs to the `weight` beside it: its scales, mask, levels or
+    factors."""
     return part.startswith("weight_") or part in ("SCB", "input_scale")
 
 
@@ -60,9 +64,11 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of files and names.
+    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of
+    files and names.
 
-    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is whose.
+    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is
+    whose.
     """
 
     folder: Path
@@ -73,14 +79,17 @@ class Checkpoint:
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
-        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as our artefacts.
+        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as
+        our artefacts.
 
-        Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged files, and (as a
-        base) a model that is quantised already or no causal language model.
+        Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged
+        files, and (as a base) a model that is quantised already or no causal language model.
         """
         folder = Path(folder)
         if not folder.is_dir():
-            raise ModelError(f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id")
+            raise ModelError(
+                f"no folder {folder}; give a folder with config.json and safetensors, or a Hub id"
+            )
         require_no_adapter(folder)
         if not (folder / "config.json").is_file():
             raise ModelError(f"{folder} has no config.json; give the folder that save_pretrained wrote")
@@ -88,10 +97,17 @@ class Checkpoint:
         if base:
             require_base(folder, config)
         listed = _files(folder)
-        tensors = {name: entry for file in sorted(set(listed.values())) for name, entry in _entries(folder / file).items()}
+        tensors = {
+            name: entry
+            for file in sorted(set(listed.values()))
+            for name, entry in _entries(folder / file).items()
+        }
         lost = sorted(name for name in listed if name and name not in tensors)
         if lost:
-            raise ModelError(f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it again")
+            raise ModelError(
+                f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it "
+                "again"
+            )
         if base and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
             raise _wrapper(folder, f"it stores {inner}")
         aliases = _aliases(folder, config, tensors)
@@ -103,18 +119,26 @@ class Checkpoint:
         """Whether the folder has all files of its weights, and not only the small ones beside them."""
         if (folder / "model.safetensors").is_file():
             return True
-        return (folder / INDEX).is_file() and all((folder / file).is_file() for file in _listed(folder).values())
+        return (folder / INDEX).is_file() and all(
+            (folder / file).is_file() for file in _listed(folder).values()
+        )
 
     def only(self, names: Collection[str], aliases: Mapping[str, str] | None = None) -> Checkpoint:
         """The same with these tensors alone, and with more `aliases`: new names for some of them."""
         tensors = {name: entry for name, entry in self.tensors.items() if name in names}
-        every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(aliases or {})
-        return replace(self, tensors=tensors | {name: tensors[source] for name, source in every.items()}, aliases=every)
+        every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(
+            aliases or {}
+        )
+        return replace(
+            self, tensors=tensors | {name: tensors[source] for name, source in every.items()}, aliases=every
+        )
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in its stored dtype. Errors: ModelError for a name that isn't stored."""
         if name not in self.tensors:
-            raise ModelError(f"{self.folder} has no tensor {name}; its files are not those of its config.json")
+            raise ModelError(
+                f"{self.folder} has no tensor {name}; its files are not those of its config.json"
+            )
         tensor: Tensor = self._handles[self.tensors[name].file].get_tensor(self.aliases.get(name, name))
         return tensor
 
@@ -129,8 +153,14 @@ class Checkpoint:
 
     @property
     def parameters(self) -> int:
-        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none, nor are zeros."""
-        packed = {name.removesuffix(mark) for name in self.tensors for mark in PACKED if name.endswith(f".weight{mark}")}
+        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none,
+        nor are zeros."""
+        packed = {
+            name.removesuffix(mark)
+            for name in self.tensors
+            for mark in PACKED
+            if name.endswith(f".weight{mark}")
+        }
         count = 0
         for name, entry in self.tensors.items():
             weight, dot, _ = name.partition(".weight.")
@@ -140,17 +170,24 @@ class Checkpoint:
                 and not is_scale(name.rpartition(".")[2])
             ):
                 number = torch.Size(entry.shape).numel()
-                if (levels := self.tensors.get(f"{name}_levels")) is not None:  # an index of so many bits a weight
+                if (
+                    levels := self.tensors.get(f"{name}_levels")
+                ) is not None:  # an index of so many bits a weight
                     number = number * 8 // (levels.shape[-1] - 1).bit_length()
-                count += number * (2 * entry.dtype.itemsize if name in packed else 1)  # bytes may be stored as another type
+                count += number * (
+                    2 * entry.dtype.itemsize if name in packed else 1
+                )  # bytes may be stored as another type
         return count
 
     def fingerprint(self) -> str:
         """A digest over config, names, shapes and every byte of the tensors, whatever files they are in."""
-        return hashlib.sha256(f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()
+        ).hexdigest()
 
     def digest(self) -> str:
-        """The same without the config. Reads all tensors, but those of files that are known to be as they were then."""
+        """The same without the config. Reads all tensors, but those of files that are known to be as they
+        were then."""
         stamp = self._stamp()
         known = None if stamp is None else _DIGESTS.get(stamp)
         if known is None:
@@ -161,16 +198,20 @@ class Checkpoint:
         return known
 
     def _stamp(self) -> Stamp | None:
-        """Which files these are, and when they changed; None where that is so fresh that a clock may not show the next change.
+        """Which files these are, and when they changed; None where that is so fresh that a clock may not show
+        the next change.
 
-        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides another content.
+        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides
+        another content.
         """
         found, now = [], time.time_ns()
         for name in sorted({entry.file for entry in self.tensors.values()}):
             about = (self.folder / name).stat()
             if now - max(about.st_mtime_ns, about.st_ctime_ns) < FRESH:
                 return None
-            found.append((name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns))
+            found.append(
+                (name, about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns)
+            )
         return (tuple(found), tuple(sorted(self.aliases.items())))
 
 
@@ -179,7 +220,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
     if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
         bad = int((~finite).sum())
         raise ModelError(
-            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a sound copy"
+            f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a "
+            "sound copy"
         )
 
 
@@ -208,11 +250,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors: ModelError."""
+    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors:
+    ModelError."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the weights; merge it with "
-            "merge_and_unload() and save the result to another folder, or move the adapter's files to one of their own"
+            f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the "
+            "weights; merge it with "
+            "merge_and_unload() and save the result to another folder, or move the adapter's files to one "
+            "of their own"
         )
 
 
@@ -222,11 +267,18 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
-        if not isinstance(codes, dict) or codes.get("schemes") != []:  # a pruned model of ours with nothing quantised
-            raise ModelError(f"{folder} is quantised already ({method}); give the model that it was made from")
+        if (
+            not isinstance(codes, dict) or codes.get("schemes") != []
+        ):  # a pruned model of ours with nothing quantised
+            raise ModelError(
+                f"{folder} is quantised already ({method}); give the model that it was made from"
+            )
     kind, architectures = str(config.get("model_type")), config.get("architectures") or []
     if not isinstance(architectures, list):
-        raise ModelError(f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; correct it")
+        raise ModelError(
+            f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; "
+            "correct it"
+        )
     if isinstance(config.get("text_config"), dict):
         raise _wrapper(folder, f"model_type {kind}")
     if architectures:
@@ -236,35 +288,48 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
         causal = kind in transformers.CONFIG_MAPPING and transformers.CONFIG_MAPPING[kind] in mapping
     if not causal:
         found = architectures[0] if architectures else f"model_type {kind}"
-        raise ModelError(f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM")
+        raise ModelError(
+            f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM"
+        )
 
 
 def _wrapper(folder: Path, how: str) -> ModelError:
     """What to say of a model of images or sound that has a text model inside."""
     return ModelError(
-        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model with the head as a "
-        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), load_state_dict, "
+        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model "
+        "with the head as a "
+        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), "
+        "load_state_dict, "
         "save_pretrained"
     )
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty name."""
+    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty
+    name."""
     if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
         return {"": "model.safetensors"}
     if (folder / INDEX).is_file():
         listed = _listed(folder)
         missing = sorted(file for file in set(listed.values()) if not (folder / file).is_file())
         if missing:
-            raise ModelError(f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them again")
+            raise ModelError(
+                f"{folder} lacks {len(missing)} of the files its index names ({missing[0]}); download them "
+                "again"
+            )
         return listed
-    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern))
+    pickles = sorted(
+        file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for file in folder.glob(pattern)
+    )
     if pickles:
         raise ModelError(
-            f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened here; convert it: "
+            f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened "
+            "here; convert it: "
             "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
-    raise ModelError(f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote")
+    raise ModelError(
+        f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote"
+    )
 
 
 def _listed(folder: Path) -> dict[str, str]:
@@ -275,7 +340,9 @@ def _listed(folder: Path) -> dict[str, str]:
     if not isinstance(listed, dict) or not plain:
         raise ModelError(f"{folder / INDEX} has no weight_map of file names; download it again")
     if not isinstance(index.get("metadata"), dict):
-        raise ModelError(f'{folder / INDEX} has no metadata, which from_pretrained asks for; add "metadata": {{}} to it')
+        raise ModelError(
+            f'{folder / INDEX} has no metadata, which from_pretrained asks for; add "metadata": {{}} to it'
+        )
     return listed
 
 
@@ -286,27 +353,36 @@ def _is_shard(file: Any) -> bool:
 
 
 def named_ties(ties: Any) -> dict[str, str]:
-    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names, or a circle."""
+    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names,
+    or a circle."""
     if ties is None:
         return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
-        raise ModelError(f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its source")
+        raise ModelError(
+            f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its "
+            "source"
+        )
     try:
         TopologicalSorter({target: [source] for target, source in ties.items()}).prepare()
     except CycleError as error:
-        raise ModelError(f"config.json ties {error.args[1][0]} to itself; take it again from its source") from None
+        raise ModelError(
+            f"config.json ties {error.args[1][0]} to itself; take it again from its source"
+        ) from None
     return dict(ties)
 
 
 def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
-    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for both."""
+    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for
+    both."""
     codes, found = config.get("quantization_config"), dict[str, str]()
     ties = named_ties(codes.get("ties")) if isinstance(codes, dict) else {}
     for target, source in ties.items():
         stored = source in tensors  # else the files may leave out the first part of what the model calls it
         own, other = (name if stored else name.partition(".")[2] for name in (target, source))
         if other not in tensors:
-            raise ModelError(f"{folder} has no tensor {source}, to which config.json ties {target}; download it again")
+            raise ModelError(
+                f"{folder} has no tensor {source}, to which config.json ties {target}; download it again"
+            )
         if own not in tensors:
             found[own] = other
     return found
@@ -325,6 +401,8 @@ def _entries(file: Path) -> dict[str, Entry]:
     for name in sorted(handle.keys()):
         stored = handle.get_slice(name)
         if stored.get_dtype() not in DTYPES:
-            raise ModelError(f"{file}: {name} has dtype {stored.get_dtype()}, which no base has; give the original model")
+            raise ModelError(
+                f"{file}: {name} has dtype {stored.get_dtype()}, which no base has; give the original model"
+            )
         entries[name] = Entry(tuple(stored.get_shape()), DTYPES[stored.get_dtype()], file.name)
     return entries

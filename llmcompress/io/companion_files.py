@@ -1,14 +1,14 @@
-"""The small files beside a model's weights: which of them travel into an artefact and on to the Hub, and how much of
-each.
+"""The small files beside a model's weights: which of them travel into an artefact and on to the Hub, and how
+much of each.
 
-A folder may hold anything beside a model: notes, keys, links to other places. So what travels is a list of names: those
-by which transformers finds a tokenizer, a processor, a chat template and the settings of generation, and those of
-licences. Whatever has another name stays. A link is followed inside its folder, and in the Hub's cache, where every
-file is one, but nowhere else.
+A folder may hold anything beside a model: notes, keys, links to other places. So what travels is a list of
+names: those by which transformers finds a tokenizer, a processor, a chat template and the settings of
+generation, and those of licences. Whatever has another name stays. A link is followed inside its folder, and
+in the Hub's cache, where every file is one, but nowhere else.
 
-Two things of a config stay here as well. A folder of the machine that wrote it is of no use elsewhere. And `auto_map`
-names code of the repository that a model came from: the code is never copied, and none is needed, as only architectures
-that transformers has itself are compressed.
+Two things of a config stay here as well. A folder of the machine that wrote it is of no use elsewhere. And
+`auto_map` names code of the repository that a model came from: the code is never copied, and none is needed,
+as only architectures that transformers has itself are compressed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,24 @@ TOKENIZER = (
     *("sentencepiece.model", "spm.model", "tiktoken.model", "tekken.json"),
 )
 RARE = (  # that some class of tokenizers reads; elsewhere such a name may mean anything
-    *("bpe.codes", "byte_maps.json", "dict.txt", "emoji.json", "entity_vocab.json", "normalizer.json", "prophetnet.tokenizer"),
+    *(
+        "bpe.codes",
+        "byte_maps.json",
+        "dict.txt",
+        "emoji.json",
+        "entity_vocab.json",
+        "normalizer.json",
+        "prophetnet.tokenizer",
+    ),
     *("source.spm", "target.spm", "spm_char.model", "target_vocab.json", "vocab-src.json", "vocab-tgt.json"),
     *("word_pronunciation.json", "word_shape.json"),
 )
-SETTINGS = ("generation_config.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
+SETTINGS = (
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+)
 TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates/*.jinja")
 RIGHTS = (
     *(f"{name}{end}" for name in ("LICENSE", "LICENCE", "NOTICE", "COPYING") for end in ("", ".txt", ".md")),
@@ -42,13 +55,28 @@ TRAVELS = (CONFIG, *TOKENIZER, *SETTINGS, *TEMPLATES, *RIGHTS)
 CONFIGS = (CONFIG, "tokenizer_config.json", "special_tokens_map.json", *SETTINGS)
 CODE = ("auto_map", "custom_pipelines")  # keys that name code of a repository
 ORIGINS = ("_name_or_path", "name_or_path")  # keys that name where a model or a tokenizer was loaded from
-FILES = ("tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file", "added_tokens_file", "chat_template_file")
-WORDS = ("added_tokens_decoder", "chat_template")  # keys of what is no path, however it is spelled; so are tokens
+FILES = (
+    "tokenizer_file",
+    "vocab_file",
+    "merges_file",
+    "special_tokens_map_file",
+    "added_tokens_file",
+    "chat_template_file",
+)
+WORDS = (
+    "added_tokens_decoder",
+    "chat_template",
+)  # keys of what is no path, however it is spelled; so are tokens
 
 
 def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
-    """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its tokenizer."""
-    return {str(file.relative_to(folder)): _content(file) for file in _named(folder, also) if is_inside(file, folder)}
+    """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its
+    tokenizer."""
+    return {
+        str(file.relative_to(folder)): _content(file)
+        for file in _named(folder, also)
+        if is_inside(file, folder)
+    }
 
 
 def links_out(folder: Path, also: Collection[str] = ()) -> list[str]:
@@ -63,11 +91,14 @@ def _named(folder: Path, also: Collection[str]) -> Iterator[Path]:
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in its folder once links are followed; of a folder in the Hub's cache, also among the blobs there."""
+    """Whether a file lies in its folder once links are followed; of a folder in the Hub's cache, also among
+    the blobs there."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
-    repository = home.parent.parent  # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
+    repository = (
+        home.parent.parent
+    )  # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
     cached = home.parent.name == "snapshots" and "--" in repository.name
     return cached and any(real.is_relative_to(place / "blobs") for place in (repository, repository.parent))
 
@@ -87,7 +118,8 @@ def _content(file: Path) -> bytes:
 
 
 def shareable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what names code of its repository, or folders of the machine that wrote it; nested ones too."""
+    """A config without what names code of its repository, or folders of the machine that wrote it; nested
+    ones too."""
     return {key: _shareable(key, value) for key, value in fields.items() if not _stays(key, value)}
 
 

@@ -1,4 +1,5 @@
-"""The place where a result is to appear: what is there, and one rename that loses nothing which came meanwhile."""
+"""The place where a result is to appear: what is there, and one rename that loses nothing which came
+meanwhile."""
 
 from __future__ import annotations
 
@@ -12,15 +13,25 @@ from llmcompress.errors import OutputError
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
 
-Seen = tuple[tuple[str, int, int, int, int, int], ...]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
-TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)  # what a rename says of a place that is not empty
+Seen = tuple[
+    tuple[str, int, int, int, int, int], ...
+]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
+TAKEN = (
+    errno.ENOTEMPTY,
+    errno.EEXIST,
+    errno.ENOTDIR,
+    errno.EISDIR,
+)  # what a rename says of a place that is not empty
 
 
 def resolved(out: str | Path) -> Path:
-    """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can be none."""
+    """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can
+    be none."""
     path = path_of(out, "--out", OutputError)
     if path.is_symlink() and not path.exists():
-        raise OutputError(f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder")
+        raise OutputError(
+            f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder"
+        )
     found = path_of(path.resolve(), "--out", OutputError)
     if not found.name:
         raise OutputError(f"--out {found} is the root of a disk; give the name of a folder")
@@ -28,7 +39,8 @@ def resolved(out: str | Path) -> Path:
 
 
 def seen(folder: Path) -> Seen:
-    """What is at a place, to be known again; empty for nothing and for an empty folder, which is as good as none."""
+    """What is at a place, to be known again; empty for nothing and for an empty folder, which is as good as
+    none."""
     if not os.path.lexists(folder):
         return ()
     inside = sorted(folder.rglob("*")) if folder.is_dir() and not folder.is_symlink() else []
@@ -44,7 +56,8 @@ def seen(folder: Path) -> Seen:
 
 
 def appear(fresh: Path, out: Path, before: Seen, aside: Path) -> None:
-    """Let the folder `fresh` appear at `out`, where `before` was seen; what was there is moved `aside` first, and then goes.
+    """Let the folder `fresh` appear at `out`, where `before` was seen; what was there is moved `aside` first,
+    and then goes.
 
     Errors: FileExistsError where something else is there now; it stays, and so does `fresh`.
     """
@@ -81,7 +94,8 @@ def require_file(file: Path, option: str) -> None:
 
 
 def write_file(file: Path, text: str, option: str) -> None:
-    """Write a text file, whole or not at all; what is no file (/dev/stdout, a pipe) is written to. Errors: OutputError."""
+    """Write a text file, whole or not at all; what is no file (/dev/stdout, a pipe) is written to. Errors:
+    OutputError."""
     try:
         if _is_stream(file):
             file.write_text(text, "utf-8")
@@ -92,9 +106,13 @@ def write_file(file: Path, text: str, option: str) -> None:
 
 
 def _is_stream(file: Path) -> bool:
-    return (file.exists() and not file.is_file()) or file.is_relative_to("/dev") or file.is_relative_to("/proc")
+    return (
+        (file.exists() and not file.is_file()) or file.is_relative_to("/dev") or file.is_relative_to("/proc")
+    )
 
 
 def _unwritable(file: Path, option: str, error: Exception) -> OutputError:
     name = str(file) if len(str(file)) <= 200 else f"{str(file)[:100]} ..."
-    return OutputError(f"can't write {name} ({getattr(error, 'strerror', None) or error}); give another {option} file")
+    return OutputError(
+        f"can't write {name} ({getattr(error, 'strerror', None) or error}); give another {option} file"
+    )

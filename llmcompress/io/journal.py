@@ -22,9 +22,10 @@ KEY = "key"  # the file that holds it
 class Journal:
     """What a run has finished, one file a layer, under the digest of everything that decides the result.
 
-    Another key discards what is there. A file that is cut short, damaged or of another key counts as not done; `damaged` are
-    the names of those that were found so. Only one process at a time may write there, unless it is `shared`: then nothing is
-    discarded, and several that finish the same layer leave what the last one wrote.
+    Another key discards what is there. A file that is cut short, damaged or of another key counts as not
+    done; `damaged` are the names of those that were found so. Only one process at a time may write there,
+    unless it is `shared`: then nothing is discarded, and several that finish the same layer leave what the
+    last one wrote.
     """
 
     def __init__(self, folder: Path, key: str, *, shared: bool = False) -> None:
@@ -43,7 +44,8 @@ class Journal:
                 put(stored, key)
 
     def get(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished layer's tensors and facts; None where it isn't finished or not sound. Reads the whole file."""
+        """A finished layer's tensors and facts; None where it isn't finished or not sound. Reads the whole
+        file."""
         file = self.file(stage, layer)
         if not os.path.lexists(file):
             return None
@@ -51,7 +53,9 @@ class Journal:
             handle = opened(file)
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
-            if metadata["key"] == self.key and metadata["sha256"] == tensors_digest(tensors, metadata["facts"]):
+            if metadata["key"] == self.key and metadata["sha256"] == tensors_digest(
+                tensors, metadata["facts"]
+            ):
                 return tensors, json.loads(metadata["facts"])
         except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             pass  # in whatever way it is damaged
@@ -70,7 +74,10 @@ class Journal:
 
     def save(self, stage: str, layer: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
         """Write a finished layer, whole or not at all; facts must be JSON values."""
-        with writing(self.folder), tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch:
+        with (
+            writing(self.folder),
+            tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch,
+        ):
             shard = Shard(Path(scratch) / "layer")
             for name, tensor in sorted(tensors.items()):
                 shard.add(name, tensor)

@@ -1,7 +1,8 @@
-"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in their place.
+"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in
+their place.
 
-What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have any
-spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
+What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have
+any spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from pathlib import Path
 _PART = r"[^\s/\\'\"`,;:()|<>*?]+"
 _STARTS = rf"file:/+{_PART}|~[\w.-]*[/\\]+{_PART}|[A-Za-z]:[/\\]+{_PART}|[/\\]{_PART}[/\\]+{_PART}"
 _PATHS = re.compile(rf"(?<![\w:/\\.~<%-])(?:{_STARTS})(?:[/\\]+{_PART})*[/\\]?")
-_WHOLE = re.compile(r"file:|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[/\\]{1,2}[^/\\\s][^/\\\n]*[/\\]+[^/\\\n]", re.ASCII)
+_WHOLE = re.compile(
+    r"file:|~[\w.-]*[/\\]|[A-Za-z]:[/\\]|\.{1,2}[/\\]|[/\\]{1,2}[^/\\\s][^/\\\n]*[/\\]+[^/\\\n]", re.ASCII
+)
 
 
 def short_name(name: str) -> str:
@@ -23,7 +26,8 @@ def short_name(name: str) -> str:
 
 
 def is_path(text: str) -> bool:
-    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside the user's home."""
+    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside
+    the user's home."""
     return "\n" not in text and (_WHOLE.match(text) is not None or _in_home(text))
 
 
@@ -36,9 +40,17 @@ def _in_home(text: str) -> bool:
 
 
 def without(text: str, known: Iterable[str]) -> str:
-    """A text with the last name of each path that is `known` in place of the path, and without the folders that hold one."""
-    names = {name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))}
-    holders = {f"{holder}/" for name in names for holder in Path(name).parents if name[0] in "/~" and len(holder.parts) > 2}
+    """A text with the last name of each path that is `known` in place of the path, and without the folders
+    that hold one."""
+    names = {
+        name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))
+    }
+    holders = {
+        f"{holder}/"
+        for name in names
+        for holder in Path(name).parents
+        if name[0] in "/~" and len(holder.parts) > 2
+    }
     for name in sorted(names | holders, key=len, reverse=True):
         text = text.replace(name, "" if name in holders else short_name(name))
     return text

@@ -1,11 +1,12 @@
 """A lock on a file that one process holds while it lives, and that a crash releases.
 
-The lock is flock's, on a file that stays open: the kernel drops it when the process ends, however that comes about. Nothing is
-told by the age of a file. Beside the lock the file says who holds it, for whoever is refused. On a network disk flock holds
-between machines where the server does the locking: NFS since Linux 2.6.12 (not mounted with `local_lock`), CephFS, GPFS, Lustre
-mounted with `flock`. Where a file system refuses flock, what the file says decides, with a warning: a process of this machine
-that has ended holds nothing, and one of another machine holds until its file is deleted. Two processes that start there in the
-same moment are not kept apart.
+The lock is flock's, on a file that stays open: the kernel drops it when the process ends, however that comes
+about. Nothing is told by the age of a file. Beside the lock the file says who holds it, for whoever is
+refused. On a network disk flock holds between machines where the server does the locking: NFS since Linux
+2.6.12 (not mounted with `local_lock`), CephFS, GPFS, Lustre mounted with `flock`. Where a file system refuses
+flock, what the file says decides, with a warning: a process of this machine that has ended holds nothing, and
+one of another machine holds until its file is deleted. Two processes that start there in the same moment are
+not kept apart.
 """
 
 from __future__ import annotations
@@ -73,7 +74,8 @@ class Holder(NamedTuple):
 class Lock:
     """Held from the moment it is made until `release`, or until the process ends.
 
-    Errors: OutputError where another one holds it, which names that process; OSError where there can be no such file.
+    Errors: OutputError where another one holds it, which names that process; OSError where there can be no
+    such file.
     """
 
     def __init__(self, file: Path, what: str, advice: str) -> None:

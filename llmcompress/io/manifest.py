@@ -25,11 +25,15 @@ def file_digest(file: Path) -> str:
 def manifest_of(folder: Path) -> str:
     """The text of the manifest of a folder: every file in it, and below it, by name."""
     files = sorted(file for file in folder.rglob("*") if not file.is_dir() and file != folder / MANIFEST)
-    return json.dumps({file.relative_to(folder).as_posix(): file_digest(file) for file in files}, indent=2) + "\n"
+    return (
+        json.dumps({file.relative_to(folder).as_posix(): file_digest(file) for file in files}, indent=2)
+        + "\n"
+    )
 
 
 def is_sound(folder: Path) -> bool:
-    """Whether a folder holds a manifest, the files that it names as they were written, and no others; reads all of them."""
+    """Whether a folder holds a manifest, the files that it names as they were written, and no others; reads
+    all of them."""
     try:
         return (folder / MANIFEST).read_bytes() == manifest_of(folder).encode()
     except OSError:

@@ -1,8 +1,10 @@
-"""The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole or not at all.
+"""The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole
+or not at all.
 
-Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds the finished blocks of
-the first stage, `journal-1/` those of the second, and so on; who holds the `lock` works there, and nobody else. A shard is
-complete on disk before the next begins, so memory is one tensor whatever the model's size.
+Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds the
+finished blocks of the first stage, `journal-1/` those of the second, and so on; who holds the `lock` works
+there, and nobody else. A shard is complete on disk before the next begins, so memory is one tensor whatever
+the model's size.
 """
 
 from __future__ import annotations
@@ -29,17 +31,20 @@ SHARD_BYTES = 5_000_000_000
 
 
 def require_space(folder: Path, need: int) -> None:
-    """Refuse to start what can't be finished: `need` bytes must be free where `folder` is or will be. Errors: OutputError."""
+    """Refuse to start what can't be finished: `need` bytes must be free where `folder` is or will be. Errors:
+    OutputError."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < need:
         raise OutputError(
-            f"{folder} needs {amount(need, 'B')}, {amount(free, 'B')} are free; make space or {elsewhere(folder)}"
+            f"{folder} needs {amount(need, 'B')}, {amount(free, 'B')} are free; make space or "
+            f"{elsewhere(folder)}"
         )
 
 
 def partial_folder(out: str | Path) -> Path:
-    """The hidden folder beside `out` in which a run works, the same for every run with this `out`. Errors: OutputError."""
+    """The hidden folder beside `out` in which a run works, the same for every run with this `out`. Errors:
+    OutputError."""
     out = resolved(out)  # beside the real folder, so that both are on one disk
     return resolved(out.with_name(f".{out.name}.partial"))
 
@@ -50,13 +55,14 @@ def journal_folder(partial: Path, stage: int) -> Path:
 
 
 class Writer:
-    """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the one rename.
+    """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the
+    one rename.
 
-    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals are the run's. It
-    is held by a lock from the start until the end. As a context it drops what an error leaves behind; only a journal that holds
-    a finished layer stays, to go on from, and a result that could not be published.
-    Errors: OutputError where another process works there, where `out` exists (unless overwrite), is or holds the base, or lacks
-    `size_bytes` of space.
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals
+    are the run's. It is held by a lock from the start until the end. As a context it drops what an error
+    leaves behind; only a journal that holds a finished layer stays, to go on from, and a result that could
+    not be published. Errors: OutputError where another process works there, where `out` exists (unless
+    overwrite), is or holds the base, or lacks `size_bytes` of space.
     """
 
     def __init__(
@@ -71,16 +77,22 @@ class Writer:
         self.partial, self.out = partial_folder(out), resolved(out)
         self.base, self.overwrite = Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
-        self.ties: dict[str, str] = {}  # tensor -> the one that it is tied to; known before the first is added
+        self.ties: dict[
+            str, str
+        ] = {}  # tensor -> the one that it is tied to; known before the first is added
         self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._weights: dict[str, int] = {}  # name -> number of its shard
         self._whole = False  # a result that could not be published
         with writing(self.out):
-            self._made = [folder for folder in self.partial.parents if not folder.exists()]  # the innermost first
+            self._made = [
+                folder for folder in self.partial.parents if not folder.exists()
+            ]  # the innermost first
             earlier = self.partial.exists()
             try:
-                self._lock = Lock(self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out")
+                self._lock = Lock(
+                    self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out"
+                )
             except BaseException:
                 self._tidy()
                 raise
@@ -88,8 +100,12 @@ class Writer:
                 if self._replaced.exists() and not self.out.exists():
                     self._replaced.rename(self.out)  # a run died between the two renames of `publish`
                 self._refuse()
-                left = sum(file.stat().st_size for file in self.artifact.rglob("*") if file.is_file())  # which goes
-                require_space(self.partial, size_bytes + min(size_bytes, shard_bytes) - left)  # artefact, one shard's spools
+                left = sum(
+                    file.stat().st_size for file in self.artifact.rglob("*") if file.is_file()
+                )  # which goes
+                require_space(
+                    self.partial, size_bytes + min(size_bytes, shard_bytes) - left
+                )  # artefact, one shard's spools
                 self._before = seen(self.out)
                 discard(self.artifact)
                 self.artifact.mkdir()
@@ -120,7 +136,8 @@ class Writer:
                 folder.rmdir()
 
     def _empty(self) -> None:
-        """Have all that is in the partial folder gone but the lock, which goes when nothing of ours is left there."""
+        """Have all that is in the partial folder gone but the lock, which goes when nothing of ours is left
+        there."""
         for inside in list(self.partial.iterdir()):
             if inside != self._lock.file:
                 discard(inside)
@@ -128,7 +145,10 @@ class Writer:
     def _refuse(self) -> None:
         out, base = self.out, self.base.resolve()
         if base.is_relative_to(out):
-            raise OutputError(f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another --out")
+            raise OutputError(
+                f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another "
+                "--out"
+            )
         if out.is_file():
             raise OutputError(f"--out {self.out} is a file; give the name of a folder")
         if not out.exists() or not any(out.iterdir()):
@@ -136,10 +156,14 @@ class Writer:
         if not self.overwrite:
             raise OutputError(f"--out {self.out} exists; choose another --out or pass --overwrite")
         if not (out / "config.json").is_file():
-            raise OutputError(f"--out {self.out} holds other things than a model, which stay as they are; choose another --out")
+            raise OutputError(
+                f"--out {self.out} holds other things than a model, which stay as they are; choose another "
+                "--out"
+            )
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors by name, tied ones left out; a new shard begins where one would pass `shard_bytes`."""
+        """Write tensors by name, tied ones left out; a new shard begins where one would pass
+        `shard_bytes`."""
         with writing(self.out):
             for name, tensor in sorted(tensors.items()):
                 if name in self._weights:
@@ -157,10 +181,13 @@ class Writer:
         return self._shards[-1]
 
     def close(self, config: Mapping[str, Any]) -> Path:
-        """Finish the weights, write config.json and the base's small files; the folder returned loads with from_pretrained."""
+        """Finish the weights, write config.json and the base's small files; the folder returned loads with
+        from_pretrained."""
         untied = sorted(source for source in self.ties.values() if source not in self._weights)
         if untied or not self._shards:
-            raise ValueError(f"{untied[0]}, the source of a tie, was never written" if untied else "no tensor was written")
+            raise ValueError(
+                f"{untied[0]}, the source of a tie, was never written" if untied else "no tensor was written"
+            )
         with writing(self.out):
             self._shards[-1].close({"format": "pt"})
             self._name_shards(len(self._shards))
@@ -189,7 +216,8 @@ class Writer:
             sync(file)
 
     def publish(self, files: Mapping[str, str | bytes]) -> Path:
-        """Add files (report, card, recipe) and let the artefact appear at `out`; only then the old one goes."""
+        """Add files (report, card, recipe) and let the artefact appear at `out`; only then the old one
+        goes."""
         with writing(self.out):
             for name, content in sorted(files.items()):
                 self._put(name, content)
@@ -201,8 +229,10 @@ class Writer:
             except FileExistsError:
                 self._whole = True
                 raise OutputError(
-                    f"--out {self.out} is not what it was when the run began, and stays as it is; the result is whole in "
-                    f"{self.artifact}: move {self.out} away and give the same command again, or take the result from there"
+                    f"--out {self.out} is not what it was when the run began, and stays as it is; the "
+                    "result is whole in "
+                    f"{self.artifact}: move {self.out} away and give the same command again, or take the "
+                    "result from there"
                 ) from None
             sync_folder(self.out.parent)
             self._empty()  # the journal too: it has served

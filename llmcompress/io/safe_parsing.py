@@ -1,8 +1,9 @@
 """YAML and JSON that someone else wrote, such as a recipe from the Hub, read in bounded time and memory.
 
-YAML is read with the safe loader, which makes plain values and runs nothing, and three things more are refused: a key that is
-given twice (plain YAML silently takes the last), more depth than any recipe has, and more values than `MOST` once aliases are
-written out, so that the few lines which spell a billion values are refused before anything walks through them.
+YAML is read with the safe loader, which makes plain values and runs nothing, and three things more are
+refused: a key that is given twice (plain YAML silently takes the last), more depth than any recipe has, and
+more values than `MOST` once aliases are written out, so that the few lines which spell a billion values are
+refused before anything walks through them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from typing import Any, NoReturn
 import yaml
 
 DEEPEST = 32  # lists and mappings inside one another
-CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE)  # but tab and newline
+CONTROLS = re.compile(
+    r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE
+)  # but tab and newline
 LONGEST = 4096  # bits of a whole number in YAML
 SURROGATES = re.compile("[\ud800-\udfff]")
 MOST = 20_000  # values of a YAML text, aliases written out
@@ -41,10 +44,14 @@ class _Loader(yaml.SafeLoader):
         alias, before = self.check_event(yaml.AliasEvent), self._count
         self._depth += 1
         if self._depth > DEEPEST:
-            raise yaml.constructor.ConstructorError(None, None, f"it is more than {DEEPEST} levels deep", mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"it is more than {DEEPEST} levels deep", mark
+            )
         node = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode) and SURROGATES.search(node.value):
-            raise yaml.constructor.ConstructorError(None, None, "it spells half a code point, which no file can hold", mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "it spells half a code point, which no file can hold", mark
+            )
         if alias and id(node) not in self._sizes:
             raise yaml.constructor.ConstructorError(None, None, "it holds itself", mark)
         self._count += self._sizes[id(node)] if alias else 1
@@ -59,14 +66,18 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.constructor.ConstructorError(None, None, f'"{key.value}" is given twice', key.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f'"{key.value}" is given twice', key.start_mark
+                )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
         if number.bit_length() > LONGEST:  # Python prints none of more than 4300 digits
-            raise yaml.constructor.ConstructorError(None, None, "it spells a number that is too long", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, "it spells a number that is too long", node.start_mark
+            )
         return number
 
 
@@ -78,14 +89,23 @@ def yaml_of(text: str | bytes, *, largest: int) -> Any:
     _require_size(text, largest)
     try:
         return yaml.load(text, _Loader)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError, ValueError, TypeError) as error:  # TypeError: odd merge keys
+    except (
+        yaml.YAMLError,
+        UnicodeDecodeError,
+        RecursionError,
+        ValueError,
+        TypeError,
+    ) as error:  # TypeError: odd merge keys
         line = getattr(getattr(error, "problem_mark", None), "line", None)
         place = f" (line {line + 1})" if line is not None else ""
-        raise Unreadable(f"is no YAML{place}: {_one_line(getattr(error, 'problem', None) or error)}") from None
+        raise Unreadable(
+            f"is no YAML{place}: {_one_line(getattr(error, 'problem', None) or error)}"
+        ) from None
 
 
 def json_of(text: str | bytes, *, largest: int) -> Any:
-    """The value of a JSON text of at most `largest` bytes, all numbers finite; Unreadable for what is none, or is larger."""
+    """The value of a JSON text of at most `largest` bytes, all numbers finite; Unreadable for what is none,
+    or is larger."""
     _require_size(text, largest)
     if CONTROLS.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
         raise Unreadable("is no JSON for people: it spells control characters, which could steer a terminal")

@@ -1,7 +1,7 @@
 """A safetensors file written tensor by tensor, and the bytes of tensors.
 
-Writing spools each tensor to disk at once and puts the header in front when the file is complete: memory is one tensor whatever
-the file's size, and the price is that its bytes are written twice.
+Writing spools each tensor to disk at once and puts the header in front when the file is complete: memory is
+one tensor whatever the file's size, and the price is that its bytes are written twice.
 """
 
 from __future__ import annotations
@@ -96,7 +96,11 @@ class Shard:
             spool.write(data)
         start = self._sizes.get(width, 0)
         self._sizes[width] = start + data.nbytes
-        span = {"dtype": CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, start + data.nbytes]}
+        span = {
+            "dtype": CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [start, start + data.nbytes],
+        }
         self._entries.setdefault(width, {})[name] = span
 
     def close(self, metadata: Mapping[str, str]) -> None:

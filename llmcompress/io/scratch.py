@@ -15,7 +15,8 @@ PREFIX = "llmcompress-"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder that goes with the context, in TMPDIR or where the system has them. Errors: OutputError."""
+    """A temporary folder that goes with the context, in TMPDIR or where the system has them. Errors:
+    OutputError."""
     try:
         made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
     except OSError as error:
@@ -32,6 +33,10 @@ def is_scratch(path: Path) -> bool:
 def no_scratch(error: OSError) -> OutputError:
     """What to say where there can be no temporary file."""
     asked = os.environ.get("TMPDIR")
-    where = f"TMPDIR, which is {asked}," if asked else "the system's folder of temporary files (TMPDIR is not set)"
+    where = (
+        f"TMPDIR, which is {asked},"
+        if asked
+        else "the system's folder of temporary files (TMPDIR is not set)"
+    )
     why = " ".join(str(error.strerror or error).split())
     return OutputError(f"can't write to {where} ({why}); free space there or set TMPDIR to another folder")

@@ -1,11 +1,12 @@
-"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of its
-base's.
+"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of
+its base's.
 
-AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by which files
-are there. For a Llama that became a Mistral, though the model is the same, it builds another class, which splits text
-after a special token otherwise. So the copied files are loaded beside the config that was written, and compared with
-the base's tokenizer on text that tells such classes apart. Where they differ, what the base's tokenizer saves takes
-their place, under the name of the class that reads tokenizer.json as it is.
+AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by
+which files are there. For a Llama that became a Mistral, though the model is the same, it builds another
+class, which splits text after a special token otherwise. So the copied files are loaded beside the config
+that was written, and compared with the base's tokenizer on text that tells such classes apart. Where they
+differ, what the base's tokenizer saves takes their place, under the name of the class that reads
+tokenizer.json as it is.
 """
 
 from __future__ import annotations
@@ -27,8 +28,16 @@ from llmcompress.io.safetensors_writer import sync, writing
 
 SETTINGS = "tokenizer_config.json"
 LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
-AS_IT_IS = "PreTrainedTokenizerFast"  # the class that reads tokenizer.json as it is, whatever the model, since transformers 4
-TRAITS = ("special_tokens_map", "chat_template", "padding_side", "truncation_side", "model_input_names", "model_max_length")
+# the class that reads tokenizer.json as it is, whatever the model, since transformers 4
+AS_IT_IS = "PreTrainedTokenizerFast"
+TRAITS = (
+    "special_tokens_map",
+    "chat_template",
+    "padding_side",
+    "truncation_side",
+    "model_input_names",
+    "model_max_length",
+)
 TEXTS = (
     *(
         "",
@@ -42,9 +51,32 @@ TEXTS = (
         "don't",
         "UPPER case",
     ),
-    *("\n", "\n\n", "\thello\n", "hello\r\nworld", "one\n\n\ntwo  three   four", "def f(x):\n    return x**2 != -1\n"),
-    *("0", "12345", "3.14159, 67,890 and 1e-9", "2026-11-28T23:59", "a1b2 c3", "$5 + 10% = ?", "<b>&amp;</b> [x](y) {z}"),
-    *("naïve café Straße", "a\u0301 e\u0308", "日本語の文", "привет мир", "שלום", "🙂", "👩\u200d👩\u200d👧 hi 🏳️\u200d🌈"),
+    *(
+        "\n",
+        "\n\n",
+        "\thello\n",
+        "hello\r\nworld",
+        "one\n\n\ntwo  three   four",
+        "def f(x):\n    return x**2 != -1\n",
+    ),
+    *(
+        "0",
+        "12345",
+        "3.14159, 67,890 and 1e-9",
+        "2026-11-28T23:59",
+        "a1b2 c3",
+        "$5 + 10% = ?",
+        "<b>&amp;</b> [x](y) {z}",
+    ),
+    *(
+        "naïve café Straße",
+        "a\u0301 e\u0308",
+        "日本語の文",
+        "привет мир",
+        "שלום",
+        "🙂",
+        "👩\u200d👩\u200d👧 hi 🏳️\u200d🌈",
+    ),
     *(
         "▁ under▁score _",
         "\u00a0hello\u2009world\u3000",
@@ -61,16 +93,20 @@ AROUND = (  # a token among text
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from there is run."""
+    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from
+    there is run."""
     if (name := _own_class(folder)) is not None:
         raise ModelError(
-            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run here); "
+            f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run "
+            "here); "
             "save one there that transformers has itself, as a tokenizer.json"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers raise bare Exceptions
-        raise ModelError(f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there") from None
+        raise ModelError(
+            f"{folder} has no tokenizer that loads ({_why(error)}); save the model's tokenizer there"
+        ) from None
 
 
 def vocabulary_files(folder: Path) -> list[str]:
@@ -78,14 +114,24 @@ def vocabulary_files(folder: Path) -> list[str]:
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     names = [fields.get("tokenizer_class") for fields in (settings, config)]
     names.append(TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
-    found = {file for name in names if (kind := _class_of(name)) is not None for file in kind.vocab_files_names.values()}
+    found = {
+        file
+        for name in names
+        if (kind := _class_of(name)) is not None
+        for file in kind.vocab_files_names.values()
+    }
     versions = settings.get("fast_tokenizer_files")
     found |= {str(name) for name in (versions if isinstance(versions, list) else [])}
-    return sorted(name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name))
+    return sorted(
+        name for name in found if isinstance(name, str) and re.fullmatch(r"[A-Za-z][\w-]*(\.[\w-]+)*", name)
+    )
 
 
-def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path) -> None:
-    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a folder in `within`.
+def require_portable(
+    folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path
+) -> None:
+    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a
+    folder in `within`.
 
     Errors: ModelError, OutputError.
     """
@@ -97,19 +143,23 @@ def require_portable(folder: Path, config: Mapping[str, Any], tokenizer: PreTrai
 
 
 def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
-    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often they do.
+    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often
+    they do.
 
-    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens too, or where a link
-    was not followed, as what it leads to is not to be published.
+    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens
+    too, or where a link was not followed, as what it leads to is not to be published.
     """
     if (wrong := _difference(written, tokenizer)) is None:
         return
     if left := [name for name in links_out(base, vocabulary_files(base)) if name not in RIGHTS]:
-        raise ModelError(f"{base / left[0]} is a link that leaves the folder; put the file itself in its place")
+        raise ModelError(
+            f"{base / left[0]} is a link that leaves the folder; put the file itself in its place"
+        )
     _save(written, tokenizer)
     if (wrong := _difference(written, tokenizer)) is not None:
         raise ModelError(
-            f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with save_pretrained, as a "
+            f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with "
+            "save_pretrained, as a "
             "tokenizer.json"
         )
 
@@ -117,7 +167,8 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
 def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
     """The first thing that two tokenizers do differently, in words, or None.
 
-    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added token among text.
+    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added
+    token among text.
     """
     if ours.get_vocab() != theirs.get_vocab():
         return "the vocabularies differ"
@@ -127,21 +178,30 @@ def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -
             return f"{trait} is {other!r:.80} and not {one!r:.80}"
     texts = [*TEXTS, *(around.format(token) for token in ours.get_added_vocab() for around in AROUND)]
     for special in (True, False):
-        for text, mine, yours in zip(texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True):
+        for text, mine, yours in zip(
+            texts, *(_tokens(each, texts, special) for each in (ours, theirs)), strict=True
+        ):
             if mine != yours:
                 return f"{text!r:.80} is {yours} and not {mine}"
-            if text in TEXTS and isinstance(mine, list) and (word := ours.decode(mine)) != (other := theirs.decode(mine)):
+            if (
+                text in TEXTS
+                and isinstance(mine, list)
+                and (word := ours.decode(mine)) != (other := theirs.decode(mine))
+            ):
                 return f"{mine} stands for {other!r:.80} and not {word!r:.80}"
     return None
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int] | str]:
-    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't know."""
+    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't
+    know."""
     found: list[list[int] | str]
     try:
         found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
     except Exception as error:  # tokenizers raise bare Exceptions
-        found = [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+        found = (
+            [_why(error)] if len(texts) == 1 else [_tokens(tokenizer, [text], special)[0] for text in texts]
+        )
     return found
 
 
@@ -158,7 +218,10 @@ def _save(written: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     with writing(written.parent), tempfile.TemporaryDirectory(dir=written.parent) as scratch:
         tokenizer.save_pretrained(scratch)
         settings = read_json(Path(scratch) / SETTINGS)
-        said = {trait: getattr(tokenizer, trait) for trait in ("padding_side", "truncation_side", "model_input_names")}
+        said = {
+            trait: getattr(tokenizer, trait)
+            for trait in ("padding_side", "truncation_side", "model_input_names")
+        }
         settings |= said | ({"tokenizer_class": AS_IT_IS} if fast else {})
         (Path(scratch) / SETTINGS).write_text(
             json.dumps(settings, indent=2, sort_keys=True, ensure_ascii=False) + "\n", "utf-8"
@@ -177,7 +240,8 @@ def _put(file: Path, content: bytes) -> None:
 
 
 def _own_class(folder: Path) -> str | None:
-    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or None."""
+    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or
+    None."""
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     listed = settings.get("auto_map")
     named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
@@ -193,7 +257,8 @@ def _each(named: Any) -> Iterator[str]:
 
 
 def _class_of(name: Any) -> type[PreTrainedTokenizerBase] | None:
-    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one needs."""
+    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one
+    needs."""
     if not isinstance(name, str) or not name.isidentifier():
         return None
     try:

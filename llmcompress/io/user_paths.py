@@ -1,7 +1,8 @@
 """What a user's words name on this disk: the path, or one line that says why there can be no such path.
 
-Python and the system refuse a name in many ways: a name that is too long or holds a null byte, `~nobody`, a `~` where no home
-folder is known, bytes that are no text, a folder that may not be read. Each is the user's to mend, whatever the name was for.
+Python and the system refuse a name in many ways: a name that is too long or holds a null byte, `~nobody`, a
+`~` where no home folder is known, bytes that are no text, a folder that may not be read. Each is the user's
+to mend, whatever the name was for.
 """
 
 from __future__ import annotations
@@ -27,26 +28,33 @@ def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError]
     try:
         path = Path(text).expanduser()
     except RuntimeError:
-        raise error(f"{what} {shortened(text)} begins with ~, and no such home folder is known; give the whole path") from None
+        raise error(
+            f"{what} {shortened(text)} begins with ~, and no such home folder is known; give the whole path"
+        ) from None
     try:
         path.stat()
     except (FileNotFoundError, NotADirectoryError):
         return path
     except OSError as why:
         reason = why.strerror or first_line(why)
-        raise error(f"{what} {shortened(text)} is no path that can be read ({reason}); give another") from None
+        raise error(
+            f"{what} {shortened(text)} is no path that can be read ({reason}); give another"
+        ) from None
     return path
 
 
 def require_text(text: str, what: str, error: type[CompressError] = CompressError) -> None:
-    """Refuse a string that can't be written as UTF-8, as bytes of a command line that are no text or half a code point.
+    """Refuse a string that can't be written as UTF-8, as bytes of a command line that are no text or half a
+    code point.
 
     Reports, recipes and configs are UTF-8, so such a string could be read and never be written.
     """
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise error(f"{what} {shortened(text)} is not Unicode text; rename it, or spell it in UTF-8") from None
+        raise error(
+            f"{what} {shortened(text)} is not Unicode text; rename it, or spell it in UTF-8"
+        ) from None
 
 
 def shortened(text: str) -> str:

@@ -1,11 +1,12 @@
-"""Steps of an integer linear in few GPU kernels (int8_triton.py); integer.py and integer_linear.py have the plain forms.
+"""Steps of an integer linear in few GPU kernels (int8_triton.py); integer.py and integer_linear.py have the
+plain forms.
 
-A product of int8 by int8 for many tokens is bitsandbytes'. What is around it (absmax, division, rounding; the scales of the
-sums) is one kernel here and one there, where plain torch launches six and three. The product of few tokens, as in decoding,
-is one kernel with the scaling: two in all. Codes are those of the plain forms bit for bit; outputs differ in the last bits of
-float32. Tried on a GPU and left out, being slower: rounding the tokens in the kernel of the product, and reading int4 weights
-from their packed bytes there.
-T tokens, C columns (in), R rows (out).
+A product of int8 by int8 for many tokens is bitsandbytes'. What is around it (absmax, division, rounding; the
+scales of the sums) is one kernel here and one there, where plain torch launches six and three. The product of
+few tokens, as in decoding, is one kernel with the scaling: two in all. Codes are those of the plain forms bit
+for bit; outputs differ in the last bits of float32. Tried on a GPU and left out, being slower: rounding the
+tokens in the kernel of the product, and reading int4 weights from their packed bytes there. T tokens, C
+columns (in), R rows (out).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ WIDE = 1024  # columns, or rows, that a program takes at a time where it has no 
 
 
 def usable(x: Tensor) -> bool:
-    """Whether these kernels take `x`: on a GPU that Triton compiles for, outside a graph that is being compiled anyway."""
+    """Whether these kernels take `x`: on a GPU that Triton compiles for, outside a graph that is being
+    compiled anyway."""
     return x.is_cuda and not torch.compiler.is_compiling() and compiles(x.device)
 
 
@@ -47,52 +49,110 @@ def compiles(device: torch.device) -> bool:
             scale_R = torch.ones(rows, device=device)
             few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
     except Exception as error:  # of a compiler, of whatever kind
-        logger.warning("Triton compiles nothing for %s, so integer linears run in more and slower steps: %s", device, error)
+        logger.warning(
+            "Triton compiles nothing for %s, so integer linears run in more and slower steps: %s",
+            device,
+            error,
+        )
         return False
     return True
 
 
 def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As integer.quantize_tokens, but codes of 16 bits come as the two int8 codes of integer.split, [2 T, C]."""
+    """As integer.quantize_tokens, but codes of 16 bits come as the two int8 codes of integer.split, [2 T,
+    C]."""
     (T, C), x_TC = x_TC.shape, x_TC.contiguous()
     codes = torch.empty(2 * T if bits == 16 else T, C, dtype=torch.int8, device=x_TC.device)
     scale_T = torch.empty(T, 1, dtype=torch.float32, device=x_TC.device) if step is None else step
     _launch(
-        int8_triton.quantize_tokens, (T,), x_TC, scale_T, codes, scale_T, T, C, float(LARGEST[bits]), TINY,
-        STATIC=step is not None, SPLIT=bits == 16, WIDE=min(WIDE, _power(C)), num_warps=4,
-    )  # fmt: skip
+        int8_triton.quantize_tokens,
+        (T,),
+        x_TC,
+        scale_T,
+        codes,
+        scale_T,
+        T,
+        C,
+        float(LARGEST[bits]),
+        TINY,
+        STATIC=step is not None,
+        SPLIT=bits == 16,
+        WIDE=min(WIDE, _power(C)),
+        num_warps=4,
+    )
     return codes, scale_T
 
 
-def scaled(sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int) -> Tensor:
+def scaled(
+    sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int
+) -> Tensor:
     """As integer_linear.scaled; sums int32 [T, R], with 16 bits [2 T, R], those of the higher codes first."""
     T, R = len(sums) // (2 if bits == 16 else 1), sums.shape[1]
     out_TR = torch.empty(T, R, dtype=dtype, device=sums.device)
     wide = min(WIDE, _power(R))
     _launch(
-        int8_triton.scaled, (T, -(-R // wide)), sums.contiguous(), scale, scale_R, scale_R if bias is None else bias, out_TR,
-        T, R, PER_TOKEN=int(scale.numel() > 1), SPLIT=bits == 16, BIAS=bias is not None, WIDE=wide, num_warps=4,
-    )  # fmt: skip
+        int8_triton.scaled,
+        (T, -(-R // wide)),
+        sums.contiguous(),
+        scale,
+        scale_R,
+        scale_R if bias is None else bias,
+        out_TR,
+        T,
+        R,
+        PER_TOKEN=int(scale.numel() > 1),
+        SPLIT=bits == 16,
+        BIAS=bias is not None,
+        WIDE=wide,
+        num_warps=4,
+    )
     return out_TR
 
 
 def few_tokens(
-    codes: Tensor, scale: Tensor, matrix_RC: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int
+    codes: Tensor,
+    scale: Tensor,
+    matrix_RC: Tensor,
+    scale_R: Tensor,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    bits: int,
 ) -> Tensor:
-    """The product of at most FEW tokens' codes, as `quantize_tokens` gives them, and the weight's, scaled: [T, R]."""
+    """The product of at most FEW tokens' codes, as `quantize_tokens` gives them, and the weight's, scaled:
+    [T, R]."""
     (R, C), T = matrix_RC.shape, len(codes) // (2 if bits == 16 else 1)
     out_TR = torch.empty(T, R, dtype=dtype, device=codes.device)
     tile, add = tiles(R), scale_R if bias is None else bias
     _launch(
-        int8_triton.few_tokens, (-(-R // tile["ROWS"]),), codes, scale, matrix_RC, scale_R, add, out_TR, T, R, C,
-        PER_TOKEN=int(scale.numel() > 1), SPLIT=bits == 16, BIAS=bias is not None, TOKENS=max(16, _power(T)), **tile,
-    )  # fmt: skip
+        int8_triton.few_tokens,
+        (-(-R // tile["ROWS"]),),
+        codes,
+        scale,
+        matrix_RC,
+        scale_R,
+        add,
+        out_TR,
+        T,
+        R,
+        C,
+        PER_TOKEN=int(scale.numel() > 1),
+        SPLIT=bits == 16,
+        BIAS=bias is not None,
+        TOKENS=max(16, _power(T)),
+        **tile,
+    )
     return out_TR
 
 
 def tiles(rows: int) -> dict[str, int]:
-    """Rows and columns that a program of `few_tokens` reads at a time, its warps, and how many reads it is ahead."""
-    return {"ROWS": 16 if rows <= 8192 else 32, "COLUMNS": 256, "num_warps": 4, "num_stages": 6 if rows <= 8192 else 4}
+    """Rows and columns that a program of `few_tokens` reads at a time, its warps, and how many reads it is
+    ahead."""
+    return {
+        "ROWS": 16 if rows <= 8192 else 32,
+        "COLUMNS": 256,
+        "num_warps": 4,
+        "num_stages": 6 if rows <= 8192 else 4,
+    }
 
 
 def _power(size: int) -> int:

@@ -1,5 +1,6 @@
 # mypy: ignore-errors
-"""What a GPU runs for kernels.py, in Triton's own Python; that module says what each kernel computes, and starts it."""
+"""What a GPU runs for kernels.py, in Triton's own Python; that module says what each kernel computes, and
+starts it."""
 
 import triton
 import triton.language as tl
@@ -14,7 +15,17 @@ def code_of(x, scale, largest):
 
 @triton.jit
 def quantize_tokens(
-    x_TC, step, codes, scale_T, T, C, largest, tiny, STATIC: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr
+    x_TC,
+    step,
+    codes,
+    scale_T,
+    T,
+    C,
+    largest,
+    tiny,
+    STATIC: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     """One token a program."""
     t = tl.program_id(0).to(tl.int64)
@@ -43,9 +54,18 @@ def quantize_tokens(
 
 @triton.jit
 def scaled(
-    sums, scale_T, scale_R, bias_R, out_TR, T, R, PER_TOKEN: tl.constexpr, SPLIT: tl.constexpr, BIAS: tl.constexpr,
-    WIDE: tl.constexpr
-):  # fmt: skip
+    sums,
+    scale_T,
+    scale_R,
+    bias_R,
+    out_TR,
+    T,
+    R,
+    PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    WIDE: tl.constexpr,
+):
     """One token and WIDE rows a program."""
     t, r = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.load(sums + t * R + r, mask=r < R, other=0).to(tl.float32)
@@ -59,9 +79,22 @@ def scaled(
 
 @triton.jit
 def few_tokens(
-    codes_TC, scale_T, weight_RC, scale_R, bias_R, out_TR, T, R, C, PER_TOKEN: tl.constexpr, SPLIT: tl.constexpr,
-    BIAS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):  # fmt: skip
+    codes_TC,
+    scale_T,
+    weight_RC,
+    scale_R,
+    bias_R,
+    out_TR,
+    T,
+    R,
+    C,
+    PER_TOKEN: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BIAS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
     """All tokens and ROWS rows a program, which reads the weights of these."""
     t, r = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.zeros([TOKENS, ROWS], tl.int32)
@@ -73,7 +106,9 @@ def few_tokens(
         inside = (t[:, None] < T) & (c[None, :] < C)
         high += tl.dot(tl.load(tokens + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32)
         if SPLIT:
-            low += tl.dot(tl.load(tokens + T * C + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32)
+            low += tl.dot(
+                tl.load(tokens + T * C + c[None, :], mask=inside, other=0), tl.trans(w), out_dtype=tl.int32
+            )
     total = high.to(tl.float32)
     if SPLIT:
         total = total * 256.0 + low.to(tl.float32)
@@ -81,4 +116,8 @@ def few_tokens(
     out = total * scale[:, None] * tl.load(scale_R + r, mask=r < R, other=0.0)[None, :]
     if BIAS:
         out += tl.load(bias_R + r, mask=r < R, other=0.0).to(tl.float32)[None, :]
-    tl.store(out_TR + t[:, None] * R + r[None, :], out.to(out_TR.dtype.element_ty), mask=(t[:, None] < T) & (r[None, :] < R))
+    tl.store(
+        out_TR + t[:, None] * R + r[None, :],
+        out.to(out_TR.dtype.element_ty),
+        mask=(t[:, None] < T) & (r[None, :] < R),
+    )

@@ -1,12 +1,14 @@
-"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first wanted.
+"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first
+wanted.
 
-It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp that torch brought
-along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other
-processes to load. The file's name holds the sha256 of its content: one that was damaged is compiled again. As loading it runs
-what is in it, both file and folder must belong to this user (or root) and be writable by nobody else; where they are not, the
-kernel is compiled into a private temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS
-is 0, there is no kernel, and the caller has another way. A failure is logged once, as a warning.
-R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp
+that torch brought along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or
+~/.cache/llmcompress/kernels for other processes to load. The file's name holds the sha256 of its content: one
+that was damaged is compiled again. As loading it runs what is in it, both file and folder must belong to this
+user (or root) and be writable by nobody else; where they are not, the kernel is compiled into a private
+temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no
+kernel, and the caller has another way. A failure is logged once, as a warning. R rows (out), C columns (in),
+G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -37,16 +39,23 @@ SOURCE, HEADER = (Path(__file__).parent / "csrc" / name for name in ("lookup.c",
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
 SMALL = 2**16  # weights that are not worth a second thread
-FEW = 16  # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of torch's
-PIECE = 2**22  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+# tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of
+# torch's
+FEW = 16
+PIECE = (
+    2**22
+)  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that fails."""
+    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that
+    fails."""
     if (why := why_not()) is not None and not _switched_off():
-        logger.warning("torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why)
+        logger.warning(
+            "torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why
+        )
     return why is None
 
 
@@ -68,7 +77,8 @@ def halves(bits: int) -> bool:
 
 
 def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the weight at a time.
+    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the
+    weight at a time.
 
     Sums are float32's; where x is bfloat16 and the processor multiplies it, levels are rounded to that.
     """
@@ -90,43 +100,77 @@ def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits:
 
 
 def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G, 2^bits].
+    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G,
+    2^bits].
 
-    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x may be bfloat16,
-    and levels are rounded to it. Errors: ValueError, MemoryError.
+    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x
+    may be bfloat16, and levels are rounded to it. Errors: ValueError, MemoryError.
     """
     T, C = x_TC.shape
     R = _checked(packed_RB, levels_GL, C, rows, bits)
     half = x_TC.dtype == torch.bfloat16 and halves(bits)
     right = (half or x_TC.dtype == torch.float32) and levels_GL.dtype == torch.float32
     if not right or not _plain(x_TC, packed_RB, levels_GL):
-        raise ValueError(f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}")
+        raise ValueError(
+            f"inputs and levels must be float32 and contiguous, got {x_TC.dtype} and {levels_GL.dtype}"
+        )
     out_TR = torch.empty(T, R)
     done = _loaded().lookup_matmul(
-        x_TC.data_ptr(), packed_RB.data_ptr(), levels_GL.data_ptr(), out_TR.data_ptr(), T, R, C, rows, bits, half,
+        x_TC.data_ptr(),
+        packed_RB.data_ptr(),
+        levels_GL.data_ptr(),
+        out_TR.data_ptr(),
+        T,
+        R,
+        C,
+        rows,
+        bits,
+        half,
         _threads(R * C),
-    )  # fmt: skip
+    )
     if not done:
         raise MemoryError(f"no memory for the inputs of a product of {T} tokens")
     return out_TR
 
 
 def expand(
-    packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int, columns: int, *, start: int = 0, out: Tensor | None = None
+    packed_RB: Tensor,
+    levels_GL: Tensor,
+    rows: int,
+    bits: int,
+    columns: int,
+    *,
+    start: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has from `start` on.
+    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has
+    from `start` on.
 
     Errors: ValueError, MemoryError.
     """
     R = _checked(packed_RB, levels_GL, columns, rows, bits)
     out_RC = torch.empty(R - start, columns, dtype=levels_GL.dtype) if out is None else out
-    fits = out_RC.dtype == levels_GL.dtype and 0 <= start <= start + len(out_RC) <= R and out_RC.shape[1] == columns
+    fits = (
+        out_RC.dtype == levels_GL.dtype
+        and 0 <= start <= start + len(out_RC) <= R
+        and out_RC.shape[1] == columns
+    )
     if not fits or levels_GL.dtype.itemsize not in (2, 4) or not _plain(packed_RB, levels_GL, out_RC):
-        raise ValueError(f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}")
+        raise ValueError(
+            f"rows from {start} of {R} x {columns} do not go into {out_RC.dtype} {tuple(out_RC.shape)}"
+        )
     done = _loaded().lookup_expand(
-        packed_RB.data_ptr(), levels_GL.data_ptr(), out_RC.data_ptr(), start, len(out_RC), columns, rows, bits,
-        levels_GL.dtype.itemsize, _threads(out_RC.numel()),
-    )  # fmt: skip
+        packed_RB.data_ptr(),
+        levels_GL.data_ptr(),
+        out_RC.data_ptr(),
+        start,
+        len(out_RC),
+        columns,
+        rows,
+        bits,
+        levels_GL.dtype.itemsize,
+        _threads(out_RC.numel()),
+    )
     if not done:
         raise MemoryError(f"no memory for a row of {columns} indices")
     return out_RC
@@ -141,9 +185,14 @@ def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits
     """The rows. Errors: ValueError for what the kernel would read past the end of."""
     R = len(packed_RB)
     fits = bits in (2, 3, 4, 8) and rows > 0 and packed_RB.dtype == torch.uint8 and min(R, columns) > 0
-    if not fits or packed_RB.shape[1] != row_bytes(columns, bits) or levels_GL.shape != (-(-R // rows), 2**bits):
+    if (
+        not fits
+        or packed_RB.shape[1] != row_bytes(columns, bits)
+        or levels_GL.shape != (-(-R // rows), 2**bits)
+    ):
         raise ValueError(
-            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} rows each are "
+            f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} "
+            "rows each are "
             f"no weight of {columns} columns"
         )
     return R
@@ -205,7 +254,8 @@ def _libgomp() -> list[Path]:
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
-    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may write there."""
+    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may
+    write there."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_private(folder) and not any(map(_is_open, folder.parents)):
         return _made(folder)
@@ -224,7 +274,8 @@ def _made(folder: Path) -> ctypes.CDLL | None:
 
 
 def _found(folder: Path) -> ctypes.CDLL | None:
-    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that name goes."""
+    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that
+    name goes."""
     for file in sorted(folder.glob(f"lookup-{_digest()}-*.so")):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             if file.name == _name(opened.read()) and _is_private(file):
@@ -264,15 +315,26 @@ def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
 
 def _digest() -> str:
     """What the compiled file depends on: source, flags, torch and the processor."""
-    parts = [SOURCE.read_text(), HEADER.read_text(), *FLAGS, torch.__version__, platform.machine(), platform.processor()]
+    parts = [
+        SOURCE.read_text(),
+        HEADER.read_text(),
+        *FLAGS,
+        torch.__version__,
+        platform.machine(),
+        platform.processor(),
+    ]
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        parts += [next((line for line in lines if line.startswith(kind)), "") for kind in ("model name", "flags", "Features")]
+        parts += [
+            next((line for line in lines if line.startswith(kind)), "")
+            for kind in ("model name", "flags", "Features")
+        ]
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
 def _compile(compiler: str, target: Path) -> bool:
-    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many processes try."""
+    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many
+    processes try."""
     threads = _libgomp()
     if not threads:
         return False
@@ -280,7 +342,15 @@ def _compile(compiler: str, target: Path) -> bool:
         object_file, made = Path(folder) / "lookup.o", Path(folder) / "lookup.so"
         for step in (
             [compiler, *FLAGS, "-c", str(SOURCE), "-o", str(object_file)],
-            [compiler, "-shared", str(object_file), str(threads[0]), f"-Wl,-rpath,{threads[0].parent}", "-o", str(made)],
+            [
+                compiler,
+                "-shared",
+                str(object_file),
+                str(threads[0]),
+                f"-Wl,-rpath,{threads[0].parent}",
+                "-o",
+                str(made),
+            ],
         ):
             if subprocess.run(step, capture_output=True, timeout=120, check=False).returncode:
                 return False

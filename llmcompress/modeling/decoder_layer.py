@@ -1,8 +1,8 @@
 """One decoder layer in memory, with the activations that enter it, and what its linears read of them.
 
-Two streams of hidden states may reach a layer: `inputs`, as the compressed layers before it left them, and `reference`, as
-the full model has them. What a stage does to a weight, or to what a linear reads, changes the one and never the other; a scale
-that crosses from a producer to its readers changes neither.
+Two streams of hidden states may reach a layer: `inputs`, as the compressed layers before it left them, and
+`reference`, as the full model has them. What a stage does to a weight, or to what a linear reads, changes the
+one and never the other; a scale that crosses from a producer to its readers changes neither.
 """
 
 from __future__ import annotations
@@ -38,16 +38,23 @@ class DecoderLayer:
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
-    expert_tokens: dict[int, int] = field(default_factory=dict)  # expert -> tokens routed to it, counted by `moments`
+    expert_tokens: dict[int, int] = field(
+        default_factory=dict
+    )  # expert -> tokens routed to it, counted by `moments`
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
-    _originals: dict[str, Tensor] = field(default_factory=dict)  # parameters that a stage has replaced, by name in the layer
+    _originals: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # parameters that a stage has replaced, by name in the layer
     _targets: list[Tensor] = field(default_factory=list)
     _whole: nn.Module | None = None  # what the layer was, where a stage has put a narrower one in its place
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The layer's output [B, L, D], with `parameters` (by name in the layer, as stored) in place of its own."""
+        """The layer's output [B, L, D], with `parameters` (by name in the layer, as stored) in place of its
+        own."""
         hooks = [
-            self.module.get_submodule(linear).register_forward_pre_hook(partial(_round_input, rounded), prepend=True)
+            self.module.get_submodule(linear).register_forward_pre_hook(
+                partial(_round_input, rounded), prepend=True
+            )
             for linear, rounded in self.rounds.items()
         ]
         try:
@@ -56,7 +63,9 @@ class DecoderLayer:
             for hook in hooks:
                 hook.remove()
 
-    def _run(self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def _run(
+        self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
         call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
         arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
@@ -75,14 +84,16 @@ class DecoderLayer:
         """The states that leave the layer, if they are numbers. Errors: ModelError."""
         if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
             raise ModelError(
-                f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for float32 or "
+                f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for "
+                "float32 or "
                 "for a format (int8 goes through float16); take a sound base or another format"
             )
         return batches
 
     @property
     def targets(self) -> list[Tensor]:
-        """What the layer as it was makes of `reference`, on the CPU: found once, by `moments` where it goes that far."""
+        """What the layer as it was makes of `reference`, on the CPU: found once, by `moments` where it goes
+        that far."""
         if not self._targets:
             with torch.no_grad():
                 self._targets = [self._full(hidden).cpu() for hidden in self.reference]
@@ -97,7 +108,8 @@ class DecoderLayer:
         return self.oriented(linear, self.module.get_parameter(f"{linear}.weight").data).contiguous()
 
     def set_weight(self, linear: str, W_RC: Tensor) -> None:
-        """Put W [R, C] in place of the weight of a linear; `reference` goes on through the one that it replaces."""
+        """Put W [R, C] in place of the weight of a linear; `reference` goes on through the one that it
+        replaces."""
         parameter = self.module.get_parameter(f"{linear}.weight")
         if self.reference and not self._whole:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
@@ -109,7 +121,8 @@ class DecoderLayer:
         return {linear: by_name[name] for linear, name in names.items() if name in by_name}
 
     def shift_bias(self, linear: str, shift_R: Tensor, dtype: torch.dtype) -> None:
-        """Add to a linear's bias, rounded to the `dtype` in which it is stored; `reference` goes on with what it was."""
+        """Add to a linear's bias, rounded to the `dtype` in which it is stored; `reference` goes on with what
+        it was."""
         self.set_bias(linear, (self.module.get_parameter(f"{linear}.bias").data + shift_R).to(dtype))
 
     def set_bias(self, linear: str, bias_R: Tensor) -> None:
@@ -120,7 +133,8 @@ class DecoderLayer:
         parameter.data = bias_R.to(parameter.device, parameter.dtype)
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Go on as a module of other widths, these parameters and else its own; `reference` goes on through what it was."""
+        """Go on as a module of other widths, these parameters and else its own; `reference` goes on through
+        what it was."""
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
@@ -128,10 +142,12 @@ class DecoderLayer:
         self._whole, self.module = self._whole or self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
-        """Divide what a key of `scale_pairs` puts out by `factor` and multiply its readers' columns by it; the parameters changed.
+        """Divide what a key of `scale_pairs` puts out by `factor` and multiply its readers' columns by it;
+        the parameters changed.
 
-        factor: positive, shaped as the axes of the producer's output. A norm is rounded to `dtype`, in which it is stored,
-        and its readers are multiplied by what it is then really divided by: so nothing is lost by it.
+        factor: positive, shaped as the axes of the producer's output. A norm is rounded to `dtype`, in which
+        it is stored, and its readers are multiplied by what it is then really divided by: so nothing is lost
+        by it.
         """
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
@@ -146,20 +162,31 @@ class DecoderLayer:
             factor = torch.where((before != 0) & (after != 0), before / after, factor)
             produced = [f"{name}.bias"]
         else:
-            produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]  # experts have a bare name
-        consumers = [reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]]
-        for row, by, within in [*((row, 1 / factor, part) for row in produced), *((row, factor, None) for row in consumers)]:
+            produced = [
+                name if name in rows else f"{name}.weight",
+                f"{name}.bias",
+            ]  # experts have a bare name
+        consumers = [
+            reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]
+        ]
+        for row, by, within in [
+            *((row, 1 / factor, part) for row in produced),
+            *((row, factor, None) for row in consumers),
+        ]:
             if row in rows:
                 parameter = self.module.get_parameter(row)
-                parameter.data = scale(parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within)
+                parameter.data = scale(
+                    parameter.data, Spelling.parse(rows[row]), self.sizes, axes, by, within
+                )
         return [row for row in (name, f"{name}.weight", f"{name}.bias", *consumers) if row in rows]
 
     @torch.no_grad()
     def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:
-        """Second moments of what the linears of `groups` read, by linear; linears that read the same input share one object.
+        """Second moments of what the linears of `groups` read, by linear; linears that read the same input
+        share one object.
 
-        A group is an entry of `anatomy.consumers`; none given means all. Where there is a reference, what the full model reads
-        there is taken against what is read here.
+        A group is an entry of `anatomy.consumers`; none given means all. Where there is a reference, what the
+        full model reads there is taken against what is read here.
         """
         wanted = groups or self.anatomy.consumers
         found = {}
@@ -173,16 +200,19 @@ class DecoderLayer:
         for name, moments in found.items():
             if not moments.finite:
                 raise ModelError(
-                    f"{self.name}.{name} reads activations that are too large to be squared in float32, or rounded as the "
-                    "format of the layers rounds them; take a sound base, skip the layer, or use another format"
+                    f"{self.name}.{name} reads activations that are too large to be squared in float32, or "
+                    "rounded as the "
+                    "format of the layers rounds them; take a sound base, skip the layer, or use another "
+                    "format"
                 )
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
     def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """What the first linear of each group reads, batch by batch, here and in the full model (empty without a reference).
+        """What the first linear of each group reads, batch by batch, here and in the full model (empty
+        without a reference).
 
-        A pass goes no further through the layer than the groups need; one through all of it leaves `targets` behind, and the
-        tokens of each expert.
+        A pass goes no further through the layer than the groups need; one through all of it leaves `targets`
+        behind, and the tokens of each expert.
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []

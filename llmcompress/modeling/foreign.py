@@ -1,7 +1,8 @@
-"""A model that others quantised, in a format that only transformers reads: loaded whole, run by its own forward.
+"""A model that others quantised, in a format that only transformers reads: loaded whole, run by its own
+forward.
 
-Formats of llmcompress and bitsandbytes are read layer by layer (`ondisk`). For every other transformers decides whether it can
-be loaded here: it names the package that is missing, or asks for a GPU.
+Formats of llmcompress and bitsandbytes are read layer by layer (`ondisk`). For every other transformers
+decides whether it can be loaded here: it names the package that is missing, or asks for a GPU.
 """
 
 from __future__ import annotations
@@ -29,9 +30,12 @@ OWN = (METHOD, "bitsandbytes")  # what is read layer by layer
 
 
 def foreign_method(folder: Path) -> str | None:
-    """By what method others quantised a model; None for one that is read layer by layer. Errors: ModelError."""
+    """By what method others quantised a model; None for one that is read layer by layer. Errors:
+    ModelError."""
     said = read_json(folder / "config.json").get("quantization_config")
-    if not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit"):  # an old bitsandbytes config
+    if (
+        not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit")
+    ):  # an old bitsandbytes config
         return None
     method = said.get("quant_method")
     return None if method in OWN else str(method)
@@ -48,7 +52,8 @@ class WholeModel:
         """As from_pretrained loads it from a folder. Errors: ModelError where it can't be loaded here."""
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelError(
-                f"{folder} is quantised by {method!r}, which transformers {transformers.__version__} does not know; update "
+                f"{folder} is quantised by {method!r}, which transformers {transformers.__version__} does "
+                "not know; update "
                 "transformers, or give the model that it was made from"
             )
         size = size_bytes(folder)
@@ -61,9 +66,14 @@ class WholeModel:
                 )
         except Exception as error:  # each method has its own; to the user each says: not here
             why = " ".join(str(error).split())[:300] or type(error).__name__
-            raise ModelError(f"{folder} is quantised by {method}, and transformers can't load it here: {why}") from None
+            raise ModelError(
+                f"{folder} is quantised by {method}, and transformers can't load it here: {why}"
+            ) from None
         if wrong := sorted(map(str, {*info["missing_keys"], *info["mismatched_keys"]})):
-            raise ModelError(f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it again")
+            raise ModelError(
+                f"{folder} has no tensor for {wrong[0]} ({len(wrong)} missing); it is incomplete, fetch it "
+                "again"
+            )
         return cls(model.eval(), device, size)
 
     @property
@@ -72,10 +82,13 @@ class WholeModel:
         return self.model.config
 
     def logits(self, windows: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
-        """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first positions."""
+        """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first
+        positions."""
         batches = batches_of(windows)
         for tokens in track(batches, "evaluate", len(batches)):
-            with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
+            with (
+                torch.no_grad()
+            ):  # closed before the yield: a generator dropped half way must not leave it open
                 scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             yield scores[:, unscored:]
 
@@ -84,6 +97,7 @@ def _require_memory(folder: Path, size: int, device: torch.device) -> None:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if size > free:
         raise ModelError(
-            f"{folder} has {amount(size, 'B')} of weights, which are loaded whole, and {amount(free, 'B')} of memory are free; "
+            f"{folder} has {amount(size, 'B')} of weights, which are loaded whole, and {amount(free, 'B')} "
+            "of memory are free; "
             "use a larger machine"
         )

@@ -1,6 +1,8 @@
-"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in memory.
+"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in
+memory.
 
-The reading goes through transformers' own loader, which knows every renamed key and merged expert of every family.
+The reading goes through transformers' own loader, which knows every renamed key and merged expert of every
+family.
 """
 
 from __future__ import annotations
@@ -35,10 +37,16 @@ from llmcompress.modeling.model_config import load_config, require_stored
 
 
 class DiskModel(LayerwiseModel):
-    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the kernels round them."""
+    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the
+    kernels round them."""
 
     def __init__(
-        self, folder: Path, device: torch.device, dtype: torch.dtype = torch.float32, *, quantized: bool = False
+        self,
+        folder: Path,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+        *,
+        quantized: bool = False,
     ) -> None:
         self.folder = folder
         self.checkpoint = Checkpoint.open(folder, base=not quantized)
@@ -56,9 +64,15 @@ class DiskModel(LayerwiseModel):
         head, embedding = (f"{name}.weight" for name in (self.anatomy.head, self.anatomy.embedding))
         if config.tie_word_embeddings and has_own_head(self.checkpoint, self.sources, self):
             self.untie()
-            self.checkpoint = replace(self.checkpoint, config=self.checkpoint.config | {"tie_word_embeddings": False})
-        elif config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding):
-            twice = {part for key in self.sources.pop(head) for part in self.with_codes(key)}  # stored twice, it counts once
+            self.checkpoint = replace(
+                self.checkpoint, config=self.checkpoint.config | {"tie_word_embeddings": False}
+            )
+        elif (
+            config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding)
+        ):
+            twice = {
+                part for key in self.sources.pop(head) for part in self.with_codes(key)
+            }  # stored twice, it counts once
             self.checkpoint = self.checkpoint.only(self.checkpoint.tensors.keys() - twice)
         self._bring_outer()
         self._round_all_inputs()
@@ -69,7 +83,8 @@ class DiskModel(LayerwiseModel):
         for name in self.layouts:
             if not isinstance(modules.get(name), nn.Linear | Conv1D | nn.Embedding):
                 raise ModelError(
-                    f"config.json gives {name} a scheme, but this model has no such linear; the config is of another model"
+                    f"config.json gives {name} a scheme, but this model has no such linear; the config is "
+                    "of another model"
                 )
 
     @property
@@ -99,7 +114,10 @@ class DiskModel(LayerwiseModel):
     def _round_all_inputs(self) -> None:
         """Have the linears read what their kernels will, where these round it."""
         quantization = self.quantization or {}
-        linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in self.sources.items()}
+        linears = {
+            keys[0].removesuffix(".weight"): target.removesuffix(".weight")
+            for target, keys in self.sources.items()
+        }
         for name in registry.quantized_linears(self.checkpoint.tensors):
             inputs, reader = None, self.reader(linears[name])
             if linears[name] in self.layouts:
@@ -119,7 +137,9 @@ class DiskModel(LayerwiseModel):
         else:
             tensor = registry.dequantize(self._stored(key, target, names), self.dtype)
             conv1d = isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D)
-            tensor = tensor.T if conv1d else tensor  # codes are rows of outputs, whatever way the module is stored
+            tensor = (
+                tensor.T if conv1d else tensor
+            )  # codes are rows of outputs, whatever way the module is stored
         check_finite(tensor, key)
         return tensor
 
@@ -149,7 +169,8 @@ class DiskModel(LayerwiseModel):
 
 
 def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:
-    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that they hold.
+    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that
+    they hold.
 
     Raises ModelError where weights lack.
     """
@@ -168,15 +189,17 @@ def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> 
 def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint, dict[str, list[str]]]:
     """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
 
-    All else is no part of the model: masks that old checkpoints store, layers that this class does not have. A tied model may
-    store its one matrix under the head's name; it then has the embedding's too.
+    All else is no part of the model: masks that old checkpoints store, layers that this class does not have.
+    A tied model may store its one matrix under the head's name; it then has the embedding's too.
     """
     model, sources = resident.model, defaultdict[str, list[str]](list)
     mapping, known = get_model_conversion_mapping(model), model.state_dict()
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     for key in checkpoint.tensors:
-        if ".weight." not in key and not is_beside(key.rpartition(".")[2]):  # scales belong to the weight beside them
+        if ".weight." not in key and not is_beside(
+            key.rpartition(".")[2]
+        ):  # scales belong to the weight beside them
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             target = target if target in known or key not in known else key
             if target in known:
@@ -185,7 +208,10 @@ def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint,
     head, embedding = (f"{name}.weight" for name in (resident.anatomy.head, resident.anatomy.embedding))
     aliases: dict[str, str] = {}
     if resident.config.tie_word_embeddings and head in sources and embedding not in sources:
-        of = {part: part.removeprefix(resident.anatomy.head) for part in _with_codes(sources[head][0], checkpoint)}
+        of = {
+            part: part.removeprefix(resident.anatomy.head)
+            for part in _with_codes(sources[head][0], checkpoint)
+        }
         aliases = {f"{resident.anatomy.embedding}{name}": part for part, name in of.items()}
         sources[embedding] = [embedding]
     return checkpoint.only(parts, aliases), dict(sources)
@@ -197,9 +223,14 @@ def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> d
     return {target: dtype for target, dtype in found.items() if dtype.is_floating_point}
 
 
-def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel) -> bool:
-    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that it loads."""
-    head, embedding = (sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding))
+def has_own_head(
+    checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel
+) -> bool:
+    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that
+    it loads."""
+    head, embedding = (
+        sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding)
+    )
     if not head or not embedding or embedding[0] in checkpoint.aliases:
         return False
     loaded = getattr(torch, str(resident.config.dtype or resident.weight_dtype).removeprefix("torch."))
@@ -215,7 +246,11 @@ def has_own_head(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], r
 
 def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
     linear = key.removesuffix(".weight")
-    return [f"{linear}.{part}" for part in registry.parts_of(linear, checkpoint.tensors)] if linear != key else [key]
+    return (
+        [f"{linear}.{part}" for part in registry.parts_of(linear, checkpoint.tensors)]
+        if linear != key
+        else [key]
+    )
 
 
 @contextmanager

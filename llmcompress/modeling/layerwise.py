@@ -1,9 +1,11 @@
-"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live model.
+"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live
+model.
 
-A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are asked for. The weights
-outside the layers are loaded once; those of a layer while it is visited, always as a copy in the working precision on the
-working device. So a stage may change what it is given, memory does not grow with the number of layers, and a folder and a
-model in memory give the same numbers. The price is that each visit to a layer reads it again.
+A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are
+asked for. The weights outside the layers are loaded once; those of a layer while it is visited, always as a
+copy in the working precision on the working device. So a stage may change what it is given, memory does not
+grow with the number of layers, and a folder and a model in memory give the same numbers. The price is that
+each visit to a layer reads it again.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
 
-TRIM_BYTES = 1 << 24  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
+TRIM_BYTES = (
+    1 << 24
+)  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
 
 
 class LayerwiseModel(ABC):
@@ -53,9 +57,13 @@ class LayerwiseModel(ABC):
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.dtypes = dict(dtypes or {})  # in which weights are stored that are no codes, by their names in the model
+        self.dtypes = dict(
+            dtypes or {}
+        )  # in which weights are stored that are no codes, by their names in the model
         self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
-        self.ties = dict(ties or {})  # stored tensors that are others, by name; what config.json ties itself is not in it
+        self.ties = dict(
+            ties or {}
+        )  # stored tensors that are others, by name; what config.json ties itself is not in it
         self.model: PreTrainedModel = skeleton(config, dtype)
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
         layers = self.model.get_submodule(self.anatomy.layers)
@@ -68,12 +76,15 @@ class LayerwiseModel(ABC):
         self._freed = 0  # bytes since the heap was last given back
 
     def untie(self) -> None:
-        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in `from_pretrained`."""
+        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in
+        `from_pretrained`."""
         self.config = copy.deepcopy(self.config)
         head = self.model.get_submodule(self.anatomy.head)
         self.config.tie_word_embeddings = self.model.config.tie_word_embeddings = False
         self.model.all_tied_weights_keys.pop(f"{self.anatomy.head}.weight", None)
-        head._parameters["weight"] = nn.Parameter(torch.empty_like(head.get_parameter("weight").data), requires_grad=False)
+        head._parameters["weight"] = nn.Parameter(
+            torch.empty_like(head.get_parameter("weight").data), requires_grad=False
+        )
 
     def _bring_outer(self) -> None:
         """Load everything outside the layers; called once, at the end of construction."""
@@ -84,7 +95,9 @@ class LayerwiseModel(ABC):
             for name, buffer in module._buffers.items():
                 if buffer is not None:
                     module._buffers[name] = buffer.to(self.device)
-        self.require_all(name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside))
+        self.require_all(
+            name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside)
+        )
 
     @property
     def plain(self) -> bool:
@@ -94,8 +107,14 @@ class LayerwiseModel(ABC):
     @property
     def shared_linears(self) -> dict[str, str]:
         """The linears that are wholly another's weight, by full name: shared, and nothing added."""
-        linears = {name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()}
-        return {name: source for name, source in linears.items() if self.layouts.get(name) == FactoredLayout("shared")}
+        linears = {
+            name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()
+        }
+        return {
+            name: source
+            for name, source in linears.items()
+            if self.layouts.get(name) == FactoredLayout("shared")
+        }
 
     def layer_name(self, index: int) -> str:
         """`model.layers.3`."""
@@ -115,7 +134,8 @@ class LayerwiseModel(ABC):
 
     @cached_property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no stored weight."""
+        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no
+        stored weight."""
         sizes: dict[torch.dtype, int] = {}
         for name, parameter in self.model.named_parameters():
             if (dtype := self.dtypes.get(name)) is not None:
@@ -125,11 +145,13 @@ class LayerwiseModel(ABC):
         return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most weights."""
+        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most
+        weights."""
         return self.dtypes.get(name, self.weight_dtype)
 
     def as_stored(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is stored."""
+        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is
+        stored."""
         return {
             f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
             for name, tensor in tensors.items()
@@ -144,7 +166,8 @@ class LayerwiseModel(ABC):
         return 8 * self.dtype_of(f"{linear}.weight").itemsize
 
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each layer, if given."""
+        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each
+        layer, if given."""
         return self._sum(widths or {}, lambda name: 1)
 
     def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
@@ -152,19 +175,26 @@ class LayerwiseModel(ABC):
         return self._sum(widths or {}, lambda name: self.dtype_of(name).itemsize)
 
     def _sum(self, counts: Mapping[str, Sequence[int]], each: Callable[[str], int]) -> int:
-        """Sum over all stored parameters, by their names in the model, of what `each` of their elements counts."""
+        """Sum over all stored parameters, by their names in the model, of what `each` of their elements
+        counts."""
         tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
         sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
         total = sum(math.prod(Spelling.parse(row).shape(sizes)) * each(name) for name, row in outer.items())
         for index in range(len(self.layers)):
-            sizes, layer = self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()}, self.layer_name(index)
+            sizes, layer = (
+                self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()},
+                self.layer_name(index),
+            )
             rows = self.anatomy.layer.items()
-            total += sum(math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows)
+            total += sum(
+                math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
+            )
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
-        """By how much what is stored is less than the whole weights: what is shared, and what is a product."""
+        """By how much what is stored is less than the whole weights: what is shared, and what is a
+        product."""
         found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
@@ -182,7 +212,9 @@ class LayerwiseModel(ABC):
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
-                self._rewrite(partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer)
+                self._rewrite(
+                    partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer
+                )
             yield module
         finally:
             for owner in module.modules():
@@ -202,30 +234,41 @@ class LayerwiseModel(ABC):
         self._rewrite(rotation.outer, self.model, [name for name in self.anatomy.outer if name not in tied])
 
     def _rewrite(
-        self, rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]], owner: nn.Module, names: Iterable[str]
+        self,
+        rotated: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        owner: nn.Module,
+        names: Iterable[str],
     ) -> None:
         for name, tensor in rotated({name: owner.get_parameter(name).data for name in names}).items():
             owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
 
     def round_inputs(self, linear: str, inputs: Inputs) -> None:
-        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel does."""
-        self.model.get_submodule(linear).register_forward_pre_hook(lambda module, args: (inputs(args[0]), *args[1:]))
+        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel
+        does."""
+        self.model.get_submodule(linear).register_forward_pre_hook(
+            lambda module, args: (inputs(args[0]), *args[1:])
+        )
 
     def reader(self, name: str) -> str | None:
-        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to it, if one is."""
+        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to
+        it, if one is."""
         if name != self.anatomy.embedding:
             return name
         return self.anatomy.head if self.config.tie_word_embeddings else None
 
     def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
-        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and reads `inputs`."""
-        weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")  # the very parameter of a tied head
+        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and
+        reads `inputs`."""
+        weight = self.model.get_parameter(
+            f"{self.anatomy.embedding}.weight"
+        )  # the very parameter of a tied head
         weight.data = W_VD.to(self.device, self.dtype)
         if (head := self.reader(self.anatomy.embedding)) and inputs:
             self.round_inputs(head, inputs)
 
     def matrices(self) -> dict[str, tuple[int, int]]:
-        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the embedding.
+        """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the
+        embedding.
 
         A tied head is left out, as it is the embedding's.
         """
@@ -236,7 +279,8 @@ class LayerwiseModel(ABC):
         return shapes | {self.anatomy.embedding: (V, D)}
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape (outputs, inputs)."""
+        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape
+        (outputs, inputs)."""
         for name, module in self.model.named_modules():
             if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
                 continue
@@ -250,12 +294,14 @@ class LayerwiseModel(ABC):
         names = sorted(absent)
         if names == [f"{self.anatomy.head}.weight"]:
             raise ModelError(
-                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a loader would draw "
+                f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a "
+                "loader would draw "
                 "the head at random; set it to true if the head is the embedding, else fetch the base again"
             )
         if names:
             raise ModelError(
-                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch it again"
+                f"{self.where} has no tensor for {names[0]} ({len(names)} missing); it is incomplete, fetch "
+                "it again"
             )
 
     @property
@@ -277,7 +323,8 @@ class LayerwiseModel(ABC):
 
 
 class MetaModel(LayerwiseModel):
-    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared, no weights."""
+    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared,
+    no weights."""
 
     place = "the config"  # or the folder
 
@@ -294,7 +341,8 @@ class MetaModel(LayerwiseModel):
 
 
 class InMemoryModel(LayerwiseModel):
-    """Weights in memory by their names in the model, as its state dict has them; they are read and never changed.
+    """Weights in memory by their names in the model, as its state dict has them; they are read and never
+    changed.
 
     `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
     """
@@ -311,7 +359,11 @@ class InMemoryModel(LayerwiseModel):
     ) -> None:
         self.source, self.quantized = source, dict(quantized or {})
         coded = {f"{name}.weight" for name in self.quantized}
-        dtypes = {name: tensor.dtype for name, tensor in source.items() if tensor.is_floating_point() and name not in coded}
+        dtypes = {
+            name: tensor.dtype
+            for name, tensor in source.items()
+            if tensor.is_floating_point() and name not in coded
+        }
         super().__init__(config, device, dtype, layouts, ties, dtypes)
         head, embedding = (source[f"{name}.weight"] for name in (self.anatomy.head, self.anatomy.embedding))
         if config.tie_word_embeddings and not torch.equal(head, embedding):
@@ -336,7 +388,11 @@ class InMemoryModel(LayerwiseModel):
             check_finite(tensor, name)
             owner, _, leaf = name.rpartition(".")
             module = self.model.get_submodule(owner)
-            value = tensor.detach().to(self.device, self.dtype, copy=True) if tensor.is_floating_point() else tensor
+            value = (
+                tensor.detach().to(self.device, self.dtype, copy=True)
+                if tensor.is_floating_point()
+                else tensor
+            )
             if leaf in module._parameters:
                 module._parameters[leaf] = nn.Parameter(value, requires_grad=False)
             else:
@@ -346,7 +402,8 @@ class InMemoryModel(LayerwiseModel):
 def _trim() -> None:
     """Have glibc give back what is free on its heap; other C libraries are left alone.
 
-    Layers that come and go fragment the heap, and without this peak memory grows with depth (evaluation/results/cost.json).
+    Layers that come and go fragment the heap, and without this peak memory grows with depth
+    (evaluation/results/cost.json).
     """
     if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
         trim(0)

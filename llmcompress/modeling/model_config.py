@@ -1,7 +1,9 @@
-"""The config.json of a model: read in bounds, its flags at their defaults, and the skeleton that transformers builds of it.
+"""The config.json of a model: read in bounds, its flags at their defaults, and the skeleton that transformers
+builds of it.
 
-A config is anyone's words. What it asks for is compared with bounds, and with what the weight files hold, before anything of
-that size is made. Whatever transformers then says of it, in as many kinds of error as it has families, is one line here.
+A config is anyone's words. What it asks for is compared with bounds, and with what the weight files hold,
+before anything of that size is made. Whatever transformers then says of it, in as many kinds of error as it
+has families, is one line here.
 """
 
 from __future__ import annotations
@@ -21,10 +23,15 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.io.checkpoint import Entry, read_json
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST: Mapping[str, int] = {**dict.fromkeys(LAYERS, 1 << 12), "num_labels": 1 << 16}  # 126 layers are the most so far
+MOST: Mapping[str, int] = {
+    **dict.fromkeys(LAYERS, 1 << 12),
+    "num_labels": 1 << 16,
+}  # 126 layers are the most so far
 LARGEST = (1 << 31) - 1  # of any other whole number
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights are computed in
-FLAGS: Mapping[str, Any] = {  # what changes what a forward returns or which code computes it, with its default
+FLAGS: Mapping[
+    str, Any
+] = {  # what changes what a forward returns or which code computes it, with its default
     "return_dict": True,
     "output_hidden_states": False,
     "output_attentions": False,
@@ -37,16 +44,25 @@ FLAGS: Mapping[str, Any] = {  # what changes what a forward returns or which cod
     "_experts_implementation": None,
 }
 ELSEWHERE = {"transformers_weights": "file of weights", "fusion_config": "code", "distributed_config": "code"}
-SMALL = ("generation_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.json")
+SMALL = (
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.json",
+)
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The config of a model, with every flag at its default. Errors: ModelError, which names the field where it is known."""
+    """The config of a model, with every flag at its default. Errors: ModelError, which names the field where
+    it is known."""
     fields = read_json(folder / "config.json")
     require_bounded(folder, fields)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except Exception as error:  # each family checks its fields in its own way; to the user each says: this config is wrong
+    except (
+        Exception
+    ) as error:  # each family checks its fields in its own way; to the user each says: this config is wrong
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise ModelError(
             f"{folder} has a config.json that does not load ({why}{_field(fields, why)}); take another base"
@@ -56,26 +72,35 @@ def load_config(folder: Path) -> PretrainedConfig:
 
 
 def require_readable(folder: Path) -> None:
-    """Refuse a small file beside the weights that transformers would read without bounds. Errors: ModelError."""
+    """Refuse a small file beside the weights that transformers would read without bounds. Errors:
+    ModelError."""
     for name in SMALL:
         if (folder / name).is_file():
             read_json(folder / name)
 
 
 def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse, before transformers reads them, fields that ask for more than any model has, or for other code or files."""
+    """Refuse, before transformers reads them, fields that ask for more than any model has, or for other code
+    or files."""
     for name, value in fields.items():
         if callable(getattr(PretrainedConfig, name, None)):
-            raise ModelError(f"{folder} has a config.json with a field {name}, which is no fact of a model; take the field out")
+            raise ModelError(
+                f"{folder} has a config.json with a field {name}, which is no fact of a model; take the "
+                "field out"
+            )
         if name in ELSEWHERE and value is not None:
-            raise ModelError(f"{folder} has a config.json that names other {ELSEWHERE[name]} in {name}; take the field out")
+            raise ModelError(
+                f"{folder} has a config.json that names other {ELSEWHERE[name]} in {name}; take the field out"
+            )
     if fields.get("is_encoder_decoder") or fields.get("add_cross_attention"):
         raise ModelError(
-            f"{folder} is a decoder that reads an encoder, and no causal language model; give one that stands alone"
+            f"{folder} is a decoder that reads an encoder, and no causal language model; give one that "
+            "stands alone"
         )
     if fields.get("is_causal") is False:
         raise ModelError(
-            f"{folder} has is_causal: false in its config.json, so each token sees those after it; give a causal one"
+            f"{folder} has is_causal: false in its config.json, so each token sees those after it; give a "
+            "causal one"
         )
     asked = [("", fields)]
     while asked:
@@ -85,11 +110,15 @@ def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
                 asked.append((f"{path}{name}.", value))
             elif isinstance(value, int) and abs(value) > MOST.get(name, LARGEST):
                 raise ModelError(
-                    f"{folder} has a config.json with {path}{name} {_short(value)}, which no model has; correct it"
+                    f"{folder} has a config.json with {path}{name} {_short(value)}, which no model has; "
+                    "correct it"
                 )
     dtype = fields.get("dtype") or fields.get("torch_dtype") or "float32"
     if not isinstance(dtype, str) or dtype.removeprefix("torch.") not in WEIGHTS:
-        raise ModelError(f"{folder} has a config.json with dtype {_short(dtype)}; correct it to one of {', '.join(WEIGHTS)}")
+        raise ModelError(
+            f"{folder} has a config.json with dtype {_short(dtype)}; correct it to one of "
+            f"{', '.join(WEIGHTS)}"
+        )
 
 
 def require_sizes(folder: Path, config: PretrainedConfig) -> None:
@@ -97,11 +126,14 @@ def require_sizes(folder: Path, config: PretrainedConfig) -> None:
     for name, value in _sizes(config).items():
         least = 1 if name in ("num_hidden_layers", "hidden_size", "vocab_size") else 0
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ModelError(f"{folder} has a config.json with {name} {_short(value)}, which is no size; correct it")
+            raise ModelError(
+                f"{folder} has a config.json with {name} {_short(value)}, which is no size; correct it"
+            )
 
 
 def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str, Entry]) -> None:
-    """Refuse a config that asks for more than the files of a plain model hold, whatever its family. Errors: ModelError."""
+    """Refuse a config that asks for more than the files of a plain model hold, whatever its family. Errors:
+    ModelError."""
     widest = max((size for entry in tensors.values() for size in entry.shape), default=0)
     for name, value in _sizes(config).items():
         many = name == "num_hidden_layers" or "experts" in name  # tensors, of which each has some
@@ -109,7 +141,8 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
         if isinstance(value, int) and value > most:
             held = f"{len(tensors)} tensors" if many else f"no tensor with more than {widest} rows or columns"
             raise ModelError(
-                f"{folder} does not fit its config.json: {name} is {value}, and the files hold {held}; fetch it again"
+                f"{folder} does not fit its config.json: {name} is {value}, and the files hold {held}; "
+                "fetch it again"
             )
 
 
@@ -121,7 +154,8 @@ def _sizes(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config without weights: parameters on the meta device, buffers real, every flag at its default.
+    """The model of a config without weights: parameters on the meta device, buffers real, every flag at its
+    default.
 
     Errors: ModelError for a config of which transformers builds none.
     """
@@ -133,7 +167,9 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     except Exception as error:  # a family raises whatever its code comes across
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         named = _field(config.to_dict(), why)
-        raise ModelError(f"transformers builds no model of this config.json ({why}{named}); correct it") from error
+        raise ModelError(
+            f"transformers builds no model of this config.json ({why}{named}); correct it"
+        ) from error
     return model
 
 

@@ -1,15 +1,17 @@
 """A model's weights turned so that its activations lose their outliers and its function stays.
 
-Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these are folded into the
-linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn the hidden state everywhere if every
-weight that writes it is turned and every weight that reads it turned back. Between values and output projection attention
-mixes tokens and not channels, so a second matrix R2 may turn the channels of each head. As an orthogonal matrix is the inverse
-of its transpose, reading and writing need the same product along the axis, and the table of spellings says where that is:
-`hidden` for R1; for R2 `d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
+Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these
+are folded into the linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn
+the hidden state everywhere if every weight that writes it is turned and every weight that reads it turned
+back. Between values and output projection attention mixes tokens and not channels, so a second matrix R2 may
+turn the channels of each head. As an orthogonal matrix is the inverse of its transpose, reading and writing
+need the same product along the axis, and the table of spellings says where that is: `hidden` for R1; for R2
+`d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
 same config that costs nothing more at run time.
 
-Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of one set twice, and
-a float64 copy of a value or output projection. The time is D multiplications a weight for width D.
+Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of
+one set twice, and a float64 copy of a value or output projection. The time is D multiplications a weight for
+width D.
 """
 
 from __future__ import annotations
@@ -31,35 +33,53 @@ Turn = tuple[str, Tensor, int | None]  # the axis, the matrix, the part of a fus
 
 
 class Rotation:
-    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed` draws them.
+    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed`
+    draws them.
 
-    Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is learned here, and R2
-    is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError where `refusal` says why not.
+    Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is
+    learned here, and R2 is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError
+    where `refusal` says why not.
     """
 
-    def __init__(self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True) -> None:
+    def __init__(
+        self, anatomy: Anatomy, config: Any, seed: int, *, r1: bool | Tensor = True, r2: bool = True
+    ) -> None:
         if why := refusal(anatomy, config, r1=r1 is not False, r2=r2):
             raise ModelError(f"this {anatomy.family} model can't be rotated: {why}")
         self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config_of_layer(config, 0))
-        drawn = r1.double().cpu() if isinstance(r1, Tensor) else hadamard(self.sizes[HIDDEN], seed) if r1 else None
+        drawn = (
+            r1.double().cpu()
+            if isinstance(r1, Tensor)
+            else hadamard(self.sizes[HIDDEN], seed)
+            if r1
+            else None
+        )
         self.R1_DD = drawn  # [hidden, hidden]
         self.R2_DD = hadamard(self.sizes[HEAD_DIM], seed + 1) if r2 else None  # [d, d]
         self._tied = bool(config.tie_word_embeddings)
 
     def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by their full names.
+        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by
+        their full names.
 
-        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is tied.
+        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is
+        tied.
         """
         anatomy = self.anatomy
         _require(tensors, anatomy.outer, {f"{anatomy.head}.weight"} if self._tied else set())
-        norms = {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
+        norms = (
+            {anatomy.norm: (anatomy.head,)} if anatomy.norm and f"{anatomy.norm}.weight" in tensors else {}
+        )
         return self._rewrite(tensors, anatomy.outer, norms, {})
 
-    def inner(self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None) -> dict[str, Tensor]:
-        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the layer.
+    def inner(
+        self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
+    ) -> dict[str, Tensor]:
+        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the
+        layer.
 
-        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are those of the anatomy.
+        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are
+        those of the anatomy.
         """
         _require(tensors, self.anatomy.layer, set())
         return self._rewrite(tensors, self.anatomy.layer, _norms(self.anatomy), _values(self.anatomy), sizes)
@@ -73,7 +93,8 @@ class Rotation:
         values: Mapping[str, int | None],
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and parts) `values`."""
+        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and
+        parts) `values`."""
         if self.R1_DD is None:
             norms = {}
         offset = self.anatomy.norm_offset
@@ -95,31 +116,50 @@ class Rotation:
             rewritten[name] = turned.float().contiguous() if turns else turned.clone()
         return rewritten
 
-    def _turns(self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]) -> list[Turn]:
+    def _turns(
+        self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]
+    ) -> list[Turn]:
         """What a weight is multiplied by, and where; the gain of the norm that it reads comes before R1."""
         axes, turns = Spelling.parse(row).axes, list[Turn]()
         if self.R1_DD is not None and HIDDEN in axes:
-            turns.append((HIDDEN, self.R1_DD if gain_D is None else gain_D.to(self.R1_DD.device)[:, None] * self.R1_DD, None))
+            turns.append(
+                (
+                    HIDDEN,
+                    self.R1_DD if gain_D is None else gain_D.to(self.R1_DD.device)[:, None] * self.R1_DD,
+                    None,
+                )
+            )
         if self.R2_DD is not None and HEAD_DIM in axes and _module(name) in values:
             turns.append((HEAD_DIM, self.R2_DD, values[_module(name)]))
         return turns
 
 
 def rotate(
-    tensor: Tensor, spelling: Spelling | str, sizes: Mapping[str, int], axis: str, M_DD: Tensor, part: int | None = None
+    tensor: Tensor,
+    spelling: Spelling | str,
+    sizes: Mapping[str, int],
+    axis: str,
+    M_DD: Tensor,
+    part: int | None = None,
 ) -> Tensor:
-    """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that runs along it.
+    """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that
+    runs along it.
 
-    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it to that alternative
-    of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis that the spelling lacks.
+    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it
+    to that alternative of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis
+    that the spelling lacks.
     """
     spelling = Spelling.parse(spelling) if isinstance(spelling, str) else spelling
     if axis not in spelling.axes:
         raise ValueError(f'"{spelling}" has no axis "{axis}"; it runs along {", ".join(spelling.axes)}')
     if tuple(tensor.shape) != spelling.shape(sizes):
-        raise ValueError(f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}')
+        raise ValueError(
+            f'"{spelling}" spells the shape {spelling.shape(sizes)}, the tensor has {tuple(tensor.shape)}'
+        )
     if tuple(M_DD.shape) != (sizes[axis], sizes[axis]):
-        raise ValueError(f'a matrix of shape {tuple(M_DD.shape)} does not fit the {sizes[axis]} units of axis "{axis}"')
+        raise ValueError(
+            f'a matrix of shape {tuple(M_DD.shape)} does not fit the {sizes[axis]} units of axis "{axis}"'
+        )
     for dim, term in enumerate(spelling.dims):
         tensor = _turn_term(tensor, dim, term, sizes, axis, M_DD, part)
     return tensor
@@ -146,26 +186,34 @@ def _turn_term(
 
 
 def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) -> str | None:
-    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it can."""
+    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it
+    can."""
     if r1 and (why := _layer_norm(anatomy, config) or _unplaced(anatomy)):
         return f"{why}; leave R1 out"
     if r1 and config.tie_word_embeddings:
-        return "the final norm's gain would go into the head alone, and the head is tied to the embedding; untie it first"
+        return (
+            "the final norm's gain would go into the head alone, and the head is tied to the embedding; "
+            "untie it first"
+        )
     if r2 and not _values(anatomy):
         return "its table has no linear that reads the values along d; leave R2 out"
     return None
 
 
 def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
-    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is rms_norm_eps."""
+    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is
+    rms_norm_eps."""
     rows = {**anatomy.layer, **anatomy.outer}
     if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
-    return "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
+    return (
+        "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"
+    )
 
 
 def _unplaced(anatomy: Anatomy) -> str | None:
-    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in `scale_pairs`."""
+    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in
+    `scale_pairs`."""
     norms = _norms(anatomy)
     followed = {reader for consumers in norms.values() for reader in consumers}
     for norm in _gains(anatomy.layer):
@@ -187,7 +235,9 @@ def _unplaced(anatomy: Anatomy) -> str | None:
 
 def _require(tensors: Mapping[str, Tensor], rows: Mapping[str, str], optional: set[str]) -> None:
     if missing := sorted(rows.keys() - tensors.keys() - optional):
-        raise ValueError(f"weights that belong together turn together, and {missing[0]} is missing; give all {len(rows)}")
+        raise ValueError(
+            f"weights that belong together turn together, and {missing[0]} is missing; give all {len(rows)}"
+        )
     if unknown := sorted(tensors.keys() - rows.keys()):
         raise ValueError(f"the table has no row for {unknown[0]}; give the weights that it lists")
 
@@ -207,7 +257,8 @@ def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
 
 
 def _values(anatomy: Anatomy) -> dict[str, int | None]:
-    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what reads it."""
+    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what
+    reads it."""
     found: dict[str, int | None] = {}
     for key, consumers in anatomy.scale_pairs.items():
         name, part, axes = anatomy.producer(key)

@@ -1,12 +1,13 @@
 """The model layer by layer, with the activations that enter and leave each layer.
 
-A stage sees one decoder layer at a time, in memory on the working device and in the working precision, with the hidden
-states that reach it: `inputs`, as the compressed layers before it left them, and, where asked for, `reference`, as the full
-model has them. What lies outside the layers (embedding, final norm, head, masks, rotary tables, soft caps) is run by the
-model's own code with its layers stubbed out, so no family needs a line here.
+A stage sees one decoder layer at a time, in memory on the working device and in the working precision, with
+the hidden states that reach it: `inputs`, as the compressed layers before it left them, and, where asked for,
+`reference`, as the full model has them. What lies outside the layers (embedding, final norm, head, masks,
+rotary tables, soft caps) is run by the model's own code with its layers stubbed out, so no family needs a
+line here.
 
-It costs one forward pass of each layer to advance each stream, and the memory of one layer and of the streams: the number
-of layers does not matter. Where the layers come from is the business of `residency.py`.
+It costs one forward pass of each layer to advance each stream, and the memory of one layer and of the
+streams: the number of layers does not matter. Where the layers come from is the business of `residency.py`.
 """
 
 from __future__ import annotations
@@ -32,14 +33,18 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
-Track = Callable[[Iterable[Any], str, int], Iterable[Any]]  # (things, what is done to them, how many) -> the same things
+Track = Callable[
+    [Iterable[Any], str, int], Iterable[Any]
+]  # (things, what is done to them, how many) -> the same things
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
 Edit = Callable[
     [DecoderLayer], Mapping[str, Tensor]
 ]  # a layer in memory -> the parameters that it is to run with in place of its own
 Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
-Arguments = Mapping[int, Sequence[Mapping[str, Any]]]  # batch size -> layer -> its keyword arguments: masks, rotary tables
+Arguments = Mapping[
+    int, Sequence[Mapping[str, Any]]
+]  # batch size -> layer -> its keyword arguments: masks, rotary tables
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -66,7 +71,8 @@ def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[
 
 @torch.no_grad()
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
-    """The hidden states [B, L, D] that enter the first layer, and the arguments that each layer is called with."""
+    """The hidden states [B, L, D] that enter the first layer, and the arguments that each layer is called
+    with."""
     arguments: dict[int, list[dict[str, Any]]] = {}
     signature = inspect.signature(type(resident.layers[0]).forward)
 
@@ -74,7 +80,9 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
         bound = signature.bind(None, hidden, *args, **kwargs).arguments
         own, extra = list(bound)[:2], bound.pop("kwargs", {})
         called = {name: value for name, value in bound.items() if name not in own} | extra
-        arguments.setdefault(len(hidden), []).append(called) if len(arguments.get(len(hidden), [])) == index else None
+        arguments.setdefault(len(hidden), []).append(called) if len(
+            arguments.get(len(hidden), [])
+        ) == index else None
         seen.append(hidden)
         return hidden
 
@@ -86,14 +94,16 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
             streams.append(seen[0].cpu())
     if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
         raise ModelError(
-            f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are too large; take a "
+            f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are "
+            "too large; take a "
             "sound base"
         )
     return streams, arguments
 
 
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """Logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and all that goes with them."""
+    """Logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and all that
+    goes with them."""
     anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
     tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
     hidden = hidden.to(resident.device)
@@ -106,9 +116,9 @@ def walk(
 ) -> Iterator[DecoderLayer]:
     """Each layer in turn, with the hidden states of token `windows` [S, L] that enter it.
 
-    What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the unchanged model
-    runs beside it. The last layer is run only if the caller wants the states that leave it (`through`): it then gets one
-    more Layer, without a module, whose inputs they are.
+    What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the
+    unchanged model runs beside it. The last layer is run only if the caller wants the states that leave it
+    (`through`): it then gets one more Layer, without a module, whose inputs they are.
     """
     inputs, arguments = enter(resident, batches_of(windows))
     full = list(inputs) if reference else []
@@ -121,33 +131,54 @@ def walk(
                 full, inputs = layer.targets, layer.outputs(layer.inputs)
     if through:
         yield DecoderLayer(
-            len(resident.layers), "", nn.Identity(), resident.anatomy, resident.device, resident.sizes, {}, inputs, full
+            len(resident.layers),
+            "",
+            nn.Identity(),
+            resident.anatomy,
+            resident.device,
+            resident.sizes,
+            {},
+            inputs,
+            full,
         )
 
 
 def _layer(
-    resident: LayerwiseModel, index: int, module: nn.Module, arguments: Arguments, inputs: list[Tensor], reference: list[Tensor]
+    resident: LayerwiseModel,
+    index: int,
+    module: nn.Module,
+    arguments: Arguments,
+    inputs: list[Tensor],
+    reference: list[Tensor],
 ) -> DecoderLayer:
     """Layer `index`, which is in memory, with the states that enter it."""
     own = {size: per_block[index] for size, per_block in arguments.items()}
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
-    return DecoderLayer(index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference)
+    return DecoderLayer(
+        index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference
+    )
 
 
 @contextmanager
-def together(resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]) -> Iterator[list[DecoderLayer]]:
+def together(
+    resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]
+) -> Iterator[list[DecoderLayer]]:
     """Several layers in memory at once, with the states of `windows` that enter each of them."""
     _, arguments = enter(resident, batches_of(windows))
     with ExitStack() as stack:
         modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
-        yield [_layer(resident, index, module, arguments, entering[index], []) for index, module in modules.items()]
+        yield [
+            _layer(resident, index, module, arguments, entering[index], [])
+            for index, module in modules.items()
+        ]
 
 
 @torch.no_grad()
 def variants(
     resident: LayerwiseModel, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
 ) -> dict[Key | None, list[Tensor]]:
-    """The states that leave the last layer under each set of edits on top of those of `base`, and under None with these alone.
+    """The states that leave the last layer under each set of edits on top of those of `base`, and under None
+    with these alone.
 
     One pass: each layer runs once for every set that began before it or begins there.
     """
@@ -158,7 +189,10 @@ def variants(
     for index in range(len(resident.layers)):
         entered = streams[None]
         streams |= {key: entered for key, start in starts.items() if start == index}
-        wanted = {key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is)) for key in streams}
+        wanted = {
+            key: (edits[key] if key is not None else base).get(index, base.get(index, _as_it_is))
+            for key in streams
+        }
         if all(edit is None for edit in wanted.values()):
             continue
         with resident.layer(index) as module:
@@ -179,8 +213,8 @@ def without_each(
 ) -> dict[Part | None, list[Tensor]]:
     """The states that leave the last layer without each of the candidates, and under None with all of them.
 
-    A part is a layer, which is then passed over, or one of its linears, whose weight is then zeros. Those in `gone` are left
-    out by all.
+    A part is a layer, which is then passed over, or one of its linears, whose weight is then zeros. Those in
+    `gone` are left out by all.
     """
 
     def without(index: int, linears: Collection[str | None]) -> Edit | None:
@@ -219,8 +253,11 @@ def divergences(
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
-def logits(resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0) -> Iterator[Tensor]:
-    """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first `unscored` positions.
+def logits(
+    resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0
+) -> Iterator[Tensor]:
+    """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first
+    `unscored` positions.
 
     All layers are gone through once, before the first one.
     """
@@ -246,7 +283,8 @@ def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
-    """The head's weight [V, D], and the second moments of what it reads when the states of the Layer after the last leave."""
+    """The head's weight [V, D], and the second moments of what it reads when the states of the Layer after
+    the last leave."""
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
     with head_reads(resident) as read:
@@ -259,20 +297,29 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
 
 
 def output_fisher(
-    resident: LayerwiseModel, windows: Tensor, scratch: Path, seed: int, *, first: bool = False, unscored: int = 0
+    resident: LayerwiseModel,
+    windows: Tensor,
+    scratch: Path,
+    seed: int,
+    *,
+    first: bool = False,
+    unscored: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean of g g^T.
+    """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean
+    of g g^T.
 
     With `first`, at last -1 and that of the states that enter the first layer.
 
-    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second order, an error e of
-    the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a layer the model feels. What is
-    predicted at the first `unscored` positions of a window does not count.
+    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
+    order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
+    layer the model feels. What is predicted at the first `unscored` positions of a window does not count.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
 
     def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
-        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(tokens.shape)
+        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
+            tokens.shape
+        )
 
     for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first, unscored=unscored):
         found = Moments(grads[0].shape[-1], resident.device)
@@ -301,25 +348,33 @@ def gradients(
     first: bool = False,
     unscored: int = 0,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
-    """For each layer, last to first: its index, the gradients of the states [B, L, D] that leave it, and of some parameters.
+    """For each layer, last to first: its index, the gradients of the states [B, L, D] that leave it, and of
+    some parameters.
 
-    They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] -> [B, L]), with a
-    change of sign; labels at the first `unscored` positions do not count. `watched` are parameters by their names in the layer.
-    With `first`, at last -1 and the gradients of the states that enter the first layer.
+    They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] ->
+    [B, L]), with a change of sign; labels at the first `unscored` positions do not count. `watched` are
+    parameters by their names in the layer. With `first`, at last -1 and the gradients of the states that
+    enter the first layer.
 
-    The pass back goes layer by layer as the pass forward does; the states in between wait in the folder `scratch`.
+    The pass back goes layer by layer as the pass forward does; the states in between wait in the folder
+    `scratch`.
     """
     batches, grads = batches_of(windows), list[Tensor]()
     for layer in walk(resident, windows, through=True):
         last = layer
         with writing(scratch):
-            save_file({str(i): hidden for i, hidden in enumerate(layer.inputs)}, scratch / f"states-{layer.index}.safetensors")
+            save_file(
+                {str(i): hidden for i, hidden in enumerate(layer.inputs)},
+                scratch / f"states-{layer.index}.safetensors",
+            )
     for tokens, hidden in zip(batches, last.inputs, strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
         wanted = labels(scores, tokens.to(resident.device))
         wanted[:, :unscored] = IGNORED
-        F.cross_entropy(scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED).backward()
+        F.cross_entropy(
+            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
+        ).backward()
         assert hidden.grad is not None
         grads.append(hidden.grad.cpu())
     _, arguments = enter(resident, batches)
@@ -344,7 +399,8 @@ def _back(
     watched: Sequence[str],
     found: dict[str, Tensor],
 ) -> list[Tensor]:
-    """Gradients of the states that enter layer `index`, from those of the states that leave it; those watched into `found`."""
+    """Gradients of the states that enter layer `index`, from those of the states that leave it; those watched
+    into `found`."""
     states = load_file(scratch / f"states-{index}.safetensors")
     out = []
     with resident.layer(index) as module:
@@ -355,5 +411,7 @@ def _back(
             layer.run(hidden).backward(grad.to(resident.device))
             assert hidden.grad is not None
             out.append(hidden.grad.cpu())
-        found |= {name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None}
+        found |= {
+            name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
+        }
     return out

@@ -1,4 +1,5 @@
-"""The Python API: `compress` and `plan`, for models by name or in memory, and recipes in whatever form a user has them."""
+"""The Python API: `compress` and `plan`, for models by name or in memory, and recipes in whatever form a user
+has them."""
 
 from __future__ import annotations
 
@@ -68,20 +69,26 @@ def compress(
 ) -> Report | tuple[PreTrainedModel, Report]:
     """Compress a model by a recipe.
 
-    With `out` the result is written to that folder, one decoder layer at a time, and its report is returned; the same call
-    resumes a run that was interrupted. Without `out` the model is compressed in memory and returned with its report.
+    With `out` the result is written to that folder, one decoder layer at a time, and its report is returned;
+    the same call resumes a run that was interrupted. Without `out` the model is compressed in memory and
+    returned with its report.
 
     Args:
-        model: Hub id, folder, `demo`, a `PreTrainedModel`, or None for the base that the recipe names. A model in memory is
+        model: Hub id, folder, `demo`, a `PreTrainedModel`, or None for the base that the recipe names. A
+            model in memory is
             changed in place where its shapes stay, and returned; where they don't, a new model is returned.
-        recipe: name of a shipped recipe, file, folder, Hub id, `Recipe`, a stage or a list of stages, or a mapping as YAML
+        recipe: name of a shipped recipe, file, folder, Hub id, `Recipe`, a stage or a list of stages, or a
+            mapping as YAML
             would give it.
-        out: folder for the result. It must not exist, unless `overwrite` is True and it holds a finished result.
+        out: folder for the result. It must not exist, unless `overwrite` is True and it holds a finished
+            result.
         tokenizer: of a `PreTrainedModel`; one that is given by name brings its own.
-        data: calibration and evaluation text in place of the recipe's, as a `DataSpec` or as `--data` takes it.
+        data: calibration and evaluation text in place of the recipe's, as a `DataSpec` or as `--data` takes
+            it.
         device: `cpu` or `cuda`; the first GPU where there is one.
         overwrite: replace a finished result in `out`.
-        track: shows progress: takes an iterable, what is done, and how many there are, and yields what the iterable yields.
+        track: shows progress: takes an iterable, what is done, and how many there are, and yields what the
+            iterable yields.
 
     Raises:
         CompressError: the input is wrong; the message says what was given, why not, and what to do.
@@ -90,16 +97,22 @@ def compress(
     told = recipe_of(recipe)
     if out is None:
         loaded, words = _in_memory(model, told, tokenizer)
-        return apply_recipe(told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track)
+        return apply_recipe(
+            told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track
+        )
     if not isinstance(model, PreTrainedModel):
         name = None if model is None else os.fspath(model)
-        return run_recipe(told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track)
+        return run_recipe(
+            told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track
+        )
     with scratch_folder() as folder, no_progress_bar():
         words = _given(tokenizer)
         model.save_pretrained(folder)
         words.save_pretrained(folder)
         base = Base(str(model.config._name_or_path or type(model).__name__), folder, None)
-        return run_recipe(told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track)
+        return run_recipe(
+            told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track
+        )
 
 
 def plan(
@@ -111,9 +124,12 @@ def plan(
 ) -> Plan:
     """What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
 
-    Arguments and errors are those of `compress`. Sizes are exact but for file headers; times are right to a factor of about two.
+    Arguments and errors are those of `compress`. Sizes are exact but for file headers; times are right to a
+    factor of about two.
     """
-    return plan_recipe(recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device)
+    return plan_recipe(
+        recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device
+    )
 
 
 def recipe_of(recipe: AnyRecipe) -> Recipe:
@@ -129,7 +145,8 @@ def recipe_of(recipe: AnyRecipe) -> Recipe:
     if isinstance(recipe, Sequence):
         return Recipe.of_entries({"stages": list(recipe)})
     raise RecipeError(
-        f"a recipe can't be a {type(recipe).__name__}; give a name, a file, a Recipe, a mapping, or a list of stages"
+        f"a recipe can't be a {type(recipe).__name__}; give a name, a file, a Recipe, a mapping, or a list "
+        "of stages"
     )
 
 
@@ -149,5 +166,7 @@ def _in_memory(
 
 def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
     if tokenizer is None:
-        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise ModelError(
+            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     return tokenizer

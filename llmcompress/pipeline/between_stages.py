@@ -1,4 +1,5 @@
-"""The model between two stages: a checkpoint in the journal of the first, verified before a later run goes on from it."""
+"""The model between two stages: a checkpoint in the journal of the first, verified before a later run goes on
+from it."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ from llmcompress.io.safetensors_writer import discard, writing
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.outcome import Outcome, write_weights
 
-REMADE = "the model that this stage left was damaged on the disk after an earlier run, and was written again from the journal"
+REMADE = (
+    "the model that this stage left was damaged on the disk after an earlier run, and was written again "
+    "from the journal"
+)
 
 
 def joint_folder(journal: Journal) -> Path:
@@ -22,7 +26,8 @@ def joint_folder(journal: Journal) -> Path:
 def write_joint(journal: Journal, model: DiskModel, outcome: Outcome, base: Path) -> str | None:
     """Have the model that a stage left on the disk, as it was written: it goes when the journal does.
 
-    One that an earlier run has left is read whole, and written anew where it isn't what was written; then that is said.
+    One that an earlier run has left is read whole, and written anew where it isn't what was written; then
+    that is said.
     """
     folder, damaged = joint_folder(journal), False
     with writing(folder):

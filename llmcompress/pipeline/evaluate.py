@@ -1,9 +1,10 @@
 """What a model is worth, and how far it is from its base: `llmcompress evaluate`.
 
-Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that they stand for, so
-that two numbers differ by the weights and by nothing else. A plain model in memory is computed in the same way from its state
-dict. What others quantised, in formats that only transformers reads, is loaded whole and runs by its own forward, as does a
-quantised model in memory. Speed is measured on the model as from_pretrained loads it, with the kernels that it will run on.
+Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that
+they stand for, so that two numbers differ by the weights and by nothing else. A plain model in memory is
+computed in the same way from its state dict. What others quantised, in formats that only transformers reads,
+is loaded whole and runs by its own forward, as does a quantised model in memory. Speed is measured on the
+model as from_pretrained loads it, with the kernels that it will run on.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was not measured."""
+    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was
+    not measured."""
 
     model: str
     perplexity: float
@@ -52,8 +54,11 @@ class Evaluation:
     bos: bool = False  # whether each sequence begins with the BOS token, which is not scored
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where it is true."""
-        found = {key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"}
+        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where
+        it is true."""
+        found = {
+            key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"
+        }
         found["perplexity_ci95"] = list(self.perplexity_ci95)
         return found if self.bos else {key: value for key, value in found.items() if key != "bos"}
 
@@ -79,7 +84,8 @@ def evaluate(
     device: str | None = None,
     track: Track = untracked,
 ) -> Evaluation:
-    """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1 agreement.
+    """Measure a model: perplexity with its interval, size and speed; against a base also KL and top-1
+    agreement.
 
     Args:
         model: Hub id, folder, or a `PreTrainedModel` in memory, quantised or not.
@@ -96,7 +102,9 @@ def evaluate(
     subject = _opened(model, where)
     words = tokenizer or subject.tokenizer
     if words is None:
-        raise ModelError("a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)")
+        raise ModelError(
+            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
     sequences = calibration_data(subject, spec, words)
     windows, unscored = sequences.evaluation, sequences.unscored
@@ -129,13 +137,16 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
     if method is None:
         read = DiskModel(folder, device, quantized=True)
         timed = partial(speed_of, folder, device=device)
-        return _Subject(name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed)
+        return _Subject(
+            name, read.config, tokenizer_of(folder), read.checkpoint.size_bytes, _walked(read), timed
+        )
     whole = WholeModel.load(folder, device, method)
     return _of_whole(name, whole, tokenizer_of(folder))
 
 
 def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
-    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own forward."""
+    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
+    forward."""
     name = str(model.config._name_or_path or type(model).__name__)
     stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
     size = sum(stored.values())
@@ -146,7 +157,9 @@ def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
 
 
 def _of_whole(name: str, whole: WholeModel, tokenizer: PreTrainedTokenizerBase | None) -> _Subject:
-    return _Subject(name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model))
+    return _Subject(
+        name, whole.config, tokenizer, whole.size_bytes, whole.logits, partial(speed, whole.model)
+    )
 
 
 def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Tensor]]:
@@ -162,5 +175,7 @@ def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | Non
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
     with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(folder, config=defaults(load_config(folder)), device_map={"": device})
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, config=defaults(load_config(folder)), device_map={"": device}
+        )
     return speed(model, windows)

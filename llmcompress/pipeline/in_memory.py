@@ -1,4 +1,5 @@
-"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a temporary folder."""
+"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a
+temporary folder."""
 
 from __future__ import annotations
 
@@ -60,15 +61,17 @@ def apply_recipe(
 ) -> tuple[PreTrainedModel, Report]:
     """Compress a model in memory: changed in place and returned with its report.
 
-    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not looked at. Raises
-    CompressError as `run_recipe` does; the model is then as it was.
+    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not
+    looked at. Raises CompressError as `run_recipe` does; the model is then as it was.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ModelError("the model in memory is quantised already; give the model that it was made from")
     if hasattr(model, "peft_config") or any(hasattr(module, "base_layer") for module in model.modules()):
-        raise ModelError("the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns")
+        raise ModelError(
+            "the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns"
+        )
     state, where = dict(model.state_dict()), pick_device(device)
     base = InMemoryModel(model.config, state, where)
     require_possible(recipe, base)
@@ -78,7 +81,9 @@ def apply_recipe(
     chained = _chain(pinned, base, sequences, track)
     source, left, packed = chained.source, chained.left, chained.packed
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
-    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model))
+    ours, theirs = (
+        logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model)
+    )
     measured = fidelity(ours, sequences.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
@@ -91,8 +96,12 @@ def apply_recipe(
         for part, tensor in registry.tensors_of(codes, native=source.plain).items()
         if f"{linear}.{part}" not in source.ties
     }
-    zeros = sum(weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight))  # are no parameters
-    dense = {name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen}
+    zeros = sum(
+        weight.zeros for weight in packed.values() if isinstance(weight, SparseWeight)
+    )  # are no parameters
+    dense = {
+        name: tensor for name, tensor in left.items() if name.removesuffix(".weight") not in chained.chosen
+    }
     after = ModelFacts(
         model=name,
         parameters=source.parameters() - zeros,
@@ -126,7 +135,8 @@ def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
 
 @dataclass
 class Chained:
-    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of the dense ones."""
+    """What the stages have come to: dense weights by name, codes, how they are written, and what changed of
+    the dense ones."""
 
     source: InMemoryModel
     left: dict[str, torch.Tensor]
@@ -143,7 +153,9 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     def teacher(name: str | None) -> ModelSource:
         if name is not None:
             return source_of(name, base.device)
-        return ModelSource(partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint)
+        return ModelSource(
+            partial(InMemoryModel, base.config, base.source, base.device), base.fingerprint, base.fingerprint
+        )
 
     now = Chained(base, dict(base.source))
     origin = list(range(len(base.layers)))
@@ -153,7 +165,9 @@ def _chain(recipe: Recipe, base: InMemoryModel, sequences: CalibrationData, trac
     for stage in recipe.stages:
         with scratch_folder() as folder:
             journal = Journal(folder / "journal", "in memory")
-            context = Context(teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track)
+            context = Context(
+                teacher, origin, sequences, journal, folder, cache_folder(), recipe.data.seed, track
+            )
             now.facts.append(run_stage(stage, now.source, context))
             outcome = Outcome(stage, now.source, journal)
             origin = outcome.left_of(origin)
@@ -177,11 +191,15 @@ def _take_in(now: Chained, outcome: Outcome) -> None:
     weights = dict(now.left)
     for name, codes in now.packed.items():
         weight = registry.dequantize(codes)
-        weights[f"{name}.weight"] = weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+        weights[f"{name}.weight"] = (
+            weight.T if isinstance(source.model.get_submodule(name), Conv1D) else weight
+        )
     if config.tie_word_embeddings:
         for tensors in (now.left, weights):
             tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
-    now.source = InMemoryModel(config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties)
+    now.source = InMemoryModel(
+        config, weights, source.device, quantized=now.packed, layouts=outcome.layouts, ties=outcome.ties
+    )
     for name, codes in now.packed.items():
         reader, inputs = now.source.reader(name), now.chosen[name].inputs(getattr(codes, "input_scale", None))
         if reader and inputs:
@@ -195,7 +213,9 @@ def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
     return InMemoryModel(model.config, dict(model.state_dict()), device)
 
 
-def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel) -> PreTrainedModel:
+def _rebuilt(
+    config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel
+) -> PreTrainedModel:
     """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     anatomy = anatomy_of(config)
@@ -208,19 +228,26 @@ def _rebuilt(config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: 
 
 
 def _install(model: PreTrainedModel, packed: dict[str, StoredWeight], chained: Chained) -> None:
-    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared is one tensor."""
+    """Put the modules that run on the kernels in place of the linears, and of the embedding; what is shared
+    is one tensor."""
     chosen, native_layout = chained.chosen, chained.source.plain
     for name, codes in packed.items():
         plain, coding = model.get_submodule(name), chosen[name]
         if isinstance(plain, nn.Embedding):
             assert isinstance(codes, IntegerWeight)
-            shared = [linear for linear in chosen if linear not in packed]  # a tied head, whose codes are these
-            transformers_quantizer.set_embedding(model, name, integer_embedding.embedding(name, plain, codes), *shared)
+            shared = [
+                linear for linear in chosen if linear not in packed
+            ]  # a tied head, whose codes are these
+            transformers_quantizer.set_embedding(
+                model, name, integer_embedding.embedding(name, plain, codes), *shared
+            )
             continue
         kept = plain.bias
         bias = kept if isinstance(kept, nn.Parameter) else None
         threshold = coding.threshold if isinstance(coding, Int8Scheme) else 0.0
-        module = registry.linear_of(codes, bias, native=native_layout, threshold=threshold, device=model.device)
+        module = registry.linear_of(
+            codes, bias, native=native_layout, threshold=threshold, device=model.device
+        )
         model.set_submodule(name, module)
     transformers_quantizer.declare_ties(model, chained.source.ties)
     transformers_quantizer.unite(model, chained.source.ties)

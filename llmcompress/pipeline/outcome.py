@@ -1,4 +1,5 @@
-"""What the artefact holds: weights and config that from_pretrained loads, report, recipe, card and pictures."""
+"""What the artefact holds: weights and config that from_pretrained loads, report, recipe, card and
+pictures."""
 
 from __future__ import annotations
 
@@ -28,10 +29,20 @@ from llmcompress.modeling.model_config import without_flags
 from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
-from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
+from llmcompress.report.schema import (
+    CARD,
+    CHANGE_PICTURE,
+    ERROR_PICTURE,
+    EVALUATIONS,
+    FILE,
+    TRAINING_PICTURE,
+    Report,
+)
 from llmcompress.stages.base import OUTER, LinearScheme, Stage, StageResult
 
-Entry = tuple[dict[str, StoredWeight], dict[str, Tensor]]  # packed linears by full name, dense parameters by name in the model
+Entry = tuple[
+    dict[str, StoredWeight], dict[str, Tensor]
+]  # packed linears by full name, dense parameters by name in the model
 
 
 class Outcome:
@@ -49,7 +60,8 @@ class Outcome:
 
     @property
     def ties(self) -> dict[str, str]:
-        """Tensors that are others, by their names in the model; those of a tied head apart, which its config tells of."""
+        """Tensors that are others, by their names in the model; those of a tied head apart, which its config
+        tells of."""
         found, shapes = dict(self.result.ties), self.model.matrices()
         for target, source in self.model.ties.items():
             linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
@@ -68,7 +80,8 @@ class Outcome:
                 for tensor, value in entry[0].items():
                     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                         raise ModelError(
-                            f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond {value.dtype}; take "
+                            f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond "
+                            f"{value.dtype}; take "
                             "a sound base, or leave the layer or the stage out"
                         )
                 yield self._read(entry[0])
@@ -83,7 +96,9 @@ class Outcome:
                 linears[name] = self.schemes[name].read(found, shapes[name][1])
             else:  # has learned: 4-bit codes come in the native layout, whatever the model's
                 layout = layouts.get(name)
-                linears[name] = registry.read(found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name])
+                linears[name] = registry.read(
+                    found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name]
+                )
             parts |= {f"{name}.{part}" for part in found}
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
@@ -120,24 +135,32 @@ def names_of(tensor: str, model: LayerwiseModel) -> list[str]:
 
 
 def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
-    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where it can't be."""
+    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where
+    it can't be."""
     result = stage.result(model)
     config = changed(model.config, result.config) if result.config else model.config
-    numbered = {renumbered(name, model.anatomy.layers, result.removed_layers): dtype for name, dtype in model.dtypes.items()}
+    numbered = {
+        renumbered(name, model.anatomy.layers, result.removed_layers): dtype
+        for name, dtype in model.dtypes.items()
+    }
     dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
     ties = model.ties | dict(result.ties)
     return MetaModel(config, model.device, model.dtype, layouts_after(result, model), ties, dtypes)
 
 
 def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:
-    """How the linears that need our plug-in are written after a stage, by full name; a native model has none."""
+    """How the linears that need our plug-in are written after a stage, by full name; a native model has
+    none."""
     if native_kind(result.schemes, model) is not None:
         return {}
     return model.layouts | {name: layout_of(how) for name, how in result.schemes.items()}
 
 
-def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> type[FourBitScheme] | type[Int8Scheme] | None:
-    """Which native layout the whole model has, if one; none where something else in it needs our plug-in anyway."""
+def native_kind(
+    chosen: Mapping[str, LinearScheme], model: LayerwiseModel
+) -> type[FourBitScheme] | type[Int8Scheme] | None:
+    """Which native layout the whole model has, if one; none where something else in it needs our plug-in
+    anyway."""
     if not model.plain:
         return None
     kinds = {type(coding) for coding in chosen.values()}
@@ -150,8 +173,12 @@ def native_kind(chosen: Mapping[str, LinearScheme], model: LayerwiseModel) -> ty
 def quantization_of(outcome: Outcome) -> dict[str, Any]:
     """config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.schemes, outcome.model), next(iter(outcome.schemes.values()), None)
-    skip = bitsandbytes_layout.skip_list(list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix)
-    if kind is FourBitScheme and isinstance(first, FourBitScheme):  # each linear says for itself which 4 bits in which layers
+    skip = bitsandbytes_layout.skip_list(
+        list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix
+    )
+    if kind is FourBitScheme and isinstance(
+        first, FourBitScheme
+    ):  # each linear says for itself which 4 bits in which layers
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
         return integer.int8_config(first.threshold, skip)
@@ -170,15 +197,18 @@ def layout_of(how: LinearScheme) -> AnyLayout:
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
     """Weights, config and the base's small files; the folder returned loads with from_pretrained.
 
-    What a stage made is written under the names that the base has for it, everything else as the base stores it: each tensor
-    in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone, and what stays dense has to be of
-    one dtype for it to run; so it is written in the one that most weights have, and config.json says that.
+    What a stage made is written under the names that the base has for it, everything else as the base stores
+    it: each tensor in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone,
+    and what stays dense has to be of one dtype for it to run; so it is written in the one that most weights
+    have, and config.json says that.
     """
     layouts, native_kinds = outcome.layouts, native_kind(outcome.schemes, model) is not None
     native_layout = native_kinds or (model.has_codes and not layouts)
     # several keys that become one parameter, as experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
-    writer.ties = ties_of(model) | {_key(keys, name): _key(keys, source) for name, source in outcome.ties.items()}
+    writer.ties = ties_of(model) | {
+        _key(keys, name): _key(keys, source) for name, source in outcome.ties.items()
+    }
     replaced: set[str] = set()
     casts = native_kind(outcome.schemes, model) is not None
 
@@ -189,7 +219,10 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
         named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
             key = keys[f"{linear}.weight"].removesuffix(".weight")
-            named |= {f"{key}.{part}": tensor for part, tensor in registry.tensors_of(packed, native=native_layout).items()}
+            named |= {
+                f"{key}.{part}": tensor
+                for part, tensor in registry.tensors_of(packed, native=native_layout).items()
+            }
         names = (*dense, *(f"{linear}.weight" for linear in linears))
         replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
         writer.add(named)
@@ -212,13 +245,17 @@ def _key(keys: Mapping[str, str], name: str) -> str:
 
 
 def ties_of(model: DiskModel) -> dict[str, str]:
-    """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written once."""
-    head, embedding = (model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding))
+    """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written
+    once."""
+    head, embedding = (
+        model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding)
+    )
     return {head[0]: embedding[0]} if model.config.tie_word_embeddings and head and embedding else {}
 
 
 def require_pictures() -> None:
-    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors: OutputError."""
+    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors:
+    OutputError."""
     try:
         _draws()
     except OSError as error:
@@ -226,7 +263,8 @@ def require_pictures() -> None:
 
 
 def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]]:
-    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be written."""
+    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be
+    written."""
     from llmcompress.report import plots
 
     found: dict[str, Callable[[Report, Path], None]] = {
@@ -242,7 +280,11 @@ def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dic
     The pictures are drawn in a folder within `scratch`. Errors: OutputError where it can't be written.
     """
     readme = base / CARD
-    inherited = front_matter(readme.read_text("utf-8", "replace")) if readme.is_file() and is_inside(readme, base) else {}
+    inherited = (
+        front_matter(readme.read_text("utf-8", "replace"))
+        if readme.is_file() and is_inside(readme, base)
+        else {}
+    )
     text = card(report, recipe.for_others(report).to_yaml(), inherited)
     files: dict[str, str | bytes] = {FILE: report.to_json(), RECIPE: recipe.to_yaml(), CARD: text}
     if entries := evaluations(report):

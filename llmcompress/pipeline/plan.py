@@ -1,8 +1,8 @@
 """What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
 
-Sizes follow from shapes and formats and are exact, headers apart. Memory is the sum of what is held at once. Time is work
-over speed: the multiplications that a stage does, at the rate at which this machine multiplies matrices now (timed for a
-moment), so it is right to a factor of about two.
+Sizes follow from shapes and formats and are exact, headers apart. Memory is the sum of what is held at once.
+Time is work over speed: the multiplications that a stage does, at the rate at which this machine multiplies
+matrices now (timed for a moment), so it is right to a factor of about two.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from llmcompress.stages.base import Estimate, Workload
 
 @dataclass(frozen=True)
 class PlanRow:
-    """The model after a stage: what it stores, what a token costs, and what the stage costs; of the base no stage's cost."""
+    """The model after a stage: what it stores, what a token costs, and what the stage costs; of the base no
+    stage's cost."""
 
     stage: str
     parameters: int
@@ -120,4 +121,6 @@ def _rate(device: torch.device) -> float:
     while time.perf_counter() - start < 0.2:
         (X @ X).sum().item()
         count += 1
-    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)  # layers run at about 0.6 of a bare product
+    return (
+        0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)
+    )  # layers run at about 0.6 of a bare product

@@ -1,9 +1,10 @@
 """push(): an artefact goes to the Hub, whole, in one commit, with a card that says how to load it from there.
 
-What goes there is a list of files by name, so that nothing which happens to lie in the folder is published by accident:
-what llmcompress wrote, the weights, and what travels beside weights (`companions`). None of it names a path of this
-machine: report, recipe and card are made `for_others`. The report and the recipe in the folder keep such paths, so that
-`reproduce` finds base and text again. A card that its owner has edited stays as it is, but for such paths.
+What goes there is a list of files by name, so that nothing which happens to lie in the folder is published by
+accident: what llmcompress wrote, the weights, and what travels beside weights (`companions`). None of it
+names a path of this machine: report, recipe and card are made `for_others`. The report and the recipe in the
+folder keep such paths, so that `reproduce` finds base and text again. A card that its owner has edited stays
+as it is, but for such paths.
 """
 
 from __future__ import annotations
@@ -20,18 +21,32 @@ from llmcompress.recipe.recipe import FILE as RECIPE
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.model_card import card, evaluations, front_matter
 from llmcompress.report.redaction import for_others, local_names
-from llmcompress.report.schema import CARD, CHANGE_PICTURE, ERROR_PICTURE, EVALUATIONS, FILE, TRAINING_PICTURE, Report
+from llmcompress.report.schema import (
+    CARD,
+    CHANGE_PICTURE,
+    ERROR_PICTURE,
+    EVALUATIONS,
+    FILE,
+    TRAINING_PICTURE,
+    Report,
+)
 
 PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
-REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)  # of an earlier artefact, where this one has none
+REPLACED = (
+    "model*.safetensors*",
+    *PICTURES,
+    EVALUATIONS,
+    *LEGACY,
+)  # of an earlier artefact, where this one has none
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:
-    """Put the artefact in `folder` under the id `repo` on the Hub, which is made if there is none; one commit.
+    """Put the artefact in `folder` under the id `repo` on the Hub, which is made if there is none; one
+    commit.
 
-    After a broken upload the same call goes on: what has arrived is not sent again. Files of an earlier artefact there that
-    this one has no more, such as other shards, go in the same commit. Errors: CompressError where the folder is no whole
-    artefact, OutputError where the Hub refuses.
+    After a broken upload the same call goes on: what has arrived is not sent again. Files of an earlier
+    artefact there that this one has no more, such as other shards, go in the same commit. Errors:
+    CompressError where the folder is no whole artefact, OutputError where the Hub refuses.
     """
     if not hub.is_repository(repo):
         raise OutputError(f"{repo} is no id of a repository; give one like user/name")
@@ -60,7 +75,10 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
 def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
     """Refuse a folder whose recipe is not the one that its report tells of. Errors: OutputError."""
     if recipe.digest != report.recipe_digest:
-        raise OutputError(f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were written")
+        raise OutputError(
+            f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were "
+            "written"
+        )
 
 
 def _is_there(folder: Path, name: str) -> bool:
@@ -74,12 +92,15 @@ def _weights(folder: Path) -> dict[str, Path]:
         names.append(INDEX)
     needed = (*names, CONFIG, SETTINGS, "tokenizer.json")
     if links := [name for name in needed if not is_inside(folder / name, folder)]:
-        raise OutputError(f"{folder / links[0]} is a link that leaves the folder; put the file itself in its place")
+        raise OutputError(
+            f"{folder / links[0]} is a link that leaves the folder; put the file itself in its place"
+        )
     return {name: folder / name for name in names}
 
 
 def _card(folder: Path, report: Report, recipe: Recipe, shared: Report, repo: str) -> bytes:
-    """The card with the id of the repository in it; as it is, where it is no more the one that was written with the model."""
+    """The card with the id of the repository in it; as it is, where it is no more the one that was written
+    with the model."""
     there = (folder / CARD).read_text("utf-8", "replace") if _is_there(folder, CARD) else ""
     told, inherited = recipe.for_others(report), front_matter(there)
     written = (card(report, each.to_yaml(), inherited) for each in (told, recipe))

@@ -1,7 +1,9 @@
-"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it says.
+"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it
+says.
 
-The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the report. What can
-differ without anyone's fault is said first (versions, device), and text that is not the same is refused before the run.
+The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the
+report. What can differ without anyone's fault is said first (versions, device), and text that is not the same
+is refused before the run.
 """
 
 from __future__ import annotations
@@ -59,10 +61,12 @@ def reproduce(
     device: str | None = None,
     track: Track = untracked,
 ) -> Reproduction:
-    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and numbers.
+    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and
+    numbers.
 
-    `base` and `data` take the place of those in the report, as they must where it names what only its author has. The second
-    artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or is not the same text.
+    `base` and `data` take the place of those in the report, as they must where it names what only its author
+    has. The second artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or
+    is not the same text.
     """
     folder, recipe = _artefact(name)
     if out is not None:
@@ -71,15 +75,23 @@ def reproduce(
     require_own_recipe(reported, recipe, folder)
     base = base or _base(reported, recipe)
     text = recipe.data.with_text(data) if data else _text(reported, recipe)
-    text = text.model_copy(update={"bos": reported.data.bos is True})  # reports without the key are of windows without BOS
+    text = text.model_copy(
+        update={"bos": reported.data.bos is True}
+    )  # reports without the key are of windows without BOS
     recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
     on_cpu = pick_device(device or "cpu").type == "cpu"
     with _threads(threads_of(reported.environment.device) if on_cpu else None), scratch_folder() as scratch:
         target = scratch / "again" if out is None else Path(out)
         again = run_recipe(
-            recipe, target, base=base, data=text, device=device, tokens_sha256=reported.data.sha256, overwrite=overwrite,
+            recipe,
+            target,
+            base=base,
+            data=text,
+            device=device,
+            tokens_sha256=reported.data.sha256,
+            overwrite=overwrite,
             track=track,
-        )  # fmt: skip
+        )
         theirs, ours = (Checkpoint.open(each, base=False) for each in (folder, target))
         shape, values = _structure(theirs, ours), _values(theirs, ours)
     if not shape and not values:
@@ -102,7 +114,8 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def threads_of(device: str) -> int | None:
-    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None without them."""
+    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None
+    without them."""
     found = re.search(r"(\d+) threads$", device)
     return int(found[1]) if found else None
 
@@ -110,7 +123,9 @@ def threads_of(device: str) -> int | None:
 def _require_apart(out: Path, folder: Path) -> None:
     """Refuse to write the second artefact over the first, or over what it lies in. Errors: OutputError."""
     if folder.resolve().is_relative_to(out):
-        raise OutputError(f"--out {out} is or holds the artefact {folder} that is compared with; choose another --out")
+        raise OutputError(
+            f"--out {out} is or holds the artefact {folder} that is compared with; choose another --out"
+        )
 
 
 def _artefact(name: str) -> tuple[Path, Recipe]:
@@ -119,7 +134,9 @@ def _artefact(name: str) -> tuple[Path, Recipe]:
     if folder.is_dir():
         return folder, Recipe.from_pretrained(name)
     if folder.exists() or not hub.is_repository(repo):
-        raise ModelError(f"{name} is no folder; give one that `llmcompress run` wrote, or a Hub id like user/name")
+        raise ModelError(
+            f"{name} is no folder; give one that `llmcompress run` wrote, or a Hub id like user/name"
+        )
     recipe = Recipe.from_pretrained(name)
     assert recipe.origin is not None
     return hub.fetch(repo, recipe.origin.revision, wanted="artefact")[0], recipe
@@ -130,8 +147,12 @@ def _base(reported: Report, recipe: Recipe) -> str:
     base = reported.base
     if base.revision is not None:
         return f"{base.model}@{base.revision}"
-    if base.model != DEMO and (recipe.origin is not None or not path_of(base.model, "base", ModelError).is_dir()):
-        raise ModelError(f"the base {base.model} was a folder of whoever made this model; give yours with --base")
+    if base.model != DEMO and (
+        recipe.origin is not None or not path_of(base.model, "base", ModelError).is_dir()
+    ):
+        raise ModelError(
+            f"the base {base.model} was a folder of whoever made this model; give yours with --base"
+        )
     return base.model
 
 
@@ -141,7 +162,9 @@ def _text(reported: Report, recipe: Recipe) -> DataSpec:
     path = path_of(facts.source, "text", DataError).exists()
     here = path and recipe.origin is None
     if facts.source != PYTHON_DOCS and not here and (facts.revision is None or path):
-        raise DataError(f"the text {facts.source} was a file or folder of whoever made this model; give yours with --data")
+        raise DataError(
+            f"the text {facts.source} was a file or folder of whoever made this model; give yours with --data"
+        )
     said = {key: value for key in DATA_PLACE if (value := getattr(facts, key)) is not None}
     return recipe.data.with_place({"source": facts.source, **said})
 
@@ -193,7 +216,10 @@ def _values(one: Checkpoint, other: Checkpoint) -> list[str]:
         was, now = one.read(name), other.read(name)
         if (was.shape, was.dtype) == (now.shape, now.dtype) and not same(was, now):
             found.append(((was != now).float().mean().item(), name))
-    lines = [f"{name}: {100 * share:.3g} % of its values differ" for share, name in sorted(found, reverse=True)[:SHOWN]]
+    lines = [
+        f"{name}: {100 * share:.3g} % of its values differ"
+        for share, name in sorted(found, reverse=True)[:SHOWN]
+    ]
     return [*lines, f"and {len(found) - SHOWN} more tensors"] if len(found) > SHOWN else lines
 
 
@@ -203,4 +229,6 @@ def _close(reported: Report, again: Report) -> bool:
     perplexity, perplexity_now = reported.compressed.perplexity, again.compressed.perplexity
     if kl is None or kl_now is None or perplexity is None or perplexity_now is None:
         return False
-    return abs(perplexity_now - perplexity) <= PERPLEXITY * perplexity and abs(kl_now - kl) <= max(KL * kl, KL_NATS)
+    return abs(perplexity_now - perplexity) <= PERPLEXITY * perplexity and abs(kl_now - kl) <= max(
+        KL * kl, KL_NATS
+    )

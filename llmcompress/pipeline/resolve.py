@@ -1,4 +1,5 @@
-"""What a run needs before it starts: the base on this machine, its tokenizer, the text in windows, the device."""
+"""What a run needs before it starts: the base on this machine, its tokenizer, the text in windows, the
+device."""
 
 from __future__ import annotations
 
@@ -35,37 +36,46 @@ from llmcompress.stages.base import ModelSource
 
 @dataclass(frozen=True)
 class Base:
-    """A model on this machine: what the user called it, where it lies, and at which commit if it came from the Hub."""
+    """A model on this machine: what the user called it, where it lies, and at which commit if it came from
+    the Hub."""
 
     name: str
     folder: Path
     revision: str | None
 
 
-def find_base(name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base") -> Base:
-    """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where there is none.
+def find_base(
+    name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base"
+) -> Base:
+    """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where
+    there is none.
 
     With `weights=False` only its small files are fetched. `wanted` is what the model is to the user.
     """
     if name is None:
-        raise RecipeError("the recipe names no base; add base: to it or pass --base with a folder or a Hub id")
+        raise RecipeError(
+            "the recipe names no base; add base: to it or pass --base with a folder or a Hub id"
+        )
     if name == DEMO:
         return Base(DEMO, DEMO_MODEL, None)
     path = path_of(name, wanted, ModelError)
     if path.is_dir():
         return Base(name, path, None)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or path.exists():
-        raise ModelError(f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name")
+        raise ModelError(
+            f"{wanted} {name} is no folder; give the folder of a model or a Hub id like user/name"
+        )
     repo, at = hub.split(name)
     folder, commit = hub.fetch(repo, revision or at, weights=weights, wanted=wanted)
     return Base(repo, folder, commit)
 
 
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
-    """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows, or an adapter is
-    beside it.
+    """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows,
+    or an adapter is beside it.
 
-    With `base=True` also for what `run_recipe` refuses as a base. No weight is read and no code from the folder is run.
+    With `base=True` also for what `run_recipe` refuses as a base. No weight is read and no code from the
+    folder is run.
     """
     require_no_adapter(folder)
     if not (folder / "config.json").is_file():
@@ -78,12 +88,15 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
 
 
 def require_loadable(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a model that from_pretrained can't load, which is what times it at last; no weight is read. Errors: ModelError."""
+    """Refuse a model that from_pretrained can't load, which is what times it at last; no weight is read.
+    Errors: ModelError."""
     level = logging.get_verbosity()
     try:
         with no_progress_bar():
             logging.set_verbosity_error()
-            AutoModelForCausalLM.from_pretrained(folder, config=defaults(config), device_map="meta", local_files_only=True)
+            AutoModelForCausalLM.from_pretrained(
+                folder, config=defaults(config), device_map="meta", local_files_only=True
+            )
     except Exception as error:  # of its many parts each raises in its own way
         raise ModelError(
             f"{folder} is not loaded by transformers ({_why(error)}); mend its small files, or fetch it again"
@@ -93,7 +106,8 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
 
 
 def require_computable(model: LayerwiseModel) -> None:
-    """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one read of the base.
+    """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one
+    read of the base.
 
     Two tokens go through every layer. Errors: ModelError.
     """
@@ -103,18 +117,25 @@ def require_computable(model: LayerwiseModel) -> None:
     except CompressError:
         raise
     except (RuntimeError, ValueError, TypeError, ArithmeticError, LookupError, AttributeError) as error:
-        raise ModelError(f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it") from error
+        raise ModelError(
+            f"{model.where} can't be computed as its config.json says ({_why(error)}); correct it"
+        ) from error
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there is none such."""
+    """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there
+    is none such."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not device:
         return torch.device("cuda" if count else "cpu")
     kind, _, number = device.partition(":")
     known = {"cpu": 1, "cuda": count}.get(kind, 0)
-    if not known or not (device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)):
-        raise CompressError(f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU")
+    if not known or not (
+        device == kind or (number.isdecimal() and number.isascii() and int(number[:9]) < known)
+    ):
+        raise CompressError(
+            f"there is no device {shortened(device)} here; use cpu, or cuda where torch sees a GPU"
+        )
     return torch.device("cpu" if kind == "cpu" else device)
 
 
@@ -128,9 +149,11 @@ def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
 
 
 def pin_commits(recipe: Recipe) -> Recipe:
-    """The recipe with its teachers and students at the commits that their names stand for now; those in folders stay.
+    """The recipe with its teachers and students at the commits that their names stand for now; those in
+    folders stay.
 
-    So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say which.
+    So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say
+    which.
     """
 
     def at_commit(_: int, role: str, name: str) -> str:
@@ -147,7 +170,9 @@ def source_of(name: str, device: torch.device) -> ModelSource:
     return ModelSource(partial(DiskModel, folder, device), checkpoint.fingerprint, checkpoint.digest)
 
 
-def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+def require_same_vocabulary(
+    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
     for stage in recipe.stages:
         for role, name in stage.models.items():
@@ -155,10 +180,13 @@ def require_same_vocabulary(recipe: Recipe, config: PretrainedConfig, tokenizer:
             theirs = config_of(folder, base=True).vocab_size
             if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):
                 raise ModelError(
-                    f"{role} {name} predicts {theirs} tokens and the base {config.vocab_size}; give one of the same vocabulary"
+                    f"{role} {name} predicts {theirs} tokens and the base {config.vocab_size}; give one of "
+                    "the same vocabulary"
                 )
             if wrong := _other_words(tokenizer, tokenizer_of(folder)):
-                raise ModelError(f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same")
+                raise ModelError(
+                    f"{role} {name} has another tokenizer than the base ({wrong}); give one with the same"
+                )
 
 
 def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
@@ -204,6 +232,7 @@ def calibration_data(
     tokenizer: PreTrainedTokenizerBase,
     training: Callable[[int], int] = lambda length: 0,
 ) -> CalibrationData:
-    """The token windows of a recipe's data for this model, and so many tokens to train on where windows have a length."""
+    """The token windows of a recipe's data for this model, and so many tokens to train on where windows have
+    a length."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

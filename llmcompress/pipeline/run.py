@@ -1,8 +1,9 @@
 """compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
 
-Order is what this file is about: everything that can be refused is refused before the first hour is spent, each finished layer
-is in the journal, the artefact is measured from the disk it was written to, and it appears under its name only when it is
-whole and within what the recipe accepts. A run that died is started again with the same arguments and goes on.
+Order is what this file is about: everything that can be refused is refused before the first hour is spent,
+each finished layer is in the journal, the artefact is measured from the disk it was written to, and it
+appears under its name only when it is whole and within what the recipe accepts. A run that died is started
+again with the same arguments and goes on.
 """
 
 from __future__ import annotations
@@ -74,9 +75,10 @@ def run_recipe(
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
 
-    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it; `tokens_sha256` is the
-    hash that the text must have. Raises CompressError for whatever is wrong with the input, AcceptError where the result misses
-    the recipe's bounds: then nothing is published, and the finished layers are kept.
+    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it;
+    `tokens_sha256` is the hash that the text must have. Raises CompressError for whatever is wrong with the
+    input, AcceptError where the result misses the recipe's bounds: then nothing is published, and the
+    finished layers are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -84,7 +86,11 @@ def run_recipe(
     place = partial_folder(target)
     require_pictures()
     distributed.join(device)
-    found = base if isinstance(base, Base) else find_base(base or recipe.base, recipe.revision if base is None else None)
+    found = (
+        base
+        if isinstance(base, Base)
+        else find_base(base or recipe.base, recipe.revision if base is None else None)
+    )
     config = config_of(found.folder, base=True)
     spec = data_of(recipe, data)
     where, tokenizer = pick_device(device), tokenizer_of(found.folder)
@@ -105,7 +111,8 @@ def run_recipe(
         sequences = calibration_data(model, spec, tokenizer, recipe.training_tokens)
         if tokens_sha256 not in (None, sequences.sha256):
             raise DataError(
-                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with {tokens_sha256[:16]}; "
+                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with "
+                f"{tokens_sha256[:16]}; "
                 "give the same text with --data, or the same base with --base"
             )
         chained = _chain(pinned, model, found, sequences, place, track)
@@ -123,7 +130,8 @@ def run_recipe(
 
 @dataclass(frozen=True)
 class Chained:
-    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of all."""
+    """What the stages came to: the model that the last one was done to, what it made of it, and the facts of
+    all."""
 
     model: DiskModel
     outcome: Outcome
@@ -140,7 +148,9 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track) -> Chained:
+def _chain(
+    recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationData, place: Path, track: Track
+) -> Chained:
     """Do the stages.
 
     Of several processes the first does them, and the others come in where there is training.
@@ -149,7 +159,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
     def teacher(name: str | None) -> ModelSource:
         return source_of(name or str(base.folder), model.device)
 
-    others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # without one, the base is the model
+    others = (
+        (None, *recipe.teachers) if recipe.student else recipe.teachers
+    )  # without one, the base is the model
     fingerprints = [model.fingerprint(), *(teacher(name).fingerprint() for name in others)]
     origin, facts = [] if recipe.student else list(range(len(model.layers))), list[StageFacts]()
     for number, stage in enumerate(recipe.stages):
@@ -158,7 +170,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
             journal = Journal(folder, key) if writes else None
         journal = journal or Journal(folder, key)
         with tempfile.TemporaryDirectory(dir=place) as scratch:
-            context = Context(teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track)
+            context = Context(
+                teacher, origin, sequences, journal, Path(scratch), cache_folder(), recipe.data.seed, track
+            )
             if distributed.first() or stage.trains:
                 facts.append(run_stage(stage, model, context))
         distributed.wait()
@@ -168,7 +182,9 @@ def _chain(recipe: Recipe, model: DiskModel, base: Base, sequences: CalibrationD
             with distributed.first_alone() as writes:
                 if writes and (note := write_joint(journal, model, outcome, base.folder)):
                     facts[-1] = facts[-1].model_copy(update={"notes": (*facts[-1].notes, note)})
-            model = DiskModel(joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes)
+            model = DiskModel(
+                joint_folder(journal), model.device, quantized=bool(outcome.schemes) or model.has_codes
+            )
     return Chained(model, outcome, facts)
 
 
@@ -177,7 +193,9 @@ def _measure(
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model))
+    ours, theirs = (
+        logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model)
+    )
     measured = fidelity(ours, sequences.scored, theirs)
     before = ModelFacts(
         model=base.name,
@@ -200,17 +218,25 @@ def _measure(
 
 
 def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
-    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which tokens, by what."""
+    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which
+    tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
-    made_of = [*fingerprints, sequences.sha256, sequences.training_sha256, versions, source_digest(Path(__file__).parents[1])]
+    made_of = [
+        *fingerprints,
+        sequences.sha256,
+        sequences.training_sha256,
+        versions,
+        source_digest(Path(__file__).parents[1]),
+    ]
     text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @functools.cache
 def source_digest(folder: Path) -> str:
-    """Digest of the source of a package, in which its version is too: an editable one changes under the same version."""
+    """Digest of the source of a package, in which its version is too: an editable one changes under the same
+    version."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):
         digest.update(f"{file.relative_to(folder).as_posix()}\0".encode() + file.read_bytes() + b"\0")
@@ -218,11 +244,14 @@ def source_digest(folder: Path) -> str:
 
 
 def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
-    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on it."""
+    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on
+    it."""
     try:
         return _speed(folder, sequences, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
-        warnings.warn(f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2)
+        warnings.warn(
+            f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2
+        )
         return {}
 
 

@@ -27,7 +27,8 @@ from llmcompress.stages.base import Context, Stage, StageResult, naming_layer, r
 
 
 def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
-    """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors: ModelError."""
+    """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors:
+    ModelError."""
     before: list[StageResult] = []
     for stage in recipe.stages:
         stage.require_possible(model, before, recipe.data.seed)
@@ -43,13 +44,21 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
         facts = stage.apply(model, context)
     if earlier:
         facts.notes.append(
-            f"{earlier} layers were done by an earlier run that was interrupted; the seconds are those of this run"
+            f"{earlier} layers were done by an earlier run that was interrupted; the seconds are those of "
+            "this run"
         )
     if damaged := context.journal.damaged:
         facts.notes.append(
-            f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they held was done again"
+            f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they "
+            "held was done again"
         )
-    fixed = {"name": facts.name, "linears": facts.linears, "kept": facts.kept, "notes": facts.notes, "layers": facts.layers}
+    fixed = {
+        "name": facts.name,
+        "linears": facts.linears,
+        "kept": facts.kept,
+        "notes": facts.notes,
+        "layers": facts.layers,
+    }
     require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
 
@@ -86,7 +95,8 @@ def report_of(
 
 
 def _place(spec: DataSpec) -> dict[str, str]:
-    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any table."""
+    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any
+    table."""
     said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
     if spec.revision is None:
         del said["split"]

@@ -1,8 +1,8 @@
 """What each shipped recipe is for, read from its file: the comment at its head and its stages.
 
-The head says what the recipe does and what was measured of it. What is left of a model and what loads the result follow
-from the stages alone. No model is read, so what depends on one is said as it is for most: a linear that a format cannot
-take keeps its dtype.
+The head says what the recipe does and what was measured of it. What is left of a model and what loads the
+result follow from the stages alone. No model is read, so what depends on one is said as it is for most: a
+linear that a format cannot take keeps its dtype.
 """
 
 from __future__ import annotations
@@ -188,7 +188,10 @@ def _left(stage: str, settings: Settings) -> str:
             else f"{_percent(settings.get('keep', 0.75))} of the parameters of linears"
         )
     if stage == "codebook":
-        return f"{settings.get('entries', 16)} values per {settings.get('per', 'row')}, {_bits(stage, settings)[0]:g} bits per weight"
+        return (
+            f"{settings.get('entries', 16)} values per {settings.get('per', 'row')}, "
+            f"{_bits(stage, settings)[0]:g} bits per weight"
+        )
     if stage != "quantize":
         return ""
     least, most = _bits(stage, settings)

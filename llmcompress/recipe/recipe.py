@@ -1,8 +1,9 @@
 """A recipe: base, data, stages, accept, as one frozen value that YAML spells and a digest names.
 
-Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with a recipe is
-said in one line before anything is read: the key and where it stands, why it can't be, and the nearest right word. A recipe
-from the Hub is data like any other: nothing of it is run, and it can't name a file of this machine.
+Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with
+a recipe is said in one line before anything is read: the key and where it stands, why it can't be, and the
+nearest right word. A recipe from the Hub is data like any other: nothing of it is run, and it can't name a
+file of this machine.
 """
 
 from __future__ import annotations
@@ -16,7 +17,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO
@@ -65,11 +74,15 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, title="llmcompress recipe")
 
-    version: int = Field(default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe")
+    version: int = Field(
+        default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe"
+    )
     base: str | None = Field(
         default=None, min_length=1, description="Hub id or folder of the model; `demo` is the embedded one"
     )
-    revision: str | None = Field(default=None, min_length=1, description="commit, branch or tag of a base on the Hub")
+    revision: str | None = Field(
+        default=None, min_length=1, description="commit, branch or tag of a base on the Hub"
+    )
     data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
     accept: Accept = Accept()
@@ -99,7 +112,8 @@ class Recipe(BaseModel):
         return tuple(stage.models["teacher"] for stage in self.stages if "teacher" in stage.models)
 
     def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
-        """The recipe with other names for its teachers and students: `name_of` is given the stage's number, role and name."""
+        """The recipe with other names for its teachers and students: `name_of` is given the stage's number,
+        role and name."""
         stages = tuple(
             stage.with_models({role: name_of(number, role, name) for role, name in stage.models.items()})
             for number, stage in enumerate(self.stages)
@@ -136,17 +150,21 @@ class Recipe(BaseModel):
         except Unreadable as error:
             raise RecipeError(f"{where} {error}; give a recipe file") from None
         if not isinstance(entries, dict):
-            raise RecipeError(f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:")
+            raise RecipeError(
+                f"{where} holds {_kind(entries)}, not a mapping; a recipe begins with base:, data: or stages:"
+            )
         if isinstance(newer := entries.get("schema"), int) and newer > SCHEMA:
             raise RecipeError(
-                f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress 0.{newer} or newer: "
+                f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress "
+                f"0.{newer} or newer: "
                 f'pip install -U "llmcompress>=0.{newer}"'
             )
         return cls.of_entries(entries, where)
 
     @classmethod
     def of_entries(cls, entries: dict[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins with `where`."""
+        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins
+        with `where`."""
         try:
             return cls.model_validate(entries)
         except ValidationError as error:
@@ -157,16 +175,20 @@ class Recipe(BaseModel):
         """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
         path = path_of(file, "recipe", RecipeError)
         if not path.is_file():
-            raise RecipeError(f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a Hub id")
+            raise RecipeError(
+                f"no recipe file {path}; give the path of a .yaml file, a folder that holds {FILE}, or a "
+                "Hub id"
+            )
         with path.open("rb") as opened:
             return cls.parse(opened.read(LARGEST + 1), str(path))
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Recipe:
-        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact does.
+        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact
+        does.
 
-        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is resolved to a commit,
-        which the recipe and the reports of its runs remember. Errors: RecipeError.
+        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is
+        resolved to a commit, which the recipe and the reports of its runs remember. Errors: RecipeError.
         """
         path = path_of(name, "recipe", RecipeError)
         if path.is_dir():
@@ -174,20 +196,24 @@ class Recipe(BaseModel):
         repo, at = hub.split(str(name))
         if path.is_file() or path.suffix in (".yaml", ".yml") or not hub.is_repository(repo):
             return cls.from_file(path)
-        text, commit = hub.read(repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError)
+        text, commit = hub.read(
+            repo, FILE, revision or at, largest=LARGEST, wanted="recipe", error=RecipeError
+        )
         recipe = cls.parse(text, f"recipe {repo}@{commit[:8]}")
         recipe._origin = RecipeFacts(source=repo, revision=commit)
         return recipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors: OutputError."""
+        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors:
+        OutputError."""
         with writing(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
             put(Path(folder) / FILE, self.to_yaml())
         return Path(folder) / FILE
 
     def push_to_hub(self, repo: str, *, private: bool = False, message: str | None = None) -> str:
-        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors: OutputError."""
+        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors:
+        OutputError."""
         text = self.for_others().to_yaml()
         files = {FILE: text.encode(), CARD: recipe_card(text, repo).encode()}
         return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
@@ -195,18 +221,27 @@ class Recipe(BaseModel):
     def local_names(self, reported: Report | None = None) -> set[str]:
         """The names of the recipe that are files and folders of this machine.
 
-        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an id of the Hub.
+        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an
+        id of the Hub.
         """
-        asked: list[tuple[str, str | None, bool]] = []  # a name, what the report tells of it, whether that is of the Hub
+        asked: list[
+            tuple[str, str | None, bool]
+        ] = []  # a name, what the report tells of it, whether that is of the Hub
         base, data = (reported.base, reported.data) if reported else (None, None)
         if self.base is not None:
-            asked.append((self.base, base.model if base else None, base is not None and base.revision is not None))
-        asked.append((self.data.source, data.source if data else None, data is not None and data.revision is not None))
+            asked.append(
+                (self.base, base.model if base else None, base is not None and base.revision is not None)
+            )
+        asked.append(
+            (self.data.source, data.source if data else None, data is not None and data.revision is not None)
+        )
         for number, stage in enumerate(self.stages):
             facts = reported.stages[number].model_dump() if reported and number < len(reported.stages) else {}
             for role, name in stage.models.items():
                 repo, commit = hub.split(str(facts.get(role)))
-                asked.append((name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit)))
+                asked.append(
+                    (name, repo if hub.is_commit(commit) else facts.get(role), hub.is_commit(commit))
+                )
 
         def is_local(name: str, told: str | None, on_hub: bool) -> bool:
             repo = hub.split(name)[0]
@@ -214,10 +249,15 @@ class Recipe(BaseModel):
                 return not on_hub
             return not hub.is_id(repo) or kind_of(Path(name)) is not None or path_of(name, "recipe").exists()
 
-        return {name for name, told, on_hub in asked if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)}
+        return {
+            name
+            for name, told, on_hub in asked
+            if name not in (DEMO, PYTHON_DOCS) and is_local(name, told, on_hub)
+        }
 
     def for_others(self, reported: Report | None = None) -> Recipe:
-        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of the Hub.
+        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of
+        the Hub.
 
         `reported` is as in `local_names`.
         """
@@ -234,9 +274,11 @@ class Recipe(BaseModel):
         return self.renamed(lambda number, role, name: told(name)).model_copy(update=changed)
 
     def require_own_names(self, *, base: str | None = None, data: str | DataSpec | None = None) -> None:
-        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place. Errors: RecipeError.
+        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place.
+        Errors: RecipeError.
 
-        Its author has no business with the files of this machine, whose words might end up in what is shared later.
+        Its author has no business with the files of this machine, whose words might end up in what is shared
+        later.
         """
         if self.origin is None:
             return
@@ -248,9 +290,14 @@ class Recipe(BaseModel):
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):
                 continue
             if not hub.is_id(hub.split(name)[0]) or path_of(name, place, RecipeError).exists():
-                advice = f"give your own with {option}" if option else "save it to a file and run that, if you trust it"
+                advice = (
+                    f"give your own with {option}"
+                    if option
+                    else "save it to a file and run that, if you trust it"
+                )
                 raise RecipeError(
-                    f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub may name none; "
+                    f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub "
+                    "may name none; "
                     f"{advice}"
                 )
 
@@ -262,8 +309,12 @@ def _kind(value: Any) -> str:
 def _explain(error: ValidationError) -> str:
     """The first thing wrong, as `stages.0.quantize.formt: unknown key; did you mean format?`."""
     errors = error.errors(include_url=False)
-    beside = [one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]]
-    first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]  # what is missing may be misspelt
+    beside = [
+        one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]
+    ]
+    first = (
+        beside[0] if errors[0]["type"] == "missing" and beside else errors[0]
+    )  # what is missing may be misspelt
     path, kind, given = first["loc"], first["type"], first.get("input")
     place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
     if kind == "extra_forbidden":
@@ -273,7 +324,9 @@ def _explain(error: ValidationError) -> str:
         else:
             wrong = "unknown key"
         near = difflib.get_close_matches(str(path[-1]), known, n=1, cutoff=0.5)
-        return f"{place}: {wrong}; " + (f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}")
+        return f"{place}: {wrong}; " + (
+            f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
+        )
     if kind == "missing":
         return f"{place}: is missing; add it"
     message = first["msg"].removeprefix("Value error, ")

@@ -1,6 +1,7 @@
 """The recipes that come with llmcompress, by name, and how a user's word for a recipe is read.
 
-The files are `recipes/*.yaml` of a checkout. A wheel has copies of them in `llmcompress/recipe/shipped_recipes`.
+The files are `recipes/*.yaml` of a checkout. A wheel has copies of them in
+`llmcompress/recipe/shipped_recipes`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ def folder() -> Path:
     for place in (INSTALLED, CHECKOUT):
         if any(place.glob("*.yaml")):
             return place
-    raise RecipeError(f"this installation has no recipes in {INSTALLED}; install llmcompress again, or give a file")
+    raise RecipeError(
+        f"this installation has no recipes in {INSTALLED}; install llmcompress again, or give a file"
+    )
 
 
 def names() -> tuple[str, ...]:
@@ -51,14 +54,16 @@ def load(name: str) -> Recipe:
 def resolve(text: str | Path) -> Recipe:
     """The recipe that a user names: a file or a folder, else a shipped recipe, else an id on the Hub.
 
-    A file wins over the shipped recipe of its name, and so does a folder that holds recipe.yaml. Both are logged.
-    Errors: RecipeError.
+    A file wins over the shipped recipe of its name, and so does a folder that holds recipe.yaml. Both are
+    logged. Errors: RecipeError.
     """
     word, path = str(text), user_path(text, "recipe", RecipeError)
     if word in names():
         if path.is_file() or (path / FILE).is_file():
             kind = "folder" if path.is_dir() else "file"
-            logger.warning("recipe %s: taken from the %s of that name here, not the shipped recipe", word, kind)
+            logger.warning(
+                "recipe %s: taken from the %s of that name here, not the shipped recipe", word, kind
+            )
             return Recipe.from_pretrained(path)
         return load(word)
     on_hub = path.suffix not in SUFFIXES and hub.is_repository(hub.split(word)[0])
@@ -73,4 +78,7 @@ def _advice(word: str) -> str:
     stem = path.stem if path.suffix in SUFFIXES else path.name
     near = difflib.get_close_matches(stem, names(), n=1)
     meant = f"did you mean {near[0]}? " if near else ""
-    return f"{meant}`llmcompress recipes` lists the names; or give a .yaml file, a folder that holds {FILE}, or a Hub id"
+    return (
+        f"{meant}`llmcompress recipes` lists the names; or give a .yaml file, a folder that holds {FILE}, "
+        "or a Hub id"
+    )

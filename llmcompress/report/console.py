@@ -1,7 +1,9 @@
-"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the time, what was kept?
+"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the
+time, what was kept?
 
-Each table is built as rows of plain text first and turned into a rich table last, so that the words are the same at every width
-and names with brackets are never read as markup. The formatters are public: the model card and the pictures use the same units.
+Each table is built as rows of plain text first and turned into a rich table last, so that the words are the
+same at every width and names with brackets are never read as markup. The formatters are public: the model
+card and the pictures use the same units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,7 +30,9 @@ def nats(value: float | None) -> str:
 
 def with_interval(value: float | None, interval: Interval | None) -> str:
     """12.34 [12.10, 12.60]."""
-    return number(value) + (f" [{number(interval[0])}, {number(interval[1])}]" if interval is not None else "")
+    return number(value) + (
+        f" [{number(interval[0])}, {number(interval[1])}]" if interval is not None else ""
+    )
 
 
 def change(before: float | None, after: float | None) -> str:
@@ -41,7 +45,10 @@ def change(before: float | None, after: float | None) -> str:
 def before_after(report: Report) -> Rows:
     """(what, base, compressed, change): also the table of the model card."""
     base, small = report.base, report.compressed
-    bits = [8 * m.size_bytes / m.parameters if m.size_bytes is not None and m.parameters else None for m in (base, small)]
+    bits = [
+        8 * m.size_bytes / m.parameters if m.size_bytes is not None and m.parameters else None
+        for m in (base, small)
+    ]
     texts = [with_interval(m.perplexity, m.perplexity_ci95) for m in (base, small)]
     return [
         (
@@ -50,7 +57,12 @@ def before_after(report: Report) -> Rows:
             amount(small.size_bytes, "B"),
             change(base.size_bytes, small.size_bytes),
         ),
-        ("parameters", amount(base.parameters), amount(small.parameters), change(base.parameters, small.parameters)),
+        (
+            "parameters",
+            amount(base.parameters),
+            amount(small.parameters),
+            change(base.parameters, small.parameters),
+        ),
         ("bits per parameter", number(bits[0]), number(bits[1]), change(*bits)),
         ("perplexity [95 %]", *texts, change(base.perplexity, small.perplexity)),
         (
@@ -89,13 +101,21 @@ def kept_rows(report: Report, shown: int = KEPT_SHOWN) -> Rows:
 def worst_rows(report: Report, shown: int = WORST) -> Rows:
     """(linear, format, bits, relative error), largest error first."""
     worst = sorted(report.linears, key=lambda linear: -linear.relative_error)[:shown]
-    return [(linear.name, linear.format, number(linear.bits), percent(linear.relative_error)) for linear in worst]
+    return [
+        (linear.name, linear.format, number(linear.bits), percent(linear.relative_error)) for linear in worst
+    ]
 
 
 def training_rows(report: Report) -> Rows:
     """(loss, steps, KL on held-out text before and after, share won back) of each stage that trained."""
     return [
-        (training.loss, steps(training), nats(training.kl_before), nats(training.kl_after), percent(training.won_back))
+        (
+            training.loss,
+            steps(training),
+            nats(training.kl_before),
+            nats(training.kl_after),
+            percent(training.won_back),
+        )
         for training in report.trainings
     ]
 
@@ -112,17 +132,24 @@ def time_rows(report: Report) -> Rows:
     times = [(stage.name, stage.seconds) for stage in report.stages]
     times.append(("load, measure, write", max(0.0, whole - sum(seconds for _, seconds in times))))
     return [
-        (name, duration(seconds), percent(seconds / whole) if whole else NONE) for name, seconds in [*times, ("all", whole)]
+        (name, duration(seconds), percent(seconds / whole) if whole else NONE)
+        for name, seconds in [*times, ("all", whole)]
     ]
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and where it ran."""
+    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and
+    where it ran."""
     revision = f" @ {report.base.revision[:12]}" if report.base.revision else ""
     console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
     _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))
     _print(console, "distance from the base", ("", "value"), fidelity_rows(report))
-    _print(console, "training", ("loss", "steps", "held-out KL before", "after", "won back"), training_rows(report))
+    _print(
+        console,
+        "training",
+        ("loss", "steps", "held-out KL before", "after", "won back"),
+        training_rows(report),
+    )
     _print(console, "where the time went", ("stage", "time", "share"), time_rows(report))
     _print(console, "kept as they were", ("linear", "why"), kept_rows(report))
     _print(console, "largest errors", ("linear", "format", "bits", "relative error"), worst_rows(report))
@@ -157,13 +184,23 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
 
 
-def print_reproduction(verdict: str, differences: Iterable[str], reported: Report, again: Report, console: Console) -> None:
+def print_reproduction(
+    verdict: str, differences: Iterable[str], reported: Report, again: Report, console: Console
+) -> None:
     """Print what a second run came to beside what the report says."""
     rows = [
         ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
         ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
-        ("top-1 agreement", percent(reported.fidelity.top1_agreement), percent(again.fidelity.top1_agreement)),
-        ("bytes on disk", amount(reported.compressed.size_bytes, "B"), amount(again.compressed.size_bytes, "B")),
+        (
+            "top-1 agreement",
+            percent(reported.fidelity.top1_agreement),
+            percent(again.fidelity.top1_agreement),
+        ),
+        (
+            "bytes on disk",
+            amount(reported.compressed.size_bytes, "B"),
+            amount(again.compressed.size_bytes, "B"),
+        ),
     ]
     _print(console, f"{reported.compressed.model}: {verdict}", ("", "report", "again"), rows)
     for line in differences:
@@ -212,7 +249,9 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
 def _print(console: Console, title: str, header: Sequence[str], rows: Rows) -> None:
     if not rows:
         return
-    table = Table(title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD)
+    table = Table(
+        title=Text(title, style="bold"), title_justify="left", header_style="dim", box=box.SIMPLE_HEAD
+    )
     for place, name in enumerate(header):
         words = place == 0 or name == "why"
         table.add_column(Text(name), justify="left" if words else "right", overflow="fold")

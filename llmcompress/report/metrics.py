@@ -1,11 +1,13 @@
-"""What a model is worth and what it costs: perplexity, divergence from its base, bytes, tokens per second, memory.
+"""What a model is worth and what it costs: perplexity, divergence from its base, bytes, tokens per second,
+memory.
 
-Fidelity reads batches of logits rather than a model, so that whoever runs the forward passes (a model in memory, or one walked
-layer by layer from disk) is measured by the same code. A batch is gone through once, a few tokens at a time and in float32:
-that copy stays in the processor's cache, and memory stays bounded at a vocabulary of 150 thousand. Perplexity costs 2 to 6 us a
-token at a vocabulary of 4096 on one core (the fused cross entropy is twice as fast there as a hand-written logsumexp), a few
-hundredths of the forward pass of a model of 8 M parameters; divergence costs five to ten times that. Nothing here changes a
-weight, but a kernel may: bitsandbytes repacks 4-bit weights on some CPUs at the first forward, so measure a model that is not
+Fidelity reads batches of logits rather than a model, so that whoever runs the forward passes (a model in
+memory, or one walked layer by layer from disk) is measured by the same code. A batch is gone through once, a
+few tokens at a time and in float32: that copy stays in the processor's cache, and memory stays bounded at a
+vocabulary of 150 thousand. Perplexity costs 2 to 6 us a token at a vocabulary of 4096 on one core (the fused
+cross entropy is twice as fast there as a hand-written logsumexp), a few hundredths of the forward pass of a
+model of 8 M parameters; divergence costs five to ten times that. Nothing here changes a weight, but a kernel
+may: bitsandbytes repacks 4-bit weights on some CPUs at the first forward, so measure a model that is not
 saved afterwards.
 """
 
@@ -27,7 +29,8 @@ from torch import Tensor
 
 from llmcompress.errors import DataError, ModelError
 
-RESAMPLES = 2000  # of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width from seed to seed
+# of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width from seed to seed
+RESAMPLES = 2000
 CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a core's cache ...
 CHUNK_ELEMENTS_GPU = 1 << 25  # ... and 128 MB keeps a GPU busy
 
@@ -39,8 +42,8 @@ Interval = tuple[float, float]
 class Fidelity:
     """Perplexity over W windows and, where a base was given, the distance from it.
 
-    Intervals are 95 % by bootstrap over windows; with a single window an interval has no width. `nll_nats` is the mean negative
-    log-likelihood of each window, float64 [W].
+    Intervals are 95 % by bootstrap over windows; with a single window an interval has no width. `nll_nats` is
+    the mean negative log-likelihood of each window, float64 [W].
     """
 
     perplexity: float
@@ -63,15 +66,20 @@ class Fidelity:
 
 @torch.no_grad()
 def fidelity(
-    logits: Iterable[Tensor], windows: Tensor, against: Iterable[Tensor] | None = None, *, progress: Progress | None = None
+    logits: Iterable[Tensor],
+    windows: Tensor,
+    against: Iterable[Tensor] | None = None,
+    *,
+    progress: Progress | None = None,
 ) -> Fidelity:
-    """Measure a model by its `logits`, float batches [B, L, V] on any device, on `windows`, int64 [W, L] with L >= 2.
+    """Measure a model by its `logits`, float batches [B, L, V] on any device, on `windows`, int64 [W, L] with
+    L >= 2.
 
-    `against` yields the base's logits in batches of the same sizes. Position t predicts token t + 1, so perplexity is over the
-    first L - 1 positions; KL and top-1 agreement count all L, for the last one has a distribution too. KL is computed in
-    float32, exact to about 1e-6 nats, and what rounding leaves below zero counts as zero. p99 is the smallest KL that 99 % of
-    the tokens do not exceed. Raises ModelError for non-finite logits or unequal vocabularies, DataError for tokens outside the
-    vocabulary.
+    `against` yields the base's logits in batches of the same sizes. Position t predicts token t + 1, so
+    perplexity is over the first L - 1 positions; KL and top-1 agreement count all L, for the last one has a
+    distribution too. KL is computed in float32, exact to about 1e-6 nats, and what rounding leaves below zero
+    counts as zero. p99 is the smallest KL that 99 % of the tokens do not exceed. Raises ModelError for
+    non-finite logits or unequal vocabularies, DataError for tokens outside the vocabulary.
     """
     if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
         raise ValueError(f"windows are [W >= 1, L >= 2], not {list(windows.shape)}")
@@ -83,7 +91,8 @@ def fidelity(
 def _columns(
     pairs: Iterable[tuple[Tensor, Tensor | None]], windows: Tensor, progress: Progress | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Per batch: (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B * L])."""
+    """Per batch: (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B *
+    L])."""
     done, largest = 0, int(windows.max())
     for batch, base in pairs:
         B, L, V = batch.shape
@@ -91,11 +100,13 @@ def _columns(
             raise ValueError(f"logits {[B, L, V]} do not continue windows {list(windows.shape)} at {done}")
         if largest >= V:
             raise DataError(
-                f"the evaluation text holds token {largest}, the vocabulary ends at {V - 1}: use the model's own tokenizer"
+                f"the evaluation text holds token {largest}, the vocabulary ends at {V - 1}: use the "
+                "model's own tokenizer"
             )
         if base is not None and base.shape[-1] != V:
             raise ModelError(
-                f"the model predicts {V} tokens and its base {base.shape[-1]}: only models of one vocabulary can be compared"
+                f"the model predicts {V} tokens and its base {base.shape[-1]}: only models of one "
+                "vocabulary can be compared"
             )
         if base is not None and base.shape != batch.shape:
             raise ValueError(f"the base's logits {list(base.shape)} are not beside the model's {[B, L, V]}")
@@ -119,7 +130,8 @@ def _columns(
 
 
 def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the B * L positions, each with its next tokens [C]; a window's last position has none and gets `ignored`."""
+    """Slices of the B * L positions, each with its next tokens [C]; a window's last position has none and
+    gets `ignored`."""
     following = F.pad(target[:, 1:], (0, 1), value=ignored).flatten()
     elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_GPU
     step = max(1, elements // logits.shape[-1])
@@ -131,18 +143,26 @@ def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slic
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """Negative log-likelihood of the next token, float32 [B * L], 0 at the last position of each window."""
     flat = logits.flatten(0, 1)  # [B * L, V]
-    return torch.cat([F.cross_entropy(flat[here].float(), y, reduction="none") for here, y in _chunks(logits, target, -100)])
+    return torch.cat(
+        [
+            F.cross_entropy(flat[here].float(), y, reduction="none")
+            for here, y in _chunks(logits, target, -100)
+        ]
+    )
 
 
 def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll, base's nll, KL(base || model), same first token), each [B * L]; both nll are 0 at a window's last position."""
+    """(nll, base's nll, KL(base || model), same first token), each [B * L]; both nll are 0 at a window's last
+    position."""
     flat, base_flat, parts = logits.flatten(0, 1), base.flatten(0, 1), []
     for here, y in _chunks(logits, target, -1):
         z, z_base = flat[here].float(), base_flat[here].float()  # [C, V]
         same = z.argmax(-1) == z_base.argmax(-1)
         q, p = z.log_softmax(-1), z_base.log_softmax(-1)
         own, other = (-log.gather(-1, y.clamp(min=0)[:, None])[:, 0].masked_fill(y < 0, 0) for log in (q, p))
-        parts.append((own, other, p.exp().mul_(p.sub_(q)).sum(-1), same))  # sum_v p (log p - log q), in place: p and q are ours
+        parts.append(
+            (own, other, p.exp().mul_(p.sub_(q)).sum(-1), same)
+        )  # sum_v p (log p - log q), in place: p and q are ours
     own, other, kl, same = (torch.cat(column) for column in zip(*parts, strict=True))
     return own, other, kl, same
 
@@ -156,7 +176,8 @@ def _per_window(nll: Tensor, B: int) -> Tensor:
 def _finite(values: Tensor, who: str, first: int) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ModelError(
-            f"the {who} yields non-finite logits near evaluation window {first}: its weights hold NaN or its dtype overflows; "
+            f"the {who} yields non-finite logits near evaluation window {first}: its weights hold NaN or "
+            "its dtype overflows; "
             "check the checkpoint or load it in float32"
         )
     return values
@@ -188,7 +209,8 @@ def _summary(columns: list[tuple[Tensor, ...]], L: int) -> Fidelity:
 
 
 def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
-    """exp of the mean of each row of float64 [K, W] with its 95 % percentile interval; all rows share their resamples.
+    """exp of the mean of each row of float64 [K, W] with its 95 % percentile interval; all rows share their
+    resamples.
 
     Windows rather than tokens are drawn, because the tokens of one text depend on each other.
     Source: Efron and Tibshirani 1993, chapter 13.
@@ -203,16 +225,21 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
     out = []
     for mean, low, high in zip(rows.mean(-1).exp().tolist(), *ends.exp().tolist(), strict=True):
         if not math.isfinite(high):
-            raise ModelError("the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from")
-        out.append((mean, (min(low, mean), max(high, mean))))  # one window: the interval is the value, without rounding apart
+            raise ModelError(
+                "the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from"
+            )
+        out.append(
+            (mean, (min(low, mean), max(high, mean)))
+        )  # one window: the interval is the value, without rounding apart
     return out
 
 
 def size_bytes(folder: Path) -> int:
-    """Bytes of the safetensors files in `folder` that transformers loads: the single file, else those of the index, else all.
+    """Bytes of the safetensors files in `folder` that transformers loads: the single file, else those of the
+    index, else all.
 
-    A repository may carry its weights twice (`consolidated.safetensors`); counting both would flatter the compressed model.
-    Raises ModelError where there is none.
+    A repository may carry its weights twice (`consolidated.safetensors`); counting both would flatter the
+    compressed model. Raises ModelError where there is none.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
@@ -223,22 +250,28 @@ def size_bytes(folder: Path) -> int:
         files = set(folder.glob("*.safetensors"))
     missing = sorted(file.name for file in files if not file.is_file())
     if missing or not files:
-        raise ModelError(f"{folder} has no {missing[0] if missing else '*.safetensors'}: download or save the model again")
+        raise ModelError(
+            f"{folder} has no {missing[0] if missing else '*.safetensors'}: download or save the model again"
+        )
     return sum(file.stat().st_size for file in files)
 
 
 def parameters(model: torch.nn.Module) -> int:
-    """Logical number of parameters: shared ones count once, packed 4-bit ones as the numbers that they stand for."""
+    """Logical number of parameters: shared ones count once, packed 4-bit ones as the numbers that they stand
+    for."""
     count = 0
     for parameter in model.parameters():  # each object once
-        state = getattr(parameter, "quant_state", None)  # bitsandbytes' 4-bit weights know the shape that they were packed from
+        state = getattr(
+            parameter, "quant_state", None
+        )  # bitsandbytes' 4-bit weights know the shape that they were packed from
         count += math.prod(state.shape) if state is not None else parameter.numel()
     return count
 
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second at batch size 1: reading a prompt, and writing greedily with the cache; and bytes of the model."""
+    """Tokens per second at batch size 1: reading a prompt, and writing greedily with the cache; and bytes of
+    the model."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -247,14 +280,20 @@ class Speed:
 
 @torch.no_grad()
 def speed(
-    model: torch.nn.Module, windows: Tensor, *, decode_tokens: int = 32, repeats: int = 5, budget_s: float = 3.0
+    model: torch.nn.Module,
+    windows: Tensor,
+    *,
+    decode_tokens: int = 32,
+    repeats: int = 5,
+    budget_s: float = 3.0,
 ) -> Speed:
-    """The best of up to `repeats` runs after one to warm up, on the first of `windows`, int64 [W, L] with L >= 2.
+    """The best of up to `repeats` runs after one to warm up, on the first of `windows`, int64 [W, L] with L
+    >= 2.
 
-    Prefill reads the whole window; decode writes `decode_tokens` (fewer where L is short) after at most 128 tokens of it. Each
-    gets `budget_s` seconds, then no new run starts; a model slower than that is timed by its only run, warm-up and all.
-    Gradients are off through `no_grad`, as in `generate`: `inference_mode` could leave buffers in the model that training
-    refuses later.
+    Prefill reads the whole window; decode writes `decode_tokens` (fewer where L is short) after at most 128
+    tokens of it. Each gets `budget_s` seconds, then no new run starts; a model slower than that is timed by
+    its only run, warm-up and all. Gradients are off through `no_grad`, as in `generate`: `inference_mode`
+    could leave buffers in the model that training refuses later.
     """
     window, memory = windows[:1].to(next(model.parameters()).device), _tensor_bytes(model)
     prompt = window[:, : max(1, min(128, window.shape[1] - decode_tokens))]
@@ -270,7 +309,8 @@ def speed(
 
 
 def _tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the tensors that a model holds, what is shared once; scales that bitsandbytes keeps beside its codes too."""
+    """Bytes of the tensors that a model holds, what is shared once; scales that bitsandbytes keeps beside its
+    codes too."""
     seen: dict[tuple[str, int], int] = {}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -306,26 +346,36 @@ def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
 
 def _now(device: torch.device) -> float:
     if device.type != "cpu":
-        getattr(torch, device.type).synchronize()  # kernels are queued, so wait for them before looking at the clock
+        getattr(
+            torch, device.type
+        ).synchronize()  # kernels are queued, so wait for them before looking at the clock
     return time.perf_counter()
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The most memory held so far: by torch on a CUDA `device`, else by this process (resident set, since its start)."""
+    """The most memory held so far: by torch on a CUDA `device`, else by this process (resident set, since its
+    start)."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
     if status.is_file():
-        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        return next(
+            int(line.split()[1]) * 1024
+            for line in status.read_text().splitlines()
+            if line.startswith("VmHWM")
+        )
     if sys.platform == "win32":
-        return int(importlib.import_module("psutil").Process().memory_info().peak_wset)  # psutil comes with accelerate
+        return int(
+            importlib.import_module("psutil").Process().memory_info().peak_wset
+        )  # psutil comes with accelerate
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """{"versions": {package: version}, "device": words}: what a number in a report depends on besides the recipe.
+    """{"versions": {package: version}, "device": words}: what a number in a report depends on besides the
+    recipe.
 
     `device` is where the work was done; without it, the first GPU if torch sees one.
     """

@@ -1,9 +1,10 @@
-"""The model card: README.md of an artefact, for whoever finds the model and asks what it is, how to load it and how good it is.
+"""The model card: README.md of an artefact, for whoever finds the model and asks what it is, how to load it
+and how good it is.
 
-Every number comes from the report and none is typed here. The front matter carries the results as a `model-index`, in full
-precision, so that the Hub shows them and a script reads them back; the text below it is the same report in words and tables.
-It is a card for others: what lies in a folder or file here is named by its last name alone, by `sharing.for_others`; the Hub
-refuses paths as `base_model`, and nobody needs them.
+Every number comes from the report and none is typed here. The front matter carries the results as a
+`model-index`, in full precision, so that the Hub shows them and a script reads them back; the text below it
+is the same report in words and tables. It is a card for others: what lies in a folder or file here is named
+by its last name alone, by `sharing.for_others`; the Hub refuses paths as `base_model`, and nobody needs them.
 A recipe that is shared alone has a card of its own.
 """
 
@@ -19,35 +20,65 @@ from llmcompress.data.calibration import DEMO
 from llmcompress.io.local_names import is_path, short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.units import amount, number, percent
-from llmcompress.report.console import Rows, before_after, change, fidelity_rows, kept_rows, nats, steps, time_rows, worst_rows
+from llmcompress.report.console import (
+    Rows,
+    before_after,
+    change,
+    fidelity_rows,
+    kept_rows,
+    nats,
+    steps,
+    time_rows,
+    worst_rows,
+)
 from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 
 LARGEST = 1 << 16  # bytes of front matter
-INHERITED = ("license", "license_name", "license_link", "language")  # what a compressed model takes over from its base's card
+INHERITED = (
+    "license",
+    "license_name",
+    "license_link",
+    "language",
+)  # what a compressed model takes over from its base's card
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
 SPARSE = "sparse"
 PLAIN = {SPARSE, "shared", "basis", "codebook"}  # that no kernel of bitsandbytes runs
 CODES = {"quantize", "codebook"}  # stages after which the Hub calls a model quantised
 SHARE = "share"  # the stage after which a model needs our plug-in, whatever the formats
-SHARED = "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by them anew."
-BOS = "Every window of the text begins with the BOS token, as the model expects; what is predicted there is not scored."
+SHARED = (
+    "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by "
+    "them anew."
+)
+BOS = (
+    "Every window of the text begins with the BOS token, as the model expects; what is predicted there is "
+    "not scored."
+)
 NO_SPEED = (
-    "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are dense. Parameters "
+    "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are "
+    "dense. Parameters "
     "are counted as stored, zeros left out."
 )
 
 
 def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: str | None = None) -> str:
-    """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be empty).
+    """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be
+    empty).
 
-    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`. `repo` is the id that
-    the artefact has on the Hub, once it is there. The recipe is to be one for others too, by `Recipe.for_others`.
+    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`. `repo`
+    is the id that the artefact has on the Hub, once it is there. The recipe is to be one for others too, by
+    `Recipe.for_others`.
     """
     report = for_others(report, repo)
     front = _front_of(_front_matter(report, base_card, repo))
-    parts = [_opening(report, repo), _change(report), _loading(report, repo), _recipe(recipe_yaml), _errors(report)]
+    parts = [
+        _opening(report, repo),
+        _change(report),
+        _loading(report, repo),
+        _recipe(recipe_yaml),
+        _errors(report),
+    ]
     parts += [_training(report), _limits(report), _reproduction(report, repo)]
     return front + "\n\n".join(part for part in parts if part) + "\n"
 
@@ -55,13 +86,20 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: s
 def recipe_card(recipe_yaml: str, repo: str) -> str:
     """The text of the README.md of a recipe that is shared alone under the id `repo`."""
     front = _front_of({"library_name": "llmcompress", "tags": ["llmcompress", "recipe"]})
-    use = f"## Use it\n\n```\npip install llmcompress\nllmcompress run {repo} --base user/model --out small/\n```"
-    what = "A recipe of llmcompress, which makes a causal language model smaller and says what that cost. It holds no weights."
+    use = (
+        f"## Use it\n\n```\npip install llmcompress\nllmcompress run {repo} --base user/model --out "
+        "small/\n```"
+    )
+    what = (
+        "A recipe of llmcompress, which makes a causal language model smaller and says what that cost. It "
+        "holds no weights."
+    )
     return front + "\n\n".join([f"# {short_name(repo)}", what, _recipe(recipe_yaml), use]) + "\n"
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The card data at the head of a README.md; empty where there is none that can be read, within the bounds of a recipe."""
+    """The card data at the head of a README.md; empty where there is none that can be read, within the bounds
+    of a recipe."""
     parts = text.split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
@@ -73,7 +111,8 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def evaluations(report: Report) -> list[dict[str, Any]]:
-    """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is another."""
+    """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is
+    another."""
     data, base = report.data, for_others(report).base
     if data.revision is None:
         return []
@@ -133,7 +172,9 @@ def _results(report: Report) -> list[dict[str, Any]]:
         ("top1_agreement", "share of tokens with the same first choice as the base", facts.top1_agreement),
         ("perplexity_ratio", "perplexity / perplexity of the base", facts.perplexity_ratio),
     )
-    measured = [{"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None]
+    measured = [
+        {"type": kind, "name": name, "value": value} for kind, name, value in metrics if value is not None
+    ]
     text, data = report.data.source, report.data
     place = {"config": data.config, "split": data.evaluation_split or data.split, "revision": data.revision}
     dataset = {"type": text.split()[0], "name": text} | {key: value for key, value in place.items() if value}
@@ -148,7 +189,8 @@ def _opening(report: Report, repo: str | None) -> str:
     return (
         f"# {short_name(repo or small.model)}\n\n"
         f"`{base.model}`{revision}, compressed by llmcompress with the recipe below{of}: "
-        f"{amount(base.size_bytes, 'B')} became {amount(small.size_bytes, 'B')} ({change(base.size_bytes, small.size_bytes)}), "
+        f"{amount(base.size_bytes, 'B')} became {amount(small.size_bytes, 'B')} "
+        f"({change(base.size_bytes, small.size_bytes)}), "
         f"perplexity {number(base.perplexity)} became {number(small.perplexity)}, "
         f"and the KL divergence from the base is {nats(report.fidelity.kl_nats_mean)}."
     )
@@ -157,7 +199,9 @@ def _opening(report: Report, repo: str | None) -> str:
 def _change(report: Report) -> str:
     header = ("", "base", "compressed", "change")
     return (
-        f"## Before and after\n\n{_table(header, before_after(report))}\n\n{_table(('', 'value'), fidelity_rows(report))}\n\n"
+        "## Before and "
+        f"after\n\n{_table(header, before_after(report))}\n\n"
+        f"{_table(('', 'value'), fidelity_rows(report))}\n\n"
         f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})"
     )
 
@@ -167,9 +211,17 @@ def _loading(report: Report, repo: str | None) -> str:
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
     ours = bool(formats - NATIVE) or SHARE in stages or uneven
-    packages = "transformers accelerate" + (" bitsandbytes" if formats - PLAIN else "") + (" llmcompress" if ours else "")
+    packages = (
+        "transformers accelerate"
+        + (" bitsandbytes" if formats - PLAIN else "")
+        + (" llmcompress" if ours else "")
+    )
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
-    named = f'"{repo}"' if repo else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
+    named = (
+        f'"{repo}"'
+        if repo
+        else f'"{short_name(report.compressed.model)}"  # this folder, or its id on the Hub'
+    )
     return f"""## Load it
 
 ```
@@ -227,9 +279,16 @@ def _trained(training: TrainingFacts) -> str:
     )
     for role, name in others_in(training).items():
         repo, commit = hub.split(name)
-        settings += f", {role} `{repo}` at revision `{commit}`" if hub.is_commit(commit) else f", {role} `{short_name(name)}`"
+        settings += (
+            f", {role} `{repo}` at revision `{commit}`"
+            if hub.is_commit(commit)
+            else f", {role} `{short_name(name)}`"
+        )
     if training.best[0] == 0:
-        return f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out text, which stays."
+        return (
+            f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out "
+            "text, which stays."
+        )
     return (
         f"{settings}: KL(teacher || student) on held-out text went from {number(training.kl_before)} to "
         f"{nats(training.kl_after)} at step {training.best[0]:,}, {percent(training.won_back)} won back."
@@ -240,12 +299,15 @@ def _limits(report: Report) -> str:
     data = report.data
     limits = (
         *((BOS,) if data.bos else ()),
-        f"Measured on {data.evaluation_tokens:,} tokens of one text ({data.source}). The interval says how far another "
-        "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction following and "
+        f"Measured on {data.evaluation_tokens:,} tokens of one text ({data.source}). The interval says how "
+        "far another "
+        "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction "
+        "following and "
         "safety were not measured.",
         f"Calibrated on {data.calibration_tokens:,} tokens of the same source: text unlike it may lose more.",
         "The mean KL hides rare tokens that changed much more; the 99th percentile shows some of them.",
-        f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be otherwise.",
+        f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be "
+        "otherwise.",
         "Whatever limits the base has, and its licence, hold here too.",
         *((NO_SPEED,) if SPARSE in _formats(report) else ()),
         *((SHARED,) if any(stage.name == SHARE for stage in report.stages) else ()),

@@ -1,7 +1,8 @@
 """Pictures for the model card: where the error sits, what the compression changed, and how a training went.
 
-Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left alone and no display
-is needed; the files carry no date or version, so equal reports give equal bytes. Half a second each, most of it text layout.
+Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left
+alone and no display is needed; the files carry no date or version, so equal reports give equal bytes. Half a
+second each, most of it text layout.
 """
 
 import re
@@ -18,7 +19,16 @@ from llmcompress.io.units import amount, number
 from llmcompress.report.console import change
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")  # safe for the colour-blind
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#7F3C8D",
+    "#444444",
+)  # safe for the colour-blind
 MARKERS = "os^Dv<>P"
 BEFORE, AFTER, BEST, INK, RULE = "#9AA5B1", "#0072B2", "#D55E00", "#222222", "#E3E3E3"
 WIDE = 20  # times the least value, from which on an axis is logarithmic
@@ -27,12 +37,16 @@ Points = dict[str, dict[int, float]]  # kind of linear -> layer -> value
 
 
 def error_per_layer(report: Report, path: Path) -> None:
-    """Draw the relative error of each linear over depth to a PNG at `path`, a line a kind; a strip below marks the kept ones.
+    """Draw the relative error of each linear over depth to a PNG at `path`, a line a kind; a strip below
+    marks the kept ones.
 
-    Several linears of one kind in one layer (experts) are drawn as their mean. Those outside the layers, such as the head,
-    stand right of the last layer. Without any linear the picture says so.
+    Several linears of one kind in one layer (experts) are drawn as their mean. Those outside the layers, such
+    as the head, stand right of the last layer. Without any linear the picture says so.
     """
-    placed = [_place(name) for name in [linear.name for linear in report.linears] + [linear.name for linear in report.kept]]
+    placed = [
+        _place(name)
+        for name in [linear.name for linear in report.linears] + [linear.name for linear in report.kept]
+    ]
     depth = 1 + max((layer for layer, _ in placed if layer is not None), default=-1)
     errors = _by_kind(((linear.name, 100 * linear.relative_error) for linear in report.linears), depth)
     kept = _by_kind(((linear.name, 0.0) for linear in report.kept), depth)
@@ -45,12 +59,15 @@ def error_per_layer(report: Report, path: Path) -> None:
     if kept:
         _strip(rows[1], kept, kinds)
     _depth_ticks(rows[-1], depth, [kind for layer, kind in placed if layer is None])
-    rows[0].set_title(f"Error of each linear over depth: {short_name(report.compressed.model)}", loc="left", color=INK)
+    rows[0].set_title(
+        f"Error of each linear over depth: {short_name(report.compressed.model)}", loc="left", color=INK
+    )
     _save(figure, path)
 
 
 def _depth_ticks(axes: Axes, depth: int, outside: list[str]) -> None:
-    """At most 13 layers by number, and one tick more for what is outside them, by name where it is one linear."""
+    """At most 13 layers by number, and one tick more for what is outside them, by name where it is one
+    linear."""
     step = max(1, -(-depth // 12))
     ticks = [(x, str(x)) for x in range(0, depth, step) if not outside or depth - x >= step]
     if outside:
@@ -64,7 +81,9 @@ def _lines(axes: Axes, errors: Points, kinds: dict[str, int]) -> None:
     for kind, points in errors.items():
         place = kinds[kind] % len(COLOURS)
         x, y = list(points), list(points.values())
-        axes.plot(x, y, label=kind, color=COLOURS[place], marker=MARKERS[place], markersize=4.5, linewidth=1.4)
+        axes.plot(
+            x, y, label=kind, color=COLOURS[place], marker=MARKERS[place], markersize=4.5, linewidth=1.4
+        )
     _plain(axes)
     axes.set_ylim(bottom=0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g} %"))
@@ -79,14 +98,21 @@ def _lines(axes: Axes, errors: Points, kinds: dict[str, int]) -> None:
 def _strip(axes: Axes, kept: Points, kinds: dict[str, int]) -> None:
     """One row a kind, a cross at each layer whose linear was kept."""
     for row, (kind, points) in enumerate(kept.items()):
-        axes.plot(list(points), [row] * len(points), "x", color=COLOURS[kinds[kind] % len(COLOURS)], markeredgewidth=1.8)
+        axes.plot(
+            list(points),
+            [row] * len(points),
+            "x",
+            color=COLOURS[kinds[kind] % len(COLOURS)],
+            markeredgewidth=1.8,
+        )
     _plain(axes)
     axes.set_ylim(len(kept) - 0.4, -0.6)
     axes.set_yticks(range(len(kept)), [f"kept: {kind}" for kind in kept], fontsize=8)
 
 
 def before_after(report: Report, path: Path) -> None:
-    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second before and after to a PNG at `path`."""
+    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second before and after to a PNG
+    at `path`."""
     base, small = report.base, report.compressed
     figure = Figure(figsize=(10.0, 3.6), dpi=150, layout="constrained")
     size, perplexity, reading, writing = figure.subplots(1, 4)
@@ -102,13 +128,23 @@ def before_after(report: Report, path: Path) -> None:
     _save(figure, path)
 
 
-def _bars(axes: Axes, title: str, before: float | None, after: float | None, words: Callable[[float], str]) -> None:
+def _bars(
+    axes: Axes, title: str, before: float | None, after: float | None, words: Callable[[float], str]
+) -> None:
     if not _panel(axes, title, before, after):
         return
     for place, (value, colour) in enumerate(((before, BEFORE), (after, AFTER))):
         if value is not None:
             axes.bar(place, value, width=0.62, color=colour)
-            axes.annotate(words(value), (place, value), (0, 3), textcoords="offset points", ha="center", fontsize=9, color=INK)
+            axes.annotate(
+                words(value),
+                (place, value),
+                (0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=9,
+                color=INK,
+            )
     axes.set_ylim(0, 1.15 * max(before or 0, after or 0) or 1)
     axes.yaxis.set_visible(False)
     axes.spines["left"].set_visible(False)
@@ -123,9 +159,23 @@ def _intervals(axes: Axes, title: str, values: list[tuple[float | None, Interval
             continue
         low, high = interval or (value, value)
         axes.errorbar(
-            place, value, [[max(0.0, value - low)], [max(0.0, high - value)]], fmt="o", color=colour, capsize=5, linewidth=2
+            place,
+            value,
+            [[max(0.0, value - low)], [max(0.0, high - value)]],
+            fmt="o",
+            color=colour,
+            capsize=5,
+            linewidth=2,
         )
-        axes.annotate(number(value), (place, value), (8, 0), textcoords="offset points", va="center", fontsize=9, color=INK)
+        axes.annotate(
+            number(value),
+            (place, value),
+            (8, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=9,
+            color=INK,
+        )
     axes.margins(y=0.15)
     axes.ticklabel_format(axis="y", useOffset=False)
 
@@ -135,7 +185,10 @@ def _panel(axes: Axes, title: str, before: float | None, after: float | None) ->
     _plain(axes)
     difference = change(before, after)
     axes.set_title(title, fontsize=10, color=INK)
-    axes.set_xticks((0, 1), ("base", f"compressed\n{difference}" if before is not None and after is not None else "compressed"))
+    axes.set_xticks(
+        (0, 1),
+        ("base", f"compressed\n{difference}" if before is not None and after is not None else "compressed"),
+    )
     axes.set_xlim(-0.6, 1.75)
     if before is None and after is None:
         axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", fontsize=9, color=INK)
@@ -146,10 +199,11 @@ def _panel(axes: Axes, title: str, before: float | None, after: float | None) ->
 
 
 def training_curves(report: Report, path: Path) -> None:
-    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError without any.
+    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError
+    without any.
 
-    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All panels share one
-    axis of nats a token, logarithmic where values are far apart.
+    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All
+    panels share one axis of nats a token, logarithmic where values are far apart.
     """
     trainings = report.trainings
     figure = Figure(figsize=(max(9.0, 3.2 * len(trainings)), 3.8), dpi=150, layout="constrained")
@@ -170,13 +224,16 @@ def training_curves(report: Report, path: Path) -> None:
 
 
 def _curve(axes: Axes, training: TrainingFacts) -> None:
-    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the legend."""
+    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the
+    legend."""
     points, best = training.points, training.best
     axes.plot(*zip(*points, strict=True), color=AFTER, marker="o", markersize=4.5, linewidth=1.4)
     start = "before" if best[0] else "before, which stays"
     axes.plot(*points[0], "o", color=BEFORE, markersize=9, label=f"{start}: {number(points[0][1])}")
     if best[0]:
-        axes.plot(*best, "D", color=BEST, markersize=7.5, label=f"step {best[0]:,}, which stays: {number(best[1])}")
+        axes.plot(
+            *best, "D", color=BEST, markersize=7.5, label=f"step {best[0]:,}, which stays: {number(best[1])}"
+        )
     _plain(axes)
     axes.set_title(training.loss, fontsize=10, color=INK)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -193,7 +250,8 @@ def _plain(axes: Axes) -> None:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); else None."""
+    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); else
+    None."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
     return (int(match[1]), re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "", match[2])) if match else (None, name)
 

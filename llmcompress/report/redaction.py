@@ -1,8 +1,9 @@
 """The report as it is shared: without what only the machine knows that it was made on.
 
-In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys alone, so
-that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that folder, is made from
-`for_others`: it names files and folders by their last names, and what comes from the Hub by its id.
+In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys
+alone, so that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that
+folder, is made from `for_others`: it names files and folders by their last names, and what comes from the Hub
+by its id.
 """
 
 from __future__ import annotations
@@ -31,18 +32,23 @@ def local_names(report: Report) -> list[str]:
     names = [report.compressed.model]
     names += [report.base.model] if report.base.revision is None else []
     names += [report.data.source] if is_local_text(report) else []
-    return names + [name for stage in report.stages for name in others_in(stage).values() if not _on_hub(name)]
+    return names + [
+        name for stage in report.stages for name in others_in(stage).values() if not _on_hub(name)
+    ]
 
 
 def for_others(report: Report, repo: str | None = None) -> Report:
-    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by their last names."""
+    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by
+    their last names."""
     names = local_names(report)
     base, data = report.base, report.data
     text = short_name(data.source) if is_local_text(report) else data.source
     return report.model_copy(
         update={
             "base": base if base.revision else base.model_copy(update={"model": short_name(base.model)}),
-            "compressed": report.compressed.model_copy(update={"model": repo or short_name(report.compressed.model)}),
+            "compressed": report.compressed.model_copy(
+                update={"model": repo or short_name(report.compressed.model)}
+            ),
             "data": data.model_copy(update={"source": text}),
             "stages": tuple(_stage(stage, names) for stage in report.stages),
         }

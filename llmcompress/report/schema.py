@@ -1,8 +1,9 @@
 """The report of a compression: what was measured before and after, written into the artefact as report.json.
 
-The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic models that refuse
-what they don't know; only a stage and a linear may carry facts of their own. A number that was not measured is null, never 0.
-The rooms beside this one: `measure` gets the numbers, `render` prints them, `card` and `pictures` show them on the Hub.
+The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic
+models that refuse what they don't know; only a stage and a linear may carry facts of their own. A number that
+was not measured is null, never 0. The rooms beside this one: `measure` gets the numbers, `render` prints
+them, `card` and `pictures` show them on the Hub.
 """
 
 import json
@@ -10,18 +11,38 @@ import re
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, JsonValue, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    FiniteFloat,
+    JsonValue,
+    NonNegativeInt,
+    ValidationError,
+    model_validator,
+)
 
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.io.safe_parsing import Unreadable, json_of
 from llmcompress.io.user_paths import path_of
 
-SCHEMA = 1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
+SCHEMA = (
+    1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
+)
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
-CARD, EVALUATIONS = "README.md", ".eval_results/llmcompress.yaml"  # the second is where the Hub looks for them
+CARD, EVALUATIONS = (
+    "README.md",
+    ".eval_results/llmcompress.yaml",
+)  # the second is where the Hub looks for them
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
-DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")  # keys of data, of a Hub data set or a table
+DATA_PLACE = (
+    "revision",
+    "config",
+    "split",
+    "evaluation_split",
+    "column",
+)  # keys of data, of a Hub data set or a table
 TRAINS = "distill"  # the stage whose facts are those of a training
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
@@ -40,7 +61,8 @@ class _OpenFacts(BaseModel):
 
 
 class ModelFacts(_Facts):
-    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads, decode_ writes.
+    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads,
+    decode_ writes.
 
     `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
     """
@@ -57,7 +79,8 @@ class ModelFacts(_Facts):
 
 
 class FidelityFacts(_Facts):
-    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base || compressed)."""
+    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base ||
+    compressed)."""
 
     kl_nats_mean: Amount | None = None
     kl_nats_p99: Amount | None = None
@@ -69,8 +92,9 @@ class FidelityFacts(_Facts):
 class DataFacts(_Facts):
     """The text: `sha256` is over the calibration and evaluation tokens.
 
-    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of `split` evaluate.
-    `bos` is there, and true, where each window begins with the BOS token, and what is predicted there is not scored.
+    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of
+    `split` evaluate. `bos` is there, and true, where each window begins with the BOS token, and what is
+    predicted there is not scored.
     """
 
     source: str
@@ -93,7 +117,8 @@ class RecipeFacts(_Facts):
 
 
 class LinearFacts(_OpenFacts):
-    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its calibration outputs Y."""
+    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its
+    calibration outputs Y."""
 
     name: str
     format: str
@@ -125,9 +150,11 @@ class StageFacts(_OpenFacts):
 
 
 class TrainingFacts(_OpenFacts):
-    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at best and by step.
+    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at
+    best and by step.
 
-    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null is no number.
+    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null
+    is no number.
     """
 
     loss: str
@@ -137,7 +164,10 @@ class TrainingFacts(_OpenFacts):
     length: NonNegativeInt
     kl_before: FiniteFloat
     kl_after: FiniteFloat
-    curve: Annotated[tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...], Field(strict=False)]
+    curve: Annotated[
+        tuple[Annotated[tuple[NonNegativeInt, FiniteFloat | None], Field(strict=False)], ...],
+        Field(strict=False),
+    ]
 
     @classmethod
     def of(cls, stage: StageFacts) -> "TrainingFacts":
@@ -209,7 +239,8 @@ class Report(_Facts):
         return tuple(TrainingFacts.of(stage) for stage in self.stages if stage.name == TRAINS)
 
     def to_json(self) -> str:
-        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a stage's facts."""
+        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a
+        stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
         optional = [
@@ -229,17 +260,23 @@ class Report(_Facts):
         except Unreadable as error:
             raise CompressError(f"{where} {error}: take {FILE} as llmcompress wrote it") from None
         if not isinstance(raw, dict) or "schema" not in raw:
-            raise CompressError(f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` wrote")
+            raise CompressError(
+                f"{where} is not a report of llmcompress: it has no key schema; give a folder that `run` "
+                "wrote"
+            )
         if raw["schema"] != SCHEMA or isinstance(raw["schema"], bool):
             raise CompressError(
-                f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install {_writer(raw)}"
+                f"{where} has schema {raw['schema']!r}, this llmcompress reads {SCHEMA}: install "
+                f"{_writer(raw)}"
             )
         try:
             return cls.model_validate(raw)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
             key = " ".join(".".join(map(str, first["loc"])).split())
-            raise CompressError(f"{where}: {key}: {first['msg']}; take {FILE} as llmcompress wrote it") from None
+            raise CompressError(
+                f"{where}: {key}: {first['msg']}; take {FILE} as llmcompress wrote it"
+            ) from None
 
     @classmethod
     def of(cls, folder: str | Path) -> "Report":
@@ -250,13 +287,19 @@ class Report(_Facts):
                 text = opened.read(LARGEST + 1)
         except OSError as error:
             reason = error.strerror or type(error).__name__
-            raise CompressError(f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote") from None
+            raise CompressError(
+                f"{file} can't be read ({reason}): give a folder that `llmcompress run` wrote"
+            ) from None
         return cls.from_json(text, file)
 
     def require(
-        self, kl_nats: float | None = None, perplexity_ratio: float | None = None, top1_agreement: float | None = None
+        self,
+        kl_nats: float | None = None,
+        perplexity_ratio: float | None = None,
+        top1_agreement: float | None = None,
     ) -> None:
-        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds, agreement a lower one.
+        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds,
+        agreement a lower one.
 
         A bound on what was not measured is missed. None asks nothing.
         """
@@ -269,7 +312,9 @@ class Report(_Facts):
         if misses:
             tries = [_GENTLER[stage.name] for stage in self.stages if stage.name in _GENTLER]
             advice = ", ".join(dict.fromkeys([*tries, "or a looser bound"]))
-            raise AcceptError(f"the result misses accept: {'; '.join(misses)}; try {advice.removeprefix('or ')}")
+            raise AcceptError(
+                f"the result misses accept: {'; '.join(misses)}; try {advice.removeprefix('or ')}"
+            )
 
 
 _GENTLER = {  # what asks less of a stage, in the words of a recipe

@@ -1,7 +1,8 @@
-"""What every stage of a recipe is: its settings, what it says before it runs, what it does, and what it leaves.
+"""What every stage of a recipe is: its settings, what it says before it runs, what it does, and what it
+leaves.
 
-The pipeline asks a stage and never what kind of stage it has. A new stage is a subclass of `Stage` in a folder of its own and a
-line in `recipe.entries.STAGES`.
+The pipeline asks a stage and never what kind of stage it has. A new stage is a subclass of `Stage` in a
+folder of its own and a line in `recipe.entries.STAGES`.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ def naming_layer(layer: str) -> Iterator[None]:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise ModelError(
-            f"{layer}: {first_line(error)}; the base's weights are too large here, take a sound copy, or skip this layer or "
+            f"{layer}: {first_line(error)}; the base's weights are too large here, take a sound copy, or "
+            "skip this layer or "
             "stage"
         ) from None
 
@@ -51,7 +53,8 @@ def require_numbers(value: Any, layer: str) -> None:
             require_numbers(entry, layer)
     elif isinstance(value, float) and not math.isfinite(value):
         raise ModelError(
-            f"{layer} is {value}: the base's weights are too large to be measured in float32; take a sound copy, or skip this "
+            f"{layer} is {value}: the base's weights are too large to be measured in float32; take a sound "
+            "copy, or skip this "
             "layer or stage"
         )
 
@@ -69,7 +72,9 @@ class ModelSource:
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
-    teacher: Callable[[str | None], ModelSource]  # a model by its name; without one, that which the run began with
+    teacher: Callable[
+        [str | None], ModelSource
+    ]  # a model by its name; without one, that which the run began with
     origin: Sequence[int]  # which layers of that one the model's own were
     data: CalibrationData
     journal: Journal
@@ -103,7 +108,9 @@ class StageResult:
 
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)  # how linears are written, by full name
     kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are, with the reason
-    ties: Mapping[str, str] = field(default_factory=dict)  # tensor -> the tensor that it is, in the model's names
+    ties: Mapping[str, str] = field(
+        default_factory=dict
+    )  # tensor -> the tensor that it is, in the model's names
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that change
     removed_layers: tuple[int, ...] = ()
     removed: frozenset[str] = frozenset()  # tensors that are no longer stored, by their names in the model
@@ -132,7 +139,8 @@ class Estimate:
 
 
 class Settings(BaseModel):
-    """Settings of a recipe: frozen, without unknown keys; a key that was renamed is refused with its new name."""
+    """Settings of a recipe: frozen, without unknown keys; a key that was renamed is refused with its new
+    name."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
     retired: ClassVar[Mapping[str, str]] = {}  # key -> what to write instead
@@ -149,8 +157,9 @@ class Settings(BaseModel):
 class Stage(Settings):
     """One stage of a recipe.
 
-    Its fields are what a recipe says of it. The methods are what the pipeline asks, in the order in which it asks: whether the
-    stage may stand where it stands, whether the model can take it, what it would cost, then the work, then what it left.
+    Its fields are what a recipe says of it. The methods are what the pipeline asks, in the order in which it
+    asks: whether the stage may stand where it stands, whether the model can take it, what it would cost, then
+    the work, then what it left.
     """
 
     name: ClassVar[str]  # in recipes, journals and reports
@@ -187,12 +196,18 @@ class Stage(Settings):
         """Refuse a place between other stages of a recipe. Errors: ValueError, which says why."""
         if any(stage.quantizes for stage in before):
             raise ValueError(
-                "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes "
+                "a quantised model can't be changed again, but for what is not in codes: after the one "
+                "quantize comes "
                 "nothing, or distill with train: scales, norms or all"
             )
-        if self.combines and any(stage.trains for stage in before) and not any(stage.trains for stage in after):
+        if (
+            self.combines
+            and any(stage.trains for stage in before)
+            and not any(stage.trains for stage in after)
+        ):
             raise ValueError(
-                f"distill heals what comes before it, and {self.name} comes after the last one; put distill after {self.name}"
+                f"distill heals what comes before it, and {self.name} comes after the last one; put distill "
+                f"after {self.name}"
             )
 
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
@@ -205,8 +220,8 @@ class Stage(Settings):
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """What the stage leaves of `model`.
 
-        Without a journal of what the stage has found, as far as that is known before: layers alike, the last ones removed.
-        Errors: ModelError where the model can't take the stage.
+        Without a journal of what the stage has found, as far as that is known before: layers alike, the last
+        ones removed. Errors: ModelError where the model can't take the stage.
         """
 
     @abstractmethod

@@ -1,4 +1,5 @@
-"""Which errors of a layer the model's predictions feel: the output Fisher matrices, found once and kept in the journal."""
+"""Which errors of a layer the model's predictions feel: the output Fisher matrices, found once and kept in
+the journal."""
 
 from __future__ import annotations
 
@@ -37,17 +38,23 @@ def fisher(context: Context, index: int) -> Tensor:
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:
-    """M [D, D], such that an error e of what a sublayer adds in a layer costs |e M|^2 nats a token; None where none is known.
+    """M [D, D], such that an error e of what a sublayer adds in a layer costs |e M|^2 nats a token; None
+    where none is known.
 
     That is where a norm follows the sublayer, which the matrix of the layer does not reach through.
     """
     rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
-    gains = {name.removesuffix(".weight") for name, row in rows.items() if row == "hidden" and name.endswith(".weight")}
+    gains = {
+        name.removesuffix(".weight")
+        for name, row in rows.items()
+        if row == "hidden" and name.endswith(".weight")
+    }
     if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
         return None
     return nats_factor(fisher(context, index).to(model.device))
 
 
 def nats_factor(F_DD: Tensor) -> Tensor:
-    """M [D, D], such that an error e costs |e M|^2 nats a token where F is the Fisher matrix of what it is an error of."""
+    """M [D, D], such that an error e costs |e M|^2 nats a token where F is the Fisher matrix of what it is an
+    error of."""
     return metric_factor(F_DD, DAMP) * (F_DD.diagonal().mean() / 2).sqrt()

@@ -1,7 +1,9 @@
-"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in place, the order.
+"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in
+place, the order.
 
-The order is that of the computation: each layer with the inputs that the layers before it give as they have become, and in it
-the linears that read one input after another, so that each makes good what those before it lost against the full model.
+The order is that of the computation: each layer with the inputs that the layers before it give as they have
+become, and in it the linears that read one input after another, so that each makes good what those before it
+lost against the full model.
 """
 
 from __future__ import annotations
@@ -36,13 +38,17 @@ def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
     return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
 
 
-def require_known(what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()) -> None:
+def require_known(
+    what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()
+) -> None:
     """Refuse a pattern that matches no linear, and is no axis where those may stand. Errors: ModelError."""
     for pattern in patterns:
         if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
             also = f", and axes {', '.join(axes)}" if axes else ""
             shown = min(name for name in names if "." in name)
-            raise ModelError(f'{what} "{pattern}" matches no linear of this model; they have names like {shown}{also}')
+            raise ModelError(
+                f'{what} "{pattern}" matches no linear of this model; they have names like {shown}{also}'
+            )
 
 
 def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> float:
@@ -52,7 +58,8 @@ def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) 
 
 
 def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
-    """What the journal holds in place of the layer's weights and biases, with what kernels do to the inputs."""
+    """What the journal holds in place of the layer's weights and biases, with what kernels do to the
+    inputs."""
     for linear, how in written.items():
         parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
         packed = how.read(parts, layer.weight(linear).shape[1])
@@ -80,13 +87,16 @@ def rewritable(
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
     """The linears of layers that their layouts take, by full name, and those to keep with the reason.
 
-    `layout_of` is asked with the full name of each linear.
-    Raises ModelError for a pattern of `skip` that matches none, and where none is left; it says what no linear `becomes`.
+    `layout_of` is asked with the full name of each linear. Raises ModelError for a pattern of `skip` that
+    matches none, and where none is left; it says what no linear `becomes`.
     """
     ours = inner(model, model.anatomy.linears)
     require_known("skip", skip, ours)
     maps = dict(model.linear_maps())
-    reasons = {name: refused(name, model, ours, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()}
+    reasons = {
+        name: refused(name, model, ours, skip) or layout_of(name).refusal(shape)
+        for name, shape in maps.items()
+    }
     kept = {name: why for name, why in reasons.items() if why}
     kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
     chosen = {name: layout_of(name) for name in maps if name not in kept}
@@ -97,10 +107,11 @@ def rewritable(
 
 @dataclass(frozen=True)
 class Rewriting:
-    """Linears written anew one after another: the stage's name in the journal, what to call the work, who does one linear.
+    """Linears written anew one after another: the stage's name in the journal, what to call the work, who
+    does one linear.
 
-    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout. Uncalibrated, it only looks
-    at the weight, and no full model runs beside.
+    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout.
+    Uncalibrated, it only looks at the weight, and no full model runs beside.
     """
 
     stage: str
@@ -109,7 +120,11 @@ class Rewriting:
     calibrated: bool = True
 
     def done(
-        self, model: LayerwiseModel, context: Context, chosen: Mapping[str, RewrittenLayout], kept: Mapping[str, str]
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        chosen: Mapping[str, RewrittenLayout],
+        kept: Mapping[str, str],
     ) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
@@ -128,9 +143,13 @@ class Rewriting:
         return facts
 
     def _layer(
-        self, layer: DecoderLayer, layouts: Mapping[str, RewrittenLayout], dtype_of: Callable[[str], torch.dtype]
+        self,
+        layer: DecoderLayer,
+        layouts: Mapping[str, RewrittenLayout],
+        dtype_of: Callable[[str], torch.dtype],
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """The tensors of the layer that change, by their full names, and what that cost; they are put in place."""
+        """The tensors of the layer that change, by their full names, and what that cost; they are put in
+        place."""
         tensors: dict[str, Tensor] = {}
         facts = []
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
@@ -148,7 +167,9 @@ class Rewriting:
                     dtype = dtype_of(f"{name}.bias")
                     layer.shift_bias(linear, shift_R, dtype)
                     tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
-                lost = output_error(W_RC, S_RC, moments[linear].H_CC)  # of the outputs on the calibration text
+                lost = output_error(
+                    W_RC, S_RC, moments[linear].H_CC
+                )  # of the outputs on the calibration text
                 errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
                 bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
                 facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
@@ -159,11 +180,14 @@ def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[st
     """How many linears are rewritten and how many stay, for a plan; nothing where none stays."""
     if not kept:
         return ()
-    return (f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",)
+    return (
+        f"{len(shapes)} linears are rewritten, {len(kept)} kept ({'; '.join(sorted(set(kept.values())))})",
+    )
 
 
 def rewriting_memory(model: MetaModel, work: Workload) -> int:
-    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest solver."""
+    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest
+    solver."""
     widest = max(C for _, (_, C) in model.linear_maps())
     states: int = 4 * work.tokens * model.config.hidden_size
     return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

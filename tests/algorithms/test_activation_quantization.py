@@ -1,4 +1,5 @@
-"""The rounding of activations against whole numbers in int64 and float64, and the histogram against all that it has seen."""
+"""The rounding of activations against whole numbers in int64 and float64, and the histogram against all that
+it has seen."""
 
 from __future__ import annotations
 
@@ -42,7 +43,8 @@ def largest(bits: int) -> int:
 
 
 def quarters(bits: int, T: int, C: int, seed: int = 0) -> Tensor:
-    """Quarters of whole numbers whose largest in each token is the largest code: the step is one, int64 [T, C] in quarters."""
+    """Quarters of whole numbers whose largest in each token is the largest code: the step is one, int64 [T,
+    C] in quarters."""
     top = 4 * largest(bits)
     x_TC = torch.randint(-top, top + 1, (T, C), generator=torch.Generator().manual_seed(seed))
     x_TC[torch.arange(T), torch.arange(T) % C] = torch.where(torch.arange(T) % 2 == 0, top, -top)
@@ -56,7 +58,8 @@ def whole(quarter: int) -> int:
 
 
 def check(x: Tensor, found: Tensor, step: Tensor | float, bits: int) -> None:
-    """In float64: whole multiples of the step, none beyond the codes, each as near to x (clipped to them) as half a step."""
+    """In float64: whole multiples of the step, none beyond the codes, each as near to x (clipped to them) as
+    half a step."""
     step = torch.as_tensor(step).double()
     codes = (found.double() / step).round()
     loss = torch.finfo(x.dtype).eps if x.dtype != torch.float32 else 1e-6
@@ -73,13 +76,17 @@ def test_tokens_become_the_whole_numbers_of_integer_arithmetic(bits: int, shape:
     quarter_TC = quarters(bits, *shape)
     expected = [[whole(quarter) for quarter in row] for row in quarter_TC.tolist()]
     assert round_tokens(quarter_TC / 4, bits).long().tolist() == expected
-    assert round_tokens(quarter_TC / 4 * 2.0**-9, bits).mul(2.0**9).tolist() == expected  # a power of two is lost on no step
+    assert (
+        round_tokens(quarter_TC / 4 * 2.0**-9, bits).mul(2.0**9).tolist() == expected
+    )  # a power of two is lost on no step
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_one_scale_gives_the_whole_numbers_of_integer_arithmetic_and_clips_beyond_them(bits: int) -> None:
     quarter_TC = quarters(bits, 20, 15) * 3
-    expected = [[max(-largest(bits), min(largest(bits), whole(q))) for q in row] for row in quarter_TC.tolist()]
+    expected = [
+        [max(-largest(bits), min(largest(bits), whole(q))) for q in row] for row in quarter_TC.tolist()
+    ]
     assert round_static(quarter_TC / 4, bits, 1.0).long().tolist() == expected
 
 
@@ -87,7 +94,9 @@ def test_one_scale_gives_the_whole_numbers_of_integer_arithmetic_and_clips_beyon
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 9999), T=st.integers(1, 9), C=st.integers(1, 40))
-def test_each_token_is_as_near_as_its_own_steps_let_it(bits: int, dtype: torch.dtype, seed: int, T: int, C: int) -> None:
+def test_each_token_is_as_near_as_its_own_steps_let_it(
+    bits: int, dtype: torch.dtype, seed: int, T: int, C: int
+) -> None:
     x = (noise(2, T, C, seed=seed) * noise(2, T, 1, seed=seed + 1).exp()).to(dtype)
     check(x, round_tokens(x, bits), x.double().abs().amax(-1, keepdim=True) / largest(bits), bits)
 
@@ -96,7 +105,9 @@ def test_each_token_is_as_near_as_its_own_steps_let_it(bits: int, dtype: torch.d
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 9999), scale=st.floats(2.0**-10, 8, width=32))
-def test_one_scale_leaves_half_a_step_and_what_is_clipped(bits: int, dtype: torch.dtype, seed: int, scale: float) -> None:
+def test_one_scale_leaves_half_a_step_and_what_is_clipped(
+    bits: int, dtype: torch.dtype, seed: int, scale: float
+) -> None:
     x = (noise(3, 4, 11, seed=seed) * 5).to(dtype)
     check(x, round_static(x, bits, scale), scale, bits)
     assert torch.equal(round_static(x, bits, scale), round_static(x, bits, torch.tensor([scale])))
@@ -104,7 +115,9 @@ def test_one_scale_leaves_half_a_step_and_what_is_clipped(bits: int, dtype: torc
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_values_are_those_of_the_codes_that_the_integer_product_takes(bits: int, dtype: torch.dtype) -> None:
+def test_the_values_are_those_of_the_codes_that_the_integer_product_takes(
+    bits: int, dtype: torch.dtype
+) -> None:
     x = (noise(5, 7, 64) * 3).to(dtype)
     codes_TC, step = integer.quantize_tokens(x, bits)
     assert torch.equal(round_tokens(x, bits), (codes_TC * step).reshape(x.shape).to(dtype))
@@ -113,7 +126,9 @@ def test_the_values_are_those_of_the_codes_that_the_integer_product_takes(bits: 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (1,)])
-def test_under_one_scale_too_whatever_its_shape(bits: int, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+def test_under_one_scale_too_whatever_its_shape(
+    bits: int, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
     x, scale = (noise(5, 7, 64) * 3).to(dtype), torch.full(shape, 0.03)
     codes_TC, step = integer.quantize_tokens(x, bits, scale)
     assert torch.equal(round_static(x, bits, scale), (codes_TC * step).reshape(x.shape).to(dtype))
@@ -140,7 +155,9 @@ def test_an_empty_batch_stays_an_empty_batch(name: str, shape: tuple[int, ...]) 
 @by_rounding
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1e5, -1e5, 1e-30])
-def test_huge_and_tiny_tokens_stay_finite_and_keep_their_largest(name: str, dtype: torch.dtype, size: float) -> None:
+def test_huge_and_tiny_tokens_stay_finite_and_keep_their_largest(
+    name: str, dtype: torch.dtype, size: float
+) -> None:
     x = noise(4, 8).to(dtype)
     x[1, 3], x[2] = size, size
     found = ROUNDINGS[name](x)
@@ -160,7 +177,9 @@ def test_the_gradient_passes_as_if_nothing_were_rounded(name: str, dtype: torch.
 @by_rounding
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [1.0, 30.0, 1e5])
-def test_what_asks_for_a_gradient_is_rounded_to_the_same_values(name: str, dtype: torch.dtype, size: float) -> None:
+def test_what_asks_for_a_gradient_is_rounded_to_the_same_values(
+    name: str, dtype: torch.dtype, size: float
+) -> None:
     x = (noise(16, 8) * size).to(dtype)
     assert torch.equal(ROUNDINGS[name](x.clone().requires_grad_()).detach(), ROUNDINGS[name](x))
 
@@ -205,8 +224,12 @@ def test_outliers_leave_the_values_that_bitsandbytes_computes_with(threshold: fl
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 9999), count=st.integers(1, 3000), share=st.floats(1e-4, 1.0), spread=st.floats(0, 4))
-def test_a_quantile_is_within_a_bin_of_the_true_one(seed: int, count: int, share: float, spread: float) -> None:
+@given(
+    seed=st.integers(0, 9999), count=st.integers(1, 3000), share=st.floats(1e-4, 1.0), spread=st.floats(0, 4)
+)
+def test_a_quantile_is_within_a_bin_of_the_true_one(
+    seed: int, count: int, share: float, spread: float
+) -> None:
     x = noise(count, seed=seed) * (noise(count, seed=seed + 1) * spread).exp()
     seen = Magnitudes()
     seen.add(x)
@@ -247,7 +270,9 @@ def test_zeros_and_sizes_beyond_the_bins_are_counted_at_the_ends() -> None:
 
 @pytest.mark.parametrize("method", ["minmax", "percentile", "mse"])
 @pytest.mark.parametrize("bits", BITS)
-def test_where_nothing_or_zeros_were_seen_the_scale_is_zero_and_rounding_by_it_gives_zeros(method: str, bits: int) -> None:
+def test_where_nothing_or_zeros_were_seen_the_scale_is_zero_and_rounding_by_it_gives_zeros(
+    method: str, bits: int
+) -> None:
     for x in (torch.zeros(0, 4), torch.zeros(3, 4)):
         seen = Magnitudes()
         seen.add(x)
@@ -277,7 +302,9 @@ by_tail = pytest.mark.parametrize("tail", ["student", "lognormal", "outliers"])
 @by_tail
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("seed", range(3))
-def test_the_least_squares_scale_loses_less_on_the_data_than_the_one_that_reaches_all(tail: str, bits: int, seed: int) -> None:
+def test_the_least_squares_scale_loses_less_on_the_data_than_the_one_that_reaches_all(
+    tail: str, bits: int, seed: int
+) -> None:
     x, seen = heavy(tail, seed), Magnitudes()
     for part in x.split(3000):
         seen.add(part)

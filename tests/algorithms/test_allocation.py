@@ -13,7 +13,9 @@ from hypothesis import strategies as st
 from llmcompress.algorithms.allocation import Option, _frontier, allocate
 
 OPTIONS = st.lists(
-    st.builds(Option, st.integers(0, 8), st.integers(-3, 20).map(float), st.integers(0, 30)), min_size=1, max_size=5
+    st.builds(Option, st.integers(0, 8), st.integers(-3, 20).map(float), st.integers(0, 30)),
+    min_size=1,
+    max_size=5,
 )
 LAYERS = st.lists(OPTIONS, min_size=1, max_size=4)
 
@@ -48,16 +50,24 @@ def test_no_choice_there_is_loses_less_or_as_much_with_fewer_parameters(
             allocate(layers, budget, multiple=multiple)
         return
     found = allocate(layers, budget, multiple=multiple)
-    assert all(option in options and option.width % multiple == 0 for option, options in zip(found, layers, strict=True))
+    assert all(
+        option in options and option.width % multiple == 0
+        for option, options in zip(found, layers, strict=True)
+    )
     assert total(found) == min(every)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
-@given(pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(-5, 9)), min_size=1, max_size=30), most=st.integers(9, 20))
+@given(
+    pairs=st.lists(st.tuples(st.integers(0, 9), st.integers(-5, 9)), min_size=1, max_size=30),
+    most=st.integers(9, 20),
+)
 def test_the_frontier_is_every_pair_once_that_no_other_beats(pairs: list[tuple[int, int]], most: int) -> None:
     spent, loss = torch.tensor(pairs).T
     found = _frontier(spent, loss.double(), most).tolist()
-    unbeaten = {own for own in pairs if not any(p != own and p[0] <= own[0] and p[1] <= own[1] for p in pairs)}
+    unbeaten = {
+        own for own in pairs if not any(p != own and p[0] <= own[0] and p[1] <= own[1] for p in pairs)
+    }
     assert [pairs[place] for place in found] == sorted(unbeaten)
     assert all(pairs.index(pairs[place]) == place for place in found), "of equals the first"
 
@@ -87,7 +97,9 @@ def test_layers_that_matter_more_stay_wider() -> None:
 
 
 def test_twice_the_same_is_twice_the_same_choice_also_among_equals() -> None:
-    layers = [[Option(w, 8.0 - w, w) for w in range(1, 9)] for _ in range(6)]  # every spread of a budget loses the same
+    layers = [
+        [Option(w, 8.0 - w, w) for w in range(1, 9)] for _ in range(6)
+    ]  # every spread of a budget loses the same
     first = allocate(layers, 30)
     assert all(allocate(layers, 30) == first for _ in range(3)) and total(first) == (18, 30)
 
@@ -103,7 +115,9 @@ def test_many_layers_of_many_widths_are_exact_to_the_last_parameter() -> None:
 
 def test_what_cannot_be_met_is_an_error_that_says_why() -> None:
     layers = [[Option(64, 1.0, 100), Option(96, 0.5, 150)], [Option(96, 2.0, 300)]]
-    with pytest.raises(ValueError, match="the smallest layers there are have 400 parameters; the budget is 399"):
+    with pytest.raises(
+        ValueError, match="the smallest layers there are have 400 parameters; the budget is 399"
+    ):
         allocate(layers, 399)
     with pytest.raises(ValueError, match="layer 1 has no width that is a multiple of 64"):
         allocate(layers, 1000, multiple=64)

@@ -1,6 +1,8 @@
-"""Codebooks against all clusterings there are, against the same algorithms row by row, and for what they promise.
+"""Codebooks against all clusterings there are, against the same algorithms row by row, and for what they
+promise.
 
-Guaranteed is that a solved linear never loses more than k-means with nearest levels, and nothing where its values fit.
+Guaranteed is that a solved linear never loses more than k-means with nearest levels, and nothing where its
+values fit.
 """
 
 from __future__ import annotations
@@ -14,7 +16,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from llmcompress.algorithms import codebook, gptq
-from llmcompress.algorithms.codebook import Palette, descend, fit_levels, kmeans, look_up, losses, nearest, solve_codebook
+from llmcompress.algorithms.codebook import (
+    Palette,
+    descend,
+    fit_levels,
+    kmeans,
+    look_up,
+    losses,
+    nearest,
+    solve_codebook,
+)
 from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.quantize_weight import output_error, solve
 from tests.algorithms.test_gptq import problem
@@ -169,8 +180,16 @@ def test_fitted_levels_solve_the_normal_equations(rows: int) -> None:
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 9999), R=st.integers(1, 5), C=st.integers(1, 12), rows=st.integers(1, 5), tokens=st.integers(1, 20))
-def test_no_step_of_a_fit_and_no_descent_raises_the_objective(seed: int, R: int, C: int, rows: int, tokens: int) -> None:
+@given(
+    seed=st.integers(0, 9999),
+    R=st.integers(1, 5),
+    C=st.integers(1, 12),
+    rows=st.integers(1, 5),
+    tokens=st.integers(1, 20),
+)
+def test_no_step_of_a_fit_and_no_descent_raises_the_objective(
+    seed: int, R: int, C: int, rows: int, tokens: int
+) -> None:
     W_RC, H_CC = problem(seed, R, C, tokens)
     levels, rows = levels_of(seed, -(-R // min(rows, R)), 4), min(rows, R)
     index = torch.randint(4, (R, C), generator=torch.Generator().manual_seed(seed))
@@ -192,7 +211,9 @@ def test_solving_loses_much_less_than_k_means_with_nearest_levels(seed: int, ent
     solved = solve_codebook(W_RC, H_CC, entries, rows, snap=half)
     bound = 0.9 if entries == 256 and rows == 1 else 0.6  # 320 weights take 256 levels almost as they are
     assert output_error(W_RC, solved.weight(), H_CC) < bound * plain
-    assert torch.equal(half(solved.levels_GL), solved.levels_GL) and bool((solved.levels_GL.diff(dim=1) >= 0).all())
+    assert torch.equal(half(solved.levels_GL), solved.levels_GL) and bool(
+        (solved.levels_GL.diff(dim=1) >= 0).all()
+    )
 
 
 @settings(max_examples=25, deadline=None, derandomize=True)
@@ -204,7 +225,9 @@ def test_solving_loses_much_less_than_k_means_with_nearest_levels(seed: int, ent
     tokens=st.integers(1, 60),
     entries=st.sampled_from([4, 16]),
 )
-def test_no_codebook_ever_loses_more_than_k_means(seed: int, R: int, C: int, rows: int, tokens: int, entries: int) -> None:
+def test_no_codebook_ever_loses_more_than_k_means(
+    seed: int, R: int, C: int, rows: int, tokens: int, entries: int
+) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed, R, C, tokens))
     solved = solve_codebook(W_RC, H_CC, entries, rows, snap=half)
     levels = half(kmeans(W_RC, H_CC.diagonal(), entries, min(rows, R)))

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import pytest
 import torch
@@ -41,7 +41,9 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 def head(seed: int, tokens: int = T, width: int = D, **options: Any) -> Scores:
     """Scores whose logits are a few nats apart, float64."""
-    return Scores(normal(tokens, width, seed=seed), normal(V, width, seed=seed + 1), normal(V, seed=seed + 2), **options)
+    return Scores(
+        normal(tokens, width, seed=seed), normal(V, width, seed=seed + 1), normal(V, seed=seed + 2), **options
+    )
 
 
 def logits(scores: Scores) -> Tensor:
@@ -57,7 +59,9 @@ def kl(p: Tensor, q: Tensor) -> Tensor:
     return terms.sum(-1)
 
 
-def plain(kind: Kind, student_TV: Tensor, teacher_TV: Tensor, t: float = 1.0, skew: float | None = None) -> Tensor:
+def plain(
+    kind: Kind, student_TV: Tensor, teacher_TV: Tensor, t: float = 1.0, skew: float | None = None
+) -> Tensor:
     """The loss of each token [T] as its paper writes it, with plain autograd."""
     p, q = torch.softmax(teacher_TV / t, -1), torch.softmax(student_TV / t, -1)
     a = SKEW.get(kind, 0.0) if skew is None else skew
@@ -65,7 +69,9 @@ def plain(kind: Kind, student_TV: Tensor, teacher_TV: Tensor, t: float = 1.0, sk
     of: dict[str, Callable[[], Tensor]] = {
         "forward_kl": lambda: t**2 * kl(p, q),
         "reverse_kl": lambda: t**2 * kl(q, p),
-        "jensen_shannon": lambda: t**2 * (b * kl(p, b * p + (1 - b) * q) + (1 - b) * kl(q, b * p + (1 - b) * q)),
+        "jensen_shannon": lambda: (
+            t**2 * (b * kl(p, b * p + (1 - b) * q) + (1 - b) * kl(q, b * p + (1 - b) * q))
+        ),
         "skewed_forward_kl": lambda: t**2 * kl(p, a * p + (1 - a) * q),
         "skewed_reverse_kl": lambda: t**2 * kl(q, (1 - a) * p + a * q),
         "total_variation": lambda: t * (p - q).abs().sum(-1) / 2,
@@ -80,7 +86,9 @@ def half(scores: Scores, dtype: torch.dtype) -> Scores:
 
 def learning(scores: Scores) -> Scores:
     """The same with gradients, as leaves."""
-    weight, bias = (None if x is None else x.clone().requires_grad_() for x in (scores.weight_VD, scores.bias_V))
+    weight, bias = (
+        None if x is None else x.clone().requires_grad_() for x in (scores.weight_VD, scores.bias_V)
+    )
     return replace(scores, hidden_TD=scores.hidden_TD.clone().requires_grad_(), weight_VD=weight, bias_V=bias)
 
 
@@ -103,21 +111,28 @@ def test_a_divergence_is_what_its_paper_says(kind: Kind, t: float, seed: int) ->
 def test_the_plain_divergences_are_torchs(kind: Kind) -> None:
     p, q = (torch.log_softmax(normal(T, V, seed=seed), -1) for seed in (1, 2))
     first, second = (q, p) if kind == "forward_kl" else (p, q)
-    torch.testing.assert_close(token_loss(kind, q, p), kl_div(first, second, log_target=True, reduction="batchmean"))
+    torch.testing.assert_close(
+        token_loss(kind, q, p), kl_div(first, second, log_target=True, reduction="batchmean")
+    )
 
 
 @pytest.mark.parametrize("skew", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("kind", SKEWED)
 def test_a_skew_is_that_of_the_paper(kind: Kind, skew: float) -> None:
     student, teacher = normal(T, V, seed=1), normal(T, V, seed=2)
-    torch.testing.assert_close(token_loss(kind, student, teacher, skew=skew), plain(kind, student, teacher, skew=skew).mean())
+    torch.testing.assert_close(
+        token_loss(kind, student, teacher, skew=skew), plain(kind, student, teacher, skew=skew).mean()
+    )
 
 
 @pytest.mark.parametrize("options", [{}, {"scale": 0.3}, {"cap": 2.0}, {"scale": 1.7, "cap": 3.0}], ids=str)
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_every_gradient_is_that_of_plain_autograd(kind: Kind, options: dict[str, Any]) -> None:
     student, teacher = learning(head(0, **options)), head(10, **options)
-    labels, weight_T = torch.tensor([1, 4, IGNORED, 0, 10, 3, 3]), torch.tensor([1, 2, 9, 0.5, 0, 1, 4], dtype=torch.float64)
+    labels, weight_T = (
+        torch.tensor([1, 4, IGNORED, 0, 10, 3, 3]),
+        torch.tensor([1, 2, 9, 0.5, 0, 1, 4], dtype=torch.float64),
+    )
     settings = {"temperature": 1.5, "label_share": 0.3, "labels_T": labels, "weight_T": weight_T}
     counted = weight_T * (labels != IGNORED)
     told = cross_entropy(logits(student), labels.clamp_min(0), reduction="none")
@@ -180,11 +195,16 @@ def test_the_cross_entropy_is_torchs() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", DIVERGENCES)
-def test_a_student_that_predicts_as_its_teacher_has_no_loss_and_nowhere_to_go(kind: Kind, dtype: torch.dtype) -> None:
+def test_a_student_that_predicts_as_its_teacher_has_no_loss_and_nowhere_to_go(
+    kind: Kind, dtype: torch.dtype
+) -> None:
     same = half(head(3, scale=2.0, cap=9.0), dtype)
     at_once = same.logits(same.product(torch.arange(T)))
     small = 1e-14 if dtype == torch.float64 else 2e-6
-    for student, teacher in ((learning(same), same), (Scores(at_once.clone().requires_grad_()), Scores(at_once))):
+    for student, teacher in (
+        (learning(same), same),
+        (Scores(at_once.clone().requires_grad_()), Scores(at_once)),
+    ):
         loss = token_loss(kind, student, teacher, temperature=1.3, chunk=2)
         assert loss.item() == 0
         assert all(bool((x.abs() < small).all()) for x in gradients(loss, student))
@@ -193,7 +213,10 @@ def test_a_student_that_predicts_as_its_teacher_has_no_loss_and_nowhere_to_go(ki
 @pytest.mark.parametrize("kind", ["skewed_forward_kl", "skewed_reverse_kl"])
 def test_without_skew_the_skewed_divergences_are_the_plain_ones(kind: Kind) -> None:
     student, teacher = normal(T, V, seed=1).requires_grad_(), normal(T, V, seed=2)
-    found, expected = token_loss(kind, student, teacher, skew=0), token_loss(kind.removeprefix("skewed_"), student, teacher)  # type: ignore[arg-type]
+    found, expected = (
+        token_loss(kind, student, teacher, skew=0),
+        token_loss(cast(Any, kind.removeprefix("skewed_")), student, teacher),
+    )
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(torch.autograd.grad(found, student), torch.autograd.grad(expected, student))
 
@@ -225,7 +248,8 @@ def test_at_a_high_temperature_the_gradient_is_the_difference_of_the_centred_log
 def test_a_higher_temperature_keeps_the_size_of_the_gradient(kind: Kind) -> None:
     student, teacher = normal(T, V, seed=1).requires_grad_(), normal(T, V, seed=2)
     sizes = [
-        float(torch.autograd.grad(token_loss(kind, student, teacher, temperature=t), student)[0].norm()) for t in (1e2, 1e4)
+        float(torch.autograd.grad(token_loss(kind, student, teacher, temperature=t), student)[0].norm())
+        for t in (1e2, 1e4)
     ]
     assert sizes[1] == pytest.approx(sizes[0], rel=0.05)
 
@@ -264,7 +288,9 @@ def test_weights_count_relative_to_each_other_and_may_be_masks() -> None:
     weight_T = torch.tensor([0, 1, 0, 1, 1, 0, 1])
     expected = each_T[weight_T.bool()].mean()
     for weights in (weight_T, weight_T.bool(), 1e-20 * weight_T, 1e20 * weight_T.double()):
-        torch.testing.assert_close(token_loss("forward_kl", student, teacher, weight_T=weights, chunk=2), expected)
+        torch.testing.assert_close(
+            token_loss("forward_kl", student, teacher, weight_T=weights, chunk=2), expected
+        )
 
 
 @pytest.mark.parametrize("tokens", [0, 3])
@@ -280,7 +306,10 @@ def test_without_a_token_that_counts_the_loss_is_nothing(tokens: int) -> None:
 @pytest.mark.parametrize("kind", DIVERGENCES)
 def test_bfloat16_is_rounded_where_the_model_rounds_it_and_nowhere_else(kind: Kind) -> None:
     student, teacher = (half(head(seed), torch.bfloat16) for seed in (0, 5))
-    q, p = (torch.nn.functional.linear(x.hidden_TD, x.weight_VD, x.bias_V).double() for x in (student, teacher))  # type: ignore[arg-type]
+    q, p = (
+        torch.nn.functional.linear(x.hidden_TD, cast(Tensor, x.weight_VD), x.bias_V).double()
+        for x in (student, teacher)
+    )
     expected = plain(kind, q, p).mean()
     found = token_loss(kind, student, teacher, chunk=2)
     assert found.dtype == torch.float32
@@ -308,7 +337,11 @@ def test_small_gradients_survive_float16_when_the_loss_is_scaled(plain_logits: b
     rows = (normal(4096, V) if plain_logits else torch.ones(4096, 1)).half().requires_grad_()
     student = rows if plain_logits else Scores(rows, normal(V, 1).half())
     teacher = rows.detach() if plain_logits else Scores(rows.detach(), normal(V, 1).half())
-    moved = teacher + 0.01 if isinstance(teacher, Tensor) else replace(teacher, weight_VD=normal(V, 1, seed=1).half())
+    moved = (
+        teacher + 0.01
+        if isinstance(teacher, Tensor)
+        else replace(teacher, weight_VD=normal(V, 1, seed=1).half())
+    )
     (found,) = torch.autograd.grad(token_loss("reverse_kl", student, moved) * 65536, rows)
     wide = rows.detach().double().requires_grad_()
     other = wide if plain_logits else Scores(wide, normal(V, 1).half().double())
@@ -321,7 +354,11 @@ def test_a_head_in_float32_reads_and_learns_from_hidden_states_in_bfloat16_under
     full, teacher = half(head(0), torch.float32), half(head(5), torch.float32)
     mixed, known = (replace(x, hidden_TD=x.hidden_TD.bfloat16()) for x in (full, teacher))
     mixed = learning(mixed)
-    found, exact, top = token_loss("forward_kl", mixed, known), token_loss("forward_kl", full, teacher), top_k(teacher, 2)
+    found, exact, top = (
+        token_loss("forward_kl", mixed, known),
+        token_loss("forward_kl", full, teacher),
+        top_k(teacher, 2),
+    )
     assert [x.dtype for x in gradients(found, mixed)] == [torch.bfloat16, torch.float32, torch.float32]
     torch.testing.assert_close(found, exact, rtol=0.02, atol=0)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -374,7 +411,9 @@ def test_what_is_put_together_in_a_rest_can_only_lessen_a_divergence(
     kind: Kind, seed: int, k: int, spread: float, dtype: torch.dtype
 ) -> None:
     student, teacher = (spread * normal(T, V, seed=seed + i).to(dtype) for i in (0, 1000))
-    less, more = (float(token_loss(kind, student, known)) for known in (top_k(teacher, k), top_k(teacher, k + 1)))
+    less, more = (
+        float(token_loss(kind, student, known)) for known in (top_k(teacher, k), top_k(teacher, k + 1))
+    )
     full = float(token_loss(kind, student, teacher))
     small = 1e-5 if dtype == torch.float32 else 1e-12
     assert -small <= less <= more + small * (1 + more) and more <= full + small * (1 + full)
@@ -384,19 +423,29 @@ def test_what_is_put_together_in_a_rest_can_only_lessen_a_divergence(
 @pytest.mark.parametrize("kind", [*DIVERGENCES, "cross_entropy"])
 def test_any_logits_have_a_finite_loss_and_gradient(kind: Kind, k: int | None) -> None:
     """Tokens that both models forbid by a logit of -inf included."""
-    for decade, masked, skew in itertools.product((-30, -2, 0, 1, 2, 3, 30), (0, V // 2, V - 1), (0.0, 1e-3, 0.5)):
+    for decade, masked, skew in itertools.product(
+        (-30, -2, 0, 1, 2, 3, 30), (0, V // 2, V - 1), (0.0, 1e-3, 0.5)
+    ):
         student, teacher = (10.0**decade * normal(T, V, seed=seed).float() for seed in (1, 2))
         student[:, :masked] = teacher[:, :masked] = -torch.inf
         known = None if kind == "cross_entropy" else teacher if k is None else top_k(teacher, k)
-        options: dict[str, Any] = {"skew": max(skew, 1e-9 if kind == "jensen_shannon" else 0), "label_share": 0.5}
+        options: dict[str, Any] = {
+            "skew": max(skew, 1e-9 if kind == "jensen_shannon" else 0),
+            "label_share": 0.5,
+        }
         loss = token_loss(kind, student.requires_grad_(), known, labels_T=torch.full((T,), V - 1), **options)
         (found,) = torch.autograd.grad(loss, student)
         assert -1e-5 < loss.item() < math.inf, options
-        assert bool(torch.isfinite(found).all()) and bool((found[:, :masked] == 0).all()), (decade, masked, options)
+        assert bool(torch.isfinite(found).all()) and bool((found[:, :masked] == 0).all()), (
+            decade,
+            masked,
+            options,
+        )
 
 
 class Largest(TorchDispatchMode):
-    """What the operations under it make: the size of the largest tensor, and the storages of size `large` or more."""
+    """What the operations under it make: the size of the largest tensor, and the storages of size `large` or
+    more."""
 
     def __init__(self, large: int, known: Sequence[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -429,9 +478,13 @@ def test_no_more_than_a_chunk_of_logits_is_ever_made(kind: Kind, dtype: torch.dt
         given = known if teacher == "scores" else top
         loss = token_loss(kind, student, given, labels_T=labels, label_share=0.5, chunk=CHUNK)
         loss.backward()
-    assert made.elements <= WORDS * 6, f"a tensor of {made.elements} elements, where the head's gradient has {WORDS * 6}"
+    assert made.elements <= WORDS * 6, (
+        f"a tensor of {made.elements} elements, where the head's gradient has {WORDS * 6}"
+    )
     with Largest(MANY * WORDS, ()) as made:
-        plain(kind, student.logits(student.product(torch.arange(MANY))), normal(MANY, WORDS)).mean().backward()
+        plain(
+            kind, student.logits(student.product(torch.arange(MANY))), normal(MANY, WORDS)
+        ).mean().backward()
     assert made.elements >= MANY * WORDS, "what measures sees no large tensor either"
 
 
@@ -444,7 +497,10 @@ def test_of_plain_logits_only_their_gradient_is_as_large(kind: Kind) -> None:
 
 
 def test_without_gradient_none_is_computed() -> None:
-    student, teacher = learning(Scores(normal(MANY, 6), normal(WORDS, 6))), Scores(normal(MANY, 6), normal(WORDS, 6, seed=1))
+    student, teacher = (
+        learning(Scores(normal(MANY, 6), normal(WORDS, 6))),
+        Scores(normal(MANY, 6), normal(WORDS, 6, seed=1)),
+    )
     given = [x for y in (student, teacher) for x in (y.hidden_TD, y.weight_VD) if x is not None]
     with Largest(WORDS * 6, given) as made, torch.no_grad():
         loss = token_loss("forward_kl", student, teacher, chunk=CHUNK)
@@ -467,7 +523,9 @@ def test_what_does_not_learn_gets_no_gradient(frozen: str) -> None:
 @pytest.mark.parametrize("of", ["scores", "logits"])
 def test_the_way_back_may_be_gone_twice_but_not_differentiated(of: str) -> None:
     scores = learning(head(0))
-    student, leaf = (scores, scores.hidden_TD) if of == "scores" else (leaf := normal(T, V).requires_grad_(), leaf)
+    student, leaf = (
+        (scores, scores.hidden_TD) if of == "scores" else (leaf := normal(T, V).requires_grad_(), leaf)
+    )
     loss = token_loss("reverse_kl", student, head(5))
     (first,) = torch.autograd.grad(loss, leaf, retain_graph=True)
     (again,) = torch.autograd.grad(5 * loss, leaf, retain_graph=True)
@@ -530,12 +588,19 @@ MASK = torch.tensor([[1, 0.5, 0, 2], [0, 1, 3, 1]], dtype=torch.float64)
 @pytest.mark.parametrize("projected", [False, True])
 def test_hidden_losses_are_the_mean_square_and_the_cosine(projected: bool, masked: bool) -> None:
     student, teacher, W_ED = STATES
-    W_ED, teacher = (W_ED, teacher) if projected else (torch.eye(D, dtype=torch.float64), normal(B, L, D, seed=4))
+    W_ED, teacher = (
+        (W_ED, teacher) if projected else (torch.eye(D, dtype=torch.float64), normal(B, L, D, seed=4))
+    )
     weight_BL = MASK if masked else torch.ones(B, L, dtype=torch.float64)
     there = student @ W_ED.T
-    each = {"mse": (there - teacher).square().mean(-1), "cosine": 1 - cosine_similarity(there, teacher, dim=-1)}
+    each = {
+        "mse": (there - teacher).square().mean(-1),
+        "cosine": 1 - cosine_similarity(there, teacher, dim=-1),
+    }
     for kind in HIDDEN:
-        found = hidden_loss(kind, student, teacher, W_ED if projected else None, weight_BL if masked else None)
+        found = hidden_loss(
+            kind, student, teacher, W_ED if projected else None, weight_BL if masked else None
+        )
         torch.testing.assert_close(found, (each[kind] * weight_BL).sum() / weight_BL.sum())
 
 
@@ -574,7 +639,9 @@ def attention(heads: int, seed: int) -> Tensor:
 @pytest.mark.parametrize("heads", [(3, 3), (2, 3), (1, 4)])
 def test_attention_is_compared_row_by_row(heads: tuple[int, int], masked: bool) -> None:
     student, teacher = attention(heads[0], 1), attention(heads[1], 2)
-    first, second = (student, teacher) if heads[0] == heads[1] else (x.mean(1, keepdim=True) for x in (student, teacher))
+    first, second = (
+        (student, teacher) if heads[0] == heads[1] else (x.mean(1, keepdim=True) for x in (student, teacher))
+    )
     rows = torch.stack([kl(second[..., i, : i + 1], first[..., i, : i + 1]) for i in range(L)], -1).mean(1)
     expected = (rows * MASK).sum() / MASK.sum() if masked else rows.mean()
     student, teacher = student.requires_grad_(), teacher.requires_grad_()
@@ -613,7 +680,9 @@ def test_a_layer_follows_the_last_of_those_that_it_stands_for(
 @pytest.mark.parametrize(
     ("student", "teacher", "gone"), [(5, 4, None), (0, 4, None), (3, 4, ()), (2, 4, (1, 7)), (0, 2, (0, 1))]
 )
-def test_numbers_of_layers_that_do_not_fit_are_refused(student: int, teacher: int, gone: tuple[int, ...] | None) -> None:
+def test_numbers_of_layers_that_do_not_fit_are_refused(
+    student: int, teacher: int, gone: tuple[int, ...] | None
+) -> None:
     with pytest.raises(ValueError, match=f"{student} layers are not what is left of {teacher} without"):
         layer_map(student, teacher, gone)
 

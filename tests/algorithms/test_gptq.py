@@ -1,8 +1,8 @@
 """GPTQ and the descent against their plain forms, against all codes there are, and for what they promise.
 
-Identities are shown in float64, where no sum decides differently for having been taken in another order; what float32 adds
-is shown apart. Guaranteed is only that the descent never raises the objective: GPTQ itself is greedy, and beats nearest
-rounding on correlated inputs as a rule, not by a theorem.
+Identities are shown in float64, where no sum decides differently for having been taken in another order; what
+float32 adds is shown apart. Guaranteed is only that the descent never raises the objective: GPTQ itself is
+greedy, and beats nearest rounding on correlated inputs as a rule, not by a theorem.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def precise(format: GridFormat) -> Grid:
 def problem(seed: int, R: int = 32, C: int = 64, tokens: int = 256) -> tuple[Tensor, Tensor]:
     """Weights [R, C] and moments [C, C] of correlated inputs with some strong channels, float64."""
     generator = torch.Generator().manual_seed(seed)
-    mix = torch.randn(C, C, generator=generator, dtype=torch.float64) * torch.logspace(0, -1.5, C, dtype=torch.float64)[:, None]
+    mix = (
+        torch.randn(C, C, generator=generator, dtype=torch.float64)
+        * torch.logspace(0, -1.5, C, dtype=torch.float64)[:, None]
+    )
     strength = torch.exp(torch.randn(C, generator=generator, dtype=torch.float64))
     X_TC = torch.randn(tokens, C, generator=generator, dtype=torch.float64) @ mix * strength
     return torch.randn(R, C, generator=generator, dtype=torch.float64) * 0.05, X_TC.T @ X_TC / tokens
@@ -64,7 +67,8 @@ def plain_gptq(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor
 
 
 def by_least_squares(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor:
-    """What Algorithm 1 stands for: after each column, those that are left make up for all rounded ones as well as they can."""
+    """What Algorithm 1 stands for: after each column, those that are left make up for all rounded ones as
+    well as they can."""
     order = torch.argsort(H_CC.diagonal(), descending=True, stable=True)
     W, S = W_RC[:, order], spread(S_RG, W_RC.shape[1] // S_RG.shape[1])[:, order]
     H, left = damped(H_CC, DAMP)[order][:, order], W.clone()
@@ -78,7 +82,8 @@ def by_least_squares(W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, levels: Grid) -> 
 
 
 def plain_descent(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, levels: Grid) -> Tensor:
-    """Each column in turn takes the best of all its levels, found by trying them, the whole objective computed anew."""
+    """Each column in turn takes the best of all its levels, found by trying them, the whole objective
+    computed anew."""
     index, S = index_RC.clone(), spread(S_RG, W_RC.shape[1] // S_RG.shape[1])
     for c in range(W_RC.shape[1]):
         every = index.repeat(len(levels.levels), 1, 1)  # [L, R, C]
@@ -113,7 +118,9 @@ def test_in_float32_few_codes_differ_and_the_objective_does_not(seed: int) -> No
     single = gptq(W_RC.float(), H_CC.float(), S_RG, levels)
     double = plain_gptq(W_RC, H_CC, S_RG.double(), precise("nf4"))
     assert float((single != double).float().mean()) <= 0.002
-    assert lost(W_RC, single, S_RG, H_CC, levels) == pytest.approx(lost(W_RC, double, S_RG, H_CC, levels), rel=0.005)
+    assert lost(W_RC, single, S_RG, H_CC, levels) == pytest.approx(
+        lost(W_RC, double, S_RG, H_CC, levels), rel=0.005
+    )
 
 
 @pytest.mark.parametrize("width", [1, 7, 16, 64, 1000])
@@ -123,7 +130,9 @@ def test_the_width_of_a_panel_changes_no_code(width: int) -> None:
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
     index = gptq(W_RC, H_CC, S_RG, levels)
     assert torch.equal(gptq(W_RC, H_CC, S_RG, levels, width=width), index)
-    assert torch.equal(descend(W_RC, H_CC, index, S_RG, levels, width=width), descend(W_RC, H_CC, index, S_RG, levels))
+    assert torch.equal(
+        descend(W_RC, H_CC, index, S_RG, levels, width=width), descend(W_RC, H_CC, index, S_RG, levels)
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -153,10 +162,16 @@ def test_dead_channels_are_rounded_to_nearest_and_touch_no_other() -> None:
     levels, dead = precise("nf4"), torch.zeros(64, dtype=torch.bool)
     dead[[0, 17, 40, 63]] = True
     H_CC[dead], H_CC[:, dead] = 0, 0
-    S_RG = search_scales(W_RC, torch.ones(64), levels, 1)  # a scale per weight, so that columns can be taken out
-    index = gptq(W_RC, H_CC, S_RG, levels, damp=DAMP * 64 / 60)  # the mean diagonal counts the dead channels too
+    S_RG = search_scales(
+        W_RC, torch.ones(64), levels, 1
+    )  # a scale per weight, so that columns can be taken out
+    index = gptq(
+        W_RC, H_CC, S_RG, levels, damp=DAMP * 64 / 60
+    )  # the mean diagonal counts the dead channels too
     assert torch.equal(index[:, dead], nearest(W_RC, S_RG, levels)[:, dead])
-    assert torch.equal(index[:, ~dead], gptq(W_RC[:, ~dead], H_CC[~dead][:, ~dead], S_RG[:, ~dead], levels, damp=DAMP))
+    assert torch.equal(
+        index[:, ~dead], gptq(W_RC[:, ~dead], H_CC[~dead][:, ~dead], S_RG[:, ~dead], levels, damp=DAMP)
+    )
     start = torch.zeros_like(index)
     assert torch.equal(descend(W_RC, H_CC, start, S_RG, levels)[:, dead], start[:, dead])
 
@@ -167,7 +182,9 @@ def test_fewer_tokens_than_columns_are_enough(tokens: int) -> None:
     levels = grid("nf4")
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
     index = gptq(W_RC, H_CC, S_RG, levels)
-    assert lost(W_RC, index, S_RG, H_CC, levels) < 0.2 * lost(W_RC, nearest(W_RC, S_RG, levels), S_RG, H_CC, levels)
+    assert lost(W_RC, index, S_RG, H_CC, levels) < 0.2 * lost(
+        W_RC, nearest(W_RC, S_RG, levels), S_RG, H_CC, levels
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -192,7 +209,9 @@ def test_descent_gives_the_codes_of_the_plain_form(format: GridFormat, seed: int
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
     start = nearest(W_RC, S_RG, levels)
-    assert torch.equal(descend(W_RC, H_CC, start, S_RG, levels, width=16), plain_descent(W_RC, H_CC, start, S_RG, levels))
+    assert torch.equal(
+        descend(W_RC, H_CC, start, S_RG, levels, width=16), plain_descent(W_RC, H_CC, start, S_RG, levels)
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -221,7 +240,9 @@ def test_descent_from_any_codes_never_raises_the_objective(
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 9999), tokens=st.integers(1, 200))
-def test_in_float32_descent_from_gptq_raises_the_objective_by_rounding_at_most(seed: int, tokens: int) -> None:
+def test_in_float32_descent_from_gptq_raises_the_objective_by_rounding_at_most(
+    seed: int, tokens: int
+) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed, 8, 64, tokens))
     levels = grid("nf4")
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 16)
@@ -233,8 +254,11 @@ def test_in_float32_descent_from_gptq_raises_the_objective_by_rounding_at_most(s
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("seed", range(4))
-def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format: GridFormat, seed: int) -> None:
-    """Against all 16^4 codes of a row of four columns: not the best of all, which is not promised, but close."""
+def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(
+    format: GridFormat, seed: int
+) -> None:
+    """Against all 16^4 codes of a row of four columns: not the best of all, which is not promised, but
+    close."""
     W_RC, H_CC = problem(seed, R=1, C=4, tokens=20)
     levels = precise(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, 4)
@@ -260,7 +284,9 @@ def test_where_descent_stops_no_single_code_can_be_changed_for_the_better(format
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("group_size", [16, 64])
 @pytest.mark.parametrize("seed", range(5))
-def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(format: GridFormat, group_size: int, seed: int) -> None:
+def test_on_correlated_inputs_gptq_beats_nearest_and_descent_beats_gptq(
+    format: GridFormat, group_size: int, seed: int
+) -> None:
     W_RC, H_CC = (x.float() for x in problem(seed))
     levels = grid(format)
     S_RG = search_scales(W_RC, H_CC.diagonal(), levels, group_size)

@@ -61,7 +61,9 @@ def test_nearest_is_the_closest_of_all_codes(format: Table, seed: int) -> None:
     ours, x = grid(format), points(seed).double()
     distance = (x[:, None] - bitsandbytes_layout.grid(format).double()).abs()
     found = (x - ours.levels.double()[ours.nearest(x.float())]).abs()
-    assert bool((found <= distance.amin(1) + 6e-8).all())  # a middle is rounded to float32, as x may be that close to it
+    assert bool(
+        (found <= distance.amin(1) + 6e-8).all()
+    )  # a middle is rounded to float32, as x may be that close to it
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -104,7 +106,9 @@ def test_the_position_of_a_level_is_its_index(format: Table) -> None:
 def test_a_position_rises_with_x_and_is_half_way_in_the_middles(format: Table) -> None:
     ours, x = grid(format), torch.linspace(-1.1, 1.1, 4001)
     assert bool((ours.position(x).diff() >= 0).all())
-    torch.testing.assert_close(ours.position(ours.middles), torch.arange(len(ours.middles)) + 0.5, rtol=0, atol=1e-4)
+    torch.testing.assert_close(
+        ours.position(ours.middles), torch.arange(len(ours.middles)) + 0.5, rtol=0, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("format", FORMATS)

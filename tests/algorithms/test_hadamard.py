@@ -1,4 +1,5 @@
-"""The random rotations: orthogonal at every width, even, the same for a seed; and the product against one in float64."""
+"""The random rotations: orthogonal at every width, even, the same for a seed; and the product against one in
+float64."""
 
 import pytest
 import torch
@@ -26,10 +27,16 @@ def test_it_is_orthogonal_for_every_seed_too(n: int, seed: int) -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 256])
-def test_at_a_power_of_two_all_entries_have_one_size_and_the_signs_are_sylvesters_up_to_a_sign_of_each_row(n: int) -> None:
+def test_at_a_power_of_two_all_entries_have_one_size_and_the_signs_are_sylvesters_up_to_a_sign_of_each_row(
+    n: int,
+) -> None:
     Q_DD = hadamard(n, seed=0)
-    torch.testing.assert_close(Q_DD.abs(), torch.full((n, n), n**-0.5, dtype=torch.float64), rtol=1e-14, atol=0)
-    ones = torch.tensor([[(i & j).bit_count() % 2 for j in range(n)] for i in range(n)])  # Walsh: (-1)^(i . j)
+    torch.testing.assert_close(
+        Q_DD.abs(), torch.full((n, n), n**-0.5, dtype=torch.float64), rtol=1e-14, atol=0
+    )
+    ones = torch.tensor(
+        [[(i & j).bit_count() % 2 for j in range(n)] for i in range(n)]
+    )  # Walsh: (-1)^(i . j)
     assert torch.equal(Q_DD.sign() * Q_DD[:, :1].sign(), (1 - 2 * ones).double())
 
 
@@ -49,7 +56,8 @@ def test_the_same_seed_gives_the_same_rotation_another_seed_another_and_the_glob
 
 @pytest.mark.parametrize(("n", "bound"), [(64, 1.0), (576, 3.0), (896, 7**0.5)])
 def test_what_stands_out_in_one_channel_is_spread_over_all(n: int, bound: float) -> None:
-    """One channel alone has a peak of sqrt(n) over its root mean square; afterwards at most sqrt of the odd factor."""
+    """One channel alone has a peak of sqrt(n) over its root mean square; afterwards at most sqrt of the odd
+    factor."""
     x_D = torch.zeros(n, dtype=torch.float64)
     x_D[n // 3] = 100.0
     y_D = x_D @ hadamard(n, 1)
@@ -63,7 +71,9 @@ def test_no_channels_are_an_error(n: int) -> None:
 
 
 @pytest.mark.parametrize("at_once", [1, 40, 2**22])
-def test_the_product_in_parts_is_the_product_in_float64_rounded_once(at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_product_in_parts_is_the_product_in_float64_rounded_once(
+    at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(module, "WEIGHTS_AT_ONCE", at_once)
     generator = torch.Generator().manual_seed(0)
     X_TD, M_DD = torch.randn(3, 5, 12, generator=generator), torch.randn(12, 12, generator=generator).double()

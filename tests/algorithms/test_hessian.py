@@ -64,7 +64,9 @@ HARD = {
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999), cuts=st.lists(st.integers(0, 40), max_size=8))
-def test_streamed_moments_are_the_mean_outer_product_however_the_tokens_are_cut(seed: int, cuts: list[int]) -> None:
+def test_streamed_moments_are_the_mean_outer_product_however_the_tokens_are_cut(
+    seed: int, cuts: list[int]
+) -> None:
     x, seen = inputs(40, 6, seed), Moments(6)
     edges = [0, *sorted(cuts), 40]
     for start, stop in itertools.pairwise(edges):  # equal edges make an empty batch
@@ -151,7 +153,9 @@ def test_the_factor_of_a_hard_matrix_inverts_it_too(case: str) -> None:
     dead=st.integers(0, 23),
     decade=st.integers(-30, 30),
 )
-def test_any_moments_have_a_finite_factor(seed: int, columns: int, tokens: int, dead: int, decade: int) -> None:
+def test_any_moments_have_a_finite_factor(
+    seed: int, columns: int, tokens: int, dead: int, decade: int
+) -> None:
     x = inputs(tokens, columns, seed)
     x[:, :dead] = 0
     U_CC = inverse_factor(moments(x) * 10.0**decade, DAMP)
@@ -169,7 +173,9 @@ def test_without_inputs_the_factor_is_the_identity() -> None:
 
 
 def test_a_matrix_that_needs_it_is_damped_tenfold() -> None:
-    H_CC = torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.6], [0.0, 0.6, 0.1]])  # least eigenvalue -0.08, mean diagonal 2.03
+    H_CC = torch.tensor(
+        [[4.0, 0.0, 0.0], [0.0, 2.0, 0.6], [0.0, 0.6, 0.1]]
+    )  # least eigenvalue -0.08, mean diagonal 2.03
     U_CC = inverse_factor(H_CC, DAMP)
     torch.testing.assert_close(torch.linalg.inv(U_CC.T @ U_CC), damped(H_CC, 10 * DAMP))
 
@@ -185,7 +191,9 @@ def test_moments_that_are_not_finite_are_refused(bad: float, place: tuple[int, i
         metric_factor(H_CC, DAMP)
 
 
-@pytest.mark.parametrize("case", ["fewer tokens than columns", "tiny", "huge", "dead channels", "constant channels"])
+@pytest.mark.parametrize(
+    "case", ["fewer tokens than columns", "tiny", "huge", "dead channels", "constant channels"]
+)
 def test_the_length_of_an_error_in_the_metric_is_its_weighed_error(case: str) -> None:
     F_DD, e_TD = HARD[case], inputs(50, 24, seed=3)
     R_DD = metric_factor(F_DD, 0.05)
@@ -212,7 +220,9 @@ def drifted(tokens: int, columns: int) -> tuple[Tensor, Tensor]:
     return full + 0.3 * inputs(tokens, columns, 7) @ inputs(columns, columns, 8) / columns**0.5, full
 
 
-def test_the_cross_moments_are_the_mean_outer_product_with_the_full_inputs_however_the_tokens_are_cut() -> None:
+def test_the_cross_moments_are_the_mean_outer_product_with_the_full_inputs_however_the_tokens_are_cut() -> (
+    None
+):
     (x, full), seen = drifted(60, 6), Moments(6)
     for start, stop in ((0, 7), (7, 7), (7, 40), (40, 60)):
         seen.add(x[start:stop], full[start:stop])

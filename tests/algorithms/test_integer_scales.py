@@ -1,4 +1,5 @@
-"""Scales as a step a row times whole multipliers, against a search in float64, and the grids of whole numbers."""
+"""Scales as a step a row times whole multipliers, against a search in float64, and the grids of whole
+numbers."""
 
 from __future__ import annotations
 
@@ -42,13 +43,16 @@ def floored(S_RG: Tensor, largest: int) -> Tensor:
 
 
 def least(S_RG: Tensor, largest: int) -> list[float]:
-    """For each row, the least sum of squared relative errors with the largest scale at any multiplier above half of all."""
+    """For each row, the least sum of squared relative errors with the largest scale at any multiplier above
+    half of all."""
     rows = []
     for row in floored(S_RG, largest).tolist():
         tried = []
         for count in range(largest // 2 + 1, largest + 1):
             step = max(row) / count
-            tried.append(sum(min((m * step / scale - 1) ** 2 for m in range(1, largest + 1)) for scale in row))
+            tried.append(
+                sum(min((m * step / scale - 1) ** 2 for m in range(1, largest + 1)) for scale in row)
+            )
         rows.append(min(tried))
     return rows
 
@@ -69,7 +73,9 @@ def test_multipliers_are_whole_and_in_range_and_the_largest_is_above_half_of_all
 
 @many
 @given(**shapes)
-def test_no_product_is_further_from_its_scale_than_half_a_step(seed: int, R: int, G: int, largest: int) -> None:
+def test_no_product_is_further_from_its_scale_than_half_a_step(
+    seed: int, R: int, G: int, largest: int
+) -> None:
     S_RG = some(seed, R, G)
     step_R = integer_scales(S_RG, largest)[0].double()[:, None]
     off = (product(S_RG, largest).double() - S_RG.double()).abs()
@@ -81,7 +87,8 @@ def test_no_product_is_further_from_its_scale_than_half_a_step(seed: int, R: int
 
 @pytest.mark.parametrize("ratio", [1, 2, 4, 8])
 def test_a_scale_is_off_by_no_more_than_half_a_step_of_its_own_multiplier(ratio: int) -> None:
-    """With 18 steps the largest has 10 or more: a scale that is 1 / ratio of it is off by less than ratio / 20 of itself."""
+    """With 18 steps the largest has 10 or more: a scale that is 1 / ratio of it is off by less than ratio /
+    20 of itself."""
     S_RG = some(0, 400, 8)
     wide = S_RG.amax(1, keepdim=True) <= S_RG * ratio
     error = (product(S_RG, 18).double() / S_RG.double() - 1).abs()
@@ -95,7 +102,9 @@ def test_the_relative_errors_of_a_row_are_the_least_that_a_search_of_all_multipl
 ) -> None:
     S_RG = some(seed, R, G)
     error_R = (product(S_RG, largest).double() / floored(S_RG, largest) - 1).square().sum(1)
-    torch.testing.assert_close(error_R, torch.tensor(least(S_RG, largest), dtype=torch.float64), rtol=1e-4, atol=1e-8)
+    torch.testing.assert_close(
+        error_R, torch.tensor(least(S_RG, largest), dtype=torch.float64), rtol=1e-4, atol=1e-8
+    )
 
 
 @many
@@ -111,7 +120,9 @@ def test_scales_that_a_step_and_multipliers_can_say_are_said_exactly(seed: int, 
 @many
 @given(**shapes)
 def test_snapping_twice_is_snapping_once(seed: int, R: int, G: int, largest: int) -> None:
-    once = product(some(seed, R, G), largest)  # another step may say the same: the product stays, not its factors
+    once = product(
+        some(seed, R, G), largest
+    )  # another step may say the same: the product stays, not its factors
     torch.testing.assert_close(product(once, largest), once, rtol=3e-7, atol=0)
 
 
@@ -132,7 +143,9 @@ def test_the_same_scales_give_the_same_bits_alone_among_others_and_at_other_powe
 
 @many
 @given(**shapes)
-def test_scales_of_zero_and_below_get_the_least_that_a_row_can_say(seed: int, R: int, G: int, largest: int) -> None:
+def test_scales_of_zero_and_below_get_the_least_that_a_row_can_say(
+    seed: int, R: int, G: int, largest: int
+) -> None:
     S_RG = some(seed, R, G)
     lost = torch.rand(R, G, generator=torch.Generator().manual_seed(seed)) < 0.4
     lost &= S_RG.amax(1, keepdim=True) > S_RG
@@ -144,12 +157,23 @@ def test_scales_of_zero_and_below_get_the_least_that_a_row_can_say(seed: int, R:
 
 @pytest.mark.parametrize(
     "row",
-    [[0.0, 0.0, 0.0], [-1.0, -2.0, -0.5], [-10.0, 1.0, 2.0], [1e-45, 0.0, 1e-44], [3e38, 1e-38, -3e38], [1e-30, 2e-30, 0.0]],
+    [
+        [0.0, 0.0, 0.0],
+        [-1.0, -2.0, -0.5],
+        [-10.0, 1.0, 2.0],
+        [1e-45, 0.0, 1e-44],
+        [3e38, 1e-38, -3e38],
+        [1e-30, 2e-30, 0.0],
+    ],
 )
-def test_whatever_the_scales_are_steps_are_positive_and_finite_and_multipliers_in_range(row: list[float]) -> None:
+def test_whatever_the_scales_are_steps_are_positive_and_finite_and_multipliers_in_range(
+    row: list[float],
+) -> None:
     step_R, multiplier_RG = integer_scales(torch.tensor([row, [1.0, 2.0, 3.0]]), 18)
     assert bool((step_R > 0).all() and step_R.isfinite().all())
-    assert bool(((multiplier_RG >= 1) & (multiplier_RG <= 18) & (multiplier_RG == multiplier_RG.round())).all())
+    assert bool(
+        ((multiplier_RG >= 1) & (multiplier_RG <= 18) & (multiplier_RG == multiplier_RG.round())).all()
+    )
     assert bool((step_R[:, None] * multiplier_RG).isfinite().all())
     alone = integer_scales(torch.tensor([[1.0, 2.0, 3.0]]), 18)
     assert torch.equal(step_R[1:], alone[0]) and torch.equal(multiplier_RG[1:], alone[1])
@@ -185,7 +209,9 @@ def test_a_level_is_its_own_nearest_and_position_and_has_even_spacing(format: Wh
     every = torch.arange(len(ours.levels))
     assert torch.equal(ours.nearest(ours.levels), every)
     assert torch.equal(ours.position(ours.levels), every.float())
-    torch.testing.assert_close(ours.spacing(every), torch.full((len(every),), 1 / LARGEST[format]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        ours.spacing(every), torch.full((len(every),), 1 / LARGEST[format]), rtol=1e-4, atol=0
+    )
 
 
 @by_format

@@ -48,7 +48,11 @@ def test_cosines_do_not_see_the_size_of_a_weight_but_its_sign() -> None:
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 999), tokens=st.integers(3, 40), widths=st.lists(st.integers(1, 9), min_size=2, max_size=4))
+@given(
+    seed=st.integers(0, 999),
+    tokens=st.integers(3, 40),
+    widths=st.lists(st.integers(1, 9), min_size=2, max_size=4),
+)
 def test_cka_is_the_alignment_of_the_kernels_over_tokens(seed: int, tokens: int, widths: list[int]) -> None:
     outputs = [noise(tokens, width, seed=seed + width) + 2 for width in widths]
     found = cka(outputs)
@@ -92,7 +96,9 @@ def test_planted_groups_are_found_in_any_order(seed: int, own: list[int]) -> Non
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999), things=st.integers(1, 12), data=st.data())
-def test_there_are_as_many_groups_as_were_asked_for_and_all_are_in_one(seed: int, things: int, data: st.DataObject) -> None:
+def test_there_are_as_many_groups_as_were_asked_for_and_all_are_in_one(
+    seed: int, things: int, data: st.DataObject
+) -> None:
     count = data.draw(st.integers(1, things))
     likeness = noise(things, things, seed=seed)
     groups = agglomerate(likeness + likeness.T, count)
@@ -102,7 +108,9 @@ def test_there_are_as_many_groups_as_were_asked_for_and_all_are_in_one(seed: int
 
 def test_groups_are_joined_by_the_mean_of_their_pairs_and_not_by_the_best_one() -> None:
     """2 is most like 1, but 0 and 1 are one by then, and 0 and 2 are not alike; so it goes to 3."""
-    likeness = torch.tensor([[1.0, 0.9, -0.5, 0.0], [0.9, 1.0, 0.8, 0.0], [-0.5, 0.8, 1.0, 0.2], [0.0, 0.0, 0.2, 1.0]])
+    likeness = torch.tensor(
+        [[1.0, 0.9, -0.5, 0.0], [0.9, 1.0, 0.8, 0.0], [-0.5, 0.8, 1.0, 0.2], [0.0, 0.0, 0.2, 1.0]]
+    )
     assert agglomerate(likeness, 3) == [[0, 1], [2], [3]]
     assert agglomerate(likeness, 2) == [[0, 1], [2, 3]]
 
@@ -148,7 +156,9 @@ def test_descent_is_the_same_each_time_and_leaves_its_start_alone() -> None:
     x, y, start = problem()
     before = {name: tensor.clone() for name, tensor in start.items()}
     first, second = (descend(start, lambda tensors, step: loss_of(tensors, x, y), steps=20) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) and torch.equal(start[name], before[name]) for name in start)
+    assert all(
+        torch.equal(first[name], second[name]) and torch.equal(start[name], before[name]) for name in start
+    )
     assert all(start[name].grad is None and not start[name].requires_grad for name in start)
     assert not any(torch.equal(first[name], start[name]) for name in start)
 
@@ -166,9 +176,12 @@ def test_each_step_is_given_its_number() -> None:
 
 
 def test_a_step_is_in_units_of_the_tensor() -> None:
-    """Adam's first step is the rate itself: the same share of each tensor, of zeros of the mean size of all."""
+    """Adam's first step is the rate itself: the same share of each tensor, of zeros of the mean size of
+    all."""
     start = {"large": 100 * torch.ones(5), "small": 0.01 * torch.ones(5), "none": torch.zeros(5)}
-    found = descend(start, lambda tensors, step: torch.stack([t.sum() for t in tensors.values()]).sum(), steps=1, rate=0.1)
+    found = descend(
+        start, lambda tensors, step: torch.stack([t.sum() for t in tensors.values()]).sum(), steps=1, rate=0.1
+    )
     mean = (100 + 0.01) / 3
     for name, size in (("large", 100.0), ("small", 0.01), ("none", mean)):
         torch.testing.assert_close(found[name], start[name] - 0.1 * size, rtol=1e-5, atol=1e-6)

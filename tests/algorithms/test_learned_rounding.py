@@ -1,8 +1,10 @@
-"""Learned rounding: where it starts, what gradient it follows, and what it gains on losses that can be written down.
+"""Learned rounding: where it starts, what gradient it follows, and what it gains on losses that can be
+written down.
 
-It is for a loss that is not the one GPTQ solved for: errors of other linears, inputs that drifted. There it gains much, and
-that is shown. On GPTQ's own objective the straight-through gradient has a floor: steps large enough to change codes end
-above GPTQ (which is why the stage compares and keeps the better), and only the scales are left to gain by.
+It is for a loss that is not the one GPTQ solved for: errors of other linears, inputs that drifted. There it
+gains much, and that is shown. On GPTQ's own objective the straight-through gradient has a floor: steps large
+enough to change codes end above GPTQ (which is why the stage compares and keeps the better), and only the
+scales are left to gain by.
 """
 
 from __future__ import annotations
@@ -43,9 +45,15 @@ def one_linear(
     def loss(rounded: Mapping[str, Tensor], step: int) -> Tensor:
         return wrong(W_RC, rounded["linear"], H_CC)
 
-    return learn({"linear": W_RC}, {"linear": start}, {"linear": grid(format)}, loss, steps=steps, rate=rate, scale_rate=1e-3)[
-        "linear"
-    ]
+    return learn(
+        {"linear": W_RC},
+        {"linear": start},
+        {"linear": grid(format)},
+        loss,
+        steps=steps,
+        rate=rate,
+        scale_rate=1e-3,
+    )["linear"]
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -61,7 +69,9 @@ def test_training_starts_at_exactly_the_codes_of_the_start(format: GridFormat, s
 def test_training_starts_at_the_codes_of_any_start_however_far_from_the_weights(format: GridFormat) -> None:
     W_RC, _, start = linear(0, format)
     generator = torch.Generator().manual_seed(0)
-    anywhere = RoundedWeight(torch.randint(len(grid(format).levels), W_RC.shape, generator=generator), start.scale_RG)
+    anywhere = RoundedWeight(
+        torch.randint(len(grid(format).levels), W_RC.shape, generator=generator), start.scale_RG
+    )
     assert torch.equal(start_position(W_RC, anywhere, grid(format)).round().long(), anywhere.index_RC)
 
 
@@ -83,7 +93,11 @@ def test_the_gradient_is_the_straight_through_one(format: GridFormat, layout: st
     top = len(levels.levels) - 1
     position = (torch.rand(6, 32, generator=generator) * (top + 1) - 0.5).requires_grad_()
     scale = torch.randn(6, 2, generator=generator).requires_grad_()
-    weigh = torch.randn(32, 6, generator=generator).T if layout == "columns" else torch.randn(6, 32, generator=generator)
+    weigh = (
+        torch.randn(32, 6, generator=generator).T
+        if layout == "columns"
+        else torch.randn(6, 32, generator=generator)
+    )
     if layout == "expanded":
         weigh = torch.ones(()).expand(6, 32)
     _round(position, scale, levels).backward(weigh)
@@ -100,7 +114,9 @@ def test_the_gradient_is_the_straight_through_one(format: GridFormat, layout: st
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_position_off_the_grid_rounds_to_its_end(format: GridFormat) -> None:
     position = torch.tensor([[-3.0, -0.6, 15.7, 40.0]])
-    assert torch.equal(_round(position, torch.tensor([[2.0]]), grid(format)), torch.tensor([[-2.0, -2.0, 2.0, 2.0]]))
+    assert torch.equal(
+        _round(position, torch.tensor([[2.0]]), grid(format)), torch.tensor([[-2.0, -2.0, 2.0, 2.0]])
+    )
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -163,7 +179,9 @@ def test_the_arguments_are_left_as_they_were_and_the_result_is_the_same_again() 
     results = [one_linear(W_RC, H_CC, start, "nf4", 5) for _ in range(2)]
     assert all(map(torch.equal, given, before))
     assert not any(tensor.requires_grad for tensor in given)
-    assert torch.equal(results[0].index_RC, results[1].index_RC) and torch.equal(results[0].scale_RG, results[1].scale_RG)
+    assert torch.equal(results[0].index_RC, results[1].index_RC) and torch.equal(
+        results[0].scale_RG, results[1].scale_RG
+    )
 
 
 def test_the_loss_sees_every_step_once_and_the_codes_of_the_start_first() -> None:
@@ -191,27 +209,43 @@ def test_a_linear_learns_to_make_up_for_another_that_is_added_to_it(format: Grid
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return (X_TC @ (rounded["b"] + rough - A_RC - B_RC).T).square().sum(1).mean()
 
-    result = learn({"b": B_RC}, {"b": start}, {"b": grid(format)}, loss, steps=100, rate=0.01, scale_rate=1e-3)["b"]
+    result = learn(
+        {"b": B_RC}, {"b": start}, {"b": grid(format)}, loss, steps=100, rate=0.01, scale_rate=1e-3
+    )["b"]
     before, after = (loss({"b": x.weight(grid(format))}) for x in (start, result))
     assert after < 0.8 * before
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_linears_one_after_the_other_learn_together_on_drifted_inputs(format: GridFormat) -> None:
-    """A small layer with a nonlinearity, whose inputs lost something in the layers before: down(relu(up(x)))."""
+    """A small layer with a nonlinearity, whose inputs lost something in the layers before:
+    down(relu(up(x)))."""
     generator = torch.Generator().manual_seed(0)
     X_TC = torch.randn(512, 64, generator=generator)
-    drifted = X_TC + 0.3 * torch.randn(512, 8, generator=generator) @ torch.randn(8, 64, generator=generator) / 8**0.5
-    weights = {"up": torch.randn(96, 64, generator=generator) / 8, "down": torch.randn(32, 96, generator=generator) / 10}
+    drifted = (
+        X_TC
+        + 0.3 * torch.randn(512, 8, generator=generator) @ torch.randn(8, 64, generator=generator) / 8**0.5
+    )
+    weights = {
+        "up": torch.randn(96, 64, generator=generator) / 8,
+        "down": torch.randn(32, 96, generator=generator) / 10,
+    }
     hidden = (drifted @ weights["up"].T).relu()
     moments = {"up": drifted.T @ drifted / 512, "down": hidden.T @ hidden / 512}
-    starts = {name: solve(W_RC, moments[name], grid(format), BLOCK, snap=lambda S_RG: S_RG) for name, W_RC in weights.items()}
+    starts = {
+        name: solve(W_RC, moments[name], grid(format), BLOCK, snap=lambda S_RG: S_RG)
+        for name, W_RC in weights.items()
+    }
     target = (X_TC @ weights["up"].T).relu() @ weights["down"].T
 
     def loss(rounded: Mapping[str, Tensor], step: int = 0) -> Tensor:
         return ((drifted @ rounded["up"].T).relu() @ rounded["down"].T - target).square().sum(1).mean()
 
-    results = learn(weights, starts, dict.fromkeys(starts, grid(format)), loss, steps=100, rate=0.01, scale_rate=1e-3)
-    before, after = (loss({name: x.weight(grid(format)) for name, x in found.items()}) for found in (starts, results))
+    results = learn(
+        weights, starts, dict.fromkeys(starts, grid(format)), loss, steps=100, rate=0.01, scale_rate=1e-3
+    )
+    before, after = (
+        loss({name: x.weight(grid(format)) for name, x in found.items()}) for found in (starts, results)
+    )
     assert set(results) == set(weights)
     assert after < 0.85 * before

@@ -1,4 +1,5 @@
-"""The refit against torch's least squares, with and without drifted inputs and an intercept, and what it promises."""
+"""The refit against torch's least squares, with and without drifted inputs and an intercept, and what it
+promises."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ def fit(x: Tensor, y: Tensor) -> Tensor:
 @pytest.mark.parametrize("seed", range(4))
 def test_the_repaired_weight_is_the_least_squares_one(seed: int) -> None:
     x, W_RC = inputs(400, C, seed).double(), inputs(5, C, 9).double()
-    torch.testing.assert_close(repair(W_RC, moments(x), KEPT, TINY), fit(x[:, KEPT], x @ W_RC.T), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(
+        repair(W_RC, moments(x), KEPT, TINY), fit(x[:, KEPT], x @ W_RC.T), rtol=1e-5, atol=1e-7
+    )
 
 
 @pytest.mark.parametrize("damp", [1e-4, 0.01, 1])
@@ -82,7 +85,9 @@ def test_keeping_all_changes_nothing_and_in_another_order_only_the_order() -> No
 def test_the_order_of_the_kept_columns_is_that_of_the_result() -> None:
     W_RC, H_CC = problem(0, R=5, C=C)
     ordered = KEPT.sort()
-    torch.testing.assert_close(repair(W_RC, H_CC, KEPT)[:, ordered.indices], repair(W_RC, H_CC, ordered.values))
+    torch.testing.assert_close(
+        repair(W_RC, H_CC, KEPT)[:, ordered.indices], repair(W_RC, H_CC, ordered.values)
+    )
 
 
 def test_keeping_none_leaves_no_columns() -> None:
@@ -106,7 +111,9 @@ def test_no_weight_nearby_loses_less(seed: int, count: int, damp: float) -> None
     W_RC, H_CC = problem(seed, R=5, C=C)
     kept, H = torch.arange(count), damped(H_CC, damp)
     found = repair(W_RC, H_CC, kept, damp)
-    nearby = found + 1e-3 * torch.randn(found.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    nearby = found + 1e-3 * torch.randn(
+        found.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     assert lost(W_RC, found, H, kept) < lost(W_RC, nearby, H, kept)
     assert lost(W_RC, found, H, kept) < lost(W_RC, W_RC[:, kept], H, kept), "worse than the plain cut"
 
@@ -121,7 +128,9 @@ def test_what_the_kept_columns_say_too_is_not_lost() -> None:
     x, W_RC = inputs(400, C).double(), inputs(5, C, 9).double()
     x[:, 5] = 0.5 * x[:, 0] - 2 * x[:, 11]
     kept = torch.tensor([c for c in range(C) if c != 5])
-    torch.testing.assert_close(x[:, kept] @ repair(W_RC, moments(x), kept, 1e-10).T, x @ W_RC.T, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        x[:, kept] @ repair(W_RC, moments(x), kept, 1e-10).T, x @ W_RC.T, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_weights_of_inputs_that_never_fire_stay_as_they_are() -> None:

@@ -1,4 +1,5 @@
-"""Products of low rank against the singular values of the whitened weight, which no other product can beat."""
+"""Products of low rank against the singular values of the whitened weight, which no other product can
+beat."""
 
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ def lost(E_RC: Tensor, H_CC: Tensor) -> float:
 
 
 def tail(W_RC: Tensor, H_CC: Tensor, rank: int) -> float:
-    """The squares of the singular values of the weight times any root of H that a product of that rank must lose."""
+    """The squares of the singular values of the weight times any root of H that a product of that rank must
+    lose."""
     values, vectors = torch.linalg.eigh(H_CC)
     S_CC = vectors * values.clamp_min(0).sqrt()
     return float(torch.linalg.svdvals(W_RC @ S_CC)[rank:].square().sum())
@@ -58,19 +60,29 @@ def test_moments_that_are_not_finite_are_refused() -> None:
 
 @pytest.mark.parametrize("rank", range(1, R + 1))
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_without_any_preference_it_is_the_truncated_singular_value_decomposition(rank: int, dtype: torch.dtype) -> None:
+def test_without_any_preference_it_is_the_truncated_singular_value_decomposition(
+    rank: int, dtype: torch.dtype
+) -> None:
     W_RC = weight(0)
     (left_RK,), basis_KC = shared_basis([W_RC.to(dtype)], [torch.eye(C, dtype=dtype)], rank)
-    assert left_RK.shape == (R, rank) and basis_KC.shape == (rank, C) and left_RK.dtype == basis_KC.dtype == dtype
+    assert (
+        left_RK.shape == (R, rank)
+        and basis_KC.shape == (rank, C)
+        and left_RK.dtype == basis_KC.dtype == dtype
+    )
     U, values, Vt = torch.linalg.svd(W_RC, full_matrices=False)
     found = (left_RK @ basis_KC).double()
     torch.testing.assert_close(found, U[:, :rank] * values[:rank] @ Vt[:rank], rtol=0, atol=1e-5)
-    assert float((found - W_RC).square().sum()) == pytest.approx(float(values[rank:].square().sum()), rel=1e-4, abs=1e-9)
+    assert float((found - W_RC).square().sum()) == pytest.approx(
+        float(values[rank:].square().sum()), rel=1e-4, abs=1e-9
+    )
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999), rank=st.integers(1, R - 1))
-def test_what_is_lost_is_the_tail_of_the_whitened_singular_values_and_nothing_nearby_loses_less(seed: int, rank: int) -> None:
+def test_what_is_lost_is_the_tail_of_the_whitened_singular_values_and_nothing_nearby_loses_less(
+    seed: int, rank: int
+) -> None:
     W_RC, H_CC = weight(seed), damped(metric(seed), DAMP)
     (left_RK,), basis_KC = shared_basis([W_RC], [metric(seed)], rank)
     found = lost(left_RK @ basis_KC - W_RC, H_CC)
@@ -96,7 +108,9 @@ def test_it_loses_less_where_inputs_are_than_the_plain_decomposition() -> None:
 
 @settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 99), rank=st.integers(1, C - 1), count=st.integers(2, 4))
-def test_on_the_same_inputs_the_common_basis_is_that_of_the_stacked_weights(seed: int, rank: int, count: int) -> None:
+def test_on_the_same_inputs_the_common_basis_is_that_of_the_stacked_weights(
+    seed: int, rank: int, count: int
+) -> None:
     weights, H_CC = [weight(seed + number, 3 + number) for number in range(count)], metric(seed)
     lefts, basis_KC = shared_basis(weights, [H_CC] * count, rank)
     found = sum(lost(A @ basis_KC - W, damped(H_CC, DAMP)) for A, W in zip(lefts, weights, strict=True))
@@ -111,7 +125,9 @@ def test_on_inputs_of_their_own_each_has_the_best_coefficients_for_the_common_ba
         H_CC = damped(H, DAMP)
         found = lost(A @ basis_KC - W, H_CC)
         assert found >= tail(W, H_CC, 5), "a basis of its own would be better"
-        assert all(found < lost((A + 1e-3 * noise(R, 5, seed=seed)) @ basis_KC - W, H_CC) for seed in range(6))
+        assert all(
+            found < lost((A + 1e-3 * noise(R, 5, seed=seed)) @ basis_KC - W, H_CC) for seed in range(6)
+        )
     _, of_sum_KC = shared_basis(weights, [metrics[0] + metrics[1]] * 2, 5)
     ratio = (basis_KC / of_sum_KC).abs()  # the vectors are the same, of another length and sign
     torch.testing.assert_close(ratio, torch.full_like(ratio, 2**0.5), rtol=1e-6, atol=0)
@@ -169,7 +185,9 @@ def test_hard_moments_give_finite_products(case: str, share: float) -> None:
         lefts, basis_KC = shared_basis(some, [H_CC] * len(some), rank)
         assert all(bool(torch.isfinite(part).all()) for part in (*lefts, basis_KC))
         for A, W in zip(lefts, some, strict=True):
-            assert share < 1 or torch.allclose(A @ basis_KC, W, rtol=0, atol=0.01), "at full rank nothing is lost"
+            assert share < 1 or torch.allclose(A @ basis_KC, W, rtol=0, atol=0.01), (
+                "at full rank nothing is lost"
+            )
 
 
 def test_a_channel_that_never_fires_costs_nothing_elsewhere() -> None:
@@ -179,7 +197,9 @@ def test_a_channel_that_never_fires_costs_nothing_elsewhere() -> None:
     alive = torch.tensor([c for c in range(C) if c != 5])
     found = lost(left_RK @ basis_KC - W_RC, moments(x_TC))
     assert bool(torch.isfinite(left_RK @ basis_KC).all())
-    assert found < 3 * tail(W_RC[:, alive], moments(x_TC)[alive][:, alive], 5), "a rank is lost to it at the most"
+    assert found < 3 * tail(W_RC[:, alive], moments(x_TC)[alive][:, alive], 5), (
+        "a rank is lost to it at the most"
+    )
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -1,4 +1,5 @@
-"""Greedy removal against its plain form, which tries every unit at every step and fits all columns that are left anew."""
+"""Greedy removal against its plain form, which tries every unit at every step and fits all columns that are
+left anew."""
 
 from __future__ import annotations
 
@@ -129,7 +130,10 @@ def test_columns_of_no_unit_stay_and_make_up_for_others() -> None:
     unit_C = UNITS["scattered, of different sizes"]
     W_RC, H_CC, units = linear(unit_C, 0)
     own = unit_C >= 0
-    with_others, alone = remove(W_RC, H_CC, unit_C, units), remove(W_RC[:, own], H_CC[own][:, own], unit_C[own], units)
+    with_others, alone = (
+        remove(W_RC, H_CC, unit_C, units),
+        remove(W_RC[:, own], H_CC[own][:, own], unit_C[own], units),
+    )
     assert bool((with_others.losses < alone.losses).all())
 
 

@@ -1,7 +1,8 @@
-"""Solving one linear: better than its first step, which is better than nearest, and only with scales that can be stored.
+"""Solving one linear: better than its first step, which is better than nearest, and only with scales that can
+be stored.
 
-Under exact scales no round can raise the objective. A coarse `snap` can, since it moves the scales off their optimum; what
-is promised then is that the scales returned are ones it gave.
+Under exact scales no round can raise the objective. A coarse `snap` can, since it moves the scales off their
+optimum; what is promised then is that the scales returned are ones it gave.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def coarse(S_RG: Tensor) -> Tensor:
 
 
 def doubly(S_RG: Tensor) -> Tensor:
-    """What bitsandbytes' double quantisation makes of the scales; not idempotent, for it takes their mean anew."""
+    """What bitsandbytes' double quantisation makes of the scales; not idempotent, for it takes their mean
+    anew."""
     return bitsandbytes_layout.double_quantize(S_RG).decode()
 
 
@@ -49,7 +51,10 @@ def single(seed: int, R: int = 32, C: int = 64, tokens: int = 256) -> tuple[Tens
 def test_solving_beats_gptq_alone_which_beats_nearest(format: GridFormat, group_size: int, seed: int) -> None:
     W_RC, H_CC = single(seed)
     levels = grid(format)
-    searched, absmax = search_scales(W_RC, H_CC.diagonal(), levels, group_size), groups_of(W_RC, group_size).abs().amax(-1)
+    searched, absmax = (
+        search_scales(W_RC, H_CC.diagonal(), levels, group_size),
+        groups_of(W_RC, group_size).abs().amax(-1),
+    )
     solved = solve(W_RC, H_CC, levels, group_size, snap=exact)
     objectives = [
         lost(W_RC, solved.index_RC, solved.scale_RG, H_CC, levels),
@@ -122,7 +127,9 @@ def test_codes_make_up_for_storable_scales(snap: Snap, seed: int) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("case", ["no weights", "no inputs", "dead channels", "a group of zeros", "one token"])
+@pytest.mark.parametrize(
+    "case", ["no weights", "no inputs", "dead channels", "a group of zeros", "one token"]
+)
 def test_degenerate_linears_end_in_finite_weights(format: GridFormat, case: str) -> None:
     W_RC, H_CC = single(3, tokens=1 if case == "one token" else 256)
     if case == "no weights":
@@ -160,9 +167,13 @@ def test_the_arguments_are_left_as_they_were() -> None:
 
 
 def test_a_rounded_weight_is_level_times_scale() -> None:
-    rounded = RoundedWeight(torch.tensor([[0, 15, 7, 8], [15, 0, 15, 0]]), torch.tensor([[2.0, 10.0], [-1.0, 0.5]]))
+    rounded = RoundedWeight(
+        torch.tensor([[0, 15, 7, 8], [15, 0, 15, 0]]), torch.tensor([[2.0, 10.0], [-1.0, 0.5]])
+    )
     weight = rounded.weight(grid("nf4"))
-    torch.testing.assert_close(weight, torch.tensor([[-2.0, 2.0, 0.0, 0.7958029955625534], [-1.0, 1.0, 0.5, -0.5]]))
+    torch.testing.assert_close(
+        weight, torch.tensor([[-2.0, 2.0, 0.0, 0.7958029955625534], [-1.0, 1.0, 0.5, -0.5]])
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -24,7 +24,9 @@ def error(W: Tensor, scale: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(1, 1), (5, 3), (40, 64), (7, 300)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_each_row_has_the_scale_of_least_error_and_its_nearest_codes(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_each_row_has_the_scale_of_least_error_and_its_nearest_codes(
+    shape: tuple[int, int], dtype: torch.dtype
+) -> None:
     W = matrix(*shape).clamp(-6e4, 6e4).to(dtype)
     codes, scale = round_rows(W)
     assert codes.dtype == torch.int8 and scale.dtype == torch.float32 and codes.shape == W.shape

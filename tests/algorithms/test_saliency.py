@@ -1,4 +1,5 @@
-"""Scores against sums written out, `obs` against the fit without the unit, and what every score must do with its units."""
+"""Scores against sums written out, `obs` against the fit without the unit, and what every score must do with
+its units."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ from tests.algorithms.test_gptq import problem
 from tests.algorithms.test_hessian import HARD, inputs, moments
 
 DAMP = 0.01
-UNIT_C = torch.tensor([1, 0, -1, 2, 1, 1, 0, -1, 3, 2, 3, 0])  # four units of 3, 3, 2, 2 columns, two columns of none
+UNIT_C = torch.tensor(
+    [1, 0, -1, 2, 1, 1, 0, -1, 3, 2, 3, 0]
+)  # four units of 3, 3, 2, 2 columns, two columns of none
 UNITS = 4
 C = len(UNIT_C)
 
@@ -55,7 +58,8 @@ OF_WEIGHTS = [name for name in SCORES if name != "activation"]
 
 
 def fitted_loss(W_RC: Tensor, H_CC: Tensor, cut: Tensor, damp: float = DAMP) -> float:
-    """tr(E H E^T) under damped moments, the columns `cut` (bool) gone and the rest by the normal equations."""
+    """tr(E H E^T) under damped moments, the columns `cut` (bool) gone and the rest by the normal
+    equations."""
     H, kept = damped(H_CC, damp), ~cut
     E_RC = W_RC.clone()
     E_RC[:, kept] -= torch.linalg.solve(H[kept][:, kept], H[kept] @ W_RC.T).T
@@ -66,7 +70,9 @@ def fitted_loss(W_RC: Tensor, H_CC: Tensor, cut: Tensor, damp: float = DAMP) -> 
 @given(unit=st.lists(st.integers(-1, 5), min_size=1, max_size=30).filter(lambda unit: max(unit) >= 0))
 def test_the_table_has_every_column_of_a_unit_once_in_rising_order(unit: list[int]) -> None:
     table = members(torch.tensor(unit), 6).tolist()
-    assert [[c for c in row if c >= 0] for row in table] == [[c for c, u in enumerate(unit) if u == own] for own in range(6)]
+    assert [[c for c in row if c >= 0] for row in table] == [
+        [c for c, u in enumerate(unit) if u == own] for own in range(6)
+    ]
     assert all(row == sorted(row, key=lambda c: c < 0) for row in table), "a row goes on after it has ended"
 
 
@@ -85,7 +91,9 @@ def test_magnitude_is_the_sum_of_powers(order: int) -> None:
 
 def test_rows_of_a_writer_are_scored_by_its_transpose() -> None:
     W_RC, _ = linear()
-    torch.testing.assert_close(magnitude(W_RC.T.contiguous().T, UNIT_C, UNITS), magnitude(W_RC, UNIT_C, UNITS))
+    torch.testing.assert_close(
+        magnitude(W_RC.T.contiguous().T, UNIT_C, UNITS), magnitude(W_RC, UNIT_C, UNITS)
+    )
     rows = torch.tensor([0, 0, 1, 1, 2, 2, 2])
     expected = torch.stack([W_RC[rows == u].square().sum() for u in range(3)])
     torch.testing.assert_close(magnitude(W_RC.T, rows, 3), expected)
@@ -116,8 +124,12 @@ def test_taylor_is_the_change_of_the_loss_to_first_order() -> None:
 
     G_RC = torch.func.grad(loss)(W_RC)
     step = 1e-6
-    changes = [float(loss(W_RC) - loss(W_RC * (1 - step * UNIT_C.eq(u).double()))) / step for u in range(UNITS)]
-    torch.testing.assert_close(taylor(W_RC, G_RC, UNIT_C, UNITS), torch.tensor(changes).double().abs(), rtol=1e-4, atol=1e-6)
+    changes = [
+        float(loss(W_RC) - loss(W_RC * (1 - step * UNIT_C.eq(u).double()))) / step for u in range(UNITS)
+    ]
+    torch.testing.assert_close(
+        taylor(W_RC, G_RC, UNIT_C, UNITS), torch.tensor(changes).double().abs(), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_taylor_of_a_reader_is_that_of_its_activations() -> None:
@@ -134,7 +146,9 @@ def test_taylor_of_a_reader_is_that_of_its_activations() -> None:
 def test_obs_is_the_loss_of_the_best_fit_without_the_unit(seed: int) -> None:
     W_RC, H_CC = linear(seed)
     expected = [fitted_loss(W_RC, H_CC, UNIT_C.eq(u)) for u in range(UNITS)]
-    torch.testing.assert_close(obs(W_RC, H_CC, UNIT_C, UNITS, DAMP), torch.tensor(expected, dtype=torch.float64))
+    torch.testing.assert_close(
+        obs(W_RC, H_CC, UNIT_C, UNITS, DAMP), torch.tensor(expected, dtype=torch.float64)
+    )
 
 
 def test_obs_of_single_columns_is_the_surgeons_saliency() -> None:
@@ -178,7 +192,10 @@ def test_the_order_of_the_columns_does_not_matter(name: str, seed: int, order: l
     p = torch.tensor(order)
     flipped = W_RC.flip(1) * H_CC.diagonal()  # the gradient of `taylor` travels with its columns
     if name == "taylor":
-        found, expected = taylor(W_RC[:, p], flipped[:, p], UNIT_C[p], UNITS), taylor(W_RC, flipped, UNIT_C, UNITS)
+        found, expected = (
+            taylor(W_RC[:, p], flipped[:, p], UNIT_C[p], UNITS),
+            taylor(W_RC, flipped, UNIT_C, UNITS),
+        )
     else:
         found, expected = SCORES[name](W_RC[:, p], H_CC[p][:, p], UNIT_C[p]), SCORES[name](W_RC, H_CC, UNIT_C)
     torch.testing.assert_close(found, expected)
@@ -218,7 +235,9 @@ def test_costs_under_hard_moments_are_finite_and_not_negative(case: str, size: i
 
 def rotated(x: Tensor, angle: float) -> Tensor:
     """Each pair of neighbouring channels turned by `angle`, and the length changed."""
-    turn = torch.tensor([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64)
+    turn = torch.tensor(
+        [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]], dtype=torch.float64
+    )
     turned: Tensor = 1.7 * (x.unflatten(-1, (-1, 2)).double() @ turn).flatten(-2)
     return turned
 

@@ -38,7 +38,9 @@ def some(seed: int, R: int, C: int) -> tuple[Tensor, Tensor]:
 def by_lstsq(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, group_size: int) -> Tensor:
     """Row by row in float64: with H = L L^T, the scales s that bring L^T (w - Q s) closest to zero."""
     factor, C = torch.linalg.cholesky(H_CC.double()).T, W_RC.shape[1]
-    place = torch.nn.functional.one_hot(torch.arange(C) // group_size).double()  # [C, G]: which scale a column has
+    place = torch.nn.functional.one_hot(
+        torch.arange(C) // group_size
+    ).double()  # [C, G]: which scale a column has
     A_RCG = factor @ (Q_RC.double()[..., None] * place)
     S_RG: Tensor = torch.linalg.lstsq(A_RCG, (W_RC.double() @ factor.T)[..., None]).solution[..., 0]
     return S_RG
@@ -70,10 +72,19 @@ def test_in_no_block_is_a_searched_scale_worse_than_absmax(
 
 @pytest.mark.parametrize("format", FORMATS)
 @settings(max_examples=30, deadline=None, derandomize=True)
-@given(seed=st.integers(0, 9999), R=st.integers(1, 6), G=st.integers(1, 4), group_size=st.sampled_from([1, 4, 32]))
-def test_a_free_sign_is_in_no_block_worse_than_none(format: GridFormat, seed: int, R: int, G: int, group_size: int) -> None:
+@given(
+    seed=st.integers(0, 9999),
+    R=st.integers(1, 6),
+    G=st.integers(1, 4),
+    group_size=st.sampled_from([1, 4, 32]),
+)
+def test_a_free_sign_is_in_no_block_worse_than_none(
+    format: GridFormat, seed: int, R: int, G: int, group_size: int
+) -> None:
     W_RC, h_C = some(seed, R, G * group_size)
-    free, fixed = (search_scales(W_RC, h_C, grid(format), group_size, signed=signed) for signed in (True, False))
+    free, fixed = (
+        search_scales(W_RC, h_C, grid(format), group_size, signed=signed) for signed in (True, False)
+    )
     assert bool((fixed > 0).all())
     errors = block_errors(W_RC, fixed, h_C, format)
     assert bool((block_errors(W_RC, free, h_C, format) <= errors * (1 + 1e-6)).all())
@@ -91,7 +102,9 @@ def test_a_free_sign_pays_on_an_uneven_grid() -> None:
 def test_a_block_that_absmax_rounds_without_error_keeps_it(format: GridFormat) -> None:
     levels = grid(format).levels
     W_RC = torch.stack([levels * 0.3, levels.flip(0) * 7])
-    assert torch.equal(search_scales(W_RC, torch.ones(len(levels)), grid(format), len(levels)), absmax(W_RC, len(levels)))
+    assert torch.equal(
+        search_scales(W_RC, torch.ones(len(levels)), grid(format), len(levels)), absmax(W_RC, len(levels))
+    )
 
 
 def test_a_block_of_zeros_gets_scale_one_and_one_that_no_input_reaches_its_absmax() -> None:
@@ -128,7 +141,9 @@ def test_fitting_finds_the_scales_that_weights_on_the_grid_were_made_with() -> N
     Q_RC = grid("nf4").levels[torch.randint(16, (32, 64), generator=generator)]
     true_RG = torch.randn(32, 4, generator=generator)
     start = torch.full((32, 4), 0.01)
-    torch.testing.assert_close(fit_scales(Q_RC * spread(true_RG, 16), H_CC.float(), Q_RC, start), true_RG, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        fit_scales(Q_RC * spread(true_RG, 16), H_CC.float(), Q_RC, start), true_RG, rtol=1e-3, atol=1e-3
+    )
 
 
 @settings(max_examples=50, deadline=None, derandomize=True)
@@ -157,7 +172,9 @@ def test_rows_solved_in_parts_are_the_same_as_at_once() -> None:
     S_RG = absmax(W_RC, 1)
     Q_RC = grid("nf4").levels[nearest(W_RC, S_RG * 1.3, grid("nf4"))]
     together = fit_scales(W_RC, H_CC, Q_RC, S_RG)
-    apart = torch.cat([fit_scales(W_RC[r : r + 8], H_CC, Q_RC[r : r + 8], S_RG[r : r + 8]) for r in range(0, R, 8)])
+    apart = torch.cat(
+        [fit_scales(W_RC[r : r + 8], H_CC, Q_RC[r : r + 8], S_RG[r : r + 8]) for r in range(0, R, 8)]
+    )
     torch.testing.assert_close(together, apart, rtol=1e-3, atol=1e-5)
     assert not torch.equal(together, S_RG)
 

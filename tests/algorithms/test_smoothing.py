@@ -1,4 +1,5 @@
-"""Factors against their formulas in plain loops, and the fit against the error it is said to lower: computed and rounded."""
+"""Factors against their formulas in plain loops, and the fit against the error it is said to lower: computed
+and rounded."""
 
 from __future__ import annotations
 
@@ -38,12 +39,16 @@ def test_smoothquant_is_its_formula(seed: int, count: int, alpha: float) -> None
 @given(seed=st.integers(0, 9999), count=st.integers(1, 40), alpha=ALPHAS)
 def test_awq_is_its_formula(seed: int, count: int, alpha: float) -> None:
     x = sizes(seed, count)
-    torch.testing.assert_close(awq(x, alpha), torch.tensor(centred([a**alpha for a in x.tolist()])), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        awq(x, alpha), torch.tensor(centred([a**alpha for a in x.tolist()])), rtol=1e-4, atol=0
+    )
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 9999), alpha=ALPHAS, size=st.sampled_from([1e-6, 1.0, 1e4]))
-def test_the_mean_size_is_one_and_the_size_of_the_inputs_as_a_whole_is_nothing(seed: int, alpha: float, size: float) -> None:
+def test_the_mean_size_is_one_and_the_size_of_the_inputs_as_a_whole_is_nothing(
+    seed: int, alpha: float, size: float
+) -> None:
     x, w = sizes(seed, 24), sizes(seed + 1, 24)
     for factor, moved in (
         (smoothquant(x, w, alpha), smoothquant(x * size, w, alpha)),
@@ -74,7 +79,9 @@ def test_where_all_channels_are_dead_all_factors_are_one() -> None:
 
 def test_factors_have_the_shape_of_the_channels() -> None:
     x, w = sizes(0, 24), sizes(1, 24)
-    assert torch.equal(smoothquant(x.reshape(2, 3, 4), w.reshape(2, 3, 4), 0.4).flatten(), smoothquant(x, w, 0.4))
+    assert torch.equal(
+        smoothquant(x.reshape(2, 3, 4), w.reshape(2, 3, 4), 0.4).flatten(), smoothquant(x, w, 0.4)
+    )
     assert torch.equal(awq(x.reshape(6, 4), 0.4).flatten(), awq(x, 0.4))
 
 
@@ -126,7 +133,8 @@ class Case:
         return total
 
     def real(self, factor_C: Tensor) -> float:
-        """The squared error of a token when inputs and weights are really rounded to whole steps of absmax over largest."""
+        """The squared error of a token when inputs and weights are really rounded to whole steps of absmax
+        over largest."""
         s, X, W = factor_C.double(), self.X_TC.double(), self.W_RC.double()
         aim, X, W = X @ W.T, X / s, W * s
         if self.input_largest is not None:
@@ -158,6 +166,7 @@ def case(format: str, outlier: float = 20, seed: int = 0, T: int = 512, R: int =
 by_format = pytest.mark.parametrize("format", ["w8a8", "w4a8", "w4a4", "w4a16"])
 
 
+@pytest.mark.slow(keep=1)
 @by_format
 @pytest.mark.parametrize("outlier", [10, 30])
 def test_the_fit_lowers_the_error_to_expect_and_the_real_one_below_the_start_and_every_exponent(
@@ -172,7 +181,10 @@ def test_the_fit_lowers_the_error_to_expect_and_the_real_one_below_the_start_and
 
 def test_the_error_to_expect_is_twelve_times_what_eight_bits_really_cost() -> None:
     problem = case("w8a8", 10)
-    for factor in (torch.ones(64), problem.fit()):  # the formula leaves out 1 / 12 of a step's square, as it is everywhere
+    for factor in (
+        torch.ones(64),
+        problem.fit(),
+    ):  # the formula leaves out 1 / 12 of a step's square, as it is everywhere
         assert problem.real(factor) == pytest.approx(problem.expected(factor) / 12, rel=0.15)
 
 
@@ -188,7 +200,9 @@ def test_a_fit_that_starts_from_what_a_fit_has_found_stays_there(format: str) ->
 @by_format
 def test_columns_of_one_unit_share_its_factor_and_the_fit_serves_them_all(format: str) -> None:
     problem = case(format, T=256, R=128)
-    unit_C = torch.arange(64) % 16 + 16 * (torch.arange(64) // 32)  # as keys that several queries read: 32 units, twice each
+    unit_C = torch.arange(64) % 16 + 16 * (
+        torch.arange(64) // 32
+    )  # as keys that several queries read: 32 units, twice each
     found = problem.fit(unit_C)
     assert found.shape == (32,)
     assert problem.expected(found[unit_C]) < 0.8 * problem.expected(torch.ones(64))
@@ -221,6 +235,7 @@ def test_a_factor_for_all_columns_together_changes_nothing_in_the_error_to_expec
     torch.testing.assert_close(problem.fit(start=torch.full((64,), 7.0)), found, rtol=1e-2, atol=0)
 
 
+@pytest.mark.slow(keep=1)
 @by_format
 @pytest.mark.parametrize("dead", ["one input", "one weight", "all inputs", "all weights"])
 def test_channels_that_nothing_enters_or_leaves_give_finite_factors(format: str, dead: str) -> None:
@@ -235,5 +250,9 @@ def test_the_fit_leaves_what_it_is_given() -> None:
     problem, start = case("w8a8", T=32, R=16), torch.ones(64)
     X_TC, W_RC = problem.X_TC.clone(), problem.W_RC.clone()
     found = problem.fit(start=start)
-    assert torch.equal(problem.X_TC, X_TC) and torch.equal(problem.W_RC, W_RC) and torch.equal(start, torch.ones(64))
+    assert (
+        torch.equal(problem.X_TC, X_TC)
+        and torch.equal(problem.W_RC, W_RC)
+        and torch.equal(start, torch.ones(64))
+    )
     assert not found.requires_grad

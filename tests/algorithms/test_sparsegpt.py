@@ -1,4 +1,5 @@
-"""Masks against sorting by hand, SparseGPT against its plain form and the scores it should beat, bits against numpy's."""
+"""Masks against sorting by hand, SparseGPT against its plain form and the scores it should beat, bits against
+numpy's."""
 
 from __future__ import annotations
 
@@ -64,7 +65,9 @@ def test_n_of_m_keeps_the_highest_of_each_m_neighbours(seed: int, columns: int, 
     for start in range(0, columns, m):
         group = score_RC[:, start : start + m]
         count = min(n, group.shape[1])
-        expected = [[value in sorted(row)[group.shape[1] - count :] for value in row] for row in group.tolist()]
+        expected = [
+            [value in sorted(row)[group.shape[1] - count :] for value in row] for row in group.tolist()
+        ]
         assert mask[:, start : start + m].tolist() == expected
 
 
@@ -82,7 +85,9 @@ def test_rows_compete_when_they_are_passed_as_one() -> None:
 @pytest.mark.parametrize("shape", [(32, 64), (7, 37), (1, 5), (5, 1)])
 @pytest.mark.parametrize("group_size", [8, 12, 128])
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
-def test_sparsegpt_gives_the_weights_of_the_plain_form(keep: Keep, group_size: int, shape: tuple[int, int]) -> None:
+def test_sparsegpt_gives_the_weights_of_the_plain_form(
+    keep: Keep, group_size: int, shape: tuple[int, int]
+) -> None:
     W_RC, H_CC = problem(group_size, *shape)
     found, expected = (
         sparsegpt(W_RC, H_CC, keep, block=group_size, damp=DAMP),
@@ -103,7 +108,9 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(keep: Kee
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(keep=st.floats(0, 1), rows=st.integers(1, 9), columns=st.integers(1, 40), block=st.integers(1, 16))
-def test_a_share_of_the_whole_is_met_to_the_weight(keep: float, rows: int, columns: int, group_size: int) -> None:
+def test_a_share_of_the_whole_is_met_to_the_weight(
+    keep: float, rows: int, columns: int, group_size: int
+) -> None:
     W_RC, H_CC = problem(0, rows, columns)
     assert int((sparsegpt(W_RC, H_CC, keep, block=group_size) != 0).sum()) == round(keep * rows * columns)
 

@@ -1,4 +1,5 @@
-"""One matrix for two against plain solves of its normal equations, row by row and channel by channel, in float64."""
+"""One matrix for two against plain solves of its normal equations, row by row and channel by channel, in
+float64."""
 
 from __future__ import annotations
 
@@ -50,11 +51,14 @@ def damping(p: Problem) -> Tensor:
 
 def lost(W_VD: Tensor, target_VD: Tensor, weight_V: Tensor, metric_DD: Tensor) -> float:
     """The sum over rows of weight e M e^T."""
-    return sum(float(weight * (e @ metric_DD @ e)) for weight, e in zip(weight_V, W_VD - target_VD, strict=True))
+    return sum(
+        float(weight * (e @ metric_DD @ e)) for weight, e in zip(weight_V, W_VD - target_VD, strict=True)
+    )
 
 
 def objective(p: Problem, M_VD: Tensor, gain_D: Tensor, balance: float) -> float:
-    """What `tie` minimises, spelled out: both metrics scaled to the mean size of their matrix, rows to a mean weight of one."""
+    """What `tie` minimises, spelled out: both metrics scaled to the mean size of their matrix, rows to a mean
+    weight of one."""
     of_E, of_O = (torch.stack([row @ m @ row for row in W]).mean() for W, m in ((p.E, p.F), (p.O, p.H)))
     of_embedding = lost(M_VD, p.E, p.seen / p.seen.mean(), p.F / of_E)
     return balance * of_embedding + lost(M_VD * gain_D, p.O, p.said / p.said.mean(), p.H / of_O)
@@ -108,14 +112,17 @@ def test_what_nothing_feels_and_nothing_reads_stays_as_the_embedding_has_it() ->
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 999))
 def test_the_gain_is_the_least_squares_one(seed: int) -> None:
-    """Every row and direction of the metric a sample of its own, and the pull towards 1 one for each channel."""
+    """Every row and direction of the metric a sample of its own, and the pull towards 1 one for each
+    channel."""
     p = problem(seed)
     R_DD = torch.linalg.cholesky(p.H)
     samples = [said.sqrt() * R_DD.T * m for m, said in zip(p.E, p.said, strict=True)]
     wanted = [said.sqrt() * R_DD.T @ o for o, said in zip(p.O, p.said, strict=True)]
     sizes = torch.stack([(p.said * p.E[:, d].square()).sum() * p.H[d, d] for d in range(D)])
     pull = (GAIN_DAMP * sizes.mean()).sqrt() * torch.eye(D, dtype=torch.float64)
-    found = torch.linalg.lstsq(torch.cat([*samples, pull]), torch.cat([*wanted, pull.sum(1)])[:, None]).solution[:, 0]
+    found = torch.linalg.lstsq(
+        torch.cat([*samples, pull]), torch.cat([*wanted, pull.sum(1)])[:, None]
+    ).solution[:, 0]
     torch.testing.assert_close(fit_gain(p.E, p.O, p.said, p.H), found, rtol=1e-6, atol=1e-8)
 
 
@@ -124,7 +131,9 @@ def test_a_gain_that_makes_the_one_the_other_is_found(monkeypatch: pytest.Monkey
     pulled = fit_gain(p.E, p.E * g, p.said, p.H)
     monkeypatch.setattr(tied_embeddings, "GAIN_DAMP", 0.0)
     torch.testing.assert_close(fit_gain(p.E, p.E * g, p.said, p.H), g)
-    large = p.H.diagonal() > 0.1 * p.H.diagonal().mean()  # of a channel that is hardly there the pull towards 1 decides
+    large = (
+        p.H.diagonal() > 0.1 * p.H.diagonal().mean()
+    )  # of a channel that is hardly there the pull towards 1 decides
     torch.testing.assert_close(pulled[large], g[large], rtol=0, atol=0.02)
 
 
@@ -140,11 +149,15 @@ def test_a_channel_that_is_not_there_keeps_its_gain() -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("balance", [0.01, 0.25, 1.0, 10.0])
-def test_no_round_is_worse_than_the_one_before(seed: int, balance: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_round_is_worse_than_the_one_before(
+    seed: int, balance: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     p = problem(seed)
     plain = [objective(p, *tie(*p, balance, rounds=rounds), balance) for rounds in range(12)]
     assert all(after <= before * (1 + 1e-3) for before, after in itertools.pairwise(plain))
-    monkeypatch.setattr(tied_embeddings, "GAIN_DAMP", 0.0)  # or what is minimised has a pull towards 1 beside this objective
+    monkeypatch.setattr(
+        tied_embeddings, "GAIN_DAMP", 0.0
+    )  # or what is minimised has a pull towards 1 beside this objective
     monkeypatch.setattr(tied_embeddings, "DAMP", 1e-13)
     exact = [objective(p, *tie(*p, balance, rounds=rounds), balance) for rounds in range(12)]
     assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(exact))
@@ -155,7 +168,9 @@ def test_no_round_is_worse_than_the_one_before(seed: int, balance: float, monkey
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("balance", [0.01, 0.25, 1.0, 10.0])
 @pytest.mark.parametrize("gain", [True, False])
-def test_the_fit_loses_less_than_either_matrix_and_than_their_mean(seed: int, balance: float, gain: bool) -> None:
+def test_the_fit_loses_less_than_either_matrix_and_than_their_mean(
+    seed: int, balance: float, gain: bool
+) -> None:
     p, one = problem(seed), torch.ones(D, dtype=torch.float64)
     M, g = tie(*p, balance, gain=gain)
     found = objective(p, M, g, balance)
@@ -198,7 +213,9 @@ def test_metrics_of_few_tokens_give_finite_matrices(tokens: int) -> None:
     p = problem(0, tokens=tokens)
     M, g = tie(*Problem(*(part.float() for part in p)), 0.25)
     assert bool(torch.isfinite(M).all()) and bool(torch.isfinite(g).all())
-    assert objective(p, M.double(), g.double(), 0.25) < objective(p, p.E, torch.ones(D, dtype=torch.float64), 0.25)
+    assert objective(p, M.double(), g.double(), 0.25) < objective(
+        p, p.E, torch.ones(D, dtype=torch.float64), 0.25
+    )
 
 
 def test_what_is_given_is_not_changed() -> None:

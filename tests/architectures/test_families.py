@@ -1,7 +1,9 @@
-"""The table is proved, not reviewed: on a pico model of every family, and of every config that changes its rows.
+"""The table is proved, not reviewed: on a pico model of every family, and of every config that changes its
+rows.
 
-Each proof changes weights through the table alone and compares logits. Where a change is an identity by the table, it has to be
-one in the model (<= 1e-5); where any single row is left out of it, the logits have to move, so no row is there for nothing.
+Each proof changes weights through the table alone and compares logits. Where a change is an identity by the
+table, it has to be one in the model (<= 1e-5); where any single row is left out of it, the logits have to
+move, so no row is there for nothing.
 """
 
 import re
@@ -26,11 +28,13 @@ from tests.models import FAMILIES, VARIANTS, pico
 EXACT, MOVED = 1e-5, 0.1  # logits have a standard deviation of about 1
 CASES = [pytest.param(family, {}, id=family) for family in FAMILIES]
 CASES += [
-    pytest.param(family, over, id="-".join([family, *(f"{k}={v}" for k, v in over.items())])) for family, over in VARIANTS
+    pytest.param(family, over, id="-".join([family, *(f"{k}={v}" for k, v in over.items())]))
+    for family, over in VARIANTS
 ]
 every_config = pytest.mark.parametrize(("family", "overrides"), CASES)
 
-# Without rotary embedding a bias on the keys adds the same to every score of a query, which softmax takes out again.
+# Without rotary embedding a bias on the keys adds the same to every score of a query, which softmax takes out
+# again.
 WITHOUT_EFFECT = {("opt", "self_attn.k_proj.bias")}
 
 
@@ -39,21 +43,29 @@ class Subject:
 
     def __init__(self, family: str, overrides: dict[str, Any]) -> None:
         self.model: PreTrainedModel = pico(family, **overrides).double()
-        self.model.set_experts_implementation("eager")  # the default has no float64; other families have no experts to set
+        self.model.set_experts_implementation(
+            "eager"
+        )  # the default has no float64; other families have no experts to set
         self.anatomy: Anatomy = anatomy_of(self.model.config)
         self.sizes = self.anatomy.axis_sizes(self.model.config)
         self.rows = self.anatomy.rows(self.model.config)
         self.weights: dict[str, Tensor] = dict(self.model.named_parameters())  # tied ones once
-        self.rotary = {k: v for k, v in self.model.named_buffers() if k.endswith("inv_freq") and "original" not in k}
+        self.rotary = {
+            k: v for k, v in self.model.named_buffers() if k.endswith("inv_freq") and "original" not in k
+        }
         self.ids = torch.randint(3, self.sizes["vocab"], (2, 24), generator=torch.Generator().manual_seed(1))
         self.base = self.logits({})
 
     @torch.no_grad()
-    def logits(self, weights: dict[str, Tensor], ids: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
+    def logits(
+        self, weights: dict[str, Tensor], ids: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
         inputs = {"input_ids": self.ids if ids is None else ids, "attention_mask": torch.ones_like(self.ids)}
         if positions is not None:
             inputs["position_ids"] = positions.expand_as(self.ids)
-        found: Tensor = functional_call(self.model, {**self.weights, **weights}, kwargs={**inputs, "use_cache": False}).logits
+        found: Tensor = functional_call(
+            self.model, {**self.weights, **weights}, kwargs={**inputs, "use_cache": False}
+        ).logits
         return found
 
     def row_of(self, name: str) -> str:
@@ -87,7 +99,9 @@ def one_cycle(n: int) -> Tensor:
 
 
 @every_config
-def test_every_parameter_is_listed_and_has_the_shape_it_spells(family: str, overrides: dict[str, Any]) -> None:
+def test_every_parameter_is_listed_and_has_the_shape_it_spells(
+    family: str, overrides: dict[str, Any]
+) -> None:
     case = case_of(family, overrides)
     shapes = {name: tuple(p.shape) for name, p in case.model.named_parameters(remove_duplicate=False)}
     assert shapes == {name: Spelling.parse(row).shape(case.sizes) for name, row in case.rows.items()}
@@ -96,7 +110,9 @@ def test_every_parameter_is_listed_and_has_the_shape_it_spells(family: str, over
 @every_config
 def test_tied_weights_are_spelled_the_same(family: str, overrides: dict[str, Any]) -> None:
     case = case_of(family, overrides)
-    head, embedding = (case.model.get_submodule(name).weight for name in (case.anatomy.head, case.anatomy.embedding))
+    head, embedding = (
+        case.model.get_submodule(name).weight for name in (case.anatomy.head, case.anatomy.embedding)
+    )
     tied = head is embedding
     assert tied == case.model.config.tie_word_embeddings
     if tied:
@@ -106,10 +122,16 @@ def test_tied_weights_are_spelled_the_same(family: str, overrides: dict[str, Any
 def test_every_family_has_a_pico_model_and_every_condition_is_decided_both_ways() -> None:
     assert set(TABLES) == set(FAMILIES)
     for family, table in TABLES.items():
-        found = [anatomy_of(pico(family, **over).config) for name, over in [(family, {}), *VARIANTS] if name == family]
+        found = [
+            anatomy_of(pico(family, **over).config)
+            for name, over in [(family, {}), *VARIANTS]
+            if name == family
+        ]
         for name, text in [*table.layer.items(), *table.outer.items()]:
             if " if " in text:
-                assert len({{**a.layer, **a.outer}.get(name) for a in found}) == 2, f"{family}: {name}: {text}"
+                assert len({{**a.layer, **a.outer}.get(name) for a in found}) == 2, (
+                    f"{family}: {name}: {text}"
+                )
         for text in table.scale_pairs:
             if " if " in text:
                 assert len({text.split(" if ")[0] in a.scale_pairs for a in found}) == 2, f"{family}: {text}"
@@ -121,8 +143,9 @@ def test_every_family_has_a_pico_model_and_every_condition_is_decided_both_ways(
 def permutation(case: Subject, axis: str) -> tuple[Tensor, dict[str, Tensor]]:
     """A permutation of an axis that moves every unit, and the buffers that have to follow it.
 
-    Rotary embedding turns the pairs (i, i + r/2) of the first r units of d, each at its own frequency: a permutation has to
-    keep the pairs together and take the frequencies along. What lies past r, and d without rotary embedding, is free.
+    Rotary embedding turns the pairs (i, i + r/2) of the first r units of d, each at its own frequency: a
+    permutation has to keep the pairs together and take the frequencies along. What lies past r, and d without
+    rotary embedding, is free.
     """
     if axis != "d" or not case.rotary:
         return one_cycle(case.sizes[axis]), {}
@@ -132,7 +155,8 @@ def permutation(case: Subject, axis: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def difference(case: Subject, axis: str, left_out: str | None = None) -> float:
-    """How far the logits are from where they belong when an axis is permuted through the table, less one row."""
+    """How far the logits are from where they belong when an axis is permuted through the table, less one
+    row."""
     order, buffers = permutation(case, axis)
     rows = {name: case.rows[name] for name in case.weights if case.row_of(name) != left_out}
     weights = {name: take(case.weights[name], row, case.sizes, axis, order) for name, row in rows.items()}
@@ -143,17 +167,23 @@ def difference(case: Subject, axis: str, left_out: str | None = None) -> float:
 
 
 @every_config
-def test_permuting_any_axis_through_the_table_leaves_the_logits(family: str, overrides: dict[str, Any]) -> None:
+def test_permuting_any_axis_through_the_table_leaves_the_logits(
+    family: str, overrides: dict[str, Any]
+) -> None:
     case = case_of(family, overrides)
     assert {axis: d for axis in case.sizes if (d := difference(case, axis)) > EXACT} == {}
 
 
 @every_config
-def test_leaving_any_one_row_out_of_a_permutation_moves_the_logits(family: str, overrides: dict[str, Any]) -> None:
+def test_leaving_any_one_row_out_of_a_permutation_moves_the_logits(
+    family: str, overrides: dict[str, Any]
+) -> None:
     case = case_of(family, overrides)
     mutants = [(axis, row) for axis, size in case.sizes.items() if size > 1 for row in case.along(axis)]
     survivors = {(axis, row): d for axis, row in mutants if (d := difference(case, axis, row)) < MOVED}
-    assert {(family, row) for _, row in survivors} == WITHOUT_EFFECT & {(family, row) for _, row in mutants}, survivors
+    assert {(family, row) for _, row in survivors} == WITHOUT_EFFECT & {
+        (family, row) for _, row in mutants
+    }, survivors
     assert len(mutants) >= 15
 
 
@@ -161,9 +191,13 @@ def test_leaving_any_one_row_out_of_a_permutation_moves_the_logits(family: str, 
 
 
 def rescaled(case: Subject, key: str, left_out: str | None = None) -> dict[str, Tensor]:
-    """The weights after a scale has crossed from a producer to its readers in every layer, less one of these modules."""
+    """The weights after a scale has crossed from a producer to its readers in every layer, less one of these
+    modules."""
     name, part, axes = case.anatomy.producer(key)
-    factor = torch.rand([case.sizes[axis] for axis in axes], generator=torch.Generator().manual_seed(2)).double() + 0.5
+    factor = (
+        torch.rand([case.sizes[axis] for axis in axes], generator=torch.Generator().manual_seed(2)).double()
+        + 0.5
+    )
     weights = {}
     for full, weight in case.weights.items():
         row = case.row_of(full)
@@ -191,7 +225,11 @@ def test_crossing_a_scale_along_feeds_leaves_the_logits(family: str, overrides: 
 def test_whatever_reads_a_norm_before_it_is_in_feeds(family: str, overrides: dict[str, Any]) -> None:
     """Every norm with a weight of the hidden width is a producer, unless it stands after its sublayer."""
     case = case_of(family, overrides)
-    norms = {row.removesuffix(".weight") for row, axes in case.anatomy.layer.items() if axes == "hidden" and "weight" in row}
+    norms = {
+        row.removesuffix(".weight")
+        for row, axes in case.anatomy.layer.items()
+        if axes == "hidden" and "weight" in row
+    }
     after = {"post_attention_layernorm", "post_feedforward_layernorm"} if "gemma" in family else set()
     after = norms if not getattr(case.model.config, "do_layer_norm_before", True) else after
     assert norms - set(case.anatomy.scale_pairs) == after
@@ -201,15 +239,22 @@ def test_whatever_reads_a_norm_before_it_is_in_feeds(family: str, overrides: dic
 
 
 @every_config
-def test_readers_are_the_linears_of_a_block_by_the_input_they_get(family: str, overrides: dict[str, Any]) -> None:
+def test_readers_are_the_linears_of_a_block_by_the_input_they_get(
+    family: str, overrides: dict[str, Any]
+) -> None:
     case = case_of(family, overrides)
     layer = case.model.get_submodule(f"{case.anatomy.layers}.0")
-    linears = {name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    linears = {
+        name: module for name, module in layer.named_modules() if isinstance(module, nn.Linear | Conv1D)
+    }
     groups: list[tuple[Tensor, list[str]]] = []
 
     def watch(name: str) -> Callable[..., None]:
         def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            seen = next((names for x, names in groups if x.shape == inputs[0].shape and torch.equal(x, inputs[0])), None)
+            seen = next(
+                (names for x, names in groups if x.shape == inputs[0].shape and torch.equal(x, inputs[0])),
+                None,
+            )
             if seen is None:
                 groups.append((inputs[0], [name]))
             else:
@@ -227,10 +272,14 @@ def test_readers_are_the_linears_of_a_block_by_the_input_they_get(family: str, o
 
 
 @every_config
-def test_every_matrix_of_a_block_is_a_linear_a_router_or_the_experts(family: str, overrides: dict[str, Any]) -> None:
+def test_every_matrix_of_a_block_is_a_linear_a_router_or_the_experts(
+    family: str, overrides: dict[str, Any]
+) -> None:
     case = case_of(family, overrides)
     matrices = {row for row, text in case.anatomy.layer.items() if len(Spelling.parse(text).dims) > 1}
-    known = {f"{name}.weight" for name in (*case.anatomy.linears, *case.anatomy.router)} | set(case.anatomy.experts)
+    known = {f"{name}.weight" for name in (*case.anatomy.linears, *case.anatomy.router)} | set(
+        case.anatomy.experts
+    )
     assert matrices == known
     assert bool(case.anatomy.experts) == bool(case.anatomy.router) == (family == "qwen3_moe")
 
@@ -254,14 +303,23 @@ def test_embedding_norm_and_head_are_the_models_own(family: str, overrides: dict
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_agrees_with_the_tensor_parallel_plan(family: str) -> None:
     anatomy, config = case_of(family, {}).anatomy, case_of(family, {}).model.config
-    plan = {name.removeprefix("layers.*."): style for name, style in (config.base_model_tp_plan or {}).items()}
+    plan = {
+        name.removeprefix("layers.*."): style for name, style in (config.base_model_tp_plan or {}).items()
+    }
     checked = set()
     for module, style in plan.items():
         row = anatomy.layer.get(f"{module}.weight") or anatomy.layer.get(module)
         if row is None:  # the module that holds the experts, and the dense MLP that is refused
-            assert family == "qwen3_moe" and module in ("mlp.experts", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
+            assert family == "qwen3_moe" and module in (
+                "mlp.experts",
+                "mlp.gate_proj",
+                "mlp.up_proj",
+                "mlp.down_proj",
+            )
             continue
-        output, columns = (Spelling((dim,)).axes for dim in Spelling.parse(row).dims[-2:]) if "wise" in style else ((), ())
+        output, columns = (
+            (Spelling((dim,)).axes for dim in Spelling.parse(row).dims[-2:]) if "wise" in style else ((), ())
+        )
         if "colwise" in style:  # the output axis is cut, the input whole
             assert "hidden" not in output and columns == ("hidden",), (module, style)
             assert ("packed" not in style) or "|" in row
@@ -279,17 +337,25 @@ def test_the_table_agrees_with_the_tensor_parallel_plan(family: str) -> None:
 
 def test_an_unknown_family_is_an_error_that_prints_the_rows_to_add() -> None:
     model = pico("llama")
-    config = SimpleNamespace(model_type="lama", hidden_size=64, intermediate_size=320, vocab_size=160, head_dim=16)
+    config = SimpleNamespace(
+        model_type="lama", hidden_size=64, intermediate_size=320, vocab_size=160, head_dim=16
+    )
     with pytest.raises(ModelError) as caught:
         anatomy_of(config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     message = str(caught.value)
     assert "\n" not in message and '"lama" is no model family' in message and "qwen3_moe" in message
     assert "Anatomy(layers=\"model.layers\", layer={'self_attn.q_proj.weight': '128 hidden'" in message
-    assert "'mlp.gate_proj.weight': 'ffn hidden'" in message and "outer={'model.embed_tokens.weight': 'vocab hidden'" in message
+    assert (
+        "'mlp.gate_proj.weight': 'ffn hidden'" in message
+        and "outer={'model.embed_tokens.weight': 'vocab hidden'" in message
+    )
 
 
 def test_an_unknown_family_without_weights_at_hand_says_what_to_write() -> None:
-    with pytest.raises(ModelError, match=r"add its rows to llmcompress/anatomy\.py: .*'each parameter of a layer': 'its axes'"):
+    with pytest.raises(
+        ModelError,
+        match=r"add its rows to llmcompress/anatomy\.py: .*'each parameter of a layer': 'its axes'",
+    ):
         anatomy_of(SimpleNamespace(model_type="lama"))
 
 
@@ -301,7 +367,9 @@ def test_an_unknown_family_without_weights_at_hand_says_what_to_write() -> None:
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
     ],
 )
-def test_a_config_that_the_rows_do_not_cover_is_refused(family: str, overrides: dict[str, Any], condition: str) -> None:
+def test_a_config_that_the_rows_do_not_cover_is_refused(
+    family: str, overrides: dict[str, Any], condition: str
+) -> None:
     with pytest.raises(ModelError, match=f"a {family} model with {condition}"):
         anatomy_of(pico(family, **overrides).config)
 
@@ -312,10 +380,14 @@ def test_a_field_that_decides_rows_and_is_missing_is_an_error_and_not_a_no() -> 
 
 
 def test_sizes_that_a_config_leaves_open_are_those_that_the_model_takes() -> None:
-    config = SimpleNamespace(num_attention_heads=6, num_key_value_heads=None, head_dim=None, hidden_size=48, vocab_size=10)
+    config = SimpleNamespace(
+        num_attention_heads=6, num_key_value_heads=None, head_dim=None, hidden_size=48, vocab_size=10
+    )
     sizes = TABLES["mistral"].axis_sizes(SimpleNamespace(**vars(config), intermediate_size=8))
     assert sizes == {"vocab": 10, "hidden": 48, "kv": 6, "q": 1, "d": 8, "ffn": 8}
     with pytest.raises(ModelError, match="6 query heads can't share 4 kv heads"):
-        TABLES["mistral"].axis_sizes(SimpleNamespace(**{**vars(config), "num_key_value_heads": 4, "intermediate_size": 8}))
+        TABLES["mistral"].axis_sizes(
+            SimpleNamespace(**{**vars(config), "num_key_value_heads": 4, "intermediate_size": 8})
+        )
     with pytest.raises(ModelError, match='the mistral config has no "vocab_size"'):
         TABLES["mistral"].axis_sizes(SimpleNamespace(**{**vars(config), "vocab_size": None}))

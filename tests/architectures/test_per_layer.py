@@ -29,6 +29,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 DENSE = tuple(family for family in FAMILIES if family != "qwen3_moe")
 HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
@@ -57,7 +59,9 @@ def test_each_block_has_the_width_that_its_config_says(family: str) -> None:
     assert [config_of_layer(config, index).num_hidden_layers for index in range(2)] == [2, 2]
     for index, layer in enumerate(model.layers):
         ours = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-        assert ours == {n: Spelling.parse(row).shape(model.sizes_of(index)) for n, row in model.anatomy.layer.items()}
+        assert ours == {
+            n: Spelling.parse(row).shape(model.sizes_of(index)) for n, row in model.anatomy.layer.items()
+        }
     assert model.parameters() == sum(p.numel() for p in model.model.parameters()) + (
         0 if not config.tie_word_embeddings else -model.model.get_output_embeddings().weight.numel()
     )
@@ -84,7 +88,9 @@ def test_the_vocabulary_has_one_size() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", DENSE)
-def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(family: str, text: Path, tmp_path: Path) -> None:
+def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", family)
     axes = ["ffn", "kv"] if family in HEADS else "ffn"
     stage = {"prune": {"axis": axes, "parameters": 0.7, "allocation": "sensitivity", "multiple": 1}}
@@ -107,7 +113,8 @@ def test_a_model_of_uneven_widths_loads_and_computes_what_was_measured(family: s
 
 @pytest.mark.slow
 def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
-    """Quantised, cut again, thinned out, or taken as a base of its own: all go on from the widths there are."""
+    """Quantised, cut again, thinned out, or taken as a base of its own: all go on from the widths there
+    are."""
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     uneven = {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}
     followers: dict[str, dict[str, Any]] = {
@@ -126,7 +133,9 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
         assert report.stages[0].name == "prune"
         assert "import llmcompress" in (out / "README.md").read_text(), name
     run_recipe(staged_recipe(text, base, uneven), tmp_path / "alone")
-    second = run_recipe(staged_recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second")
+    second = run_recipe(
+        staged_recipe(text, tmp_path / "alone", {"quantize": {"format": "w8a8"}}), tmp_path / "second"
+    )
     assert second.base.parameters == second.compressed.parameters
     assert distance(live(load(tmp_path / "second")), measured(tmp_path / "second")) < 0.02
     base_model = AutoModel.from_pretrained(tmp_path / "alone")
@@ -138,7 +147,9 @@ def test_what_comes_after_uneven_widths(text: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    told = staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}})
+    told = staged_recipe(
+        text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}
+    )
     run_recipe(told, tmp_path / "out")
     model, report = apply_recipe(told, AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())
     assert distance(live(model), live(load(tmp_path / "out"))) < 1e-5
@@ -151,11 +162,18 @@ def test_a_model_in_memory_gets_the_same_uneven_widths(text: Path, tmp_path: Pat
 def test_a_process_without_llmcompress_refuses_uneven_widths(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     run_recipe(
-        staged_recipe(text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}),
+        staged_recipe(
+            text, base, {"prune": {"axis": "ffn", "keep": 0.6, "allocation": "sensitivity", "multiple": 1}}
+        ),
         tmp_path / "out",
     )
-    script = f"from transformers import AutoModelForCausalLM; AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300)
+    script = (
+        "from transformers import AutoModelForCausalLM; "
+        f"AutoModelForCausalLM.from_pretrained({str(tmp_path / 'out')!r})"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=300
+    )
     assert done.returncode != 0 and "mismatch" in done.stderr
 
 
@@ -166,18 +184,25 @@ def test_an_interrupted_allocation_goes_on_and_gives_the_same_bytes(text: Path, 
     run_recipe(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000", "widths.00000"], ["fisher.00000", "widths.00000"]):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for name in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink()
         run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
 
 
 def test_a_mixed_config_is_read_from_disk_as_it_was_written(tmp_path: Path) -> None:
     config = narrowed("qwen2", {"ffn": [192, 320]})
     model = pico("qwen2")
-    state = {n: t[:192].clone() if ".0.mlp" in n and "down" not in n else t for n, t in model.state_dict().items()}
+    state = {
+        n: t[:192].clone() if ".0.mlp" in n and "down" not in n else t for n, t in model.state_dict().items()
+    }
     down = "model.layers.0.mlp.down_proj.weight"
     state[down] = state[down][:, :192].clone()
     source = InMemoryModel(config, state, CPU)

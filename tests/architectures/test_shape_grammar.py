@@ -1,4 +1,5 @@
-"""The grammar of spellings, against an oracle of plain loops that name every position of a term by its units."""
+"""The grammar of spellings, against an oracle of plain loops that name every position of a term by its
+units."""
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -55,16 +56,24 @@ def test_the_axes_are_named_once_in_the_order_of_the_spelling() -> None:
     assert Spelling.parse("(2 | position) hidden").axes == ("position", "hidden")
 
 
-@pytest.mark.parametrize(("text", "axis"), [(text, axis) for text in SPELLINGS for axis in Spelling.parse(text).axes])
+@pytest.mark.parametrize(
+    ("text", "axis"), [(text, axis) for text in SPELLINGS for axis in Spelling.parse(text).axes]
+)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_take_gathers_the_named_units_in_the_order_asked_for(text: str, axis: str, data: st.DataObject) -> None:
+def test_take_gathers_the_named_units_in_the_order_asked_for(
+    text: str, axis: str, data: st.DataObject
+) -> None:
     spelling = Spelling.parse(text)
-    index = data.draw(st.lists(st.integers(0, SIZES[axis] - 1), min_size=1, max_size=SIZES[axis], unique=True))
+    index = data.draw(
+        st.lists(st.integers(0, SIZES[axis] - 1), min_size=1, max_size=SIZES[axis], unique=True)
+    )
     tensor = expected = numbered(spelling.shape(SIZES))
     for dim, term in enumerate(spelling.dims):
         before = list(names(term, ALL))
-        expected = expected.index_select(dim, torch.tensor([before.index(name) for name in names(term, {**ALL, axis: index})]))
+        expected = expected.index_select(
+            dim, torch.tensor([before.index(name) for name in names(term, {**ALL, axis: index})])
+        )
     taken = take(tensor, text, SIZES, axis, torch.tensor(index))
     assert torch.equal(taken, expected)
     assert taken.shape == spelling.shape({**SIZES, axis: len(index)})
@@ -74,7 +83,9 @@ def test_taking_a_permutation_and_then_its_inverse_changes_nothing() -> None:
     tensor, order = numbered((2 * 3 * 4 + 2 * 2 * 4, 5)), [3, 0, 2, 1]
     there = take(tensor, "(kv q d | kv d | kv d) hidden", SIZES, "d", order)
     assert not torch.equal(there, tensor)
-    assert torch.equal(take(there, "(kv q d | kv d | kv d) hidden", SIZES, "d", torch.tensor(order).argsort()), tensor)
+    assert torch.equal(
+        take(there, "(kv q d | kv d | kv d) hidden", SIZES, "d", torch.tensor(order).argsort()), tensor
+    )
 
 
 def test_take_leaves_a_weight_alone_that_does_not_run_along_the_axis() -> None:
@@ -95,14 +106,21 @@ def test_take_leaves_a_weight_alone_that_does_not_run_along_the_axis() -> None:
         ("expert hidden ffn", ("expert", "ffn"), None),
     ],
 )
-def test_scale_multiplies_each_entry_by_the_factor_of_its_units(text: str, axes: tuple[str, ...], part: int | None) -> None:
+def test_scale_multiplies_each_entry_by_the_factor_of_its_units(
+    text: str, axes: tuple[str, ...], part: int | None
+) -> None:
     spelling = Spelling.parse(text)
     tensor, factor = numbered(spelling.shape(SIZES)), 2 + numbered(tuple(SIZES[axis] for axis in axes))
-    scaled, positions = scale(tensor, text, SIZES, axes, factor, part), [list(names(term, ALL)) for term in spelling.dims]
+    scaled, positions = (
+        scale(tensor, text, SIZES, axes, factor, part),
+        [list(names(term, ALL)) for term in spelling.dims],
+    )
     for where in itertools.product(*(range(size) for size in tensor.shape)):
         name = list(itertools.chain(*(positions[dim][i] for dim, i in enumerate(where))))
         reached = part is None or ("|", part) in name
-        assert scaled[where] == tensor[where] * (factor[tuple(dict(name)[axis] for axis in axes)] if reached else 1)
+        assert scaled[where] == tensor[where] * (
+            factor[tuple(dict(name)[axis] for axis in axes)] if reached else 1
+        )
 
 
 def test_a_part_is_spelled_like_the_weight_that_it_would_be_alone() -> None:
@@ -110,7 +128,9 @@ def test_a_part_is_spelled_like_the_weight_that_it_would_be_alone() -> None:
     assert Spelling.parse("(kv (q d | d | d)) hidden").part(0).axes == ("kv", "q", "d", "hidden")
 
 
-@pytest.mark.parametrize("text", ["", "hidden)", "(kv d", "(kv | ) d", "() d", "kv | d", "kv*d", "(kv kv)", "(kv (kv d | d))"])
+@pytest.mark.parametrize(
+    "text", ["", "hidden)", "(kv d", "(kv | ) d", "() d", "kv | d", "kv*d", "(kv kv)", "(kv (kv d | d))"]
+)
 def test_a_wrong_spelling_is_shown_with_what_is_wrong(text: str) -> None:
     with pytest.raises(ValueError, match="is no spelling"):
         Spelling.parse(text)

@@ -34,7 +34,9 @@ PARTS: dict[str, tuple[Callable[[Bench, int], Count], int]] = {  # each with its
 
 def main() -> int:
     """Run the parts; the exit code is 1 where one found a fault."""
-    parser = argparse.ArgumentParser(description="A fault campaign: what it tries, how it ended, and the faults.")
+    parser = argparse.ArgumentParser(
+        description="A fault campaign: what it tries, how it ended, and the faults."
+    )
     parser.add_argument("--scale", type=float, default=1.0, help="times the tries of each part")
     parser.add_argument("--seed", type=int, default=0, help="draws the cases")
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
@@ -51,7 +53,8 @@ def main() -> int:
             count = part(bench, max(1, round(tries * given.scale)))
             outcomes = ", ".join(f"{number} {outcome}" for outcome, number in sorted(count.outcomes.items()))
             print(
-                f"{name}: {count.tried} tried, {len(count.faults)} faults, {time.monotonic() - start:.0f} s ({outcomes})",
+                f"{name}: {count.tried} tried, {len(count.faults)} faults, {time.monotonic() - start:.0f} s "
+                f"({outcomes})",
                 flush=True,
             )
             for fault in count.faults:

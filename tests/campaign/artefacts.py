@@ -40,7 +40,8 @@ INTEGERS = {  # what the parts of our formats must never hold
 
 
 def artefacts(bench: Bench, tries: int) -> Count:
-    """Put nonsense into `tries` artefacts: a value that no tensor of its kind has, a damaged file, a malformed config."""
+    """Put nonsense into `tries` artefacts: a value that no tensor of its kind has, a damaged file, a
+    malformed config."""
     count = Count("artefacts")
     made = dict(_made(bench))
     for place in bench.places("artefact", tries):
@@ -51,12 +52,27 @@ def artefacts(bench: Bench, tries: int) -> Count:
         what = change(bench, folder)
         if what is not None:
             nonsense = kind == "value"
-            words = ("evaluate", str(folder), "--data", str(bench.folder / "facts.txt"), "--length", "24", "--samples", "2")
+            words = (
+                "evaluate",
+                str(folder),
+                "--data",
+                str(bench.folder / "facts.txt"),
+                "--length",
+                "24",
+                "--samples",
+                "2",
+            )
             ended = run(bench.folder, *words)
-            fault = ended.crashed or (f"evaluate ended with {ended.code}" if nonsense and ended.code != 2 else None)
+            fault = ended.crashed or (
+                f"evaluate ended with {ended.code}" if nonsense and ended.code != 2 else None
+            )
             loaded = Child(bench.folder, call=lambda folder=folder: _load(folder)).wait()  # type: ignore[misc]
-            fault = fault or (f"from_pretrained: {loaded.err[-600:]}" if loaded.code not in (0, 2, 3) else None)
-            fault = fault or (f"from_pretrained ended with {loaded.code}" if nonsense and loaded.code != 2 else None)
+            fault = fault or (
+                f"from_pretrained: {loaded.err[-600:]}" if loaded.code not in (0, 2, 3) else None
+            )
+            fault = fault or (
+                f"from_pretrained ended with {loaded.code}" if nonsense and loaded.code != 2 else None
+            )
             count.ended(kind, f"{name} {what}: {fault}" if fault else None)
         shutil.rmtree(place)
     return count
@@ -73,7 +89,8 @@ def _made(bench: Bench) -> Iterator[tuple[str, Path]]:
 
 
 def _load(folder: Path) -> None:
-    """Load and run as a user does; exit code 2 where we refuse that, 3 where somebody else does, before it comes to us."""
+    """Load and run as a user does; exit code 2 where we refuse that, 3 where somebody else does, before it
+    comes to us."""
     from transformers import AutoModelForCausalLM
 
     import llmcompress
@@ -84,7 +101,9 @@ def _load(folder: Path) -> None:
         raise SystemExit(2) from error
     except Exception as error:
         ours = Path(llmcompress.__file__).parent
-        if any(Path(frame.filename).is_relative_to(ours) for frame in traceback.extract_tb(error.__traceback__)):
+        if any(
+            Path(frame.filename).is_relative_to(ours) for frame in traceback.extract_tb(error.__traceback__)
+        ):
             raise
         raise SystemExit(3) from error
     with torch.no_grad():
@@ -110,7 +129,10 @@ def _value(bench: Bench, folder: Path) -> str | None:
 def _file(bench: Bench, folder: Path) -> str:
     """One file is damaged."""
     names = ("model.safetensors", "config.json")
-    file, damage = folder / bench.draw.choice(names), bench.draw.choice(DAMAGES[1:])  # a flipped bit may be a sound number
+    file, damage = (
+        folder / bench.draw.choice(names),
+        bench.draw.choice(DAMAGES[1:]),
+    )  # a flipped bit may be a sound number
     damage(file, bench.draw)
     return f"{damage.__name__} {file.name}"
 
@@ -119,7 +141,9 @@ def _config(bench: Bench, folder: Path) -> str:
     """What config.json says of the quantisation is malformed."""
     file = folder / "config.json"
     config = json.loads(file.read_text())
-    odd: Any = bench.draw.choice((3, None, "x", [], {}, [3], [[]], [{}], [{"format": "nope"}], -1, 1e10, [{"linears": 5}]))
+    odd: Any = bench.draw.choice(
+        (3, None, "x", [], {}, [3], [[]], [{}], [{"format": "nope"}], -1, 1e10, [{"linears": 5}])
+    )
     part = bench.draw.choice(("schemes", "ties", "scheme"))
     schemes = config["quantization_config"].get("schemes") or [{}]
     if part == "scheme":

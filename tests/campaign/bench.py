@@ -1,4 +1,5 @@
-"""What the campaign is tried on: a pico base, its text, two recipes, and what they come to when nothing goes wrong."""
+"""What the campaign is tried on: a pico base, its text, two recipes, and what they come to when nothing goes
+wrong."""
 
 from __future__ import annotations
 
@@ -67,7 +68,15 @@ class Bench:
 
     def words(self, name: str, out: Path, *more: str) -> tuple[str, ...]:
         """The command line of a run."""
-        return ("run", str(self.folder / f"{name}.yaml"), "--base", str(self.folder / "base"), "--out", str(out), *more)
+        return (
+            "run",
+            str(self.folder / f"{name}.yaml"),
+            "--base",
+            str(self.folder / "base"),
+            "--out",
+            str(out),
+            *more,
+        )
 
     def run(self, name: str, out: Path, *more: str) -> Ended:
         """Run a recipe to its end."""
@@ -81,7 +90,8 @@ class Bench:
             yield place
 
     def fault_of(self, name: str, out: Path) -> str | None:
-        """What is wrong with the artefact of a recipe, or None: every byte is to be that of the undisturbed run."""
+        """What is wrong with the artefact of a recipe, or None: every byte is to be that of the undisturbed
+        run."""
         if not out.is_dir():
             return f"{out} is not there"
         found, expected = content_of(out), self.expected[name]

@@ -1,4 +1,5 @@
-"""A base whose config.json, or another small file of it, has an odd value: it goes on, or is refused in one line, soon."""
+"""A base whose config.json, or another small file of it, has an odd value: it goes on, or is refused in one
+line, soon."""
 
 from __future__ import annotations
 
@@ -19,11 +20,49 @@ ODD: tuple[Any, ...] = (
     float("nan"),
 )
 EXTRA = (
-    *("architectures", "attn_implementation", "_attn_implementation", "auto_map", "bos_token_id", "chunk_size_feed_forward"),
-    *("dtype", "torch_dtype", "hidden_act", "id2label", "is_decoder", "is_encoder_decoder", "label2id", "model_type"),
-    *("num_labels", "output_attentions", "output_hidden_states", "pad_token_id", "per_layer_config", "problem_type"),
-    *("quantization_config", "return_dict", "rope_parameters", "rope_scaling", "tie_word_embeddings", "torchscript"),
-    *("transformers_version", "use_cache", "vocab_size", "compression_config", "text_config", "head_dim", "num_hidden_layers"),
+    *(
+        "architectures",
+        "attn_implementation",
+        "_attn_implementation",
+        "auto_map",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+    ),
+    *(
+        "dtype",
+        "torch_dtype",
+        "hidden_act",
+        "id2label",
+        "is_decoder",
+        "is_encoder_decoder",
+        "label2id",
+        "model_type",
+    ),
+    *(
+        "num_labels",
+        "output_attentions",
+        "output_hidden_states",
+        "pad_token_id",
+        "per_layer_config",
+        "problem_type",
+    ),
+    *(
+        "quantization_config",
+        "return_dict",
+        "rope_parameters",
+        "rope_scaling",
+        "tie_word_embeddings",
+        "torchscript",
+    ),
+    *(
+        "transformers_version",
+        "use_cache",
+        "vocab_size",
+        "compression_config",
+        "text_config",
+        "head_dim",
+        "num_hidden_layers",
+    ),
 )  # fields that any config may have
 OTHERS = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
 DEEP = ("[" * 200_000, '{"a":' * 100_000, "[" * 200_000 + "]" * 200_000)
@@ -38,9 +77,25 @@ def configs(bench: Bench, tries: int) -> Count:
         base = place / "base"
         shutil.copytree(bases[family], base)
         what = _change(bench, base)
-        words: tuple[str, ...] = ("run", str(bench.folder / "short.yaml"), "--base", str(base), "--out", str(place / "out"))
+        words: tuple[str, ...] = (
+            "run",
+            str(bench.folder / "short.yaml"),
+            "--base",
+            str(base),
+            "--out",
+            str(place / "out"),
+        )
         if bench.draw.random() < 0.2:
-            words = ("evaluate", str(base), "--data", str(bench.folder / "facts.txt"), "--length", "24", "--samples", "2")
+            words = (
+                "evaluate",
+                str(base),
+                "--data",
+                str(bench.folder / "facts.txt"),
+                "--length",
+                "24",
+                "--samples",
+                "2",
+            )
         elif bench.draw.random() < 0.2:
             words = ("plan", str(bench.folder / "short.yaml"), "--base", str(base))
         ended = run(bench.folder, *words)

@@ -8,7 +8,11 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-TOLD = ("report.json", "README.md", ".eval_results/llmcompress.yaml")  # hold times, and may differ between two runs
+TOLD = (
+    "report.json",
+    "README.md",
+    ".eval_results/llmcompress.yaml",
+)  # hold times, and may differ between two runs
 
 
 def flip(file: Path, draw: random.Random) -> None:
@@ -50,7 +54,8 @@ DAMAGES: tuple[Callable[[Path, random.Random], None], ...] = (flip, cut, empty, 
 
 
 def content_of(folder: Path) -> dict[str, str]:
-    """The hash of every file of an artefact by name, but for those that tell how long it took, and pictures."""
+    """The hash of every file of an artefact by name, but for those that tell how long it took, and
+    pictures."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     named = {str(path.relative_to(folder)): path for path in files}
     kept = {name: path for name, path in named.items() if name not in TOLD and path.suffix != ".png"}

@@ -1,4 +1,5 @@
-"""The command line in a child that is forked from a process which has imported everything: a case costs no start-up."""
+"""The command line in a child that is forked from a process which has imported everything: a case costs no
+start-up."""
 
 from __future__ import annotations
 
@@ -19,7 +20,8 @@ MEMORY = 6 << 30  # bytes of address space beyond what the parent has
 
 @dataclass(frozen=True)
 class Ended:
-    """How a child ended: its exit code (minus the signal that killed it), what it printed, what it left in its TMPDIR."""
+    """How a child ended: its exit code (minus the signal that killed it), what it printed, what it left in
+    its TMPDIR."""
 
     code: int
     out: str
@@ -28,7 +30,8 @@ class Ended:
 
     @property
     def crashed(self) -> str | None:
-        """Why this is no way to end, or None: a traceback, a signal, code 1, or a refusal that is not one line."""
+        """Why this is no way to end, or None: a traceback, a signal, code 1, or a refusal that is not one
+        line."""
         if "Traceback" in self.err or self.code not in (0, 2, 3):
             return f"exit code {self.code}: {self.err[-600:]}"
         errors = [line for line in self.err.splitlines() if line.startswith("error:")]
@@ -38,10 +41,15 @@ class Ended:
 
 
 class Child:
-    """A forked process that runs the command line, or any function, with its own TMPDIR, and bounds on time and memory."""
+    """A forked process that runs the command line, or any function, with its own TMPDIR, and bounds on time
+    and memory."""
 
     def __init__(
-        self, folder: Path, *words: str, call: Callable[[], object] | None = None, env: Mapping[str, str] | None = None
+        self,
+        folder: Path,
+        *words: str,
+        call: Callable[[], object] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         self.folder = Path(tempfile.mkdtemp(dir=folder))
         self.temporary = self.folder / "tmp"
@@ -51,7 +59,9 @@ class Child:
         if self.pid == 0:
             os._exit(self._child(words, call, env or {}))
 
-    def _child(self, words: tuple[str, ...], call: Callable[[], object] | None, env: Mapping[str, str]) -> int:
+    def _child(
+        self, words: tuple[str, ...], call: Callable[[], object] | None, env: Mapping[str, str]
+    ) -> int:
         code = 1
         try:
             for number, name in ((1, "out"), (2, "err")):
@@ -93,7 +103,8 @@ class Child:
         """Wait for the end of the child."""
         _, status = os.waitpid(self.pid, 0)
         out, err = (
-            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else "" for name in ("out", "err")
+            (self.folder / name).read_text(errors="replace") if (self.folder / name).exists() else ""
+            for name in ("out", "err")
         )
         left = tuple(sorted(path.name for path in self.temporary.iterdir()))
         return Ended(os.waitstatus_to_exitcode(status), out, err, left)

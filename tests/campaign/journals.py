@@ -11,7 +11,8 @@ from tests.campaign.forked import Child
 
 
 def journals(bench: Bench, tries: int) -> Count:
-    """Kill each of `tries` runs at a random moment, damage one file of what it worked in, and let it go on to its end."""
+    """Kill each of `tries` runs at a random moment, damage one file of what it worked in, and let it go on to
+    its end."""
     count = Count("journals")
     for place in bench.places("journal", tries):
         out = place / "out"
@@ -28,6 +29,8 @@ def journals(bench: Bench, tries: int) -> Count:
         what = f"{damage.__name__} {damaged.relative_to(partial_of(out))}"
         damage(damaged, bench.draw)
         done = bench.run("long", out)
-        fault = done.crashed or (f"exit code {done.code}: {done.err[-600:]}" if done.code else bench.fault_of("long", out))
+        fault = done.crashed or (
+            f"exit code {done.code}: {done.err[-600:]}" if done.code else bench.fault_of("long", out)
+        )
         count.ended(damage.__name__, f"{what}: {fault}" if fault else None)
     return count

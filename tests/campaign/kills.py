@@ -14,7 +14,8 @@ SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGINT, signal.SIGTERM)
 
 
 def kills(bench: Bench, tries: int) -> Count:
-    """Kill each of `tries` runs up to MOST times, at a random moment by a random signal, and let it go on to its end."""
+    """Kill each of `tries` runs up to MOST times, at a random moment by a random signal, and let it go on to
+    its end."""
     count = Count("kills")
     for place in bench.places("kill", tries):
         out, name = place / "out", bench.draw.choice(sorted(bench.expected))
@@ -25,7 +26,9 @@ def kills(bench: Bench, tries: int) -> Count:
             count.ended("was through", bench.fault_of(name, out))
             continue
         done = bench.run(name, out)
-        fault = done.crashed or (f"exit code {done.code}: {done.err}" if done.code else bench.fault_of(name, out))
+        fault = done.crashed or (
+            f"exit code {done.code}: {done.err}" if done.code else bench.fault_of(name, out)
+        )
         fault = fault or (f"{done.left} left in TMPDIR" if done.left else None)
         left = sorted(path.name for path in place.iterdir() if path.name != "out")
         count.ended("finished", fault or (f"{left} left beside {out}" if left else None))

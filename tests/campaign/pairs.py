@@ -11,7 +11,8 @@ from tests.campaign.forked import Child, Ended
 
 
 def pairs(bench: Bench, tries: int) -> Count:
-    """Start a second run with another recipe a random moment after the first; every third time something else happens there."""
+    """Start a second run with another recipe a random moment after the first; every third time something else
+    happens there."""
     count = Count("pairs")
     for number, place in enumerate(bench.places("pair", tries)):
         out = place / "out"
@@ -67,7 +68,8 @@ def _replaced(bench: Bench, out: Path) -> tuple[str, str | None]:
 
 
 def _stranger(bench: Bench, out: Path) -> tuple[str, str | None]:
-    """A folder with a file that appears at `--out` while a run is under way stays, and the run can still be finished."""
+    """A folder with a file that appears at `--out` while a run is under way stays, and the run can still be
+    finished."""
     child = _start(bench, "short", out)
     _pause(bench, "short")
     try:
@@ -84,7 +86,10 @@ def _stranger(bench: Bench, out: Path) -> tuple[str, str | None]:
     out.rename(out.with_name("moved"))
     again = bench.run("short", out)
     if again.code or (fault := bench.fault_of("short", out)):
-        return "a stranger's folder", f"the second run: exit code {again.code}, {again.err[-600:] if again.code else fault}"
+        return (
+            "a stranger's folder",
+            f"the second run: exit code {again.code}, {again.err[-600:] if again.code else fault}",
+        )
     return "a stranger's folder", None
 
 

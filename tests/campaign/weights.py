@@ -23,10 +23,22 @@ STAGES = (
     *("quantize: {format: nf4, rounding: learned, steps: 4}", "quantize: {format: nf4, smooth: {}}"),
     *("quantize: {format: nf4, rotate: heads}", "quantize: {format: w8a8, embedding: int8}"),
     *("quantize: {format: w8a8, activations: static}", "quantize: {format: nf4, protect: 0.2}"),
-    *(f"prune: {{axis: ffn, keep: 0.5, score: {score}}}" for score in ("obs", "taylor", "wanda", "magnitude", "activation")),
+    *(
+        f"prune: {{axis: ffn, keep: 0.5, score: {score}}}"
+        for score in ("obs", "taylor", "wanda", "magnitude", "activation")
+    ),
     *("prune: {axis: kv, keep: 0.5}", "prune: {axis: layer, keep: 0.5}", "prune: {axis: hidden, keep: 0.5}"),
-    *("sparsify: {pattern: '2:4'}", "prune: {axis: ffn, parameters: 0.8}", "prune: {axis: sublayer, keep: 0.5}"),
-    *("codebook: {entries: 4}", "codebook: {entries: 256}", "low_rank: {layers_per_basis: 2, keep: 0.75}", "tie: {}"),
+    *(
+        "sparsify: {pattern: '2:4'}",
+        "prune: {axis: ffn, parameters: 0.8}",
+        "prune: {axis: sublayer, keep: 0.5}",
+    ),
+    *(
+        "codebook: {entries: 4}",
+        "codebook: {entries: 256}",
+        "low_rank: {layers_per_basis: 2, keep: 0.75}",
+        "tie: {}",
+    ),
     *("share: {layers: adjacent, parts: [ffn], groups: 1}", "distill: {steps: 2, batch: 2}"),
 )
 CHANGES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -46,7 +58,11 @@ def weights(bench: Bench, tries: int) -> Count:
     sound = save_base(bench.folder / "base-weights", num_hidden_layers=2)
     names = sorted(load_file(sound / "model.safetensors"))
     for place in bench.places("weight", tries):
-        stage, name, how = bench.draw.choice(STAGES), bench.draw.choice(names), bench.draw.choice(sorted(CHANGES))
+        stage, name, how = (
+            bench.draw.choice(STAGES),
+            bench.draw.choice(names),
+            bench.draw.choice(sorted(CHANGES)),
+        )
         base, out = place / "base", place / "out"
         shutil.copytree(sound, base)
         tensors = load_file(base / "model.safetensors")
@@ -56,7 +72,9 @@ def weights(bench: Bench, tries: int) -> Count:
         (place / "recipe.yaml").write_text(f"data: {data}\nstages: [{{{stage}}}]\n")
         ended = run(bench.folder, "run", str(place / "recipe.yaml"), "--base", str(base), "--out", str(out))
         fault = ended.crashed or (_no_report(out) if ended.code == 0 else None)
-        begun = any(partial_of(out).glob("journal*/**/*.safetensors"))  # a finished layer stays, to go on from
+        begun = any(
+            partial_of(out).glob("journal*/**/*.safetensors")
+        )  # a finished layer stays, to go on from
         if ended.code == 2 and (out.exists() or (partial_of(out).exists() and not begun)):
             fault = fault or "a refused run left a folder that holds nothing to go on from"
         count.ended(f"code {ended.code}", f"{stage} with {name} {how}: {fault}" if fault else None)

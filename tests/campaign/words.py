@@ -10,14 +10,68 @@ from tests.campaign.bench import Bench, Count
 from tests.campaign.forked import Ended, run
 
 ODD = (
-    *("", " ", "~nobody/x", "~nobody", "~", "x" * 5000, "a/" * 2000, "nul\0byte", "\udcff\udcfe", "\ud800", "../..", "/"),
-    *("-1", "1e999", "{", "[" * 10_000, "{source: [}", "user/name@", "@", "user/name@x@y", "\x1b[31m", "\n", "CON", "."),
+    *(
+        "",
+        " ",
+        "~nobody/x",
+        "~nobody",
+        "~",
+        "x" * 5000,
+        "a/" * 2000,
+        "nul\0byte",
+        "\udcff\udcfe",
+        "\ud800",
+        "../..",
+        "/",
+    ),
+    *(
+        "-1",
+        "1e999",
+        "{",
+        "[" * 10_000,
+        "{source: [}",
+        "user/name@",
+        "@",
+        "user/name@x@y",
+        "\x1b[31m",
+        "\n",
+        "CON",
+        ".",
+    ),
 )
-NUMBERS = ("0", "-1", "1" + "0" * 400, ".inf", ".nan", "1.0e+400", "nope", "[]", "{}", "true", "null", '"\\ud800"')
+NUMBERS = (
+    "0",
+    "-1",
+    "1" + "0" * 400,
+    ".inf",
+    ".nan",
+    "1.0e+400",
+    "nope",
+    "[]",
+    "{}",
+    "true",
+    "null",
+    '"\\ud800"',
+)
 FIELDS = (
-    *("data.samples", "data.length", "data.seed", "data.evaluation_samples", "data.source", "data.column", "data.config"),
+    *(
+        "data.samples",
+        "data.length",
+        "data.seed",
+        "data.evaluation_samples",
+        "data.source",
+        "data.column",
+        "data.config",
+    ),
     *("prune.axis", "prune.keep", "prune.parameters", "prune.size", "prune.multiple", "prune.score"),
-    *("distill.steps", "distill.batch", "distill.learning_rate", "distill.loss", "distill.length", "distill.trackers"),
+    *(
+        "distill.steps",
+        "distill.batch",
+        "distill.learning_rate",
+        "distill.loss",
+        "distill.length",
+        "distill.trackers",
+    ),
     *(
         "quantize.format",
         "quantize.group_size",
@@ -37,13 +91,29 @@ def words(bench: Bench, tries: int) -> Count:
     for place, (where, word) in zip(
         bench.places("word", tries), bench.draw.sample(cases, k=min(tries, len(cases))), strict=False
     ):
-        ended = run(bench.folder, *_spelled(bench, place, where, word), env={"LLMCOMPRESS_CACHE": str(bench.folder / "cache")})
+        ended = run(
+            bench.folder,
+            *_spelled(bench, place, where, word),
+            env={"LLMCOMPRESS_CACHE": str(bench.folder / "cache")},
+        )
         fault = ended.crashed or _left(place, ended)
         count.ended(f"code {ended.code}", f"{where} {word[:40]!r}: {fault}" if fault else None)
     return count
 
 
-PLACES = ("recipe", "--base", "--data", "--out", "--device", "evaluate", "--against", "--json", "report", "reproduce", "push")
+PLACES = (
+    "recipe",
+    "--base",
+    "--data",
+    "--out",
+    "--device",
+    "evaluate",
+    "--against",
+    "--json",
+    "report",
+    "reproduce",
+    "push",
+)
 
 
 def _spelled(bench: Bench, place: Path, where: str, word: str) -> tuple[str, ...]:
@@ -78,7 +148,9 @@ def _recipe(text: str, field: str, word: str) -> str:
     """A recipe with an odd value in one field."""
     stage, _, key = field.partition(".")
     data = {"source": json.dumps(text), "samples": "8", "length": "24", "evaluation_samples": "4"}
-    stages = {"prune": {"axis": "ffn", "keep": "0.5"}, "distill": {"steps": "2"}, "tie": {}}.get(stage, {"format": "nf4"})
+    stages = {"prune": {"axis": "ffn", "keep": "0.5"}, "distill": {"steps": "2"}, "tie": {}}.get(
+        stage, {"format": "nf4"}
+    )
     if stage == "data":
         data[key] = word
     elif stage in ("prune", "distill", "tie", "quantize"):

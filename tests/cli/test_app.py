@@ -1,4 +1,5 @@
-"""The command line: what each command prints and writes, and one clear line with the right exit code for whatever is wrong."""
+"""The command line: what each command prints and writes, and one clear line with the right exit code for
+whatever is wrong."""
 
 from __future__ import annotations
 
@@ -62,7 +63,13 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_prints_the_report_and_says_where_the_result_lies(shelf: Path) -> None:
     printed = (shelf / "printed.txt").read_text()
-    for words in ("KL(base || compressed), mean", "bytes on disk", "kept as they were", "lm_head", "quantize"):
+    for words in (
+        "KL(base || compressed), mean",
+        "bytes on disk",
+        "kept as they were",
+        "lm_head",
+        "quantize",
+    ):
         assert words in printed
     assert f"The compressed model lies in {shelf / 'out'}" in " ".join(printed.split())
     assert (shelf / "out" / "model.safetensors").is_file() and (shelf / "out" / "report.json").is_file()
@@ -71,14 +78,22 @@ def test_run_prints_the_report_and_says_where_the_result_lies(shelf: Path) -> No
 def test_report_prints_what_run_printed(shelf: Path, cli: Cli) -> None:
     done = cli("report", shelf / "out")
     assert done.code == 0 and not done.err
-    assert done.out.splitlines() == (shelf / "printed.txt").read_text().splitlines()[: len(done.out.splitlines())]
+    assert (
+        done.out.splitlines()
+        == (shelf / "printed.txt").read_text().splitlines()[: len(done.out.splitlines())]
+    )
 
 
 def test_plan_says_what_to_expect_and_runs_nothing(shelf: Path, cli: Cli) -> None:
     before = sorted(shelf.rglob("*"))
     done = cli("plan", shelf / "recipe.yaml", "--base", shelf / "base")
     assert done.code == 0 and not done.err
-    for words in ("to expect", "quantize (nf4, gptq)", "14 linears are quantised, 1 kept", "8 sequences of 24 tokens"):
+    for words in (
+        "to expect",
+        "quantize (nf4, gptq)",
+        "14 linears are quantised, 1 kept",
+        "8 sequences of 24 tokens",
+    ):
         assert words in done.out
     assert sorted(shelf.rglob("*")) == before
 
@@ -89,12 +104,18 @@ def test_evaluate_writes_the_keys_of_the_contract(shelf: Path, cli: Cli, tmp_pat
     assert done.code == 0 and "perplexity" in done.out
     alone: dict[str, Any] = json.loads((tmp_path / "alone.json").read_text())
     assert list(alone) == EVALUATION and alone["tokens"] == 4 * 23
-    done = cli("evaluate", shelf / "out", "--against", shelf / "base", *data, "--json", tmp_path / "both.json")
+    done = cli(
+        "evaluate", shelf / "out", "--against", shelf / "base", *data, "--json", tmp_path / "both.json"
+    )
     both: dict[str, Any] = json.loads((tmp_path / "both.json").read_text())
     assert done.code == 0 and list(both) == [*EVALUATION, *AGAINST]
     report = json.loads((shelf / "out" / "report.json").read_text())
     assert both["kl_nats_mean"] == pytest.approx(report["fidelity"]["kl_nats_mean"], rel=1e-6)
-    assert both["perplexity"] == alone["perplexity"] == pytest.approx(report["compressed"]["perplexity"], rel=1e-6)
+    assert (
+        both["perplexity"]
+        == alone["perplexity"]
+        == pytest.approx(report["compressed"]["perplexity"], rel=1e-6)
+    )
 
 
 def test_help_is_there_for_every_command(cli: Cli) -> None:
@@ -112,7 +133,10 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
     (tmp_path / "nf4-gptq").write_text("stages: [{quantize: {format: fp4}}]")
     done = cli("plan", "nf4-gptq", "--base", shelf / "base")
     assert done.code == 0 and "quantize (fp4, gptq)" in done.out
-    assert done.err == "warning: recipe nf4-gptq: taken from the file of that name here, not the shipped recipe\n"
+    assert (
+        done.err
+        == "warning: recipe nf4-gptq: taken from the file of that name here, not the shipped recipe\n"
+    )
     refused(cli("plan", "nf4-gtpq", "--base", shelf / "base"), "did you mean nf4-gptq?", tmp_path)
 
 
@@ -143,7 +167,9 @@ def test_schema_prints_json(cli: Cli) -> None:
 @pytest.mark.slow
 def test_progress_of_a_run_that_is_not_on_a_terminal_is_plain_lines(shelf: Path, tmp_path: Path) -> None:
     arguments = ("run", shelf / "recipe.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
-    lines = [line for line in shell({}, *arguments).err.splitlines() if line.startswith("quantize (nf4, gptq): ")]
+    lines = [
+        line for line in shell({}, *arguments).err.splitlines() if line.startswith("quantize (nf4, gptq): ")
+    ]
     assert lines[0].startswith("quantize (nf4, gptq): 1 of 2, ") and " left" in lines[0]
     assert lines[-1].startswith("quantize (nf4, gptq): 2 of 2, ") and lines[-1].endswith(" elapsed")
 
@@ -154,11 +180,15 @@ def refused(done: Result, message: str, folder: Path, *, code: int = 2) -> None:
     lines = done.err.splitlines()
     assert len(lines) == 1 and lines[0].startswith("error: ") and message in lines[0], done.err
     assert "Traceback" not in done.err
-    assert not (folder / "out").exists() and not list(folder.glob(".*"))  # nothing at --out, nothing half-written beside it
+    # nothing at --out, nothing half-written beside it
+    assert not (folder / "out").exists() and not list(folder.glob(".*"))
 
 
 WRONG_RECIPES = {
-    "unknown key": ("stages: [{quantize: {group_siz: 64}}]", "stages.0.quantize.group_siz: unknown key; did you mean group_size?"),
+    "unknown key": (
+        "stages: [{quantize: {group_siz: 64}}]",
+        "stages.0.quantize.group_siz: unknown key; did you mean group_size?",
+    ),
     "wrong type": ("stages: [{quantize: {double_quant: 7}}]", "stages.0.quantize.double_quant"),
     "impossible value": ("stages: [{quantize: {group_size: 48}}]", "stages.0.quantize.group_size"),
     "unknown stage": ("stages: [quantise]", "did you mean quantize?"),
@@ -268,7 +298,9 @@ def tokenizer_with_code(base: Path) -> None:
 
 
 def model_with_code(base: Path) -> None:
-    configure(base, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"})
+    configure(
+        base, model_type="evil", auto_map={"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}
+    )
     (base / "evil.py").write_text("raise SystemExit('code of the base was run')")
 
 
@@ -295,7 +327,9 @@ WRONG_BASES: list[tuple[Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), WRONG_BASES, ids=[damage.__name__ for damage, _ in WRONG_BASES])
+@pytest.mark.parametrize(
+    ("damage", "message"), WRONG_BASES, ids=[damage.__name__ for damage, _ in WRONG_BASES]
+)
 def test_a_wrong_base_is_one_clear_line(
     damage: Callable[[Path], None], message: str, shelf: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -310,7 +344,9 @@ def test_a_wrong_base_is_one_clear_line(
 def last_line(text: str) -> str:
     """Without the lines of progress before it."""
     lines = text.replace("\r", "\n").splitlines()
-    assert all(" elapsed" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), text
+    assert all(" elapsed" in line or not line or line.startswith("Loading weights") for line in lines[:-1]), (
+        text
+    )
     return lines[-1] if lines else ""
 
 
@@ -330,14 +366,26 @@ def last_line(text: str) -> str:
     ],
 )
 def test_a_wrong_argument_is_one_clear_line(
-    arguments: tuple[str, ...], message: str, shelf: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: tuple[str, ...],
+    message: str,
+    shelf: Path,
+    cli: Cli,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shutil.copy(shelf / "recipe.yaml", tmp_path)
     shutil.copytree(shelf / "base", tmp_path / "base")
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "letter.txt").write_text("Dear")
     monkeypatch.chdir(tmp_path)
-    done = cli("run", "recipe.yaml", "--base", "base", *(() if "--out" in arguments else ("--out", "out")), *arguments)
+    done = cli(
+        "run",
+        "recipe.yaml",
+        "--base",
+        "base",
+        *(() if "--out" in arguments else ("--out", "out")),
+        *arguments,
+    )
     refused(done, message, tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"base", "old", "recipe.yaml"}
 
@@ -365,7 +413,9 @@ def test_what_can_not_be_evaluated_is_one_clear_line(shelf: Path, cli: Cli, tmp_
     refused(cli("evaluate", tmp_path / "none", *text), "is no folder", tmp_path)
     refused(cli("evaluate", shelf / "base", "--against", tmp_path, *text), "has no config.json", tmp_path)
     refused(cli("evaluate", shelf / "base", "--data", tmp_path / "none.txt"), "does not exist", tmp_path)
-    refused(cli("evaluate", shelf / "base", *text[:2], "--length", 4096), "more than the 96 positions", tmp_path)
+    refused(
+        cli("evaluate", shelf / "base", *text[:2], "--length", 4096), "more than the 96 positions", tmp_path
+    )
     done = cli("evaluate", shelf / "base", *text, "--json", tmp_path / "none" / "a.json")
     assert done.code == 2 and last_line(done.err).startswith("error: can't write")
 
@@ -373,14 +423,30 @@ def test_what_can_not_be_evaluated_is_one_clear_line(shelf: Path, cli: Cli, tmp_
 @pytest.mark.slow
 def test_a_shell_sees_the_exit_codes(shelf: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.yaml").write_text("stages: [{quantize: {group_siz: 64}}]")
-    refused(shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"), "did you mean group_size?", tmp_path)
+    refused(
+        shell({}, "run", tmp_path / "wrong.yaml", "--out", tmp_path / "out"),
+        "did you mean group_size?",
+        tmp_path,
+    )
     strict = (shelf / "recipe.yaml").read_text() + "accept: {kl_nats: 1.0e-9}\n"
     (tmp_path / "strict.yaml").write_text(strict)
-    done = shell({"COLUMNS": "40"}, "run", tmp_path / "strict.yaml", "--base", shelf / "base", "--out", tmp_path / "out")
+    done = shell(
+        {"COLUMNS": "40"},
+        "run",
+        tmp_path / "strict.yaml",
+        "--base",
+        shelf / "base",
+        "--out",
+        tmp_path / "out",
+    )
     assert done.code == 3 and "Traceback" not in done.err
     line = done.err.splitlines()[-1]
-    assert line.startswith("error: the result misses accept: kl_nats is ") and "at most 1e-09 was asked" in line
-    assert not (tmp_path / "out").exists() and list((tmp_path / ".out.partial" / "journal").glob("quantize.*"))
+    assert (
+        line.startswith("error: the result misses accept: kl_nats is ") and "at most 1e-09 was asked" in line
+    )
+    assert not (tmp_path / "out").exists() and list(
+        (tmp_path / ".out.partial" / "journal").glob("quantize.*")
+    )
 
 
 FULL_DISK = """
@@ -393,9 +459,17 @@ main()
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("limit", [20_000, 150_000])  # bytes of one file: not even a layer fits, or not the whole artefact
+# bytes of one file: not even a layer fits, or not the whole artefact
+@pytest.mark.parametrize("limit", [20_000, 150_000])
 def test_a_disk_that_is_full_half_way_is_one_clear_line(limit: int, shelf: Path, tmp_path: Path) -> None:
-    arguments = ["run", str(shelf / "recipe.yaml"), "--base", str(shelf / "base"), "--out", str(tmp_path / "out")]
+    arguments = [
+        "run",
+        str(shelf / "recipe.yaml"),
+        "--base",
+        str(shelf / "base"),
+        "--out",
+        str(tmp_path / "out"),
+    ]
     command = [sys.executable, "-c", FULL_DISK, str(limit), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2, done.stderr

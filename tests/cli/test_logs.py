@@ -1,4 +1,5 @@
-"""What llmcompress logs is shown on the command line, a line a record, and left to the program everywhere else."""
+"""What llmcompress logs is shown on the command line, a line a record, and left to the program everywhere
+else."""
 
 from __future__ import annotations
 

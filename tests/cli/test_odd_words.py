@@ -44,11 +44,17 @@ def one_line(error: CompressError) -> str:
 
 @pytest.mark.parametrize("case", ODD)
 @pytest.mark.parametrize("kind", [CompressError, RecipeError, ModelError, OutputError])
-def test_words_that_name_no_path_are_refused_as_what_they_were_given_for(case: str, kind: type[CompressError]) -> None:
+def test_words_that_name_no_path_are_refused_as_what_they_were_given_for(
+    case: str, kind: type[CompressError]
+) -> None:
     words, why = ODD[case]
     with pytest.raises(kind) as refused:
         path_of(words, "base", kind)
-    assert type(refused.value) is kind and why in one_line(refused.value) and str(refused.value).startswith("base ")
+    assert (
+        type(refused.value) is kind
+        and why in one_line(refused.value)
+        and str(refused.value).startswith("base ")
+    )
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -80,7 +86,9 @@ def test_a_path_is_what_it_was_where_it_can_be_read(tmp_path: Path, monkeypatch:
     assert path_of("~/model", "base") == tmp_path / "model"
     assert path_of("none/such", "base") == Path("none/such")
     (tmp_path / "file").write_text("")
-    assert path_of(tmp_path / "file" / "below", "base") == tmp_path / "file" / "below"  # left to who wants a folder there
+    assert (
+        path_of(tmp_path / "file" / "below", "base") == tmp_path / "file" / "below"
+    )  # left to who wants a folder there
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="for root every folder can be read")
@@ -93,12 +101,27 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path: Path) -> None:
         (tmp_path / "closed").chmod(0o700)
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_bytes_that_are_no_text() -> None:
-    done = subprocess.run([sys.executable, "-m", "llmcompress", "run", b"\xff.yaml"], capture_output=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-m", "llmcompress", "run", b"\xff.yaml"], capture_output=True, timeout=300
+    )
     assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and done.stderr.startswith(b"error: ")
 
 
-DEVICES = ("cpu:x", "cpu:-1", "cpu:1", "cpu:", "cuda:99", "cuda:", "cuda:-1", "cuda:" + "9" * 5000, "meta", "mps", "\ud800")
+DEVICES = (
+    "cpu:x",
+    "cpu:-1",
+    "cpu:1",
+    "cpu:",
+    "cuda:99",
+    "cuda:",
+    "cuda:-1",
+    "cuda:" + "9" * 5000,
+    "meta",
+    "mps",
+    "\ud800",
+)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=range(len(DEVICES)))
@@ -127,6 +150,8 @@ except RuntimeError:
     print("no home")
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import writing
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 print(cache_folder())
 try:
     with writing(Path("/nowhere")):
@@ -136,11 +161,14 @@ except Exception as error:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="homes of POSIX")
 def test_a_user_without_a_home_has_a_cache_of_their_own(tmp_path: Path) -> None:
     def run() -> list[str]:
         env = {**os.environ, "TMPDIR": str(tmp_path)}
-        done = subprocess.run([sys.executable, "-c", NO_HOME], env=env, capture_output=True, text=True, timeout=120)
+        done = subprocess.run(
+            [sys.executable, "-c", NO_HOME], env=env, capture_output=True, text=True, timeout=120
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 

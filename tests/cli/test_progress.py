@@ -1,4 +1,5 @@
-"""Progress: a bar on a terminal, and plain lines elsewhere, few for fast work and one a layer for slow work."""
+"""Progress: a bar on a terminal, and plain lines elsewhere, few for fast work and one a layer for slow
+work."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Models whose tokenizer begins with BOS: it is the first token of each window, and what is predicted there is not scored."""
+"""Models whose tokenizer begins with BOS: it is the first token of each window, and what is predicted there
+is not scored."""
 
 from __future__ import annotations
 
@@ -21,7 +22,14 @@ from llmcompress.data.calibration import CalibrationData, bos_of, load_data, wit
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError
 from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.modeling.sequential import divergences, following, gradients, next_tokens, output_fisher, walk
+from llmcompress.modeling.sequential import (
+    divergences,
+    following,
+    gradients,
+    next_tokens,
+    output_fisher,
+    walk,
+)
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.reproduce import reproduce
 from llmcompress.pipeline.run import run_recipe
@@ -35,6 +43,8 @@ from llmcompress.stages.distill.trainer import Objective, SequenceDataset, measu
 from tests.artefacts import CPU
 from tests.bases import VOCABULARY, bos_tokenizer, byte_tokenizer, known, save_base, save_bos_base, write_text
 from tests.models import noise, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 SMALL: dict[str, Any] = {"samples": 8, "length": 24, "evaluation_samples": 6}
 SHARED = Path(__file__).parents[2].parent / "shared"
@@ -64,11 +74,15 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def load(tokenizer: PreTrainedTokenizerFast, text: Path, training: int = 0, **spec: Any) -> CalibrationData:
     entries = {"source": str(text)} | SMALL | spec
-    return load_data(DataSpec.model_validate(entries), tokenizer, VOCABULARY + 1, 96, lambda length: training * length)
+    return load_data(
+        DataSpec.model_validate(entries), tokenizer, VOCABULARY + 1, 96, lambda length: training * length
+    )
 
 
 def recipe(text: Path, base: Path, *stages: dict[str, Any], **data: Any) -> Recipe:
-    return Recipe.model_validate({"base": str(base), "data": {"source": str(text)} | SMALL | data, "stages": list(stages)})
+    return Recipe.model_validate(
+        {"base": str(base), "data": {"source": str(text)} | SMALL | data, "stages": list(stages)}
+    )
 
 
 # windows
@@ -95,13 +109,19 @@ def test_every_training_window_begins_with_bos_too(text: Path) -> None:
     again = SequenceDataset(layers.training, 15, 9, seed=1)
     assert torch.equal(windows.windows_NL, with_bos(again.windows_NL, VOCABULARY))
     trained = {tuple(window.tolist()) for window in layers.training.view(-1, 24)[:, :23]}
-    assert not trained & {tuple(window[1:].tolist()) for side in (layers.calibration, layers.evaluation) for window in side}
+    assert not trained & {
+        tuple(window[1:].tolist()) for side in (layers.calibration, layers.evaluation) for window in side
+    }
 
 
 def test_without_bos_the_windows_are_those_of_a_tokenizer_that_adds_none(text: Path) -> None:
     old, off, never = (
         load(tokenizer, text, training=5, **more)
-        for tokenizer, more in ((byte_tokenizer(), {}), (bos_tokenizer(), {"bos": False}), (bos_tokenizer(begins=False), {}))
+        for tokenizer, more in (
+            (byte_tokenizer(), {}),
+            (bos_tokenizer(), {"bos": False}),
+            (bos_tokenizer(begins=False), {}),
+        )
     )
     for new in (off, never):
         assert (new.bos, new.sha256, new.training_sha256) == (None, old.sha256, old.training_sha256)
@@ -110,7 +130,9 @@ def test_without_bos_the_windows_are_those_of_a_tokenizer_that_adds_none(text: P
 
 def test_bos_can_be_asked_of_a_tokenizer_that_adds_none(text: Path) -> None:
     assert load(bos_tokenizer(begins=False), text, bos=True).sha256 == load(bos_tokenizer(), text).sha256
-    with pytest.raises(DataError, match="bos: true asks for a BOS token and the tokenizer has none; use bos: auto"):
+    with pytest.raises(
+        DataError, match="bos: true asks for a BOS token and the tokenizer has none; use bos: auto"
+    ):
         load(byte_tokenizer(), text, bos=True)
 
 
@@ -132,8 +154,13 @@ def test_a_tokenizer_is_known_by_what_it_encodes() -> None:
 
 
 def test_lengths_count_bos(text: Path) -> None:
-    assert load(bos_tokenizer(), text, length=None, samples=1, evaluation_samples=1).calibration.shape == (1, 96)
-    with pytest.raises(DataError, match="length 2 leaves no token to predict from text; use length: 3 or more"):
+    assert load(bos_tokenizer(), text, length=None, samples=1, evaluation_samples=1).calibration.shape == (
+        1,
+        96,
+    )
+    with pytest.raises(
+        DataError, match="length 2 leaves no token to predict from text; use length: 3 or more"
+    ):
         load(bos_tokenizer(), text, length=2)
     with pytest.raises(
         DataError, match=r"fills \d+ windows of 96 tokens .* use evaluation_samples: (\d+) or length: (\d+)"
@@ -154,7 +181,12 @@ def test_a_text_on_both_sides_is_refused_behind_bos_as_well(tmp_path: Path, text
 
 def test_a_bos_token_beyond_the_vocabulary_is_refused(text: Path) -> None:
     with pytest.raises(DataError, match="the tokenizer gives token 256 and the model has 256 tokens"):
-        load_data(DataSpec(source=str(text), samples=2, length=24, evaluation_samples=2), bos_tokenizer(), VOCABULARY, 96)
+        load_data(
+            DataSpec(source=str(text), samples=2, length=24, evaluation_samples=2),
+            bos_tokenizer(),
+            VOCABULARY,
+            96,
+        )
 
 
 # numbers
@@ -168,7 +200,9 @@ def by_transformers(folder: Path, windows: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_perplexity_is_that_of_the_predictions_made_after_text(family: str, text: Path, tmp_path: Path) -> None:
+def test_perplexity_is_that_of_the_predictions_made_after_text(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     folder = save_bos_base(tmp_path, family)
     spec = DataSpec.model_validate({"source": str(text)} | SMALL)
     windows = load(bos_tokenizer(), text).evaluation
@@ -179,18 +213,28 @@ def test_perplexity_is_that_of_the_predictions_made_after_text(family: str, text
     assert (found.tokens, found.bos) == (6 * 22, True)
     plain = evaluate(str(folder), data=spec.model_copy(update={"bos": False}))
     windows = load(byte_tokenizer(), text).evaluation
-    nll = F.nll_loss(by_transformers(folder, windows).log_softmax(-1)[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    nll = F.nll_loss(
+        by_transformers(folder, windows).log_softmax(-1)[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+    )
     assert plain.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-5) and not plain.bos
 
 
-def test_the_distance_from_a_base_is_that_of_the_predictions_made_after_text(text: Path, base: Path, other: Path) -> None:
+def test_the_distance_from_a_base_is_that_of_the_predictions_made_after_text(
+    text: Path, base: Path, other: Path
+) -> None:
     windows = load(bos_tokenizer(), text).evaluation
     log_p, log_q = (by_transformers(folder, windows).log_softmax(-1)[:, 1:] for folder in (base, other))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    found = evaluate(str(other), against=str(base), data=DataSpec.model_validate({"source": str(text)} | SMALL))
+    found = evaluate(
+        str(other), against=str(base), data=DataSpec.model_validate({"source": str(text)} | SMALL)
+    )
     assert found.kl_nats_mean == pytest.approx(float(kl.mean()), rel=1e-4)
-    assert found.kl_nats_p99 == pytest.approx(float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-4)
-    assert found.top1_agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.008)
+    assert found.kl_nats_p99 == pytest.approx(
+        float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-4
+    )
+    assert found.top1_agreement == pytest.approx(
+        float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.008
+    )
 
 
 def test_losses_between_streams_do_not_count_bos(base: Path, other: Path, text: Path) -> None:
@@ -201,7 +245,9 @@ def test_losses_between_streams_do_not_count_bos(base: Path, other: Path, text: 
     for hidden in aside:
         hidden[:, 0] = 0
     first, second = (divergences(model, last.inputs, {0: states}, 1)[0] for states in (found.inputs, aside))
-    assert first == second > 0 and divergences(model, last.inputs, {0: aside})[0] != pytest.approx(first, rel=1e-3)
+    assert first == second > 0 and divergences(model, last.inputs, {0: aside})[0] != pytest.approx(
+        first, rel=1e-3
+    )
 
 
 # gradients and training
@@ -214,13 +260,21 @@ def test_the_label_after_bos_is_not_learnt() -> None:
 
 
 def test_gradients_are_those_of_the_predictions_made_after_text(base: Path, tmp_path: Path) -> None:
-    tokens, model = with_bos(torch.randint(3, 250, (3, 11)), VOCABULARY), AutoModelForCausalLM.from_pretrained(base)
+    tokens, model = (
+        with_bos(torch.randint(3, 250, (3, 11)), VOCABULARY),
+        AutoModelForCausalLM.from_pretrained(base),
+    )
     weight = model.model.layers[0].mlp.down_proj.weight
     scores = model(tokens, use_cache=False).logits
     F.cross_entropy(scores[:, 1:-1].flatten(0, 1), tokens[:, 2:].flatten(), reduction="sum").backward()
     watched = ("mlp.down_proj.weight",)
-    steps = {i: found for i, _, found in gradients(DiskModel(base, CPU), tokens, tmp_path, following, watched, unscored=1)}
-    torch.testing.assert_close(steps[0][watched[0]], weight.grad, rtol=0, atol=1e-4 * float(weight.grad.abs().max()))
+    steps = {
+        i: found
+        for i, _, found in gradients(DiskModel(base, CPU), tokens, tmp_path, following, watched, unscored=1)
+    }
+    torch.testing.assert_close(
+        steps[0][watched[0]], weight.grad, rtol=0, atol=1e-4 * float(weight.grad.abs().max())
+    )
 
 
 def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp_path: Path) -> None:
@@ -232,14 +286,18 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     generator = torch.Generator().manual_seed(0)
 
     def drawn(scores: Tensor, given: Tensor) -> Tensor:
-        found = torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(given.shape)
+        found = torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
+            given.shape
+        )
         found[:, 0] = IGNORED
         return found
 
     for index, found, _ in gradients(model, tokens, tmp_path, drawn):
         grads += found if index == last else []
     expected = torch.cat(grads).flatten(0, 1)
-    assert float(torch.cat(grads)[:, 0].abs().max()) == 0  # nothing after the last layer reads the states of another position
+    assert (
+        float(torch.cat(grads)[:, 0].abs().max()) == 0
+    )  # nothing after the last layer reads the states of another position
     torch.testing.assert_close(without, expected.T @ expected / len(expected))
     assert not torch.allclose(begun, without, rtol=1e-3)
 
@@ -250,14 +308,22 @@ def test_a_student_is_measured_and_taught_by_the_predictions_made_after_text() -
     with torch.no_grad():
         own, theirs = (model(**forward_arguments(ids)) for model in (student, teacher))
         taught, found = output_of(teacher, theirs), output_of(student, own)
-        logits = (one.scores.logits(one.scores.product(torch.arange(20))).view(2, 10, -1) for one in (taught, found))
+        logits = (
+            one.scores.logits(one.scores.product(torch.arange(20))).view(2, 10, -1) for one in (taught, found)
+        )
         log_p, log_q = (each.log_softmax(-1) for each in logits)
         kl, nll = measured(student, ids, taught, 1, own)
         objective = Objective("forward_kl", 0.0, 1.0, None, None, lambda batch, **_: taught, unscored=1)
         loss = objective.loss(student, ids, taught, own)
     every = (log_p.exp() * (log_p - log_q)).sum(-1)
-    assert float(kl) == pytest.approx(float(every[:, 1:].mean()), rel=1e-4) != pytest.approx(float(every.mean()), rel=1e-4)
-    assert float(nll) == pytest.approx(float(F.nll_loss(log_q[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())), rel=1e-4)
+    assert (
+        float(kl)
+        == pytest.approx(float(every[:, 1:].mean()), rel=1e-4)
+        != pytest.approx(float(every.mean()), rel=1e-4)
+    )
+    assert float(nll) == pytest.approx(
+        float(F.nll_loss(log_q[:, 1:-1].flatten(0, 1), ids[:, 2:].flatten())), rel=1e-4
+    )
     assert float(loss) == pytest.approx(float(every[:, 1:-1].mean()), rel=1e-4)
 
 
@@ -275,7 +341,9 @@ def test_states_and_attention_at_bos_are_not_matched() -> None:
         loss = matching.loss(states(0, 1.0), states(7, 1.0), None)
         assert torch.equal(loss, matching.loss(states(0, 99.0), states(7, -50.0), None)) and float(loss) > 0
         counting = replace(matching, unscored=0)
-        assert float(counting.loss(states(0, 99.0), states(7, -50.0), None)) != pytest.approx(float(loss), rel=1e-3)
+        assert float(counting.loss(states(0, 99.0), states(7, -50.0), None)) != pytest.approx(
+            float(loss), rel=1e-3
+        )
 
 
 def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Path, tmp_path: Path) -> None:
@@ -284,7 +352,9 @@ def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Pa
     report = run_recipe(recipe(text, base, cut, {"distill": lesson}), tmp_path / "out")
     (found,) = report.trainings
     assert found.kl_after < found.kl_before and found.length == 12
-    with pytest.raises(DataError, match="distill: length 2 leaves no token to predict from text; use 3 or more"):
+    with pytest.raises(
+        DataError, match="distill: length 2 leaves no token to predict from text; use 3 or more"
+    ):
         run_recipe(recipe(text, base, {"distill": {"steps": 1, "batch": 2, "length": 2}}), tmp_path / "short")
 
 
@@ -309,18 +379,29 @@ def test_the_stages_that_measure_losses_take_windows_that_begin_with_bos(
 
 def test_bos_is_a_key_of_data_and_leaves_older_digests_as_they_were() -> None:
     told = "base: demo\ndata: {{source: python-docs, samples: 8{}}}\nstages:\n  - quantize: {{format: nf4}}\n"
-    plain, auto, off, on = (Recipe.parse(told.format(more)) for more in ("", ", bos: auto", ", bos: false", ", bos: true"))
+    plain, auto, off, on = (
+        Recipe.parse(told.format(more)) for more in ("", ", bos: auto", ", bos: false", ", bos: true")
+    )
     assert plain.digest == auto.digest == "ec9090a5394dc4177cf816a67db6338d23111501d1d23826f5005202e296bb68"
     assert len({plain.digest, off.digest, on.digest}) == 3
-    assert [Recipe.parse(one.to_yaml()).data.bos for one in (plain, auto, off, on)] == ["auto", "auto", False, True]
-    assert off.data.with_text("other.txt").bos is False  # it says how windows are cut, not which text they are of
+    assert [Recipe.parse(one.to_yaml()).data.bos for one in (plain, auto, off, on)] == [
+        "auto",
+        "auto",
+        False,
+        True,
+    ]
+    assert (
+        off.data.with_text("other.txt").bos is False
+    )  # it says how windows are cut, not which text they are of
     assert off.data.with_text("{source: other.txt, bos: auto}").bos == "auto"
     assert plain.data.with_text("{source: other.txt, bos: false}").bos is False
     with pytest.raises(DataError, match="bos"):
         plain.data.with_text("{source: other.txt, bos: never}")
 
 
-def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(text: Path, base: Path, tmp_path: Path) -> None:
+def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(
+    text: Path, base: Path, tmp_path: Path
+) -> None:
     report = run_recipe(recipe(text, base, {"quantize": {"format": "nf4"}}), tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "report.json").read_text())
     assert raw["data"]["bos"] is True and report.data.bos is True
@@ -333,16 +414,22 @@ def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(text
     assert BOS not in card(old, "stages: []\n", {}) and "BOS" not in printed(print_report, old)
 
 
-def test_an_artefact_from_before_there_was_bos_is_run_again_without_it(text: Path, base: Path, tmp_path: Path) -> None:
+def test_an_artefact_from_before_there_was_bos_is_run_again_without_it(
+    text: Path, base: Path, tmp_path: Path
+) -> None:
     told = recipe(text, base, {"quantize": {"format": "nf4"}})
     spec = told.data.model_copy(update={"bos": False})
-    made = run_recipe(told, tmp_path / "out", data=spec)  # as it was made when windows had no BOS: neither file says anything
+    made = run_recipe(
+        told, tmp_path / "out", data=spec
+    )  # as it was made when windows had no BOS: neither file says anything
     assert made.data.bos is None and "bos" not in (tmp_path / "out" / "recipe.yaml").read_text()
     assert reproduce(str(tmp_path / "out"), data=str(text)).verdict == "bit-equal"
 
 
 def test_a_report_of_windows_without_bos_is_what_it_was(text: Path, tmp_path: Path) -> None:
-    report = run_recipe(recipe(text, save_base(tmp_path / "base"), {"quantize": {"format": "nf4"}}), tmp_path / "out")
+    report = run_recipe(
+        recipe(text, save_base(tmp_path / "base"), {"quantize": {"format": "nf4"}}), tmp_path / "out"
+    )
     assert report.data.bos is None and "bos" not in json.loads(report.to_json())["data"]
     assert BOS not in (tmp_path / "out" / "README.md").read_text()
 

@@ -1,4 +1,5 @@
-"""Text in, token windows out: every source, every refusal, and the promise that the two sides never overlap."""
+"""Text in, token windows out: every source, every refusal, and the promise that the two sides never
+overlap."""
 
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ SHARED = Path(__file__).parents[2].parent / "shared"
 def by_bytes() -> PreTrainedTokenizerFast:
     """One token a byte, 256 in all: the tokens spell the text."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
+    bpe = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: number for number, letter in enumerate(alphabet)}, [])
+    )
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=64)
@@ -47,7 +50,9 @@ def write_rows(file: Path, rows: list[str], column: str = "text") -> Path:
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(rows))), column: rows}), file)
     elif file.suffix == ".jsonl":
-        file.write_text("".join(json.dumps({"id": number, column: row}) + "\n" for number, row in enumerate(rows)))
+        file.write_text(
+            "".join(json.dumps({"id": number, column: row}) + "\n" for number, row in enumerate(rows))
+        )
     else:
         file.write_text("".join(row + "\n" for row in rows))
     return file
@@ -72,7 +77,11 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
     layers = load(by_bytes, source=str(file), samples=90, evaluation_samples=12)
     assert layers.calibration.shape == (90, 64) and layers.evaluation.shape == (12, 64)
     assert layers.calibration.dtype == layers.evaluation.dtype == torch.int64
-    assert (layers.calibration_tokens, layers.evaluation_tokens, layers.spec.source) == (90 * 64, 12 * 64, str(file))
+    assert (layers.calibration_tokens, layers.evaluation_tokens, layers.spec.source) == (
+        90 * 64,
+        12 * 64,
+        str(file),
+    )
     first = spelled(by_bytes, layers.evaluation).splitlines()[0]
     assert sentences(400).index(first) in range(355, 365)
     for window in layers.calibration:
@@ -81,7 +90,9 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
-def test_calibration_and_evaluation_text_never_overlap(tmp_path: Path, by_bytes: PreTrainedTokenizerFast, name: str) -> None:
+def test_calibration_and_evaluation_text_never_overlap(
+    tmp_path: Path, by_bytes: PreTrainedTokenizerFast, name: str
+) -> None:
     file = write_rows(tmp_path / name, sentences(123))
     calibration, evaluation = ("".join(map(str, side)).split("\n") for side in file_texts(file, "text")[:2])
     assert [line for line in calibration + evaluation if line] == sentences(123)
@@ -101,8 +112,12 @@ def test_the_evaluation_windows_are_the_first_of_the_evaluation_text_in_order(
     write_rows(tmp_path / "valid.txt", sentences(100, seed=3))
     (tmp_path / "trainer-notes.txt").write_text("not training text")
     layers = load(by_bytes, source=str(tmp_path))
-    assert spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]  # valid comes before test
-    assert all(spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in layers.calibration)
+    assert (
+        spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]
+    )  # valid comes before test
+    assert all(
+        spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in layers.calibration
+    )
 
 
 def test_a_folder_may_hold_shards_and_tables(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
@@ -115,7 +130,9 @@ def test_a_folder_may_hold_shards_and_tables(tmp_path: Path, by_bytes: PreTraine
     assert windows == sorted(both[start : start + 64] for start in range(0, len(both) - 63, 64))
 
 
-def test_the_seed_draws_different_windows_and_no_window_twice(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
+def test_the_seed_draws_different_windows_and_no_window_twice(
+    tmp_path: Path, by_bytes: PreTrainedTokenizerFast
+) -> None:
     file = str(write_rows(tmp_path / "a.txt", sentences(400)))
     one, same, other = (load(by_bytes, source=file, seed=seed) for seed in (0, 0, 1))
     assert one.sha256 == same.sha256 and torch.equal(one.calibration, same.calibration)
@@ -137,7 +154,9 @@ def test_a_length_that_is_not_given_is_the_longest_that_model_and_text_allow(
 ) -> None:
     file = str(write_rows(tmp_path / "a.txt", sentences(1000)))  # about 3 000 bytes evaluate
     lengths = [
-        load(by_bytes, source=file, length=None, samples=2, evaluation_samples=wanted, max_length=most).calibration.shape[1]
+        load(
+            by_bytes, source=file, length=None, samples=2, evaluation_samples=wanted, max_length=most
+        ).calibration.shape[1]
         for wanted, most in ((1, 4096), (1, None), (1, 300), (4, 4096), (8, 1000))
     ]
     assert lengths == [2048, 2048, 300, 512, 250]
@@ -165,15 +184,27 @@ def test_chunks_join_to_the_pieces(pieces: list[str]) -> None:
 
 
 def test_a_path_that_does_not_exist_is_not_asked_from_the_hub(by_bytes: PreTrainedTokenizerFast) -> None:
-    for source in ("./corpus", "corpus.txt", "a/b/corpus", "~/corpus", "/corpus", "user/corpus.parquet", "my corpus"):
+    for source in (
+        "./corpus",
+        "corpus.txt",
+        "a/b/corpus",
+        "~/corpus",
+        "/corpus",
+        "user/corpus.parquet",
+        "my corpus",
+    ):
         with pytest.raises(DataError, match=r"does not exist; name a .txt, .jsonl or .parquet file"):
             load(by_bytes, source=source)
 
 
-def test_a_wrong_column_names_the_columns_there_are(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
+def test_a_wrong_column_names_the_columns_there_are(
+    tmp_path: Path, by_bytes: PreTrainedTokenizerFast
+) -> None:
     for name in ("a.jsonl", "a.parquet"):
         file = write_rows(tmp_path / name, sentences(40))
-        with pytest.raises(DataError, match="has no column 'story'; it has id, text: set column to one of them"):
+        with pytest.raises(
+            DataError, match="has no column 'story'; it has id, text: set column to one of them"
+        ):
             load(by_bytes, source=str(file), column="story")
         with pytest.raises(DataError, match=r"column 'id' of .* holds a int, not text"):
             load(by_bytes, source=str(file), column="id")
@@ -196,14 +227,21 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, by_bytes: PreTrai
         assert len(str(caught.value).splitlines()) == 1
 
 
-def test_too_little_text_says_how_much_there_is_and_what_to_ask_for(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
+def test_too_little_text_says_how_much_there_is_and_what_to_ask_for(
+    tmp_path: Path, by_bytes: PreTrainedTokenizerFast
+) -> None:
     file = str(write_rows(tmp_path / "a.txt", sentences(100)))
     with pytest.raises(
-        DataError, match=r"calibration .* fills 3\d windows of 64 tokens .* use samples: 3\d or length: 5 or give more text"
+        DataError,
+        match=(
+            r"calibration .* fills 3\d windows of 64 tokens .* use samples: 3\d or length: 5 or give more "
+            r"text"
+        ),
     ):
         load(by_bytes, source=file, samples=500)
     with pytest.raises(
-        DataError, match=r"evaluation .* fills 4 windows .* asks for 9; use evaluation_samples: 4 or length: \d+"
+        DataError,
+        match=r"evaluation .* fills 4 windows .* asks for 9; use evaluation_samples: 4 or length: \d+",
     ):
         load(by_bytes, source=file, evaluation_samples=9)
     with pytest.raises(DataError, match=r"windows of 128 tokens"):
@@ -237,11 +275,15 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, by_bytes: PreTr
 
 
 def test_a_length_beyond_the_model_is_refused(by_bytes: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(DataError, match="length 4096 is more than the 512 positions of the model; use length: 512"):
+    with pytest.raises(
+        DataError, match="length 4096 is more than the 512 positions of the model; use length: 512"
+    ):
         load(by_bytes, length=4096, max_length=512)
 
 
-def test_what_is_said_of_a_hub_data_set_is_refused_for_a_file(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
+def test_what_is_said_of_a_hub_data_set_is_refused_for_a_file(
+    tmp_path: Path, by_bytes: PreTrainedTokenizerFast
+) -> None:
     file = str(write_rows(tmp_path / "a.txt", sentences(100)))
     for field in ("config", "revision", "evaluation_split", "split"):
         with pytest.raises(DataError, match=f"{field} is for Hub data sets"):
@@ -250,7 +292,15 @@ def test_what_is_said_of_a_hub_data_set_is_refused_for_a_file(tmp_path: Path, by
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"samples": 0}, {"samples": "8"}, {"length": 1}, {"seed": -1}, {"evaluation_samples": 0}, {"source": ""}, {"sample": 3}],
+    [
+        {"samples": 0},
+        {"samples": "8"},
+        {"length": 1},
+        {"seed": -1},
+        {"evaluation_samples": 0},
+        {"source": ""},
+        {"sample": 3},
+    ],
 )
 def test_a_spec_out_of_range_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=next(iter(wrong))):
@@ -258,15 +308,23 @@ def test_a_spec_out_of_range_is_refused(wrong: dict[str, object]) -> None:
 
 
 def test_another_text_in_the_same_windows(tmp_path: Path) -> None:
-    spec = DataSpec(source="user/texts", config="en", column="story", split="dev", revision="v1", samples=3, length=7)
+    spec = DataSpec(
+        source="user/texts", config="en", column="story", split="dev", revision="v1", samples=3, length=7
+    )
     (tmp_path / "a@b").write_text("")
     for text, place in (
         ("other/texts", {"source": "other/texts"}),
         ("other/texts@v2", {"source": "other/texts", "revision": "v2"}),
         (str(tmp_path / "a@b"), {"source": str(tmp_path / "a@b")}),
         ("python-docs", {"source": "python-docs"}),
-        ("{source: other/texts, config: de, split: head}", {"source": "other/texts", "config": "de", "split": "head"}),
-        (" {source: facts.jsonl, column: fact, samples: 5}", {"source": "facts.jsonl", "column": "fact", "samples": 5}),
+        (
+            "{source: other/texts, config: de, split: head}",
+            {"source": "other/texts", "config": "de", "split": "head"},
+        ),
+        (
+            " {source: facts.jsonl, column: fact, samples: 5}",
+            {"source": "facts.jsonl", "column": "fact", "samples": 5},
+        ),
     ):
         assert spec.with_text(text) == DataSpec.model_validate({"samples": 3, "length": 7, **place})
     for wrong, why in (
@@ -309,7 +367,9 @@ def test_the_shared_models_read_the_shared_texts(model: str, text: str) -> None:
     if not SHARED.is_dir():
         pytest.skip(f"no folder {SHARED}: the shared models and texts are not part of the repository")
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / model)
-    layers = load_data(DataSpec(source=str(SHARED / "data" / text), samples=32), tokenizer, len(tokenizer), 256)
+    layers = load_data(
+        DataSpec(source=str(SHARED / "data" / text), samples=32), tokenizer, len(tokenizer), 256
+    )
     assert layers.calibration.shape == (32, 256) and layers.evaluation.shape == (64, 256)
 
 
@@ -324,4 +384,6 @@ def test_the_demo_model_is_small_and_knows_its_language() -> None:
     windows = load_data(DataSpec(samples=1, evaluation_samples=8), tokenizer, len(tokenizer), 512).evaluation
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.item()
-    assert abs(loss - training["heldout_loss"]) < 0.5  # eight windows, and another Python carries another text
+    assert (
+        abs(loss - training["heldout_loss"]) < 0.5
+    )  # eight windows, and another Python carries another text

@@ -1,4 +1,5 @@
-"""Conversations as calibration text: found in any table, spelled by the tokenizer's chat template, refused in one line."""
+"""Conversations as calibration text: found in any table, spelled by the tokenizer's chat template, refused in
+one line."""
 
 from __future__ import annotations
 
@@ -46,7 +47,10 @@ def talk(number: int) -> list[dict[str, Any]]:
 
 def shared(number: int) -> list[dict[str, Any]]:
     """The same as ShareGPT writes it."""
-    return [{"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]} for m in talk(number)]
+    return [
+        {"from": {"user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
+        for m in talk(number)
+    ]
 
 
 def written(number: int) -> str:
@@ -57,7 +61,10 @@ def write(file: Path, column: str, rows: list[Any], **others: list[Any]) -> Path
     if file.suffix == ".parquet":
         pyarrow.parquet.write_table(pyarrow.table({column: rows, **others}), file)
     else:
-        lines = ({column: row} | {name: values[number] for name, values in others.items()} for number, row in enumerate(rows))
+        lines = (
+            {column: row} | {name: values[number] for name, values in others.items()}
+            for number, row in enumerate(rows)
+        )
         file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
@@ -69,25 +76,40 @@ def load(tokenizer: PreTrainedTokenizerFast, source: Path, **spec: Any) -> Calib
 
 def text_of(tokenizer: PreTrainedTokenizerFast, source: Path, column: str = "text") -> list[str]:
     """Both sides, as they are tokenised."""
-    return [str(tokenizer.decode(_tokenise(side, tokenizer, 10**9))) for side in file_texts(source, column)[:2]]
+    return [
+        str(tokenizer.decode(_tokenise(side, tokenizer, 10**9))) for side in file_texts(source, column)[:2]
+    ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 @pytest.mark.parametrize(
-    ("column", "asked"), [("messages", "text"), ("conversations", "text"), ("messages", "messages"), ("talk", "talk")]
+    ("column", "asked"),
+    [("messages", "text"), ("conversations", "text"), ("messages", "messages"), ("talk", "talk")],
 )
-def test_a_column_of_conversations_goes_through_the_chat_template(name: str, column: str, asked: str, tmp_path: Path) -> None:
+def test_a_column_of_conversations_goes_through_the_chat_template(
+    name: str, column: str, asked: str, tmp_path: Path
+) -> None:
     made = shared if column == "conversations" else talk
     file = write(tmp_path / name, column, [made(number) for number in range(100)], id=list(range(100)))
-    assert text_of(chat_tokenizer(), file, asked) == ["".join(map(written, range(90))), "".join(map(written, range(90, 100)))]
+    assert text_of(chat_tokenizer(), file, asked) == [
+        "".join(map(written, range(90))),
+        "".join(map(written, range(90, 100))),
+    ]
     assert load(chat_tokenizer(), file, column=asked).calibration.shape == (8, 32)
 
 
 def test_a_column_of_text_comes_before_one_of_conversations(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.jsonl", "messages", [talk(number) for number in range(10)], text=[str(n) for n in range(10)])
+    file = write(
+        tmp_path / "a.jsonl",
+        "messages",
+        [talk(number) for number in range(10)],
+        text=[str(n) for n in range(10)],
+    )
     assert text_of(chat_tokenizer(), file)[1] == "9\n\n"
     assert text_of(chat_tokenizer(), file, "messages")[1] == written(9)
-    with pytest.raises(DataError, match="has no column 'story'; it has messages, text: set column to one of them"):
+    with pytest.raises(
+        DataError, match="has no column 'story'; it has messages, text: set column to one of them"
+    ):
         text_of(chat_tokenizer(), file, "story")
 
 
@@ -106,9 +128,12 @@ def test_the_bos_of_a_template_is_not_doubled(tmp_path: Path) -> None:
     for side in (layers.calibration, layers.evaluation):
         assert (side[:, 0] == VOCABULARY).all() and VOCABULARY not in side[:, 1:]
     assert (
-        str(tokenizer.decode(layers.evaluation[0].tolist())) == "<s>" + written(90)[: len(layers.evaluation[0]) + 5][: 31 + 6]
+        str(tokenizer.decode(layers.evaluation[0].tolist()))
+        == "<s>" + written(90)[: len(layers.evaluation[0]) + 5][: 31 + 6]
     )
-    kept = load(tokenizer, file, bos=False)  # no window has its own, so conversations begin as the template says
+    kept = load(
+        tokenizer, file, bos=False
+    )  # no window has its own, so conversations begin as the template says
     assert VOCABULARY in kept.calibration and kept.evaluation[0, 0] == VOCABULARY
 
 
@@ -156,7 +181,9 @@ def test_parts_of_text_are_taken_and_nulls_of_a_table_left_out() -> None:
 def test_a_message_that_is_no_text_is_refused_by_its_row(message: dict[str, Any], why: str) -> None:
     def read() -> list[list[str]]:
         pieces = row_pieces({"messages": [message]}, "text", "a.jsonl", "row 7")
-        return [spelled(piece, chat_tokenizer(), without_bos=False) for piece in pieces if isinstance(piece, Chat)]
+        return [
+            spelled(piece, chat_tokenizer(), without_bos=False) for piece in pieces if isinstance(piece, Chat)
+        ]
 
     with pytest.raises(DataError, match=why) as caught:
         read()
@@ -168,12 +195,18 @@ def test_what_a_template_does_not_take_is_refused_by_its_row(tmp_path: Path) -> 
     rows[3] = rows[3][::-1]
     file = write(tmp_path / "a.jsonl", "messages", rows)
     for tokenizer, why in (
-        (chat_tokenizer(ALTERNATING), r"a.jsonl line 4 does not fit the tokenizer's chat template \(roles must alternate\)"),
+        (
+            chat_tokenizer(ALTERNATING),
+            r"a.jsonl line 4 does not fit the tokenizer's chat template \(roles must alternate\)",
+        ),
         (
             chat_tokenizer("{{ messages[0].content + 5 }}"),
             r"a.jsonl line 19 does not fit the tokenizer's chat template \(.*str",
         ),
-        (chat_tokenizer(None), "a.jsonl line 19 is a conversation and the tokenizer has no chat template; name a column of"),
+        (
+            chat_tokenizer(None),
+            "a.jsonl line 19 is a conversation and the tokenizer has no chat template; name a column of",
+        ),
     ):
         with pytest.raises(DataError, match=why) as caught:
             load(tokenizer, file)
@@ -184,7 +217,8 @@ def test_a_list_of_other_things_is_no_conversation(tmp_path: Path) -> None:
     for name in ("a.jsonl", "a.parquet"):
         file = write(tmp_path / name, "messages", [["a", "b"]] * 20)
         with pytest.raises(
-            DataError, match=r"column 'messages' of .* holds a list, not text; name a column of strings or of messages"
+            DataError,
+            match=r"column 'messages' of .* holds a list, not text; name a column of strings or of messages",
         ):
             load(chat_tokenizer(), file)
 
@@ -201,7 +235,11 @@ def served() -> Iterator[tuple[Hub, str]]:
 def test_conversations_are_streamed_kept_and_there_offline(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     lines = [json.dumps({"id": number, "messages": talk(number)}).encode() for number in range(6)]
-    commit = hub.add("user/chats", {"train.jsonl": b"\n".join(lines[:4]), "test.jsonl": b"\n".join(lines[4:])}, kind="dataset")
+    commit = hub.add(
+        "user/chats",
+        {"train.jsonl": b"\n".join(lines[:4]), "test.jsonl": b"\n".join(lines[4:])},
+        kind="dataset",
+    )
     script = """
 from itertools import islice
 from llmcompress.data.calibration import _texts
@@ -221,13 +259,18 @@ told(contents, 3, column="messages")
     assert len(hub.log) == before
 
 
-def test_a_shelf_keeps_conversations_as_they_will_be_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shelf_keeps_conversations_as_they_will_be_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
     shelf, asked = RowCache("user/chats", None, "ab" * 20), []
 
     def more(start: int) -> Iterator[dict[str, Any]]:
         asked.append(start)
-        yield from ({"id": number, "messages": [*talk(number), None][: 2 + (number == 1)]} for number in range(start, 3))
+        yield from (
+            {"id": number, "messages": [*talk(number), None][: 2 + (number == 1)]}
+            for number in range(start, 3)
+        )
 
     first = [row["text"] for row in shelf.rows("train", "text", more)]
     assert first == [talk(0), [*talk(1), None], talk(2)] and asked == [0]

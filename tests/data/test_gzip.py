@@ -1,4 +1,5 @@
-"""Text that is compressed with gzip: read as if it were not, as far as it is needed, or refused in one line."""
+"""Text that is compressed with gzip: read as if it were not, as far as it is needed, or refused in one
+line."""
 
 from __future__ import annotations
 
@@ -23,7 +24,9 @@ SMALL = {"samples": 8, "length": 24, "evaluation_samples": 4}
 
 
 def load(source: Path, **spec: Any) -> CalibrationData:
-    return load_data(DataSpec.model_validate({"source": str(source)} | SMALL | spec), byte_tokenizer(), 256, 96)
+    return load_data(
+        DataSpec.model_validate({"source": str(source)} | SMALL | spec), byte_tokenizer(), 256, 96
+    )
 
 
 def packed(file: Path, *, name: str | None = None) -> Path:
@@ -60,7 +63,13 @@ def test_a_folder_may_hold_compressed_files(tmp_path: Path) -> None:
 
 
 def test_the_name_says_what_a_file_holds() -> None:
-    names = {"a.txt": ".txt", "a.txt.gz": ".txt", "a.b.jsonl": ".jsonl", "a.jsonl.gz": ".jsonl", "a.json.gz": ".jsonl"}
+    names = {
+        "a.txt": ".txt",
+        "a.txt.gz": ".txt",
+        "a.b.jsonl": ".jsonl",
+        "a.jsonl.gz": ".jsonl",
+        "a.json.gz": ".jsonl",
+    }
     names |= {"a.parquet": ".parquet"}
     assert {name: kind_of(Path(name)) for name in names} == names
     assert [kind_of(Path(name)) for name in ("a.gz", "a.parquet.gz", "a.json", "a.csv", "txt")] == [None] * 5
@@ -80,7 +89,8 @@ def test_what_is_no_whole_gzip_file_is_refused_in_one_line(name: str, tmp_path: 
     for content in damaged.values():
         (tmp_path / name).write_bytes(content)
         with pytest.raises(
-            DataError, match=rf"{name} is no whole gzip file \(.*\); compress it again|is not UTF-8|is not JSON"
+            DataError,
+            match=rf"{name} is no whole gzip file \(.*\); compress it again|is not UTF-8|is not JSON",
         ) as caught:
             load(tmp_path / name)
         assert len(str(caught.value).splitlines()) == 1
@@ -88,7 +98,11 @@ def test_what_is_no_whole_gzip_file_is_refused_in_one_line(name: str, tmp_path: 
     with pytest.raises(DataError, match=r"the calibration text of .* is empty or gives no tokens"):
         load(tmp_path / name)
     with pytest.raises(
-        DataError, match=r"gone.txt.gz does not exist; name a .txt, .jsonl or .parquet file \(the first two also as .gz\)"
+        DataError,
+        match=(
+            r"gone.txt.gz does not exist; name a .txt, .jsonl or .parquet file "
+            r"\(the first two also as .gz\)"
+        ),
     ):
         load(tmp_path / "gone.txt.gz")
 
@@ -103,7 +117,11 @@ def test_a_text_that_unpacks_to_much_more_is_read_in_little_memory(tmp_path: Pat
     first = next(_chunks(map(str, evaluation))), next(_chunks(map(str, calibration)))
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert bomb.stat().st_size < 50_000 and [len(chunk) for chunk in first] == [CHUNK, CHUNK] and peak < 3_000_000
+    assert (
+        bomb.stat().st_size < 50_000
+        and [len(chunk) for chunk in first] == [CHUNK, CHUNK]
+        and peak < 3_000_000
+    )
 
 
 def test_a_row_that_never_ends_is_refused(tmp_path: Path) -> None:
@@ -111,7 +129,9 @@ def test_a_row_that_never_ends_is_refused(tmp_path: Path) -> None:
     with gzip.open(bomb, "wb") as file:
         for _ in range(LONGEST_ROW // 1_000_000 + 2):
             file.write(b"a" * 1_000_000)
-    with pytest.raises(DataError, match=r"bomb.jsonl.gz line 1 is longer than 67108864 characters; write one object a line"):
+    with pytest.raises(
+        DataError, match=r"bomb.jsonl.gz line 1 is longer than 67108864 characters; write one object a line"
+    ):
         load(bomb)
 
 
@@ -126,12 +146,16 @@ def test_no_more_of_a_folder_is_unpacked_than_is_used(tmp_path: Path) -> None:
 
 @given(
     st.lists(
-        st.sampled_from(["a", "bc\n", "\n", "\r\n", "\x0b", "\u2028", "é", "x" * 9, "y" * CHUNK, "z" * (CHUNK - 1)]),
+        st.sampled_from(
+            ["a", "bc\n", "\n", "\r\n", "\x0b", "\u2028", "é", "x" * 9, "y" * CHUNK, "z" * (CHUNK - 1)]
+        ),
         max_size=40,
     )
 )
 @settings(max_examples=40, deadline=None)
-def test_a_text_is_divided_as_if_it_were_read_at_once(tmp_path_factory: pytest.TempPathFactory, parts: list[str]) -> None:
+def test_a_text_is_divided_as_if_it_were_read_at_once(
+    tmp_path_factory: pytest.TempPathFactory, parts: list[str]
+) -> None:
     file = tmp_path_factory.mktemp("text") / "a.txt"
     file.write_bytes("".join(parts).encode())
     text = file.read_text("utf-8")

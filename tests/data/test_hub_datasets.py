@@ -1,4 +1,5 @@
-"""Hub data sets through the real `datasets` and a local Hub: streamed at one commit, and what is said where that can't be."""
+"""Hub data sets through the real `datasets` and a local Hub: streamed at one commit, and what is said where
+that can't be."""
 
 from __future__ import annotations
 
@@ -33,7 +34,9 @@ def served() -> Iterator[tuple[Hub, str]]:
 
 
 def jsonl(*texts: str, column: str = "text") -> bytes:
-    return b"".join(json.dumps({"id": number, column: text}).encode() + b"\n" for number, text in enumerate(texts))
+    return b"".join(
+        json.dumps({"id": number, column: text}).encode() + b"\n" for number, text in enumerate(texts)
+    )
 
 
 def parquet(*texts: str) -> bytes:
@@ -46,15 +49,29 @@ def told(env: dict[str, str], *specs: str) -> list[Any]:
     return ask(env, READ + "\n".join(f"told(sides, {spec})" for spec in specs))
 
 
+@pytest.mark.slow
 def test_a_data_set_is_streamed_split_by_split_at_one_commit(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
-    old = hub.add("user/texts", {f"{n}.jsonl": jsonl(f"{n}-old") for n in ("train", "validation", "test")}, kind="dataset")
-    new = hub.add("user/texts", {f"{n}.jsonl": jsonl(f"{n}-new") for n in ("train", "validation", "test")}, kind="dataset")
+    old = hub.add(
+        "user/texts",
+        {f"{n}.jsonl": jsonl(f"{n}-old") for n in ("train", "validation", "test")},
+        kind="dataset",
+    )
+    new = hub.add(
+        "user/texts",
+        {f"{n}.jsonl": jsonl(f"{n}-new") for n in ("train", "validation", "test")},
+        kind="dataset",
+    )
     hub.tag("user/texts", "v1", old, kind="dataset")
     hub.add("user/table", {"train.parquet": parquet("a", "b"), "test.parquet": parquet("c")}, kind="dataset")
     hub.add("user/other", {f"{n}.jsonl": jsonl(n, column="story") for n in ("train", "test")}, kind="dataset")
     specs = ["", "revision='v1', evaluation_split='test'", f"revision={old!r}", "source='user/table'"]
-    specs += ["source='user/other', column='story'", "source='user/other'", "split='dev'", "evaluation_split='dev'"]
+    specs += [
+        "source='user/other', column='story'",
+        "source='user/other'",
+        "split='dev'",
+        "evaluation_split='dev'",
+    ]
     specs += ["evaluation_split='train'", "revision='none'"]
     answers = told(environment(endpoint, tmp_path), *specs)
     assert answers[0] == [["train-new"], ["validation-new"], new]
@@ -62,13 +79,20 @@ def test_a_data_set_is_streamed_split_by_split_at_one_commit(served: tuple[Hub, 
     assert answers[2] == [["train-old"], ["validation-old"], old]
     assert answers[3][:2] == [["a", "b"], ["c"]]
     assert answers[4][:2] == [["train"], ["test"]]
-    assert answers[5] == "DataError: user/other has no column 'text'; it has id, story: set column to one of them"
+    assert (
+        answers[5]
+        == "DataError: user/other has no column 'text'; it has id, story: set column to one of them"
+    )
     for answer in answers[6:8]:
         assert answer.startswith("DataError: user/texts has no split 'dev'; it has ")
     assert "can't evaluate on 'train', which calibrates" in answers[8]
-    assert answers[9] == "DataError: data set user/texts has no revision none; give a branch, tag or commit that it has"
+    assert (
+        answers[9]
+        == "DataError: data set user/texts has no revision none; give a branch, tag or commit that it has"
+    )
 
 
+@pytest.mark.slow
 def test_no_more_of_a_data_set_is_fetched_than_is_read(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     shards = {f"data/train-{number:05}-of-00050.jsonl": jsonl(*["word " * 200] * 200) for number in range(50)}
@@ -79,6 +103,7 @@ def test_no_more_of_a_data_set_is_fetched_than_is_read(served: tuple[Hub, str], 
     assert 1 <= len(fetched) < 10
 
 
+@pytest.mark.slow
 def test_a_data_set_of_one_split_evaluates_on_its_first_rows_and_calibrates_on_the_next(
     served: tuple[Hub, str], tmp_path: Path
 ) -> None:
@@ -93,6 +118,7 @@ told(walk)
     assert ask(environment(endpoint, tmp_path), READ + script) == [[["first"], ["second", "third"]]]
 
 
+@pytest.mark.slow
 def test_private_and_gated_data_sets_want_the_users_token(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     files = {"train.jsonl": jsonl("a"), "test.jsonl": jsonl("b")}
@@ -101,14 +127,21 @@ def test_private_and_gated_data_sets_want_the_users_token(served: tuple[Hub, str
     specs = ("source='user/private'", "source='user/gated'", "source='user/none'")
     for token in (None, STRANGER):
         private, gated, none = told(environment(endpoint, tmp_path / str(token), token), *specs)
-        assert private.startswith("DataError: data set user/private is not on the Hub or is private; check the id, or log in")
-        assert none.startswith("DataError: data set user/none is not on the Hub or is private; check the id, or log in")
+        assert private.startswith(
+            "DataError: data set user/private is not on the Hub or is private; check the id, or log in"
+        )
+        assert none.startswith(
+            "DataError: data set user/none is not on the Hub or is private; check the id, or log in"
+        )
         assert gated.startswith("DataError: ") and "user/gated" in gated and "accept its terms" in gated
     mine = told(environment(endpoint, tmp_path / "mine", TOKEN), *specs[:2])
     assert [answer[:2] for answer in mine] == [[["a"], ["b"]]] * 2
 
 
-def test_offline_what_is_cached_is_read_and_what_is_not_says_so(served: tuple[Hub, str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_offline_what_is_cached_is_read_and_what_is_not_says_so(
+    served: tuple[Hub, str], tmp_path: Path
+) -> None:
     hub, endpoint = served
     commit = hub.add("user/texts", {"train.jsonl": jsonl("a"), "test.jsonl": jsonl("b")}, kind="dataset")
     env = environment(endpoint, tmp_path)
@@ -116,10 +149,16 @@ def test_offline_what_is_cached_is_read_and_what_is_not_says_so(served: tuple[Hu
     assert ask(env, load) == [["train", "test"]]
     cached, other = told(env | OFFLINE, "", "source='user/other'")
     assert cached == [["a"], ["b"], commit]
-    assert other.startswith("DataError: the Hub data set user/other is not in the cache (") and "HF_HUB_OFFLINE is set" in other
+    assert (
+        other.startswith("DataError: the Hub data set user/other is not in the cache (")
+        and "HF_HUB_OFFLINE is set" in other
+    )
 
 
-def test_what_was_streamed_is_there_offline_as_far_as_it_was_read(served: tuple[Hub, str], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_what_was_streamed_is_there_offline_as_far_as_it_was_read(
+    served: tuple[Hub, str], tmp_path: Path
+) -> None:
     hub, endpoint = served
     words = [f"word{number}" for number in range(10)]
     files = {"train.jsonl": jsonl(*words), "test.jsonl": jsonl("b"), "other.txt": b"no data"}
@@ -136,17 +175,28 @@ def some(count, **spec):
     assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
     before = len(hub.log)
     assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
-    assert not [path for _, path in hub.log[before:] if path.endswith((".jsonl", ".txt"))]  # no row comes twice
-    before, more = len(hub.log), f"told(some, 4, revision={old!r})\ntold(some, 5, revision='v1')\ntold(some, 1)"
+    assert not [
+        path for _, path in hub.log[before:] if path.endswith((".jsonl", ".txt"))
+    ]  # no row comes twice
+    before, more = (
+        len(hub.log),
+        f"told(some, 4, revision={old!r})\ntold(some, 5, revision='v1')\ntold(some, 1)",
+    )
     answers = ask(env | OFFLINE, READ + some + asked + more)
     assert len(hub.log) == before
     assert answers[:2] == [[words[:4], ["b"], old]] * 2
     assert answers[2].startswith(
-        "DataError: 4 rows of train of user/texts are in the cache, more are asked for, and HF_HUB_OFFLINE is set; unset it, "
+        "DataError: 4 rows of train of user/texts are in the cache, more are asked for, and HF_HUB_OFFLINE "
+        "is set; unset it, "
     )
     assert answers[3].startswith("DataError: the Hub data set user/texts is not in the cache (")
-    assert ask(env, READ + some + "told(some, 99)") == [[words, ["b"], old]]  # goes on after the fourth, to the end
+    assert ask(env, READ + some + "told(some, 99)") == [
+        [words, ["b"], old]
+    ]  # goes on after the fourth, to the end
     assert ask(env | OFFLINE, READ + some + "told(some, 99)") == [[words, ["b"], old]]
     new = hub.add("user/texts", files | {"train.jsonl": jsonl("new")}, kind="dataset")
     assert ask(env, READ + some + "told(some, 9)") == [[["new"], ["b"], new]]
-    assert ask(env | OFFLINE, READ + some + asked + "told(some, 9)") == [[words[:4], ["b"], old], [["new"], ["b"], new]]
+    assert ask(env | OFFLINE, READ + some + asked + "told(some, 9)") == [
+        [words[:4], ["b"], old],
+        [["new"], ["b"], new],
+    ]

@@ -23,7 +23,9 @@ from tests.clients import shell
 SMALL = {"samples": 8, "length": 24, "evaluation_samples": 4}
 
 
-def load(source: Path | str, tokenizer: PreTrainedTokenizerFast | None = None, **spec: Any) -> CalibrationData:
+def load(
+    source: Path | str, tokenizer: PreTrainedTokenizerFast | None = None, **spec: Any
+) -> CalibrationData:
     entries = {"source": str(source)} | SMALL | spec
     return load_data(DataSpec.model_validate(entries), tokenizer or byte_tokenizer(), 256, 96)
 
@@ -41,13 +43,18 @@ def facts(count: int = 700) -> list[str]:
 
 def rows(file: Path, *lines: str) -> Path:
     """A .jsonl of facts, then these lines as they are."""
-    file.write_text("".join(json.dumps({"text": fact}) + "\n" for fact in facts()) + "".join(line + "\n" for line in lines))
+    file.write_text(
+        "".join(json.dumps({"text": fact}) + "\n" for fact in facts())
+        + "".join(line + "\n" for line in lines)
+    )
     return file
 
 
 def test_a_lone_surrogate_is_refused_by_its_row(tmp_path: Path) -> None:
     file = rows(tmp_path / "a.jsonl", '{"text": "half of \\ud800 a smile"}')
-    refused(file, r"a.jsonl line 701 holds \\ud800, half a character, which is no text; mend or remove the row")
+    refused(
+        file, r"a.jsonl line 701 holds \\ud800, half a character, which is no text; mend or remove the row"
+    )
     whole = rows(tmp_path / "b.jsonl", '{"text": "all of \\ud83d\\ude00 a smile"}')
     assert load(whole).calibration.shape == (8, 24)
 
@@ -68,7 +75,11 @@ def test_line_ends_of_windows_are_line_ends(tmp_path: Path) -> None:
 
 def test_rows_may_hold_numbers_of_any_length_beside_their_text(tmp_path: Path) -> None:
     plain = load(rows(tmp_path / "a.jsonl", json.dumps({"text": "the last"})))
-    odd = load(rows(tmp_path / "b.jsonl", f'{{"text": "the last", "id": {"7" * 5000}, "score": -1e999, "rest": NaN}}'))
+    odd = load(
+        rows(
+            tmp_path / "b.jsonl", f'{{"text": "the last", "id": {"7" * 5000}, "score": -1e999, "rest": NaN}}'
+        )
+    )
     assert odd.sha256 == plain.sha256
 
 
@@ -96,12 +107,23 @@ def test_columns_of_other_types_are_refused(tmp_path: Path) -> None:
         ("struct", "holds a dict"),
         ("list", "holds a list"),
     ):
-        refused(file, f"column '{name}' of .* {why}, not text; name a column of strings or of messages", column=name)
+        refused(
+            file,
+            f"column '{name}' of .* {why}, not text; name a column of strings or of messages",
+            column=name,
+        )
     refused(file, "column 'time' of .* (can't be read|holds a)", column="time")
     refused(file, "column 'broken' of .* can't be read .*; name a column of UTF-8 text", column="broken")
-    large, repeated = pyarrow.array(facts(), pyarrow.large_string()), pyarrow.array(facts()).dictionary_encode()
+    large, repeated = (
+        pyarrow.array(facts(), pyarrow.large_string()),
+        pyarrow.array(facts()).dictionary_encode(),
+    )
     pyarrow.parquet.write_table(pyarrow.table({"large": large, "repeated": repeated}), file)
-    assert load(file, column="large").sha256 == load(file, column="repeated").sha256 == load(rows(tmp_path / "a.jsonl")).sha256
+    assert (
+        load(file, column="large").sha256
+        == load(file, column="repeated").sha256
+        == load(rows(tmp_path / "a.jsonl")).sha256
+    )
 
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,11 +157,14 @@ def test_what_may_not_be_read_is_refused(tmp_path: Path) -> None:
 def test_a_text_that_gives_no_tokens_is_refused(tmp_path: Path) -> None:
     file = write_text(tmp_path / "facts.txt")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"known": 0}))
-    with pytest.raises(DataError, match=r"the tokenizer can't encode the text \(.*UNK.*\); use the one of the model"):
+    with pytest.raises(
+        DataError, match=r"the tokenizer can't encode the text \(.*UNK.*\); use the one of the model"
+    ):
         load(file, PreTrainedTokenizerFast(tokenizer_object=words))
     deaf = PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(tokenizers.models.BPE({"q": 0}, [])))
     with pytest.raises(
-        DataError, match=r"the calibration text of .* is empty or gives no tokens; give a source that holds text"
+        DataError,
+        match=r"the calibration text of .* is empty or gives no tokens; give a source that holds text",
     ):
         load(file, deaf)
 
@@ -160,7 +185,13 @@ def test_names_that_no_file_has_are_refused(source: str, why: str) -> None:
     assert len(str(caught.value).splitlines()) == 1 and len(str(caught.value)) < 600
 
 
+@pytest.mark.slow
 def test_the_command_line_says_so_in_one_line(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     code, _, told = shell({}, "evaluate", base, "--data", rows(tmp_path / "a.jsonl", '{"text": "\\udfff"}'))
-    assert code == 2 and told.startswith("error: ") and len(told.splitlines()) == 1 and "half a character" in told
+    assert (
+        code == 2
+        and told.startswith("error: ")
+        and len(told.splitlines()) == 1
+        and "half a character" in told
+    )

@@ -1,4 +1,5 @@
-"""Rows kept as far as they were read: each comes once, a damaged shelf says so, and one that can't be written stops nobody."""
+"""Rows kept as far as they were read: each comes once, a damaged shelf says so, and one that can't be written
+stops nobody."""
 
 from __future__ import annotations
 
@@ -76,7 +77,9 @@ def test_a_column_that_is_none_or_holds_no_text_is_given_as_it_is_and_not_kept(c
 def test_a_branch_stands_for_what_it_stood_for_last() -> None:
     assert RowCache.find("user/texts", None, "main") is None and SHELF.splits == []
     SHELF.remember("main", ["train", "test"])
-    assert RowCache.find("user/texts", None, "main") == RowCache.find("user/texts", None, SHELF.commit) == SHELF
+    assert (
+        RowCache.find("user/texts", None, "main") == RowCache.find("user/texts", None, SHELF.commit) == SHELF
+    )
     assert RowCache.find("user/texts", None, None) is None and SHELF.splits == ["train", "test"]
     later = RowCache("user/texts", None, "cd" * 20)
     later.remember("main", ["train"])

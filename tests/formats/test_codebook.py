@@ -1,4 +1,5 @@
-"""Linears in codebooks: what lies on the disk, what they compute, and what transformers makes of a checkpoint of them."""
+"""Linears in codebooks: what lies on the disk, what they compute, and what transformers makes of a checkpoint
+of them."""
 
 from __future__ import annotations
 
@@ -27,6 +28,8 @@ from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import linears, write_in
 from tests.integrations.test_transformers_quantizer import LOADER, load, logits
 from tests.models import FAMILIES, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 LAYOUTS = (
     CodebookLayout(16, 1, "float16"),
@@ -81,7 +84,9 @@ def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     again = layout.read(tensors, columns)
     assert torch.equal(again.codes_RC, made.codes_RC) and torch.equal(again.levels_GL, made.levels_GL)
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in tensors.items())
-    by_hand = torch.stack([made.levels_GL[r // (shared or rows)][made.codes_RC[r].long()] for r in range(rows)])
+    by_hand = torch.stack(
+        [made.levels_GL[r // (shared or rows)][made.codes_RC[r].long()] for r in range(rows)]
+    )
     assert torch.equal(again.dequantize(DTYPES[dtype]), by_hand)
     stored = sum(t.nbytes for t in tensors.values())
     assert 8 * stored == pytest.approx(layout.bits((rows, columns)) * rows * columns)
@@ -99,7 +104,9 @@ def test_indices_lie_in_their_bytes_from_the_highest_bit_on(bits: int, data: st.
 def test_the_bits_of_a_weight_are_those_that_one_counts_by_hand() -> None:
     assert CodebookLayout(16, 1, "float16").bits((10, 256)) == 4 + 16 * 16 / 256
     assert CodebookLayout(8, None, "float32").bits((64, 64)) == 3 + 8 * 32 / 64**2
-    assert CodebookLayout(4, 4, "bfloat16").bits((6, 32)) == 2 + 2 * 4 * 16 / (6 * 32), "the last codebook is of two rows"
+    assert CodebookLayout(4, 4, "bfloat16").bits((6, 32)) == 2 + 2 * 4 * 16 / (6 * 32), (
+        "the last codebook is of two rows"
+    )
     assert CodebookLayout(16, 1, "float16").refusal((8, 64)) is None
     assert "take 8192 bits each" not in (CodebookLayout(256, 1, "float16").refusal((8, 768)) or "")
     assert CodebookLayout(256, 1, "float16").refusal((8, 256)) == (
@@ -115,11 +122,21 @@ def test_what_a_layout_says_is_read_back_from_json(layout: CodebookLayout) -> No
 
 @pytest.mark.parametrize(
     "fields",
-    [{"entries": 5}, {"entries": "16"}, {"rows": 0}, {"rows": "all"}, {"rows": True}, {"dtype": "int8"}, {"group_size": 64}],
+    [
+        {"entries": 5},
+        {"entries": "16"},
+        {"rows": 0},
+        {"rows": "all"},
+        {"rows": True},
+        {"dtype": "int8"},
+        {"group_size": 64},
+    ],
 )
 def test_a_layout_that_can_not_be_is_refused(fields: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="that this llmcompress doesn't know"):
-        layouts_of([{"format": "codebook", "entries": 16, "rows": 1, "dtype": "float16", "linears": ["a"], **fields}])
+        layouts_of(
+            [{"format": "codebook", "entries": 16, "rows": 1, "dtype": "float16", "linears": ["a"], **fields}]
+        )
 
 
 def test_tensors_of_another_layout_or_damaged_ones_are_refused() -> None:
@@ -149,10 +166,16 @@ def test_a_palette_of_another_layout_is_refused() -> None:
     palette = Palette(nearest(W_RC, levels, 2), levels, 2)
     with pytest.raises(ValueError, match="snap them"):
         CodebookWeight.of(palette, CodebookLayout(16, 2, "float16"))
-    for layout in (CodebookLayout(16, 1, "float32"), CodebookLayout(8, 2, "float32"), CodebookLayout(16, None, "float32")):
+    for layout in (
+        CodebookLayout(16, 1, "float32"),
+        CodebookLayout(8, 2, "float32"),
+        CodebookLayout(16, None, "float32"),
+    ):
         with pytest.raises(ValueError, match="are not Codebook"):
             CodebookWeight.of(palette, layout)
-    assert torch.equal(CodebookWeight.of(palette, CodebookLayout(16, 2, "float32")).dequantize(), palette.weight())
+    assert torch.equal(
+        CodebookWeight.of(palette, CodebookLayout(16, 2, "float32")).dequantize(), palette.weight()
+    )
 
 
 def test_levels_beyond_float16_become_its_largest() -> None:
@@ -198,7 +221,9 @@ def test_the_output_has_the_type_of_the_input(dtype: torch.dtype, tokens: int) -
     plain = x.double() @ made.dequantize(torch.float64).T
     bias = codebook.linear(made, None)(x)
     assert out.dtype == bias.dtype == dtype
-    torch.testing.assert_close(bias.double(), plain, rtol=0, atol=20 * torch.finfo(dtype).eps * float(plain.abs().max()))
+    torch.testing.assert_close(
+        bias.double(), plain, rtol=0, atol=20 * torch.finfo(dtype).eps * float(plain.abs().max())
+    )
 
 
 def test_a_bias_gets_its_gradient_with_inputs_that_want_none() -> None:
@@ -225,7 +250,11 @@ def test_nothing_of_a_dense_weight_is_kept(tokens: int) -> None:
     with torch.autograd.graph.saved_tensors_hooks(noted, lambda tensor: tensor):
         module(x).sum().backward()
     assert sum(held) == module.weight.nbytes + module.weight_levels.nbytes
-    every = [*module.parameters(), *module.buffers(), *(v for v in vars(module).values() if isinstance(v, Tensor))]
+    every = [
+        *module.parameters(),
+        *module.buffers(),
+        *(v for v in vars(module).values() if isinstance(v, Tensor)),
+    ]
     assert sum(t.nbytes for t in every) == sum(held)
 
 
@@ -260,11 +289,15 @@ def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path
     assert sum(isinstance(m, CodebookLinear) for m in model.modules()) == len(linears(plain))
     torch.testing.assert_close(logits(model), logits(plain), rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
 
 
 @by_layout
-def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(layout: CodebookLayout, tmp_path: Path) -> None:
+def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(
+    layout: CodebookLayout, tmp_path: Path
+) -> None:
     for family in ("llama", "gpt2"):
         plain = artefact(tmp_path / family, pico(family), layout)
         model = load(tmp_path / family)
@@ -272,6 +305,7 @@ def test_every_layout_loads_and_is_the_model_of_its_values_when_dequantised(layo
         assert torch.equal(logits(model.dequantize()), logits(plain))
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_every_layout(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2", "qwen3_moe"):

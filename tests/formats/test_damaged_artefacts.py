@@ -1,4 +1,5 @@
-"""Artefacts whose values or config are damaged are refused in one line by whoever reads them, and zeros are no damage."""
+"""Artefacts whose values or config are damaged are refused in one line by whoever reads them, and zeros are
+no damage."""
 
 from __future__ import annotations
 
@@ -36,6 +37,8 @@ from tests.artefacts import CPU, distance, live, load, measured, write_in
 from tests.bases import VOCABULARY, save_base, staged_recipe, write_text
 from tests.models import noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LAYOUTS: tuple[AnyLayout, ...] = (
     IntegerLayout("w8a8"),
     IntegerLayout("w8a8", "static"),
@@ -62,7 +65,9 @@ NAME = "model.layers.1.mlp.down_proj"
 def made(W_RC: Tensor, layout: AnyLayout) -> StoredWeight:
     """A weight in a layout, as simply as it goes."""
     if isinstance(layout, FourBitLayout):
-        return bitsandbytes_layout.quantize_nearest(W_RC, layout.format, layout.group_size, layout.double_quant)
+        return bitsandbytes_layout.quantize_nearest(
+            W_RC, layout.format, layout.group_size, layout.double_quant
+        )
     if isinstance(layout, SparseLayout):
         return SparseWeight.of(W_RC, keep_mask(W_RC.abs(), layout.choice(W_RC.shape[1])), layout)
     if isinstance(layout, FactoredLayout):
@@ -72,7 +77,9 @@ def made(W_RC: Tensor, layout: AnyLayout) -> StoredWeight:
     if isinstance(layout, CodebookLayout):
         R = len(W_RC)
         levels = layout.snap(
-            torch.linspace(-0.3, 0.3, layout.entries).repeat(layout.shapes(*W_RC.shape)["weight_levels"][0][0], 1)
+            torch.linspace(-0.3, 0.3, layout.entries).repeat(
+                layout.shapes(*W_RC.shape)["weight_levels"][0][0], 1
+            )
         )
         index = (W_RC[..., None] - levels[torch.arange(R) // layout.sharing(R)][:, None]).abs().argmin(-1)
         return CodebookWeight.of(Palette(index, levels, layout.sharing(R)), layout)
@@ -119,7 +126,9 @@ def test_values_that_can_not_be_are_refused_by_all_who_read_them(layout: AnyLayo
             count += 1
             save_file({**whole, f"{NAME}.{part}": damaged}, tmp_path / "model.safetensors", {"format": "pt"})
             said = "mask" if part == "weight_mask" else "is damaged"
-            assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(tmp_path), said, "" if "mask" in said else NAME)
+            assert_one_line(
+                lambda: AutoModelForCausalLM.from_pretrained(tmp_path), said, "" if "mask" in said else NAME
+            )
             parts = {**sound, part: damaged}
             assert_one_line(lambda parts=parts: registry.read(parts, layout, shape), said)  # type: ignore[misc]
             module.get_parameter(part).data = damaged
@@ -131,28 +140,41 @@ def test_values_that_can_not_be_are_refused_by_all_who_read_them(layout: AnyLayo
 
 
 def test_a_damaged_bias_and_a_damaged_embedding_are_refused(tmp_path: Path) -> None:
-    write_in(tmp_path / "bias", pico("qwen2"), IntegerLayout("w8a8"), lambda W_RC: made(W_RC, IntegerLayout("w8a8")))
+    write_in(
+        tmp_path / "bias",
+        pico("qwen2"),
+        IntegerLayout("w8a8"),
+        lambda W_RC: made(W_RC, IntegerLayout("w8a8")),
+    )
     file = tmp_path / "bias/model.safetensors"
     whole, name = load_file(file), "model.layers.0.self_attn.q_proj.bias"
     save_file({**whole, name: whole[name].index_fill(0, torch.tensor(3), torch.inf)}, file, {"format": "pt"})
     assert_one_line(
-        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "bias"), "q_proj is damaged: the bias must be finite"
+        lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "bias"),
+        "q_proj is damaged: the bias must be finite",
     )
     plain = pico("llama").get_input_embeddings()
     module: Any = integer_embedding.embedding("embed", plain, made(plain.weight.data, IntegerLayout("w8a8")))  # type: ignore[arg-type]
     assert isinstance(module, IntegerEmbedding)
     module.require_sound("embed")
     module.weight.data[0, 0, 0] = -128
-    assert_one_line(lambda: module.require_sound("embed"), "embed is damaged: codes of w8a8 must lie in -127..127")
+    assert_one_line(
+        lambda: module.require_sound("embed"), "embed is damaged: codes of w8a8 must lie in -127..127"
+    )
 
 
 def test_a_scale_of_zero_is_that_of_a_row_of_zeros() -> None:
     codes = torch.tensor([[3, -4], [0, 0]], dtype=torch.int8)
-    assert torch.equal(IntegerWeight(codes, torch.tensor([0.5, 0.0]), IntegerLayout("w8a8")).dequantize()[1], torch.zeros(2))
+    assert torch.equal(
+        IntegerWeight(codes, torch.tensor([0.5, 0.0]), IntegerLayout("w8a8")).dequantize()[1], torch.zeros(2)
+    )
     with pytest.raises(ValueError, match="positive, or zero for a row of zeros"):
         IntegerWeight(codes, torch.tensor([0.0, 0.5]), IntegerLayout("w8a8"))
-    empty = Int8Weight(codes, torch.tensor([1.0, 0.0])).as_integer()  # stock bitsandbytes gives a row of zeros a scale of zero
-    assert torch.equal(registry.read(empty.tensors(), IntegerLayout("w8a8"), (2, 2)).dequantize(), empty.dequantize())  # type: ignore[union-attr]
+    empty = Int8Weight(
+        codes, torch.tensor([1.0, 0.0])
+    ).as_integer()  # stock bitsandbytes gives a row of zeros a scale of zero
+    again = registry.read(empty.tensors(), IntegerLayout("w8a8"), (2, 2))
+    assert torch.equal(registry.dequantize(again), empty.dequantize())
 
 
 def test_a_fitted_scale_below_zero_is_written_as_the_same_weights_under_one_above() -> None:
@@ -166,7 +188,10 @@ def test_a_fitted_scale_below_zero_is_written_as_the_same_weights_under_one_abov
 
 
 STAGES: dict[str, dict[str, Any]] = {
-    **{f"int8 {rounding}": {"quantize": {"format": "int8", "rounding": rounding}} for rounding in ("nearest", "gptq")},
+    **{
+        f"int8 {rounding}": {"quantize": {"format": "int8", "rounding": rounding}}
+        for rounding in ("nearest", "gptq")
+    },
     **{f"nf4 {double}": {"quantize": {"format": "nf4", "double_quant": double}} for double in (True, False)},
     "fp4": {"quantize": {"format": "fp4", "rounding": "nearest"}},
     "w8a8": {"quantize": {"format": "w8a8", "embedding": "int8"}},
@@ -175,7 +200,9 @@ STAGES: dict[str, dict[str, Any]] = {
     "w4a4 static": {"quantize": {"format": "w4a4", "activations": "static"}},
     "w8a16": {"quantize": {"format": "w8a16"}},
     "w4a16": {"quantize": {"format": "w4a16", "rounding": "nearest"}},
-    "mixed": {"quantize": {"format": "nf4", "double_quant": True, "overrides": {"*down_proj": {"format": "w4a8"}}}},
+    "mixed": {
+        "quantize": {"format": "nf4", "double_quant": True, "overrides": {"*down_proj": {"format": "w4a8"}}}
+    },
     "sparse": {"sparsify": {"pattern": "unstructured", "keep": 0.5}},
     "2:4": {"sparsify": {"pattern": "2:4"}},
     "codebook": {"codebook": {"entries": 16, "per": "row"}},
@@ -186,7 +213,8 @@ STAGES: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def zeros(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A base with a matrix, layers, rows and a column of zeros, and rows near the end of float32, and a text."""
+    """A base with a matrix, layers, rows and a column of zeros, and rows near the end of float32, and a
+    text."""
     folder = tmp_path_factory.mktemp("zeros")
     base = save_base(folder / "base")
     weights = load_file(base / "model.safetensors")
@@ -200,8 +228,11 @@ def zeros(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return base, write_text(folder / "facts.txt")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", STAGES)
-def test_what_is_made_of_zeros_is_not_taken_for_damaged(name: str, zeros: tuple[Path, Path], tmp_path: Path) -> None:
+def test_what_is_made_of_zeros_is_not_taken_for_damaged(
+    name: str, zeros: tuple[Path, Path], tmp_path: Path
+) -> None:
     base, text = zeros
     run_recipe(staged_recipe(text, base, STAGES[name], samples=8, length=24), tmp_path / "out")
     found = live(load(tmp_path / "out"))
@@ -228,7 +259,10 @@ CONFIGS: tuple[tuple[Any, str], ...] = (
     (entry(format=["w8a8"]), "doesn't know"),
     (entry(format=None), "doesn't know"),
     (entry(format="w4a8"), "needs a group"),
-    *((entry(format="w4a8", group_size=size), "needs a group") for size in ("x", -1, 0, 32.0, 10**10, True, [32])),
+    *(
+        (entry(format="w4a8", group_size=size), "needs a group")
+        for size in ("x", -1, 0, 32.0, 10**10, True, [32])
+    ),
     *((entry(format="nf4", group_size=layer), "in layers of") for layer in ("x", 64.0, -64, None, [64])),
     (entry(format="nf4", group_size=64, double_quant="yes"), "double_quant is true or false"),
     (entry(format="nf4"), "missing 1 required"),
@@ -267,13 +301,20 @@ def test_a_config_that_can_not_be_is_refused_in_one_line(plain: Path) -> None:
     rewrite(
         plain,
         original,
-        quantization_config={"quant_method": transformers_quantizer.METHOD, **entry(format="basis", rank=10**6)},
+        quantization_config={
+            "quant_method": transformers_quantizer.METHOD,
+            **entry(format="basis", rank=10**6),
+        },
     )
     assert_one_line(lambda: AutoModelForCausalLM.from_pretrained(plain), "a rank of 1000000 for")
     for nothing in (3, [1], "w8a8"):
         rewrite(plain, original, quantization_config=nothing)
         assert_one_line(lambda: DiskModel(plain, CPU, quantized=True), "no object")
-    rewrite(plain, original, quantization_config={"quant_method": transformers_quantizer.METHOD, "schemes": [], "ties": None})
+    rewrite(
+        plain,
+        original,
+        quantization_config={"quant_method": transformers_quantizer.METHOD, "schemes": [], "ties": None},
+    )
     assert Checkpoint.open(plain, base=False).aliases == {}
     assert distance(measured(plain), live(load(plain))) < 1e-5
     rewrite(plain, original)
@@ -294,7 +335,10 @@ def test_layers_that_can_not_be_are_refused_in_one_line(plain: Path) -> None:
     ):
         ours = {"quant_method": transformers_quantizer.METHOD, "schemes": []}
         rewrite(plain, original, per_layer_config={"0": own}, quantization_config=ours, **{ALLOW: True})
-        for act in (lambda: AutoModelForCausalLM.from_pretrained(plain), lambda: DiskModel(plain, CPU, quantized=True)):
+        for act in (
+            lambda: AutoModelForCausalLM.from_pretrained(plain),
+            lambda: DiskModel(plain, CPU, quantized=True),
+        ):
             with pytest.raises(CompressError) as caught:
                 act()
             assert len(str(caught.value).splitlines()) == 1
@@ -312,7 +356,9 @@ def test_scales_of_scales_are_checked_in_the_stock_layout_too() -> None:
     packed = bitsandbytes_layout.quantize_nearest(noise(64, 128), "nf4", 64, True)
     parts = bitsandbytes_layout.tensors(packed)
     parts["weight.nested_absmax"] = torch.full_like(parts["weight.nested_absmax"], torch.nan)
-    assert_one_line(lambda: registry.read(parts), "a 4-bit linear of 64 x 128 is damaged: scales must be finite")
+    assert_one_line(
+        lambda: registry.read(parts), "a 4-bit linear of 64 x 128 is damaged: scales must be finite"
+    )
 
 
 def test_codes_without_a_scheme_are_refused_in_one_line() -> None:

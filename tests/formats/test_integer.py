@@ -1,4 +1,5 @@
-"""Integer layouts and the integer linear against int64 and float64 arithmetic, and LLM.int8 against bitsandbytes itself."""
+"""Integer layouts and the integer linear against int64 and float64 arithmetic, and LLM.int8 against
+bitsandbytes itself."""
 
 import copy
 import itertools
@@ -27,7 +28,9 @@ SCHEMES = [
     for format, activations in itertools.product(integer.FORMATS, integer.ACTIVATIONS)
 ]
 SHAPES = [(1, 1), (7, 3), (17, 33), (5, 127), (32, 64)]  # most divide by nothing
-by_scheme = pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: f"{scheme.format}-{scheme.activations}")
+by_scheme = pytest.mark.parametrize(
+    "scheme", SCHEMES, ids=lambda scheme: f"{scheme.format}-{scheme.activations}"
+)
 
 
 pytestmark = pytest.mark.usefixtures("fresh_compiler")
@@ -50,7 +53,8 @@ def own(scheme: IntegerLayout, R: int, C: int, *, unit: bool = False) -> Integer
 
 
 def product(weight: IntegerWeight, bias: Tensor | None, x: Tensor) -> Tensor:
-    """What a linear should give, in float64, from the rounded tokens and the dequantised weight; float64 [T, R]."""
+    """What a linear should give, in float64, from the rounded tokens and the dequantised weight; float64 [T,
+    R]."""
     columns = torch.arange(weight.codes_RC.shape[1])
     W = weight.codes_RC.double() * weight.scale_R.double()[:, None]
     if weight.multiplier_RG is not None and weight.scheme.group_size is not None:
@@ -71,7 +75,9 @@ def test_writing_and_reading_returns_the_same_linear(scheme: IntegerLayout, shap
     again = integer.read(weight.tensors(), scheme, shape[1])
     for field in ("codes_RC", "scale_R", "multiplier_RG", "input_scale"):
         before, after = getattr(weight, field), getattr(again, field)
-        assert (before is None and after is None) or (torch.equal(before, after) and before.shape == after.shape)
+        assert (before is None and after is None) or (
+            torch.equal(before, after) and before.shape == after.shape
+        )
     assert {name: (tuple(t.shape), t.dtype) for name, t in weight.tensors().items()} == scheme.shapes(*shape)
 
 
@@ -111,7 +117,9 @@ def test_dequantising_is_the_product_of_the_parts(scheme: IntegerLayout, shape: 
         assert torch.equal(weight.dequantize(dtype), exact.T.float().to(dtype))
 
 
-@pytest.mark.parametrize("damage", ["lost", "extra", "codes", "zero", "multiplier", "nan", "type", "shape", "step"])
+@pytest.mark.parametrize(
+    "damage", ["lost", "extra", "codes", "zero", "multiplier", "nan", "type", "shape", "step"]
+)
 def test_a_damaged_linear_is_refused(damage: str) -> None:
     scheme = IntegerLayout("w4a8", "static", 8)
     stored = {name: tensor.clone() for name, tensor in own(scheme, 4, 16).tensors().items()}
@@ -131,7 +139,9 @@ def test_a_damaged_linear_is_refused(damage: str) -> None:
         stored["weight_multiplier"] = stored["weight_multiplier"][:, :1]
     else:
         stored["input_scale"][0] = 0
-    with pytest.raises(ModelError, match="damaged" if damage in ("codes", "zero", "multiplier", "nan", "step") else "tensors"):
+    with pytest.raises(
+        ModelError, match="damaged" if damage in ("codes", "zero", "multiplier", "nan", "step") else "tensors"
+    ):
         integer.read(stored, scheme)
 
 
@@ -181,16 +191,22 @@ def test_activations_beyond_half_precision_stay_finite(dtype: torch.dtype) -> No
         found = linear(weight, None)(x)
     exact = product(weight, None, x)
     assert found.dtype == dtype and bool(found.isfinite().all()) and bool((found[2] == 0).all())
-    assert float((found.double() - exact).abs().max() / exact.abs().max()) < (1e-6 if dtype == torch.float32 else 5e-3)
+    assert float((found.double() - exact).abs().max() / exact.abs().max()) < (
+        1e-6 if dtype == torch.float32 else 5e-3
+    )
 
 
 def test_tiny_rows_keep_codes_in_range_and_rows_that_are_not_finite_say_so() -> None:
     x = torch.tensor([[1e-45, -1e-45], [1e-38, 5e-39], [float("inf"), 1.0], [float("nan"), 1.0]])
     codes, scale = integer.quantize_tokens(x, 8)
-    assert bool((scale[:2] > 0).all())  # or a division by it is not finite, and its code is whatever the machine makes of that
+    assert bool(
+        (scale[:2] > 0).all()
+    )  # or a division by it is not finite, and its code is whatever the machine makes of that
     assert bool(((codes[:2] * scale[:2]).double() - x[:2].double()).abs().le(1.2e-38).all())
     with torch.no_grad():
-        found = linear(IntegerWeight(torch.ones(3, 2, dtype=torch.int8), torch.ones(3), IntegerLayout("w8a8")), None)(x)
+        found = linear(
+            IntegerWeight(torch.ones(3, 2, dtype=torch.int8), torch.ones(3), IntegerLayout("w8a8")), None
+        )(x)
     assert bool(found[:2].isfinite().all()) and not bool(found[2:].isfinite().any())
 
 
@@ -205,7 +221,9 @@ def test_the_product_of_integers_is_exact(scheme: IntegerLayout, shape: tuple[in
         x[..., 0] = largest  # so that the scale of every token is one
         with torch.no_grad():
             found = linear(weight, None)(x.float())
-        assert torch.equal(found.long(), x @ weight.expanded().long().T)  # below 2**24, where float32 is exact
+        assert torch.equal(
+            found.long(), x @ weight.expanded().long().T
+        )  # below 2**24, where float32 is exact
 
 
 @by_scheme
@@ -228,6 +246,7 @@ def test_two_int8_codes_hold_every_16_bit_code() -> None:
     assert torch.equal(integer.HIGH * high + low, codes[0].long())
 
 
+@pytest.mark.slow(keep=1)
 # torch 2.13's own compiler does what the warning is about
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
 @by_scheme
@@ -245,14 +264,23 @@ def test_a_linear_compiles_into_one_graph(scheme: IntegerLayout) -> None:
 @by_scheme
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_gradients_go_straight_through_the_rounding(scheme: IntegerLayout, dtype: torch.dtype) -> None:
-    weight, bias, x = own(scheme, 17, 33), noise(17, seed=3), noise(2, 5, 33, seed=4).to(dtype).requires_grad_()
+    weight, bias, x = (
+        own(scheme, 17, 33),
+        noise(17, seed=3),
+        noise(2, 5, 33, seed=4).to(dtype).requires_grad_(),
+    )
     module, grad = linear(weight, bias), noise(2, 5, 17, seed=5).to(dtype)
     module.bias.requires_grad_()
     module(x).backward(grad)
     exact = grad.double() @ weight.dequantize(torch.float64)
-    assert float((cast(Tensor, x.grad).double() - exact).abs().max() / exact.abs().max()) < torch.finfo(dtype).eps * 8
+    assert (
+        float((cast(Tensor, x.grad).double() - exact).abs().max() / exact.abs().max())
+        < torch.finfo(dtype).eps * 8
+    )
     torch.testing.assert_close(cast(Tensor, module.bias.grad), grad.float().sum((0, 1)), rtol=0.01, atol=0.01)
-    assert all(p.grad is None and not p.requires_grad for name, p in module.named_parameters() if name != "bias")
+    assert all(
+        p.grad is None and not p.requires_grad for name, p in module.named_parameters() if name != "bias"
+    )
 
 
 def test_an_adapter_below_and_above_learns() -> None:
@@ -304,7 +332,10 @@ def test_a_module_that_was_not_prepared_computes_the_same_and_keeps_nothing() ->
 
 
 def test_loading_other_codes_into_a_module_expands_them_anew() -> None:
-    one, other = own(IntegerLayout("w4a8", group_size=8), 17, 33), own(IntegerLayout("w4a8", group_size=8), 17, 33)
+    one, other = (
+        own(IntegerLayout("w4a8", group_size=8), 17, 33),
+        own(IntegerLayout("w4a8", group_size=8), 17, 33),
+    )
     other = replace(other, codes_RC=-other.codes_RC)
     module, empty, x = linear(one, None), IntegerLinear(33, 17, one.scheme, bias=False), noise(3, 33)
     for target in (module, empty):
@@ -317,18 +348,25 @@ def test_loading_other_codes_into_a_module_expands_them_anew() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_nearest_rounding_is_what_stock_bitsandbytes_keeps_of_a_checkpoint(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_nearest_rounding_is_what_stock_bitsandbytes_keeps_of_a_checkpoint(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     model = cast(Any, pico("llama")).to(dtype)
     with torch.no_grad():
         model.get_submodule("model.layers.0.mlp.up_proj").weight[3] = 0
     model.save_pretrained(tmp_path)
     config = cast(Any, BitsAndBytesConfig)(load_in_8bit=True)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config, dtype=dtype).state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=config, dtype=dtype
+    ).state_dict()
     names = [name.removesuffix(".SCB") for name in loaded if name.endswith(".SCB")]
     assert len(names) == 14
     for name in names:
         for part, tensor in integer.quantize_nearest(model.get_submodule(name).weight).tensors().items():
-            assert torch.equal(tensor, loaded[f"{name}.{part}"]) and tensor.dtype == loaded[f"{name}.{part}"].dtype
+            assert (
+                torch.equal(tensor, loaded[f"{name}.{part}"])
+                and tensor.dtype == loaded[f"{name}.{part}"].dtype
+            )
 
 
 def test_dequantising_int8_is_bit_equal_to_bitsandbytes() -> None:
@@ -340,7 +378,11 @@ def test_int8_tensors_read_back_and_nonsense_is_refused() -> None:
     weight = integer.quantize_nearest(noise(48, 100))
     again = integer.Int8Weight.read(weight.tensors())
     assert torch.equal(again.codes_RC, weight.codes_RC) and torch.equal(again.absmax_R, weight.absmax_R)
-    for damage in ({"weight_format": torch.tensor(2)}, {"SCB": torch.ones(47)}, {"weight": torch.ones(48, 100)}):
+    for damage in (
+        {"weight_format": torch.tensor(2)},
+        {"SCB": torch.ones(47)},
+        {"weight": torch.ones(48, 100)},
+    ):
         with pytest.raises(ModelError, match="int8 linear"):
             integer.Int8Weight.read({**weight.tensors(), **damage})
     with pytest.raises(ModelError, match="SCB"):
@@ -354,7 +396,9 @@ def test_plain_transformers_loads_our_int8_codes(tmp_path: Path) -> None:
     state, expected = dict(model.state_dict()), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in kept:
-            codes = integer.quantize_nearest(module.weight).codes_RC.roll(1, 1)  # codes that no nearest rounding gives
+            codes = integer.quantize_nearest(module.weight).codes_RC.roll(
+                1, 1
+            )  # codes that no nearest rounding gives
             expected[name] = integer.Int8Weight(codes, module.weight.detach().abs().amax(1) * 1.5)
             del state[f"{name}.weight"]
             state.update({f"{name}.{part}": tensor for part, tensor in expected[name].tensors().items()})

@@ -1,4 +1,5 @@
-"""Int8 embeddings through plain `from_pretrained`, alone and as one matrix with the head, in models that are else float."""
+"""Int8 embeddings through plain `from_pretrained`, alone and as one matrix with the head, in models that are
+else float."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from llmcompress.integrations import transformers_quantizer
 from tests.artefacts import distance
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 TOKENS = torch.arange(3, 27)[None]
 FAMILIES = ("llama", "gemma3_text", "gpt2", "opt", "gpt_neox")
@@ -35,19 +38,32 @@ def rounded(weight: Tensor, scheme: IntegerLayout = W8A8) -> IntegerWeight:
 
 
 def artefact(
-    folder: Path, family: str = "llama", scheme: IntegerLayout | None = None, *, tied: bool = True, **config: Any
+    folder: Path,
+    family: str = "llama",
+    scheme: IntegerLayout | None = None,
+    *,
+    tied: bool = True,
+    **config: Any,
 ) -> Any:
-    """Write a model whose embedding, and head if tied, is in int8; returns the float model of the same weights."""
+    """Write a model whose embedding, and head if tied, is in int8; returns the float model of the same
+    weights."""
     model = cast(Any, pico(family, tie_word_embeddings=tied, **config))
     name = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     head = next(name for name, module in model.named_modules() if module is model.get_output_embeddings())
-    weight, names = rounded(model.get_input_embeddings().weight, scheme or (W8A8 if tied else NONE)), [name, head]
+    weight, names = (
+        rounded(model.get_input_embeddings().weight, scheme or (W8A8 if tied else NONE)),
+        [name, head],
+    )
     model.get_input_embeddings().weight.data = weight.dequantize()
-    state = {part: tensor for part, tensor in model.state_dict().items() if not (tied and part == f"{head}.weight")}
+    state = {
+        part: tensor for part, tensor in model.state_dict().items() if not (tied and part == f"{head}.weight")
+    }
     del state[f"{name}.weight"]
     state.update({f"{name}.{part}": tensor for part, tensor in weight.tensors().items()})
     fields = model.config.to_dict() | {"architectures": [type(model).__name__]}
-    fields["quantization_config"] = transformers_quantizer.quantization_config([(weight.scheme, names if tied else names[:1])])
+    fields["quantization_config"] = transformers_quantizer.quantization_config(
+        [(weight.scheme, names if tied else names[:1])]
+    )
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(fields))
     save_file(state, folder / "model.safetensors", {"format": "pt"})
@@ -93,7 +109,11 @@ def test_an_embedding_of_another_kind_is_refused() -> None:
         def forward(self, input: Tensor) -> Tensor:
             return super().forward(input).sin()
 
-    for plain, why in ((Sine(8, 4), "a Sine"), (nn.Linear(4, 8), "a Linear"), (nn.Embedding(8, 4, max_norm=1.0), "max_norm")):
+    for plain, why in (
+        (Sine(8, 4), "a Sine"),
+        (nn.Linear(4, 8), "a Linear"),
+        (nn.Embedding(8, 4, max_norm=1.0), "max_norm"),
+    ):
         with pytest.raises(ModelError, match=why):
             IntegerEmbedding("embed", plain, W8A8, dtype=torch.float32)
 
@@ -103,7 +123,9 @@ def test_an_embedding_of_another_kind_is_refused() -> None:
 
 @pytest.mark.parametrize("tied", [True, False])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_loaded_model_computes_what_the_float_one_does_and_goes_back_to_it(family: str, tied: bool, tmp_path: Path) -> None:
+def test_a_loaded_model_computes_what_the_float_one_does_and_goes_back_to_it(
+    family: str, tied: bool, tmp_path: Path
+) -> None:
     oracle = artefact(tmp_path / "model", family, NONE, tied=tied)
     model = load(tmp_path / "model")
     torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-5, atol=1e-5)
@@ -146,7 +168,9 @@ def test_a_tied_head_stays_the_same_matrix(family: str, tmp_path: Path) -> None:
     for what, other in moved(model, tmp_path).items():
         assert is_shared(other), what
         assert torch.equal(logits(other), before), what
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model/model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model/model.safetensors"
+    ).read_bytes()
     shards = [load_file(file) for file in (tmp_path / "shards").glob("*.safetensors")]
     assert len(shards) > 1 and not any(name.startswith("lm_head") for tensors in shards for name in tensors)
     assert type(model)._tied_weights_keys == kept, "other models of the class are as they were"
@@ -155,8 +179,15 @@ def test_a_tied_head_stays_the_same_matrix(family: str, tmp_path: Path) -> None:
 def test_the_embedding_and_its_head_may_lie_on_the_disk(tmp_path: Path) -> None:
     artefact(tmp_path / "model")
     before = logits(load(tmp_path / "model"))
-    places = {"model.embed_tokens": "disk", "model.layers": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu"}
-    model = load(tmp_path / "model", device_map=places | {"lm_head": "disk"}, offload_folder=str(tmp_path / "off"))
+    places = {
+        "model.embed_tokens": "disk",
+        "model.layers": "cpu",
+        "model.norm": "cpu",
+        "model.rotary_emb": "cpu",
+    }
+    model = load(
+        tmp_path / "model", device_map=places | {"lm_head": "disk"}, offload_folder=str(tmp_path / "off")
+    )
     assert model.model.embed_tokens.weight.device.type == "meta"
     torch.testing.assert_close(logits(model), before, rtol=0, atol=0)
     with pytest.raises(ModelError, match="offloaded"):
@@ -164,17 +195,31 @@ def test_the_embedding_and_its_head_may_lie_on_the_disk(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_a_model_in_half_precision_says_so_and_generates_with_a_static_cache(dtype: torch.dtype, tmp_path: Path) -> None:
+def test_a_model_in_half_precision_says_so_and_generates_with_a_static_cache(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
     artefact(tmp_path / "model", "gemma3_text", dtype="bfloat16")
     exact = load_file(tmp_path / "model/model.safetensors")["model.embed_tokens.weight_scale"]
     for model in (load(tmp_path / "model", dtype=dtype), load(tmp_path / "model").to(dtype)):
         assert model.dtype == model.model.dtype == dtype and is_shared(model)
-        assert torch.equal(model.lm_head.weight_scale, exact) and model.lm_head.weight_scale.dtype == torch.float32
+        assert (
+            torch.equal(model.lm_head.weight_scale, exact)
+            and model.lm_head.weight_scale.dtype == torch.float32
+        )
         assert model.get_input_embeddings()(TOKENS).dtype == logits(model).to(dtype).dtype == dtype
-        options = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
-        assert model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options).shape == (1, 28)
+        options = {
+            "max_new_tokens": 4,
+            "do_sample": False,
+            "pad_token_id": 0,
+            "attention_mask": torch.ones_like(TOKENS),
+        }
+        assert model.generate(
+            TOKENS, cache_implementation="static", disable_compile=True, **options
+        ).shape == (1, 28)
         model.save_pretrained(tmp_path / "again")
-        assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
+        assert json.loads((tmp_path / "again/config.json").read_text())["dtype"] == str(dtype).removeprefix(
+            "torch."
+        )
 
 
 # torch 2.13's own compiler does what the warning is about

@@ -1,4 +1,5 @@
-"""The ways an integer linear multiplies and the steps that a GPU runs compiled, against the plain arithmetic."""
+"""The ways an integer linear multiplies and the steps that a GPU runs compiled, against the plain
+arithmetic."""
 
 import itertools
 
@@ -55,7 +56,12 @@ def test_sums_of_the_integer_kernel_are_exact(shape: tuple[int, int], tokens: in
 
 @pytest.mark.parametrize(
     "scheme",
-    [IntegerLayout("w8a8"), IntegerLayout("w8a8", "static"), IntegerLayout("w4a4", group_size=8), IntegerLayout("w8a16")],
+    [
+        IntegerLayout("w8a8"),
+        IntegerLayout("w8a8", "static"),
+        IntegerLayout("w4a4", group_size=8),
+        IntegerLayout("w8a16"),
+    ],
     ids=str,
 )
 def test_a_processor_with_a_kernel_computes_what_one_without_does(
@@ -64,7 +70,9 @@ def test_a_processor_with_a_kernel_computes_what_one_without_does(
     largest = integer.LARGEST[scheme.weight_bits]
     groups = None if scheme.group_size is None else torch.full((17, 5), 3, dtype=torch.uint8)
     step = torch.tensor(0.02) if scheme.activations == "static" else None
-    weight = IntegerWeight(codes(17, 33).clamp(-largest, largest), noise(17, seed=2).abs(), scheme, groups, step)
+    weight = IntegerWeight(
+        codes(17, 33).clamp(-largest, largest), noise(17, seed=2).abs(), scheme, groups, step
+    )
     for dtype, bias in itertools.product(DTYPES, (None, noise(17, seed=3))):
         module, x, found = linear(weight, bias), noise(2, 5, 33, seed=4).to(dtype), []
         for kernel in (True, False):
@@ -81,7 +89,9 @@ def test_codes_are_the_same_in_floats(bits: int, dtype: torch.dtype) -> None:
     for step in (None, torch.tensor(0.02)):
         whole, scale = integer.quantize_tokens(x, bits, step)
         floats, same = integer.quantize_tokens(x, bits, step, torch.float32)
-        assert floats.dtype == torch.float32 and torch.equal(floats, whole.float()) and torch.equal(scale, same)
+        assert (
+            floats.dtype == torch.float32 and torch.equal(floats, whole.float()) and torch.equal(scale, same)
+        )
 
 
 # torch 2.13's own compiler does what the warning is about
@@ -100,4 +110,6 @@ def test_the_steps_round_a_product_are_one_graph_each_to_a_compiler() -> None:
     for tokens, bias in itertools.product((1, 5, 9), (None, noise(17, seed=3))):
         sums, scale, scale_R = codes(tokens, 17).int(), noise(tokens, 1).abs(), noise(17, seed=2)
         for dtype in (torch.float32, torch.bfloat16):
-            assert torch.equal(finish(sums, scale, scale_R, bias, dtype), scaled(sums, scale, scale_R, bias, dtype))
+            assert torch.equal(
+                finish(sums, scale, scale_R, bias, dtype), scaled(sums, scale, scale_R, bias, dtype)
+            )

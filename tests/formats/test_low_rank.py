@@ -40,7 +40,9 @@ def dense(tensors: dict[str, Tensor], layout: FactoredLayout) -> Tensor:
     return part["weight"][0] + difference
 
 
-def live(layout: FactoredLayout, dtype: torch.dtype = torch.float32, bias: bool = True) -> tuple[FactoredLinear, Tensor]:
+def live(
+    layout: FactoredLayout, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> tuple[FactoredLinear, Tensor]:
     """A module and the weight that it stands for, float64."""
     made = weight(layout).to(dtype)
     module = low_rank.linear(made, noise(R, seed=9).to(dtype) if bias else None)
@@ -126,13 +128,19 @@ def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     layout = FactoredLayout(format, max(rank, 1) if format == "basis" else rank)
     made = weight(layout, rows, columns, seed).to(dtype)
     tensors = made.tensors()
-    for again in (layout.read(tensors, columns), read({**tensors, "bias": noise(rows)}, layout, rows, columns)):
+    for again in (
+        layout.read(tensors, columns),
+        read({**tensors, "bias": noise(rows)}, layout, rows, columns),
+    ):
         assert again.layout == layout and again.tensors().keys() == tensors.keys()
         for name, tensor in again.tensors().items():
             assert torch.equal(tensor, tensors[name]) and tensor.dtype == dtype
         torch.testing.assert_close(again.dequantize().double(), dense(tensors, layout), rtol=1e-5, atol=1e-5)
         assert torch.equal(again.dequantize(dtype), made.dequantize().to(dtype))
-    assert parts_of("a.b", {f"a.b.{name}": tensor for name, tensor in tensors_of(made).items()}).keys() == tensors.keys()
+    assert (
+        parts_of("a.b", {f"a.b.{name}": tensor for name, tensor in tensors_of(made).items()}).keys()
+        == tensors.keys()
+    )
 
 
 def test_a_matrix_that_is_only_shared_is_that_matrix() -> None:
@@ -155,7 +163,8 @@ def test_tensors_that_are_no_such_linear_are_refused_in_one_line(layout: Factore
         {**good, "weight": good["weight"][:, 1:]},
         {**good, "weight": good["weight"].to(torch.int8)},
         {**good, "weight_mask": torch.ones(3)},
-        {name: tensor for name, tensor in good.items() if name != "weight"} | {"weight_left": torch.ones(R, 5)},
+        {name: tensor for name, tensor in good.items() if name != "weight"}
+        | {"weight_left": torch.ones(R, 5)},
     ]
     for part in good.keys() - {"weight"}:
         wrong.append({name: tensor for name, tensor in good.items() if name != part})
@@ -187,7 +196,9 @@ def test_a_module_computes_what_the_dense_weight_does(layout: FactoredLayout, bi
 
 @by_layout
 @by_type
-def test_in_half_precision_it_is_as_near_as_the_type_allows(layout: FactoredLayout, dtype: torch.dtype) -> None:
+def test_in_half_precision_it_is_as_near_as_the_type_allows(
+    layout: FactoredLayout, dtype: torch.dtype
+) -> None:
     module, W_RC = live(layout, dtype)
     x = noise(16, C).to(dtype)
     plain = nn.functional.linear(x.double(), W_RC, noise(R, seed=9).to(dtype).double())
@@ -217,7 +228,9 @@ def test_gradients_go_to_the_input_and_to_parts_that_are_told_to_learn(layout: F
     parts = [getattr(module, name).requires_grad_() for name in names]
     found = torch.autograd.grad(module(x.detach()), parts, upstream)
     exact = {name: part.detach().double().requires_grad_() for name, part in zip(names, parts, strict=True)}
-    expected = torch.autograd.grad(x.detach().double() @ dense(exact, layout).T, [*exact.values()], upstream.double())
+    expected = torch.autograd.grad(
+        x.detach().double() @ dense(exact, layout).T, [*exact.values()], upstream.double()
+    )
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-3)
 

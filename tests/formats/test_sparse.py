@@ -1,4 +1,5 @@
-"""Sparse linears: what lies on the disk, what they compute, and what transformers makes of a checkpoint that has them."""
+"""Sparse linears: what lies on the disk, what they compute, and what transformers makes of a checkpoint that
+has them."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ from tests.artefacts import linears, write_in
 from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, distance, load, logits
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LAYOUTS = (
     SparseLayout("2:4", "float32"),
     SparseLayout("4:8", "float32"),
@@ -37,7 +40,9 @@ LAYOUTS = (
     SparseLayout("unstructured", "float32", 0.5),
     SparseLayout("unstructured", "float32", 0.3),
 )
-by_layout = pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: f"{layout.name} {layout.keep or ''}".strip())
+by_layout = pytest.mark.parametrize(
+    "layout", LAYOUTS, ids=lambda layout: f"{layout.name} {layout.keep or ''}".strip()
+)
 
 
 def weight(R: int, C: int, layout: SparseLayout, seed: int = 0) -> SparseWeight:
@@ -65,7 +70,11 @@ def artefact(folder: Path, model: PreTrainedModel, layout: SparseLayout) -> PreT
 def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
     rows: int, columns: int, seed: int, pattern: str | float, dtype: str
 ) -> None:
-    layout = SparseLayout(pattern, dtype) if isinstance(pattern, str) else SparseLayout("unstructured", dtype, pattern)
+    layout = (
+        SparseLayout(pattern, dtype)
+        if isinstance(pattern, str)
+        else SparseLayout("unstructured", dtype, pattern)
+    )
     made = weight(rows, columns, layout, seed)
     tensors = made.tensors()
     assert {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()} == layout.shapes(rows, columns)
@@ -80,9 +89,12 @@ def test_a_linear_comes_back_from_its_tensors_bit_for_bit(
 
 def test_the_bits_of_a_weight_are_those_that_one_counts_by_hand() -> None:
     assert (
-        SparseLayout("2:4", "bfloat16").bits((1, 64)) == 9 and SparseLayout("unstructured", "float32", 0.25).bits((1, 64)) == 9
+        SparseLayout("2:4", "bfloat16").bits((1, 64)) == 9
+        and SparseLayout("unstructured", "float32", 0.25).bits((1, 64)) == 9
     )
-    assert SparseLayout("4:8", "float16").bits((1, 12)) == pytest.approx(8 * (2 * 8 + 2) / 12), "the last 4 of 12 all stay"
+    assert SparseLayout("4:8", "float16").bits((1, 12)) == pytest.approx(8 * (2 * 8 + 2) / 12), (
+        "the last 4 of 12 all stay"
+    )
 
 
 @by_layout
@@ -197,12 +209,16 @@ def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path
     assert sum(isinstance(m, SparseLinear) for m in model.modules()) == len(linears(plain))
     assert torch.equal(logits(model), logits(plain))
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
     assert torch.equal(logits(load(tmp_path / "again")), logits(plain))
 
 
 @by_layout
-def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(layout: SparseLayout, tmp_path: Path) -> None:
+def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(
+    layout: SparseLayout, tmp_path: Path
+) -> None:
     for family in ("llama", "gpt2"):
         plain = artefact(tmp_path / family, pico(family), layout)
         assert torch.equal(logits(load(tmp_path / family)), logits(plain))
@@ -213,6 +229,7 @@ def test_every_pattern_is_fewer_bytes_and_computes_what_the_zeros_do(layout: Spa
         assert small.size_bytes < 0.8 * whole.size_bytes
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_every_pattern(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2", "qwen3_moe"):
@@ -228,7 +245,9 @@ def test_a_model_in_half_precision_keeps_its_values(dtype: torch.dtype, tmp_path
     for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype)):
         assert model.dtype == dtype and distance(logits(model), logits(plain)) < 0.1
         for name, module in linears(plain).items():
-            assert torch.equal(cast(Any, model.get_submodule(name)).dense, cast(Tensor, module.weight).to(dtype))
+            assert torch.equal(
+                cast(Any, model.get_submodule(name)).dense, cast(Tensor, module.weight).to(dtype)
+            )
         model.save_pretrained(tmp_path / "again")
         once, again = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
         assert all(torch.equal(tensor, again[name]) for name, tensor in once.items() if "_proj" in name)
@@ -271,7 +290,9 @@ def test_what_is_lost_or_damaged_is_an_error(tmp_path: Path) -> None:
         save_file(changed, tmp_path / "model.safetensors", {"format": "pt"})
         with pytest.raises(ModelError, match=why):
             AutoModelForCausalLM.from_pretrained(tmp_path)
-    save_file({**whole, f"{name}.weight": values[:-1].clone()}, tmp_path / "model.safetensors", {"format": "pt"})
+    save_file(
+        {**whole, f"{name}.weight": values[:-1].clone()}, tmp_path / "model.safetensors", {"format": "pt"}
+    )
     with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
@@ -289,12 +310,21 @@ def test_a_whole_model_compiles_and_maps_and_writes_tokens(tmp_path: Path) -> No
     artefact(tmp_path, pico("llama"), LAYOUTS[0])
     model = load(tmp_path, device_map="auto")
     torch.testing.assert_close(logits(torch.compile(model, backend="eager", fullgraph=True)), logits(model))
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
-    with_cache, without = (model.generate(TOKENS, use_cache=use_cache, **options) for use_cache in (True, False))
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(TOKENS),
+    }
+    with_cache, without = (
+        model.generate(TOKENS, use_cache=use_cache, **options) for use_cache in (True, False)
+    )
     assert torch.equal(with_cache, without) and with_cache.shape[1] > TOKENS.shape[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft 0.21 still asks for
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # which peft 0.21 still asks for
 def test_a_lora_adapter_trains_on_top(tmp_path: Path) -> None:
     artefact(tmp_path, pico("llama"), LAYOUTS[0])
     model, before = load(tmp_path), logits(load(tmp_path))

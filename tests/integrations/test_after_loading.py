@@ -1,4 +1,5 @@
-"""What users do to a model of ours once it is loaded: adapters merged, tokens added, casts, copies, caches, checkpoints."""
+"""What users do to a model of ours once it is loaded: adapters merged, tokens added, casts, copies, caches,
+checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +33,10 @@ from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, wr
 from tests.formats.test_damaged_artefacts import LAYOUTS, made
 from tests.models import pico
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT asks transformers by an old name
+pytestmark = [
+    pytest.mark.usefixtures("short_runs"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # PEFT asks transformers by an old name
 by_layout = pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: str(layout.name if hasattr(layout, "name") else layout)
 )
@@ -46,7 +50,9 @@ def artefact(folder: Path, layout: AnyLayout, family: str = "llama") -> Path:
 
 def adapted(model: Any, targets: list[str] | None = None, **options: Any) -> Any:
     """With a LoRA adapter that is not zero."""
-    config = peft.LoraConfig(r=4, target_modules=targets or TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    config = peft.LoraConfig(
+        r=4, target_modules=targets or TARGETS, init_lora_weights=False, task_type="CAUSAL_LM", **options
+    )
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return peft.get_peft_model(model, config).eval()
@@ -63,7 +69,9 @@ def unrounded(layout: AnyLayout) -> bool:
 
 
 @by_layout
-def test_a_merged_adapter_leaves_plain_linears_that_compute_the_same(layout: AnyLayout, tmp_path: Path) -> None:
+def test_a_merged_adapter_leaves_plain_linears_that_compute_the_same(
+    layout: AnyLayout, tmp_path: Path
+) -> None:
     model = adapted(load(artefact(tmp_path / "model", layout)))
     expected = {}
     for name, module in model.base_model.model.named_modules():
@@ -96,7 +104,9 @@ def test_an_adapter_is_merged_and_taken_out_again(tmp_path: Path) -> None:
 
 def test_a_model_all_of_whose_linears_are_merged_into_is_a_plain_one(tmp_path: Path) -> None:
     every = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    merged = adapted(load(artefact(tmp_path / "model", IntegerLayout("w4a8", group_size=32))), every).merge_and_unload()
+    merged = adapted(
+        load(artefact(tmp_path / "model", IntegerLayout("w4a8", group_size=32))), every
+    ).merge_and_unload()
     assert not list(ours(merged))
     merged.save_pretrained(tmp_path / "merged")
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
@@ -118,9 +128,13 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
-def test_an_adapter_on_one_of_two_layers_that_share_is_refused_before_anything_changes(text: Path, tmp_path: Path) -> None:
+def test_an_adapter_on_one_of_two_layers_that_share_is_refused_before_anything_changes(
+    text: Path, tmp_path: Path
+) -> None:
     shared = {"share": {"layers": "auto", "parts": ["ffn"], "groups": 1, "steps": 2}}
-    run_recipe(staged_recipe(text, save_base(tmp_path / "base"), shared, samples=8, length=24), tmp_path / "out")
+    run_recipe(
+        staged_recipe(text, save_base(tmp_path / "base"), shared, samples=8, length=24), tmp_path / "out"
+    )
     model = adapted(load(tmp_path / "out"), ["layers.1.mlp.down_proj"])
     before = live(model)
     with pytest.raises(ModelError, match=r"share a tensor.*model\.dequantize\(\) first") as caught:
@@ -152,14 +166,17 @@ assert type(merged.model.layers[0].self_attn.q_proj) is torch.nn.Linear
 
 @pytest.fixture(scope="module", params=["tied", "untied", "in memory"])
 def embedded(request: pytest.FixtureRequest, text: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """What makes a model with an int8 embedding: its head is tied to it, quantised apart, or it was never on the disk."""
+    """What makes a model with an int8 embedding: its head is tied to it, quantised apart, or it was never on
+    the disk."""
     folder = tmp_path_factory.mktemp("embedded")
     base = save_base(folder / "base", tie_word_embeddings=request.param != "untied")
     stage = {"format": "w8a8", "embedding": "int8", "rounding": "nearest"}
     stage |= {"head": "quantize"} if request.param == "untied" else {}
     recipe = staged_recipe(text, base, {"quantize": stage}, samples=8, length=24)
     if request.param == "in memory":
-        return lambda: apply_recipe(recipe, AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())[0].eval()
+        return lambda: apply_recipe(recipe, AutoModelForCausalLM.from_pretrained(base), byte_tokenizer())[
+            0
+        ].eval()
     run_recipe(recipe, folder / "out")
     return lambda: load(folder / "out")
 
@@ -177,7 +194,9 @@ def test_tokens_are_added_and_taken_away(rows: int, embedded: Any, tmp_path: Pat
     with torch.no_grad():
         scores, expected = model(tokens).logits, whole(tokens).logits
     assert scores.shape[-1] == VOCABULARY + rows
-    assert distance(scores[..., :kept], expected[..., :kept]) < 0.05  # the head no longer rounds what it reads
+    assert (
+        distance(scores[..., :kept], expected[..., :kept]) < 0.05
+    )  # the head no longer rounds what it reads
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     with torch.no_grad():
@@ -221,9 +240,16 @@ def test_a_model_is_cast_copied_pickled_and_given_other_weights(layout: AnyLayou
 
 
 @by_layout
-def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_same(layout: AnyLayout, tmp_path: Path) -> None:
+def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_same(
+    layout: AnyLayout, tmp_path: Path
+) -> None:
     model: Any = load(artefact(tmp_path / "model", layout))
-    options: Any = {"max_new_tokens": 6, "do_sample": False, "attention_mask": torch.ones_like(TOKENS), "pad_token_id": 0}
+    options: Any = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "attention_mask": torch.ones_like(TOKENS),
+        "pad_token_id": 0,
+    }
     cached = model.generate(TOKENS, cache_implementation="static", disable_compile=True, **options)
     assert torch.equal(cached, model.generate(TOKENS, **options))
     model.add_adapter(peft.LoraConfig(r=4, target_modules=TARGETS, init_lora_weights=False))
@@ -232,7 +258,9 @@ def test_an_adapter_learns_with_checkpoints_and_a_static_cache_generates_the_sam
     model.train()
     model(TOKENS, labels=TOKENS).loss.backward()
     grads = [p.grad for name, p in model.named_parameters() if "lora_" in name]
-    assert grads and all(grad is not None and bool(grad.isfinite().all()) and bool(grad.any()) for grad in grads)
+    assert grads and all(
+        grad is not None and bool(grad.isfinite().all()) and bool(grad.any()) for grad in grads
+    )
 
 
 def test_layers_of_a_shared_layout_that_share_nothing_are_merged_into_apart(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
-"""Live native models saved again, bit for bit; what is refused is in test_resave_folder, what happens without us in _stock.
+"""Live native models saved again, bit for bit; what is refused is in test_resave_folder, what happens without
+us in _stock.
 
 A CPU without AVX512-BF16 repacks nothing, so `repack` tells bitsandbytes that it has that and runs a forward.
 """
@@ -28,7 +29,15 @@ from tests.bases import byte_tokenizer, save_base, small_recipe, write_text
 from tests.models import pico
 
 TOKENS = torch.arange(3, 27)[None]
-FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "qwen3_moe")  # biases, Conv1D, tied heads, renamed experts
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+    "qwen3_moe",
+)  # biases, Conv1D, tied heads, renamed experts
 FOUR = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 EIGHT = {"load_in_8bit": True}
 KINDS: dict[str, dict[str, Any]] = {
@@ -93,8 +102,11 @@ def forward(model: Any) -> Tensor:
 
 
 def repack(model: Any) -> int:
-    """A forward as bitsandbytes runs it on a CPU with AVX512-BF16; how many linears it repacked. On others logits are wrong."""
-    linears: list[Any] = [module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]]
+    """A forward as bitsandbytes runs it on a CPU with AVX512-BF16; how many linears it repacked. On others
+    logits are wrong."""
+    linears: list[Any] = [
+        module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]
+    ]
     for module in linears:
         module.support_avx512bf16_for_cpu = True
     forward(model)
@@ -105,7 +117,9 @@ def repack(model: Any) -> int:
 
 @by_kind
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_model_is_saved_bit_for_bit_before_and_after_forwards(family: str, kind: str, tmp_path: Path) -> None:
+def test_a_model_is_saved_bit_for_bit_before_and_after_forwards(
+    family: str, kind: str, tmp_path: Path
+) -> None:
     made = artefact(tmp_path / "made", kind, family)
     model, expected = load(made), stored(made)
     assert save_native(model, tmp_path / "loaded") == tmp_path / "loaded"
@@ -115,16 +129,23 @@ def test_a_model_is_saved_bit_for_bit_before_and_after_forwards(family: str, kin
     assert torch.equal(forward(model), before)
     repack(model)
     assert not different(stored(save_native(model, tmp_path / "repacked")), expected)
-    four_bit: list[Any] = [module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]]
+    four_bit: list[Any] = [
+        module for module in model.modules() if type(module) is bitsandbytes_layout.LINEARS[0]
+    ]
     assert all(module.quant_state is module.weight.quant_state for module in four_bit)
     assert torch.equal(forward(model), before), "the live model is mended too"
     written = json.loads((tmp_path / "repacked" / "config.json").read_text())
-    assert written["quantization_config"] == json.loads((made / "config.json").read_text())["quantization_config"]
+    assert (
+        written["quantization_config"]
+        == json.loads((made / "config.json").read_text())["quantization_config"]
+    )
     assert (tmp_path / "repacked" / "generation_config.json").is_file()
 
 
 @by_kind
-@pytest.mark.parametrize(("family", "tied"), [("llama", True), ("llama", False), ("gpt2", False), ("qwen2", True)])
+@pytest.mark.parametrize(
+    ("family", "tied"), [("llama", True), ("llama", False), ("gpt2", False), ("qwen2", True)]
+)
 def test_heads_are_saved_tied_or_not_or_quantised(family: str, tied: bool, kind: str, tmp_path: Path) -> None:
     skip = ["lm_head"] if tied else [r"none of them"]
     made = artefact(tmp_path / "made", kind, family, skip=skip, tie_word_embeddings=tied)
@@ -138,7 +159,9 @@ def test_heads_are_saved_tied_or_not_or_quantised(family: str, tied: bool, kind:
 
 @by_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_biases_keep_their_type_whatever_the_kernels_compute_in(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_biases_keep_their_type_whatever_the_kernels_compute_in(
+    kind: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
     made = artefact(tmp_path / "made", kind, "qwen2", dtype)
     model = load(made)
     forward(model)
@@ -214,7 +237,9 @@ def test_plain_transformers_computes_the_same_from_it(tmp_path: Path) -> None:
         expected[format] = forward(model)
         save_native(model, tmp_path / format)
     assert (tmp_path / "opt-nf4-again" / "model.safetensors.index.json").is_file()
-    subprocess.run([sys.executable, "-c", LOADER, *(str(tmp_path / name) for name in expected)], check=True, timeout=300)
+    subprocess.run(
+        [sys.executable, "-c", LOADER, *(str(tmp_path / name) for name in expected)], check=True, timeout=300
+    )
     for name, logits in expected.items():
         assert torch.equal(load_file(tmp_path / f"{name}.seen")["logits"], logits), name
 
@@ -223,7 +248,11 @@ FROM_CACHE = """
 import os, sys, urllib.error, urllib.request
 from pathlib import Path
 import pytest
-from tests.integrations.test_bitsandbytes_saving import ModelError, different, load, repack, save_native, stored
+from tests.integrations.test_bitsandbytes_saving import (
+    ModelError, different, load, repack, save_native, stored
+)
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 model = load("user/name", local_files_only=True)
 with pytest.raises(urllib.error.HTTPError):
     urllib.request.urlopen(os.environ["HF_ENDPOINT"] + "/loaded")
@@ -259,7 +288,9 @@ def test_a_hub_model_is_read_again_from_the_cache_and_nothing_is_asked_of_the_ne
             "HF_HUB_OFFLINE": "0",
         }
         arguments = [sys.executable, "-c", FROM_CACHE, str(tmp_path / "again"), str(made)]
-        subprocess.run(arguments, check=True, timeout=300, cwd=Path(__file__).parents[2], env=os.environ | own)
+        subprocess.run(
+            arguments, check=True, timeout=300, cwd=Path(__file__).parents[2], env=os.environ | own
+        )
         server.shutdown()
     assert asked[-1] == "/loaded", "loading asks for adapters, saving for nothing"
 

@@ -1,4 +1,5 @@
-"""What `save_native` refuses, and what it does to the folder it is given: it appears whole, or is as it was."""
+"""What `save_native` refuses, and what it does to the folder it is given: it appears whole, or is as it
+was."""
 
 import shutil
 from pathlib import Path
@@ -25,11 +26,17 @@ from tests.integrations.test_bitsandbytes_saving import (
     stored,
 )
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def damaged(made: Path, part: str) -> None:
     """Change one number of the artefact on disk."""
     tensors = load_file(made / "model.safetensors")
-    name = next(name for name in tensors if f"up_proj.{part}" in name and (part != "weight" or name.endswith(".weight")))
+    name = next(
+        name
+        for name in tensors
+        if f"up_proj.{part}" in name and (part != "weight" or name.endswith(".weight"))
+    )
     tensors[name] = tensors[name].clone()
     if part == "weight.quant_state":
         text = bytes(tensors[name].tolist()).replace(b"float32", b"float64", 1)
@@ -42,7 +49,9 @@ def damaged(made: Path, part: str) -> None:
 
 @by_four
 @pytest.mark.parametrize("plain", [False, True])
-def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(kind: str, plain: bool, tmp_path: Path) -> None:
+def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(
+    kind: str, plain: bool, tmp_path: Path
+) -> None:
     made = artefact(tmp_path / "made", kind)
     model = load(made)
     repack(model)
@@ -53,7 +62,10 @@ def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(kind: str, 
     for part in ("weight", "weight.absmax", "weight.quant_state"):
         shutil.copytree(made, tmp_path / "kept")
         damaged(made, part)
-        with pytest.raises(ModelError, match=r"14 4-bit linears .* holds other weights than this model; save before the first"):
+        with pytest.raises(
+            ModelError,
+            match=r"14 4-bit linears .* holds other weights than this model; save before the first",
+        ):
             save()
         shutil.rmtree(made)
         (tmp_path / "kept").rename(made)
@@ -72,31 +84,39 @@ def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(kind: str, 
     made.rename(tmp_path / "moved")
     with pytest.raises(ModelError, match=r"can't be loaded again \(OSError\); save before the first forward"):
         save()
-    assert {path.name for path in tmp_path.iterdir()} - {"again"} == {"moved"} and not stored(tmp_path / "again")
+    assert {path.name for path in tmp_path.iterdir()} - {"again"} == {"moved"} and not stored(
+        tmp_path / "again"
+    )
     model.config._name_or_path = str(tmp_path / "moved")
     save()
     assert not different(stored(tmp_path / "again"), stored(tmp_path / "moved"))
 
 
 @pytest.mark.skipif(
-    bitsandbytes_layout.stock.has_avx512bf16(), reason="on this CPU a forward rounds the scales too, and saving is refused"
+    bitsandbytes_layout.stock.has_avx512bf16(),
+    reason="on this CPU a forward rounds the scales too, and saving is refused",
 )
 def test_a_rounded_bias_is_saved_as_it_is_where_the_origin_is_gone(tmp_path: Path) -> None:
     made = artefact(tmp_path / "made", "fp4-bf16", "qwen2")
     model, expected = load(made), stored(made)
     made.rename(tmp_path / "moved")
     forward(model)
-    expected |= {name: tensor.bfloat16().float() for name, tensor in expected.items() if name.endswith("_proj.bias")}
+    expected |= {
+        name: tensor.bfloat16().float() for name, tensor in expected.items() if name.endswith("_proj.bias")
+    }
     assert not different(stored(save_native(model, tmp_path / "again")), expected)
 
 
 def test_what_is_no_native_model_is_refused(tmp_path: Path) -> None:
     made, base = artefact(tmp_path / "made", "nf4"), save_base(tmp_path / "base")
     with pytest.raises(
-        ModelError, match=r"LlamaForCausalLM holds no weights .* \(not quantised\); use its own save_pretrained"
+        ModelError,
+        match=r"LlamaForCausalLM holds no weights .* \(not quantised\); use its own save_pretrained",
     ):
         save_native(load(base), tmp_path / "again")
-    ours, _ = apply_recipe(small_recipe(write_text(tmp_path / "text.txt"), base, format="w8a8"), load(base), byte_tokenizer())
+    ours, _ = apply_recipe(
+        small_recipe(write_text(tmp_path / "text.txt"), base, format="w8a8"), load(base), byte_tokenizer()
+    )
     with pytest.raises(ModelError, match=r"\(llmcompress\); use its own save_pretrained"):
         save_native(ours, tmp_path / "again")
     with pytest.raises(ModelError, match=r"layers.0.self_attn.q_proj is not quantised"):
@@ -123,7 +143,11 @@ def test_a_folder_that_is_not_empty_is_left_alone_unless_it_is_said(tmp_path: Pa
     assert {path.name for path in out.iterdir()} == names
     save_native(model, out, overwrite=True)
     kept = names - {"model-00001-of-00009.safetensors"}
-    assert {path.name for path in out.iterdir()} == kept | {"config.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in out.iterdir()} == kept | {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+    }
     assert (out / "sub" / "config.json").read_text() == "theirs"
     save_native(model, out, overwrite=True, max_shard_size="100KB")
     assert (out / "model.safetensors.index.json").is_file() and not (out / "model.safetensors").exists()
@@ -153,7 +177,9 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path) -> None:
     model, expected = load(made), {path.name: path.read_bytes() for path in made.iterdir()}
     for folder in (made, tmp_path / "again"):
         with pytest.raises(ValueError, match="not supported"):
-            save_native(model, folder, overwrite=True, max_shard_size="a lot")  # found out when config.json is written
+            save_native(
+                model, folder, overwrite=True, max_shard_size="a lot"
+            )  # found out when config.json is written
     assert {path.name: path.read_bytes() for path in made.iterdir()} == expected
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     (tmp_path / "file").write_text("")

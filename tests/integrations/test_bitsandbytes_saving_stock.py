@@ -1,6 +1,7 @@
 """What transformers and bitsandbytes do by themselves to a native model that is saved again.
 
-Where one of these fails they have mended it, and part of `llmcompress.integrations.bitsandbytes_saving` may go.
+Where one of these fails they have mended it, and part of `llmcompress.integrations.bitsandbytes_saving` may
+go.
 """
 
 from pathlib import Path
@@ -51,8 +52,14 @@ def test_transformers_alone_writes_other_weights_after_a_repacking(kind: str, tm
     model.save_pretrained(tmp_path / "after")
     before, after = stored(tmp_path / "before"), stored(tmp_path / "after")
     scales = [name for name in before if name.endswith("absmax")]
-    assert different(before, after) and set(different(before, after)) <= {*scales, *(n for n in before if "quant_state" in n)}
-    old, new = load(tmp_path / "before").train(), load(tmp_path / "after").train()  # training decodes exactly, on any CPU
+    assert different(before, after) and set(different(before, after)) <= {
+        *scales,
+        *(n for n in before if "quant_state" in n),
+    }
+    old, new = (
+        load(tmp_path / "before").train(),
+        load(tmp_path / "after").train(),
+    )  # training decodes exactly, on any CPU
     error = float((forward(new) - forward(old)).norm() / forward(old).norm())
     assert error > (1e-3 if "double" in kind else 0.1)  # measured: 5e-3 and 0.36
 
@@ -84,11 +91,16 @@ def test_a_forward_on_such_a_cpu_rounds_scales_for_good(kind: str, tmp_path: Pat
     exact = bitsandbytes_layout.packed_of(linear).absmax_RG
     assert repack(model) == 14 and bitsandbytes_layout.scales_lost(linear)
     held = linear.weight.quant_state.absmax
-    assert held.dtype == torch.bfloat16 and torch.equal(held, exact.T.bfloat16()) and not torch.equal(held.float(), exact.T)
+    assert (
+        held.dtype == torch.bfloat16
+        and torch.equal(held, exact.T.bfloat16())
+        and not torch.equal(held.float(), exact.T)
+    )
 
 
 @pytest.mark.skipif(
-    not bitsandbytes_layout.stock.has_avx512bf16(), reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing"
+    not bitsandbytes_layout.stock.has_avx512bf16(),
+    reason="this CPU has no AVX512-BF16, so bitsandbytes repacks nothing",
 )
 @by_four
 def test_a_cpu_that_has_it_needs_no_telling(kind: str, tmp_path: Path) -> None:

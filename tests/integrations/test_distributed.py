@@ -1,4 +1,5 @@
-"""A run in several processes, as `accelerate launch` starts them: the same work, divided where there is training."""
+"""A run in several processes, as `accelerate launch` starts them: the same work, divided where there is
+training."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ from tests.bases import save_base, staged_recipe, write_text
 
 
 def launch(recipe: Path, out: Path, count: int) -> subprocess.CompletedProcess[str]:
-    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for several GPUs."""
+    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for
+    several GPUs."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     command = [*launcher, "-m", "llmcompress", "run", str(recipe), "--out", str(out)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "LLMCOMPRESS_CACHE": str(out.parent / "cache")}
@@ -43,7 +45,9 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
     assert one.keys() == two.keys()
     apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
-    assert apart.quantile(0.99) < 1e-6  # Adam makes a step of what is left of a gradient that is nearly nothing
+    assert (
+        apart.quantile(0.99) < 1e-6
+    )  # Adam makes a step of what is left of a gradient that is nearly nothing
     first, second = (Report.of(tmp_path / str(count)).fidelity.kl_nats_mean for count in (1, 2))
     assert first is not None and second == pytest.approx(first, rel=1e-3)
 
@@ -103,7 +107,11 @@ def test_a_student_spread_over_processes_has_the_gradients_of_a_whole_one(tmp_pa
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run(
-        [*launcher, str(tmp_path / "sharded.py")], capture_output=True, text=True, env=environment, timeout=300
+        [*launcher, str(tmp_path / "sharded.py")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("equal") == 2

@@ -1,4 +1,5 @@
-"""lm-evaluation-harness evaluates an artefact with its own `hf` model and nothing of ours; needs `pip install lm_eval`."""
+"""lm-evaluation-harness evaluates an artefact with its own `hf` model and nothing of ours; needs `pip install
+lm_eval`."""
 
 from __future__ import annotations
 
@@ -28,10 +29,14 @@ EVALUATE = """
 import json, sys
 from lm_eval import simple_evaluate
 from lm_eval.tasks import TaskManager
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 folder, tasks = sys.argv[1:]
 manager = TaskManager(include_path=tasks, include_defaults=False)
-about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}  # the tokenizer of tests has no token that begins a text
-found = simple_evaluate(model="hf", model_args=about, tasks=["facts"], task_manager=manager, device="cpu", batch_size=1)
+about = {"pretrained": folder, "max_length": 96, "prefix_token_id": 0}
+found = simple_evaluate(
+    model="hf", model_args=about, tasks=["facts"], task_manager=manager, device="cpu", batch_size=1
+)
 assert not any(module.startswith("llmcompress") for module in sys.modules)
 print("FOUND", json.dumps(found["results"]["facts"]["byte_perplexity,none"]))
 """
@@ -43,7 +48,9 @@ def byte_perplexity(folder: Path, tasks: Path, home: Path) -> float:
     command = [sys.executable, "-c", EVALUATE, str(folder), str(tasks)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return float(next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND "))
+    return float(
+        next(line for line in done.stdout.splitlines() if line.startswith("FOUND ")).removeprefix("FOUND ")
+    )
 
 
 @pytest.mark.slow

@@ -1,4 +1,5 @@
-"""Artefacts as models of other tasks: classes with a new head, or none, which is to be plain and trainable."""
+"""Artefacts as models of other tasks: classes with a new head, or none, which is to be plain and
+trainable."""
 
 from __future__ import annotations
 
@@ -20,12 +21,19 @@ from tests.artefacts import TOKENS
 from tests.bases import save_base, small_recipe, write_text
 from tests.models import FAMILIES
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 FORMATS: dict[str, dict[str, Any]] = {
     "nf4": {"format": "nf4"},
     "int8": {"format": "int8"},
     "w8a8": {"format": "w8a8", "embedding": "int8"},
 }
-CLASSES = ("Model", "ModelForSequenceClassification", "ModelForTokenClassification", "ModelForQuestionAnswering")
+CLASSES = (
+    "Model",
+    "ModelForSequenceClassification",
+    "ModelForTokenClassification",
+    "ModelForQuestionAnswering",
+)
 HEADS = ("score", "classifier", "qa_outputs")
 ELSEWHERE = (
     "llama",
@@ -42,16 +50,23 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def quantised(model: nn.Module) -> list[str]:
     """The linears in layouts of bitsandbytes and the modules of ours, by full name."""
-    return [name for name, module in model.named_modules() if isinstance(module, (StoredModule, *bitsandbytes_layout.LINEARS))]
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, (StoredModule, *bitsandbytes_layout.LINEARS))
+    ]
 
 
 def known(task: str, base: Path) -> bool:
     """Whether a family has a class of this task, and whether that reads a causal checkpoint of the family."""
     config = transformers.AutoConfig.from_pretrained(base)
     mapping = getattr(transformers, f"Auto{task}")._model_mapping
-    return type(config) in mapping and not (task.endswith("QuestionAnswering") and config.model_type in ELSEWHERE)
+    return type(config) in mapping and not (
+        task.endswith("QuestionAnswering") and config.model_type in ELSEWHERE
+    )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("format", ["nf4", "int8", "w8a8"])
 def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
@@ -63,11 +78,15 @@ def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
     body = [name.removeprefix(f"{causal.base_model_prefix}.") for name in quantised(causal)]
     loaded = 0
     for task in (task for task in CLASSES if known(task, base)):
-        model, info = getattr(transformers, f"Auto{task}").from_pretrained(tmp_path / "out", output_loading_info=True)
+        model, info = getattr(transformers, f"Auto{task}").from_pretrained(
+            tmp_path / "out", output_loading_info=True
+        )
         loaded += 1
         assert {name.partition(".")[0] for name in info["missing_keys"]} <= set(HEADS)
         found = [name.removeprefix(f"{model.base_model_prefix}.") for name in quantised(model)]
-        assert found == [name for name in body if name != "lm_head"]  # which is the embedding, where that is int8
+        assert found == [
+            name for name in body if name != "lm_head"
+        ]  # which is the embedding, where that is int8
         heads = [module for name, module in model.named_modules() if name in HEADS]
         assert len(heads) == (task != "Model")
         for head in heads:
@@ -85,7 +104,10 @@ def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
 @pytest.mark.parametrize("format", ["nf4", "int8"])
 def test_a_list_skips_what_stays_plain_and_no_more(format: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    run_recipe(small_recipe(text, base, rounding="nearest", skip=["model.layers.0.*"], **FORMATS[format]), tmp_path / "out")
+    run_recipe(
+        small_recipe(text, base, rounding="nearest", skip=["model.layers.0.*"], **FORMATS[format]),
+        tmp_path / "out",
+    )
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out").quantization_config
     skip = config["llm_int8_skip_modules"]
     causal: Any = AutoModelForCausalLM.from_pretrained(base)

@@ -1,4 +1,5 @@
-"""A PEFT adapter beside the weights or around a model in memory: refused in one line, for with it they are another."""
+"""A PEFT adapter beside the weights or around a model in memory: refused in one line, for with it they are
+another."""
 
 from __future__ import annotations
 
@@ -25,13 +26,18 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import distance, live, load
 from tests.bases import byte_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")  # PEFT asks transformers by an old name
+pytestmark = [
+    pytest.mark.usefixtures("short_runs"),
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
+]  # PEFT asks transformers by an old name
 
 
 def adapted(base: Path) -> peft.PeftModel:
     """A model with a LoRA adapter that changes what it computes."""
     model = AutoModelForCausalLM.from_pretrained(base)
-    found = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    found = peft.get_peft_model(
+        model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
     assert isinstance(found, peft.PeftModel)
     return found
 
@@ -49,7 +55,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]
     return base, beside, write_text(folder / "facts.txt")
 
 
-def test_an_adapter_beside_the_weights_is_refused_in_one_line(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_an_adapter_beside_the_weights_is_refused_in_one_line(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     base, beside, text = folders
     out = tmp_path / "out"
     distill = {"distill": {"steps": 1, "batch": 2}}
@@ -83,10 +92,14 @@ def test_the_command_line_ends_with_two(
     with pytest.raises(SystemExit) as ended:
         main()
     assert ended.value.code == 2
-    assert "error: " in (said := capsys.readouterr().err) and "PEFT adapter" in said and "Traceback" not in said
+    assert (
+        "error: " in (said := capsys.readouterr().err) and "PEFT adapter" in said and "Traceback" not in said
+    )
 
 
-def test_a_folder_with_an_adapter_alone_is_told_as_that(folders: tuple[Path, Path, Path], tmp_path: Path) -> None:
+def test_a_folder_with_an_adapter_alone_is_told_as_that(
+    folders: tuple[Path, Path, Path], tmp_path: Path
+) -> None:
     adapted(folders[0]).save_pretrained(str(tmp_path / "adapter"))
     with pytest.raises(ModelError, match="holds a PEFT adapter"):
         plan_recipe(small_recipe(folders[2], tmp_path / "adapter"))
@@ -117,7 +130,8 @@ def test_an_adapter_around_a_model_in_memory_is_refused(folders: tuple[Path, Pat
 def test_merged_into_linears_that_layers_share_an_adapter_changes_each_by_its_own(
     stage: dict[str, Any], tmp_path: Path
 ) -> None:
-    """All that share a weight become plain and have their own; one of them alone can't, and nothing changes."""
+    """All that share a weight become plain and have their own; one of them alone can't, and nothing
+    changes."""
     base, text = save_base(tmp_path / "base"), write_text(tmp_path / "facts.txt")
     run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     plain = live(load(tmp_path / "out"))

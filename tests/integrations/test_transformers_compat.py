@@ -1,7 +1,9 @@
-"""What the package uses of transformers, accelerate, bitsandbytes and PEFT that their top level does not export.
+"""What the package uses of transformers, accelerate, bitsandbytes and PEFT that their top level does not
+export.
 
-The tables below are the whole of it: a test finds every such import in the source and compares, so that a new one is a
-decision; others look each name up in the installed versions, so that a release that moves one is seen at once.
+The tables below are the whole of it: a test finds every such import in the source and compares, so that a new
+one is a decision; others look each name up in the installed versions, so that a release that moves one is
+seen at once.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
     "transformers.utils.quantization_config": {"QuantizationConfigMixin": {"formats.quantization_config"}},
 }
 
-# private attribute -> where it is found: a module or a class in one, or `model`: an instance of a causal model
+# private attribute -> where it is found: a module or a class in one, or `model`: an instance of a causal
+# model
 ATTRIBUTES: dict[str, str] = {
     "_check_merge_allowed": "peft.tuners.tuners_utils.BaseTuner",
     "_convert_weight_packed_for_cpu": "bitsandbytes.functional",
@@ -101,7 +104,8 @@ def sources() -> Iterator[tuple[str, ast.Module]]:
 
 
 def imports(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """What a module imports of FOREIGN that is private, as (module, name); a module that a string names counts too."""
+    """What a module imports of FOREIGN that is private, as (module, name); a module that a string names
+    counts too."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [(node.module, alias.name) for alias in node.names]
@@ -126,7 +130,8 @@ def is_module(text: str) -> bool:
 
 
 def attributes(trees: list[ast.Module]) -> set[str]:
-    """The attributes with a leading underscore that the package reads, sets or overrides, and does not define itself."""
+    """The attributes with a leading underscore that the package reads, sets or overrides, and does not
+    define itself."""
     used, own = set[str](), set[str]()
     for node in (node for tree in trees for node in ast.walk(tree)):
         if isinstance(node, ast.Attribute):

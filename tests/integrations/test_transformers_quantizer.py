@@ -1,4 +1,5 @@
-"""Models that we quantised, through plain `from_pretrained`, against the float model with the same rounding."""
+"""Models that we quantised, through plain `from_pretrained`, against the float model with the same
+rounding."""
 
 import copy
 import json
@@ -50,7 +51,9 @@ by_scheme = pytest.mark.parametrize(
 def nearest(W: Tensor, scheme: Any_) -> IntegerWeight | bitsandbytes_layout.Packed:
     """Round to nearest: integers with a row's scale, and the nearest multiplier for each layer's own."""
     if isinstance(scheme, FourBitLayout):
-        return bitsandbytes_layout.quantize_nearest(W.contiguous(), scheme.format, scheme.group_size, scheme.double_quant)
+        return bitsandbytes_layout.quantize_nearest(
+            W.contiguous(), scheme.format, scheme.group_size, scheme.double_quant
+        )
     step = STEP.clone() if scheme.activations == "static" else None
     if scheme.group_size is None:
         scale = W.abs().amax(1) / 127
@@ -72,9 +75,15 @@ def stored(weight: IntegerWeight | bitsandbytes_layout.Packed) -> dict[str, Tens
 class Rounded(nn.Module):
     """The oracle: a float linear that rounds its tokens as the scheme says, in plain float arithmetic."""
 
-    def __init__(self, weight: IntegerWeight | bitsandbytes_layout.Packed, bias: Tensor | None, scheme: Any_) -> None:
+    def __init__(
+        self, weight: IntegerWeight | bitsandbytes_layout.Packed, bias: Tensor | None, scheme: Any_
+    ) -> None:
         super().__init__()
-        W = weight.dequantize() if isinstance(weight, IntegerWeight) else bitsandbytes_layout.dequantize(weight)
+        W = (
+            weight.dequantize()
+            if isinstance(weight, IntegerWeight)
+            else bitsandbytes_layout.dequantize(weight)
+        )
         self.weight, self.bias, self.scheme = W, bias, scheme
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,9 +117,10 @@ def artefact(folder: Path, model: PreTrainedModel, schemes: Sequence[Any_]) -> N
 
 def load(folder: Path, **options: Any) -> Any:
     model, info = cast(Any, AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options))
-    assert not any(set(info[kind]) - {"lm_head.weight"} for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
-        info
-    )
+    assert not any(
+        set(info[kind]) - {"lm_head.weight"}
+        for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
+    ), info
     return model
 
 
@@ -131,8 +141,11 @@ def test_a_loaded_model_computes_what_rounding_in_floats_does(scheme: Any_, tmp_
         model = load(tmp_path / family)
         ours = [m for m in model.modules() if isinstance(m, IntegerLinear | FourBitLinear)]
         assert len(ours) == (8 if family == "gpt2" else 14)
-        assert not any(tensor.requires_grad for m in ours for part, tensor in m.named_parameters() if part != "bias")
-        # the 4-bit kernel of some CPUs computes in bfloat16; an activation that falls on the other side of a half moves 1e-3
+        assert not any(
+            tensor.requires_grad for m in ours for part, tensor in m.named_parameters() if part != "bias"
+        )
+        # the 4-bit kernel of some CPUs computes in bfloat16; an activation that falls on the other side of a
+        # half moves 1e-3
         assert distance(logits(model), logits(oracle)) < (0.02 if isinstance(scheme, FourBitLayout) else 3e-3)
         if isinstance(scheme, IntegerLayout) and scheme.activations == "none":
             torch.testing.assert_close(logits(model), logits(oracle), rtol=1e-4, atol=1e-4)
@@ -142,12 +155,16 @@ def test_a_loaded_model_computes_what_rounding_in_floats_does(scheme: Any_, tmp_
 def test_every_family_loads_and_saves_the_same_bytes(family: str, tmp_path: Path) -> None:
     oracle = pico(family)
     artefact(
-        tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), IntegerLayout("w4a4", "static", 24)]
+        tmp_path,
+        oracle,
+        [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), IntegerLayout("w4a4", "static", 24)],
     )
     model = load(tmp_path)
     before = logits(model)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
     assert torch.equal(logits(load(tmp_path / "again")), before) and bool(before.isfinite().all())
 
 
@@ -157,7 +174,9 @@ def test_a_forward_leaves_the_saved_bytes_as_they_were(scheme: Any_, tmp_path: P
     model = load(tmp_path)
     before = logits(model)
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
     assert torch.equal(logits(load(tmp_path / "again")), before)
 
 
@@ -165,7 +184,9 @@ def test_one_model_mixes_all_formats(tmp_path: Path) -> None:
     oracle = pico("llama")
     artefact(tmp_path, oracle, SCHEMES)
     model = load(tmp_path)
-    found = {name: m.scheme for name, m in model.named_modules() if isinstance(m, IntegerLinear | FourBitLinear)}
+    found = {
+        name: m.scheme for name, m in model.named_modules() if isinstance(m, IntegerLinear | FourBitLinear)
+    }
     assert found == {name: SCHEMES[i % len(SCHEMES)] for i, name in enumerate(linears(pico("llama")))}
     assert distance(logits(model), logits(oracle)) < 0.05
 
@@ -180,6 +201,8 @@ def test_int8_codes_of_the_stock_format_join_a_mixed_model() -> None:
 LOADER = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
@@ -205,14 +228,21 @@ def test_a_model_in_half_precision_keeps_its_scales(dtype: torch.dtype, tmp_path
     artefact(
         tmp_path,
         oracle,
-        [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64, double_quant=True)],
+        [
+            IntegerLayout("w8a8"),
+            IntegerLayout("w4a8", group_size=32),
+            FourBitLayout("nf4", 64, double_quant=True),
+        ],
     )
     exact = load(tmp_path)
     for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype)):
         assert model.lm_head.weight.dtype == dtype
         for name, tensor in exact.state_dict().items():
             if "_proj" in name:
-                assert torch.equal(model.state_dict()[name], tensor) and model.state_dict()[name].dtype == tensor.dtype
+                assert (
+                    torch.equal(model.state_dict()[name], tensor)
+                    and model.state_dict()[name].dtype == tensor.dtype
+                )
         assert distance(logits(model), logits(oracle)) < 0.1
 
 
@@ -222,7 +252,9 @@ def test_a_model_on_the_disk_computes_the_same(scheme: Any_, tmp_path: Path) -> 
         folder = tmp_path / family
         artefact(folder, pico(family), [scheme])
         expected = logits(load(folder))
-        places = dict.fromkeys((f"{inner}.embed_tokens", f"{inner}.wte", f"{inner}.wpe", f"{inner}.norm"), "cpu")
+        places = dict.fromkeys(
+            (f"{inner}.embed_tokens", f"{inner}.wte", f"{inner}.wpe", f"{inner}.norm"), "cpu"
+        )
         places |= {
             f"{inner}.layers": "disk",
             f"{inner}.h": "disk",
@@ -231,11 +263,17 @@ def test_a_model_on_the_disk_computes_the_same(scheme: Any_, tmp_path: Path) -> 
             "lm_head": "cpu",
         }
         present = {name for name, _ in load(folder).named_modules()}
-        model = load(folder, device_map={k: v for k, v in places.items() if k in present}, offload_folder=str(folder / "off"))
+        model = load(
+            folder,
+            device_map={k: v for k, v in places.items() if k in present},
+            offload_folder=str(folder / "off"),
+        )
         assert any(p.device.type == "meta" for p in model.parameters())
         # without its kernel a 4-bit weight is exact, where the kernel of some CPUs computes in bfloat16
         tolerance = 0.02 if isinstance(scheme, FourBitLayout) else 0
-        torch.testing.assert_close(logits(model), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max()))
+        torch.testing.assert_close(
+            logits(model), expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
         with pytest.raises(ModelError, match="offloaded"):
             model.dequantize()
 
@@ -248,7 +286,11 @@ def test_an_automatic_device_map_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_dequantising_gives_a_plain_model(family: str, tmp_path: Path) -> None:
     oracle, plain = pico(family), pico(family)
-    artefact(tmp_path, oracle, [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64)])
+    artefact(
+        tmp_path,
+        oracle,
+        [IntegerLayout("w8a8"), IntegerLayout("w4a8", group_size=32), FourBitLayout("nf4", 64)],
+    )
     model = load(tmp_path).dequantize()
     for name, module in linears(plain).items():
         found, expected = model.get_submodule(name), cast(Any, oracle.get_submodule(name))
@@ -264,17 +306,29 @@ def test_dequantising_gives_a_plain_model(family: str, tmp_path: Path) -> None:
 def test_tokens_are_the_same_with_and_without_a_cache(scheme: Any_, tmp_path: Path) -> None:
     artefact(tmp_path, pico("llama"), [scheme])
     model = load(tmp_path)
-    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS)}
-    with_cache, without = (model.generate(TOKENS, use_cache=use_cache, **options) for use_cache in (True, False))
+    options = {
+        "max_new_tokens": 12,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(TOKENS),
+    }
+    with_cache, without = (
+        model.generate(TOKENS, use_cache=use_cache, **options) for use_cache in (True, False)
+    )
     assert torch.equal(with_cache, without) and with_cache.shape[1] > TOKENS.shape[1]
 
 
 def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
     artefact(tmp_path, pico("llama", tie_word_embeddings=True), [IntegerLayout("w8a8")])
     model = load(tmp_path)
-    assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.dtype == torch.float32
+    assert (
+        model.lm_head.weight is model.model.embed_tokens.weight
+        and model.lm_head.weight.dtype == torch.float32
+    )
     model.save_pretrained(tmp_path / "again")
-    assert (tmp_path / "again/model.safetensors").read_bytes() == (tmp_path / "model.safetensors").read_bytes()
+    assert (tmp_path / "again/model.safetensors").read_bytes() == (
+        tmp_path / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_model_without_its_head_loads_the_same_file(tmp_path: Path) -> None:
@@ -298,9 +352,15 @@ def test_a_lost_tensor_is_an_error(scheme: Any_, place: str, tmp_path: Path) -> 
     }
     logging.getLogger("transformers.modeling_utils").setLevel(logging.ERROR)
     for lost in [name for name in whole if name.startswith("model.layers.1.mlp.down_proj.")]:
-        save_file({name: t for name, t in whole.items() if name != lost}, tmp_path / "model.safetensors", {"format": "pt"})
+        save_file(
+            {name: t for name, t in whole.items() if name != lost},
+            tmp_path / "model.safetensors",
+            {"format": "pt"},
+        )
         with pytest.raises(ModelError, match=lost):
-            AutoModelForCausalLM.from_pretrained(tmp_path, device_map=places, offload_folder=str(tmp_path / "off"))
+            AutoModelForCausalLM.from_pretrained(
+                tmp_path, device_map=places, offload_folder=str(tmp_path / "off")
+            )
 
 
 def test_a_tensor_of_another_type_or_shape_is_an_error(tmp_path: Path) -> None:
@@ -343,7 +403,9 @@ def test_a_config_that_cannot_be_is_refused(tmp_path: Path) -> None:
 def test_a_plain_model_is_not_quantised_on_the_way(tmp_path: Path) -> None:
     pico("llama").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="pre-quantized"):
-        AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=transformers_quantizer.CompressedConfig())
+        AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=transformers_quantizer.CompressedConfig()
+        )
 
 
 def test_a_copy_and_other_codes_compute_as_they_should(tmp_path: Path) -> None:
@@ -352,9 +414,12 @@ def test_a_copy_and_other_codes_compute_as_they_should(tmp_path: Path) -> None:
     before, other = logits(model), copy.deepcopy(model)
     assert torch.equal(logits(other), before)
     state = {
-        name: t.flip(0) if "_proj.weight" in name and t.dtype == torch.uint8 else t for name, t in model.state_dict().items()
+        name: t.flip(0) if "_proj.weight" in name and t.dtype == torch.uint8 else t
+        for name, t in model.state_dict().items()
     }
-    other.load_state_dict({name: t if int(t.min()) else model.state_dict()[name] for name, t in state.items()})
+    other.load_state_dict(
+        {name: t if int(t.min()) else model.state_dict()[name] for name, t in state.items()}
+    )
     assert torch.equal(logits(model), before) and distance(logits(other), before) > 0.1
 
 
@@ -364,7 +429,10 @@ def test_a_4_bit_linear_makes_its_kernel_where_its_codes_are() -> None:
     )
     module = FourBitLinear(64, 320, FourBitLayout("nf4", 64, True), bias=False)
     module.load_state_dict(four_bit.tensors(packed))
-    assert torch.equal(module.dequantized(torch.float32), bitsandbytes_layout.dequantize(packed)) and len(module.kernel) == 1
+    assert (
+        torch.equal(module.dequantized(torch.float32), bitsandbytes_layout.dequantize(packed))
+        and len(module.kernel) == 1
+    )
     assert module.to("meta").kernel == ()
 
 
@@ -387,7 +455,9 @@ def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
     assert bool(grad.isfinite().all()) and bool((grad[TOKENS[0, :-1]].abs().sum(1) > 0).all())
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # which peft 0.21 still asks for
+@pytest.mark.filterwarnings(
+    "ignore:.*is_gradient_checkpointing:FutureWarning"
+)  # which peft 0.21 still asks for
 def test_a_lora_adapter_trains_on_top_and_is_loaded_again(tmp_path: Path) -> None:
     artefact(
         tmp_path / "model",

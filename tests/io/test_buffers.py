@@ -1,4 +1,5 @@
-"""What a checkpoint holds beside the model: masks of old versions, heads and towers that this class does not have."""
+"""What a checkpoint holds beside the model: masks of old versions, heads and towers that this class does not
+have."""
 
 from __future__ import annotations
 
@@ -16,13 +17,18 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, weights_of
 from tests.bases import known, save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 OLD: dict[str, dict[str, Tensor]] = {
     "gpt2": {
         **{f"transformer.h.{i}.attn.bias": torch.ones(1, 1, 96, 96, dtype=torch.uint8) for i in range(2)},
         **{f"transformer.h.{i}.attn.masked_bias": torch.tensor(-1e4) for i in range(2)},
     },
     "gpt_neox": {
-        **{f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool) for i in range(2)},
+        **{
+            f"gpt_neox.layers.{i}.attention.bias": torch.ones(1, 1, 96, 96, dtype=torch.bool)
+            for i in range(2)
+        },
         **{f"gpt_neox.layers.{i}.attention.masked_bias": torch.tensor(-1e9) for i in range(2)},
         **{f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq": torch.ones(8) for i in range(2)},
     },
@@ -41,7 +47,9 @@ OLD: dict[str, dict[str, Tensor]] = {
 def base_with(folder: Path, family: str) -> Path:
     """A base as old or larger models leave it: with tensors that the causal language model does not have."""
     base = save_base(folder, family)
-    save_file(load_file(base / "model.safetensors") | OLD[family], base / "model.safetensors", {"format": "pt"})
+    save_file(
+        load_file(base / "model.safetensors") | OLD[family], base / "model.safetensors", {"format": "pt"}
+    )
     return base
 
 
@@ -50,10 +58,15 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "facts.txt")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", OLD)
 @pytest.mark.parametrize(
     "stage",
-    [{"prune": {"axis": "ffn", "keep": 0.6}}, {"prune": {"axis": "layer", "keep": 1}}, {"quantize": {"format": "nf4"}}],
+    [
+        {"prune": {"axis": "ffn", "keep": 0.6}},
+        {"prune": {"axis": "layer", "keep": 1}},
+        {"quantize": {"format": "nf4"}},
+    ],
     ids=["ffn", "layer", "nf4"],
 )
 def test_what_is_no_part_of_the_model_is_neither_written_nor_counted(
@@ -66,7 +79,9 @@ def test_what_is_no_part_of_the_model_is_neither_written_nor_counted(
     assert not info["unexpected_keys"] and not info["missing_keys"] - {"lm_head.weight"}
     plain = AutoModelForCausalLM.from_pretrained(base)
     assert report.base.parameters == sum(p.numel() for p in plain.parameters())
-    assert report.base.size_bytes == (base / "model.safetensors").stat().st_size, "the size of a base is that of its files"
+    assert report.base.size_bytes == (base / "model.safetensors").stat().st_size, (
+        "the size of a base is that of its files"
+    )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gpt_neox"])

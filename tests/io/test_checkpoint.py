@@ -43,7 +43,11 @@ def test_a_sharded_checkpoint_reads_as_the_model_it_was(saved: Path) -> None:
     assert checkpoint.tensors.keys() == state.keys()
     for name, tensor in state.items():
         entry = checkpoint.tensors[name]
-        assert (entry.shape, entry.dtype, entry.size_bytes) == (tuple(tensor.shape), tensor.dtype, tensor.nbytes)
+        assert (entry.shape, entry.dtype, entry.size_bytes) == (
+            tuple(tensor.shape),
+            tensor.dtype,
+            tensor.nbytes,
+        )
         assert torch.equal(checkpoint.read(name), tensor)
     assert checkpoint.config["model_type"] == "llama"
     assert checkpoint.parameters == sum(tensor.numel() for tensor in state.values())
@@ -190,7 +194,9 @@ def test_files_that_are_as_they_were_are_read_once(base: Path, monkeypatch: pyte
     monkeypatch.setattr(Checkpoint, "read", counted)
     first = Checkpoint.open(base).digest()
     once = len(read)
-    assert Checkpoint.open(base).digest() == first and len(read) == 2 * once, "so fresh that a clock may not tell"
+    assert Checkpoint.open(base).digest() == first and len(read) == 2 * once, (
+        "so fresh that a clock may not tell"
+    )
     monkeypatch.setattr(checkpoint, "FRESH", -1)
     assert [Checkpoint.open(base).digest() for _ in range(3)] == [first] * 3 and len(read) == 3 * once
     file = next(iter(sorted(base.glob("*.safetensors"))))

@@ -1,4 +1,5 @@
-"""The small files beside a model: those that travel are known by name, links out of the folder are not followed."""
+"""The small files beside a model: those that travel are known by name, links out of the folder are not
+followed."""
 
 from __future__ import annotations
 
@@ -22,17 +23,54 @@ def fill(folder: Path, *names: str) -> Path:
 
 
 def test_what_transformers_knows_by_name_travels_and_nothing_else(tmp_path: Path) -> None:
-    known = ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-             "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model",
-             "sentencepiece.bpe.model", "preprocessor_config.json", "processor_config.json", "chat_template.jinja",
-             "chat_template.json", "additional_chat_templates/tool.jinja", "LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE",
-             "NOTICE.md")  # fmt: skip
-    others = ("credentials.json", "notes.txt", "users.txt", "secrets.json", "my.model", "prompts.jinja", "LICENSE_KEYS.txt",
-              "requirements.txt", "report.json", "model.safetensors.index.json", "modeling_phi3.py", "tokenizer.json.bak",
-              "additional_chat_templates/notes.txt", "emoji.json", ".env", "sub/tokenizer.json")  # fmt: skip
+    known = (
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "added_tokens.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "tokenizer.model",
+        "spiece.model",
+        "sentencepiece.bpe.model",
+        "preprocessor_config.json",
+        "processor_config.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/tool.jinja",
+        "LICENSE",
+        "LICENSE.txt",
+        "LICENSE.md",
+        "NOTICE",
+        "NOTICE.md",
+    )
+    others = (
+        "credentials.json",
+        "notes.txt",
+        "users.txt",
+        "secrets.json",
+        "my.model",
+        "prompts.jinja",
+        "LICENSE_KEYS.txt",
+        "requirements.txt",
+        "report.json",
+        "model.safetensors.index.json",
+        "modeling_phi3.py",
+        "tokenizer.json.bak",
+        "additional_chat_templates/notes.txt",
+        "emoji.json",
+        ".env",
+        "sub/tokenizer.json",
+    )
     folder = fill(tmp_path, *known, *others)
     assert set(kept(folder)) == set(known)
-    assert set(kept(folder, ["emoji.json", "gone.txt"])) == {*known, "emoji.json"}  # as a class of tokenizers names it
+    assert set(kept(folder, ["emoji.json", "gone.txt"])) == {
+        *known,
+        "emoji.json",
+    }  # as a class of tokenizers names it
 
 
 def test_every_file_that_a_tokenizer_of_transformers_reads_has_its_place() -> None:
@@ -48,7 +86,10 @@ def test_every_file_that_a_tokenizer_of_transformers_reads_has_its_place() -> No
 
 
 def test_a_link_is_followed_inside_the_folder_and_not_out_of_it(tmp_path: Path) -> None:
-    folder, other = fill(tmp_path / "base", "real/vocab.json"), fill(tmp_path / "other", "LICENSE", "templates/tool.jinja")
+    folder, other = (
+        fill(tmp_path / "base", "real/vocab.json"),
+        fill(tmp_path / "other", "LICENSE", "templates/tool.jinja"),
+    )
     (folder / "vocab.json").symlink_to("real/vocab.json")
     (folder / "merges.txt").symlink_to("/etc/passwd")
     (folder / "LICENSE").symlink_to(other / "LICENSE")
@@ -62,7 +103,10 @@ def test_a_link_is_followed_inside_the_folder_and_not_out_of_it(tmp_path: Path) 
 
 def test_in_the_cache_of_the_hub_links_lead_to_the_blobs(tmp_path: Path) -> None:
     cache = tmp_path / "hub"
-    snapshot, blobs = cache / "models--user--name" / "snapshots" / "abc", cache / "models--user--name" / "blobs"
+    snapshot, blobs = (
+        cache / "models--user--name" / "snapshots" / "abc",
+        cache / "models--user--name" / "blobs",
+    )
     fill(blobs, "1"), fill(cache / "blobs" / "2f", "2f2f"), fill(cache / "models--user--other" / "blobs", "3")
     snapshot.mkdir(parents=True)
     (blobs / "2").symlink_to("../../blobs/2f/2f2f")  # a blob that several repositories share
@@ -95,7 +139,10 @@ LEFT = {
     "rope_scaling": None,
     "text_config": {"hidden_size": 64},
     "trained_on": ["wikitext"],
-    **{key: CONFIG[key] for key in ("eos_token", "added_tokens_decoder", "chat_template", "extra_special_tokens")},
+    **{
+        key: CONFIG[key]
+        for key in ("eos_token", "added_tokens_decoder", "chat_template", "extra_special_tokens")
+    },
 }
 
 
@@ -103,7 +150,9 @@ def test_a_config_goes_without_code_and_places_and_its_tokens_stay() -> None:
     assert shareable(CONFIG) == LEFT
 
 
-@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer_config.json", "generation_config.json", "processor_config.json"]
+)
 def test_a_config_that_names_nothing_of_here_keeps_its_bytes(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     file.write_text(odd := '{ "model_type":"llama",\t"n": 1e30 }')

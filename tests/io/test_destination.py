@@ -1,4 +1,5 @@
-"""Where a result appears: names that can be no folder are one line, and nothing that came meanwhile is lost."""
+"""Where a result appears: names that can be no folder are one line, and nothing that came meanwhile is
+lost."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def test_what_was_seen_is_replaced(fresh: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("before", [False, True])
 @pytest.mark.parametrize("now", ["file", "folder", "link", "changed"])
-def test_what_appeared_meanwhile_stays_and_so_does_the_result(before: bool, now: str, fresh: Path, tmp_path: Path) -> None:
+def test_what_appeared_meanwhile_stays_and_so_does_the_result(
+    before: bool, now: str, fresh: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     if before:
         out.mkdir()
@@ -111,7 +114,9 @@ def test_what_is_no_file_is_written_to_and_stays_what_it_is() -> None:
     require_file(Path("/dev/null"), "--json")
     write_file(Path("/dev/null"), "{}", "--json")
     assert Path("/dev/null").is_char_device()
-    with pytest.raises(OutputError, match=r"can't write /dev/full \(No space left on device\); give another --json file"):
+    with pytest.raises(
+        OutputError, match=r"can't write /dev/full \(No space left on device\); give another --json file"
+    ):
         write_file(Path("/dev/full"), "{}", "--json")
 
 

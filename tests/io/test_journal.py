@@ -1,4 +1,5 @@
-"""The journal: what is saved is read back by the next run, and what is damaged or another run's counts as not done."""
+"""The journal: what is saved is read back by the next run, and what is damaged or another run's counts as not
+done."""
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -91,7 +92,9 @@ def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: 
             journal = Journal(tmp_path / "journal", "key", shared=True)
             journal.save("window", round % 2, {"w": torch.full((1000,), round % 2)}, {"round": round % 2})
             found = journal.load("window", round % 2)
-            assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {"round": round % 2}
+            assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {
+                "round": round % 2
+            }
         return True
 
     with ThreadPoolExecutor(4) as pool:

@@ -42,6 +42,7 @@ def refusal(file: Path) -> str:
     return str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_lock_is_refused_while_its_process_lives_and_free_when_that_was_killed(tmp_path: Path) -> None:
     file = tmp_path / "work" / "lock"
     with hold(file) as process:
@@ -86,7 +87,9 @@ def test_a_file_that_is_deleted_and_made_again_is_never_held_twice(tmp_path: Pat
         assert list(pool.map(take_often, range(4))) == [60] * 4
 
 
-@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"\xff\xfe", b'{"pid": "x", "host": "", "started": 0}', b"[" * 900])
+@pytest.mark.parametrize(
+    "text", [b"", b"{", b"[]", b"\xff\xfe", b'{"pid": "x", "host": "", "started": 0}', b"[" * 900]
+)
 def test_a_lock_file_that_says_nothing_is_no_obstacle(text: bytes, tmp_path: Path) -> None:
     (tmp_path / "lock").write_bytes(text)
     assert Holder.read(text) is None
@@ -112,8 +115,9 @@ def test_where_the_file_system_can_not_lock_what_the_file_says_decides(
     for what, holder in others.items():
         file.write_text(json.dumps(holder._asdict()))
         if what in ("lives here", "is elsewhere"):
-            assert f"in use by process {parent.pid} on {holder.host} (if that is no run any more, delete {file})" in refusal(
-                file
+            assert (
+                f"in use by process {parent.pid} on {holder.host} (if that is no run any more, delete {file})"
+                in refusal(file)
             )
         else:
             caplog.clear()

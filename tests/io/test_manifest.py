@@ -24,7 +24,10 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_manifest_names_each_file_and_its_sha256(folder: Path) -> None:
     said = json.loads((folder / MANIFEST).read_text())
-    assert said == {"a.bin": hashlib.sha256(bytes(1000)).hexdigest(), "inner/b.json": hashlib.sha256(b"{}").hexdigest()}
+    assert said == {
+        "a.bin": hashlib.sha256(bytes(1000)).hexdigest(),
+        "inner/b.json": hashlib.sha256(b"{}").hexdigest(),
+    }
     assert is_sound(folder)
 
 
@@ -32,7 +35,13 @@ def test_a_manifest_names_each_file_and_its_sha256(folder: Path) -> None:
 def test_no_damage_goes_unseen(name: str, folder: Path) -> None:
     file = folder / name
     content = file.read_bytes()
-    for damaged in (b"", content[:-1], content[:-1] + bytes([content[-1] ^ 1]), content + b" ", b"\xff" * len(content)):
+    for damaged in (
+        b"",
+        content[:-1],
+        content[:-1] + bytes([content[-1] ^ 1]),
+        content + b" ",
+        b"\xff" * len(content),
+    ):
         file.write_bytes(damaged)
         assert not is_sound(folder)
     file.unlink()

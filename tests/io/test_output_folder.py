@@ -33,7 +33,13 @@ SMALL = {
     "LICENSE": "free",
     "NOTICE.md": "n",
 }
-DROPPED = ("modeling_custom.py", "pytorch_model.bin", "optimizer.pt", "README.md", "model.safetensors.index.json")
+DROPPED = (
+    "modeling_custom.py",
+    "pytorch_model.bin",
+    "optimizer.pt",
+    "README.md",
+    "model.safetensors.index.json",
+)
 
 
 @pytest.fixture
@@ -51,7 +57,9 @@ def state() -> dict[str, Tensor]:
     return dict(pico("llama").state_dict())
 
 
-def write(out: Path, base: Path, state: dict[str, Tensor], shard_bytes: int = 10**9, overwrite: bool = False) -> Path:
+def write(
+    out: Path, base: Path, state: dict[str, Tensor], shard_bytes: int = 10**9, overwrite: bool = False
+) -> Path:
     writer = Writer(out, base, size_bytes=10**6, shard_bytes=shard_bytes, overwrite=overwrite)
     for name, tensor in state.items():
         writer.add({name: tensor})
@@ -60,7 +68,11 @@ def write(out: Path, base: Path, state: dict[str, Tensor], shard_bytes: int = 10
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def test_an_artefact_holds_the_weights_and_every_small_file_of_the_base(
@@ -76,7 +88,9 @@ def test_an_artefact_holds_the_weights_and_every_small_file_of_the_base(
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}  # the partial folder is gone
 
 
-def test_shards_of_any_size_load_as_the_same_model(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_shards_of_any_size_load_as_the_same_model(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     tokens = torch.arange(24)[None]
     with torch.no_grad():
         expected = pico("llama")(tokens).logits
@@ -87,11 +101,15 @@ def test_shards_of_any_size_load_as_the_same_model(tmp_path: Path, base: Path, s
             index = json.loads((out / "model.safetensors.index.json").read_text())
             assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
             assert index["weight_map"].keys() == state.keys()
-            assert size != 100_000 or all(file.stat().st_size <= size + 10_000 for file in shards)  # none is larger
+            assert size != 100_000 or all(
+                file.stat().st_size <= size + 10_000 for file in shards
+            )  # none is larger
             assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(tokens).logits, expected)
 
 
-def test_a_quantised_linear_may_lie_in_several_shards(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_a_quantised_linear_may_lie_in_several_shards(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     model, tokens, kept = pico("llama"), torch.arange(24)[None], []
     for name, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear):
@@ -100,9 +118,13 @@ def test_a_quantised_linear_may_lie_in_several_shards(tmp_path: Path, base: Path
             else:
                 model.set_submodule(
                     name,
-                    bitsandbytes_layout.linear(bitsandbytes_layout.quantize_nearest(module.weight.data, "nf4", 64, True), None),
+                    bitsandbytes_layout.linear(
+                        bitsandbytes_layout.quantize_nearest(module.weight.data, "nf4", 64, True), None
+                    ),
                 )
-    writer = Writer(tmp_path / "out", base, size_bytes=10**6, shard_bytes=1)  # every tensor a shard of its own
+    writer = Writer(
+        tmp_path / "out", base, size_bytes=10**6, shard_bytes=1
+    )  # every tensor a shard of its own
     writer.add(model.state_dict())
     config = {
         **Checkpoint.open(base).config,
@@ -138,7 +160,9 @@ def test_a_tied_weight_is_written_once(tmp_path: Path, base: Path, state: dict[s
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-def test_a_tie_without_its_source_and_a_weight_written_twice_are_our_mistakes(tmp_path: Path, base: Path) -> None:
+def test_a_tie_without_its_source_and_a_weight_written_twice_are_our_mistakes(
+    tmp_path: Path, base: Path
+) -> None:
     writer = Writer(tmp_path / "out", base, size_bytes=1)
     writer.ties = {"a": "b"}
     writer.add({"c": torch.ones(2)})
@@ -155,7 +179,9 @@ def refusal(make: Callable[[], object]) -> str:
     return str(caught.value)
 
 
-def test_an_artefact_that_exists_stays_unless_told(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_an_artefact_that_exists_stays_unless_told(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     out = write(tmp_path / "out", base, state)
     before = files(out)
     assert "exists" in refusal(lambda: write(out, base, state))
@@ -170,11 +196,15 @@ def test_an_empty_folder_is_as_good_as_none(tmp_path: Path, base: Path, state: d
     assert "model.safetensors" in files(write(tmp_path / "out", base, state))
 
 
-def test_what_is_not_an_artefact_is_never_overwritten(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_what_is_not_an_artefact_is_never_overwritten(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "letter.txt").write_text("dear")
     assert "other things" in refusal(lambda: write(tmp_path / "home", base, state, overwrite=True))
-    assert "is a file" in refusal(lambda: write(tmp_path / "home" / "letter.txt", base, state, overwrite=True))
+    assert "is a file" in refusal(
+        lambda: write(tmp_path / "home" / "letter.txt", base, state, overwrite=True)
+    )
     assert "the base" in refusal(lambda: write(base, base, state, overwrite=True))
     assert "the base" in refusal(lambda: write(tmp_path, base, state, overwrite=True))
     assert "root of a disk" in refusal(lambda: partial_folder("/"))
@@ -219,6 +249,7 @@ for i in range(10**9):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("existing", [False, True])
 def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     tmp_path: Path, base: Path, state: dict[str, Tensor], existing: bool
@@ -226,7 +257,9 @@ def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     out = tmp_path / "out"
     before = files(write(out, base, state)) if existing else {}
     root = Path(__file__).parents[2]
-    with subprocess.Popen([sys.executable, "-c", ENDLESS, str(out), str(base)], stdout=subprocess.PIPE, cwd=root) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, str(out), str(base)], stdout=subprocess.PIPE, cwd=root
+    ) as process:
         assert process.stdout is not None
         written = [process.stdout.readline() for _ in range(5)]
         time.sleep(0.01)
@@ -235,7 +268,9 @@ def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     assert out.exists() == existing
     assert not existing or files(out) == before
     assert any((partial_folder(out) / "artifact").iterdir())  # it was in the middle of it
-    assert Journal(partial_folder(out) / "journal", "key").has("quantize", 0)  # and what it had finished is still there
+    assert Journal(partial_folder(out) / "journal", "key").has(
+        "quantize", 0
+    )  # and what it had finished is still there
     again = files(write(out, base, state, overwrite=True))
     assert again == (before or files(write(tmp_path / "other", base, state)))
     assert not partial_folder(out).exists()
@@ -247,7 +282,10 @@ def test_one_writer_at_a_time_works_on_a_result(tmp_path: Path, base: Path, stat
         writer.add(state)
         before = files(writer.partial)
         told = refusal(lambda: Writer(out, base, size_bytes=1, overwrite=True))
-        assert f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another --out" in told
+        assert (
+            f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another "
+            "--out" in told
+        )
         assert files(writer.partial) == before
         writer.close(Checkpoint.open(base).config)
         writer.publish({})
@@ -265,7 +303,9 @@ def write_while(
         writer.publish({"report.json": "{}"})
 
 
-def test_what_appeared_meanwhile_stays_and_the_result_too(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_what_appeared_meanwhile_stays_and_the_result_too(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     out = tmp_path / "out"
 
     def appears() -> None:
@@ -276,7 +316,10 @@ def test_what_appeared_meanwhile_stays_and_the_result_too(tmp_path: Path, base: 
     whole = files(tmp_path / "whole")
     told = refusal(lambda: write_while(appears, out, base, state))
     kept = partial_folder(out) / "artifact"
-    assert f"stays as it is; the result is whole in {kept}: move {out} away and give the same command again" in told
+    assert (
+        f"stays as it is; the result is whole in {kept}: move {out} away and give the same command again"
+        in told
+    )
     assert files(out) == {"letter.txt": b"dear"} and files(kept) == whole
     assert "exists" in refusal(lambda: Writer(out, base, size_bytes=1))
     assert files(kept) == whole, "who is refused takes nothing away"
@@ -285,9 +328,13 @@ def test_what_appeared_meanwhile_stays_and_the_result_too(tmp_path: Path, base: 
     assert files(out) == whole and not partial_folder(out).exists()
 
 
-def test_an_artefact_that_changed_meanwhile_is_not_overwritten(tmp_path: Path, base: Path, state: dict[str, Tensor]) -> None:
+def test_an_artefact_that_changed_meanwhile_is_not_overwritten(
+    tmp_path: Path, base: Path, state: dict[str, Tensor]
+) -> None:
     out = write(tmp_path / "out", base, state)
-    told = refusal(lambda: write_while(lambda: (out / "notes.txt").write_text("mine"), out, base, state, overwrite=True))
+    told = refusal(
+        lambda: write_while(lambda: (out / "notes.txt").write_text("mine"), out, base, state, overwrite=True)
+    )
     assert "is not what it was when the run began" in told
     assert files(out)["notes.txt"] == b"mine" and "model.safetensors" in files(out)
 

@@ -32,7 +32,10 @@ def laughs(levels: int = 9, width: int = 9) -> str:
 HOSTILE: dict[str, str | bytes] = {
     "billion laughs": laughs(),
     "billion laughs in mappings": "\n".join(
-        ["a0: &a0 {k: v}", *(f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(9))}}}" for n in range(1, 9))]
+        [
+            "a0: &a0 {k: v}",
+            *(f"a{n}: &a{n} {{{', '.join(f'k{i}: *a{n - 1}' for i in range(9))}}}" for n in range(1, 9)),
+        ]
     ),
     "merge keys": "a: &a {x: 1}\n" + "\n".join(f"b{n}: &b{n} {{<<: [*a, *a, *a, *a]}}" for n in range(500)),
     "merge laughs": "a0: &a0 {x: 1}\n"
@@ -85,12 +88,15 @@ HOSTILE: dict[str, str | bytes] = {
     "html": "<!doctype html><html><body>404</body></html>",
     "json with a comment": '{"stages": ["quantize"]} // comment',
     "many stages": "stages: [" + "quantize, " * 3000 + "]",
-    "path of a device": "base: /dev/zero\ndata: {source: /dev/random}\nstages: [{quantize: {skip: ['" + "*" * 5000 + "a']}}]",
+    "path of a device": "base: /dev/zero\ndata: {source: /dev/random}\nstages: [{quantize: {skip: ['"
+    + "*" * 5000
+    + "a']}}]",
 }
 
 
 def bounded(call: Callable[[], Any]) -> Any:
-    """What a call gives, or its CompressError; everything else, and too much time or memory, fails the test."""
+    """What a call gives, or its CompressError; everything else, and too much time or memory, fails the
+    test."""
     said = "nothing"
     tracemalloc.start()
     start = time.monotonic()
@@ -152,11 +158,27 @@ def test_any_bytes_are_a_recipe_or_one_line_that_refuses_them(text: bytes | str)
 
 
 WORDS = st.sampled_from(
-    ["stages", "data", "base", "quantize", "prune", "tie", "distill", "format", "nf4", "schema", "accept", "&a", "*a"]
+    [
+        "stages",
+        "data",
+        "base",
+        "quantize",
+        "prune",
+        "tie",
+        "distill",
+        "format",
+        "nf4",
+        "schema",
+        "accept",
+        "&a",
+        "*a",
+    ]
 )
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | WORDS,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=20,
 )
 
@@ -168,7 +190,9 @@ def test_any_values_are_a_recipe_or_one_line_that_refuses_them(value: Any) -> No
     bounded(lambda: Recipe.parse(yaml.safe_dump({"stages": value}, allow_unicode=True)))
 
 
-PIECES = st.lists(st.sampled_from([*"[]{}:,-?&*!|>'\"%@`#\n \t", "a", "&a ", "*a", "<<: ", "!!", "- ", ": ", "stages", "1"]))
+PIECES = st.lists(
+    st.sampled_from([*"[]{}:,-?&*!|>'\"%@`#\n \t", "a", "&a ", "*a", "<<: ", "!!", "- ", ": ", "stages", "1"])
+)
 
 
 @given(PIECES.map("".join))

@@ -13,8 +13,14 @@ from llmcompress.io.safetensors_writer import CODES, Shard, same
 
 def some_tensors() -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
-    tensors = {f"t{i}": (torch.randn(5, 3, generator=generator) * 50).to(dtype) for i, dtype in enumerate(CODES)}
-    strange = {"scalar": torch.tensor(2.5), "empty": torch.empty(0, 4), "transposed": torch.randn(4, 6, generator=generator).T}
+    tensors = {
+        f"t{i}": (torch.randn(5, 3, generator=generator) * 50).to(dtype) for i, dtype in enumerate(CODES)
+    }
+    strange = {
+        "scalar": torch.tensor(2.5),
+        "empty": torch.empty(0, 4),
+        "transposed": torch.randn(4, 6, generator=generator).T,
+    }
     return {**tensors, **strange}
 
 
@@ -32,7 +38,10 @@ def test_a_shard_reads_back_through_safetensors(tmp_path: Path, backend: str) ->
     assert found.keys() == tensors.keys()
     for name, tensor in tensors.items():
         assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape)
-        assert torch.equal(found[name].contiguous().view(-1).view(torch.uint8), tensor.contiguous().view(-1).view(torch.uint8))
+        assert torch.equal(
+            found[name].contiguous().view(-1).view(torch.uint8),
+            tensor.contiguous().view(-1).view(torch.uint8),
+        )
 
 
 def test_same_is_equal_bit_by_bit() -> None:

@@ -23,7 +23,9 @@ def test_a_scratch_folder_goes_with_its_context(tmp_path: Path, monkeypatch: pyt
     with scratch_folder() as folder:
         assert is_scratch(folder / "journal") and folder.parent == tmp_path
         with (
-            pytest.raises(OutputError, match=r"File too large\); free space there or set TMPDIR to another folder"),
+            pytest.raises(
+                OutputError, match=r"File too large\); free space there or set TMPDIR to another folder"
+            ),
             writing(folder / "journal"),
         ):
             raise OSError(27, "File too large")
@@ -31,18 +33,29 @@ def test_a_scratch_folder_goes_with_its_context(tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.parametrize("asked", [None, "/no/such/folder"])
-def test_where_there_can_be_none_one_line_names_tmpdir(asked: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_there_can_be_none_one_line_names_tmpdir(
+    asked: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
     monkeypatch.delenv("TMPDIR", raising=False)
     if asked:
         monkeypatch.setenv("TMPDIR", asked)
-    where = f"TMPDIR, which is {asked}," if asked else r"the system's folder of temporary files \(TMPDIR is not set\)"
-    line = rf"^can't write to {where} \(No such file or directory\); free space there or set TMPDIR to another folder$"
+    where = (
+        f"TMPDIR, which is {asked},"
+        if asked
+        else r"the system's folder of temporary files \(TMPDIR is not set\)"
+    )
+    line = (
+        rf"^can't write to {where} \(No such file or directory\); free space there or set TMPDIR to another "
+        r"folder$"
+    )
     with pytest.raises(OutputError, match=line), scratch_folder():
         raise AssertionError("there is none")
 
 
-def test_a_model_in_memory_without_a_temporary_folder_is_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_in_memory_without_a_temporary_folder_is_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     recipe = small_recipe(write_text(tmp_path / "facts.txt"), rounding="nearest")
     model = pico("llama", vocab_size=256, num_hidden_layers=1)
     monkeypatch.setattr(tempfile, "tempdir", "/no/such/folder")
@@ -56,6 +69,8 @@ import sys, tempfile
 tempfile.tempdir = "/no/such/folder"  # as if no folder of temporary files could be written
 sys.argv = ["llmcompress", *sys.argv[1:]]
 from llmcompress.cli.app import main
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 main()
 """
 
@@ -66,7 +81,15 @@ def test_a_run_needs_no_temporary_folder_but_for_what_draws(drawn: bool, tmp_pat
     base, text = save_base(tmp_path / "base", num_hidden_layers=1), write_text(tmp_path / "facts.txt")
     (tmp_path / "recipe.yaml").write_text(small_recipe(text, base, rounding="nearest").to_yaml())
     place = tmp_path / "matplotlib" if drawn else Path("/proc/none")
-    command = [sys.executable, "-c", WITHOUT, "run", str(tmp_path / "recipe.yaml"), "--out", str(tmp_path / "a" / "out")]
+    command = [
+        sys.executable,
+        "-c",
+        WITHOUT,
+        "run",
+        str(tmp_path / "recipe.yaml"),
+        "--out",
+        str(tmp_path / "a" / "out"),
+    ]
     environment = os.environ | {"MPLCONFIGDIR": str(place), "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     if drawn:

@@ -23,7 +23,9 @@ def fresh() -> Iterator[None]:
         said.cache_clear()
 
 
-def test_triton_that_is_not_installed_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_triton_that_is_not_installed_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setattr(int8_dispatch, "int8_triton", None)
     assert not int8_dispatch.compiles(torch.device("cuda:0"))
     assert not int8_dispatch.compiles(torch.device("cuda:0"))

@@ -1,7 +1,7 @@
 """The Triton kernels against the plain forms of what they compute.
 
-They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one program after
-another: the same numbers, nothing of speed or of a GPU's memory.
+They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one
+program after another: the same numbers, nothing of speed or of a GPU's memory.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ SHAPES = [(1, 48, 96), (2, 17, 33), (5, 40, 300), (17, 64, 65), (32, 33, 128)]  
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
-        int8_dispatch.int8_triton is None or (DEVICE == "cpu" and not INTERPRETED), reason="needs Triton and a CUDA device"
+        int8_dispatch.int8_triton is None or (DEVICE == "cpu" and not INTERPRETED),
+        reason="needs Triton and a CUDA device",
     ),
 ]
 by_shape = pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
@@ -56,7 +57,9 @@ def close(found: Tensor, expected: Tensor) -> None:
 @by_bits
 @by_shape
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_tokens_get_the_codes_of_the_plain_form(bits: int, tokens: int, rows: int, columns: int, dtype: torch.dtype) -> None:
+def test_tokens_get_the_codes_of_the_plain_form(
+    bits: int, tokens: int, rows: int, columns: int, dtype: torch.dtype
+) -> None:
     x = noise(tokens, columns).to(dtype)
     x[0, : columns // 2] = 0
     for step in (None, torch.tensor([0.02])):
@@ -95,11 +98,17 @@ def test_sums_are_scaled_as_in_the_plain_form(bits: int, tokens: int, rows: int,
 @by_bits
 @by_shape
 def test_few_tokens_get_the_plain_product(bits: int, tokens: int, rows: int, columns: int) -> None:
-    matrix, scale_R, bias = whole(127, rows, columns).to(torch.int8), noise(rows).abs() * 1e-3, noise(rows, seed=2)
+    matrix, scale_R, bias = (
+        whole(127, rows, columns).to(torch.int8),
+        noise(rows).abs() * 1e-3,
+        noise(rows, seed=2),
+    )
     x = noise(tokens, columns)
     for step, add, dtype in ((None, bias, torch.float32), (torch.tensor([0.02]), None, torch.bfloat16)):
         rounded, scale = plain(x, bits, step)
-        expected = integer_linear.scaled((rounded.double() @ matrix.double().t()).float(), scale, scale_R, add, dtype)
+        expected = integer_linear.scaled(
+            (rounded.double() @ matrix.double().t()).float(), scale, scale_R, add, dtype
+        )
         codes, scale = int8_dispatch.quantize_tokens(x, bits, None if step is None else step.to(DEVICE))
         close(int8_dispatch.few_tokens(codes, scale, matrix, scale_R, add, dtype, bits), expected)
 
@@ -107,12 +116,26 @@ def test_few_tokens_get_the_plain_product(bits: int, tokens: int, rows: int, col
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 @pytest.mark.parametrize(
     "scheme",
-    [IntegerLayout("w8a8"), IntegerLayout("w8a16"), IntegerLayout("w4a8", group_size=32), IntegerLayout("w8a8", "static")],
+    [
+        IntegerLayout("w8a8"),
+        IntegerLayout("w8a16"),
+        IntegerLayout("w4a8", group_size=32),
+        IntegerLayout("w8a8", "static"),
+    ],
 )
 def test_a_linear_on_a_gpu_is_that_of_a_cpu_for_few_tokens_and_many(scheme: IntegerLayout) -> None:
-    found: Any = IntegerScheme(scheme).nearest(noise(96, 64).cpu(), 0.03 if scheme.activations == "static" else None)
+    found: Any = IntegerScheme(scheme).nearest(
+        noise(96, 64).cpu(), 0.03 if scheme.activations == "static" else None
+    )
     module = integer_linear.linear(found, noise(96).cpu())
-    for shape in ((64,), (1, 64), (2, 3, 64), (int8_dispatch.FEW, 64), (int8_dispatch.FEW + 1, 64), (4, 100, 64)):
+    for shape in (
+        (64,),
+        (1, 64),
+        (2, 3, 64),
+        (int8_dispatch.FEW, 64),
+        (int8_dispatch.FEW + 1, 64),
+        (4, 100, 64),
+    ):
         x = noise(*shape).cpu()
         with torch.no_grad():
             expected = module(x)

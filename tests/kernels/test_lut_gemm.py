@@ -21,7 +21,8 @@ from llmcompress.formats.codebook import pack
 from llmcompress.kernels import lut_gemm
 
 needs_kernel = pytest.mark.skipif(
-    not lut_gemm.available(), reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0"
+    not lut_gemm.available(),
+    reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
 )
 
 
@@ -79,7 +80,9 @@ def test_threads_share_the_rows_of_a_large_linear(bits: int, threads: int) -> No
     x_TC, before = torch.randn(3, 515), torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        torch.testing.assert_close(lut_gemm.matmul(x_TC, packed, levels, 7, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            lut_gemm.matmul(x_TC, packed, levels, 7, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(lut_gemm.expand(packed, levels, 7, bits, 515), W_RC)
     finally:
         torch.set_num_threads(before)
@@ -97,7 +100,9 @@ def test_a_piece_of_the_rows_is_expanded_alone(bits: int) -> None:
 @needs_kernel
 @pytest.mark.parametrize("T", [1, lut_gemm.FEW, lut_gemm.FEW + 1, 50])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-def test_a_product_has_the_type_of_its_input_in_pieces_too(T: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_product_has_the_type_of_its_input_in_pieces_too(
+    T: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(lut_gemm, "PIECE", 1000)
     packed, levels, W_RC = linear(40, 300, 3, 4)
     x_TC = torch.randn(T, 300, dtype=dtype)
@@ -141,12 +146,19 @@ def test_what_is_not_a_weight_is_refused_and_not_read() -> None:
     ):
         with pytest.raises(ValueError, match="must be float32 and contiguous"):
             lut_gemm.matmul(*wrong)
-    for start, out in ((5, torch.empty(4, 40)), (0, torch.empty(4, 41)), (-1, None), (0, torch.empty(4, 40).half())):
+    for start, out in (
+        (5, torch.empty(4, 40)),
+        (0, torch.empty(4, 41)),
+        (-1, None),
+        (0, torch.empty(4, 40).half()),
+    ):
         with pytest.raises(ValueError, match=f"rows from {start} of 8 x 40 do not go"):
             lut_gemm.expand(packed, levels, 2, 4, 40, start=start, out=out)
 
 
-def test_a_switch_turns_the_kernel_off(fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_switch_turns_the_kernel_off(
+    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "0")
     assert not lut_gemm.available() and lut_gemm.form() is None
     assert lut_gemm.why_not() == "LLMCOMPRESS_KERNELS is 0"
@@ -188,6 +200,7 @@ def test_without_what_it_takes_there_is_no_kernel_and_one_warning(
     assert WHY[broken] in record.getMessage()
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_many_that_compile_at_once_make_one_file(tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
@@ -196,7 +209,9 @@ def test_many_that_compile_at_once_make_one_file(tmp_path: Path) -> None:
     (made,) = (tmp_path / "kernels").iterdir()
     assert made.name.startswith("lookup-") and made.suffix == ".so"
     stamp = made.stat().st_mtime_ns
-    assert lut_gemm._load(tmp_path / "kernels") is not None and made.stat().st_mtime_ns == stamp, "it is compiled once"
+    assert lut_gemm._load(tmp_path / "kernels") is not None and made.stat().st_mtime_ns == stamp, (
+        "it is compiled once"
+    )
 
 
 @needs_kernel
@@ -204,13 +219,19 @@ def test_many_that_compile_at_once_make_one_file(tmp_path: Path) -> None:
 def test_the_kernel_runs_on_the_threads_of_torch() -> None:
     packed, levels, _ = linear(64, 4096, 1, 4)
     lut_gemm.matmul(torch.randn(1, 4096), packed, levels, 1, 4)
-    loaded = {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "torch/lib/libgomp" in line}
+    loaded = {
+        line.split()[-1]
+        for line in Path("/proc/self/maps").read_text().splitlines()
+        if "torch/lib/libgomp" in line
+    }
     kernel = Path(str(lut_gemm._loaded()._name))
     assert len(loaded) == 1 and Path(loaded.pop()).name.encode() in kernel.read_bytes()
 
 
 @needs_kernel
-@pytest.mark.parametrize(("form", "march"), [("plain", ()), ("avx2", ("haswell",)), ("avx512", ("skylake-avx512",))])
+@pytest.mark.parametrize(
+    ("form", "march"), [("plain", ()), ("avx2", ("haswell",)), ("avx512", ("skylake-avx512",))]
+)
 def test_the_forms_for_other_processors_compute_the_same(
     form: str, march: tuple[str, ...], fresh: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -225,7 +246,9 @@ def test_the_forms_for_other_processors_compute_the_same(
     for bits in (2, 3, 4, 8):
         packed, levels, W_RC = linear(9, 333, 2, bits)
         x_TC = torch.randn(5, 333)
-        torch.testing.assert_close(lut_gemm.matmul(x_TC, packed, levels, 2, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            lut_gemm.matmul(x_TC, packed, levels, 2, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4
+        )
         assert torch.equal(lut_gemm.expand(packed, levels, 2, bits, 333), W_RC)
 
 
@@ -258,10 +281,13 @@ def test_a_kernel_that_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
         assert [file.read_bytes() for file in folder.iterdir()] == [sound]
 
 
+@pytest.mark.slow(keep=1)
 @needs_kernel
 @pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
 @pytest.mark.parametrize("open_to", ["the folder", "the one above", "another owner", "a link"])
-def test_what_others_may_write_is_never_loaded(open_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_others_may_write_is_never_loaded(
+    open_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     own = tmp_path / "temporary"  # what other processes make in the system's is theirs
     own.mkdir(mode=0o700)
     monkeypatch.setattr(tempfile, "tempdir", str(own))

@@ -1,7 +1,8 @@
-"""A rotated model is the same model: the logits of every family that can be turned, and of mutants that leave one row out.
+"""A rotated model is the same model: the logits of every family that can be turned, and of mutants that leave
+one row out.
 
-The models are pico ones with random gains and biases; the weights go through `outer` and `inner` one set at a time, as a
-streamed model's do. What can't be turned is listed too, with the reason that it has to give.
+The models are pico ones with random gains and biases; the weights go through `outer` and `inner` one set at a
+time, as a streamed model's do. What can't be turned is listed too, with the reason that it has to give.
 """
 
 from __future__ import annotations
@@ -51,7 +52,11 @@ REFUSED: tuple[tuple[str, dict[str, Any], str], ...] = (
     ("gemma2", {"attention_bias": True}, AFTER),
     ("gemma3_text", {"attention_bias": True, "tie_word_embeddings": False}, AFTER),
     ("gpt2", {"n_inner": None, "activation_function": "relu", "tie_word_embeddings": False}, LAYER_NORM),
-    ("opt", {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"}, LAYER_NORM),
+    (
+        "opt",
+        {"enable_bias": False, "layer_norm_elementwise_affine": False, "activation_function": "gelu"},
+        LAYER_NORM,
+    ),
     ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 32}, LAYER_NORM),
     ("opt", {"_remove_final_layer_norm": True, "tie_word_embeddings": False}, LAYER_NORM),
     ("gpt_neox", {"attention_bias": False, "use_parallel_residual": False, "hidden_act": "relu"}, LAYER_NORM),
@@ -100,7 +105,9 @@ def moved(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> float:
 
 
 def changed_by(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> set[str]:
-    return {name for name, w in model.named_parameters() if float((weights[name] - w.detach()).abs().max()) > 1e-3}
+    return {
+        name for name, w in model.named_parameters() if float((weights[name] - w.detach()).abs().max()) > 1e-3
+    }
 
 
 def rotation_of(model: PreTrainedModel, seed: int = 0, *, r1: bool = True, r2: bool = True) -> Rotation:
@@ -125,10 +132,14 @@ def test_a_rotated_model_gives_the_same_logits(case: Case, flags: dict[str, bool
     weights = turned_weights(model, rotation_of(model, **flags))
     assert moved(model, weights) <= SAME
     changed = changed_by(model, weights)
-    assert any("o_proj" in name for name in changed) and ("lm_head.weight" in changed) == flags.get("r1", True)
+    assert any("o_proj" in name for name in changed) and ("lm_head.weight" in changed) == flags.get(
+        "r1", True
+    )
 
 
-@pytest.mark.parametrize(("family", "overrides", "why"), REFUSED, ids=[name_of((family, over)) for family, over, _ in REFUSED])
+@pytest.mark.parametrize(
+    ("family", "overrides", "why"), REFUSED, ids=[name_of((family, over)) for family, over, _ in REFUSED]
+)
 def test_a_model_that_r1_would_change_is_refused(family: str, overrides: dict[str, Any], why: str) -> None:
     config = pico(family, **overrides).config
     anatomy = anatomy_of(config)
@@ -143,7 +154,10 @@ def test_r2_alone_leaves_the_logits_of_every_model_that_r1_would_change(case: Ca
     """Neither norms nor ties are in its way: fused by parts or by heads, Conv1D, with biases or without."""
     model = pico(case[0], **case[1])
     weights = turned_weights(model, rotation_of(model, r1=False))
-    assert moved(model, weights) <= SAME and len(changed_by(model, weights)) >= 2 * model.config.num_hidden_layers
+    assert (
+        moved(model, weights) <= SAME
+        and len(changed_by(model, weights)) >= 2 * model.config.num_hidden_layers
+    )
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -252,9 +266,13 @@ def matrix_of(text: str, axis: str, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(Spelling.parse(text).shape(SIZES), generator=generator, dtype=torch.float64), M_DD
 
 
-@pytest.mark.parametrize(("text", "axis"), [(text, axis) for text in SPELLINGS for axis in Spelling.parse(text).axes])
+@pytest.mark.parametrize(
+    ("text", "axis"), [(text, axis) for text in SPELLINGS for axis in Spelling.parse(text).axes]
+)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_rotate_is_the_product_with_a_matrix_written_out_position_by_position(text: str, axis: str, seed: int) -> None:
+def test_rotate_is_the_product_with_a_matrix_written_out_position_by_position(
+    text: str, axis: str, seed: int
+) -> None:
     tensor, M_DD = matrix_of(text, axis, seed)
     expected = tensor
     for dim, term in enumerate(Spelling.parse(text).dims):
@@ -272,10 +290,14 @@ def test_rotate_is_the_product_with_a_matrix_written_out_position_by_position(te
 def test_a_part_confines_the_product_to_one_alternative_of_a_fused_weight(text: str, part: int) -> None:
     tensor, M_DD = matrix_of(text, "d", 0)
     whole, confined = rotate(tensor, text, SIZES, "d", M_DD), rotate(tensor, text, SIZES, "d", M_DD, part)
-    (dim, term), *_ = [(dim, term) for dim, term in enumerate(Spelling.parse(text).dims) if "d" in Spelling((term,)).axes]
+    (dim, term), *_ = [
+        (dim, term) for dim, term in enumerate(Spelling.parse(text).dims) if "d" in Spelling((term,)).axes
+    ]
     inside = torch.tensor([part == dict(name)["|"] or "|" not in text for name in names(term, UNITS)])
     assert bool(inside.any())
-    expected = torch.where(inside.reshape([-1 if i == dim else 1 for i in range(tensor.dim())]), whole, tensor)
+    expected = torch.where(
+        inside.reshape([-1 if i == dim else 1 for i in range(tensor.dim())]), whole, tensor
+    )
     assert torch.equal(confined, expected)
 
 
@@ -287,7 +309,9 @@ def test_a_part_confines_the_product_to_one_alternative_of_a_fused_weight(text: 
         ("ffn hidden", (6, 5), "hidden", 6, r"\(6, 6\) does not fit the 5 units of axis \"hidden\""),
     ],
 )
-def test_what_does_not_fit_is_an_error(text: str, shape: tuple[int, ...], axis: str, size: int, message: str) -> None:
+def test_what_does_not_fit_is_an_error(
+    text: str, shape: tuple[int, ...], axis: str, size: int, message: str
+) -> None:
     with pytest.raises(ValueError, match=message):
         rotate(torch.zeros(shape), text, SIZES, axis, torch.eye(size, dtype=torch.float64))
 
@@ -312,7 +336,9 @@ def test_rows_that_do_not_say_where_a_rotation_goes_are_refused() -> None:
     anatomy = anatomy_of(config)
     assert refusal(anatomy, config) is None
     scale_pairs = dict(anatomy.scale_pairs)
-    half = anatomy.extend("llama", scale_pairs={**scale_pairs, "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj")})
+    half = anatomy.extend(
+        "llama", scale_pairs={**scale_pairs, "input_layernorm": ("self_attn.q_proj", "self_attn.k_proj")}
+    )
     assert "which norm self_attn.v_proj reads" in str(refusal(half, config))
     square = anatomy.extend("llama", layer={"self_attn.q_proj.weight": "hidden hidden"})
     assert "which norm self_attn.q_proj reads" in str(refusal(square, config))
@@ -321,6 +347,7 @@ def test_rows_that_do_not_say_where_a_rotation_goes_are_refused() -> None:
     biased = anatomy.extend("llama", layer={"input_layernorm.bias": "hidden"})
     assert LAYER_NORM in str(refusal(biased, config))
     without = anatomy.extend(
-        "llama", scale_pairs={key: consumers for key, consumers in scale_pairs.items() if key != "self_attn.v_proj"}
+        "llama",
+        scale_pairs={key: consumers for key, consumers in scale_pairs.items() if key != "self_attn.v_proj"},
     )
     assert "leave R2 out" in str(refusal(without, config)) and refusal(without, config, r2=False) is None

@@ -53,7 +53,9 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
     tokens = windows(model.config.vocab_size)
     read: dict[str, list[Tensor]] = {}
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
-    names = [f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
+    names = [
+        f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears
+    ]
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(
             lambda _, args, name=name: read.setdefault(name, []).append(args[0].flatten(0, -2))
@@ -82,8 +84,11 @@ def test_linears_that_read_one_input_share_one_matrix() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_weights_as_they_were(family: str) -> None:
-    """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy have it."""
+def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_weights_as_they_were(
+    family: str,
+) -> None:
+    """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy
+    have it."""
     model = pico(family).requires_grad_(False)
     tokens = windows(model.config.vocab_size)
     read: dict[str, dict[str, Tensor]] = {"full": {}, "changed": {}}
@@ -96,7 +101,9 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
         read[kind][name] = args[0].flatten(0, -2)
 
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
-    names = [f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears]
+    names = [
+        f"{resident.layer_name(i)}.{x}" for i in range(len(resident.layers)) for x in resident.anatomy.linears
+    ]
     changed = copy.deepcopy(model)
     spy("full", model)
     spy("changed", changed)
@@ -106,13 +113,18 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
             changed(tokens, use_cache=False)
             for linear, moments in layer.moments(consumers).items():
                 full, x = (read[kind][f"{layer.name}.{linear}"] for kind in ("full", "changed"))
-                for found, expected in ((moments.H_CC, x.T @ x / len(x)), (moments.X_CC, full.T @ x / len(x))):
+                for found, expected in (
+                    (moments.H_CC, x.T @ x / len(x)),
+                    (moments.X_CC, full.T @ x / len(x)),
+                ):
                     assert found is not None
                     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
             for linear in consumers:
                 layer.set_weight(linear, 0.9 * layer.weight(linear))
                 changed.get_parameter(f"{layer.name}.{linear}.weight").data.mul_(0.9)
-    assert all(not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :])
+    assert all(
+        not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :]
+    )
 
 
 def test_a_pass_ends_where_its_group_has_read() -> None:
@@ -121,11 +133,15 @@ def test_a_pass_ends_where_its_group_has_read() -> None:
     layer = next(layers)
     ran: list[str] = []
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
-        layer.module.get_submodule(name).register_forward_hook(lambda module, args, out, name=name: ran.append(name))
+        layer.module.get_submodule(name).register_forward_hook(
+            lambda module, args, out, name=name: ran.append(name)
+        )
     layer.moments(("self_attn.o_proj",))
     assert not ran
     layer.moments(("mlp.down_proj",))
-    assert set(ran) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}, "the last group runs to the end, for the targets"
+    assert set(ran) == {"self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"}, (
+        "the last group runs to the end, for the targets"
+    )
     ran.clear()
     assert all(torch.equal(*pair) for pair in zip(layer.targets, layer.outputs(layer.reference), strict=True))
     assert len(ran) == 3 * len(layer.inputs), "the targets were found twice"
@@ -163,13 +179,18 @@ def test_weights_are_outputs_by_inputs_whatever_way_they_are_stored(family: str)
         assert torch.allclose(module(x), x @ W_RC.T + bias, atol=1e-5)
         layer.set_weight(linear, W_RC)
     assert torch.equal(layer.run(hidden), before)
-    replaced = {f"{linear}.weight": layer.oriented(linear, 2 * layer.weight(linear)) for linear in layer.anatomy.linears}
+    replaced = {
+        f"{linear}.weight": layer.oriented(linear, 2 * layer.weight(linear))
+        for linear in layer.anatomy.linears
+    }
     assert not torch.allclose(layer.run(hidden, replaced), before)
     assert torch.equal(layer.run(hidden), before), "the layer's own weights were changed"
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradients(family: str, tmp_path: Path) -> None:
+def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradients(
+    family: str, tmp_path: Path
+) -> None:
     model = pico(family).requires_grad_(False)
     tokens = windows(model.config.vocab_size)[:4]
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
@@ -185,7 +206,9 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
         layer.register_forward_hook(lambda _, args, out, index=index: keep(index, out))
     embedded = model.get_input_embeddings()(tokens).requires_grad_()
     scores = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
-    labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)).flatten()
+    labels = torch.multinomial(
+        scores.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
+    ).flatten()
     torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
     for index, F_DD in found.items():
         g_TD = grads[index].flatten(0, 1)
@@ -258,7 +281,11 @@ def test_a_weight_with_nan_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     model = pico("llama")
-    state = {name: tensor.clone() for name, tensor in model.state_dict().items() if "layers.1.mlp.up_proj" not in name}
+    state = {
+        name: tensor.clone()
+        for name, tensor in model.state_dict().items()
+        if "layers.1.mlp.up_proj" not in name
+    }
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
         list(logits(DiskModel(tmp_path, CPU), windows(100)))

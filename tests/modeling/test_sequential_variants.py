@@ -1,4 +1,5 @@
-"""Variants of a model in one pass, and what a walk back finds at its start: against the whole model, really changed."""
+"""Variants of a model in one pass, and what a walk back finds at its start: against the whole model, really
+changed."""
 
 from __future__ import annotations
 
@@ -122,14 +123,23 @@ def scaled(linear: str, by: float) -> tuple[Edit, Change]:
 def test_each_variant_is_the_model_with_its_weights_really_replaced(family: str) -> None:
     model = model_of(family)
     swaps = {source: as_in(model, family, source) for source in range(LAYERS)}
-    wanted = {f"{index} as {source}": {index: swaps[source]} for index in range(LAYERS) for source in range(LAYERS)}
+    wanted = {
+        f"{index} as {source}": {index: swaps[source]} for index in range(LAYERS) for source in range(LAYERS)
+    }
     wanted["all as 1"] = dict.fromkeys(range(LAYERS), swaps[1])
-    found = variants(resident_of(model), TOKENS, {k: {i: edit for i, (edit, _) in own.items()} for k, own in wanted.items()})
+    found = variants(
+        resident_of(model),
+        TOKENS,
+        {k: {i: edit for i, (edit, _) in own.items()} for k, own in wanted.items()},
+    )
     assert found.keys() == {None, *wanted}
     close(found[None], leaving(model))
     for key, own in wanted.items():
         close(found[key], leaving(changed(model, {i: change for i, (_, change) in own.items()})))
-    assert all(torch.allclose(torch.cat(found[f"{i} as {i}"]), torch.cat(found[None]), atol=1e-4) for i in range(LAYERS))
+    assert all(
+        torch.allclose(torch.cat(found[f"{i} as {i}"]), torch.cat(found[None]), atol=1e-4)
+        for i in range(LAYERS)
+    )
     assert not torch.allclose(torch.cat(found["0 as 1"]), torch.cat(found[None]), atol=1e-2)
 
 
@@ -145,11 +155,22 @@ def test_a_block_can_be_passed_over_first_last_or_between(family: str) -> None:
 
 @by_family
 def test_candidates_go_on_top_of_a_base(family: str) -> None:
-    """Where a candidate says nothing of a layer the base decides, where it does it takes the place of the base's."""
+    """Where a candidate says nothing of a layer the base decides, where it does it takes the place of the
+    base's."""
     model, first = model_of(family), MLP[family][0]
-    (half, halve), (twice, double), (other, swap) = scaled(first, 0.5), scaled(first, 2.0), as_in(model, family, 2)
+    (half, halve), (twice, double), (other, swap) = (
+        scaled(first, 0.5),
+        scaled(first, 2.0),
+        as_in(model, family, 2),
+    )
     base: Edits = {0: half, 1: None}
-    edits: dict[int, Edits] = {0: {0: twice}, 1: {1: twice}, 2: {2: other}, 3: {0: None, 2: twice}, 4: {1: other, 2: None}}
+    edits: dict[int, Edits] = {
+        0: {0: twice},
+        1: {1: twice},
+        2: {2: other},
+        3: {0: None, 2: twice},
+        4: {1: other, 2: None},
+    }
     done: dict[int | None, dict[int, Change | None]] = {
         None: {0: halve, 1: None},
         0: {0: double, 1: None},
@@ -262,7 +283,9 @@ def test_blocks_in_memory_together_compute_what_the_model_does(family: str) -> N
                 for linear in layer.anatomy.linears:
                     own = layers_of(model)[layer.index].get_parameter(f"{linear}.weight")
                     assert torch.equal(layer.module.get_parameter(f"{linear}.weight"), own)
-        assert all(parameter.is_meta for parameter in resident.layers.parameters()), "a layer stayed in memory"
+        assert all(parameter.is_meta for parameter in resident.layers.parameters()), (
+            "a layer stayed in memory"
+        )
 
 
 def test_blocks_together_run_with_the_gradients_of_parameters_that_they_are_given() -> None:
@@ -293,7 +316,9 @@ def test_the_last_gradients_are_those_at_the_output_of_the_embedding(family: str
     hook = layers_of(model)[0].register_forward_pre_hook(keep)
     scores = model(TOKENS, use_cache=False).logits[:, :-1]
     hook.remove()
-    torch.nn.functional.cross_entropy(scores.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum").backward()
+    torch.nn.functional.cross_entropy(
+        scores.flatten(0, 1), TOKENS[:, 1:].flatten(), reduction="sum"
+    ).backward()
     (expected,) = (hidden.grad for hidden in entered)
     assert expected is not None and expected.shape == (5, 12, 64)
     steps = list(gradients(resident_of(model), TOKENS, tmp_path, following, first=True))
@@ -305,32 +330,44 @@ def test_the_last_gradients_are_those_at_the_output_of_the_embedding(family: str
 
 def test_without_first_the_walk_back_ends_at_the_first_block_and_says_the_same(tmp_path: Path) -> None:
     resident = resident_of(model_of("llama"))
-    whole = {i: torch.cat(grads) for i, grads, _ in gradients(resident, TOKENS, tmp_path, following, first=True)}
+    whole = {
+        i: torch.cat(grads) for i, grads, _ in gradients(resident, TOKENS, tmp_path, following, first=True)
+    }
     short = {i: torch.cat(grads) for i, grads, _ in gradients(resident, TOKENS, tmp_path, following)}
-    assert whole.keys() - short.keys() == {-1} and all(torch.equal(grads, whole[i]) for i, grads in short.items())
+    assert whole.keys() - short.keys() == {-1} and all(
+        torch.equal(grads, whole[i]) for i, grads in short.items()
+    )
 
 
 def test_watched_parameters_have_the_same_gradients_with_first(tmp_path: Path) -> None:
     resident = resident_of(model_of("llama"))
     watched = ["input_layernorm.weight"]
     plain = {i: found for i, _, found in gradients(resident, TOKENS, tmp_path, following, watched)}
-    first = {i: found for i, _, found in gradients(resident, TOKENS, tmp_path, following, watched, first=True)}
+    first = {
+        i: found for i, _, found in gradients(resident, TOKENS, tmp_path, following, watched, first=True)
+    }
     assert first.pop(-1) == {} and first.keys() == plain.keys()
     assert all(torch.equal(first[i][watched[0]], plain[i][watched[0]]) for i in plain)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_the_last_fisher_matrix_is_that_of_the_states_that_enter_the_first_block(family: str, tmp_path: Path) -> None:
+def test_the_last_fisher_matrix_is_that_of_the_states_that_enter_the_first_block(
+    family: str, tmp_path: Path
+) -> None:
     """Labels are drawn as they come: the oracle takes the same draws, batch by batch."""
     model = model_of(family)
     found = dict(output_fisher(resident_of(model), TOKENS, tmp_path, seed=3, first=True))
     plain = dict(output_fisher(resident_of(model), TOKENS, tmp_path, seed=3))
-    assert found.keys() == {-1, *range(LAYERS)} and all(torch.equal(F_DD, found[index]) for index, F_DD in plain.items())
+    assert found.keys() == {-1, *range(LAYERS)} and all(
+        torch.equal(F_DD, found[index]) for index, F_DD in plain.items()
+    )
     generator, grads = torch.Generator().manual_seed(3), list[Tensor]()
     for tokens in TOKENS.split(2):
         entered: list[Tensor] = []
 
-        def keep(module: nn.Module, args: tuple[Tensor, ...], entered: list[Tensor] = entered) -> tuple[Tensor, ...]:
+        def keep(
+            module: nn.Module, args: tuple[Tensor, ...], entered: list[Tensor] = entered
+        ) -> tuple[Tensor, ...]:
             entered.append(args[0].detach().requires_grad_())
             return (entered[0], *args[1:])
 
@@ -363,7 +400,9 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
     for name in ("H_CC", "mean_C", "full_C", "top_C"):
         torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     for moments, was in zip(parts, before, strict=True):
-        assert all(torch.equal(getattr(moments, name), was[name]) for name in ("H_CC", "mean_C", "full_C", "top_C"))
+        assert all(
+            torch.equal(getattr(moments, name), was[name]) for name in ("H_CC", "mean_C", "full_C", "top_C")
+        )
 
 
 def test_joined_moments_leave_out_what_the_full_model_has_in_their_place_and_take_in_more() -> None:

@@ -1,4 +1,5 @@
-"""Checkpoints some of whose tensors are others: written by hand, as our readers and as transformers see them."""
+"""Checkpoints some of whose tensors are others: written by hand, as our readers and as transformers see
+them."""
 
 from __future__ import annotations
 
@@ -27,13 +28,20 @@ from tests.integrations.test_transformers_quantizer import LOADER, TOKENS, load,
 from tests.models import noise, pico
 from tests.stages.test_distill_student import turned
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 LINEARS = {  # that are shared, in a layer
     "llama": ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "self_attn.q_proj"),
     "gpt2": ("mlp.c_fc", "mlp.c_proj"),
     "opt": ("fc1", "fc2", "self_attn.k_proj"),
     "gpt_neox": ("mlp.dense_h_to_4h",),
 }
-LAYERS = {"llama": "model.layers", "gpt2": "transformer.h", "opt": "model.decoder.layers", "gpt_neox": "gpt_neox.layers"}
+LAYERS = {
+    "llama": "model.layers",
+    "gpt2": "transformer.h",
+    "opt": "model.decoder.layers",
+    "gpt_neox": "gpt_neox.layers",
+}
 SHARED, ADDED, BASIS = FactoredLayout("shared"), FactoredLayout("shared", 4), FactoredLayout("basis", 8)
 by_family = pytest.mark.parametrize("family", LINEARS)
 by_layout = pytest.mark.parametrize("layout", [SHARED, ADDED, BASIS], ids=lambda layout: layout.name)
@@ -53,14 +61,23 @@ def parts_of(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
     """What is common is the same for all seeds."""
     rows, columns = W_RC.shape
     if layout.format == "basis":
-        return FactoredWeight(layout, None, noise(rows, layout.rank, seed=seed) / 3, noise(layout.rank, columns) / 8)
+        return FactoredWeight(
+            layout, None, noise(rows, layout.rank, seed=seed) / 3, noise(layout.rank, columns) / 8
+        )
     if not layout.rank:
         return FactoredWeight(layout, W_RC)
-    return FactoredWeight(layout, W_RC, noise(rows, layout.rank, seed=seed) / 3, noise(layout.rank, columns, seed=seed) / 8)
+    return FactoredWeight(
+        layout, W_RC, noise(rows, layout.rank, seed=seed) / 3, noise(layout.rank, columns, seed=seed) / 8
+    )
 
 
 def artefact(
-    folder: Path, family: str = "llama", layout: FactoredLayout = SHARED, *, short: bool = False, **config: Any
+    folder: Path,
+    family: str = "llama",
+    layout: FactoredLayout = SHARED,
+    *,
+    short: bool = False,
+    **config: Any,
 ) -> PreTrainedModel:
     """Write a checkpoint of two layers that share; the plain model that is the same function.
 
@@ -120,14 +137,19 @@ def test_what_is_tied_is_there_under_both_names_and_lies_on_the_disk_once(
 ) -> None:
     artefact(tmp_path, family, layout, short=short)
     base = f"{LAYERS[family].partition('.')[0]}." if short else ""
-    wanted = {own.removeprefix(base): first.removeprefix(base) for own, first in ties_of(family, layout).items()}
+    wanted = {
+        own.removeprefix(base): first.removeprefix(base) for own, first in ties_of(family, layout).items()
+    }
     checkpoint, stored = opened(tmp_path), load_file(tmp_path / "model.safetensors")
     assert checkpoint.aliases == wanted and not wanted.keys() & stored.keys()
     assert checkpoint.tensors.keys() == stored.keys() | wanted.keys()
     for name, tensor in stored.items():
         assert torch.equal(checkpoint.read(name), tensor)
     for own, first in wanted.items():
-        assert torch.equal(checkpoint.read(own), stored[first]) and checkpoint.tensors[own] == checkpoint.tensors[first]
+        assert (
+            torch.equal(checkpoint.read(own), stored[first])
+            and checkpoint.tensors[own] == checkpoint.tensors[first]
+        )
     assert checkpoint.size_bytes == (tmp_path / "model.safetensors").stat().st_size
     assert checkpoint.parameters == sum(tensor.numel() for tensor in stored.values()), "tied ones once"
 
@@ -136,12 +158,18 @@ def test_a_model_that_shares_has_fewer_parameters_by_what_it_shares(tmp_path: Pa
     model = artefact(tmp_path / "ours")
     model.save_pretrained(tmp_path / "plain")
     shared = sum(model.get_parameter(name).numel() for name in ties_of("llama"))
-    assert opened(tmp_path / "ours").parameters == opened(tmp_path / "plain").parameters - shared == size_of(model) - shared
+    assert (
+        opened(tmp_path / "ours").parameters
+        == opened(tmp_path / "plain").parameters - shared
+        == size_of(model) - shared
+    )
     assert opened(tmp_path / "ours").size_bytes < opened(tmp_path / "plain").size_bytes - 4 * shared + 4096
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_fingerprint_is_the_same_each_time_and_another_for_other_weights_or_ties(family: str, tmp_path: Path) -> None:
+def test_a_fingerprint_is_the_same_each_time_and_another_for_other_weights_or_ties(
+    family: str, tmp_path: Path
+) -> None:
     for short in (False, True):
         folder = tmp_path / str(short)
         artefact(folder, family, short=short)
@@ -166,7 +194,11 @@ def test_ties_reach_across_the_files_of_a_sharded_checkpoint(tmp_path: Path) -> 
     (tmp_path / "model.safetensors").unlink()
     listed = {name: f"model-0000{1 + number % 2}-of-00002.safetensors" for number, name in enumerate(tensors)}
     for file in set(listed.values()):
-        save_file({name: tensors[name] for name in tensors if listed[name] == file}, tmp_path / file, {"format": "pt"})
+        save_file(
+            {name: tensors[name] for name in tensors if listed[name] == file},
+            tmp_path / file,
+            {"format": "pt"},
+        )
     (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     checkpoint = opened(tmp_path)
     assert checkpoint.aliases == ties_of("llama")
@@ -187,12 +219,16 @@ def test_a_tie_to_a_tensor_that_is_not_there_is_refused_in_one_line(short: bool,
     artefact(tmp_path, short=short)
     own = next(iter(ties_of("llama")))
     for source in ("model.layers.7.mlp.up_proj.weight", "nothing", ""):
-        with pytest.raises(ModelError, match=f"has no tensor {source}, to which config.json ties {own}") as told:
+        with pytest.raises(
+            ModelError, match=f"has no tensor {source}, to which config.json ties {own}"
+        ) as told:
             opened(retied(tmp_path, {own: source}))
         assert "\n" not in str(told.value)
 
 
-@pytest.mark.parametrize("ties", [["a.weight"], "a.weight", 3, {"a.weight": 3}, {"a.weight": None}, {"a.weight": ["b.weight"]}])
+@pytest.mark.parametrize(
+    "ties", [["a.weight"], "a.weight", 3, {"a.weight": 3}, {"a.weight": None}, {"a.weight": ["b.weight"]}]
+)
 def test_ties_that_are_no_names_are_refused_in_one_line(ties: Any, tmp_path: Path) -> None:
     artefact(tmp_path)
     with pytest.raises(ModelError, match="has ties that are no names of tensors") as told:
@@ -234,7 +270,9 @@ def require_shared(model: nn.Module, family: str, layout: FactoredLayout, prefix
         one, other = (model.get_parameter(name.removeprefix(prefix)) for name in (own, first))
         assert one is other and one.data_ptr() == other.data_ptr()
     for own, first in zip(names_of(family, 1), names_of(family, 0), strict=True):
-        parts = {name for name, _ in model.get_submodule(own.removeprefix(prefix)).named_parameters()} - {layout.common}
+        parts = {name for name, _ in model.get_submodule(own.removeprefix(prefix)).named_parameters()} - {
+            layout.common
+        }
         for part in parts:
             one, other = (model.get_parameter(f"{name.removeprefix(prefix)}.{part}") for name in (own, first))
             assert one is not other and not torch.equal(one, other), f"{own}.{part}"
@@ -257,7 +295,8 @@ def test_from_pretrained_loads_one_tensor_for_all_that_share_it(
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("opt", {}), ("gpt2", {}), ("gpt_neox", {}), ("llama", {"mlp_bias": True, "attention_bias": True})]
+    ("family", "config"),
+    [("opt", {}), ("gpt2", {}), ("gpt_neox", {}), ("llama", {"mlp_bias": True, "attention_bias": True})],
 )
 @by_layout
 def test_biases_stay_each_layers_own_and_whole(
@@ -280,13 +319,20 @@ def test_biases_stay_each_layers_own_and_whole(
 
 @by_family
 @by_layout
-def test_a_loaded_model_is_saved_as_the_same_bytes(family: str, layout: FactoredLayout, tmp_path: Path) -> None:
+def test_a_loaded_model_is_saved_as_the_same_bytes(
+    family: str, layout: FactoredLayout, tmp_path: Path
+) -> None:
     artefact(tmp_path / "once", family, layout)
     model = load(tmp_path / "once")
     model.save_pretrained(tmp_path / "again")
     once, again = (load_file(tmp_path / name / "model.safetensors") for name in ("once", "again"))
-    assert again.keys() == once.keys() and all(torch.equal(again[name], tensor) for name, tensor in once.items())
-    said = [json.loads((tmp_path / name / "config.json").read_text())["quantization_config"] for name in ("once", "again")]
+    assert again.keys() == once.keys() and all(
+        torch.equal(again[name], tensor) for name, tensor in once.items()
+    )
+    said = [
+        json.loads((tmp_path / name / "config.json").read_text())["quantization_config"]
+        for name in ("once", "again")
+    ]
     assert said[1]["ties"] == said[0]["ties"] == ties_of(family, layout)
     assert torch.equal(logits(load(tmp_path / "again")), logits(model))
     require_shared(load(tmp_path / "again"), family, layout)
@@ -294,9 +340,15 @@ def test_a_loaded_model_is_saved_as_the_same_bytes(family: str, layout: Factored
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @by_layout
-def test_in_half_precision_it_is_still_one_tensor(dtype: torch.dtype, layout: FactoredLayout, tmp_path: Path) -> None:
+def test_in_half_precision_it_is_still_one_tensor(
+    dtype: torch.dtype, layout: FactoredLayout, tmp_path: Path
+) -> None:
     plain = artefact(tmp_path, "llama", layout)
-    for model in (load(tmp_path, dtype=dtype), load(tmp_path).to(dtype), copy.deepcopy(load(tmp_path)).to(dtype)):
+    for model in (
+        load(tmp_path, dtype=dtype),
+        load(tmp_path).to(dtype),
+        copy.deepcopy(load(tmp_path)).to(dtype),
+    ):
         require_shared(model, "llama", layout)
         assert {parameter.dtype for parameter in model.parameters()} == {dtype}
         assert float((logits(model) - logits(plain)).norm() / logits(plain).norm()) < 0.05
@@ -321,7 +373,9 @@ def test_what_is_shared_is_one_parameter_for_an_optimizer(layout: FactoredLayout
     before = logits(model)
     with torch.no_grad():
         model.get_parameter(own).mul_(1.5)
-    assert torch.equal(model.get_parameter(first), model.get_parameter(own)) and not torch.equal(logits(model), before)
+    assert torch.equal(model.get_parameter(first), model.get_parameter(own)) and not torch.equal(
+        logits(model), before
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
@@ -334,7 +388,10 @@ def test_dequantised_it_is_a_plain_model_whose_layers_share_nothing(
     assert torch.equal(logits(model), logits(plain))
     for own, first in zip(names_of(family, 1), names_of(family, 0), strict=True):
         assert type(model.get_submodule(own)) is type(plain.get_submodule(own))
-        assert model.get_parameter(f"{own}.weight").data_ptr() != model.get_parameter(f"{first}.weight").data_ptr()
+        assert (
+            model.get_parameter(f"{own}.weight").data_ptr()
+            != model.get_parameter(f"{first}.weight").data_ptr()
+        )
     model.save_pretrained(tmp_path / "plain")
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "plain")), logits(plain))
     assert opened(tmp_path / "plain").parameters == size_of(plain)
@@ -343,7 +400,10 @@ def test_dequantised_it_is_a_plain_model_whose_layers_share_nothing(
 @pytest.mark.parametrize(
     ("tie", "why"),
     [
-        (("model.layers.7.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"), "the model has no model.layers.7"),
+        (
+            ("model.layers.7.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
+            "the model has no model.layers.7",
+        ),
         (("model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"), "they can't be one"),
     ],
 )
@@ -373,9 +433,13 @@ def test_a_model_on_the_disk_computes_the_same(layout: FactoredLayout, tmp_path:
 
 def test_a_device_map_that_tears_layers_apart_is_refused_and_says_which(tmp_path: Path) -> None:
     artefact(tmp_path)
-    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu")
+    places = dict.fromkeys(
+        ("model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head", "model.layers.0"), "cpu"
+    )
     apart = places | {"model.layers.1": "disk"}
-    with pytest.raises(ModelError, match="are one tensor, and the device_map puts them on disk and cpu; give one that keeps"):
+    with pytest.raises(
+        ModelError, match="are one tensor, and the device_map puts them on disk and cpu; give one that keeps"
+    ):
         AutoModelForCausalLM.from_pretrained(tmp_path, device_map=apart, offload_folder=str(tmp_path / "off"))
 
 

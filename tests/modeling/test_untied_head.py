@@ -1,4 +1,5 @@
-"""A head that is its own though config.json says it is the embedding: the files decide, as in transformers."""
+"""A head that is its own though config.json says it is the embedding: the files decide, as in
+transformers."""
 
 from __future__ import annotations
 
@@ -22,7 +23,13 @@ from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, me
 from tests.bases import save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
-EMBEDDING = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight", "gemma2": "model.embed_tokens.weight"}
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+EMBEDDING = {
+    "llama": "model.embed_tokens.weight",
+    "gpt2": "transformer.wte.weight",
+    "gemma2": "model.embed_tokens.weight",
+}
 NF4_HEAD = {"quantize": {"format": "nf4", "head": "quantize", "rounding": "nearest"}}
 INT8 = {"quantize": {"format": "w8a8", "embedding": "int8", "rounding": "nearest"}}
 
@@ -51,7 +58,9 @@ def config_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("family", "said"), [("llama", True), ("gpt2", None), ("gemma2", None)])
-def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp_path: Path, text: Path) -> None:
+def test_what_is_measured_is_what_transformers_loads(
+    family: str, said: Any, tmp_path: Path, text: Path
+) -> None:
     """Of some families the default is that they are tied, so the config need not say it."""
     base = base_with_head(tmp_path / "base", family, said=said)
     plain = live(AutoModelForCausalLM.from_pretrained(base))
@@ -70,6 +79,7 @@ def test_what_is_measured_is_what_transformers_loads(family: str, said: Any, tmp
     assert evaluate(str(tmp_path / "told"), data=spec).perplexity == before
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "stage",
     [
@@ -98,10 +108,14 @@ def test_each_stage_leaves_the_head_its_own(stage: dict[str, Any], tmp_path: Pat
     assert not torch.equal(written["lm_head.weight"], written["model.embed_tokens.weight"])
 
 
-@pytest.mark.parametrize("stage", [NF4_HEAD, INT8, {"prune": {"axis": "ffn", "keep": 0.6}}], ids=["nf4", "int8", "prune"])
+@pytest.mark.parametrize(
+    "stage", [NF4_HEAD, INT8, {"prune": {"axis": "ffn", "keep": 0.6}}], ids=["nf4", "int8", "prune"]
+)
 def test_a_model_in_memory_is_taken_by_its_weights(stage: dict[str, Any], tmp_path: Path, text: Path) -> None:
     base = base_with_head(tmp_path / "base")
-    model, report, _ = assert_same_in_memory(staged_recipe(text, base, stage, samples=4, length=24), base, tmp_path)
+    model, report, _ = assert_same_in_memory(
+        staged_recipe(text, base, stage, samples=4, length=24), base, tmp_path
+    )
     assert model.config.tie_word_embeddings is False
     assert report.base.parameters == sum(tensor.numel() for tensor in weights_of(base).values())
 
@@ -122,11 +136,14 @@ def test_an_equal_head_is_written_once(tmp_path: Path, text: Path) -> None:
     assert "lm_head.weight" not in weights_of(tmp_path / "out")
     assert config_of(tmp_path / "out")["tie_word_embeddings"] is True
     assert distance(measured(tmp_path / "out"), live(load(tmp_path / "out"))) == 0
-    assert report.base.parameters == sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters())
+    assert report.base.parameters == sum(
+        p.numel() for p in AutoModelForCausalLM.from_pretrained(base).parameters()
+    )
 
 
 def test_a_head_that_is_equal_as_it_is_loaded_is_the_embedding(tmp_path: Path) -> None:
-    """Transformers compares in the dtype that it loads: what differs in float32 alone is one matrix in bfloat16."""
+    """Transformers compares in the dtype that it loads: what differs in float32 alone is one matrix in
+    bfloat16."""
     base = base_with_head(tmp_path / "base", same=True)
     tensors = load_file(base / "model.safetensors")
     tensors["model.embed_tokens.weight"] = tensors["model.embed_tokens.weight"].bfloat16().float()
@@ -136,18 +153,26 @@ def test_a_head_that_is_equal_as_it_is_loaded_is_the_embedding(tmp_path: Path) -
     (base / "config.json").write_text(json.dumps(config_of(base) | {"dtype": "bfloat16"}))
     loaded = AutoModelForCausalLM.from_pretrained(base)
     assert (
-        DiskModel(base, CPU).config.tie_word_embeddings is (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is True
+        DiskModel(base, CPU).config.tie_word_embeddings
+        is (loaded.lm_head.weight is loaded.model.embed_tokens.weight)
+        is True
     )
 
 
-@pytest.mark.parametrize("stage", [NF4_HEAD, INT8, {"prune": {"axis": "layer", "keep": 1}}], ids=["nf4", "int8", "layer"])
-def test_a_tied_base_may_store_its_matrix_under_the_name_of_the_head(stage: dict[str, Any], tmp_path: Path, text: Path) -> None:
+@pytest.mark.parametrize(
+    "stage", [NF4_HEAD, INT8, {"prune": {"axis": "layer", "keep": 1}}], ids=["nf4", "int8", "layer"]
+)
+def test_a_tied_base_may_store_its_matrix_under_the_name_of_the_head(
+    stage: dict[str, Any], tmp_path: Path, text: Path
+) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
     plain = live(AutoModelForCausalLM.from_pretrained(base))
     tensors = load_file(base / "model.safetensors")
     tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
-    assert torch.equal(live(AutoModelForCausalLM.from_pretrained(base)), plain) and torch.equal(measured(base), plain)
+    assert torch.equal(live(AutoModelForCausalLM.from_pretrained(base)), plain) and torch.equal(
+        measured(base), plain
+    )
     recipe = staged_recipe(text, base, stage, samples=4, length=24)
     if stage is NF4_HEAD:
         with pytest.raises(ModelError, match="tied to the embedding"):
@@ -162,7 +187,11 @@ def test_a_base_without_a_head_that_is_said_to_have_its_own_is_refused(tmp_path:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
     (base / "config.json").write_text(json.dumps(config_of(base) | {"tie_word_embeddings": False}))
     recipe = staged_recipe(text, base, {"quantize": {"format": "nf4"}})
-    for act in (lambda: run_recipe(recipe, tmp_path / "out"), lambda: plan_recipe(recipe), lambda: evaluate(str(base))):
+    for act in (
+        lambda: run_recipe(recipe, tmp_path / "out"),
+        lambda: plan_recipe(recipe),
+        lambda: evaluate(str(base)),
+    ):
         with pytest.raises(
             ModelError, match=r"no lm_head\.weight, and its config.json says tie_word_embeddings: false"
         ) as caught:
@@ -171,7 +200,8 @@ def test_a_base_without_a_head_that_is_said_to_have_its_own_is_refused(tmp_path:
 
 
 def test_a_teacher_predicts_by_its_own_head(tmp_path: Path, text: Path) -> None:
-    """A distillation with weight on its predictions alone moves the student as those of the untied teacher do."""
+    """A distillation with weight on its predictions alone moves the student as those of the untied teacher
+    do."""
     teacher = base_with_head(tmp_path / "teacher")
     told = tmp_path / "told"
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(teacher))

@@ -49,7 +49,10 @@ def model_of(folder: Path) -> PreTrainedModel:
 
 
 STAGES = [Prune(axis="ffn", keep=0.75, multiple=8), Quantize(format="nf4", group_size=32)]
-ENTRIES = [{"prune": {"axis": "ffn", "keep": 0.75, "multiple": 8}}, {"quantize": {"format": "nf4", "group_size": 32}}]
+ENTRIES = [
+    {"prune": {"axis": "ffn", "keep": 0.75, "multiple": 8}},
+    {"quantize": {"format": "nf4", "group_size": 32}},
+]
 
 
 def test_a_recipe_is_read_in_every_form(tmp_path: Path) -> None:
@@ -80,7 +83,9 @@ def test_a_wrong_recipe_is_one_line(recipe: Any, why: str) -> None:
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_a_folder_becomes_a_folder_and_a_model_in_memory_the_same_model(base: Path, spec: DataSpec, tmp_path: Path) -> None:
+def test_a_folder_becomes_a_folder_and_a_model_in_memory_the_same_model(
+    base: Path, spec: DataSpec, tmp_path: Path
+) -> None:
     report = compress(base, STAGES, tmp_path / "out", data=spec)
     assert isinstance(report, Report)
     model, again = compress(base, STAGES, data=spec)
@@ -98,7 +103,9 @@ def test_a_model_in_memory_is_written_to_a_folder(base: Path, spec: DataSpec, tm
     model = model_of(base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     report = compress(model, Quantize(), tmp_path / "out", tokenizer=byte_tokenizer(), data=spec)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), "it stays as it is"
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items()), (
+        "it stays as it is"
+    )
     whole = compress(base, Quantize(), tmp_path / "other", data=spec)
     assert report.fidelity == whole.fidelity
     one, other = (tmp_path / name / "model.safetensors" for name in ("out", "other"))
@@ -148,9 +155,12 @@ def test_every_public_name_is_there() -> None:
 LATER = """
 import sys
 import llmcompress
-late = {"torch", "transformers", "bitsandbytes", "datasets", "matplotlib", "typer", "rich", "peft"} & set(sys.modules)
+large = {"torch", "transformers", "bitsandbytes", "datasets", "matplotlib", "typer", "rich", "peft"}
+late = large & set(sys.modules)
 assert not late, late
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 assert "llmcompress" in AUTO_QUANTIZER_MAPPING
 assert not {"matplotlib", "datasets", "typer"} & set(sys.modules)
 """

@@ -1,4 +1,5 @@
-"""What lies between two stages: a run that goes on from it gives the bytes of one that nothing disturbed, whatever happened."""
+"""What lies between two stages: a run that goes on from it gives the bytes of one that nothing disturbed,
+whatever happened."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from tests.bases import save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 STAGES: tuple[dict[str, Any], ...] = (
     {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
     {"quantize": {"rounding": "nearest"}},
@@ -27,9 +30,14 @@ LESSON: dict[str, Any] = {"distill": {"steps": 6, "batch": 4, "learning_rate": 1
 
 
 def interrupted(folder: Path, *stages: dict[str, Any]) -> tuple[Recipe, Path]:
-    """A recipe of which all stages were done and nothing was published, and `whole`, what comes of it undisturbed."""
+    """A recipe of which all stages were done and nothing was published, and `whole`, what comes of it
+    undisturbed."""
     recipe = staged_recipe(
-        write_text(folder / "facts.txt"), save_base(folder / "base", num_hidden_layers=2), *stages, samples=4, length=16
+        write_text(folder / "facts.txt"),
+        save_base(folder / "base", num_hidden_layers=2),
+        *stages,
+        samples=4,
+        length=16,
     )
     with pytest.raises(AcceptError):
         run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-12)}), folder / "left")
@@ -45,7 +53,9 @@ def two_stages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, Path]:
     recipe, folder = interrupted(tmp_path_factory.mktemp("trained"), STAGES[0], LESSON)
-    assert len(load_file(partial_folder(folder / "left") / "journal-1" / "distill.00001.safetensors")) > 3, "it has learned"
+    assert len(load_file(partial_folder(folder / "left") / "journal-1" / "distill.00001.safetensors")) > 3, (
+        "it has learned"
+    )
     return recipe, folder
 
 
@@ -99,7 +109,9 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_model_between_stages_is_made_again_and_that_is_said(damage: str, two_stages: tuple[Recipe, Path]) -> None:
+def test_a_damaged_model_between_stages_is_made_again_and_that_is_said(
+    damage: str, two_stages: tuple[Recipe, Path]
+) -> None:
     assert go_on(*two_stages, damage.replace(" ", "-"), DAMAGES[damage]).count(REMADE) == 1
 
 
@@ -120,7 +132,9 @@ KEYS: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("damage", KEYS)
-def test_a_journal_whose_key_is_damaged_is_made_again_and_that_is_said(damage: str, two_stages: tuple[Recipe, Path]) -> None:
+def test_a_journal_whose_key_is_damaged_is_made_again_and_that_is_said(
+    damage: str, two_stages: tuple[Recipe, Path]
+) -> None:
     notes = go_on(*two_stages, f"key-{damage}".replace(" ", "-"), KEYS[damage])
     assert any("1 files of the journal were damaged on the disk (key)" in note for note in notes)
 
@@ -138,13 +152,18 @@ def test_a_damaged_layer_is_done_again_and_that_is_said(damage: str, two_stages:
     assert any("1 files of the journal were damaged on the disk" in note for note in notes)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("name", ["distill.00001", "outer.00000", "distilled.00000"])
-def test_a_damaged_part_of_what_was_learned_is_never_left_out(name: str, trained: tuple[Recipe, Path]) -> None:
+def test_a_damaged_part_of_what_was_learned_is_never_left_out(
+    name: str, trained: tuple[Recipe, Path]
+) -> None:
     notes = go_on(*trained, name, lambda left: flipped(left / "journal-1" / f"{name}.safetensors"))
     assert any("damaged on the disk" in note for note in notes)
 
 
-def test_the_base_that_changed_after_a_crash_is_another(two_stages: tuple[Recipe, Path], tmp_path: Path) -> None:
+def test_the_base_that_changed_after_a_crash_is_another(
+    two_stages: tuple[Recipe, Path], tmp_path: Path
+) -> None:
     recipe, folder = two_stages
     base, out = Path(shutil.copytree(folder / "base", tmp_path / "base")), tmp_path / "out"
     shutil.copytree(partial_folder(folder / "left"), partial_folder(out))

@@ -40,12 +40,15 @@ def whole_logits(model: torch.nn.Module, windows: Tensor) -> Tensor:
         return model(windows, use_cache=False).logits.double()  # type: ignore[no-any-return]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     family: str, spec: DataSpec, windows: Tensor, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family)
-    config: Any = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    config: Any = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32
+    )
     stock = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
     stock.save_pretrained(tmp_path / "stock")
     byte_tokenizer().save_pretrained(tmp_path / "stock")
@@ -54,7 +57,10 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     log_p = whole_logits(dense, windows).log_softmax(-1)
     for name, module in stock.named_modules():
         if type(module).__name__ == "Linear4bit":
-            target, weight = dense.get_submodule(name), bitsandbytes_layout.dequantize(bitsandbytes_layout.packed_of(module))
+            target, weight = (
+                dense.get_submodule(name),
+                bitsandbytes_layout.dequantize(bitsandbytes_layout.packed_of(module)),
+            )
             target.weight.data = weight.T if type(target).__name__ == "Conv1D" else weight
     log_q = whole_logits(dense, windows).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
@@ -63,8 +69,12 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     found = evaluate(str(tmp_path / "stock"), against=str(base), data=spec)
     assert list(found.to_dict()) == [*KEYS, *AGAINST]
     assert found.kl_nats_mean == pytest.approx(float(kl.mean()), rel=1e-3)
-    assert found.kl_nats_p99 == pytest.approx(float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-3)
-    assert found.top1_agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.006)
+    assert found.kl_nats_p99 == pytest.approx(
+        float(kl.flatten().sort().values[math.ceil(0.99 * kl.numel()) - 1]), rel=1e-3
+    )
+    assert found.top1_agreement == pytest.approx(
+        float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()), abs=0.006
+    )
     assert found.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-4)
     assert found.tokens == 6 * 31
     assert found.size_bytes == (tmp_path / "stock" / "model.safetensors").stat().st_size
@@ -83,6 +93,7 @@ def test_without_a_base_there_is_no_distance(spec: DataSpec, tmp_path: Path) -> 
     assert list(found.to_dict()) == KEYS
 
 
+@pytest.mark.slow
 def test_an_artefact_evaluates_as_its_report_says(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     report = run_recipe(small_recipe(Path(spec.source), base), tmp_path / "out")

@@ -1,4 +1,5 @@
-"""`evaluate` on what others quantised: measured where transformers can load it here, else one line says what is missing."""
+"""`evaluate` on what others quantised: measured where transformers can load it here, else one line says what
+is missing."""
 
 from __future__ import annotations
 
@@ -24,6 +25,8 @@ from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, small_recipe, write_text
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 BLOCK = 64  # of FP8 scales
 
@@ -53,7 +56,9 @@ def is_linear(name: str) -> bool:
     return name.endswith("_proj.weight")
 
 
-def rewritten(base: Path, folder: Path, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+def rewritten(
+    base: Path, folder: Path, quantization: Mapping[str, Any], tensors: Mapping[str, Tensor]
+) -> Path:
     """A checkpoint of other tensors and a `quantization_config`, with the base's config and tokenizer."""
     folder.mkdir()
     for file in base.iterdir():
@@ -149,11 +154,20 @@ def gptq(base: Path, folder: Path, method: str = "gptq", **said: Any) -> Path:
     return rewritten(base, folder, {"quant_method": method, "bits": 4, "group_size": 32, **said}, tensors)
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel, which reads these, is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("gptqmodel") is not None, reason="gptqmodel, which reads these, is installed"
+)
 def test_what_needs_a_package_names_it(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    assert_told(gptq(base, tmp_path / "gptq", desc_act=False, sym=True), spec, "is quantised by gptq", "pip install")
-    assert_told(gptq(base, tmp_path / "awq", "awq", zero_point=True, version="gemm"), spec, "is quantised by awq", "gptqmodel")
+    assert_told(
+        gptq(base, tmp_path / "gptq", desc_act=False, sym=True), spec, "is quantised by gptq", "pip install"
+    )
+    assert_told(
+        gptq(base, tmp_path / "awq", "awq", zero_point=True, version="gemm"),
+        spec,
+        "is quantised by awq",
+        "gptqmodel",
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,19 +184,27 @@ def test_what_needs_a_package_names_it(spec: DataSpec, tmp_path: Path) -> None:
         ({"quant_method": "aqlm"}, "aqlm", "aqlm"),
     ],
 )
-def test_each_method_names_its_own(said: dict[str, Any], package: str, words: str, spec: DataSpec, tmp_path: Path) -> None:
+def test_each_method_names_its_own(
+    said: dict[str, Any], package: str, words: str, spec: DataSpec, tmp_path: Path
+) -> None:
     if importlib.util.find_spec(package) is not None:
         pytest.skip(f"{package} is installed")
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     folder = rewritten(base, tmp_path / "model", said, load_file(base / "model.safetensors"))
-    assert_told(folder, spec, f"is quantised by {said['quant_method']}, and transformers can't load it here", words)
+    assert_told(
+        folder, spec, f"is quantised by {said['quant_method']}, and transformers can't load it here", words
+    )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 def test_what_needs_a_gpu_says_so(spec: DataSpec, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     said = {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}
-    assert_told(rewritten(base, tmp_path / "model", said, load_file(base / "model.safetensors")), spec, "requires a GPU")
+    assert_told(
+        rewritten(base, tmp_path / "model", said, load_file(base / "model.safetensors")),
+        spec,
+        "requires a GPU",
+    )
 
 
 def test_a_method_that_nobody_knows_is_not_read_as_plain_numbers(spec: DataSpec, tmp_path: Path) -> None:
@@ -208,7 +230,9 @@ def test_an_incomplete_model_and_pickles_are_refused(spec: DataSpec, tmp_path: P
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_compressed_tensors_are_measured_where_their_package_is(spec: DataSpec, windows: Tensor, tmp_path: Path) -> None:
+def test_compressed_tensors_are_measured_where_their_package_is(
+    spec: DataSpec, windows: Tensor, tmp_path: Path
+) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     base = save_base(tmp_path / "base")
     tensors: dict[str, Tensor] = {}
@@ -219,7 +243,10 @@ def test_compressed_tensors_are_measured_where_their_package_is(spec: DataSpec, 
             tensors[name] = (tensor / scale).round().to(torch.int8)
             tensors[f"{name}_scale"] = scale
     eight = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {"weights": {**eight, "strategy": "channel"}, "input_activations": {**eight, "strategy": "token", "dynamic": True}}
+    group = {
+        "weights": {**eight, "strategy": "channel"},
+        "input_activations": {**eight, "strategy": "token", "dynamic": True},
+    }
     said = {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

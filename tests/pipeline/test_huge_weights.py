@@ -1,4 +1,5 @@
-"""Weights that are finite and huge: one line that names the layer, or a right result, and never half a report."""
+"""Weights that are finite and huge: one line that names the layer, or a right result, and never half a
+report."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.stages.base import naming_layer, require_numbers
 from tests.bases import save_base, staged_recipe, write_text
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 UP = "model.layers.0.mlp.up_proj"
 
@@ -62,7 +65,9 @@ def base_with(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path
     ],
     ids=["int8-nearest", "int8-gptq", "codebook"],
 )
-def test_what_float16_does_not_hold_is_told_with_its_layer(stage: dict[str, Any], why: str, tmp_path: Path, text: Path) -> None:
+def test_what_float16_does_not_hold_is_told_with_its_layer(
+    stage: dict[str, Any], why: str, tmp_path: Path, text: Path
+) -> None:
     base = base_with(tmp_path / "base", one_weight)
     with pytest.raises(ModelError, match=why) as caught:
         run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
@@ -96,7 +101,9 @@ def test_a_huge_weight_ends_in_one_line_or_in_a_whole_report(
     if refused is not None:
         assert len(refused.splitlines()) == 1
         return
-    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)  # NaN and Infinity are no JSON
+    json.loads(
+        (tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail
+    )  # NaN and Infinity are no JSON
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in written.values() if tensor.is_floating_point())
 
@@ -105,7 +112,9 @@ def test_errors_of_large_weights_are_measured() -> None:
     """Their squares are beyond float32, and the share that is lost is not."""
     W_RC = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     Q_RC, H_CC = W_RC.round(decimals=1), torch.eye(8)
-    assert output_error(W_RC * 1e25, Q_RC * 1e25, H_CC) == pytest.approx(output_error(W_RC, Q_RC, H_CC), rel=1e-5)
+    assert output_error(W_RC * 1e25, Q_RC * 1e25, H_CC) == pytest.approx(
+        output_error(W_RC, Q_RC, H_CC), rel=1e-5
+    )
     assert weight_error(W_RC * 1e38, Q_RC * 1e38) == pytest.approx(weight_error(W_RC, Q_RC), rel=1e-5)
 
 
@@ -120,7 +129,10 @@ def test_a_method_that_overflows_is_told_with_its_layer() -> None:
     require_within(torch.tensor([65504.0]), torch.float16, "weights")
     with pytest.raises(Overflow, match="don't fit bfloat16"):
         require_within(torch.tensor([3.4e38, 1.0]), torch.bfloat16, "weights")
-    with pytest.raises(ModelError, match=rf"{UP}: weights up to 7e\+04 don't fit float16") as caught, naming_layer(UP):
+    with (
+        pytest.raises(ModelError, match=rf"{UP}: weights up to 7e\+04 don't fit float16") as caught,
+        naming_layer(UP),
+    ):
         require_within(torch.tensor([7e4]), torch.float16, "weights")
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(ModelError, match=UP), naming_layer(UP):

@@ -1,4 +1,5 @@
-"""int8 and the integer formats from recipe to artefact: what loads, that it computes what was measured, and what is refused."""
+"""int8 and the integer formats from recipe to artefact: what loads, that it computes what was measured, and
+what is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +32,8 @@ from llmcompress.report.schema import Report
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured, weights_of
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 
-# name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts, qwen2 biases.
+# name -> family, settings. The families: llama as most are; gpt2 has Conv1D and biases, phi3 fused parts,
+# qwen2 biases.
 RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "int8": ("llama", {"format": "int8"}),
     "int8 outliers": ("qwen2", {"format": "int8", "threshold": 2.5, "rounding": "nearest"}),
@@ -41,7 +43,10 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
     "w8a8 none": ("qwen2", {"format": "w8a8", "activations": "none", "rounding": "nearest"}),
     "w8a8 none, rotated experts": ("qwen3_moe", {"format": "w8a8", "activations": "none", "rotate": True}),
     "w4a8": ("gpt2", {"format": "w4a8", "smooth": {}}),
-    "w4a8 static": ("qwen2", {"format": "w4a8", "activations": "static", "range": "percentile", "group_size": 32}),
+    "w4a8 static": (
+        "qwen2",
+        {"format": "w4a8", "activations": "static", "range": "percentile", "group_size": 32},
+    ),
     "w4a4": ("qwen2", {"format": "w4a4", "group_size": 32, "smooth": {"method": "awq"}}),
     "w4a4 learned": ("llama", {"format": "w4a4", "rounding": "learned", "steps": 4, "activations": "static"}),
     "w8a16": ("llama", {"format": "w8a16"}),
@@ -52,9 +57,13 @@ RECIPES: dict[str, tuple[str, dict[str, Any]]] = {
 INT8 = [name for name in RECIPES if name.startswith("int8")]
 OURS = [name for name in RECIPES if name not in INT8]
 BITS = {"int8": 8.0, "w8a8": 8.0, "w4a8": 4 + 8 / 64, "w4a4": 4 + 8 / 64, "w8a16": 8.0, "w4a16": 4 + 8 / 64}
-# An activation that lies at a half falls on one side or the other by the order of sums: it moves the logits by some 1e-4 with
-# 8 bits and more with 4. The stock int8 kernel takes its inputs through float16, so that one code in thirty does.
-NEAR = {name: 0.03 if name in INT8 else 1e-5 if "none" in name else 0.02 if "w4a4" in name else 3e-3 for name in RECIPES}
+# An activation that lies at a half falls on one side or the other by the order of sums: it moves the logits
+# by some 1e-4 with 8 bits and more with 4. The stock int8 kernel takes its inputs through float16, so that
+# one code in thirty does.
+NEAR = {
+    name: 0.03 if name in INT8 else 1e-5 if "none" in name else 0.02 if "w4a4" in name else 3e-3
+    for name in RECIPES
+}
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +77,11 @@ def everything(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str
     folder = tmp_path_factory.mktemp("formats")
     outs = {}
     for name, (family, settings) in RECIPES.items():
-        base = folder / family if (folder / family).exists() else save_base(folder / family, family, num_hidden_layers=1)
+        base = (
+            folder / family
+            if (folder / family).exists()
+            else save_base(folder / family, family, num_hidden_layers=1)
+        )
         outs[name] = folder / name.replace(", ", "-").replace(" ", "-")
         run_recipe(small_recipe(text, base, **settings), outs[name])
     return outs
@@ -81,11 +94,16 @@ def base_of(name: str, everything: dict[str, Path]) -> Path:
 def dequantized(folder: Path) -> dict[str, Tensor]:
     """The quantised linears of an artefact [R, C] by their names in the file."""
     tensors, resident = weights_of(folder), DiskModel(folder, CPU, quantized=True)
-    linears = {keys[0].removesuffix(".weight"): target.removesuffix(".weight") for target, keys in resident.sources.items()}
+    linears = {
+        keys[0].removesuffix(".weight"): target.removesuffix(".weight")
+        for target, keys in resident.sources.items()
+    }
     shapes = dict(resident.linear_maps())
     return {
         name: registry.dequantize(
-            registry.read(registry.parts_of(name, tensors), resident.layouts.get(linears[name]), shapes[linears[name]])
+            registry.read(
+                registry.parts_of(name, tensors), resident.layouts.get(linears[name]), shapes[linears[name]]
+            )
         )
         for name in registry.quantized_linears(tensors)
     }
@@ -95,7 +113,9 @@ def dequantized(folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_artefact_loads_and_computes_what_was_measured(name: str, everything: dict[str, Path]) -> None:
     model = load(everything[name])
-    kinds = {type(model.get_submodule(linear.name)).__name__ for linear in Report.of(everything[name]).linears}
+    kinds = {
+        type(model.get_submodule(linear.name)).__name__ for linear in Report.of(everything[name]).linears
+    }
     assert kinds == {"Linear8bitLt" if name in INT8 else "IntegerLinear"}
     found = live(model)
     assert distance(found, measured(everything[name])) < NEAR[name]
@@ -107,6 +127,8 @@ LOADER = """
 import json, sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, told = load_file(sys.argv[1])["tokens"], {}
 for folder in sys.argv[2:]:
     try:
@@ -124,18 +146,23 @@ print(json.dumps(told))
 
 @pytest.fixture(scope="module")
 def elsewhere(everything: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What each artefact is to a process that never imports llmcompress: an error, or what loading it has to tell."""
+    """What each artefact is to a process that never imports llmcompress: an error, or what loading it has to
+    tell."""
     scratch = tmp_path_factory.mktemp("elsewhere")
     save_file({"tokens": TOKENS}, scratch / "tokens")
     arguments = [sys.executable, "-c", LOADER, str(scratch / "tokens"), *map(str, everything.values())]
-    out = subprocess.run(arguments, check=True, cwd=scratch, timeout=600, capture_output=True, text=True).stdout
+    out = subprocess.run(
+        arguments, check=True, cwd=scratch, timeout=600, capture_output=True, text=True
+    ).stdout
     told = json.loads(out.splitlines()[-1])
     return {name: told[str(folder)] for name, folder in everything.items()}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", INT8)
-def test_plain_transformers_loads_int8(name: str, elsewhere: dict[str, Any], everything: dict[str, Path]) -> None:
+def test_plain_transformers_loads_int8(
+    name: str, elsewhere: dict[str, Any], everything: dict[str, Path]
+) -> None:
     assert elsewhere[name] == {}
     seen = load_file(f"{everything[name]}.seen")["logits"]
     assert torch.equal(seen, live(load(everything[name])))
@@ -152,7 +179,9 @@ def test_plain_transformers_refuses_our_formats(name: str, elsewhere: dict[str, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", OURS)
-def test_saving_a_loaded_artefact_writes_the_same_bytes(name: str, everything: dict[str, Path], tmp_path: Path) -> None:
+def test_saving_a_loaded_artefact_writes_the_same_bytes(
+    name: str, everything: dict[str, Path], tmp_path: Path
+) -> None:
     model = load(everything[name])
     live(model)  # what a forward does leaves no trace
     model.save_pretrained(tmp_path / "again")
@@ -160,15 +189,21 @@ def test_saving_a_loaded_artefact_writes_the_same_bytes(name: str, everything: d
     assert once.keys() == again.keys()
     for part, tensor in once.items():
         assert tensor.dtype == again[part].dtype and tensor.shape == again[part].shape, part
-        assert torch.equal(tensor.contiguous().view(torch.uint8), again[part].contiguous().view(torch.uint8)), part
-    configs = [json.loads((folder / "config.json").read_text()) for folder in (everything[name], tmp_path / "again")]
+        assert torch.equal(
+            tensor.contiguous().view(torch.uint8), again[part].contiguous().view(torch.uint8)
+        ), part
+    configs = [
+        json.loads((folder / "config.json").read_text()) for folder in (everything[name], tmp_path / "again")
+    ]
     assert configs[0]["quantization_config"] == configs[1]["quantization_config"]
     assert torch.equal(live(load(tmp_path / "again")), live(model))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["int8", "w8a8 static", "w4a8", "w4a4"])
-def test_a_model_in_memory_becomes_what_the_folder_is(name: str, everything: dict[str, Path], text: Path) -> None:
+def test_a_model_in_memory_becomes_what_the_folder_is(
+    name: str, everything: dict[str, Path], text: Path
+) -> None:
     settings, base, written = RECIPES[name][1], base_of(name, everything), Report.of(everything[name])
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
     result, report = apply_recipe(small_recipe(text, base, **settings), model, byte_tokenizer())
@@ -177,12 +212,19 @@ def test_a_model_in_memory_becomes_what_the_folder_is(name: str, everything: dic
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert report.compressed.parameters == written.compressed.parameters == written.base.parameters
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000  # the header of the file
+    assert (
+        abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
+    )  # the header of the file
     loaded = load(everything[name])
     assert distance(live(model), live(loaded)) < 1e-6
     if name != "int8":
         ours, theirs = (
-            {f"{n}.{part}": t for n, m in x.named_modules() if isinstance(m, IntegerLinear) for part, t in m.stored().items()}
+            {
+                f"{n}.{part}": t
+                for n, m in x.named_modules()
+                if isinstance(m, IntegerLinear)
+                for part, t in m.stored().items()
+            }
             for x in (model, loaded)
         )
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[part], theirs[part]) for part in ours)
@@ -263,6 +305,7 @@ def smoothed(text: Path, base: Path) -> Recipe:
     return small_recipe(text, base, format="w4a8", smooth={}, activations="static")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "lost",
     [
@@ -278,7 +321,10 @@ def test_an_interrupted_run_with_smoothing_goes_on_and_gives_the_same_bytes(
 ) -> None:
     (base, once), out = whole, tmp_path / "out"
     shutil.copytree(refused, partial_folder(out))
-    files = {file.name.removesuffix(".safetensors"): file for file in (partial_folder(out) / "journal").glob("*.safetensors")}
+    files = {
+        file.name.removesuffix(".safetensors"): file
+        for file in (partial_folder(out) / "journal").glob("*.safetensors")
+    }
     assert files.keys() == {"quantize.00000", "quantize.00001", "smooth.00000", "smooth.00001"}
     for name in lost:
         files[name].unlink()
@@ -315,11 +361,15 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
     for name, weight in expected.items():
         torch.testing.assert_close(now[f"{layer}{name}"].double(), weight, rtol=1e-5, atol=1e-7)
     assert torch.equal(now[f"{layer}self_attn.q_proj.bias"], was[f"{layer}self_attn.q_proj.bias"])
-    # both readers of the second norm are kept, so nothing crosses from it, but from up_proj to down_proj it does
+    # both readers of the second norm are kept, so nothing crosses from it, but from up_proj to down_proj it
+    # does
     for name in ("post_attention_layernorm", "mlp.gate_proj"):
         assert torch.equal(now[f"{layer}{name}.weight"], was[f"{layer}{name}.weight"])
     units = crossed(was[f"{layer}mlp.up_proj.weight"], now[f"{layer}mlp.up_proj.weight"])
-    assert float((units - units[:, :1]).abs().max()) < 1e-5 * float(units.max()) and float((units - 1).abs().max()) > 0.1
+    assert (
+        float((units - units[:, :1]).abs().max()) < 1e-5 * float(units.max())
+        and float((units - 1).abs().max()) > 0.1
+    )
     down = dequantized(out)[f"{layer}mlp.down_proj"]
     wanted = was[f"{layer}mlp.down_proj.weight"].double() * units[:, 0]
     step = wanted.abs().amax(1, keepdim=True) / 127
@@ -328,9 +378,13 @@ def test_what_skip_names_is_stored_with_the_scale_that_crossed(text: Path, tmp_p
     assert distance(live(load(out)), measured(out)) < 3e-3
 
 
-def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_crossed(text: Path, tmp_path: Path) -> None:
+def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_crossed(
+    text: Path, tmp_path: Path
+) -> None:
     base, out = save_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=1), tmp_path / "out"
-    report = run_recipe(small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out)  # nf4: no 16 rows
+    report = run_recipe(
+        small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out
+    )  # nf4: no 16 rows
     assert {kept.name.rpartition(".")[2] for kept in report.kept} == {"k_proj", "v_proj", "lm_head"}
     was, now, layer = weights_of(base), weights_of(out), "model.layers.0."
     by = crossed(was[f"{layer}input_layernorm.weight"], now[f"{layer}input_layernorm.weight"])
@@ -344,14 +398,24 @@ def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_cross
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", ["w8a8", "int8", "nf4"])
-def test_a_base_in_half_precision_keeps_its_dtype(dtype: torch.dtype, format: str, text: Path, tmp_path: Path) -> None:
+def test_a_base_in_half_precision_keeps_its_dtype(
+    dtype: torch.dtype, format: str, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=1)
     cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=dtype)).save_pretrained(base)
-    report = run_recipe(small_recipe(text, base, format=format, smooth={}, rounding="nearest"), tmp_path / "out")
-    dense = {name: t.dtype for name, t in weights_of(tmp_path / "out").items() if "norm" in name or name.endswith("bias")}
+    report = run_recipe(
+        small_recipe(text, base, format=format, smooth={}, rounding="nearest"), tmp_path / "out"
+    )
+    dense = {
+        name: t.dtype
+        for name, t in weights_of(tmp_path / "out").items()
+        if "norm" in name or name.endswith("bias")
+    }
     assert len(dense) > 5 and set(dense.values()) == {dtype}
     assert report.compressed.parameters == report.base.parameters
-    assert report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean < (0.1 if format == "nf4" else 2e-3)
+    assert report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean < (
+        0.1 if format == "nf4" else 2e-3
+    )
     found = live(load(tmp_path / "out"))
     assert distance(found, measured(tmp_path / "out")) < 0.1 and bool(found.isfinite().all())
 
@@ -373,7 +437,10 @@ def test_a_base_in_half_precision_keeps_its_dtype(dtype: torch.dtype, format: st
         ("format: int8, activations: dynamic", "activations is for w8a8, w4a8, w4a4, w8a16, w4a16, not int8"),
         ("format: w4a8, double_quant: true", "double_quant is for nf4 and fp4, not w4a8"),
         ("format: w8a8, rounding: gptq, steps: 5", "steps is for rounding: learned, not gptq"),
-        ("format: w8a8, activations: static, range: max", "range: .*'minmax', 'percentile' or 'mse', not 'max'"),
+        (
+            "format: w8a8, activations: static, range: max",
+            "range: .*'minmax', 'percentile' or 'mse', not 'max'",
+        ),
         ("format: w8a4", "format: .*not 'w8a4'"),
         ("format: w8a8, activation: static", "activation: unknown key; did you mean activations?"),
     ],
@@ -387,8 +454,16 @@ def test_a_setting_that_means_nothing_here_is_refused_in_one_line(settings: str,
 @pytest.mark.slow
 def test_what_is_said_for_a_format_is_in_its_report(everything: dict[str, Path]) -> None:
     facts = Report.of(everything["w4a8 static"]).stages[0].model_dump()
-    assert {"format": "w4a8", "activations": "static", "range": "percentile", "group_size": 32}.items() <= facts.items()
-    assert Report.of(everything["w4a8"]).stages[0].model_dump()["smooth"] == {"method": "smoothquant", "alpha": "auto"}
+    assert {
+        "format": "w4a8",
+        "activations": "static",
+        "range": "percentile",
+        "group_size": 32,
+    }.items() <= facts.items()
+    assert Report.of(everything["w4a8"]).stages[0].model_dump()["smooth"] == {
+        "method": "smoothquant",
+        "alpha": "auto",
+    }
 
 
 def test_outliers_that_reach_the_threshold_are_read_as_they_are() -> None:
@@ -401,7 +476,10 @@ def test_outliers_that_reach_the_threshold_are_read_as_they_are() -> None:
 @pytest.mark.slow
 def test_the_tensors_of_each_format_are_those_of_its_loader(everything: dict[str, Path]) -> None:
     parts = {"int8": {"weight", "SCB", "weight_format"}, "w8a8": {"weight", "weight_scale"}}
-    parts |= {"w8a8 static": {"weight", "weight_scale", "input_scale"}, "w4a8": {"weight", "weight_scale", "weight_multiplier"}}
+    parts |= {
+        "w8a8 static": {"weight", "weight_scale", "input_scale"},
+        "w4a8": {"weight", "weight_scale", "weight_multiplier"},
+    }
     for name, expected in parts.items():
         assert {part.rpartition(".")[2] for part in weights_of(everything[name])} - {"bias"} == expected
     config = json.loads((everything["int8"] / "config.json").read_text())["quantization_config"]

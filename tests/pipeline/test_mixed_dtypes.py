@@ -19,6 +19,8 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import CPU, assert_same_in_memory, distance, live, load, measured, weights_of
 from tests.bases import known, save_base, staged_recipe, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 Dtype = Callable[[str, Tensor], torch.dtype]
 
 
@@ -38,7 +40,9 @@ def mixed_base(folder: Path, family: str, dtype: Dtype, said: str | None) -> Pat
     tensors = {name: t.to(dtype(name, t)) for name, t in load_file(base / "model.safetensors").items()}
     save_file(tensors, base / "model.safetensors", {"format": "pt"})
     config = json.loads((base / "config.json").read_text()) | {"dtype": said}
-    (base / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    (base / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
     return base
 
 
@@ -54,12 +58,16 @@ def mixed_base(folder: Path, family: str, dtype: Dtype, said: str | None) -> Pat
     ],
     ids=["ffn", "hidden", "sublayer", "tie", "distill"],
 )
-def test_each_tensor_keeps_its_own_dtype(stage: dict[str, Any], half: torch.dtype, tmp_path: Path, text: Path) -> None:
+def test_each_tensor_keeps_its_own_dtype(
+    stage: dict[str, Any], half: torch.dtype, tmp_path: Path, text: Path
+) -> None:
     base = mixed_base(tmp_path / "base", "llama", matrices_in(half), "float32")
     run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "out")
     before, after = weights_of(base), weights_of(tmp_path / "out")
     assert after.keys() <= before.keys()
-    assert {name: tensor.dtype for name, tensor in after.items()} == {name: before[name].dtype for name in after}
+    assert {name: tensor.dtype for name, tensor in after.items()} == {
+        name: before[name].dtype for name in after
+    }
     assert json.loads((tmp_path / "out" / "config.json").read_text())["dtype"] == "float32"
     assert distance(measured(tmp_path / "out"), live(load(tmp_path / "out"))) < 1e-5
 
@@ -84,10 +92,18 @@ def test_values_that_stay_and_levels_have_the_dtype_of_their_linear(tmp_path: Pa
     base = mixed_base(tmp_path / "base", "llama", dtype, "float32")
     stage = {"sparsify": {"pattern": "2:4", "score": "magnitude"}}
     run_recipe(staged_recipe(text, base, stage, samples=4, length=24), tmp_path / "sparse")
-    values = {name: t.dtype for name, t in weights_of(tmp_path / "sparse").items() if name.endswith("proj.weight")}
+    values = {
+        name: t.dtype for name, t in weights_of(tmp_path / "sparse").items() if name.endswith("proj.weight")
+    }
     assert values == {name: torch.bfloat16 if "mlp" in name else torch.float32 for name in values}
-    run_recipe(staged_recipe(text, base, {"codebook": {"entries": 4}}, samples=4, length=24), tmp_path / "codebook")
-    levels = {name: t.dtype for name, t in weights_of(tmp_path / "codebook").items() if name.endswith("weight_levels")}
+    run_recipe(
+        staged_recipe(text, base, {"codebook": {"entries": 4}}, samples=4, length=24), tmp_path / "codebook"
+    )
+    levels = {
+        name: t.dtype
+        for name, t in weights_of(tmp_path / "codebook").items()
+        if name.endswith("weight_levels")
+    }
     assert levels == {name: torch.bfloat16 if "mlp" in name else torch.float16 for name in levels}
 
 
@@ -116,7 +132,8 @@ def test_values_that_stay_and_levels_have_the_dtype_of_their_linear(tmp_path: Pa
 def test_a_quantised_model_of_a_mixed_base_loads_and_generates(
     family: str, half: torch.dtype, said: str | None, stage: dict[str, Any], tmp_path: Path, text: Path
 ) -> None:
-    """In bitsandbytes' formats a loader casts no weight, so what stays dense is of one dtype there; config.json says it."""
+    """In bitsandbytes' formats a loader casts no weight, so what stays dense is of one dtype there;
+    config.json says it."""
     base = mixed_base(tmp_path / "base", family, matrices_in(half), said)
     run_recipe(staged_recipe(text, base, {"quantize": stage}, samples=4, length=24), tmp_path / "out")
     model = load(tmp_path / "out")
@@ -132,7 +149,10 @@ def test_a_budget_of_bytes_counts_each_tensor_in_its_own_dtype(tmp_path: Path, t
         return torch.float32 if "mlp" in name else torch.bfloat16
 
     base, size = mixed_base(tmp_path / "base", "llama", dtype, "bfloat16"), 500_000
-    stages: dict[str, dict[str, Any]] = {"ffn": {"axis": "ffn", "allocation": "uniform"}, "layer": {"axis": "layer"}}
+    stages: dict[str, dict[str, Any]] = {
+        "ffn": {"axis": "ffn", "allocation": "uniform"},
+        "layer": {"axis": "layer"},
+    }
     for axis, stage in stages.items():
         recipe = staged_recipe(text, base, {"prune": {**stage, "size": size}}, samples=4, length=24)
         report = run_recipe(recipe, tmp_path / axis)

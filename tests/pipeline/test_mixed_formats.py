@@ -31,12 +31,21 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
 from tests.models import pico
 
-# name -> family, settings, the format of each linear by the end of its name. gpt2 has Conv1D and biases, phi3 fused parts.
+# name -> family, settings, the format of each linear by the end of its name. gpt2 has Conv1D and biases, phi3
+# fused parts.
 MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
-    "nf4 and int8": ("llama", {"overrides": {"*.down_proj": {"format": "int8"}}}, {"down_proj": "w8a8", "_proj": "nf4"}),
+    "nf4 and int8": (
+        "llama",
+        {"overrides": {"*.down_proj": {"format": "int8"}}},
+        {"down_proj": "w8a8", "_proj": "nf4"},
+    ),
     "w4a8 and fp4": (
         "gpt2",
-        {"format": "w4a8", "smooth": {}, "overrides": {"ffn": {"format": "fp4", "double_quant": True, "group_size": 32}}},
+        {
+            "format": "w4a8",
+            "smooth": {},
+            "overrides": {"ffn": {"format": "fp4", "double_quant": True, "group_size": 32}},
+        },
         {"c_fc": "fp4", "mlp.c_proj": "fp4", "attn.c_proj": "w4a8", "c_attn": "w4a8"},
     ),
     "static and not": (
@@ -44,13 +53,20 @@ MIXTURES: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {
             "format": "w8a8",
             "activations": "static",
-            "overrides": {"kv": {"activations": "dynamic"}, "*.o_proj": {"format": "w4a16", "group_size": 32}},
+            "overrides": {
+                "kv": {"activations": "dynamic"},
+                "*.o_proj": {"format": "w4a16", "group_size": 32},
+            },
         },
         {"o_proj": "w4a16", "_proj": "w8a8"},
     ),
     "learned": (
         "llama",
-        {"rounding": "learned", "steps": 4, "overrides": {"kv": {"format": "w8a8"}, "*.o_proj": {"format": "w4a4"}}},
+        {
+            "rounding": "learned",
+            "steps": 4,
+            "overrides": {"kv": {"format": "w8a8"}, "*.o_proj": {"format": "w4a4"}},
+        },
         {"o_proj": "w4a4", "q_proj": "w8a8", "k_proj": "w8a8", "v_proj": "w8a8", "_proj": "nf4"},
     ),
 }
@@ -66,7 +82,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mixtures(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("mixtures")
     for name, (family, settings, _) in MIXTURES.items():
-        base = folder / family if (folder / family).exists() else save_base(folder / family, family, num_hidden_layers=1)
+        base = (
+            folder / family
+            if (folder / family).exists()
+            else save_base(folder / family, family, num_hidden_layers=1)
+        )
         run_recipe(small_recipe(text, base, **settings), folder / name.replace(" ", "-"))
     return {name: folder / name.replace(" ", "-") for name in MIXTURES}
 
@@ -104,7 +124,10 @@ def test_a_mixture_is_saved_again_bit_for_bit(name: str, mixtures: dict[str, Pat
     model.save_pretrained(tmp_path)
     once, again = (load_file(folder / "model.safetensors") for folder in (mixtures[name], tmp_path))
     assert once.keys() == again.keys()
-    assert all(torch.equal(tensor, again[part]) and tensor.dtype == again[part].dtype for part, tensor in once.items())
+    assert all(
+        torch.equal(tensor, again[part]) and tensor.dtype == again[part].dtype
+        for part, tensor in once.items()
+    )
 
 
 @pytest.mark.slow
@@ -116,7 +139,9 @@ def test_a_model_in_memory_becomes_the_same_mixture(name: str, mixtures: dict[st
     result, report = apply_recipe(small_recipe(text, base, **settings), model, byte_tokenizer())
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000  # the header of the file
+    assert (
+        abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
+    )  # the header of the file
     assert distance(live(result), live(load(mixtures[name]))) < 1e-6
 
 
@@ -124,6 +149,8 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1])
 with torch.no_grad():
     save_file({"logits": model(load_file(sys.argv[2])["tokens"]).logits}, sys.argv[3])
@@ -137,7 +164,9 @@ def test_several_blocks_and_4_bit_formats_load_without_the_plug_in(text: Path, t
     report = run_recipe(small_recipe(text, base, **NATIVE), out)
     assert {linear.format for linear in report.linears} == {"nf4", "fp4"}
     assert len({linear.bits for linear in report.linears}) == 3
-    assert json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert (
+        json.loads((out / "config.json").read_text())["quantization_config"]["quant_method"] == "bitsandbytes"
+    )
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
     arguments = [sys.executable, "-c", PLAIN, str(out), str(tmp_path / "tokens"), str(tmp_path / "seen")]
     subprocess.run(arguments, check=True, timeout=600)
@@ -148,7 +177,11 @@ def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
     stage = Quantize.model_validate(
         {
             "group_size": 32,
-            "overrides": {"ffn": {"double_quant": True}, "*.up_proj": {"format": "w4a8"}, "*.1.*": {"group_size": 128}},
+            "overrides": {
+                "ffn": {"double_quant": True},
+                "*.up_proj": {"format": "w4a8"},
+                "*.1.*": {"group_size": 128},
+            },
         }
     )
     chosen, _ = stage.choose(InMemoryModel(pico("llama").config, pico("llama").state_dict(), CPU))
@@ -156,7 +189,9 @@ def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
     assert chosen[f"{inner}self_attn.q_proj"] == FourBitScheme("nf4", 32, False, torch.float32)
     assert chosen[f"{inner}mlp.gate_proj"] == FourBitScheme("nf4", 32, True, torch.float32)
     up = chosen[f"{inner}mlp.up_proj"]
-    assert isinstance(up, IntegerScheme) and up.scheme.group_size == 64, "another format starts from its own defaults"
+    assert isinstance(up, IntegerScheme) and up.scheme.group_size == 64, (
+        "another format starts from its own defaults"
+    )
     assert "model.layers.1.mlp.gate_proj" not in chosen, "rows of 64 don't divide into groups of 128"
     assert chosen["model.layers.1.self_attn.o_proj"] == FourBitScheme("nf4", 128, False, torch.float32)
 
@@ -164,15 +199,25 @@ def test_of_two_overrides_the_last_holds_and_it_starts_from_the_stage() -> None:
 @pytest.mark.parametrize(
     ("overrides", "why"),
     [
-        ({"*.down": {"format": "int8"}}, r'overrides "\*.down" matches no linear of this model; .*axes vocab, hidden'),
+        (
+            {"*.down": {"format": "int8"}},
+            r'overrides "\*.down" matches no linear of this model; .*axes vocab, hidden',
+        ),
         ({"hiden": {"format": "int8"}}, 'overrides "hiden" matches no linear'),
-        ({"ffn": {"format": "int8", "threshold": 6.0}}, "threshold: 6 of .*mlp.* is for models that are int8 throughout"),
+        (
+            {"ffn": {"format": "int8", "threshold": 6.0}},
+            "threshold: 6 of .*mlp.* is for models that are int8 throughout",
+        ),
     ],
 )
-def test_an_override_that_can_not_be_is_refused_before_anything_is_read(overrides: dict[str, Any], why: str) -> None:
+def test_an_override_that_can_not_be_is_refused_before_anything_is_read(
+    overrides: dict[str, Any], why: str
+) -> None:
     model = pico("llama")
     with pytest.raises(ModelError, match=why):
-        Quantize.model_validate({"overrides": overrides}).choose(InMemoryModel(model.config, model.state_dict(), CPU))
+        Quantize.model_validate({"overrides": overrides}).choose(
+            InMemoryModel(model.config, model.state_dict(), CPU)
+        )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +248,10 @@ def test_a_linear_that_is_spared_keeps_its_bytes_in_our_layout_and_its_dtype_els
         found = spared(coding)
         assert isinstance(found, IntegerScheme) and found.format == wide and found.bits == coding.bits
     assert spared(FourBitScheme("nf4", 64, False, torch.float32)) is None and spared(Int8Scheme(0.0)) is None
-    assert spared(Quantize.model_validate({"format": "w8a8", "activations": "none"}).coding(torch.float32)) is None
+    assert (
+        spared(Quantize.model_validate({"format": "w8a8", "activations": "none"}).coding(torch.float32))
+        is None
+    )
 
 
 def test_the_most_hurt_are_those_that_cost_most_a_weight_and_fit() -> None:
@@ -264,14 +312,19 @@ def test_what_is_protected_is_said_and_costs_less(format: str, text: Path, tmp_p
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_with_protection_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_with_protection_goes_on_and_gives_the_same_bytes(
+    text: Path, tmp_path: Path
+) -> None:
     base, settings = save_base(tmp_path / "base"), {"format": "w8a8", "smooth": {}, "protect": 0.2}
     run_recipe(small_recipe(text, base, **settings), tmp_path / "once")
     strict = small_recipe(text, base, **settings).model_copy(update={"accept": Accept(kl_nats=1e-12)})
     with pytest.raises(AcceptError):
         run_recipe(strict, tmp_path / "again")
     journal = partial_folder(tmp_path / "again") / "journal"
-    for lost in (("quantize.00001",), ("quantize.00000", "quantize.00001", "protected.00000", "smooth.00001")):
+    for lost in (
+        ("quantize.00001",),
+        ("quantize.00000", "quantize.00001", "protected.00000", "smooth.00001"),
+    ):
         shutil.copytree(journal.parent, partial_folder(tmp_path / lost[-1]))
         for name in lost:
             (partial_folder(tmp_path / lost[-1]) / "journal" / f"{name}.safetensors").unlink()

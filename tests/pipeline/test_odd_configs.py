@@ -1,4 +1,5 @@
-"""Bases whose small files say odd things: each goes on or is one line, in bounded time and memory, before the first stage."""
+"""Bases whose small files say odd things: each goes on or is one line, in bounded time and memory, before the
+first stage."""
 
 from __future__ import annotations
 
@@ -26,7 +27,13 @@ from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.model_config import FLAGS, load_config
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
-from llmcompress.pipeline.resolve import calibration_data, config_of, find_base, require_computable, require_loadable
+from llmcompress.pipeline.resolve import (
+    calibration_data,
+    config_of,
+    find_base,
+    require_computable,
+    require_loadable,
+)
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.pipeline.stages import require_possible
 from llmcompress.recipe.recipe import Recipe
@@ -36,14 +43,65 @@ from tests.models import FAMILIES
 CPU = torch.device("cpu")
 SECONDS = 60.0  # for one config, on a busy machine; the worst took 50 ms alone
 ODD: tuple[Any, ...] = (
-    *(None, True, False, 0, -1, 1, 3, 0.5, 1e10, 10**12, 2**70, -(2**70), 10**400, float("nan"), float("inf")),
-    *("", "nope", "\ud800", "a\0b", [], [0], ["nope"], [[]], {}, {"nope": 1}, {"rope_type": "nope"}, {"factor": 0}),
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        3,
+        0.5,
+        1e10,
+        10**12,
+        2**70,
+        -(2**70),
+        10**400,
+        float("nan"),
+        float("inf"),
+    ),
+    *(
+        "",
+        "nope",
+        "\ud800",
+        "a\0b",
+        [],
+        [0],
+        ["nope"],
+        [[]],
+        {},
+        {"nope": 1},
+        {"rope_type": "nope"},
+        {"factor": 0},
+    ),
 )
 # Fields that the saved configs of the families leave out.
 MORE = (
-    *("num_labels", "id2label", "rope_scaling", "rope_parameters", "quantization_config", "text_config", "torch_dtype"),
-    *("per_layer_config", "layer_types", "pruned_heads", "is_encoder_decoder", "add_cross_attention", "to_dict", "is_causal"),
-    *("transformers_weights", "fusion_config", "attn_implementation", "_attn_implementation", "experts_implementation"),
+    *(
+        "num_labels",
+        "id2label",
+        "rope_scaling",
+        "rope_parameters",
+        "quantization_config",
+        "text_config",
+        "torch_dtype",
+    ),
+    *(
+        "per_layer_config",
+        "layer_types",
+        "pruned_heads",
+        "is_encoder_decoder",
+        "add_cross_attention",
+        "to_dict",
+        "is_causal",
+    ),
+    *(
+        "transformers_weights",
+        "fusion_config",
+        "attn_implementation",
+        "_attn_implementation",
+        "experts_implementation",
+    ),
 )
 
 
@@ -81,7 +139,8 @@ def start(base: Path, recipe: Recipe) -> None:
 
 
 def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
-    """The one line that refuses a config, or nothing; whatever else is raised is said of the config that raised it."""
+    """The one line that refuses a config, or nothing; whatever else is raised is said of the config that
+    raised it."""
     (base / "config.json").write_text(json.dumps(fields))
     begin, said = time.monotonic(), ""
     for attempt in (lambda: plan_recipe(recipe, base=str(base)), lambda: start(base, recipe)):
@@ -91,7 +150,9 @@ def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
                 attempt()
         except CompressError as error:
             said = str(error)
-            assert said.isprintable() and (len(said) < 700 or "is no model family" in said), said  # that one prints a table
+            assert said.isprintable() and (len(said) < 700 or "is no model family" in said), (
+                said
+            )  # that one prints a table
     assert time.monotonic() - begin < SECONDS
     return said
 
@@ -122,6 +183,8 @@ BOUNDED = """
 import resource, sys
 from pathlib import Path
 from tests.pipeline.test_odd_configs import hostile
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 resource.setrlimit(resource.RLIMIT_AS, (12 << 30,) * 2)
 resource.setrlimit(resource.RLIMIT_CPU, (3000,) * 2)
 wrong = hostile(tuple(sys.argv[2].split(",")), Path(sys.argv[1]), float(sys.argv[3]))
@@ -168,7 +231,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000, and the files hold"),
     ({"num_hidden_layers": 0}, "num_hidden_layers 0, which is no size"),
     ({"vocab_size": 2**70}, "vocab_size of 71 bits, which no model has"),
-    ({"vocab_size": 100_000}, "vocab_size is 100000, and the files hold no tensor with more than 320 rows or columns"),
+    (
+        {"vocab_size": 100_000},
+        "vocab_size is 100000, and the files hold no tensor with more than 320 rows or columns",
+    ),
     ({"head_dim": -1}, "head_dim -1, which is no size"),
     ({"pad_token_id": 10**12}, "pad_token_id of 40 bits, which no model has"),
     ({"pad_token_id": 100_000}, "builds no model of this config.json"),
@@ -185,7 +251,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "message"), REFUSED, ids=[str(fields)[:40] for fields, _ in REFUSED])
-def test_a_config_of_which_no_model_can_be_made_names_the_field(fields: dict[str, Any], message: str, base: Path) -> None:
+def test_a_config_of_which_no_model_can_be_made_names_the_field(
+    fields: dict[str, Any], message: str, base: Path
+) -> None:
     configure(base, **fields)
     assert message in refusal(base)
 
@@ -212,12 +280,24 @@ def test_flags_that_change_what_a_forward_returns_change_no_number(base: Path) -
 
 
 def test_an_artefact_of_a_base_with_flags_loads_and_answers_as_others_do(base: Path, tmp_path: Path) -> None:
-    configure(base, return_dict=False, use_cache=False, output_hidden_states=True, _attn_implementation="flash_attention_2")
-    report = run_recipe(small_recipe(write_text(tmp_path / "facts.txt"), base, rounding="nearest"), tmp_path / "out")
+    configure(
+        base,
+        return_dict=False,
+        use_cache=False,
+        output_hidden_states=True,
+        _attn_implementation="flash_attention_2",
+    )
+    report = run_recipe(
+        small_recipe(write_text(tmp_path / "facts.txt"), base, rounding="nearest"), tmp_path / "out"
+    )
     assert report.base.tokens_per_s and report.compressed.tokens_per_s
     assert not FLAGS.keys() & {k for k, v in fields_of(tmp_path / "out").items() if v != FLAGS.get(k, v)}
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out")(torch.arange(8).view(1, -1))
-    assert found.logits.shape == (1, 8, 256) and found.hidden_states is None and found.past_key_values is not None
+    assert (
+        found.logits.shape == (1, 8, 256)
+        and found.hidden_states is None
+        and found.past_key_values is not None
+    )
 
 
 NESTED = {
@@ -234,7 +314,14 @@ NESTED = {
 @pytest.mark.parametrize("case", NESTED)
 @pytest.mark.parametrize(
     "name",
-    ["config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json", "special_tokens_map.json", INDEX],
+    [
+        "config.json",
+        "generation_config.json",
+        "tokenizer_config.json",
+        "tokenizer.json",
+        "special_tokens_map.json",
+        INDEX,
+    ],
 )
 def test_json_that_is_too_deep_is_one_line_whatever_file_it_is_in(name: str, case: str, base: Path) -> None:
     (base / name).write_bytes(NESTED[case])
@@ -285,14 +372,21 @@ def header(text: bytes, length: int | None = None) -> Callable[[Path], None]:
 
 
 def odd_dtype(name: str) -> Callable[[Path], None]:
-    return header(json.dumps({"a": {"dtype": name, "shape": [8], "data_offsets": [0, 64 if name == "U64" else 8]}}).encode())
+    return header(
+        json.dumps(
+            {"a": {"dtype": name, "shape": [8], "data_offsets": [0, 64 if name == "U64" else 8]}}
+        ).encode()
+    )
 
 
 def empty_shard(base: Path) -> None:
     min(base.glob("model-*.safetensors")).write_bytes(b"")
 
 
-TWICE = b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},"a":{"dtype":"F32","shape":[8],"data_offsets":[32,64]}}'
+TWICE = (
+    b'{"a":{"dtype":"F32","shape":[8],"data_offsets":[0,32]},'
+    b'"a":{"dtype":"F32","shape":[8],"data_offsets":[32,64]}}'
+)
 DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
     ("no metadata", without_metadata, "has no metadata, which from_pretrained asks for"),
     ("truncated index", truncated_index, "is not JSON"),
@@ -315,8 +409,12 @@ DAMAGED: list[tuple[str, Callable[[Path], None], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("damage", "message"), [entry[1:] for entry in DAMAGED], ids=[entry[0] for entry in DAMAGED])
-def test_damaged_weight_files_are_one_line(damage: Callable[[Path], None], message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("damage", "message"), [entry[1:] for entry in DAMAGED], ids=[entry[0] for entry in DAMAGED]
+)
+def test_damaged_weight_files_are_one_line(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", max_shard_size="300KB")
     assert (base / INDEX).is_file()
     damage(base)
@@ -328,7 +426,11 @@ def test_a_text_model_inside_a_multimodal_one_is_named_as_that(prefix: str, base
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(base / "model.safetensors")
-    save_file({prefix + name: tensor for name, tensor in tensors.items()}, base / "model.safetensors", {"format": "pt"})
+    save_file(
+        {prefix + name: tensor for name, tensor in tensors.items()},
+        base / "model.safetensors",
+        {"format": "pt"},
+    )
     assert f"it stores {prefix}" in refusal(base)
 
 

@@ -19,6 +19,8 @@ from llmcompress.pipeline.run import run_recipe
 from tests.bases import known, save_base, small_recipe, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -26,7 +28,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_parameters_and_bytes_of_the_base_are_those_of_its_files(family: str, text: Path, tmp_path: Path) -> None:
+def test_the_parameters_and_bytes_of_the_base_are_those_of_its_files(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", family)
     checkpoint = Checkpoint.open(base)
     rows = plan_recipe(small_recipe(text, base)).rows
@@ -58,7 +62,10 @@ def test_the_bytes_of_the_result_are_those_that_a_run_writes(
     assert report.compressed.size_bytes is not None
     headers = 2500 * len(report.linears) + 4000  # names, and what each linear says of its own format
     assert 0 <= report.compressed.size_bytes - rows[1].size_bytes < headers
-    assert f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes) or not report.kept
+    assert (
+        f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes)
+        or not report.kept
+    )
 
 
 def test_a_plan_reads_no_weights_and_writes_nothing(text: Path, tmp_path: Path) -> None:
@@ -82,7 +89,9 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
             seconds[base.name, rounding] = known(rows[1].seconds)
     for name in ("small", "deep"):
         assert seconds[name, "nearest"] < seconds[name, "gptq"] < seconds[name, "learned"]
-    assert seconds["deep", "gptq"] > 5 * seconds["small", "gptq"]  # 12 times, by a clock that other work disturbs
+    assert (
+        seconds["deep", "gptq"] > 5 * seconds["small", "gptq"]
+    )  # 12 times, by a clock that other work disturbs
 
 
 def test_memory_does_not_grow_with_the_layers(text: Path, tmp_path: Path) -> None:
@@ -117,7 +126,10 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for fields, message in (
         ({"quantization_config": {"quant_method": "bitsandbytes"}}, "is quantised already"),
-        ({"quantization_config": None, "architectures": ["LlamaForSequenceClassification"]}, "no causal language model"),
+        (
+            {"quantization_config": None, "architectures": ["LlamaForSequenceClassification"]},
+            "no causal language model",
+        ),
         ({"model_type": "nonesuch", "architectures": ["NonesuchForCausalLM"]}, "nonesuch"),
         ({"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"]}, "gpt_bigcode"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "no causal language model"),
@@ -148,12 +160,16 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
         nonlocal multiplied
         multiplied += args[0].numel() // args[0].shape[-1] * module.weight.numel()
 
-    hooks = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))]
+    hooks = [
+        m.register_forward_hook(count) for m in model.modules() if isinstance(m, (torch.nn.Linear, Conv1D))
+    ]
     with torch.no_grad():
         model(torch.tensor([[3, 4, 5, 6, 7]]), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cached == held // 5
-    routed = 2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0  # layers, experts a token, matrices, weights, tokens
+    routed = (
+        2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0
+    )  # layers, experts a token, matrices, weights, tokens
     router = 2 * 5 * 64 if family == "qwen3_moe" else 0  # is no linear module
     assert flops in (2 * (multiplied + routed) // 5, 2 * ((multiplied + routed) // 5 + router))
     for hook in hooks:
@@ -172,7 +188,9 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
 )
 def test_a_cut_is_priced_before_it_is_made(stage: dict[str, Any], text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=False)
-    whole, cut = plan_recipe(small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]})).rows
+    whole, cut = plan_recipe(
+        small_recipe(text, base).model_validate({"base": str(base), "stages": [{"prune": stage}]})
+    ).rows
     assert all(
         getattr(cut, key) <= getattr(whole, key)
         for key in ("parameters", "size_bytes", "flops_per_token", "kv_cache_bytes_per_token")

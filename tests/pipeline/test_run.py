@@ -1,4 +1,5 @@
-"""The main job on pico models: what plain transformers loads is what we computed, the same each time, whole or not at all."""
+"""The main job on pico models: what plain transformers loads is what we computed, the same each time, whole
+or not at all."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ for folder in sys.argv[2:]:
         name: dequantize_4bit(m.weight.data, m.weight.quant_state)
         for name, m in model.named_modules() if isinstance(m, Linear4bit)
     }
-    model.get_input_embeddings().requires_grad_(True)  # with gradients the weights are dequantised and multiplied exactly
+    model.get_input_embeddings().requires_grad_(True)  # so weights are dequantised
     seen["exact logits"] = model(tokens).logits.detach()
     with torch.no_grad():
         seen["logits"] = model(tokens).logits
@@ -63,7 +64,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def load_elsewhere(folders: list[Path], scratch: Path) -> dict[Path, dict[str, Tensor]]:
-    """Weights of the 4-bit linears and logits, as one process that has only transformers and bitsandbytes sees them."""
+    """Weights of the 4-bit linears and logits, as one process that has only transformers and bitsandbytes
+    sees them."""
     from safetensors.torch import save_file
 
     save_file({"tokens": TOKENS}, scratch / "tokens")
@@ -78,7 +80,9 @@ def own_weights(folder: Path) -> dict[str, Tensor]:
     merged = {name: tensor for part in tensors.values() for name, tensor in part.items()}
     names = [name.removesuffix(".weight.absmax") for name in merged if name.endswith(".weight.absmax")]
     return {
-        name: bitsandbytes_layout.dequantize(bitsandbytes_layout.unpack(bitsandbytes_layout.parts_of(name, merged)))
+        name: bitsandbytes_layout.dequantize(
+            bitsandbytes_layout.unpack(bitsandbytes_layout.parts_of(name, merged))
+        )
         for name in names
     }
 
@@ -88,12 +92,17 @@ def distance(a: Tensor, b: Tensor) -> float:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 @pytest.fixture(scope="module")
 def everyone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, Path]:
-    """Every family, compressed by gptq; two of them by learned rounding too, one in many shards, one in bfloat16."""
+    """Every family, compressed by gptq; two of them by learned rounding too, one in many shards, one in
+    bfloat16."""
     folder = tmp_path_factory.mktemp("families")
     outs = {}
     for family in FAMILIES:
@@ -102,12 +111,16 @@ def everyone(tmp_path_factory: pytest.TempPathFactory, text: Path) -> dict[str, 
         run_recipe(small_recipe(text, base), outs[family])
     for family in ("llama", "gemma3_text"):
         outs[f"{family} learned"] = folder / f"{family}-learned"
-        run_recipe(small_recipe(text, folder / family, rounding="learned", steps=6), outs[f"{family} learned"])
+        run_recipe(
+            small_recipe(text, folder / family, rounding="learned", steps=6), outs[f"{family} learned"]
+        )
     return outs
 
 
 @pytest.fixture(scope="module")
-def elsewhere(everyone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[Path, dict[str, Tensor]]:
+def elsewhere(
+    everyone: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> dict[Path, dict[str, Tensor]]:
     return load_elsewhere(list(everyone.values()), tmp_path_factory.mktemp("elsewhere"))
 
 
@@ -135,20 +148,30 @@ def test_a_report_tells_of_every_linear_and_every_byte(name: str, everyone: dict
     linears = {n for n, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D")}
     kept = {kept.name for kept in report.kept}
     assert {linear.name for linear in report.linears} | {n for n in kept if "experts" not in n} == linears
-    assert report.compressed.size_bytes == checkpoint.size_bytes == sum(f.stat().st_size for f in out.glob("*.safetensors"))
-    assert report.compressed.parameters == report.base.parameters == sum(p.numel() for p in model.parameters())
+    assert (
+        report.compressed.size_bytes
+        == checkpoint.size_bytes
+        == sum(f.stat().st_size for f in out.glob("*.safetensors"))
+    )
+    assert (
+        report.compressed.parameters == report.base.parameters == sum(p.numel() for p in model.parameters())
+    )
     assert report.fidelity.kl_nats_mean is not None and 0 < report.fidelity.kl_nats_mean < 0.2
     assert (report.data.calibration_tokens, report.data.evaluation_tokens) == (8 * 24, 4 * 24)
 
 
 @pytest.mark.slow
-def test_an_artefact_carries_its_recipe_its_report_and_the_small_files(everyone: dict[str, Path], text: Path) -> None:
+def test_an_artefact_carries_its_recipe_its_report_and_the_small_files(
+    everyone: dict[str, Path], text: Path
+) -> None:
     out = everyone["llama"]
     files = set(contents(out))
     assert {"report.json", "recipe.yaml", "README.md", "tokenizer.json", "generation_config.json"} <= files
     assert {"error_per_layer.png", "before_after.png"} <= files
     recipe = Recipe.from_file(out / "recipe.yaml")
-    assert recipe == small_recipe(text, out.parent / "llama") and recipe.digest == Report.of(out).recipe_digest
+    assert (
+        recipe == small_recipe(text, out.parent / "llama") and recipe.digest == Report.of(out).recipe_digest
+    )
     assert not list(out.parent.glob(".*"))
 
 
@@ -161,7 +184,11 @@ def test_a_tied_base_is_stored_once_and_experts_stay_as_they_are(everyone: dict[
     experts = [name for name in base.tensors if ".experts." in name]
     assert experts and all(torch.equal(moe.read(name), base.read(name)) for name in experts)
     kept = {kept.name: kept.why for kept in Report.of(everyone["qwen3_moe"]).kept}
-    assert all("3-D experts" in kept[f"model.layers.{i}.mlp.experts.{part}"] for i in (0, 1) for part in ("gate_up_proj",))
+    assert all(
+        "3-D experts" in kept[f"model.layers.{i}.mlp.experts.{part}"]
+        for i in (0, 1)
+        for part in ("gate_up_proj",)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +229,9 @@ run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(llama: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(
+    llama: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
     base, whole = llama
     out, recipe = tmp_path / "out", slow_recipe(text, base)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
@@ -223,7 +252,10 @@ def test_a_run_that_was_killed_goes_on_and_gives_the_same_bytes(llama: tuple[Pat
     assert not partial_folder(out).exists()
 
 
-def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(llama: tuple[Path, Path], text: Path, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(
+    llama: tuple[Path, Path], text: Path, tmp_path: Path
+) -> None:
     base, whole = llama
     out, recipe = tmp_path / "out", slow_recipe(text, base)
     with pytest.raises(AcceptError):
@@ -241,7 +273,9 @@ def test_a_result_that_misses_its_bounds_is_not_published(text: Path, tmp_path: 
     base, out = save_base(tmp_path / "base", num_hidden_layers=1), tmp_path / "out"
     recipe = small_recipe(text, base, rounding="nearest")
     strict = recipe.model_copy(update={"accept": Accept(kl_nats=1e-9, top1_agreement=1.0)})
-    with pytest.raises(AcceptError, match=r"kl_nats is .* and at most 1e-09 was asked; top1_agreement is .*; try rounding: "):
+    with pytest.raises(
+        AcceptError, match=r"kl_nats is .* and at most 1e-09 was asked; top1_agreement is .*; try rounding: "
+    ):
         run_recipe(strict, out)
     assert not out.exists() and list((partial_folder(out) / "journal").glob("quantize.*"))
     assert not (partial_folder(out) / "artifact").exists()  # what can't be published takes no space
@@ -286,6 +320,7 @@ def live(base: Path) -> PreTrainedModel:
     return model
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text", "opt", "qwen3_moe"])
 def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
@@ -308,7 +343,10 @@ def test_a_model_in_memory_becomes_what_a_folder_becomes(family: str, text: Path
     assert codes.keys() == own.keys() and all(torch.equal(codes[name], own[name]) for name in own)
     with torch.no_grad():
         fast = model(TOKENS).logits
-    assert distance(fast, torch.cat(list(logits(DiskModel(tmp_path / "out", CPU, quantized=True), TOKENS)))) < 0.1
+    assert (
+        distance(fast, torch.cat(list(logits(DiskModel(tmp_path / "out", CPU, quantized=True), TOKENS))))
+        < 0.1
+    )
     model.save_pretrained(tmp_path / "saved")
     assert all(torch.equal(weight, own[name]) for name, weight in own_weights(tmp_path / "saved").items())
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
@@ -320,7 +358,10 @@ def test_a_model_in_memory_is_as_it_was_when_the_result_is_refused(text: Path, t
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     recipe = small_recipe(text, base, rounding="nearest").model_copy(update={"accept": Accept(kl_nats=1e-9)})
     model = live(base)
-    before, modules = {n: t.clone() for n, t in model.state_dict().items()}, [type(m) for m in model.modules()]
+    before, modules = (
+        {n: t.clone() for n, t in model.state_dict().items()},
+        [type(m) for m in model.modules()],
+    )
     with pytest.raises(AcceptError):
         apply_recipe(recipe, model, byte_tokenizer())
     after = model.state_dict()
@@ -356,7 +397,10 @@ def test_the_keys_of_the_report_are_the_contract(text: Path, tmp_path: Path) -> 
     assert {"kl_nats_mean", "kl_nats_p99", "top1_agreement", "perplexity_ratio"} <= report["fidelity"].keys()
     assert report["data"].keys() == {"source", "sha256", "calibration_tokens", "evaluation_tokens"}
     assert all({"name", "seconds"} <= stage.keys() for stage in report["stages"])
-    assert report["cost"].keys() == {"seconds", "peak_memory_bytes"} and report["environment"].keys() == {"versions", "device"}
+    assert report["cost"].keys() == {"seconds", "peak_memory_bytes"} and report["environment"].keys() == {
+        "versions",
+        "device",
+    }
     assert all(report[which][key] for which in ("base", "compressed") for key in model - {"revision"})
 
 
@@ -379,7 +423,9 @@ def test_a_folder_that_can_not_be_written_is_told_so(text: Path, tmp_path: Path)
         run_recipe(small_recipe(text, base), tmp_path / "locked" / "out")
 
 
-def test_a_name_that_the_report_can_not_be_written_with_is_refused_at_once(text: Path, tmp_path: Path) -> None:
+def test_a_name_that_the_report_can_not_be_written_with_is_refused_at_once(
+    text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1).rename(tmp_path / os.fsdecode(b"base-\xff"))
     with pytest.raises(ModelError, match=r"base .* is not Unicode text"):
         run_recipe(small_recipe(text), tmp_path / "out", base=str(base))

@@ -40,7 +40,8 @@ def first(recipe: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
 
 
 def held(out: Path, process: subprocess.Popen[str]) -> None:
-    """Wait until a process holds the lock of what works on `out`, and has seen what is there: it then makes `artifact`."""
+    """Wait until a process holds the lock of what works on `out`, and has seen what is there: it then makes
+    `artifact`."""
     deadline, partial = time.monotonic() + 250, partial_folder(out)
     while not ((partial / "artifact").is_dir() and (partial / "lock").read_bytes().endswith(b"}")):
         assert process.poll() is None and time.monotonic() < deadline
@@ -48,7 +49,11 @@ def held(out: Path, process: subprocess.Popen[str]) -> None:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
 
 
 def refused(done: Result, message: str) -> None:
@@ -65,22 +70,34 @@ def test_a_second_run_is_refused_while_the_first_lives_and_goes_on_when_it_was_k
     before = files(partial_folder(out))
     for overwrite in ((), ("--overwrite",)):
         done = shell({}, "run", recipe, "--out", out, *overwrite)
-        refused(done, f"--out {out} is in use by process {first.pid} on {socket.gethostname()}; wait for it, or choose another")
+        refused(
+            done,
+            f"--out {out} is in use by process {first.pid} on {socket.gethostname()}; wait for it, or "
+            "choose another",
+        )
         assert files(partial_folder(out)) == before and not out.exists()
     first.kill()
     first.wait()
     assert shell({}, "run", recipe, "--out", out).code == 0
-    assert {"model.safetensors", "report.json", "README.md"} <= set(files(out)) and not partial_folder(out).exists()
+    assert {"model.safetensors", "report.json", "README.md"} <= set(files(out)) and not partial_folder(
+        out
+    ).exists()
 
 
 @pytest.mark.slow
-def test_a_folder_that_appears_under_the_name_of_out_stays(first: subprocess.Popen[str], recipe: Path, tmp_path: Path) -> None:
+def test_a_folder_that_appears_under_the_name_of_out_stays(
+    first: subprocess.Popen[str], recipe: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "letter.txt").write_text("dear")
     first.send_signal(signal.SIGCONT)
     told = first.communicate(timeout=300)[1]
-    assert first.returncode == 2 and f"move {out} away and give the same command again" in told and "Traceback" not in told
+    assert (
+        first.returncode == 2
+        and f"move {out} away and give the same command again" in told
+        and "Traceback" not in told
+    )
     assert files(out) == {"letter.txt": b"dear"}
     kept = files(partial_folder(out) / "artifact")
     out.rename(tmp_path / "moved")
@@ -101,9 +118,14 @@ def test_a_refused_run_leaves_nothing(name: str, recipe: Path, tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_an_evaluation_that_could_not_be_written_is_refused_before_it_is_made(recipe: Path, tmp_path: Path) -> None:
+def test_an_evaluation_that_could_not_be_written_is_refused_before_it_is_made(
+    recipe: Path, tmp_path: Path
+) -> None:
     base, text = tmp_path / "base", tmp_path / "facts.txt"
-    refused(shell({}, "evaluate", base, "--data", text, "--json", tmp_path / "none" / "x.json"), "give another --json file")
+    refused(
+        shell({}, "evaluate", base, "--data", text, "--json", tmp_path / "none" / "x.json"),
+        "give another --json file",
+    )
     given = ("evaluate", base, "--data", text, "--length", 16, "--samples", 2, "--json", "/dev/stdout")
     done = shell({}, *given)
     assert done.code == 0 and json.loads(done.out[done.out.index("{") :])["tokens"] == 30

@@ -1,4 +1,5 @@
-"""What a recipe may say of tie, share, low_rank and codebook, in which order, and what it is told when it is wrong."""
+"""What a recipe may say of tie, share, low_rank and codebook, in which order, and what it is told when it is
+wrong."""
 
 from __future__ import annotations
 
@@ -76,19 +77,40 @@ def test_defaults_that_are_spelled_out_have_the_same_digest_and_other_settings_a
 @pytest.mark.parametrize(
     ("old", "why"),
     [
-        ("prune: {pattern: '2:4'}", "stages.0.prune: pattern is no key any more; single weights are set to zero by a stage of"),
-        ("tie: {weights: [embedding, head]}", "stages.0.tie: weights is no key any more; tie is always for embedding and head"),
-        ("tie: {layers: auto, groups: 2}", "stages.0.tie: layers is no key any more; layers share weights by share: {layers:"),
-        ("tie: {pairs: [[0, 1]]}", "stages.0.tie: pairs is no key any more; layers share weights by share: {layers: auto"),
+        (
+            "prune: {pattern: '2:4'}",
+            "stages.0.prune: pattern is no key any more; single weights are set to zero by a stage of",
+        ),
+        (
+            "tie: {weights: [embedding, head]}",
+            "stages.0.tie: weights is no key any more; tie is always for embedding and head",
+        ),
+        (
+            "tie: {layers: auto, groups: 2}",
+            "stages.0.tie: layers is no key any more; layers share weights by share: {layers:",
+        ),
+        (
+            "tie: {pairs: [[0, 1]]}",
+            "stages.0.tie: pairs is no key any more; layers share weights by share: {layers: auto",
+        ),
         (
             "tie: {basis: 2, rank: 8}",
             "stages.0.tie: basis is no key any more; linears become products of low rank by low_rank:",
         ),
-        ("tie: {codebook: 16}", "stages.0.tie: codebook is no key any more; weights become indices by codebook: {entries: 16}"),
-        ("low_rank: {basis: 2, rank: 8}", "stages.0.low_rank: basis is no key any more; it is called layers_per_basis"),
+        (
+            "tie: {codebook: 16}",
+            "stages.0.tie: codebook is no key any more; weights become indices by codebook: {entries: 16}",
+        ),
+        (
+            "low_rank: {basis: 2, rank: 8}",
+            "stages.0.low_rank: basis is no key any more; it is called layers_per_basis",
+        ),
         ("codebook: {codebook: 16}", "stages.0.codebook: codebook is no key any more; it is called entries"),
         ("quantize: {block: 64}", "stages.0.quantize: block is no key any more; it is called group_size"),
-        ("quantize: {overrides: {'*': {block: 64}}}", "stages.0.quantize.overrides.*: block is no key any more; it is called"),
+        (
+            "quantize: {overrides: {'*': {block: 64}}}",
+            "stages.0.quantize.overrides.*: block is no key any more; it is called",
+        ),
     ],
 )
 def test_a_retired_key_is_told_what_to_write_instead(old: str, why: str) -> None:
@@ -110,10 +132,16 @@ def test_a_retired_key_is_told_what_to_write_instead(old: str, why: str) -> None
             "stages.0.share.residual_ranks: unknown key; did you mean residual_rank?",
         ),
         ("share: {layers: auto, group: 4}", "stages.0.share.group: unknown key; did you mean groups?"),
-        ("share: {layers: auto, groups: 4, part: [ffn]}", "stages.0.share.part: unknown key; did you mean parts?"),
+        (
+            "share: {layers: auto, groups: 4, part: [ffn]}",
+            "stages.0.share.part: unknown key; did you mean parts?",
+        ),
         ("tie: {fits: mean}", "stages.0.tie.fits: unknown key; did you mean fit?"),
         ("codebook: {entries: 16, row: 4}", "stages.0.codebook.row: unknown key; did you mean rows?"),
-        ("low_rank: {layers_per_basis: 2, ranks: 8}", "stages.0.low_rank.ranks: unknown key; did you mean rank?"),
+        (
+            "low_rank: {layers_per_basis: 2, ranks: 8}",
+            "stages.0.low_rank.ranks: unknown key; did you mean rank?",
+        ),
         (
             "low_rank: {layers_per_basis: 2, rank: 8, zzz: 1}",
             "stages.0.low_rank.zzz: unknown key; use one of layers_per_basis, rank, keep, skip",
@@ -131,9 +159,18 @@ def test_an_unknown_key_is_told_the_nearest_of_its_kind(settings: str, message: 
             "share: {pairs: [[0, 1]], layers: auto, groups: 4}",
             "stages.0.share: give layers (auto, with groups) or pairs, one of them",
         ),
-        ("share: {layers: auto}", "stages.0.share: groups goes with layers: how many different ones are left"),
-        ("share: {pairs: [[0, 1]], groups: 4}", "stages.0.share: groups goes with layers: how many different ones are left"),
-        ("share: {pairs: [[0, 1], [1, 2]]}", "stages.0.share: pairs name a layer twice; a layer is in one group"),
+        (
+            "share: {layers: auto}",
+            "stages.0.share: groups goes with layers: how many different ones are left",
+        ),
+        (
+            "share: {pairs: [[0, 1]], groups: 4}",
+            "stages.0.share: groups goes with layers: how many different ones are left",
+        ),
+        (
+            "share: {pairs: [[0, 1], [1, 2]]}",
+            "stages.0.share: pairs name a layer twice; a layer is in one group",
+        ),
         ("share: {pairs: [[1, 1]]}", "stages.0.share: pairs name a layer twice; a layer is in one group"),
         ("share: {pairs: [[0]]}", "stages.0.share.pairs.0: "),
         ("share: {pairs: [0, 1]}", "stages.0.share.pairs.0: "),
@@ -149,14 +186,20 @@ def test_an_unknown_key_is_told_the_nearest_of_its_kind(settings: str, message: 
         ("codebook: {entries: '16'}", "stages.0.codebook.entries: "),
         ("codebook: {entries: 16, per: column}", "stages.0.codebook.per: "),
         ("codebook: {entries: 16, rows: 4}", "stages.0.codebook: rows is for per: group, not row"),
-        ("codebook: {entries: 16, per: linear, rows: 4}", "stages.0.codebook: rows is for per: group, not linear"),
+        (
+            "codebook: {entries: 16, per: linear, rows: 4}",
+            "stages.0.codebook: rows is for per: group, not linear",
+        ),
         (
             "codebook: {entries: 16, per: group}",
             "stages.0.codebook: per: group needs rows, how many adjacent rows share a codebook",
         ),
         ("codebook: {entries: 16, per: group, rows: 1}", "stages.0.codebook.rows: "),
         ("low_rank: {layers_per_basis: 2}", "stages.0.low_rank: give rank or keep, one of them"),
-        ("low_rank: {layers_per_basis: 2, rank: 8, keep: 0.5}", "stages.0.low_rank: give rank or keep, one of them"),
+        (
+            "low_rank: {layers_per_basis: 2, rank: 8, keep: 0.5}",
+            "stages.0.low_rank: give rank or keep, one of them",
+        ),
         ("low_rank: {layers_per_basis: 0, rank: 8}", "stages.0.low_rank.layers_per_basis: "),
         ("low_rank: {layers_per_basis: 2, rank: 0}", "stages.0.low_rank.rank: "),
         ("low_rank: {layers_per_basis: 2, keep: 1.0}", "stages.0.low_rank.keep: "),
@@ -178,7 +221,10 @@ def test_an_impossible_setting_is_told_why(settings: str, message: str) -> None:
 @pytest.mark.parametrize("kind", ["share", "codebook", "low_rank"])
 @pytest.mark.parametrize("prune", [CUT, "sparsify: {pattern: '2:4'}", "prune: {axis: layer, keep: 1}"])
 def test_nothing_is_cut_once_it_is_shared(prune: str, kind: str) -> None:
-    why = f"{prune.partition(':')[0]} comes before {kind}: weights that are shared, products or codes can't be cut any more"
+    why = (
+        f"{prune.partition(':')[0]} comes before {kind}: weights that are shared, products or codes can't "
+        "be cut any more"
+    )
     assert refusal(stages(ENTRIES[kind], prune)) == why
     assert refusal(stages(ENTRIES[kind], HEAL, prune)) == why
     if "pattern" not in prune:
@@ -209,7 +255,10 @@ def test_a_codebook_comes_after_healing_as_quantize_does() -> None:
 
 
 def test_two_codes_for_the_same_linears_are_refused() -> None:
-    why = "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave one"
+    why = (
+        "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or "
+        "leave one"
+    )
     assert refusal(stages(ENTRIES["codebook"], "quantize")) == why
     assert refusal(stages(ENTRIES["codebook"], "distill: {train: scales}", "quantize")) == why
     for fine in ("codebook: {entries: 16, skip: ['*.mlp.*']}", "codebook: {entries: 16, skip: [a]}"):
@@ -220,7 +269,10 @@ def test_two_codes_for_the_same_linears_are_refused() -> None:
 
 @pytest.mark.parametrize("kind", ENTRIES)
 def test_what_is_quantised_is_not_tied(kind: str) -> None:
-    why = "a quantised model can't be changed again, but for what is not in codes: after the one quantize comes nothing, or "
+    why = (
+        "a quantised model can't be changed again, but for what is not in codes: after the one quantize "
+        "comes nothing, or "
+    )
     assert refusal(stages("quantize", ENTRIES[kind])).startswith(why)
 
 
@@ -228,7 +280,12 @@ def test_scales_are_for_what_has_some() -> None:
     why = "train: scales is for what quantize or a codebook left; put one of them before it"
     for before in ([], [ENTRIES["share"]], [ENTRIES["low_rank"]], [ENTRIES["tie"]], [CUT]):
         assert refusal(stages(*before, "distill: {train: scales}")) == why
-    for before in ([ENTRIES["codebook"]], ["quantize"], [ENTRIES["share"], "quantize"], [ENTRIES["codebook"], HEAL]):
+    for before in (
+        [ENTRIES["codebook"]],
+        ["quantize"],
+        [ENTRIES["share"], "quantize"],
+        [ENTRIES["codebook"], HEAL],
+    ):
         assert len(Recipe.parse(stages(*before, "distill: {train: scales}")).stages) == len(before) + 1
 
 

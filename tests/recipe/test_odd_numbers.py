@@ -1,4 +1,5 @@
-"""Numbers and words of a recipe that no run can end with, and packages that it would miss only hours later."""
+"""Numbers and words of a recipe that no run can end with, and packages that it would miss only hours
+later."""
 
 from __future__ import annotations
 
@@ -13,11 +14,19 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.distill import config
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 NUMBERS = (10**400, 10**30, 2**63, ".inf", ".nan", "1e400")
 PLACES = (
     *("data: {samples: N}", "data: {length: N}", "data: {evaluation_samples: N}"),
-    *(f"distill: {{{key}: N}}" for key in ("steps", "batch", "length", "temperature", "hidden", "attention", "weight_decay")),
-    *(f"distill: {{{key}: N}}" for key in ("evaluate_every", "patience", "micro_batch", "learning_rate", "label_share")),
+    *(
+        f"distill: {{{key}: N}}"
+        for key in ("steps", "batch", "length", "temperature", "hidden", "attention", "weight_decay")
+    ),
+    *(
+        f"distill: {{{key}: N}}"
+        for key in ("evaluate_every", "patience", "micro_batch", "learning_rate", "label_share")
+    ),
     *("distill: {train: lora, rank: N}", "distill: {cache: true, top_k: N}"),
     *(
         "quantize: {steps: N}",
@@ -25,8 +34,16 @@ PLACES = (
         "low_rank: {layers_per_basis: N}",
         "low_rank: {layers_per_basis: 1, rank: N}",
     ),
-    *("share: {layers: auto, groups: N}", "share: {layers: auto, groups: 1, residual_rank: N}", "share: {pairs: [[0, N]]}"),
-    *("prune: {axis: ffn, size: N}", "prune: {axis: ffn, keep: 0.5, multiple: N}", "prune: {axis: ffn, parameters: N}"),
+    *(
+        "share: {layers: auto, groups: N}",
+        "share: {layers: auto, groups: 1, residual_rank: N}",
+        "share: {pairs: [[0, N]]}",
+    ),
+    *(
+        "prune: {axis: ffn, size: N}",
+        "prune: {axis: ffn, keep: 0.5, multiple: N}",
+        "prune: {axis: ffn, parameters: N}",
+    ),
 )
 
 
@@ -41,7 +58,9 @@ def test_a_number_beyond_all_runs_is_refused_by_its_key(place: str, number: int 
 
 
 def test_the_largest_numbers_that_are_taken_have_a_digest_and_a_yaml() -> None:
-    recipe = Recipe.parse("data: {samples: 10000000}\nstages: [{distill: {steps: 1000000000, batch: 1000000000}}]")
+    recipe = Recipe.parse(
+        "data: {samples: 10000000}\nstages: [{distill: {steps: 1000000000, batch: 1000000000}}]"
+    )
     assert Recipe.parse(recipe.to_yaml()) == recipe and recipe.digest and recipe.training_tokens(2048)
 
 
@@ -79,7 +98,9 @@ def test_a_tracker_without_its_package_is_refused_at_the_start(
     monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: ["wandb"])
     recipe = Recipe.parse("base: demo\ndata: {samples: 2, length: 16, evaluation_samples: 2}\n"
                           "stages: [{distill: {steps: 1, trackers: [wandb, tensorboard]}}]")  # fmt: skip
-    with pytest.raises(CompressError, match="tensorboard needs the package tensorboard; pip install tensorboard"):
+    with pytest.raises(
+        CompressError, match="tensorboard needs the package tensorboard; pip install tensorboard"
+    ):
         run_recipe(recipe, tmp_path / "out") if command == "run" else plan_recipe(recipe)
     assert not list(tmp_path.iterdir())
 
@@ -89,7 +110,9 @@ def test_lora_without_its_package_is_refused_at_the_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(config, "is_peft_available", lambda: False)
-    recipe = Recipe.parse("base: demo\nstages: [{prune: {axis: ffn, keep: 0.5}}, {distill: {steps: 1, train: lora}}]")
+    recipe = Recipe.parse(
+        "base: demo\nstages: [{prune: {axis: ffn, keep: 0.5}}, {distill: {steps: 1, train: lora}}]"
+    )
     with pytest.raises(CompressError, match="lora needs the package peft; pip install peft"):
         run_recipe(recipe, tmp_path / "out") if command == "run" else plan_recipe(recipe)
     assert not list(tmp_path.iterdir())

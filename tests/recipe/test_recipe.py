@@ -23,7 +23,8 @@ base: user/model
 revision: abc
 data: {source: wikitext-2, samples: 4, length: 16, seed: 1}
 stages:
-  - quantize: {format: fp4, group_size: 128, double_quant: true, rounding: learned, steps: 7, skip: ["*.q_proj"], head: quantize}
+  - quantize: {format: fp4, group_size: 128, double_quant: true, rounding: learned, steps: 7,
+                skip: ["*.q_proj"], head: quantize}
 accept: {kl_nats: 0.05, top1_agreement: 0.9}
 """
 
@@ -41,7 +42,12 @@ def test_a_recipe_says_everything_in_a_few_lines() -> None:
     stage = recipe.stages[0]
     assert isinstance(stage, Quantize)
     assert (recipe.base, recipe.data.samples, recipe.accept.kl_nats) == ("user/model", 4, 0.05)
-    assert (stage.format, stage.group_size, stage.rounding, stage.skip) == ("fp4", 128, "learned", ("*.q_proj",))
+    assert (stage.format, stage.group_size, stage.rounding, stage.skip) == (
+        "fp4",
+        128,
+        "learned",
+        ("*.q_proj",),
+    )
 
 
 @pytest.mark.parametrize("stage", ["- quantize", "- quantize:", "- quantize: {}", "- {quantize: {}}"])
@@ -65,7 +71,9 @@ def test_a_stage_without_settings_has_the_defaults(stage: str) -> None:
         ("accept: {kl_nat: 1}\nstages: [quantize]", "accept.kl_nat", "kl_nats"),
     ],
 )
-def test_an_unknown_key_is_told_where_it_stands_and_its_nearest_name(text: str, place: str, nearest: str) -> None:
+def test_an_unknown_key_is_told_where_it_stands_and_its_nearest_name(
+    text: str, place: str, nearest: str
+) -> None:
     assert refusal(text) == f"my.yaml: {place}: unknown key; did you mean {nearest}?"
 
 
@@ -80,10 +88,15 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
     [
         ("[quantise]", '"quantise" is no stage; did you mean quantize?'),
         ("[{quantise: {group_size: 64}}]", '"quantise" is no stage; did you mean quantize?'),
-        ("[{zzz: {}}]", '"zzz" is no stage; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize'),
+        (
+            "[{zzz: {}}]",
+            '"zzz" is no stage; use one of prune, sparsify, tie, share, low_rank, codebook, distill, '
+            "quantize",
+        ),
         (
             "[{}]",
-            "an entry is one stage, this one has nothing; use one of prune, sparsify, tie, share, low_rank, codebook, distill, quantize",
+            "an entry is one stage, this one has nothing; use one of prune, sparsify, tie, share, low_rank, "
+            "codebook, distill, quantize",
         ),
         ("[]", "stages"),
         ("quantize", "stages"),
@@ -92,7 +105,10 @@ def test_a_key_near_to_none_is_told_all_there_are() -> None:
         ("[[quantize]]", "stages.0"),
         ("[{1: 2}]", "stages.0"),
         ("[{null: 2}]", "stages.0"),
-        ("[{quantize: {}, prune: {axis: ffn, keep: 1}}]", "stages.0: an entry is one stage, this one has prune and quantize"),
+        (
+            "[{quantize: {}, prune: {axis: ffn, keep: 1}}]",
+            "stages.0: an entry is one stage, this one has prune and quantize",
+        ),
         ("[{quantize: 3}]", "stages.0.quantize"),
         ("[{quantize: [nf4]}]", "stages.0.quantize"),
         ('[{"a\\nb": 1}]', '"a b" is no stage'),
@@ -120,7 +136,9 @@ def test_a_wrong_stage_is_told_so(stages: str, message: str) -> None:
     ],
 )
 def test_an_impossible_setting_is_told_what_it_may_be(settings: str, place: str) -> None:
-    assert f"stages.0.quantize.{place}" in refusal(f"stages: [{{quantize: {{{settings}}}}}]").replace("quantize: ", "quantize.")
+    assert f"stages.0.quantize.{place}" in refusal(f"stages: [{{quantize: {{{settings}}}}}]").replace(
+        "quantize: ", "quantize."
+    )
 
 
 def test_an_impossible_block_is_told_the_blocks_there_are() -> None:
@@ -181,7 +199,9 @@ def test_what_is_no_mapping_in_yaml_is_told_so(text: str | bytes, message: str) 
     assert message in refusal(text)[:300]
 
 
-@pytest.mark.parametrize("place", ["base: *i", "stages: *i", "stages: [{quantize: {skip: *i}}]", "data: {source: *i}", "x: *i"])
+@pytest.mark.parametrize(
+    "place", ["base: *i", "stages: *i", "stages: [{quantize: {skip: *i}}]", "data: {source: *i}", "x: *i"]
+)
 def test_a_bomb_of_aliases_is_refused_at_once(place: str) -> None:
     bomb = "a: &a [x, x, x, x, x, x, x, x, x]\n"
     for letter, before in zip("bcdefghi", "abcdefgh", strict=True):
@@ -194,10 +214,18 @@ def test_a_bomb_of_aliases_is_refused_at_once(place: str) -> None:
 
 def test_a_bomb_in_a_known_key_is_refused_at_once() -> None:
     lines = ["&a [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"&{letter} [{', '.join([f'*{before}'] * 9)}]" for letter, before in zip("bcdefghi", "abcdefgh", strict=True)]
+    lines += [
+        f"&{letter} [{', '.join([f'*{before}'] * 9)}]"
+        for letter, before in zip("bcdefghi", "abcdefgh", strict=True)
+    ]
     bomb = f"[{', '.join(lines)}]"
     start = time.monotonic()
-    for text in (f"base: {bomb}", f"stages: {bomb}", f"data: {{seed: {bomb}}}", f"stages: [{{quantize: {{skip: {bomb}}}}}]"):
+    for text in (
+        f"base: {bomb}",
+        f"stages: {bomb}",
+        f"data: {{seed: {bomb}}}",
+        f"stages: [{{quantize: {{skip: {bomb}}}}}]",
+    ):
         message = refusal(text if "stages" in text else f"{text}\nstages: [quantize]")
         assert len(message) < 400
     assert time.monotonic() - start < 5
@@ -213,21 +241,25 @@ def test_a_file_that_is_no_recipe_is_refused(tmp_path: Path) -> None:
         Recipe.from_file(tmp_path / "large.yaml")
 
 
-@pytest.mark.parametrize("text", [FULL, "stages: [quantize]", "base: 'ü: #1'\nstages: [quantize: {group_size: 32}]"])
+@pytest.mark.parametrize(
+    "text", [FULL, "stages: [quantize]", "base: 'ü: #1'\nstages: [quantize: {group_size: 32}]"]
+)
 def test_a_recipe_that_is_written_reads_back_the_same(text: str) -> None:
     recipe = Recipe.parse(text)
     written = recipe.to_yaml()
     assert Recipe.parse(written) == recipe and Recipe.parse(written).to_yaml() == written
     assert Recipe.parse(written).digest == recipe.digest
-    assert yaml.safe_load(written).keys() == {"schema"} | yaml.safe_load(text).keys()  # what was left out stays out
+    assert (
+        yaml.safe_load(written).keys() == {"schema"} | yaml.safe_load(text).keys()
+    )  # what was left out stays out
 
 
 def test_a_newer_schema_names_the_version_to_install() -> None:
     assert Recipe.parse("schema: 1\nstages: [quantize]") == Recipe.parse("stages: [quantize]")
     assert Recipe.parse("schema: 1\nstages: [quantize]").digest == Recipe.parse("stages: [quantize]").digest
     assert (
-        'has schema 7, this llmcompress reads up to 1; install llmcompress 0.7 or newer: pip install -U "llmcompress>=0.7"'
-        in (refusal("schema: 7\nnew_key: 1\nstages: [{grow: {}}]"))
+        "has schema 7, this llmcompress reads up to 1; install llmcompress 0.7 or newer: pip install -U "
+        '"llmcompress>=0.7"' in (refusal("schema: 7\nnew_key: 1\nstages: [{grow: {}}]"))
     )
     for wrong in ("0", "'1'", "1.0", "true", "[1]"):
         assert "schema" in refusal(f"schema: {wrong}\nstages: [quantize]")
@@ -240,7 +272,12 @@ def test_the_published_schema_is_that_of_the_code_and_takes_the_recipes_we_ship(
     schema.check_schema(json.loads(text))
     for file in RECIPES.glob("*.yaml"):
         assert not list(schema.iter_errors(yaml.safe_load(file.read_text()))), file
-    for good in ("stages: [tie, quantize]", "stages: [{tie: null}]", "schema: 1\nstages: [{quantize: null}]", FULL):
+    for good in (
+        "stages: [tie, quantize]",
+        "stages: [{tie: null}]",
+        "schema: 1\nstages: [{quantize: null}]",
+        FULL,
+    ):
         assert not list(schema.iter_errors(yaml.safe_load(good))), good
     for wrong in (
         "{}",
@@ -261,16 +298,25 @@ def test_a_recipe_is_saved_and_read_back_from_file_and_folder(tmp_path: Path) ->
     recipe = Recipe.parse(FULL)
     file = recipe.save_pretrained(tmp_path / "new" / "folder")
     assert [path.name for path in file.parent.iterdir()] == ["recipe.yaml"]
-    assert Recipe.from_pretrained(file) == Recipe.from_pretrained(file.parent) == Recipe.from_file(file) == recipe
+    assert (
+        Recipe.from_pretrained(file)
+        == Recipe.from_pretrained(file.parent)
+        == Recipe.from_file(file)
+        == recipe
+    )
     assert recipe.origin is None
     for name in ("none.yaml", str(tmp_path), "nonesuch", "a/b/c", "../recipe"):
-        with pytest.raises(RecipeError, match=r"no recipe file .*a folder that holds recipe.yaml, or a Hub id"):
+        with pytest.raises(
+            RecipeError, match=r"no recipe file .*a folder that holds recipe.yaml, or a Hub id"
+        ):
             Recipe.from_pretrained(name)
 
 
 def test_equal_recipes_have_one_digest_and_others_another() -> None:
     one = Recipe.parse("stages: [quantize]")
-    spelled = Recipe.parse("{accept: {}, stages: [{quantize: {group_size: 64, format: nf4}}], data: {seed: 0}}")
+    spelled = Recipe.parse(
+        "{accept: {}, stages: [{quantize: {group_size: 64, format: nf4}}], data: {seed: 0}}"
+    )
     assert one == spelled and one.digest == spelled.digest and len(one.digest) == 64
     others = [
         "stages: [{quantize: {group_size: 32}}]",
@@ -292,9 +338,14 @@ def test_the_recipes_we_ship_are_short_and_right(file: Path) -> None:
 
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
-KEYS = st.sampled_from(["base", "data", "stages", "accept", "quantize", "group_size", "format", "samples", "kl_nats", "skip"])
+KEYS = st.sampled_from(
+    ["base", "data", "stages", "accept", "quantize", "group_size", "format", "samples", "kl_nats", "skip"]
+)
 values: Any = st.recursive(
-    scalars, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=4)
+    scalars,
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(KEYS | st.text(max_size=5), inner, max_size=4)
+    ),
 )
 
 

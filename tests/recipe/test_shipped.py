@@ -29,13 +29,17 @@ def test_the_names_are_those_of_the_recipe_files() -> None:
 
 def test_a_name_is_its_file(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert shipped.path_of("nf4-gptq").read_text() == (RECIPES / "nf4-gptq.yaml").read_text()
-    assert shipped.load("nf4-gptq") == shipped.resolve("nf4-gptq") == Recipe.from_file(RECIPES / "nf4-gptq.yaml")
+    assert (
+        shipped.load("nf4-gptq") == shipped.resolve("nf4-gptq") == Recipe.from_file(RECIPES / "nf4-gptq.yaml")
+    )
     assert shipped.resolve("nf4-gptq").origin is None
     assert not caplog.records
 
 
 @pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_file_or_folder_of_the_name_wins_and_a_note_says_so(kind: str, here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_or_folder_of_the_name_wins_and_a_note_says_so(
+    kind: str, here: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     place = here / "nf4-gptq"
     if kind == "folder":
         place.mkdir()
@@ -44,7 +48,10 @@ def test_a_file_or_folder_of_the_name_wins_and_a_note_says_so(kind: str, here: P
     assert shipped.resolve("nf4-gptq") == Recipe.parse(OTHER)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert record.getMessage() == f"recipe nf4-gptq: taken from the {kind} of that name here, not the shipped recipe"
+    assert (
+        record.getMessage()
+        == f"recipe nf4-gptq: taken from the {kind} of that name here, not the shipped recipe"
+    )
     assert shipped.load("nf4-gptq") != Recipe.parse(OTHER)
 
 

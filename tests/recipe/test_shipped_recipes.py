@@ -1,6 +1,8 @@
-"""Every recipe that we ship makes an artefact of a small base, which goes to a local Hub; its card is right, as is the report.
+"""Every recipe that we ship makes an artefact of a small base, which goes to a local Hub; its card is right,
+as is the report.
 
-Text, steps and base are small, so what comes out is no good; how each is done, measured and told is what a user gets.
+Text, steps and base are small, so what comes out is no good; how each is done, measured and told is what a
+user gets.
 """
 
 from __future__ import annotations
@@ -36,6 +38,8 @@ import torch
 from llmcompress import Recipe, push
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report import metrics
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 sys.modules["llmcompress.pipeline.evaluate"].speed = partial(metrics.speed, decode_tokens=2, repeats=1)
 torch.set_num_threads(1)
 for told in sys.argv[1:]:
@@ -65,7 +69,10 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
         card = b"---\nlicense: apache-2.0\nlanguage: [en]\n---\n# a base\n"
         for layers in {4, *LAYERS.values()}:
             base = save_base(place / f"base-{layers}", num_hidden_layers=layers)
-            hub.add(f"them/{base.name}", {file.name: file.read_bytes() for file in base.iterdir()} | {"README.md": card})
+            hub.add(
+                f"them/{base.name}",
+                {file.name: file.read_bytes() for file in base.iterdir()} | {"README.md": card},
+            )
         hub.add("them/texts", facts("train.jsonl", "test.jsonl"), kind="dataset")
         command = [sys.executable, "-c", MAKE, *(f"{base_of(name)}={file}" for name, file in RECIPES.items())]
         env = {**os.environ, **environment(endpoint, place / "home", TOKEN), "OMP_NUM_THREADS": "1"}
@@ -75,9 +82,12 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict[
 
 
 def numbers(cell: str) -> list[float]:
-    """What a cell of a table says: `2.76 MB` is 2.76 millions, `12.34 [12.10, 12.60]` three numbers, `97.80 %` a share."""
+    """What a cell of a table says: `2.76 MB` is 2.76 millions, `12.34 [12.10, 12.60]` three numbers, `97.80
+    %` a share."""
     scale = 0.01 if cell.endswith("%") else {"k": 1e3, "M": 1e6, "G": 1e9}.get(cell.rpartition(" ")[2][:1], 1)
-    return [float(number.replace(",", "")) * scale for number in re.findall(r"[0-9][0-9.,]*[0-9]|[0-9]", cell)]
+    return [
+        float(number.replace(",", "")) * scale for number in re.findall(r"[0-9][0-9.,]*[0-9]|[0-9]", cell)
+    ]
 
 
 def tables(text: str) -> dict[str, list[list[float]]]:
@@ -86,22 +96,36 @@ def tables(text: str) -> dict[str, list[list[float]]]:
     return {row[0].replace("\\|", "|"): [numbers(cell) for cell in row[1:]] for row in rows}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(name: str, pushed: dict[str, dict[str, bytes]]) -> None:
+def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(
+    name: str, pushed: dict[str, dict[str, bytes]]
+) -> None:
     there = pushed[name]
     text, report = there["README.md"].decode(), Report.from_json(there["report.json"])
     base, small, fidelity = report.base, report.compressed, report.fidelity
     assert wrong_with(text) == []
     card: Any = ModelCard(text)  # raises for a model-index that huggingface_hub can't read
-    assert (card.data.license, card.data.language, card.data["library_name"]) == ("apache-2.0", ["en"], "transformers")
-    changed = "quantized" if {stage.name for stage in report.stages} & {"quantize", "codebook"} else "finetune"
+    assert (card.data.license, card.data.language, card.data["library_name"]) == (
+        "apache-2.0",
+        ["en"],
+        "transformers",
+    )
+    changed = (
+        "quantized" if {stage.name for stage in report.stages} & {"quantize", "codebook"} else "finetune"
+    )
     assert (card.data.base_model, card.data["base_model_relation"]) == (base_of(name), changed)
     results = card.data.eval_results
     assert {result.metric_type: result.metric_value for result in results} == {
         "perplexity": small.perplexity,
-        **{key: getattr(fidelity, key) for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement", "perplexity_ratio")},
+        **{
+            key: getattr(fidelity, key)
+            for key in ("kl_nats_mean", "kl_nats_p99", "top1_agreement", "perplexity_ratio")
+        },
     }
-    assert {(result.dataset_type, result.dataset_revision) for result in results} == {("them/texts", report.data.revision)}
+    assert {(result.dataset_type, result.dataset_revision) for result in results} == {
+        ("them/texts", report.data.revision)
+    }
     entries = parse_eval_result_entries(yaml.safe_load(there[".eval_results/llmcompress.yaml"]))
     assert {entry.task_id: entry.value for entry in entries} == {
         "perplexity": small.perplexity,
@@ -115,7 +139,9 @@ def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(name: st
         ("tokens/s, reading", "tokens_per_s"),
         ("tokens/s, writing", "decode_tokens_per_s"),
     ):
-        assert [cell[0] for cell in rows[label][:2]] == pytest.approx([getattr(m, field) for m in (base, small)], rel=6e-3)
+        assert [cell[0] for cell in rows[label][:2]] == pytest.approx(
+            [getattr(m, field) for m in (base, small)], rel=6e-3
+        )
     for cell, model in zip(rows["perplexity [95 %]"], (base, small), strict=False):
         assert cell == pytest.approx([model.perplexity, *(model.perplexity_ci95 or ())], rel=6e-4)
     assert rows["KL(base || compressed), mean"][0] == pytest.approx([fidelity.kl_nats_mean], rel=6e-4)
@@ -135,7 +161,9 @@ def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(name: st
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_the_list_of_recipes_says_what_loads_the_artefact(name: str, pushed: dict[str, dict[str, bytes]]) -> None:
+def test_the_list_of_recipes_says_what_loads_the_artefact(
+    name: str, pushed: dict[str, dict[str, bytes]]
+) -> None:
     config = json.loads(pushed[name]["config.json"])
     method = config.get("quantization_config", {}).get("quant_method")
     own = method == METHOD or "per_layer_config" in config
@@ -156,7 +184,10 @@ def test_what_the_hub_would_refuse_is_found() -> None:
         ({"tags": "llmcompress" * 20}, "tags"),
         ({"model-index": [{"results": []}]}, "model-index[0].name"),
         ({"model-index": [{"name": "a", "results": [result]}]}, "results[0].metrics"),
-        ({"model-index": [{"name": "a", "results": [result | {"metrics": [{"type": "b"}]}]}]}, "metrics[0].value"),
+        (
+            {"model-index": [{"name": "a", "results": [result | {"metrics": [{"type": "b"}]}]}]},
+            "metrics[0].value",
+        ),
     ):
         (found,) = wrong_with(f"---\n{yaml.safe_dump(wrong)}---\n# a card\n")
         assert why in found

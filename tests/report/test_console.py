@@ -1,4 +1,5 @@
-"""The report as JSON, on the terminal, as a model card and as pictures: the same numbers everywhere, bad input in one line."""
+"""The report as JSON, on the terminal, as a model card and as pictures: the same numbers everywhere, bad
+input in one line."""
 
 import copy
 import json
@@ -26,7 +27,10 @@ from llmcompress.report.redaction import for_others
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.stage import Distill
 
-RECIPE = "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the layer\n"
+RECIPE = (
+    "data: {source: python-docs}\nstages:\n  - quantize: {format: nf4, rounding: gptq}  # ``` can't end the "
+    "layer\n"
+)
 REVISION = "0123456789abcdef0123456789abcdef01234567"
 
 
@@ -46,7 +50,12 @@ def facts() -> dict[str, Any]:
         {"name": "model.layers.0.self_attn.o_proj", "why": "172 columns | no multiple"},
         {"name": "lm_head", "why": "head: keep"},
     ]
-    model = {"parameters": 8392960, "perplexity_ci95": [30.1, 32.9], "tokens_per_s": 5700.125, "decode_tokens_per_s": 144.25}
+    model = {
+        "parameters": 8392960,
+        "perplexity_ci95": [30.1, 32.9],
+        "tokens_per_s": 5700.125,
+        "decode_tokens_per_s": 144.25,
+    }
     stage = {
         "name": "quantize",
         "seconds": 41.25,
@@ -65,7 +74,12 @@ def facts() -> dict[str, Any]:
             "perplexity": 31.4159265358979,
             **model,
         },
-        "compressed": {"model": "made/small-nf4", "size_bytes": 7794064, "perplexity": 31.512345678901234, **model},
+        "compressed": {
+            "model": "made/small-nf4",
+            "size_bytes": 7794064,
+            "perplexity": 31.512345678901234,
+            **model,
+        },
         "fidelity": {
             "kl_nats_mean": 0.0020123456789,
             "kl_nats_p99": 1.5e-05,
@@ -82,7 +96,10 @@ def facts() -> dict[str, Any]:
         },
         "stages": [stage],
         "cost": {"seconds": 61.25, "peak_memory_bytes": 702603264},
-        "environment": {"versions": {"torch": "2.13.0", "llmcompress": "0.1.0"}, "device": "a CPU, 2 threads"},
+        "environment": {
+            "versions": {"torch": "2.13.0", "llmcompress": "0.1.0"},
+            "device": "a CPU, 2 threads",
+        },
     }
 
 
@@ -92,12 +109,19 @@ def report(**changes: Any) -> Report:
 
 def bare() -> Report:
     """A report of a recipe without stages, on a machine where almost nothing was measured."""
-    unmeasured = {"model": "/home/someone/models/wikilm-8m", "parameters": None, "size_bytes": None, "perplexity": None}
+    unmeasured = {
+        "model": "/home/someone/models/wikilm-8m",
+        "parameters": None,
+        "size_bytes": None,
+        "perplexity": None,
+    }
     cost = {"seconds": 0.0, "peak_memory_bytes": None}
     return report(base=unmeasured, compressed=unmeasured, fidelity={}, stages=[], cost=cost)
 
 
-def distilled(before: float, *curve: list[float | None], length: int = 512, **settings: Any) -> dict[str, Any]:
+def distilled(
+    before: float, *curve: list[float | None], length: int = 512, **settings: Any
+) -> dict[str, Any]:
     """What a `distill` stage of these settings tells after this training."""
     after = min([before, *(kl for _, kl in curve if kl is not None)])
     found = {"name": "distill", "seconds": 9.5, "kl_before": before, "kl_after": after, "curve": list(curve)}
@@ -107,7 +131,13 @@ def distilled(before: float, *curve: list[float | None], length: int = 512, **se
 def trained() -> Report:
     """A report of two trainings: one until the end, one that left the numbers."""
     healed = distilled(0.4, [50, 0.2], [100, 0.1], steps=100, batch=16, learning_rate=5e-4)
-    return report(stages=[healed, distilled(0.125, [10, 0.25], [20, None], steps=90, loss="reverse_kl"), facts()["stages"][0]])
+    return report(
+        stages=[
+            healed,
+            distilled(0.125, [10, 0.25], [20, None], steps=90, loss="reverse_kl"),
+            facts()["stages"][0],
+        ]
+    )
 
 
 def printed(*lines: Any, width: int = 120) -> str:
@@ -130,7 +160,14 @@ def test_json_gives_the_same_report_and_the_same_text_again() -> None:
 def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None:
     raw = json.loads(report().to_json())
     assert raw.keys() == facts().keys()
-    assert raw["base"].keys() >= {"model", "revision", "parameters", "size_bytes", "perplexity", "tokens_per_s"}
+    assert raw["base"].keys() >= {
+        "model",
+        "revision",
+        "parameters",
+        "size_bytes",
+        "perplexity",
+        "tokens_per_s",
+    }
     assert raw["compressed"].keys() == raw["base"].keys()
     assert raw["fidelity"] == facts()["fidelity"]
     assert raw["stages"] == facts()["stages"]
@@ -147,7 +184,11 @@ def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None
         (("base", "perplexity"), -1.0, "base.perplexity: Input should be greater than or equal to 0"),
         (("base", "parameters"), 1.5, "base.parameters: Input should be a valid integer"),
         (("base", "model"), None, "base.model: Input should be a valid string"),
-        (("fidelity", "top1_agreement"), 1.5, "fidelity.top1_agreement: Input should be less than or equal to 1"),
+        (
+            ("fidelity", "top1_agreement"),
+            1.5,
+            "fidelity.top1_agreement: Input should be less than or equal to 1",
+        ),
         (("fidelity", "kl_nats"), 0.1, "fidelity.kl_nats: Extra inputs are not permitted"),
         (("stages",), {}, "stages: Input should be a valid tuple"),
         (("stages", 0, "linears", 0, "name"), 3, "stages.0.linears.0.name: Input should be a valid string"),
@@ -156,7 +197,9 @@ def test_json_holds_the_keys_of_the_contract_and_a_stage_its_own_facts() -> None
         (("cost",), [], "cost: Input should be a valid dictionary"),
     ],
 )
-def test_a_malformed_report_is_one_line_that_names_the_key(path: tuple[Any, ...], value: object, message: str) -> None:
+def test_a_malformed_report_is_one_line_that_names_the_key(
+    path: tuple[Any, ...], value: object, message: str
+) -> None:
     raw = facts()
     inner: Any = raw
     for key in path[:-1]:
@@ -201,7 +244,9 @@ def test_any_damage_is_a_report_or_a_compress_error(data: st.DataObject) -> None
 
 
 def test_a_report_is_read_from_its_folder(tmp_path: Path) -> None:
-    with pytest.raises(CompressError, match=r"report\.json can't be read \(No such file or directory\): give a folder"):
+    with pytest.raises(
+        CompressError, match=r"report\.json can't be read \(No such file or directory\): give a folder"
+    ):
         Report.of(tmp_path)
     (tmp_path / "report.json").write_text(report().to_json())
     assert Report.of(tmp_path) == report()
@@ -232,7 +277,9 @@ def test_missed_bounds_are_one_line_with_what_was_measured_asked_and_to_try() ->
 
 
 def test_a_bound_on_what_was_not_measured_is_missed() -> None:
-    with pytest.raises(AcceptError, match="kl_nats was not measured and at most 1 was asked; try a looser bound"):
+    with pytest.raises(
+        AcceptError, match="kl_nats was not measured and at most 1 was asked; try a looser bound"
+    ):
         bare().require(kl_nats=1.0)
 
 
@@ -242,7 +289,13 @@ def test_a_bound_on_what_was_not_measured_is_missed() -> None:
 @pytest.mark.parametrize("width", [40, 80, 200])
 def test_the_printed_report_tells_all_it_should(width: int) -> None:
     text = printed(print_report, report(), width=width)
-    for words in ("before and after", "distance from the base", "where the time went", "kept as they were", "largest errors"):
+    for words in (
+        "before and after",
+        "distance from the base",
+        "where the time went",
+        "kept as they were",
+        "largest errors",
+    ):
         assert words in text
     if width < 200:
         return
@@ -273,7 +326,9 @@ def test_a_report_without_stages_or_measurements_is_printed() -> None:
 
 def test_many_kept_linears_are_counted() -> None:
     kept = [{"name": f"model.layers.{layer}.mlp.gate", "why": "a router"} for layer in range(40)]
-    assert "... and 28 more" in printed(print_report, report(stages=[{"name": "quantize", "seconds": 1.0, "kept": kept}]))
+    assert "... and 28 more" in printed(
+        print_report, report(stages=[{"name": "quantize", "seconds": 1.0, "kept": kept}])
+    )
 
 
 def test_the_last_stage_that_touched_a_linear_tells_its_error() -> None:
@@ -287,7 +342,18 @@ def test_the_last_stage_that_touched_a_linear_tells_its_error() -> None:
 def test_a_training_is_printed_with_its_steps_and_what_it_won() -> None:
     lines = [line.split() for line in printed(print_report, trained()).splitlines()]
     assert ["forward_kl", "100", "0.4000", "nats/token", "0.1000", "nats/token", "75.00", "%"] in lines
-    assert ["reverse_kl", "20", "of", "90", "0.1250", "nats/token", "0.1250", "nats/token", "0.00", "%"] in lines
+    assert [
+        "reverse_kl",
+        "20",
+        "of",
+        "90",
+        "0.1250",
+        "nats/token",
+        "0.1250",
+        "nats/token",
+        "0.00",
+        "%",
+    ] in lines
     assert "held-out" not in printed(print_report, report())
 
 
@@ -298,21 +364,41 @@ def test_a_training_that_had_nothing_to_win_shows_no_share() -> None:
 
 
 def test_an_evaluation_is_printed_without_what_it_lacks() -> None:
-    evaluation = {"model": "a[3]", "perplexity": 31.4, "perplexity_ci95": (30, 33), "tokens": 262144, "size_bytes": 16794064}
+    evaluation = {
+        "model": "a[3]",
+        "perplexity": 31.4,
+        "perplexity_ci95": (30, 33),
+        "tokens": 262144,
+        "size_bytes": 16794064,
+    }
     alone = printed(print_evaluation, evaluation | {"tokens_per_s": 5700.0})
     assert "KL" not in alone
     assert "31.40 [30.00, 33.00]" in alone
     assert "a[3]" in alone
     assert "262,144" in alone
-    against = printed(print_evaluation, evaluation | {"kl_nats_mean": 0.0, "kl_nats_p99": 0.1, "top1_agreement": 1.0})
+    against = printed(
+        print_evaluation, evaluation | {"kl_nats_mean": 0.0, "kl_nats_p99": 0.1, "top1_agreement": 1.0}
+    )
     assert "0.000 nats/token" in against
     assert "100.00 %" in against
 
 
 def test_a_plan_is_printed_with_its_notes() -> None:
     rows = [
-        {"stage": "base", "parameters": 8392960, "size_bytes": 16794064, "peak_memory_bytes": None, "seconds": None},
-        {"stage": "quantize", "parameters": 8392960, "size_bytes": 7794064, "peak_memory_bytes": 700_000_000, "seconds": 412.0},
+        {
+            "stage": "base",
+            "parameters": 8392960,
+            "size_bytes": 16794064,
+            "peak_memory_bytes": None,
+            "seconds": None,
+        },
+        {
+            "stage": "quantize",
+            "parameters": 8392960,
+            "size_bytes": 7794064,
+            "peak_memory_bytes": 700_000_000,
+            "seconds": 412.0,
+        },
     ]
     text = printed(print_plan, rows, ["time as on this machine"])
     for words in ("8.39 M", "16.8 MB", "700 MB", "6 min 52 s", "time as on this machine"):
@@ -348,12 +434,19 @@ def test_numbers_are_written_for_people(text: str, words: str) -> None:
 
 def test_the_card_parses_and_carries_the_numbers_of_the_report() -> None:
     found: Any = ModelCard(
-        card(report(), RECIPE, {"license": "apache-2.0", "language": ["en"], "tags": ["not", "ours"], "extra": {}})
+        card(
+            report(),
+            RECIPE,
+            {"license": "apache-2.0", "language": ["en"], "tags": ["not", "ours"], "extra": {}},
+        )
     )
     data, raw = found.data, json.loads(report().to_json())
     measured = {result.metric_type: result.metric_value for result in data.eval_results}
     keys = ("kl_nats_mean", "kl_nats_p99", "top1_agreement", "perplexity_ratio")
-    assert measured == {"perplexity": raw["compressed"]["perplexity"], **{key: raw["fidelity"][key] for key in keys}}
+    assert measured == {
+        "perplexity": raw["compressed"]["perplexity"],
+        **{key: raw["fidelity"][key] for key in keys},
+    }
     assert {result.dataset_type for result in data.eval_results} == {"Salesforce/wikitext"}
     assert data.model_name == "small-nf4"
     assert (data.base_model, data["base_model_relation"]) == ("someone/wikilm-8m", "quantized")
@@ -387,8 +480,14 @@ def test_the_card_says_how_to_load_and_to_make_the_model_and_what_it_does_not_sh
 def test_the_card_says_what_loading_takes(formats: set[str], packages: str, imported: bool) -> None:
     found = report()
     stage, linear = found.stages[0], found.linears[0]
-    linears = tuple(linear.model_copy(update={"format": format, "name": format}) for format in sorted(formats))
-    text = card(found.model_copy(update={"stages": (stage.model_copy(update={"linears": linears}),)}), "stages: []\n", {})
+    linears = tuple(
+        linear.model_copy(update={"format": format, "name": format}) for format in sorted(formats)
+    )
+    text = card(
+        found.model_copy(update={"stages": (stage.model_copy(update={"linears": linears}),)}),
+        "stages: []\n",
+        {},
+    )
     assert f"pip install {packages}\n" in text
     assert ("```python\nimport llmcompress" in text) == imported
 
@@ -436,7 +535,9 @@ def test_the_card_and_the_report_say_where_a_recipe_and_a_text_come_from() -> No
         ("perplexity", raw["compressed"]["perplexity"]),
         ("kl_nats_mean", raw["fidelity"]["kl_nats_mean"]),
     ]
-    assert {(entry["dataset_id"], entry["dataset_revision"]) for entry in entries} == {("Salesforce/wikitext", "cd" * 20)}
+    assert {(entry["dataset_id"], entry["dataset_revision"]) for entry in entries} == {
+        ("Salesforce/wikitext", "cd" * 20)
+    }
     raw["data"]["revision"] = None
     assert evaluations(Report.model_validate(raw)) == []  # of no known commit
 
@@ -447,10 +548,17 @@ def test_what_is_shared_names_no_path_of_this_machine() -> None:
     raw["compressed"]["model"] = "/home/someone/out/"
     raw["data"] |= {"source": "../text/wikitext-2", "revision": None}
     there = f"them/student@{REVISION}"
-    taught = distilled(0.4, [50, 0.2], steps=100) | {"teacher": "/home/someone/models/my@teacher", "student": there}
+    taught = distilled(0.4, [50, 0.2], steps=100) | {
+        "teacher": "/home/someone/models/my@teacher",
+        "student": there,
+    }
     found = Report.model_validate(raw | {"stages": [taught]})
     shared, text = for_others(found, "me/tiny"), card(found, RECIPE, {}, "me/tiny")
-    assert (shared.base.model, shared.compressed.model, shared.data.source) == ("wikilm-8m", "me/tiny", "wikitext-2")
+    assert (shared.base.model, shared.compressed.model, shared.data.source) == (
+        "wikilm-8m",
+        "me/tiny",
+        "wikitext-2",
+    )
     assert shared.trainings[0].model_dump().items() >= {"teacher": "my@teacher", "student": there}.items()
     assert f", teacher `my@teacher`, student `them/student` at revision `{REVISION}`" in text
     assert "someone" not in shared.to_json() + text
@@ -472,8 +580,18 @@ def test_a_recipe_that_is_shared_alone_has_a_card() -> None:
 
 def test_the_front_matter_of_a_stranger_is_read_in_bounds() -> None:
     assert front_matter("---\nlicense: mit\n---\ntext") == {"license": "mit"}
-    bomb = "a: &a [x, x]\n" + "".join(f"b{n}: &b{n} [{', '.join([f'*b{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9))
-    for wrong in (bomb, "[" * 9999, "a: 1\na: 2", "!!python/object/apply:os.system [ls]", "- a", "x" * 70_000, "\x00"):
+    bomb = "a: &a [x, x]\n" + "".join(
+        f"b{n}: &b{n} [{', '.join([f'*b{n - 1}' if n else '*a'] * 9)}]\n" for n in range(9)
+    )
+    for wrong in (
+        bomb,
+        "[" * 9999,
+        "a: 1\na: 2",
+        "!!python/object/apply:os.system [ls]",
+        "- a",
+        "x" * 70_000,
+        "\x00",
+    ):
         assert front_matter(f"---\n{wrong}\n---\ntext") == {}
 
 
@@ -488,9 +606,11 @@ def test_the_card_tells_each_training_in_a_sentence_with_a_picture() -> None:
     text = card(trained(), RECIPE, {})
     assert (
         "## Training\n\n"
-        "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || student) on held-out "
+        "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || "
+        "student) on held-out "
         "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % won back.\n\n"
-        "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was better than "
+        "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was "
+        "better than "
         "the start, KL 0.1250 nats/token on held-out text, which stays.\n\n"
         "![KL on held-out text over the steps of training](training.png)\n\n## Limits" in text
     )

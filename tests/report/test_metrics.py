@@ -44,14 +44,21 @@ def reference(z: Tensor, windows: Tensor) -> Tensor:
 def llama() -> LlamaForCausalLM:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=V, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1
+        vocab_size=V,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
     )
     model: LlamaForCausalLM = LlamaForCausalLM(config).train(False)
     return model
 
 
 def digest(model: nn.Module) -> str:
-    return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())).hexdigest()
+    return hashlib.sha256(
+        b"".join(t.detach().numpy().tobytes() for t in model.state_dict().values())
+    ).hexdigest()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -76,7 +83,10 @@ def test_every_number_agrees_with_float64_in_every_dtype_and_chunk(
 
 
 def test_perplexity_alone_is_the_perplexity_beside_a_base(windows: Tensor) -> None:
-    alone, beside = metrics.fidelity([logits(2)], windows), metrics.fidelity([logits(2)], windows, [logits(3)])
+    alone, beside = (
+        metrics.fidelity([logits(2)], windows),
+        metrics.fidelity([logits(2)], windows, [logits(3)]),
+    )
     assert alone.perplexity == pytest.approx(beside.perplexity, rel=1e-6)
     assert alone.perplexity_ci95 == pytest.approx(beside.perplexity_ci95, rel=1e-6)
     assert alone.kl_nats_mean is None
@@ -96,13 +106,17 @@ def test_a_model_does_not_differ_from_itself(windows: Tensor) -> None:
 
 def test_rounding_never_leaves_a_divergence_below_zero(windows: Tensor) -> None:
     base = logits(2)
-    assert metrics.fidelity([base + 1e-6 * logits(3)], windows, [base]).kl_nats_mean == pytest.approx(0, abs=1e-6)
+    assert metrics.fidelity([base + 1e-6 * logits(3)], windows, [base]).kl_nats_mean == pytest.approx(
+        0, abs=1e-6
+    )
     assert metrics.fidelity([base + 5], windows, [base]).kl_nats_mean >= 0  # type: ignore[operator]
 
 
 def test_kl_is_of_the_base_against_the_model_and_counts_the_last_position() -> None:
     base, small = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
-    base[0, 1] = torch.tensor([math.log(3.0), 0.0])  # p = (3/4, 1/4) at the last position only, q = (1/2, 1/2)
+    base[0, 1] = torch.tensor(
+        [math.log(3.0), 0.0]
+    )  # p = (3/4, 1/4) at the last position only, q = (1/2, 1/2)
     found = metrics.fidelity([small], torch.zeros(1, 2, dtype=torch.int64), [base])
     assert found.kl_nats_mean == pytest.approx(0.5 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), abs=1e-7)
     assert found.perplexity == pytest.approx(2.0)
@@ -139,7 +153,10 @@ def test_how_logits_are_cut_into_batches_changes_nothing(
     generator = torch.Generator().manual_seed(seed)
     z = torch.randn(rows, length, vocabulary, generator=generator)
     tokens = torch.randint(vocabulary, (rows, length), generator=generator)
-    parts, whole = metrics.fidelity(cut(z, batch), tokens, cut(z.flip(0), batch)), metrics.fidelity([z], tokens, [z.flip(0)])
+    parts, whole = (
+        metrics.fidelity(cut(z, batch), tokens, cut(z.flip(0), batch)),
+        metrics.fidelity([z], tokens, [z.flip(0)]),
+    )
     assert parts.perplexity == pytest.approx(whole.perplexity, rel=1e-6)
     assert parts.kl_nats_mean == pytest.approx(whole.kl_nats_mean, rel=1e-5, abs=1e-7)
     assert parts.perplexity_ci95[0] <= parts.perplexity <= parts.perplexity_ci95[1]
@@ -162,7 +179,9 @@ def test_logits_are_asked_for_one_batch_at_a_time_and_progress_is_told(windows: 
 def test_non_finite_logits_are_a_model_error(windows: Tensor, value: float, against: bool) -> None:
     broken = logits(2)
     broken[3, 2, 5] = value
-    with pytest.raises(ModelError, match=r"the model yields non-finite logits .*; check the checkpoint") as error:
+    with pytest.raises(
+        ModelError, match=r"the model yields non-finite logits .*; check the checkpoint"
+    ) as error:
         metrics.fidelity([broken], windows, [logits(2)] if against else None)
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match="non-finite logits"):
@@ -177,7 +196,9 @@ def test_a_perplexity_beyond_all_numbers_is_a_model_error(windows: Tensor) -> No
 def test_another_vocabulary_is_refused(windows: Tensor) -> None:
     with pytest.raises(ModelError, match="predicts 37 tokens and its base 36: only models of one vocabulary"):
         metrics.fidelity([logits(2)], windows, [logits(3)[..., :-1]])
-    with pytest.raises(DataError, match=r"holds token 36, the vocabulary ends at 35: use the model's own tokenizer"):
+    with pytest.raises(
+        DataError, match=r"holds token 36, the vocabulary ends at 35: use the model's own tokenizer"
+    ):
         metrics.fidelity([logits(2)[..., :-1]], torch.full((W, L), 36))
 
 
@@ -186,7 +207,9 @@ def test_batches_that_do_not_fit_the_windows_are_a_mistake_of_the_caller(windows
         metrics.fidelity([logits(2)[:5]], windows)
     with pytest.raises(ValueError, match="do not continue windows"):
         metrics.fidelity([logits(2), logits(2)], windows)
-    with pytest.raises(ValueError, match=r"base's logits \[12, 9, 37\] are not beside the model's \[4, 9, 37\]"):
+    with pytest.raises(
+        ValueError, match=r"base's logits \[12, 9, 37\] are not beside the model's \[4, 9, 37\]"
+    ):
         metrics.fidelity(cut(logits(2), 4), windows, [logits(2)])
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         metrics.fidelity(cut(logits(2), 4), windows, [logits(2)[:4]])
@@ -202,7 +225,9 @@ def test_bytes_are_those_of_the_files_that_transformers_loads(tmp_path: Path) ->
     sizes = {file.name: file.stat().st_size for file in tmp_path.iterdir()}
     assert metrics.size_bytes(tmp_path) == sum(sizes.values())
     index = tmp_path / "model.safetensors.index.json"
-    index.write_text(json.dumps({"weight_map": {"w": "a.safetensors", "v": "b.safetensors", "u": "b.safetensors"}}))
+    index.write_text(
+        json.dumps({"weight_map": {"w": "a.safetensors", "v": "b.safetensors", "u": "b.safetensors"}})
+    )
     assert metrics.size_bytes(tmp_path) == sizes["a.safetensors"] + sizes["b.safetensors"]
     index.write_text(json.dumps({"weight_map": {"w": "gone.safetensors"}}))
     with pytest.raises(ModelError, match=r"has no gone\.safetensors"):
@@ -228,7 +253,9 @@ def test_speed_reads_and_writes(length: int) -> None:
 
 
 def test_speed_stays_within_the_positions_that_a_model_has() -> None:
-    config = GPT2Config(vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0)
+    config = GPT2Config(
+        vocab_size=V, n_embd=16, n_layer=1, n_head=2, n_positions=40, bos_token_id=0, eos_token_id=0
+    )
     model: PreTrainedModel = GPT2LMHeadModel(config)
     metrics.speed(model, torch.zeros(1, 40, dtype=torch.int64), repeats=1, budget_s=0.2)
 
@@ -271,7 +298,8 @@ def test_the_environment_names_versions_and_a_device_in_words() -> None:
 
 
 def test_perplexity_costs_little_beside_a_forward_pass_of_a_small_model() -> None:
-    """Hidden 256, 8 layers, V 4096: the loss takes 3 % of the forward pass on one core, and 10 % are allowed here."""
+    """Hidden 256, 8 layers, V 4096: the loss takes 3 % of the forward pass on one core, and 10 % are allowed
+    here."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=4096,

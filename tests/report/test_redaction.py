@@ -1,4 +1,5 @@
-"""What leaves this machine, by a push or in the folder of an artefact: no file that lay there by chance, no local path."""
+"""What leaves this machine, by a push or in the folder of an artefact: no file that lay there by chance, no
+local path."""
 
 from __future__ import annotations
 
@@ -18,13 +19,16 @@ from llmcompress.report.schema import RecipeFacts, Report
 from llmcompress.stages.distill.stage import Distill
 from tests.bases import save_base, write_text
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 ODD = "Zq7secret"  # in every path here, and in nothing that may be shared
 NAMES = ("base", "teacher", "student", "diary.txt", "out")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of an odd name with a base that tells of it, a teacher, a student, and what a recipe made of them: `out`."""
+    """A folder of an odd name with a base that tells of it, a teacher, a student, and what a recipe made of
+    them: `out`."""
     folder = tmp_path_factory.mktemp("place") / f"{ODD} dir" / "alice"
     for name in ("base", "teacher", "student"):
         save_base(folder / name, num_hidden_layers=1)
@@ -44,7 +48,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tell(model: Path, folder: Path) -> None:
     """Have the configs of a model say where it was loaded from, as those of many models do."""
-    said = {"_name_or_path": f"{ODD}/model", "name_or_path": str(folder), "special_tokens_map_file": f"{folder}/a.json"}
+    said = {
+        "_name_or_path": f"{ODD}/model",
+        "name_or_path": str(folder),
+        "special_tokens_map_file": f"{folder}/a.json",
+    }
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         fields = json.loads((model / name).read_text())
         (model / name).write_text(json.dumps(fields | said | {"nested": {"origin": f"{folder}/x"}}))
@@ -52,7 +60,13 @@ def tell(model: Path, folder: Path) -> None:
 
 def recipe(folder: Path) -> Recipe:
     """A student that learns from a teacher, whose answers are kept, and is then quantised."""
-    lesson = {"teacher": str(folder / "teacher"), "student": str(folder / "student"), "steps": 2, "batch": 2, "cache": True}
+    lesson = {
+        "teacher": str(folder / "teacher"),
+        "student": str(folder / "student"),
+        "steps": 2,
+        "batch": 2,
+        "cache": True,
+    }
     data = {"source": str(folder / "diary.txt"), "samples": 8, "length": 24, "evaluation_samples": 4}
     stages = [{"distill": lesson}, {"quantize": {"rounding": "nearest"}}]
     return Recipe.model_validate({"base": str(folder / "base"), "data": data, "stages": stages})
@@ -66,7 +80,10 @@ def copy(place: Path, tmp_path: Path) -> Path:
 
 def sent(folder: Path) -> dict[str, bytes]:
     files = outgoing(folder, "me/tiny")[0]
-    return {name: content if isinstance(content, bytes) else content.read_bytes() for name, content in files.items()}
+    return {
+        name: content if isinstance(content, bytes) else content.read_bytes()
+        for name, content in files.items()
+    }
 
 
 def test_a_push_names_no_path_of_this_machine(place: Path) -> None:
@@ -76,7 +93,14 @@ def test_a_push_names_no_path_of_this_machine(place: Path) -> None:
         assert not [name for name, content in there.items() if words.encode() in content]
         assert words not in message + "".join(files)
     assert message == "base compressed by llmcompress"
-    assert there.keys() >= {"config.json", "tokenizer.json", "README.md", "recipe.yaml", "report.json", "model.safetensors"}
+    assert there.keys() >= {
+        "config.json",
+        "tokenizer.json",
+        "README.md",
+        "recipe.yaml",
+        "report.json",
+        "model.safetensors",
+    }
     report = Report.from_json(there["report.json"])
     assert (report.base.model, report.data.source) == ("base", "diary.txt")
     assert report.trainings[0].model_dump().items() >= {"teacher": "teacher", "student": "student"}.items()
@@ -84,8 +108,14 @@ def test_a_push_names_no_path_of_this_machine(place: Path) -> None:
 
 
 def test_the_folder_of_an_artefact_names_paths_in_report_and_recipe_alone(place: Path) -> None:
-    files = {str(file.relative_to(place / "out")): file for file in (place / "out").rglob("*") if file.is_file()}
-    told = {name for name, file in files.items() if ODD.encode() in file.read_bytes() or b"alice" in file.read_bytes()}
+    files = {
+        str(file.relative_to(place / "out")): file for file in (place / "out").rglob("*") if file.is_file()
+    }
+    told = {
+        name
+        for name, file in files.items()
+        if ODD.encode() in file.read_bytes() or b"alice" in file.read_bytes()
+    }
     assert told == {"report.json", "recipe.yaml"}
     raw = json.loads(files["report.json"].read_text())
     kept = [raw["base"].pop("model"), raw["compressed"].pop("model"), raw["data"].pop("source")]
@@ -107,15 +137,29 @@ def test_the_recipe_that_is_shared_is_that_of_its_report_and_its_names_are_no_id
     assert (told.base, told.data.source) == ("./base", "./diary.txt")
     assert (lesson.teacher, lesson.student) == ("./teacher", "./student")
     told._origin = RecipeFacts(source="me/tiny", revision="ab" * 20)
-    cases = ((None, None, "--data"), ("python-docs", None, "--base"), ("python-docs", "demo", "save it to a file"))
+    cases = (
+        (None, None, "--data"),
+        ("python-docs", None, "--base"),
+        ("python-docs", "demo", "save it to a file"),
+    )
     for data, base, advice in cases:
-        with pytest.raises(RecipeError, match=rf"a path here, and one from the Hub may name none; .*{advice}"):
+        with pytest.raises(
+            RecipeError, match=rf"a path here, and one from the Hub may name none; .*{advice}"
+        ):
             told.require_own_names(data=data, base=base)
 
 
 def test_what_somebody_put_beside_an_artefact_is_not_sent(place: Path, copy: Path) -> None:
     before = sent(copy)
-    for name in ("secrets.json", "notes.txt", "screenshot.png", "model-old.safetensors", "run.py", "my.model", ".env"):
+    for name in (
+        "secrets.json",
+        "notes.txt",
+        "screenshot.png",
+        "model-old.safetensors",
+        "run.py",
+        "my.model",
+        ".env",
+    ):
         (copy / name).write_text("mine")
     (copy / ".eval_results").mkdir(exist_ok=True)
     (copy / ".eval_results" / "mine.yaml").write_text("mine")
@@ -133,7 +177,9 @@ def test_what_somebody_put_beside_an_artefact_is_not_sent(place: Path, copy: Pat
 def test_an_artefact_whose_parts_are_elsewhere_is_not_pushed(name: str, copy: Path, tmp_path: Path) -> None:
     (copy / name).rename(tmp_path / name)
     (copy / name).symlink_to(tmp_path / name)
-    with pytest.raises(OutputError, match=rf"{name} is a link that leaves the folder; put the file itself in its place"):
+    with pytest.raises(
+        OutputError, match=rf"{name} is a link that leaves the folder; put the file itself in its place"
+    ):
         outgoing(copy, "me/tiny")
 
 
@@ -156,11 +202,19 @@ def test_what_was_written_before_goes_without_paths_too(place: Path, copy: Path)
 
 @pytest.mark.parametrize(
     ("source", "shared"),
-    [("secret dir/alice/diary.txt", "./diary.txt"), ("alice/diary.txt", "./diary.txt"), ("~/texts", "./texts"),
-     ("C:\\texts\\a.txt", "./a.txt"), ("python-docs", "python-docs"), ("Salesforce/wikitext", "Salesforce/wikitext")],
-)  # fmt: skip
+    [
+        ("secret dir/alice/diary.txt", "./diary.txt"),
+        ("alice/diary.txt", "./diary.txt"),
+        ("~/texts", "./texts"),
+        ("C:\\texts\\a.txt", "./a.txt"),
+        ("python-docs", "python-docs"),
+        ("Salesforce/wikitext", "Salesforce/wikitext"),
+    ],
+)
 def test_a_recipe_alone_is_shared_without_paths(source: str, shared: str) -> None:
-    told = Recipe.model_validate({"data": {"source": source}, "base": "meta/llama@v1", "stages": [{"quantize": {}}]})
+    told = Recipe.model_validate(
+        {"data": {"source": source}, "base": "meta/llama@v1", "stages": [{"quantize": {}}]}
+    )
     assert (told.for_others().data.source, told.for_others().base) == (shared, "meta/llama@v1")
     assert source != shared or told.for_others() == told
 

@@ -23,9 +23,20 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.codebook.stage import Codebook
-from tests.artefacts import CPU, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
+from tests.artefacts import (
+    CPU,
+    assert_refused,
+    assert_same_in_memory,
+    distance,
+    live,
+    load,
+    measured,
+    weights_of,
+)
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 # A layer, narrow where it can be, for the solving of codes is most of the time here.
 WIDTHS = {"gpt2": "n_inner", "opt": "ffn_dim", "qwen3_moe": "moe_intermediate_size"}
@@ -57,14 +68,19 @@ def codebooks(model: PreTrainedModel) -> dict[str, CodebookLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, CodebookLinear)}
 
 
-def clustered(folder: Path, family: str, entries: int, rows: int | None, dtype: torch.dtype) -> PreTrainedModel:
-    """A base whose linears have at most so many values in each `rows` rows of outputs, all of them values of a type."""
+def clustered(
+    folder: Path, family: str, entries: int, rows: int | None, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A base whose linears have at most so many values in each `rows` rows of outputs, all of them values of
+    a type."""
     model, generator = pico(family, vocab_size=VOCABULARY, **narrow(family)), torch.Generator().manual_seed(3)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     for name, (R, C) in source.linear_maps():
         if name.startswith(source.anatomy.layers):
             at_once = rows or R
-            levels_GL = (torch.randn(-(-R // at_once), entries, generator=generator) * C**-0.5).to(dtype).float()
+            levels_GL = (
+                (torch.randn(-(-R // at_once), entries, generator=generator) * C**-0.5).to(dtype).float()
+            )
             codes_RC = torch.randint(entries, (R, C), generator=generator)
             W_RC = levels_GL.repeat_interleave(at_once, 0)[:R].gather(1, codes_RC)
             module = model.get_submodule(name)
@@ -79,8 +95,11 @@ def clustered(folder: Path, family: str, entries: int, rows: int | None, dtype: 
 # What is written and what it loads as.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, text: Path, tmp_path: Path) -> None:
+def test_every_family_loads_what_was_measured_and_saves_it_again(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base, out = small(tmp_path / "base", family), tmp_path / "out"
     entries = 4 if family in ("mistral", "qwen3") else 8  # these are solved for in less time than 16
     report = run_recipe(recipe(text, base, cluster(entries)), out)
@@ -97,11 +116,15 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, te
         C = module.in_features
         assert linear.bits == entries.bit_length() - 1 + 16 * entries / C and 0 < linear.relative_error < 0.7
     counted = Checkpoint.open(out, base=False).parameters
-    assert report.compressed.parameters == counted == report.base.parameters, "as many weights, of fewer values"
+    assert report.compressed.parameters == counted == report.base.parameters, (
+        "as many weights, of fewer values"
+    )
     assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
     once, again = weights_of(out), weights_of(tmp_path / "again")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,7 +148,8 @@ def test_weights_of_few_values_are_kept_exactly(
     assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9)
     near = 1e-5 if dtype == torch.float16 else 0.02
     assert (
-        distance(live(load(tmp_path / "out")), live(model)) < near and distance(measured(tmp_path / "out"), live(model)) < near
+        distance(live(load(tmp_path / "out")), live(model)) < near
+        and distance(measured(tmp_path / "out"), live(model)) < near
     )
 
 
@@ -133,12 +157,18 @@ SETTINGS: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"entries": 16, "per": "linear"}, "codebook of 16 a linear"),
     ("gpt2", {"entries": 256, "per": "linear", "skip": ["*.c_fc"]}, "codebook of 256 a linear"),
     ("llama", {"entries": 8, "per": "group", "rows": 5}, "codebook of 8 for 5 rows"),  # 5 divides nothing
-    ("phi3", {"entries": 4, "per": "group", "rows": 1000}, "codebook of 4 for 1000 rows"),  # more than there are
+    (
+        "phi3",
+        {"entries": 4, "per": "group", "rows": 1000},
+        "codebook of 4 for 1000 rows",
+    ),  # more than there are
     ("qwen3_moe", {"entries": 4}, "codebook of 4 a row"),
 ]
 
 
-@pytest.mark.parametrize(("family", "settings", "spoken"), SETTINGS, ids=[spoken for _, _, spoken in SETTINGS])
+@pytest.mark.parametrize(
+    ("family", "settings", "spoken"), SETTINGS, ids=[spoken for _, _, spoken in SETTINGS]
+)
 def test_a_plan_foretells_the_parameters_and_bytes(
     family: str, settings: dict[str, Any], spoken: str, text: Path, tmp_path: Path
 ) -> None:
@@ -153,9 +183,15 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     assert rows[1].stage == f"codebook ({settings['entries']} entries)" and known(rows[1].seconds) > 0
     assert f"{len(report.linears)} linears are rewritten, {len(report.kept)} kept" in " ".join(notes)
     assert distance(live(load(out)), measured(out)) < 1e-5
-    shapes = dict(InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps())
+    shapes = dict(
+        InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps()
+    )
     bits = sum(linear.bits * shapes[linear.name][0] * shapes[linear.name][1] for linear in report.linears)
-    stored = sum(t.nbytes for name, t in weights_of(out).items() if f"{name.removesuffix('_levels')}_levels" in weights_of(out))
+    stored = sum(
+        t.nbytes
+        for name, t in weights_of(out).items()
+        if f"{name.removesuffix('_levels')}_levels" in weights_of(out)
+    )
     assert bits == pytest.approx(8 * stored)
 
 
@@ -170,7 +206,9 @@ def test_more_values_and_more_codebooks_lose_less(text: Path, tmp_path: Path) ->
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_levels_are_in_a_type_of_16_bits_that_the_base_has(dtype: str, text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "qwen2")
-    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
+    cast(
+        PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    ).save_pretrained(base)
     run_recipe(recipe(text, base, cluster(4)), tmp_path / "out")
     (scheme,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
     assert scheme["dtype"] == dtype and scheme["rows"] == 1 and scheme["entries"] == 4
@@ -197,7 +235,9 @@ def test_levels_learn_and_codes_stay(family: str, text: Path, tmp_path: Path) ->
     levels = [name for name in before if name.endswith("_levels")]
     assert levels and all(not torch.equal(before[name], after[name]) for name in levels), "all levels learn"
     for name in levels:
-        assert torch.equal(before[name.removesuffix("_levels")], after[name.removesuffix("_levels")]), "codes stay"
+        assert torch.equal(before[name.removesuffix("_levels")], after[name.removesuffix("_levels")]), (
+            "codes stay"
+        )
         assert before[name].dtype == after[name].dtype
     moved = {name for name in before if name not in levels and not torch.equal(before[name], after[name])}
     assert all(before[name].dim() == 1 for name in moved), "only norms and biases learn beside them"
@@ -215,7 +255,9 @@ def test_what_is_skipped_can_be_quantised(text: Path, tmp_path: Path) -> None:
     report = run_recipe(recipe(text, base, *stages), out)
     kinds = {linear.name.split(".")[3]: linear.format for linear in report.linears}
     assert kinds == {"self_attn": "codebook of 4 a row", "mlp": "nf4"}
-    assert {entry.why for entry in report.stages[1].kept if "self_attn" in entry.name} == {"is stored as codebook already"}
+    assert {entry.why for entry in report.stages[1].kept if "self_attn" in entry.name} == {
+        "is stored as codebook already"
+    }
     model = load(out)
     assert len(codebooks(model)) == 4 and distance(live(model), measured(out)) < 0.02
     rows = plan_recipe(recipe(text, base, *stages)).rows
@@ -229,7 +271,9 @@ def test_what_is_skipped_can_be_quantised(text: Path, tmp_path: Path) -> None:
 # In memory, interrupted, told, refused.
 
 
-@pytest.mark.parametrize(("family", "settings"), [("llama", {"per": "linear"}), ("gpt2", {"skip": ["*.c_fc"]}), ("phi3", {})])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {"per": "linear"}), ("gpt2", {"skip": ["*.c_fc"]}), ("phi3", {})]
+)
 def test_a_model_in_memory_becomes_what_the_folder_holds(
     family: str, settings: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
@@ -245,13 +289,18 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
     run_recipe(told, tmp_path / "once")
     for lost in (["00001"], ["00000"]):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for layer in lost:
             (partial_folder(tmp_path / "again") / "journal" / f"codebook.{layer}.safetensors").unlink()
         report = run_recipe(told, tmp_path / "again", overwrite=True)
         assert any("interrupted" in note for note in report.stages[0].notes)
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
@@ -279,7 +328,9 @@ def test_linears_that_would_become_no_smaller_are_kept_with_the_reason() -> None
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     stage = Codebook.model_validate({"entries": 256, "per": "group", "rows": 8})
     chosen, kept = stage.choose(source)
-    assert set(chosen) == {f"model.layers.{index}.{name}" for index in (0, 1) for name in ("mlp.down_proj", "self_attn.o_proj")}
+    assert set(chosen) == {
+        f"model.layers.{index}.{name}" for index in (0, 1) for name in ("mlp.down_proj", "self_attn.o_proj")
+    }
     assert set(chosen.values()) == {CodebookLayout(256, 8, "float16")}
     why = "320 x 64 weights take 16 bits each in a codebook of 256 for 8 rows, and 16 as they are"
     assert kept["model.layers.1.mlp.up_proj"] == why
@@ -288,8 +339,14 @@ def test_linears_that_would_become_no_smaller_are_kept_with_the_reason() -> None
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"entries": 16, "skip": ["*.nothing"]}, r'skip "\*.nothing" matches no linear of this model; they have names like'),
-        ({"entries": 16, "skip": ["*"]}, r"no linear of this model can have a codebook \(skip\); leave the stage"),
+        (
+            {"entries": 16, "skip": ["*.nothing"]},
+            r'skip "\*.nothing" matches no linear of this model; they have names like',
+        ),
+        (
+            {"entries": 16, "skip": ["*"]},
+            r"no linear of this model can have a codebook \(skip\); leave the stage",
+        ),
         ({"entries": 256}, r"no linear of this model can have a codebook \(.* weights take .* bits each"),
     ],
 )

@@ -29,7 +29,14 @@ from llmcompress.report.schema import Report
 from llmcompress.stages.distill import stage
 from llmcompress.stages.distill.student import freeze
 from llmcompress.stages.distill.teacher import forward_arguments, output_of
-from llmcompress.stages.distill.trainer import DistillTrainer, SequenceDataset, Watch, answering, continued, last_checkpoint
+from llmcompress.stages.distill.trainer import (
+    DistillTrainer,
+    SequenceDataset,
+    Watch,
+    answering,
+    continued,
+    last_checkpoint,
+)
 from tests.artefacts import load
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
@@ -52,7 +59,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_scores_are_those_of_the_model(family: str) -> None:
-    model, ids = pico(family).eval(), torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        pico(family).eval(),
+        torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0)),
+    )
     with torch.no_grad():
         found = output_of(model, model(**forward_arguments(ids))).scores
         assert torch.equal(found.logits(found.product(torch.arange(18))), model(ids).logits.flatten(0, 1))
@@ -72,10 +82,14 @@ def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
     spec = DataSpec(source=str(text), samples=8, length=16, evaluation_samples=4)
     plain = load_data(spec, byte_tokenizer(), 256, None)
     layers = load_data(spec, byte_tokenizer(), 256, None, lambda length: 200 * length)
-    assert torch.equal(layers.calibration, plain.calibration) and torch.equal(layers.evaluation, plain.evaluation)
+    assert torch.equal(layers.calibration, plain.calibration) and torch.equal(
+        layers.evaluation, plain.evaluation
+    )
     assert len(plain.training) == 0 and len(layers.training) == 200 * 16
     trained = {tuple(window.tolist()) for window in layers.training.view(-1, 16)}
-    assert not trained & {tuple(window.tolist()) for side in (layers.calibration, layers.evaluation) for window in side}
+    assert not trained & {
+        tuple(window.tolist()) for side in (layers.calibration, layers.evaluation) for window in side
+    }
 
 
 def test_dropout_is_off() -> None:
@@ -94,19 +108,27 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path
     assert base.keys() == out.keys() and all(torch.equal(out[name], base[name]) for name in base)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("loss", ["forward_kl", "reverse_kl", "cross_entropy"])
 def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    stages = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": {**TRAINED, "loss": loss, "steps": 20}}]
+    stages = [
+        {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
+        {"distill": {**TRAINED, "loss": loss, "steps": 20}},
+    ]
     report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     found = facts(report)
     if loss != "cross_entropy":  # a text is not what a random model predicts
         assert found["kl_after"] < 0.9 * found["kl_before"] and not found["notes"]
         assert found["kl_after"] == min(kl for _, kl in found["curve"]) and found["curve"][-1][0] == 20
-        assert [step for step, _ in found["losses"]] == list(range(1, 21)) and found["losses"][-1][1] < found["losses"][0][1]
+        assert [step for step, _ in found["losses"]] == list(range(1, 21)) and found["losses"][-1][1] < found[
+            "losses"
+        ][0][1]
         assert [step for step, _ in found["perplexities"]] == [0] + [step for step, _ in found["curve"]]
     cut = run_recipe(staged_recipe(text, tmp_path / "base", stages[0]), tmp_path / "cut")
-    assert loss == "cross_entropy" or known(report.fidelity.kl_nats_mean) < 0.9 * known(cut.fidelity.kl_nats_mean)
+    assert loss == "cross_entropy" or known(report.fidelity.kl_nats_mean) < 0.9 * known(
+        cut.fidelity.kl_nats_mean
+    )
     assert report.compressed.parameters == cut.compressed.parameters
     assert load(tmp_path / "out").config.intermediate_size == 64
 
@@ -122,22 +144,33 @@ def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
     assert changed and all("norm" in name for name in changed)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "qwen3_moe"])
 def test_it_goes_on_to_the_next_stage(family: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", family)
-    cut = {"axis": "expert", "keep": 2} if family == "qwen3_moe" else {"axis": "ffn", "keep": 64, "repair": False}
-    stages = {"prune": cut}, {"distill": {**TRAINED, "steps": 3}}, {"quantize": {"format": "nf4", "rounding": "nearest"}}
+    cut = (
+        {"axis": "expert", "keep": 2}
+        if family == "qwen3_moe"
+        else {"axis": "ffn", "keep": 64, "repair": False}
+    )
+    stages = (
+        {"prune": cut},
+        {"distill": {**TRAINED, "steps": 3}},
+        {"quantize": {"format": "nf4", "rounding": "nearest"}},
+    )
     report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     assert [stage.name for stage in report.stages] == ["prune", "distill", "quantize"]
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path / "out")).__name__
 
 
+@pytest.mark.slow
 def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     for micro in (4, 1):
         run_recipe(
-            staged_recipe(text, tmp_path / "base", cut, {"distill": {**TRAINED, "micro_batch": micro}}), tmp_path / str(micro)
+            staged_recipe(text, tmp_path / "base", cut, {"distill": {**TRAINED, "micro_batch": micro}}),
+            tmp_path / str(micro),
         )
     whole, parts = weights(tmp_path / "4"), weights(tmp_path / "1")
     assert all(torch.allclose(parts[name], whole[name], atol=1e-5) for name in whole)
@@ -145,7 +178,10 @@ def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: P
 
 def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    stages: list[dict[str, Any]] = [{"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": TRAINED}]
+    stages: list[dict[str, Any]] = [
+        {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
+        {"distill": TRAINED},
+    ]
     written = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
     result, report = apply_recipe(staged_recipe(text, tmp_path / "base", *stages), model, byte_tokenizer())
@@ -158,6 +194,8 @@ KILLED = """
 import sys
 from llmcompress import Recipe
 from llmcompress.pipeline.run import run_recipe
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 run_recipe(Recipe.from_file(sys.argv[1]), sys.argv[2])
 """
 
@@ -167,7 +205,10 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
     save_base(tmp_path / "base")
     settings = {**TRAINED, "steps": 30, "evaluate_every": 3}
     recipe = staged_recipe(
-        text, tmp_path / "base", {"prune": {"axis": "ffn", "keep": 64, "repair": False}}, {"distill": settings}
+        text,
+        tmp_path / "base",
+        {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
+        {"distill": settings},
     )
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
 
@@ -178,7 +219,10 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
 
     killed = start("killed")
     for _ in range(2400):
-        if any(path.parent.name >= "checkpoint-12" for path in tmp_path.glob("**/checkpoint-1*/trainer_state.json")):
+        if any(
+            path.parent.name >= "checkpoint-12"
+            for path in tmp_path.glob("**/checkpoint-1*/trainer_state.json")
+        ):
             break
         assert killed.poll() is None, "it ended before it could be killed"
         time.sleep(0.05)
@@ -190,6 +234,7 @@ def test_one_that_was_killed_goes_on_and_ends_the_same(text: Path, tmp_path: Pat
     assert all(torch.equal(again[name], whole[name]) for name in whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "settings"),
     [
@@ -243,7 +288,9 @@ def test_a_checkpoint_that_was_cut_short_does_not_count(tmp_path: Path) -> None:
             (folder / MANIFEST).write_text(manifest_of(folder))
     (tmp_path / "checkpoint-30" / "model.safetensors").write_bytes(b"weighty")
     assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}, "no best one is taken from others"
+    assert {path.name for path in tmp_path.iterdir()} == {"checkpoint-2", "checkpoint-10"}, (
+        "no best one is taken from others"
+    )
     assert last_checkpoint(tmp_path / "none") is None
     (tmp_path / "checkpoint-2" / "model.safetensors").unlink()
     assert last_checkpoint(tmp_path) is None, "the best one is what stays in the end"
@@ -280,7 +327,9 @@ def bases(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
     run_recipe(staged_recipe(text, folder / "base", CUT), folder / "cut")
     for double_quant in (False, True):
         quantize = {"format": "nf4", "group_size": 32, "rounding": "nearest", "double_quant": double_quant}
-        run_recipe(staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}")
+        run_recipe(
+            staged_recipe(text, folder / "base", {"quantize": quantize}), folder / f"nf4-{double_quant}"
+        )
     return folder
 
 
@@ -289,6 +338,7 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "settings",
     [
@@ -304,7 +354,9 @@ def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=str,
 )
-def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], bases: Path, text: Path, tmp_path: Path) -> None:
+def test_what_was_cut_is_healed_in_every_way(
+    settings: dict[str, Any], bases: Path, text: Path, tmp_path: Path
+) -> None:
     cut = Report.of(bases / "cut").fidelity.kl_nats_mean
     distilled = {"distill": {**TRAINED, "learning_rate": 5e-4, "steps": 12, **settings}}
     report = run_recipe(staged_recipe(text, bases / "base", CUT, distilled), tmp_path / "out")
@@ -314,37 +366,54 @@ def test_what_was_cut_is_healed_in_every_way(settings: dict[str, Any], bases: Pa
 
 
 def test_what_is_written_by_the_student_is_drawn_the_same_again() -> None:
-    model, ids = pico("llama").eval(), torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0))
+    model, ids = (
+        pico("llama").eval(),
+        torch.randint(3, 100, (3, 12), generator=torch.Generator().manual_seed(0)),
+    )
     answering(model)
     first, again, other = (continued(model, ids, seed) for seed in (5, 5, 6))
     assert first.shape == ids.shape and torch.equal(first[:, :6], ids[:, :6])
     assert torch.equal(first, again) and not torch.equal(first, other) and not torch.equal(first, ids)
 
 
+@pytest.mark.slow
 def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     notes = []
     for loss in ("forward_kl", "reverse_kl"):
         distilled = {"distill": {**TRAINED, "cache": True, "top_k": 8, "loss": loss}}
-        notes.append(facts(run_recipe(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / loss))["notes"][0])
+        notes.append(
+            facts(run_recipe(staged_recipe(text, tmp_path / "base", CUT, distilled), tmp_path / loss))[
+                "notes"
+            ][0]
+        )
     assert notes[0].startswith("the teacher was asked for 40 of 40 windows, 34 bytes a token")
     assert notes[1].startswith("the teacher was asked for 0 of 40 windows")
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("train", ["scales", "norms", "all"])
 @pytest.mark.parametrize("double_quant", [False, True])
 def test_a_quantised_model_learns_at_the_same_bytes(
     train: str, double_quant: bool, bases: Path, text: Path, tmp_path: Path
 ) -> None:
-    quantize = {"quantize": {"format": "nf4", "group_size": 32, "rounding": "nearest", "double_quant": double_quant}}
+    quantize = {
+        "quantize": {"format": "nf4", "group_size": 32, "rounding": "nearest", "double_quant": double_quant}
+    }
     plain = Report.of(bases / f"nf4-{double_quant}")
     distilled = {"distill": {**TRAINED, "train": train, "learning_rate": 1e-3, "steps": 12}}
     report = run_recipe(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
     assert known(report.fidelity.kl_nats_mean) < known(plain.fidelity.kl_nats_mean)
     before, after = weights(bases / f"nf4-{double_quant}"), weights(tmp_path / "out")
-    assert before.keys() == after.keys()  # bitsandbytes keeps the offset of double quantisation as text, of any length
+    assert (
+        before.keys() == after.keys()
+    )  # bitsandbytes keeps the offset of double quantisation as text, of any length
     assert all(after[name].shape == before[name].shape for name in before if "quant_state" not in name)
-    changed = {name for name in before if after[name].shape != before[name].shape or not torch.equal(before[name], after[name])}
+    changed = {
+        name
+        for name in before
+        if after[name].shape != before[name].shape or not torch.equal(before[name], after[name])
+    }
     changed = {name for name in changed if "quant_state" not in name}
     scales = {name for name in before if name.endswith((".absmax", ".nested_absmax"))}
     assert changed and not {name for name in changed if before[name].dtype == torch.uint8} - scales
@@ -353,17 +422,26 @@ def test_a_quantised_model_learns_at_the_same_bytes(
     assert model.config.quantization_config.bnb_4bit_use_double_quant == double_quant
 
 
+@pytest.mark.slow
 def test_scales_of_a_model_of_mixed_formats_learn_too(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    mixed = {"format": "nf4", "group_size": 32, "rounding": "nearest", "overrides": {"*.down_proj": {"format": "w8a8"}}}
+    mixed = {
+        "format": "nf4",
+        "group_size": 32,
+        "rounding": "nearest",
+        "overrides": {"*.down_proj": {"format": "w8a8"}},
+    }
     plain = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}), tmp_path / "plain")
     distilled = {"distill": {**TRAINED, "train": "scales", "learning_rate": 1e-3, "steps": 12}}
-    report = run_recipe(staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, tmp_path / "base", {"quantize": mixed}, distilled), tmp_path / "out"
+    )
     assert known(report.fidelity.kl_nats_mean) < known(plain.fidelity.kl_nats_mean)
     name = "model.layers.0.mlp.down_proj.weight"
     assert torch.equal(weights(tmp_path / "out")[name], weights(tmp_path / "plain")[name])
 
 
+@pytest.mark.slow
 def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages = (
@@ -379,16 +457,22 @@ def test_a_quantised_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path:
     assert all(torch.allclose(state[name].float(), out[name].float(), atol=1e-5) for name in out)
 
 
+@pytest.mark.slow
 def test_another_model_teaches(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     save_base(tmp_path / "other", hidden_size=128)
     save_base(tmp_path / "wide", vocab_size=300)
     for other in ("other", "wide"):
         settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "teacher": str(tmp_path / other)}
-        found = facts(run_recipe(staged_recipe(text, tmp_path / "base", CUT, {"distill": settings}), tmp_path / "out" / other))
+        found = facts(
+            run_recipe(
+                staged_recipe(text, tmp_path / "base", CUT, {"distill": settings}), tmp_path / "out" / other
+            )
+        )
         assert found["kl_after"] < found["kl_before"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights_too", [True, False])
 def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
@@ -398,7 +482,13 @@ def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> 
         save_base(tmp_path / "other", hidden_size=32)
     if not weights_too:
         (tmp_path / "other" / "model.safetensors").unlink()
-    settings = {**TRAINED, "steps": 12, "learning_rate": 1e-3, "student": str(tmp_path / "other"), "hidden": 0.1}
+    settings = {
+        **TRAINED,
+        "steps": 12,
+        "learning_rate": 1e-3,
+        "student": str(tmp_path / "other"),
+        "hidden": 0.1,
+    }
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"distill": settings}), tmp_path / "out")
     found = facts(report)
     assert found["kl_after"] < found["kl_before"]
@@ -406,7 +496,9 @@ def test_another_model_learns(weights_too: bool, text: Path, tmp_path: Path) -> 
     assert student.config.model_type == ("gpt2" if weights_too else "llama")
     assert sum(p.numel() for p in student.parameters()) == report.compressed.parameters
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
-    result, live = apply_recipe(staged_recipe(text, tmp_path / "base", {"distill": settings}), base, byte_tokenizer())
+    result, live = apply_recipe(
+        staged_recipe(text, tmp_path / "base", {"distill": settings}), base, byte_tokenizer()
+    )
     assert type(result) is type(student)
     assert live.fidelity.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3)
 
@@ -430,13 +522,18 @@ def test_kin_that_speaks_otherwise_is_refused(text: Path, tmp_path: Path) -> Non
     ):
         named = {role: str(tmp_path / name) for role, name in settings.items()}
         with pytest.raises(ModelError, match=why):
-            run_recipe(staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, **named}}), tmp_path / "out")
+            run_recipe(
+                staged_recipe(text, tmp_path / "base", {"distill": {**TRAINED, **named}}), tmp_path / "out"
+            )
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".out*"))
 
 
 def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
-    stages = {"quantize": {"format": "int8", "rounding": "nearest"}}, {"distill": {**TRAINED, "train": "scales"}}
+    stages = (
+        {"quantize": {"format": "int8", "rounding": "nearest"}},
+        {"distill": {**TRAINED, "train": "scales"}},
+    )
     with pytest.raises(ModelError, match="nf4 and fp4 layers and for codebooks"):
         run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 

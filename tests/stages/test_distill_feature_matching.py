@@ -1,4 +1,5 @@
-"""Matching: which layer is held against which, by how much they are apart, and the linear between unequal widths."""
+"""Matching: which layer is held against which, by how much they are apart, and the linear between unequal
+widths."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ from llmcompress.stages.distill.student import whole
 from llmcompress.stages.distill.teacher import TeacherOutput, forward_arguments, output_of
 from tests.artefacts import CPU
 from tests.models import noise, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 KINDS: tuple[HiddenKind, ...] = ("mse", "cosine")
@@ -83,7 +86,9 @@ def test_each_layer_is_held_against_the_last_that_it_stands_for(
 
 @pytest.mark.parametrize("origin", [(), (0, 1), (0, 1, 2, 3, 4, 5)])
 def test_a_deeper_student_is_refused(origin: tuple[int, ...]) -> None:
-    with pytest.raises(ModelError, match="6 layers can't match the 4 of its teacher; leave hidden and attention") as told:
+    with pytest.raises(
+        ModelError, match="6 layers can't match the 4 of its teacher; leave hidden and attention"
+    ) as told:
         Matching.of(6, 4, origin, "mse", 1.0, 0.0)
     assert "\n" not in str(told.value)
 
@@ -117,11 +122,15 @@ def test_a_model_whose_layers_were_cut_is_apart_where_they_are_missing(
     assert matching.layers == (0, 2, 3) and torch.equal(own.hidden_BLD[2], taught.hidden_BLD[2])
     assert float(matching.loss(own, taught, None).detach()) > 0
     maps = Matching.of(3, 4, (0, 1, 3), "mse", 0.0, 1.0)
-    same = [torch.equal(own.attention_BHLL[n], taught.attention_BHLL[head]) for n, head in enumerate(maps.heads)]
+    same = [
+        torch.equal(own.attention_BHLL[n], taught.attention_BHLL[head]) for n, head in enumerate(maps.heads)
+    ]
     assert same == [True, True, False]  # before the cut all is as it was
 
 
-def reference(matching: Matching, student: TeacherOutput, teacher: TeacherOutput, W_ED: Tensor | None) -> float:
+def reference(
+    matching: Matching, student: TeacherOutput, teacher: TeacherOutput, W_ED: Tensor | None
+) -> float:
     """The loss, number by number, in float64."""
     total = 0.0
     for n, yours in enumerate(matching.layers):
@@ -132,7 +141,9 @@ def reference(matching: Matching, student: TeacherOutput, teacher: TeacherOutput
             if matching.kind == "mse":
                 value = float(((s - t) ** 2).mean() / (t**2).mean())
             else:
-                value = 1 - sum(float(a @ b / (a.norm() * b.norm())) for a, b in zip(s, t, strict=True)) / len(s)
+                value = 1 - sum(
+                    float(a @ b / (a.norm() * b.norm())) for a, b in zip(s, t, strict=True)
+                ) / len(s)
             total += matching.hidden * value
     for n, yours in enumerate(matching.heads):
         if matching.attention:
@@ -142,14 +153,21 @@ def reference(matching: Matching, student: TeacherOutput, teacher: TeacherOutput
             B, H, L, _ = p.shape
             for b, h, i, j in np.ndindex(*p.shape):
                 if float(p[b, h, i, j]):
-                    total += matching.attention * float(p[b, h, i, j]) * math.log(p[b, h, i, j] / q[b, h, i, j]) / (B * H * L)
+                    total += (
+                        matching.attention
+                        * float(p[b, h, i, j])
+                        * math.log(p[b, h, i, j] / q[b, h, i, j])
+                        / (B * H * L)
+                    )
     return total / len(matching.layers)
 
 
 @pytest.mark.parametrize(("kind", "hidden", "attention"), WEIGHTS)
 @pytest.mark.parametrize("layers", [2, 4])
 @pytest.mark.parametrize("heads", [3, 6])
-def test_the_loss_is_that_of_its_definition(kind: HiddenKind, hidden: float, attention: float, layers: int, heads: int) -> None:
+def test_the_loss_is_that_of_its_definition(
+    kind: HiddenKind, hidden: float, attention: float, layers: int, heads: int
+) -> None:
     student, teacher = made(seed=1), made(seed=2, layers=layers, heads=heads)
     matching = Matching.of(2, layers, (), kind, hidden, attention)
     found = matching.loss(student, teacher, None)
@@ -162,7 +180,9 @@ def test_the_loss_of_unequal_widths_goes_through_the_projection(kind: HiddenKind
     projection = nn.Linear(6, 8, bias=False)
     matching = Matching.of(2, 2, (), kind, 1.0, 0.0)
     found = matching.loss(student, teacher, projection)
-    assert float(found.detach()) == pytest.approx(reference(matching, student, teacher, projection.weight), rel=1e-5)
+    assert float(found.detach()) == pytest.approx(
+        reference(matching, student, teacher, projection.weight), rel=1e-5
+    )
     with pytest.raises(ValueError, match="give W_ED"):
         matching.loss(student, teacher, None)
 
@@ -170,7 +190,8 @@ def test_the_loss_of_unequal_widths_goes_through_the_projection(kind: HiddenKind
 def test_mse_is_a_share_of_what_the_teacher_has() -> None:
     student, teacher = made(seed=1), made(seed=2)
     large = [
-        TeacherOutput(one.scores, tuple(100 * h for h in one.hidden_BLD), one.attention_BHLL) for one in (student, teacher)
+        TeacherOutput(one.scores, tuple(100 * h for h in one.hidden_BLD), one.attention_BHLL)
+        for one in (student, teacher)
     ]
     matching = Matching.of(2, 2, (), "mse", 1.0, 0.0)
     assert float(matching.loss(large[0], large[1], None)) == pytest.approx(
@@ -183,14 +204,20 @@ def test_mse_is_a_share_of_what_the_teacher_has() -> None:
 def test_what_enters_the_first_layer_is_not_matched() -> None:
     student, teacher = made(seed=1), made(seed=2)
     matching = Matching.of(2, 2, (), "mse", 1.0, 0.0)
-    other = TeacherOutput(student.scores, (noise(2, 5, 8, seed=9), *student.hidden_BLD[1:]), student.attention_BHLL)
+    other = TeacherOutput(
+        student.scores, (noise(2, 5, 8, seed=9), *student.hidden_BLD[1:]), student.attention_BHLL
+    )
     assert torch.equal(matching.loss(other, teacher, None), matching.loss(student, teacher, None))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_states_in_half_precision_are_compared_in_full(dtype: torch.dtype) -> None:
     student, teacher = (
-        TeacherOutput(one.scores, tuple(h.to(dtype) for h in one.hidden_BLD), tuple(a.to(dtype) for a in one.attention_BHLL))
+        TeacherOutput(
+            one.scores,
+            tuple(h.to(dtype) for h in one.hidden_BLD),
+            tuple(a.to(dtype) for a in one.attention_BHLL),
+        )
         for one in (made(hidden=6, seed=1), made(hidden=8, seed=2))
     )
     matching, projection = Matching.of(2, 2, (), "mse", 1.0, 1.0), nn.Linear(6, 8, bias=False)
@@ -200,7 +227,9 @@ def test_states_in_half_precision_are_compared_in_full(dtype: torch.dtype) -> No
 
 
 @pytest.mark.parametrize(("kind", "hidden", "attention"), WEIGHTS)
-def test_the_gradient_reaches_the_student_and_not_the_teacher(kind: HiddenKind, hidden: float, attention: float) -> None:
+def test_the_gradient_reaches_the_student_and_not_the_teacher(
+    kind: HiddenKind, hidden: float, attention: float
+) -> None:
     student, teacher = base().requires_grad_(), base(rms_norm_eps=0.5).requires_grad_()
     Matching.of(4, 4, (), kind, hidden, attention).loss(spoken(student), spoken(teacher), None).backward()
     reached = {name for name, p in student.named_parameters() if p.grad is not None and p.grad.any()}
@@ -220,7 +249,9 @@ def test_the_projection_is_the_least_squares_one(D: int, E: int, dtype: torch.dt
     assert found.bias is None and found.weight.shape == (E, D)
     assert found.weight.dtype is torch.float32 and found.weight.requires_grad
     x_ND, y_NE = (t.double().flatten(0, 1).numpy() for t in (x, y))
-    assert torch.allclose(found.weight, torch.from_numpy(np.linalg.lstsq(x_ND, y_NE, rcond=None)[0].T).float(), atol=1e-5)
+    assert torch.allclose(
+        found.weight, torch.from_numpy(np.linalg.lstsq(x_ND, y_NE, rcond=None)[0].T).float(), atol=1e-5
+    )
     by_torch = torch.linalg.lstsq(x.double().flatten(0, 1), y.double().flatten(0, 1)).solution.T
     assert torch.allclose(found.weight, by_torch.float(), atol=1e-6)
 
@@ -229,7 +260,10 @@ def test_a_projection_that_is_known_is_found() -> None:
     x, W_ED = noise(4, 30, 6, seed=1), noise(9, 6, seed=2)
     found = cast(nn.Linear, projection_of(x, x @ W_ED.T))
     assert torch.allclose(found.weight, W_ED, atol=1e-5)
-    states = TeacherOutput(cast(Any, None), (x, x, x)), TeacherOutput(cast(Any, None), (x, x @ W_ED.T, x @ W_ED.T))
+    states = (
+        TeacherOutput(cast(Any, None), (x, x, x)),
+        TeacherOutput(cast(Any, None), (x, x @ W_ED.T, x @ W_ED.T)),
+    )
     assert float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(*states, found).detach()) < 1e-10
 
 
@@ -238,13 +272,17 @@ def test_a_student_fresh_from_its_config_has_a_projection_of_plain_size(family: 
     like, teacher = pico(family).config, pico("llama", hidden_size=128)
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        student = AutoModelForCausalLM.from_config(like).eval()  # states after its norms sum to zero, but for rounding
+        student = AutoModelForCausalLM.from_config(
+            like
+        ).eval()  # states after its norms sum to zero, but for rounding
     text = torch.randint(3, 160, (4, 96), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         own, taught = (output_of(model, model(**forward_arguments(text))) for model in (student, teacher))
         projection = projection_of(own.hidden_BLD[-1], taught.hidden_BLD[-1])
         assert float(cast(nn.Linear, projection).weight.abs().max()) < 10
-        assert float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(own, taught, projection)) < 1  # a share of the teacher's
+        assert (
+            float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(own, taught, projection)) < 1
+        )  # a share of the teacher's
 
 
 @pytest.mark.parametrize("D", [4, 30])
@@ -254,7 +292,9 @@ def test_states_that_leave_directions_open_give_a_finite_projection(D: int) -> N
     found = cast(nn.Linear, projection_of(x, y))
     expected = np.linalg.lstsq(x[0].double().numpy(), y[0].double().numpy(), rcond=1e-6)[0]
     assert bool(found.weight.isfinite().all())
-    assert torch.allclose(x @ found.weight.T, torch.from_numpy(x[0].double().numpy() @ expected).float(), atol=1e-4)
+    assert torch.allclose(
+        x @ found.weight.T, torch.from_numpy(x[0].double().numpy() @ expected).float(), atol=1e-4
+    )
 
 
 def test_equal_widths_need_no_projection() -> None:

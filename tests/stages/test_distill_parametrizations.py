@@ -1,4 +1,5 @@
-"""What weights are made of while they learn: the same weight at the start, and at the end what is written is what was used."""
+"""What weights are made of while they learn: the same weight at the start, and at the end what is written is
+what was used."""
 
 from __future__ import annotations
 
@@ -35,9 +36,15 @@ from tests.artefacts import CPU
 from tests.models import noise, pico
 from tests.stages.test_distill_student import IDS, live, logits, move, state, turned, weight_of
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 R, C = 32, 128
 LAYOUTS = (FactoredLayout("shared"), FactoredLayout("shared", 5), FactoredLayout("basis", 6))
-BOOKS = (CodebookLayout(16, 1, "float16"), CodebookLayout(4, 8, "float32"), CodebookLayout(256, None, "bfloat16"))
+BOOKS = (
+    CodebookLayout(16, 1, "float16"),
+    CodebookLayout(4, 8, "float32"),
+    CodebookLayout(256, None, "bfloat16"),
+)
 DTYPES = (torch.float32, torch.bfloat16)
 
 
@@ -55,7 +62,11 @@ def clustered(W_RC: Tensor, layout: CodebookLayout) -> CodebookWeight:
 
 def parts(layout: FactoredLayout, dtype: torch.dtype = torch.float32, seed: int = 0) -> FactoredWeight:
     whole = noise(R, C, seed=seed) if layout.format == "shared" else None
-    left, right = (noise(R, layout.rank, seed=seed + 1), noise(layout.rank, C, seed=seed + 2)) if layout.rank else (None, None)
+    left, right = (
+        (noise(R, layout.rank, seed=seed + 1), noise(layout.rank, C, seed=seed + 2))
+        if layout.rank
+        else (None, None)
+    )
     return FactoredWeight(layout, whole, left, right).to(dtype)
 
 
@@ -129,7 +140,9 @@ def test_what_has_learned_is_written_as_it_was_used(what: str, transposed: bool)
     assert not torch.equal(made(module), registry.dequantize(before))
     old, new = registry.tensors_of(before), registry.tensors_of(after)
     assert new.keys() == old.keys() and all(new[name].dtype == tensor.dtype for name, tensor in old.items())
-    assert all(new[name].shape == tensor.shape for name, tensor in old.items() if "quant_state" not in name)  # a text
+    assert all(
+        new[name].shape == tensor.shape for name, tensor in old.items() if "quant_state" not in name
+    )  # a text
     if making.codes:
         assert torch.equal(new["weight"], old["weight"]), "codes stay"
     for part in ["weight.absmax"] if isinstance(before, bitsandbytes_layout.Packed) else making.parts:
@@ -158,7 +171,8 @@ def test_the_module_computes_with_the_weight_that_is_made(what: str, transposed:
 @by_weight
 @by_way
 def test_every_parameter_has_the_gradient_of_a_plain_weight(what: str, transposed: bool) -> None:
-    """By differences in the one direction: the change of a weighted sum of the weight, for levels and scales as if exact."""
+    """By differences in the one direction: the change of a weighted sum of the weight, for levels and scales
+    as if exact."""
     module, making = module_of(WEIGHTS[what](), transposed)
     upstream = noise(R, C, seed=5)
     (turned(module, cast(Tensor, module.weight)) * upstream).sum().backward()
@@ -179,7 +193,10 @@ def test_every_parameter_has_the_gradient_of_a_plain_weight(what: str, transpose
 def moved_levels(weight: CodebookWeight, by_GL: Tensor) -> Tensor:
     """Each level moved by so many root mean squares of its codebook."""
     return torch.stack(
-        [own + by * own.norm() / len(own) ** 0.5 for own, by in zip(weight.levels_GL.to(by_GL), by_GL, strict=True)]
+        [
+            own + by * own.norm() / len(own) ** 0.5
+            for own, by in zip(weight.levels_GL.to(by_GL), by_GL, strict=True)
+        ]
     )
 
 
@@ -218,7 +235,9 @@ def test_parts_of_a_model_in_half_precision_are_written_rounded(layout: Factored
     module, making = module_of(weight, False)
     assert {tensor.dtype for tensor in values(module, making)} == {torch.float32}
     same = making.stored(values(module, making), torch.bfloat16)
-    assert all(torch.equal(tensor, weight.tensors()[name]) for name, tensor in registry.tensors_of(same).items())
+    assert all(
+        torch.equal(tensor, weight.tensors()[name]) for name, tensor in registry.tensors_of(same).items()
+    )
     shift(module, making)
     written = making.stored(values(module, making), torch.bfloat16)
     for tensor, value in zip(registry.tensors_of(written).values(), values(module, making), strict=True):
@@ -249,7 +268,11 @@ def test_a_rounded_parameter_has_the_value_of_one_and_the_gradient_of_the_other(
 
 # a student whose layers share
 
-SHARED = {"llama": ("mlp.up_proj", "self_attn.o_proj"), "gpt2": ("mlp.c_fc", "mlp.c_proj"), "opt": ("fc1", "fc2")}
+SHARED = {
+    "llama": ("mlp.up_proj", "self_attn.o_proj"),
+    "gpt2": ("mlp.c_fc", "mlp.c_proj"),
+    "opt": ("fc1", "fc2"),
+}
 LAYERS = 3
 
 
@@ -278,7 +301,9 @@ def tied(
         f"{name}.weight": turned(plain.model.get_submodule(name), registry.dequantize(weight))
         for name, weight in quantized.items()
     }
-    return InMemoryModel(model.config, weights, CPU, quantized=quantized, layouts=dict.fromkeys(quantized, layout), ties=ties)
+    return InMemoryModel(
+        model.config, weights, CPU, quantized=quantized, layouts=dict.fromkeys(quantized, layout), ties=ties
+    )
 
 
 def factors(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
@@ -294,12 +319,19 @@ def factors(W_RC: Tensor, layout: FactoredLayout, seed: int) -> FactoredWeight:
 
 
 def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedModel:
-    """The model that a checkpoint with these tensors in place of its own is, each linear plain and by itself."""
+    """The model that a checkpoint with these tensors in place of its own is, each linear plain and by
+    itself."""
     found = dict(resident.source)
-    found |= {name: t for name, t in learned.items() if name.rpartition(".")[0] not in resident.layouts or "bias" in name}
+    found |= {
+        name: t
+        for name, t in learned.items()
+        if name.rpartition(".")[0] not in resident.layouts or "bias" in name
+    }
     for name, layout in resident.layouts.items():
         if f"{name}.weight" in learned:
-            weight = registry.read(registry.parts_of(name, learned), layout, dict(resident.linear_maps())[name])
+            weight = registry.read(
+                registry.parts_of(name, learned), layout, dict(resident.linear_maps())[name]
+            )
             found[f"{name}.weight"] = turned(resident.model.get_submodule(name), registry.dequantize(weight))
     if resident.config.tie_word_embeddings:
         found[f"{resident.anatomy.head}.weight"] = found[f"{resident.anatomy.embedding}.weight"]
@@ -335,7 +367,9 @@ def parameter(student: Student, stored_name: str) -> nn.Parameter:
 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILIES_AND_LAYOUTS)
-def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(family: str, layout: FactoredLayout) -> None:
+def test_the_gradient_of_what_is_shared_is_the_sum_over_its_layers(
+    family: str, layout: FactoredLayout
+) -> None:
     resident = tied(family, layout)
     student = Student(resident, "all", rank=4, seed=0)
     move(student, 0.03)
@@ -370,14 +404,26 @@ def test_what_was_learned_is_the_student_and_the_same_in_all_layers(
     learned = student.learned(state(student))
     for target, source in resident.ties.items():
         assert torch.equal(learned[target], learned[source])
-    plain = {name for name in resident.source if name.rpartition(".")[0] not in resident.layouts or name.endswith("bias")}
+    plain = {
+        name
+        for name in resident.source
+        if name.rpartition(".")[0] not in resident.layouts or name.endswith("bias")
+    }
     head = {f"{resident.anatomy.head}.weight"} if resident.config.tie_word_embeddings else set()
     shapes = dict(resident.linear_maps())
-    made_of = {f"{name}.{part}" for name, layout in resident.layouts.items() for part in layout.shapes(*shapes[name])}
+    made_of = {
+        f"{name}.{part}" for name, layout in resident.layouts.items() for part in layout.shapes(*shapes[name])
+    }
     assert set(learned) == plain - head | made_of and {tensor.dtype for tensor in learned.values()} == {dtype}
     found, expected = logits(again(resident, with_head(resident, learned))), logits(student.model)
-    tolerance = 1e-5 if dtype == torch.float32 else 0.05  # plain weights and parts learn exactly and are written rounded
-    assert float((found - expected).norm() / expected.norm()) < tolerance < float((before - expected).norm() / expected.norm())
+    tolerance = (
+        1e-5 if dtype == torch.float32 else 0.05
+    )  # plain weights and parts learn exactly and are written rounded
+    assert (
+        float((found - expected).norm() / expected.norm())
+        < tolerance
+        < float((before - expected).norm() / expected.norm())
+    )
 
 
 def with_head(resident: InMemoryModel, learned: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -422,12 +468,19 @@ def test_levels_that_layers_share_learn_as_one(train: Train, family: str, layout
     resident = tied(family, layout)
     student = Student(resident, train, rank=4, seed=0)
     assert torch.equal(logits(student.model), logits(whole(resident)))
-    assert all(isinstance(making, CodebookLevels) for making in student.makings.values()) and len(student.makings) == 2 * LAYERS
+    assert (
+        all(isinstance(making, CodebookLevels) for making in student.makings.values())
+        and len(student.makings) == 2 * LAYERS
+    )
     levels = [f"{name}.weight_levels" for name in resident.layouts]
-    assert len({id(parameter(student, name)) for name in levels}) == 2 and len(student.same) == 2 * (LAYERS - 1)
+    assert len({id(parameter(student, name)) for name in levels}) == 2 and len(student.same) == 2 * (
+        LAYERS - 1
+    )
     learning = set(student.learning)
     assert all(parameter(student, name).requires_grad for name in levels)
-    assert train == "all" or not any(name.endswith(("lm_head.weight", "wte.weight", "q_proj.weight")) for name in learning)
+    assert train == "all" or not any(
+        name.endswith(("lm_head.weight", "wte.weight", "q_proj.weight")) for name in learning
+    )
     before = tied(family, layout).quantized
     move(student, 0.02)
     learned = student.learned(state(student))
@@ -437,5 +490,6 @@ def test_levels_that_layers_share_learn_as_one(train: Train, family: str, layout
         assert torch.equal(learned[f"{name}.weight"], registry.tensors_of(weight)["weight"]), "codes stay"
         assert not torch.equal(learned[f"{name}.weight_levels"], registry.tensors_of(weight)["weight_levels"])
     assert torch.equal(
-        logits(again(resident, with_head(resident, learned) if train == "all" else learned)), logits(student.model)
+        logits(again(resident, with_head(resident, learned) if train == "all" else learned)),
+        logits(student.model),
     )

@@ -1,4 +1,5 @@
-"""The student: whole it is the same function, what learns is what was said, and what is written is what it computed."""
+"""The student: whole it is the same function, what learns is what was said, and what is written is what it
+computed."""
 
 from __future__ import annotations
 
@@ -28,23 +29,34 @@ from tests.artefacts import CPU
 from tests.bases import save_base
 from tests.models import FAMILIES, VARIANTS, noise, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS)
-CODED = ("llama", "gpt2", "opt", "qwen3_moe")  # plain linears, Conv1D, biases everywhere, experts that stay plain
+CODED = (
+    "llama",
+    "gpt2",
+    "opt",
+    "qwen3_moe",
+)  # plain linears, Conv1D, biases everywhere, experts that stay plain
 FORMATS: tuple[tuple[bitsandbytes_layout.FourBitFormat, bool], ...] = (
     ("nf4", False),
     ("nf4", True),
     ("fp4", False),
     ("fp4", True),
 )
-CODINGS = [("llama", *coding) for coding in FORMATS] + [(family, *coding) for family in CODED[1:] for coding in FORMATS[:2]]
+CODINGS = [("llama", *coding) for coding in FORMATS] + [
+    (family, *coding) for family in CODED[1:] for coding in FORMATS[:2]
+]
 
 FACTOR = "parametrizations.weight.original"  # where torch keeps what a parametrised weight is made of
 
 
 def packed_of(student: Student) -> dict[str, bitsandbytes_layout.Packed]:
     """The codes whose scales learn, by linear."""
-    return {name: making.packed for name, making in student.makings.items() if isinstance(making, ScaledCodes)}
+    return {
+        name: making.packed for name, making in student.makings.items() if isinstance(making, ScaledCodes)
+    }
 
 
 def live(model: PreTrainedModel) -> InMemoryModel:
@@ -70,11 +82,14 @@ def coded(
     outside: bool = False,
     **config: Any,
 ) -> InMemoryModel:
-    """A pico model with 4-bit codes of the linears of its layers (and its head, if `outside`), its scales spread by factors."""
+    """A pico model with 4-bit codes of the linears of its layers (and its head, if `outside`), its scales
+    spread by factors."""
     model = cast(PreTrainedModel, cast(Any, pico(family, **config)).to(dtype))
     plain, weights, packed = live(model), dict(model.state_dict()), {}
     for name, shape in plain.linear_maps():
-        if (outside or name.startswith(plain.anatomy.layers)) and bitsandbytes_layout.refusal(shape, format, 64) is None:
+        if (outside or name.startswith(plain.anatomy.layers)) and bitsandbytes_layout.refusal(
+            shape, format, 64
+        ) is None:
             module = plain.model.get_submodule(name)
             found = bitsandbytes_layout.quantize_nearest(
                 turned(module, weights[f"{name}.weight"]).contiguous(), format, 64, False
@@ -83,7 +98,9 @@ def coded(
             nested = bitsandbytes_layout.double_quantize(absmax) if double_quant else None
             absmax = nested.decode() if nested else absmax
             packed[name] = bitsandbytes_layout.Packed(found.codes_RC, absmax, format, 64, dtype, nested)
-            weights[f"{name}.weight"] = turned(module, bitsandbytes_layout.dequantize(packed[name], torch.float32))
+            weights[f"{name}.weight"] = turned(
+                module, bitsandbytes_layout.dequantize(packed[name], torch.float32)
+            )
     return InMemoryModel(model.config, weights, CPU, quantized=packed)
 
 
@@ -101,7 +118,11 @@ def move(student: Student, size: float = 0.1) -> None:
 
 def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedModel:
     """The model that a checkpoint with these tensors in place of its own is."""
-    plain = {name: tensor for name, tensor in learned.items() if name in resident.source and tensor.is_floating_point()}
+    plain = {
+        name: tensor
+        for name, tensor in learned.items()
+        if name in resident.source and tensor.is_floating_point()
+    }
     found = dict(resident.source) | plain
     for name in registry.quantized_linears(learned):
         weight = registry.dequantize(registry.read(registry.parts_of(name, learned)))
@@ -114,7 +135,9 @@ def again(resident: InMemoryModel, learned: dict[str, Tensor]) -> PreTrainedMode
 @torch.no_grad()
 def narrowed(family: str, widths: dict[str, list[int]]) -> tuple[PreTrainedModel, InMemoryModel]:
     """A random model whose layers have widths of their own."""
-    plain = MetaModel(pico(family, num_hidden_layers=len(next(iter(widths.values())))).config, CPU, torch.float32)
+    plain = MetaModel(
+        pico(family, num_hidden_layers=len(next(iter(widths.values())))).config, CPU, torch.float32
+    )
     config = changed(plain.config, resized(plain.config, plain.anatomy, widths))
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     anatomy = anatomy_of(config)
@@ -183,7 +206,9 @@ def test_a_folder_in_half_precision_is_whole_in_the_working_precision(tmp_path: 
     pico("llama", vocab_size=256).bfloat16().save_pretrained(save_base(tmp_path / "base"))
     resident = DiskModel(tmp_path / "base", CPU)
     found = whole(resident)
-    assert resident.weight_dtype is torch.bfloat16 and {p.dtype for p in found.parameters()} == {torch.float32}
+    assert resident.weight_dtype is torch.bfloat16 and {p.dtype for p in found.parameters()} == {
+        torch.float32
+    }
     expected = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32).eval()
     assert torch.equal(logits(found), logits(expected))
 
@@ -227,7 +252,11 @@ def test_a_still_model_in_training_is_the_model_in_use(family: str) -> None:
 @pytest.mark.parametrize("train", ["all", "norms"])
 def test_what_learns_is_what_was_said(family: str, config: dict[str, Any], train: Train) -> None:
     model = pico(family, **config)
-    gains = {f"{n}.weight" for n, m in model.named_modules() if "Norm" in type(m).__name__ and len(list(m.parameters()))}
+    gains = {
+        f"{n}.weight"
+        for n, m in model.named_modules()
+        if "Norm" in type(m).__name__ and len(list(m.parameters()))
+    }
     if train == "norms" and not gains:
         with pytest.raises(ModelError, match="train: norms finds nothing"):
             Student(live(model), train, rank=16, seed=0)
@@ -266,10 +295,15 @@ def test_what_was_learned_has_the_type_that_the_model_is_stored_in(train: Train)
     assert {parameter.dtype for parameter in student.model.parameters()} == {torch.float32}
     move(student)
     learned = student.learned(state(student))
-    plain = {name: tensor for name, tensor in learned.items() if name.rpartition(".")[0] not in packed_of(student)}
+    plain = {
+        name: tensor for name, tensor in learned.items() if name.rpartition(".")[0] not in packed_of(student)
+    }
     assert plain and {t.dtype for name, t in plain.items() if ".weight." not in name} == {torch.bfloat16}
     for name in packed_of(student):
-        assert cast(bitsandbytes_layout.Packed, registry.read(registry.parts_of(name, learned))).dtype is torch.bfloat16
+        assert (
+            cast(bitsandbytes_layout.Packed, registry.read(registry.parts_of(name, learned))).dtype
+            is torch.bfloat16
+        )
 
 
 @pytest.mark.parametrize("train", ["all", "norms", "scales", "lora"])
@@ -286,7 +320,11 @@ def test_all_that_learns_has_a_gradient_and_nothing_else(train: Train) -> None:
 @pytest.mark.parametrize("train", ["all", "scales", "lora"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_a_tied_head_stays_tied(family: str, train: Train) -> None:
-    resident = coded(family, tie_word_embeddings=True) if train == "scales" else live(pico(family, tie_word_embeddings=True))
+    resident = (
+        coded(family, tie_word_embeddings=True)
+        if train == "scales"
+        else live(pico(family, tie_word_embeddings=True))
+    )
     student = Student(resident, train, rank=4, seed=0)
     move(student)
     assert student.model.get_output_embeddings().weight is student.model.get_input_embeddings().weight
@@ -314,7 +352,9 @@ def test_factors_of_one_leave_the_weights_as_the_codes_say(
     student = Student(resident, "scales", rank=16, seed=0)
     assert set(packed_of(student)) == set(resident.quantized) and len(packed_of(student)) >= 8
     for name, packed in packed_of(student).items():
-        assert torch.equal(weight_of(student, name), bitsandbytes_layout.dequantize(packed, torch.float32)), name
+        assert torch.equal(weight_of(student, name), bitsandbytes_layout.dequantize(packed, torch.float32)), (
+            name
+        )
     assert torch.equal(logits(student.model), logits(whole(resident)))
 
 
@@ -327,7 +367,9 @@ def test_scales_that_did_not_learn_are_written_as_they_were(
     learned = student.learned(state(student))
     for name, packed in packed_of(student).items():
         found = registry.parts_of(name, learned)
-        assert all(torch.equal(found[part], tensor) for part, tensor in registry.tensors_of(packed).items()), name
+        assert all(
+            torch.equal(found[part], tensor) for part, tensor in registry.tensors_of(packed).items()
+        ), name
 
 
 @pytest.mark.parametrize("family", CODED)
@@ -371,7 +413,9 @@ def test_scales_in_eight_bits_have_the_gradient_of_exact_ones() -> None:
     upstream = noise(*packed.codes_RC.shape)
     (cast(Tensor, student.model.get_submodule(name).weight) * upstream).sum().backward()
     levels_RC = bitsandbytes_layout.grid("nf4").double()[packed.codes_RC.int()]
-    expected_RG = (upstream.double() * levels_RC).unflatten(1, (-1, packed.group_size)).sum(-1) * packed.absmax_RG
+    expected_RG = (upstream.double() * levels_RC).unflatten(1, (-1, packed.group_size)).sum(
+        -1
+    ) * packed.absmax_RG
     found_RG = cast(Tensor, student.model.get_parameter(f"{name}.{FACTOR}").grad)
     assert torch.allclose(found_RG, expected_RG.float(), rtol=1e-4, atol=1e-6)
 
@@ -389,12 +433,22 @@ def test_learned_scales_are_read_back_as_the_student_used_them(
     for name, before in packed_of(student).items():
         found = registry.read(registry.parts_of(name, learned))
         assert isinstance(found, bitsandbytes_layout.Packed) and torch.equal(found.codes_RC, before.codes_RC)
-        assert (found.format, found.group_size, found.dtype) == (before.format, before.group_size, before.dtype)
+        assert (found.format, found.group_size, found.dtype) == (
+            before.format,
+            before.group_size,
+            before.dtype,
+        )
         exact_RG = before.absmax_RG * student.model.get_parameter(f"{name}.{FACTOR}").data
         expected_RG = bitsandbytes_layout.double_quantize(exact_RG).decode() if double_quant else exact_RG
         assert torch.equal(found.absmax_RG, expected_RG) and found.double_quant == double_quant
-        assert torch.equal(bitsandbytes_layout.dequantize(found, torch.float32), weight_of(student, name)), name
-    plain = {name for name in learned if not any(name.startswith(f"{linear}.weight") for linear in packed_of(student))}
+        assert torch.equal(bitsandbytes_layout.dequantize(found, torch.float32), weight_of(student, name)), (
+            name
+        )
+    plain = {
+        name
+        for name in learned
+        if not any(name.startswith(f"{linear}.weight") for linear in packed_of(student))
+    }
     assert plain == {name for name in student.learning if not name.endswith(FACTOR)}
     assert torch.equal(logits(again(resident, learned)), logits(student.model))
 
@@ -408,7 +462,9 @@ def test_a_factor_may_be_zero_or_turn_a_block_around(factor: float) -> None:
     found = registry.read(registry.parts_of(name, student.learned(state(student))))
     expected = bitsandbytes_layout.dequantize(packed, torch.float32)
     expected[3, :64] *= factor
-    assert torch.equal(registry.dequantize(found), expected) and torch.equal(weight_of(student, name), expected)
+    assert torch.equal(registry.dequantize(found), expected) and torch.equal(
+        weight_of(student, name), expected
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -467,7 +523,9 @@ def test_scales_of_a_model_without_4_bit_linears_are_refused(what: str) -> None:
     if what == "int8":
         name = "model.layers.0.mlp.up_proj"
         codes = torch.ones(320, 64, dtype=torch.int8)
-        resident = InMemoryModel(model.config, model.state_dict(), CPU, quantized={name: Int8Weight(codes, torch.ones(320))})
+        resident = InMemoryModel(
+            model.config, model.state_dict(), CPU, quantized={name: Int8Weight(codes, torch.ones(320))}
+        )
     with pytest.raises(ModelError, match="here are none; use all, norms or lora") as told:
         Student(resident, "scales", rank=16, seed=0)
     assert "\n" not in str(told.value)
@@ -477,14 +535,20 @@ def test_all_of_a_quantised_model_is_all_but_its_codes() -> None:
     model = pico("llama")
     weight = model.get_parameter("model.layers.0.mlp.up_proj.weight").detach()
     packed = bitsandbytes_layout.quantize_nearest(weight, "nf4", 64, double_quant=False)
-    state = dict(model.state_dict()) | {"model.layers.0.mlp.up_proj.weight": bitsandbytes_layout.dequantize(packed)}
+    state = dict(model.state_dict()) | {
+        "model.layers.0.mlp.up_proj.weight": bitsandbytes_layout.dequantize(packed)
+    }
     resident = InMemoryModel(model.config, state, CPU, quantized={"model.layers.0.mlp.up_proj": packed})
     student = Student(resident, "all", rank=16, seed=0)
     every = {name for name, _ in model.named_parameters()} - {"model.layers.0.mlp.up_proj.weight"}
     assert set(student.learning) == every | {f"model.layers.0.mlp.up_proj.{FACTOR}"}
     learned = student.learned({name: parameter.data for name, parameter in student.model.named_parameters()})
-    assert torch.equal(learned["model.layers.0.mlp.up_proj.weight"], bitsandbytes_layout.tensors(packed)["weight"])
-    assert set(Student(resident, "norms", rank=16, seed=0).learning) == {name for name in every if "norm" in name}
+    assert torch.equal(
+        learned["model.layers.0.mlp.up_proj.weight"], bitsandbytes_layout.tensors(packed)["weight"]
+    )
+    assert set(Student(resident, "norms", rank=16, seed=0).learning) == {
+        name for name in every if "norm" in name
+    }
 
 
 # lora
@@ -496,7 +560,9 @@ ADAPTED = ("llama", "gpt2", "phi3", "opt", "qwen3_moe", "gemma2")
 def test_a_student_with_adapters_begins_as_the_model(family: str) -> None:
     model = pico(family)
     student = Student(live(model), "lora", rank=4, seed=0)
-    assert torch.equal(logits(student.model), logits(model)) and torch.equal(logits(student.trained), logits(model))
+    assert torch.equal(logits(student.model), logits(model)) and torch.equal(
+        logits(student.trained), logits(model)
+    )
     assert student.learning and all("lora_" in name for name in student.learning)
 
 
@@ -511,7 +577,9 @@ def test_merged_adapters_are_the_adapted_model(family: str) -> None:
     assert float((adapted - before).abs().max()) > 0.1
     learned = student.learned(state(student))
     assert set(learned) == {f"{name}.weight" for name in inside}
-    assert {name: t.shape for name, t in learned.items()} == {name: resident.source[name].shape for name in learned}
+    assert {name: t.shape for name, t in learned.items()} == {
+        name: resident.source[name].shape for name in learned
+    }
     assert torch.allclose(logits(again(resident, learned)), adapted, atol=1e-4)
 
 

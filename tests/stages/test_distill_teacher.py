@@ -1,4 +1,5 @@
-"""The teacher: what it says of a text is what the model says, in 4 bits, from disk and of fewer tokens too."""
+"""The teacher: what it says of a text is what the model says, in 4 bits, from disk and of fewer tokens
+too."""
 
 from __future__ import annotations
 
@@ -30,6 +31,8 @@ from llmcompress.stages.distill.teacher import (
 )
 from tests.artefacts import CPU, distance
 from tests.models import FAMILIES, VARIANTS, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 V, L, K = 160, 8, 16
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -89,7 +92,9 @@ def test_of_a_wider_vocabulary_the_first_tokens_are_said(family: str) -> None:
 def test_a_bias_of_the_head_is_cut_with_it() -> None:
     model = cast(Any, pico("llama"))
     model.lm_head.bias = nn.Parameter(torch.arange(V) * 0.1)
-    assert torch.allclose(made(LiveTeacher(model, 100)({"input_ids": IDS}).scores), logits(model)[:, :100], atol=1e-5)
+    assert torch.allclose(
+        made(LiveTeacher(model, 100)({"input_ids": IDS}).scores), logits(model)[:, :100], atol=1e-5
+    )
     assert torch.allclose(made(LiveTeacher(model, V)({"input_ids": IDS}).scores), logits(model), atol=1e-5)
 
 
@@ -106,7 +111,11 @@ def test_a_teacher_is_in_use_and_does_not_learn() -> None:
 
 
 def four_bit(model: nn.Module) -> dict[str, bitsandbytes_layout.Linear4bit]:
-    return {name: module for name, module in model.named_modules() if isinstance(module, bitsandbytes_layout.Linear4bit)}
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, bitsandbytes_layout.Linear4bit)
+    }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -136,7 +145,9 @@ def test_what_the_kernels_do_not_take_stays_as_it_is() -> None:
     teacher = loaded(live(model), "nf4")
     assert {name.rpartition(".")[2] for name in four_bit(teacher)} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     down = cast(Any, teacher).model.layers[0].mlp.down_proj
-    assert type(down) is nn.Linear and torch.equal(down.weight, cast(Any, model).model.layers[0].mlp.down_proj.weight)
+    assert type(down) is nn.Linear and torch.equal(
+        down.weight, cast(Any, model).model.layers[0].mlp.down_proj.weight
+    )
     assert type(teacher.get_output_embeddings()) is nn.Linear
 
 
@@ -177,7 +188,13 @@ def kept(
     temperature: float = 1.0,
 ) -> CachedTeacher:
     return CachedTeacher(
-        folder, key, (lambda: teacher) if isinstance(teacher, LiveTeacher) else teacher, windows_NL, k, temperature, untracked
+        folder,
+        key,
+        (lambda: teacher) if isinstance(teacher, LiveTeacher) else teacher,
+        windows_NL,
+        k,
+        temperature,
+        untracked,
     )
 
 
@@ -190,11 +207,17 @@ def files(folder: Path) -> list[Path]:
 
 
 def same(a: TopK, b: TopK) -> bool:
-    return torch.equal(a.index_TK, b.index_TK) and torch.equal(a.log_p_TK1, b.log_p_TK1) and a.temperature == b.temperature
+    return (
+        torch.equal(a.index_TK, b.index_TK)
+        and torch.equal(a.log_p_TK1, b.log_p_TK1)
+        and a.temperature == b.temperature
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_what_was_kept_is_the_top_of_what_the_teacher_said(temperature: float, teacher: LiveTeacher, tmp_path: Path) -> None:
+def test_what_was_kept_is_the_top_of_what_the_teacher_said(
+    temperature: float, teacher: LiveTeacher, tmp_path: Path
+) -> None:
     text = windows(150)
     found = kept(tmp_path, teacher, text, temperature=temperature)
     for numbers in ((0,), (149, 0, 64, 63), (70, 70), tuple(range(150))):
@@ -266,7 +289,9 @@ def test_one_that_was_interrupted_asks_only_for_the_rest(teacher: LiveTeacher, t
         CachedTeacher(tmp_path, "one", lambda: teacher, text, K, 1.0, stopping)
     found = kept(tmp_path, teacher, text)
     assert found.asked == SHARD
-    assert same(found(batch(text, 5, 190)).scores, kept(tmp_path / "other", teacher, text)(batch(text, 5, 190)).scores)
+    assert same(
+        found(batch(text, 5, 190)).scores, kept(tmp_path / "other", teacher, text)(batch(text, 5, 190)).scores
+    )
 
 
 def flipped(data: bytes) -> bytes:
@@ -306,13 +331,21 @@ def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher
     other[4, -1] = (other[4, -1] + 1) % V
     one: dict[str, Any] = {"windows_NL": text}
     for change in (
-        {"key": "another"}, {"k": K + 1}, {"temperature": 2.0}, {"windows_NL": other}, {"windows_NL": text.flip(0)},
-        {"windows_NL": text[:4]}, {"windows_NL": text.view(10, L // 2)}, {"windows_NL": text.flatten()[None]},
-    ):  # fmt: skip
+        {"key": "another"},
+        {"k": K + 1},
+        {"temperature": 2.0},
+        {"windows_NL": other},
+        {"windows_NL": text.flip(0)},
+        {"windows_NL": text[:4]},
+        {"windows_NL": text.view(10, L // 2)},
+        {"windows_NL": text.flatten()[None]},
+    ):
         with pytest.raises(AssertionError, match="asked again"):
             kept(tmp_path, absent, **one | change)
     assert kept(tmp_path, teacher, text, k=K + 1).asked == 5
-    assert kept(tmp_path, absent, text).asked == 0 and len(files(tmp_path)) == 2  # what is there is not driven out
+    assert (
+        kept(tmp_path, absent, text).asked == 0 and len(files(tmp_path)) == 2
+    )  # what is there is not driven out
 
 
 def test_another_teacher_says_something_else(teacher: LiveTeacher, tmp_path: Path) -> None:
@@ -330,12 +363,16 @@ def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_p
     found, here = kept(tmp_path, large, text), batch(text, 1, 0)
     exact = top_k(large(here).scores, K)
     assert torch.equal(found(here).scores.index_TK, exact.index_TK)
-    assert bool((exact.index_TK >= (1 << 15 if width == 2 else 1 << 16)).any())  # where a narrower one would fail
+    assert bool(
+        (exact.index_TK >= (1 << 15 if width == 2 else 1 << 16)).any()
+    )  # where a narrower one would fail
     assert found.token_bytes == K * width + (K + 1) * 2
 
 
 @pytest.mark.parametrize(("k", "numbers"), [(1, 1), (K, K), (V - 1, V - 1), (V, V - 1), (100000, V - 1)])
-def test_so_many_bytes_are_kept_of_a_token(k: int, numbers: int, teacher: LiveTeacher, tmp_path: Path) -> None:
+def test_so_many_bytes_are_kept_of_a_token(
+    k: int, numbers: int, teacher: LiveTeacher, tmp_path: Path
+) -> None:
     text = windows(SHARD + 3)
     found = kept(tmp_path, teacher, text, k=k)
     assert found.token_bytes == 2 * numbers + 2 * (numbers + 1)
@@ -373,7 +410,9 @@ def test_a_folder_that_can_not_be_written_is_told_in_one_line(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "file"))
-    with pytest.raises(OutputError, match=r"can't write .*; free space there or set LLMCOMPRESS_CACHE") as told:
+    with pytest.raises(
+        OutputError, match=r"can't write .*; free space there or set LLMCOMPRESS_CACHE"
+    ) as told:
         kept(tmp_path / "file" / below, teacher, windows(2))
     assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "in the way"
 

@@ -1,4 +1,5 @@
-"""Linears as products of low rank whose basis layers share: what is exact, what is stored once, what may follow."""
+"""Linears as products of low rank whose basis layers share: what is exact, what is stored once, what may
+follow."""
 
 from __future__ import annotations
 
@@ -24,9 +25,21 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.low_rank.stage import LowRank
-from tests.artefacts import CPU, TOKENS, assert_refused, assert_same_in_memory, distance, live, load, measured, weights_of
+from tests.artefacts import (
+    CPU,
+    TOKENS,
+    assert_refused,
+    assert_same_in_memory,
+    distance,
+    live,
+    load,
+    measured,
+    weights_of,
+)
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, noise, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +77,11 @@ def factored(model: PreTrainedModel) -> dict[str, FactoredLinear]:
 def stored_of(folder: Path) -> int:
     """Weights of the products as they are stored."""
     tensors = weights_of(folder)
-    return sum(t.numel() for name, t in tensors.items() if name.endswith("_right") or (t.dim() == 3 and "experts" not in name))
+    return sum(
+        t.numel()
+        for name, t in tensors.items()
+        if name.endswith("_right") or (t.dim() == 3 and "experts" not in name)
+    )
 
 
 def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedModel:
@@ -85,17 +102,26 @@ def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedMo
 # What is written and what it loads as.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, text: Path, tmp_path: Path) -> None:
+def test_every_family_loads_what_was_measured_and_shares_the_bases(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base, out, source = save_base(tmp_path / "base", family), tmp_path / "out", resident(family)
     report = run_recipe(recipe(text, base), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
     inner = source.anatomy.linears
     assert shared_names(model) == {f"{name}.weight_right" for name in inner}
-    assert set(factored(model)) == {linear.name for linear in report.linears} and len(report.linears) == 2 * len(inner)
-    assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [True] * len(inner)
-    lost = [linear.relative_error for linear in report.linears]  # what enters the first layer has as few directions as tokens
+    assert set(factored(model)) == {linear.name for linear in report.linears} and len(
+        report.linears
+    ) == 2 * len(inner)
+    assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [True] * len(
+        inner
+    )
+    lost = [
+        linear.relative_error for linear in report.linears
+    ]  # what enters the first layer has as few directions as tokens
     assert all(0 <= error < 1 for error in lost) and max(lost) > 0.05
     whole = sum(R * C for name, (R, C) in source.linear_maps() if name in factored(model))
     assert stored_of(out) <= 0.5 * whole, "keep is a share of the parameters of the linears"
@@ -108,12 +134,18 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(family: str, 
     assert rows[1].flops_per_token < rows[0].flops_per_token or rows[1].parameters < rows[0].parameters
     model.save_pretrained(tmp_path / "again")
     once, again = weights_of(out), weights_of(tmp_path / "again")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
     assert shared_names(load(tmp_path / "again")) == shared_names(model)
 
 
-@pytest.mark.parametrize(("family", "layers"), [("llama", 1), ("llama", 2), ("gpt2", 2), ("phi3", 2), ("qwen3_moe", 1)])
-def test_weights_of_a_low_rank_in_common_rows_lose_nothing(layers: int, family: str, text: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("family", "layers"), [("llama", 1), ("llama", 2), ("gpt2", 2), ("phi3", 2), ("qwen3_moe", 1)]
+)
+def test_weights_of_a_low_rank_in_common_rows_lose_nothing(
+    layers: int, family: str, text: Path, tmp_path: Path
+) -> None:
     model, base = of_rank(tmp_path / "base", family, 6), tmp_path / "base"
     report = run_recipe(recipe(text, base, basis(layers, rank=6)), tmp_path / "out")
     assert max(linear.relative_error for linear in report.linears) < 1e-4
@@ -127,7 +159,9 @@ def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, 
         report = run_recipe(recipe(text, base, basis(2, keep=keep)), tmp_path / str(keep))
         lost.append(known(report.fidelity.kl_nats_mean))
         sizes.append(known(report.compressed.parameters))
-        assert stored_of(tmp_path / str(keep)) <= keep * sum(R * C for n, (R, C) in resident().linear_maps() if "layers" in n)
+        assert stored_of(tmp_path / str(keep)) <= keep * sum(
+            R * C for n, (R, C) in resident().linear_maps() if "layers" in n
+        )
     assert all(less > more > 0 for less, more in pairwise(lost)), lost
     assert all(less < more for less, more in pairwise(sizes))
     assert lost[-1] < 0.25 * lost[0]  # of white weights, a tenth of the directions is gone
@@ -136,11 +170,15 @@ def test_more_kept_is_less_lost_and_just_below_break_even_is_little(text: Path, 
 def test_a_rank_just_below_break_even_is_chosen_and_the_next_is_not() -> None:
     source = resident("gpt2")  # c_fc is 320 x 64: two of them and a basis have K (2 320 + 64) weights
     chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 58}).choose(source)
-    assert "transformer.h.0.mlp.c_fc" in chosen and chosen["transformer.h.1.mlp.c_fc"] == FactoredLayout("basis", 58)
+    assert "transformer.h.0.mlp.c_fc" in chosen and chosen["transformer.h.1.mlp.c_fc"] == FactoredLayout(
+        "basis", 58
+    )
     assert 58 * (2 * 320 + 64) < 2 * 320 * 64 <= 59 * (2 * 320 + 64)
     chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 59}).choose(source)
     assert kept["transformer.h.0.mlp.c_fc"] == "a product of rank 59 for 320 x 64 weights stores no less"
-    assert set(chosen) == {f"transformer.h.{index}.mlp.c_proj" for index in (0, 1)}, "64 x 320: K (2 64 + 320)"
+    assert set(chosen) == {f"transformer.h.{index}.mlp.c_proj" for index in (0, 1)}, (
+        "64 x 320: K (2 64 + 320)"
+    )
 
 
 def test_a_basis_of_one_layer_shares_nothing(text: Path, tmp_path: Path) -> None:
@@ -152,7 +190,9 @@ def test_a_basis_of_one_layer_shares_nothing(text: Path, tmp_path: Path) -> None
     assert not any("shared" in linear.format for linear in report.linears)
     for name, (R, C) in resident().linear_maps():
         if name in factored(model):
-            assert factored(model)[name].weight.numel() + factored(model)[name].weight_right.numel() == 16 * (R + C)
+            assert factored(model)[name].weight.numel() + factored(model)[name].weight_right.numel() == 16 * (
+                R + C
+            )
     assert distance(live(model), measured(out)) < 1e-5
     before, after = (sum(p.numel() for p in load(folder).parameters()) for folder in (base, out))
     assert report.compressed.parameters == after < before
@@ -166,7 +206,9 @@ def test_layers_left_over_are_a_group_of_their_own(text: Path, tmp_path: Path) -
     model = load(out)
     assert shared_names(model, 0, 1) and not shared_names(model, 1, 2) and not shared_names(model, 0, 2)
     ranks = [cast(Any, layer).mlp.up_proj.scheme.rank for layer in layers_of(model)]
-    assert ranks[0] == ranks[1] == int(0.5 * 2 * 320 * 64 / (2 * 320 + 64)) and ranks[2] == int(0.5 * 320 * 64 / (320 + 64))
+    assert ranks[0] == ranks[1] == int(0.5 * 2 * 320 * 64 / (2 * 320 + 64)) and ranks[2] == int(
+        0.5 * 320 * 64 / (320 + 64)
+    )
     assert distance(live(model), measured(out)) < 1e-5
     rows = plan_recipe(recipe(text, base, basis(2, keep=0.5))).rows
     assert rows[1].parameters == report.compressed.parameters == sum(p.numel() for p in model.parameters())
@@ -187,9 +229,9 @@ def test_layers_of_other_widths_are_not_in_one_group(text: Path, tmp_path: Path)
 
 def test_what_is_skipped_is_kept_with_the_others_of_its_group() -> None:
     source = resident()
-    chosen, kept = LowRank.model_validate({"layers_per_basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}).choose(
-        source
-    )
+    chosen, kept = LowRank.model_validate(
+        {"layers_per_basis": 2, "rank": 8, "skip": ["model.layers.1.mlp.up_proj"]}
+    ).choose(source)
     assert kept["model.layers.1.mlp.up_proj"] == "skip"
     assert kept["model.layers.0.mlp.up_proj"] == "another of its group is kept"
     assert kept["lm_head"] == "the head stays" and len(chosen) == 12
@@ -218,8 +260,11 @@ def test_it_generates_is_cast_and_dequantised(text: Path, tmp_path: Path) -> Non
 LESSON = {"steps": 8, "batch": 4, "learning_rate": 2e-5}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2), ("qwen2", 1)])
-def test_what_is_healed_stays_a_product_and_shared(family: str, layers: int, text: Path, tmp_path: Path) -> None:
+def test_what_is_healed_stays_a_product_and_shared(
+    family: str, layers: int, text: Path, tmp_path: Path
+) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
     stages = basis(layers, keep=0.1), {"distill": LESSON}
     report = run_recipe(recipe(text, base, *stages), out)
@@ -252,7 +297,9 @@ def test_the_head_beside_products_can_be_quantised_and_products_can_not(text: Pa
 
 
 @pytest.mark.parametrize(("family", "layers"), [("llama", 2), ("gpt2", 2), ("phi3", 1)])
-def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, layers: int, text: Path, tmp_path: Path) -> None:
+def test_a_model_in_memory_becomes_what_the_folder_holds(
+    family: str, layers: int, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", family)
     told = recipe(text, base, basis(layers, keep=0.4))
     result, report, written = assert_same_in_memory(told, base, tmp_path)
@@ -268,17 +315,26 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: 
     run_recipe(told, tmp_path / "once")
     for lost in (["low_rank.00001"], ["low_rank.00000", "found.00000"]):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for name in lost:
-            (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(missing_ok=layers == 1)
+            (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(
+                missing_ok=layers == 1
+            )
         run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
 
 
 def test_a_base_of_16_bits_keeps_its_type(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2")
-    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(base)
+    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(
+        base
+    )
     run_recipe(recipe(text, base), tmp_path / "out")
     model = load(tmp_path / "out")
     assert {str(tensor.dtype) for tensor in weights_of(tmp_path / "out").values()} == {"torch.bfloat16"}
@@ -290,7 +346,9 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["layers_per_basis"], facts["keep"]) == ("low_rank", 2, 0.5)
-    assert report.linears[0].format.startswith("basis of rank ") and report.linears[-1].format.endswith(", shared")
+    assert report.linears[0].format.startswith("basis of rank ") and report.linears[-1].format.endswith(
+        ", shared"
+    )
     card = (tmp_path / "out" / "README.md").read_text()
     install = card.split("```")[1]
     assert "import llmcompress" in card and "llmcompress" in install
@@ -300,9 +358,18 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"layers_per_basis": 3, "rank": 8}, "layers_per_basis: 3 is more than the 2 layers of this model; use fewer"),
-        ({"layers_per_basis": 2, "rank": 4000}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
-        ({"layers_per_basis": 2, "keep": 0.0001}, r"no linear of this model becomes smaller \(.*\); use another rank or keep"),
+        (
+            {"layers_per_basis": 3, "rank": 8},
+            "layers_per_basis: 3 is more than the 2 layers of this model; use fewer",
+        ),
+        (
+            {"layers_per_basis": 2, "rank": 4000},
+            r"no linear of this model becomes smaller \(.*\); use another rank or keep",
+        ),
+        (
+            {"layers_per_basis": 2, "keep": 0.0001},
+            r"no linear of this model becomes smaller \(.*\); use another rank or keep",
+        ),
         (
             {"layers_per_basis": 2, "rank": 8, "skip": ["*.nothing"]},
             r'skip "\*.nothing" matches no linear of this model; they have names',

@@ -26,7 +26,17 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
-HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")  # whose heads need not fill the hidden width
+pytestmark = pytest.mark.usefixtures("short_runs")
+
+HEADS = (
+    "llama",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma2",
+    "gemma3_text",
+    "phi3",
+)  # whose heads need not fill the hidden width
 KEEP = {"ffn": 192, "kv": 1, "q": 2}  # of 320, 2 and 4
 
 
@@ -40,14 +50,20 @@ def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
     return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
-CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [(axis, f) for f in HEADS for axis in ("kv", "q")]
+CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [
+    (axis, f) for f in HEADS for axis in ("kv", "q")
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("axis", "family"), CUTS)
-def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, family: str, text: Path, tmp_path: Path) -> None:
+def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(
+    axis: str, family: str, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", family)
-    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out"
+    )
     model = load(tmp_path / "out")
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     assert source.sizes[axis] == KEEP[axis]
@@ -61,8 +77,12 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(axis: str, f
     assert report.fidelity.kl_nats_mean is not None and report.fidelity.kl_nats_mean > 0
 
 
-def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral(text: Path, tmp_path: Path) -> None:
-    base = save_base(tmp_path / "base", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1)
+def test_a_llama_whose_heads_no_longer_divide_its_width_becomes_the_same_mistral(
+    text: Path, tmp_path: Path
+) -> None:
+    base = save_base(
+        tmp_path / "base", "llama", num_attention_heads=8, num_key_value_heads=8, num_hidden_layers=1
+    )
     run_recipe(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}), tmp_path / "out")
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["architectures"]) == ("mistral", ["MistralForCausalLM"])
@@ -77,7 +97,10 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     dead = torch.randperm(320, generator=torch.Generator().manual_seed(0))[:128]
     anatomy = resident(family).anatomy
     for layer in model.get_submodule(anatomy.layers).children():
-        for axis, units in (("ffn", dead), ("kv", torch.arange(64, 128))):  # (kv q d) = (2 4 16): the second kv head
+        for axis, units in (
+            ("ffn", dead),
+            ("kv", torch.arange(64, 128)),
+        ):  # (kv q d) = (2 4 16): the second kv head
             reader = anatomy.consumer_of(axis)
             if reader and (axis == "ffn" or family in HEADS):
                 weight = layer.get_parameter(f"{reader}.weight").data
@@ -86,7 +109,9 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("obs", "wanda") if family == "llama" else ("obs",):
         axes = ("ffn", "kv") if family in HEADS else ("ffn",)
-        stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in axes]
+        stages: list[dict[str, Any]] = [
+            {"prune": {"axis": axis, "keep": KEEP[axis], "score": score}} for axis in axes
+        ]
         report = run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / score)
         assert known(report.fidelity.kl_nats_mean) < 1e-6
         read = byte_tokenizer()(text.read_text()[:90], return_tensors="pt").input_ids
@@ -99,10 +124,16 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_keeps_all_leaves_every_bit(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
-    axes = ["layer", *(["expert"] if family == "qwen3_moe" else ["ffn"]), *(["kv", "q"] if family in HEADS else [])]
+    axes = [
+        "layer",
+        *(["expert"] if family == "qwen3_moe" else ["ffn"]),
+        *(["kv", "q"] if family in HEADS else []),
+    ]
     stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": 1.0}} for axis in axes]
     stages += (
-        [{"prune": {"axis": "hidden", "keep": 1.0, "score": "activation"}}] if family in ("llama", "qwen3", "phi3") else []
+        [{"prune": {"axis": "hidden", "keep": 1.0, "score": "activation"}}]
+        if family in ("llama", "qwen3", "phi3")
+        else []
     )
     report = run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
@@ -117,14 +148,18 @@ def test_obs_with_repair_loses_least(text: Path, tmp_path: Path) -> None:
         for repair in (True, False):
             stage = {"prune": {"axis": "ffn", "keep": 192, "score": score, "repair": repair}}
             kl[score, repair] = known(
-                run_recipe(staged_recipe(text, base, stage), tmp_path / f"{score}-{repair}").fidelity.kl_nats_mean
+                run_recipe(
+                    staged_recipe(text, base, stage), tmp_path / f"{score}-{repair}"
+                ).fidelity.kl_nats_mean
             )
         assert kl[score, True] < kl[score, False], score
     assert min(kl.values()) == kl["obs", True]
 
 
 @pytest.mark.slow
-def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text: Path, tmp_path: Path) -> None:
+def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(
+    text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [
         {"prune": {"axis": "ffn", "keep": 256}},
@@ -152,16 +187,25 @@ def test_pruned_twice_then_quantised_is_native_and_survives_an_interruption(text
             shutil.rmtree(path) if path.is_dir() else path.with_name(f"{path.name}.safetensors").unlink()
         run_recipe(staged_recipe(text, base, *stages), tmp_path / "other")
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "other" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
         shutil.rmtree(tmp_path / "other")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_that_go_leave_a_plain_checkpoint_of_the_others(family: str, text: Path, tmp_path: Path) -> None:
-    kinds: dict[str, Any] = {"layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]}
+def test_layers_that_go_leave_a_plain_checkpoint_of_the_others(
+    family: str, text: Path, tmp_path: Path
+) -> None:
+    kinds: dict[str, Any] = {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
+    }
     base = save_base(tmp_path / "base", family, num_hidden_layers=4, **(kinds if "gemma" in family else {}))
-    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, base, {"prune": {"axis": "layer", "keep": 0.5}}), tmp_path / "out"
+    )
     facts = report.stages[0].model_dump()
     assert len(facts["gone"]) == len(facts["kl_nats"]) == 2 and 0 < facts["kl_nats"][0] < facts["kl_nats"][1]
     model, whole = load(tmp_path / "out"), load(base)
@@ -183,7 +227,8 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tm
     byte_tokenizer().save_pretrained(tmp_path / "base")
     for score in ("kl", "influence"):
         report = run_recipe(
-            staged_recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}), tmp_path / score
+            staged_recipe(text, tmp_path / "base", {"prune": {"axis": "layer", "keep": 3, "score": score}}),
+            tmp_path / score,
         )
         assert report.stages[0].model_dump()["gone"] == [2]
         assert known(report.fidelity.kl_nats_mean) < 1e-9
@@ -206,13 +251,18 @@ def test_the_loss_said_is_that_of_the_model_without_the_layer() -> None:
                 for other in sorted({index, *gone}, reverse=True):
                     del less.model.layers[other]
                 seen = less(windows, use_cache=False).logits.log_softmax(-1)
-                assert kl == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-4)
+                assert kl == pytest.approx(
+                    float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-4
+                )
 
 
 @pytest.mark.slow
 def test_a_model_in_memory_becomes_a_new_one_like_the_folder(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    stages: list[dict[str, Any]] = [{"prune": {"axis": "layer", "keep": 1}}, {"prune": {"axis": "ffn", "keep": 256}}]
+    stages: list[dict[str, Any]] = [
+        {"prune": {"axis": "layer", "keep": 1}},
+        {"prune": {"axis": "ffn", "keep": 256}},
+    ]
     stages.append({"quantize": {"format": "w8a8"}})
     written = run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     model = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval())
@@ -239,15 +289,29 @@ def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
-        ("llama", {"axis": "ffn", "keep": 0.95}, 'keep 0.95 of axis "ffn" leaves 320 of 320 units .multiples of 64'),
-        ("llama", {"axis": "ffn", "keep": 100, "multiple": 64}, 'keep 100 of axis "ffn" is no multiple of 64'),
+        (
+            "llama",
+            {"axis": "ffn", "keep": 0.95},
+            'keep 0.95 of axis "ffn" leaves 320 of 320 units .multiples of 64',
+        ),
+        (
+            "llama",
+            {"axis": "ffn", "keep": 100, "multiple": 64},
+            'keep 100 of axis "ffn" is no multiple of 64',
+        ),
         ("llama", {"axis": "kv", "keep": 2}, "nothing would be cut"),
         ("gpt2", {"axis": "q", "keep": 1}, 'axis "q" of this gpt2 model can\'t be cut'),
-        ("gpt2", {"axis": "kv", "keep": 2}, "the heads of a gpt2 model share out its hidden width, so neither can be cut"),
+        (
+            "gpt2",
+            {"axis": "kv", "keep": 2},
+            "the heads of a gpt2 model share out its hidden width, so neither can be cut",
+        ),
         ("qwen3_moe", {"axis": "ffn", "keep": 64}, 'axis "ffn" of this qwen3_moe model can\'t be cut'),
     ],
 )
-def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, settings: dict[str, Any], why: str) -> None:
+def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(
+    family: str, settings: dict[str, Any], why: str
+) -> None:
     with pytest.raises(ModelError, match=why):
         Prune.model_validate(settings).changes(resident(family))
 
@@ -263,11 +327,17 @@ def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(family: str, s
             "[prune: {axis: ffn, keep: 0.5, score: kl}]",
             "score kl is not for axis ffn; use obs or taylor or wanda or activation or magnitude",
         ),
-        ("[prune: {axis: layer, keep: 0.5, score: obs}]", "score obs is not for axis layer; use kl or influence"),
+        (
+            "[prune: {axis: layer, keep: 0.5, score: obs}]",
+            "score obs is not for axis layer; use kl or influence",
+        ),
         ("[prune: {keep: 0.5}]", "prune.axis: is missing"),
         ("[prune: {axis: ffn, keep: 1.5}]", "prune.keep"),
         ("[prune: {axis: ffn, keep: 0}]", "prune.keep"),
-        ("[{prune: {axis: ffn, keep: 0.5}, quantize: {}}]", "stages.0: an entry is one stage, this one has prune and quantize"),
+        (
+            "[{prune: {axis: ffn, keep: 0.5}, quantize: {}}]",
+            "stages.0: an entry is one stage, this one has prune and quantize",
+        ),
         ("[quantize: {}, prune: {axis: ffn, keep: 0.5}]", "a quantised model can't be changed again"),
         ("[prun: {axis: ffn, keep: 0.5}]", 'stages.0: "prun" is no stage; did you mean prune?'),
     ],
@@ -292,7 +362,10 @@ def test_an_artefact_of_pruning_alone_has_the_bytes_of_its_weights(text: Path, t
     def width(tensors: dict[str, Tensor], name: str) -> tuple[int, ...]:
         return tuple(tensors[f"model.layers.0.mlp.{name}.weight"].shape)
 
-    assert width(after, "gate_proj") == width(after, "up_proj") == (64, 64) and width(after, "down_proj") == (64, 64)
+    assert width(after, "gate_proj") == width(after, "up_proj") == (64, 64) and width(after, "down_proj") == (
+        64,
+        64,
+    )
     gate, kept = before["model.layers.0.mlp.gate_proj.weight"], after["model.layers.0.mlp.gate_proj.weight"]
     assert all(any(torch.equal(row, other) for other in gate) for row in kept), "rows are taken as they are"
     assert before.keys() == after.keys()

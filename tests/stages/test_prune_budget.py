@@ -20,6 +20,8 @@ from tests.artefacts import CPU
 from tests.bases import save_base, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 
 def outline(family: str = "llama", **config: Any) -> MetaModel:
     model = MetaModel(pico(family, **config).config, CPU, torch.float32)
@@ -43,7 +45,9 @@ def test_a_uniform_budget_is_reached_from_below(family: str, budget: dict[str, A
     left.model.tie_weights()
     each = 1 if "parameters" in budget else 4  # bytes
     reached, allowed = each * sum(p.numel() for p in left.model.parameters()), stage.allowed(model)
-    assert 0.985 * allowed <= reached <= allowed, "one unit in each of two layers is 0.5 to 1 % of so small a model"
+    assert 0.985 * allowed <= reached <= allowed, (
+        "one unit in each of two layers is 0.5 to 1 % of so small a model"
+    )
     assert stage.cut(model).widths["ffn"] == (stage.cut(model).widths["ffn"][0],) * 2
 
 
@@ -57,7 +61,10 @@ def test_a_budget_keeps_widths_that_kernels_like_where_it_can() -> None:
 def test_the_allocation_is_the_best_there_is(seed: int) -> None:
     """Against trying everything, on curves that fall."""
     draw = random.Random(seed)
-    curves = {axis: [sorted((draw.random() for _ in range(5)), reverse=True) for _ in range(2)] for axis in ("ffn", "kv")}
+    curves = {
+        axis: [sorted((draw.random() for _ in range(5)), reverse=True) for _ in range(2)]
+        for axis in ("ffn", "kv")
+    }
     unit = {"ffn": [3, 3], "kv": [7, 7]}
     budget = draw.randint(34, 80)
     found = widths(curves, unit, budget, {"ffn": 1, "kv": 2})
@@ -79,7 +86,9 @@ def test_a_unit_has_the_parameters_of_all_that_runs_along_its_axis() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [{"axis": "ffn"}, {"axis": "layer"}, {"axis": "hidden", "score": "activation"}])
+@pytest.mark.parametrize(
+    "stage", [{"axis": "ffn"}, {"axis": "layer"}, {"axis": "hidden", "score": "activation"}]
+)
 def test_a_size_is_that_of_the_file(stage: dict[str, Any], tmp_path: Path) -> None:
     text, base = write_text(tmp_path / "facts.txt"), save_base(tmp_path / "base", num_hidden_layers=4)
     whole = (base / "model.safetensors").stat().st_size
@@ -115,7 +124,10 @@ def test_a_budget_out_of_reach_is_refused_with_the_least_there_is(stage: dict[st
         ("{axis: ffn, parameters: 1.2}", "prune.parameters"),
         ("{axis: [ffn, layer], keep: 0.5}", "axis layer and ffn: ffn goes with kv or with q"),
         ("{axis: [kv, q], keep: 0.5}", "everything else in a stage of its own"),
-        ("{axis: [ffn, kv], parameters: 0.5, allocation: uniform}", "allocation: uniform with a budget is for one axis"),
+        (
+            "{axis: [ffn, kv], parameters: 0.5, allocation: uniform}",
+            "allocation: uniform with a budget is for one axis",
+        ),
         ("{axis: layer, keep: 0.5, allocation: sensitivity}", "allocation is for ffn, kv, q, not for layer"),
         ("{axis: expert, keep: 2, repair: true}", "repair is for ffn, hidden, kv, q, not for expert"),
         ("{axis: expert, keep: 2, score: obs}", "score obs is not for axis expert; use activation"),
@@ -128,6 +140,8 @@ def test_a_wrong_budget_is_told_in_one_line(stage: str, why: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize(("text", "size"), [("100MB", 100_000_000), ("1.5 GiB", 1610612736), ("700k", 700_000), (12, 12)])
+@pytest.mark.parametrize(
+    ("text", "size"), [("100MB", 100_000_000), ("1.5 GiB", 1610612736), ("700k", 700_000), (12, 12)]
+)
 def test_sizes_are_read_as_people_write_them(text: str | int, size: int) -> None:
     assert Prune.model_validate({"axis": "ffn", "size": text}).size == size

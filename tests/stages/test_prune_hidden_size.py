@@ -23,6 +23,8 @@ from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 WITH_HEAD_DIM = ("llama", "mistral", "qwen2", "qwen3", "phi3", "qwen3_moe")
 
 
@@ -43,7 +45,9 @@ def save_flat(folder: Path, family: str, keep: int, **config: Any) -> Path:
     into = basis @ basis.T
     source = resident(family, vocab_size=256, tie_word_embeddings=False, **config)
     rows = {
-        f"{source.layer_name(i)}.{name}": row for i in range(len(source.layers)) for name, row in source.anatomy.layer.items()
+        f"{source.layer_name(i)}.{name}": row
+        for i in range(len(source.layers))
+        for name, row in source.anatomy.layer.items()
     }
     rows |= {f"{source.anatomy.embedding}.weight": "vocab hidden"}
     for name, row in rows.items():
@@ -66,7 +70,10 @@ def test_directions_that_are_never_used_are_cut_for_free(family: str, text: Path
     for mend in (True, False):
         out = tmp_path / f"out-{mend}"
         report = run_recipe(
-            staged_recipe(text, base, {"prune": {"axis": "hidden", "keep": 32, "multiple": 1, "repair": mend}}), out
+            staged_recipe(
+                text, base, {"prune": {"axis": "hidden", "keep": 32, "multiple": 1, "repair": mend}}
+            ),
+            out,
         )
         config = json.loads((out / "config.json").read_text())
         assert config["hidden_size"] == 32 and config["head_dim"] == 16
@@ -82,7 +89,9 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
         for mend in (True, False):
             stage = {"prune": {"axis": "hidden", "keep": 48, "multiple": 16, "score": score, "repair": mend}}
             kl[score, mend] = known(
-                run_recipe(staged_recipe(text, base, stage), tmp_path / f"{score}-{mend}").fidelity.kl_nats_mean
+                run_recipe(
+                    staged_recipe(text, base, stage), tmp_path / f"{score}-{mend}"
+                ).fidelity.kl_nats_mean
             )
     assert min(kl.values()) == kl["pca", True]
     assert kl["pca", True] < kl["pca", False] and kl["activation", True] < kl["activation", False]
@@ -91,7 +100,9 @@ def test_principal_directions_with_repair_lose_least(text: Path, tmp_path: Path)
 @pytest.mark.slow
 def test_a_tied_model_loses_channels_and_generates_the_same_with_a_cache(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", tie_word_embeddings=True)
-    stages: list[dict[str, Any]] = [{"prune": {"axis": "hidden", "keep": 32, "multiple": 16, "score": "activation"}}]
+    stages: list[dict[str, Any]] = [
+        {"prune": {"axis": "hidden", "keep": 32, "multiple": 16, "score": "activation"}}
+    ]
     run_recipe(staged_recipe(text, base, *stages), tmp_path / "out")
     model = load(tmp_path / "out")
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
@@ -105,7 +116,8 @@ def test_a_tied_model_loses_channels_and_generates_the_same_with_a_cache(text: P
         byte_tokenizer(),
     )
     written = run_recipe(
-        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "group_size": 32}}), tmp_path / "nf4"
+        staged_recipe(text, base, *stages, {"quantize": {"format": "nf4", "group_size": 32}}),
+        tmp_path / "nf4",
     )
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert result.config.hidden_size == 32
@@ -125,12 +137,19 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
     run_recipe(told, tmp_path / "once")
     for lost in (["prune.00001"], ["prune.00000"], ["outer.00000"], ["directions.00000", "prune.00001"]):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for name in lost:
-            (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(missing_ok=family != "llama")
+            (partial_folder(tmp_path / "again") / "journal" / f"{name}.safetensors").unlink(
+                missing_ok=family != "llama"
+            )
         run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
 
 
 def test_whose_hidden_state_can_not_be_cut_is_told_why() -> None:
@@ -166,7 +185,9 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
         assert lost == 0 and torch.equal(
             tensors["mlp.gate.weight"], layer.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
         )
-    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, tmp_path / "base", {"prune": {"axis": "expert", "keep": 4}}), tmp_path / "out"
+    )
     assert load(tmp_path / "out").config.num_experts == 4
     assert distance(live(load(tmp_path / "out")), measured(tmp_path / "out")) < 1e-5
     assert report.stages[0].model_dump()["kept_units"] == 4
@@ -188,7 +209,10 @@ def test_the_worth_of_an_expert_is_what_it_adds_to_the_tokens_sent_to_it() -> No
                 up = module.get_parameter("gate_up_proj")[expert] @ x_D
                 gate, value = up.chunk(2)
                 expected[expert] += (
-                    weight * (module.get_parameter("down_proj")[expert] @ (torch.nn.functional.silu(gate) * value)).norm()
+                    weight
+                    * (
+                        module.get_parameter("down_proj")[expert] @ (torch.nn.functional.silu(gate) * value)
+                    ).norm()
                 )
     torch.testing.assert_close(experts.worth(layer), expected.detach() / 48, rtol=1e-4, atol=1e-6)
     del iter_

@@ -48,21 +48,29 @@ def silence(model: Any, index: int, linear: str) -> None:
 
 def generated(model: Any, **settings: Any) -> Any:
     tokens = torch.randint(3, 200, (2, 9), generator=torch.Generator().manual_seed(0))
-    return model.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, **settings)
+    return model.generate(
+        tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=6, do_sample=False, **settings
+    )
 
 
 @pytest.mark.parametrize("family", FITTING)
 def test_what_is_left_is_the_model_whose_part_says_nothing(family: str, text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", family, **deeper(family, 3))
     model = pico(family, vocab_size=VOCABULARY, **deeper(family, 3))
-    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 0.5}}), tmp_path / "out"
+    )
     anatomy = InMemoryModel(model.config, model.state_dict(), CPU).anatomy
     for index, axis in gone(report):
         model.get_parameter(f"{anatomy.layers}.{index}.{anatomy.consumer_of(axis)}.weight").data.zero_()
         assert index
     found = load(tmp_path / "out")
     assert distance(live(found), live(model)) < 1e-6
-    assert report.compressed.parameters == sum(p.numel() for p in found.parameters()) < known(report.base.parameters)
+    assert (
+        report.compressed.parameters
+        == sum(p.numel() for p in found.parameters())
+        < known(report.base.parameters)
+    )
     assert torch.equal(generated(found), generated(found, use_cache=False))
     found.save_pretrained(tmp_path / "again")
     assert torch.equal(live(load(tmp_path / "again")), live(found))
@@ -75,9 +83,14 @@ def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path:
     silence(model, 2, "self_attn.o_proj")
     model.save_pretrained(tmp_path / "base")
     keep = 2 if "gemma" in family else 3  # all but one: of two kinds of attention the first of each stays
-    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": keep}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": keep}}),
+        tmp_path / "out",
+    )
     assert gone(report) == [(2, "kv")] and known(report.fidelity.kl_nats_mean) < 1e-9
-    assert load_file(tmp_path / "out/model.safetensors")["model.layers.2.self_attn.o_proj.weight"].shape[1] == 0
+    assert (
+        load_file(tmp_path / "out/model.safetensors")["model.layers.2.self_attn.o_proj.weight"].shape[1] == 0
+    )
     kept = generated(load(tmp_path / "out"), return_dict_in_generate=True).past_key_values
     lengths = [layer.get_seq_length() for layer in kept.layers]
     assert lengths[:2] == [14, 14] and lengths[2] == 0, "the cache of a layer without attention stays empty"
@@ -87,7 +100,9 @@ def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
     model = pico("llama", num_hidden_layers=3)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
-    every: list[tuple[int, str | None]] = [(i, reader) for i in range(3) for reader in ("self_attn.o_proj", "mlp.down_proj")]
+    every: list[tuple[int, str | None]] = [
+        (i, reader) for i in range(3) for reader in ("self_attn.o_proj", "mlp.down_proj")
+    ]
     already: list[tuple[int, str | None]] = [(1, "mlp.down_proj")]
     streams, full = without_each(source, windows, every, already), without_each(source, windows, every)[None]
     found = divergences(source, full, {part: states for part, states in streams.items() if part})
@@ -101,6 +116,7 @@ def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
         assert kl == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-3)
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     "after",
     [
@@ -129,11 +145,16 @@ def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
         linear = "self_attn.o_proj" if part == "kv" else "mlp.down_proj"
         silence(model, 1, linear)
         model.save_pretrained(tmp_path / "base")
-        report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}), tmp_path / part)
+        report = run_recipe(
+            staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", "keep": 3}}),
+            tmp_path / part,
+        )
         assert gone(report) == [(1, part)]
     script = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
@@ -149,7 +170,9 @@ for folder in sys.argv[1:]:
 @pytest.mark.parametrize("asked", [{"parameters": 0.8}, {"parameters": 0.75}, {"size": "700KB"}], ids=str)
 def test_a_budget_is_kept(asked: dict[str, Any], text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", num_hidden_layers=3)
-    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", **asked}}), tmp_path / "out")
+    report = run_recipe(
+        staged_recipe(text, tmp_path / "base", {"prune": {"axis": "sublayer", **asked}}), tmp_path / "out"
+    )
     if "parameters" in asked:
         assert known(report.compressed.parameters) <= asked["parameters"] * known(report.base.parameters)
     else:
@@ -168,7 +191,11 @@ def test_a_plan_says_how_many_go(text: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "settings", "why"),
     [
-        ("gpt2", {"axis": "sublayer", "keep": 0.5}, "no attention or ffn of this gpt2 model can be taken out alone"),
+        (
+            "gpt2",
+            {"axis": "sublayer", "keep": 0.5},
+            "no attention or ffn of this gpt2 model can be taken out alone",
+        ),
         ("llama", {"axis": "sublayer", "keep": 2}, "leaves 2 of 2 units"),
         ("llama", {"axis": "sublayer", "parameters": 1000}, "can't be reached"),
     ],
@@ -192,5 +219,8 @@ def test_an_axis_that_a_layer_has_lost_is_not_cut_again(text: Path, tmp_path: Pa
 
 def test_the_first_attention_of_each_kind_stays() -> None:
     model = MetaModel(pico("gemma3_text", **deeper("gemma3_text", 4)).config, CPU, torch.float32)
-    there = {axis: {index for index, other in sublayer_dropping.candidates(model) if other == axis} for axis in ("kv", "ffn")}
+    there = {
+        axis: {index for index, other in sublayer_dropping.candidates(model) if other == axis}
+        for axis in ("kv", "ffn")
+    }
     assert there == {"kv": {2, 3}, "ffn": {1, 2, 3}}

@@ -1,4 +1,5 @@
-"""The stage on pico models: which linears it takes, which it keeps and why, and that nearest is stock bitsandbytes."""
+"""The stage on pico models: which linears it takes, which it keeps and why, and that nearest is stock
+bitsandbytes."""
 
 from __future__ import annotations
 
@@ -22,6 +23,8 @@ from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.stages.quantize.stage import Quantize, starved_experts
 from tests.bases import VOCABULARY, known, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 
 CPU = torch.device("cpu")
 
@@ -53,7 +56,12 @@ def own(folder: Path) -> dict[str, bitsandbytes_layout.Packed]:
     ],
 )
 def test_nearest_is_stock_bitsandbytes(
-    family: str, format: bitsandbytes_layout.FourBitFormat, group_size: int, double_quant: bool, text: Path, tmp_path: Path
+    family: str,
+    format: bitsandbytes_layout.FourBitFormat,
+    group_size: int,
+    double_quant: bool,
+    text: Path,
+    tmp_path: Path,
 ) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
     settings = {"format": format, "group_size": group_size, "double_quant": double_quant}
@@ -65,7 +73,9 @@ def test_nearest_is_stock_bitsandbytes(
         stock = bitsandbytes_layout.stock.quantize_4bit(
             weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
         )
-        assert torch.equal(bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock.dequantize_4bit(*stock))
+        assert torch.equal(
+            bitsandbytes_layout.dequantize(packed), bitsandbytes_layout.stock.dequantize_4bit(*stock)
+        )
     if group_size == 64:  # the only group_size that transformers quantises with
         config: Any = BitsAndBytesConfig(
             load_in_4bit=True,
@@ -75,12 +85,18 @@ def test_nearest_is_stock_bitsandbytes(
         )
         loaded = AutoModelForCausalLM.from_pretrained(base, quantization_config=config)
         loaded.save_pretrained(tmp_path / "stock")
-        theirs, found = load_file(tmp_path / "stock" / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+        theirs, found = (
+            load_file(tmp_path / "stock" / "model.safetensors"),
+            load_file(tmp_path / "out" / "model.safetensors"),
+        )
         assert theirs.keys() == found.keys()
         assert all(torch.equal(theirs[name], found[name]) for name in theirs)
 
 
-@pytest.mark.parametrize(("format", "group_size", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)])
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize(
+    ("format", "group_size", "double_quant"), [("fp4", 64, False), ("nf4", 32, True), ("nf4", 128, False)]
+)
 def test_calibration_beats_nearest_at_the_same_bytes(
     format: str, group_size: int, double_quant: bool, text: Path, tmp_path: Path
 ) -> None:
@@ -91,17 +107,32 @@ def test_calibration_beats_nearest_at_the_same_bytes(
     kl, sizes = {}, {}
     for rounding in ("nearest", "gptq", "learned"):
         steps = {"steps": 20} if rounding == "learned" else {}
-        recipe = small_recipe(text, base, rounding=rounding, **steps, **settings).model_copy(update={"data": more})
+        recipe = small_recipe(text, base, rounding=rounding, **steps, **settings).model_copy(
+            update={"data": more}
+        )
         report = run_recipe(recipe, tmp_path / rounding)
-        kl[rounding], sizes[rounding] = known(report.fidelity.kl_nats_mean), known(report.compressed.size_bytes)
-        assert {linear.bits for linear in report.linears} == {Quantize.model_validate(settings).coding(torch.float32).bits}
-        assert all(p.group_size == group_size and p.double_quant == double_quant for p in own(tmp_path / rounding).values())
+        kl[rounding], sizes[rounding] = (
+            known(report.fidelity.kl_nats_mean),
+            known(report.compressed.size_bytes),
+        )
+        assert {linear.bits for linear in report.linears} == {
+            Quantize.model_validate(settings).coding(torch.float32).bits
+        }
+        assert all(
+            p.group_size == group_size and p.double_quant == double_quant
+            for p in own(tmp_path / rounding).values()
+        )
     assert 0 < kl["gptq"] < 0.9 * kl["nearest"] and 0 < kl["learned"] < 0.9 * kl["nearest"]
-    assert max(sizes.values()) - min(sizes.values()) <= 7 * 20  # the offset of double quantisation is spelled in digits
+    assert (
+        max(sizes.values()) - min(sizes.values()) <= 7 * 20
+    )  # the offset of double quantisation is spelled in digits
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["qwen2", "gpt2", "opt", "gpt_neox"])
-def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text: Path, tmp_path: Path) -> None:
+def test_biases_take_up_the_mean_error_of_calibrated_rounding(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", family, num_hidden_layers=1)
     run_recipe(small_recipe(text, base, format="w4a4"), tmp_path / "gptq")
     run_recipe(small_recipe(text, base, format="w4a4", rounding="nearest"), tmp_path / "nearest")
@@ -110,8 +141,12 @@ def test_biases_take_up_the_mean_error_of_calibrated_rounding(family: str, text:
         after = load_file(tmp_path / rounding / "model.safetensors")
         moved = {name for name in after if name in before and not torch.equal(after[name], before[name])}
         linears = {name.removesuffix(".weight_scale") for name in after if name.endswith(".weight_scale")}
-        expected = {f"{name}.bias" for name in linears if f"{name}.bias" in before} if rounding == "gptq" else set()
-        assert moved - {f"{name}.weight" for name in linears} == expected, "nearest rounding is the baseline, as stock has it"
+        expected = (
+            {f"{name}.bias" for name in linears if f"{name}.bias" in before} if rounding == "gptq" else set()
+        )
+        assert moved - {f"{name}.weight" for name in linears} == expected, (
+            "nearest rounding is the baseline, as stock has it"
+        )
 
 
 @pytest.mark.slow
@@ -141,6 +176,7 @@ def test_the_bits_are_those_on_disk(text: Path, tmp_path: Path) -> None:
         )
 
 
+@pytest.mark.slow
 def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     kept = run_recipe(small_recipe(text, base), tmp_path / "kept")
@@ -151,7 +187,10 @@ def test_the_head_is_kept_unless_the_recipe_says_otherwise(text: Path, tmp_path:
     assert type(loaded.lm_head).__name__ == "Linear4bit"
     model = AutoModelForCausalLM.from_pretrained(base)
     result, live = apply_recipe(small_recipe(text, base, head="quantize"), model, loaded_tokenizer(base))
-    assert isinstance(result.get_submodule("lm_head"), bitsandbytes_layout.Linear4bit) and live.linears == report.linears
+    assert (
+        isinstance(result.get_submodule("lm_head"), bitsandbytes_layout.Linear4bit)
+        and live.linears == report.linears
+    )
 
 
 def loaded_tokenizer(base: Path) -> Any:
@@ -161,7 +200,8 @@ def loaded_tokenizer(base: Path) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("family", "config"), [("llama", {"tie_word_embeddings": True}), ("gemma2", {}), ("gpt2", {}), ("opt", {})]
+    ("family", "config"),
+    [("llama", {"tie_word_embeddings": True}), ("gemma2", {}), ("gpt2", {}), ("opt", {})],
 )
 def test_a_tied_head_can_not_be_quantised(family: str, config: dict[str, Any]) -> None:
     with pytest.raises(ModelError, match="this one is tied to the embedding; use head: keep"):
@@ -191,13 +231,15 @@ def test_what_skip_names_stays_dense_in_the_artefact(text: Path, tmp_path: Path)
     assert type(loaded.model.layers[1].mlp.up_proj) is torch.nn.Linear
     assert type(loaded.model.layers[0].mlp.up_proj).__name__ == "Linear4bit"
     assert torch.equal(
-        loaded.model.layers[1].mlp.up_proj.weight, pico("llama", vocab_size=256).model.layers[1].mlp.up_proj.weight
+        loaded.model.layers[1].mlp.up_proj.weight,
+        pico("llama", vocab_size=256).model.layers[1].mlp.up_proj.weight,
     )
 
 
 def test_a_skip_that_matches_nothing_is_told_the_names_there_are() -> None:
     with pytest.raises(
-        ModelError, match=r'skip "\*.qproj" matches no linear of this model; they have names like model.layers.0'
+        ModelError,
+        match=r'skip "\*.qproj" matches no linear of this model; they have names like model.layers.0',
     ):
         Quantize(skip=("*.q_proj", "*.qproj")).choose(resident())
 
@@ -205,7 +247,9 @@ def test_a_skip_that_matches_nothing_is_told_the_names_there_are() -> None:
 def test_a_model_of_which_nothing_can_be_quantised_is_refused() -> None:
     with pytest.raises(ModelError, match="no linear of this model can be quantised"):
         Quantize(skip=("*",)).choose(resident())
-    with pytest.raises(ModelError, match=r"no linear of this model can be quantised .*; try another group_size or skip"):
+    with pytest.raises(
+        ModelError, match=r"no linear of this model can be quantised .*; try another group_size or skip"
+    ):
         Quantize(group_size=4096).choose(resident())
 
 
@@ -241,7 +285,10 @@ def test_every_linear_of_a_family_is_quantised_or_kept_with_a_reason(family: str
 
 def test_a_journal_of_the_same_run_is_used_and_of_another_is_not(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=2)
-    one, two = small_recipe(text, base, rounding="nearest"), small_recipe(text, base, rounding="nearest", format="fp4")
+    one, two = (
+        small_recipe(text, base, rounding="nearest"),
+        small_recipe(text, base, rounding="nearest", format="fp4"),
+    )
     run_recipe(one, tmp_path / "one")
     with pytest.raises(ModelError):
         run_recipe(damaged(two, base), tmp_path / "two")
@@ -266,12 +313,16 @@ def damaged(recipe: Recipe, base: Path) -> Recipe:
 
 def test_a_base_with_nan_in_its_weights_is_refused(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
-    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 20480 values are NaN or infinite"):
+    with pytest.raises(
+        ModelError, match=r"model.layers.1.mlp.up_proj.weight: 1 of 20480 values are NaN or infinite"
+    ):
         run_recipe(damaged(small_recipe(text, base), base), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(text: Path, tmp_path: Path) -> None:
+def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(
+    text: Path, tmp_path: Path
+) -> None:
     from safetensors.torch import save_file
 
     base = save_base(tmp_path / "base", "llama", tie_word_embeddings=True, num_hidden_layers=1)

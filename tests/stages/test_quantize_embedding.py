@@ -1,4 +1,5 @@
-"""`embedding: int8`, from recipe to artefact: what loads and computes what was measured, and that a tied head is one matrix."""
+"""`embedding: int8`, from recipe to artefact: what loads and computes what was measured, and that a tied head
+is one matrix."""
 
 from __future__ import annotations
 
@@ -36,7 +37,9 @@ from tests.models import FAMILIES, pico
 Case = tuple[str, bool]  # family, whether its head is tied
 CASES: list[Case] = [(family, tied) for family in FAMILIES for tied in (True, False)]
 SETTINGS: dict[str, Any] = {"format": "w8a8", "rounding": "nearest", "embedding": "int8"}
-by_case = pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}")
+by_case = pytest.mark.parametrize(
+    "case", CASES, ids=lambda case: f"{case[0]}-{'tied' if case[1] else 'untied'}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -59,9 +62,12 @@ def base_of(artefact: Path) -> Path:
 
 def bytes_of(folder: Path) -> dict[str, bytes]:
     """Every tensor of an artefact, in as many files as it has, as type, shape and bytes."""
-    tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    tensors = {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()
+    }
     return {
-        name: f"{tensor.dtype} {tuple(tensor.shape)} ".encode() + tensor.contiguous().view(torch.uint8).numpy().tobytes()
+        name: f"{tensor.dtype} {tuple(tensor.shape)} ".encode()
+        + tensor.contiguous().view(torch.uint8).numpy().tobytes()
         for name, tensor in tensors.items()
     }
 
@@ -84,7 +90,9 @@ def test_an_artefact_loads_and_computes_what_was_measured(case: Case, artefacts:
     assert type(embedding) is IntegerEmbedding and isinstance(head, IntegerLinear) == tied
     assert not any(p.requires_grad for p in embedding.parameters())
     read = cast(Any, resident.model).get_input_embeddings()
-    assert torch.equal(embedding(TOKENS), read(TOKENS)), "the rows are those that were measured, scaled as the family does"
+    assert torch.equal(embedding(TOKENS), read(TOKENS)), (
+        "the rows are those that were measured, scaled as the family does"
+    )
     plain = cast(Any, AutoModelForCausalLM.from_pretrained(base_of(folder))).get_input_embeddings()
     assert 1e-4 < distance(embedding(TOKENS), plain(TOKENS).detach()) < 0.01
     # an activation that lies at a half falls on one side or the other by the order of sums
@@ -96,13 +104,23 @@ def test_an_artefact_loads_and_computes_what_was_measured(case: Case, artefacts:
 
 @pytest.mark.slow
 @by_case
-def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(case: Case, artefacts: dict[Case, Path]) -> None:
+def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(
+    case: Case, artefacts: dict[Case, Path]
+) -> None:
     (family, tied), folder = case, artefacts[case]
-    tensors, name = load_file(folder / "model.safetensors"), DiskModel(folder, CPU, quantized=True).anatomy.embedding
+    tensors, name = (
+        load_file(folder / "model.safetensors"),
+        DiskModel(folder, CPU, quantized=True).anatomy.embedding,
+    )
     V, D = DiskModel(base_of(folder), CPU).matrices()[name]
     assert tensors[f"{name}.weight"].shape == (1, V, D) and tensors[f"{name}.weight"].dtype == torch.int8
-    assert tensors[f"{name}.weight_scale"].shape == (V,) and tensors[f"{name}.weight_scale"].dtype == torch.float32
-    dense = [part for part, tensor in tensors.items() if tensor.shape == (V, D)]  # the head, as the base calls it
+    assert (
+        tensors[f"{name}.weight_scale"].shape == (V,)
+        and tensors[f"{name}.weight_scale"].dtype == torch.float32
+    )
+    dense = [
+        part for part, tensor in tensors.items() if tensor.shape == (V, D)
+    ]  # the head, as the base calls it
     assert len(dense) == (not tied) and not any(
         "lm_head" in part or "embed_out" in part for part in tensors.keys() - set(dense)
     )
@@ -110,7 +128,9 @@ def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(case: Case, a
     (entry,) = [scheme for scheme in schemes if name in scheme["linears"]]
     assert entry["activations"] == ("dynamic" if tied else "none") and ("lm_head" in entry["linears"]) == tied
     positions = [part for part in tensors if "embed_positions" in part or "wpe" in part]
-    assert len(positions) == (family in ("opt", "gpt2")) and all(tensors[part].dtype == torch.float32 for part in positions)
+    assert len(positions) == (family in ("opt", "gpt2")) and all(
+        tensors[part].dtype == torch.float32 for part in positions
+    )
 
 
 @pytest.mark.slow
@@ -132,8 +152,15 @@ def test_saving_again_in_one_file_or_several_writes_the_same_tensors(
 @by_case
 def test_tokens_are_the_same_with_and_without_a_cache(case: Case, artefacts: dict[Case, Path]) -> None:
     model = cast(Any, load(artefacts[case]))
-    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0, "attention_mask": torch.ones_like(TOKENS[:1])}
-    with_cache, without = (model.generate(TOKENS[:1], use_cache=use_cache, **options) for use_cache in (True, False))
+    options = {
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "pad_token_id": 0,
+        "attention_mask": torch.ones_like(TOKENS[:1]),
+    }
+    with_cache, without = (
+        model.generate(TOKENS[:1], use_cache=use_cache, **options) for use_cache in (True, False)
+    )
     assert torch.equal(with_cache, without) and with_cache.shape[1] > TOKENS.shape[1]
 
 
@@ -152,19 +179,28 @@ def test_a_report_counts_the_embedding_once(case: Case, artefacts: dict[Case, Pa
     plan = plan_recipe(small_recipe(text, base_of(artefacts[case]), **SETTINGS))
     rows, notes = plan.rows, plan.notes
     headers = 400 * len(report.linears) + 4000
-    assert rows[1].parameters == checkpoint.parameters and 0 <= checkpoint.size_bytes - rows[1].size_bytes < headers
-    assert f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes) or not report.kept
+    assert (
+        rows[1].parameters == checkpoint.parameters
+        and 0 <= checkpoint.size_bytes - rows[1].size_bytes < headers
+    )
+    assert (
+        f"{len(report.linears)} linears are quantised, {len(report.kept)} kept" in " ".join(notes)
+        or not report.kept
+    )
 
 
 LOADER = """
 import json, sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 told = {}
 for folder in sys.argv[1:]:
     try:
         AutoModelForCausalLM.from_pretrained(folder)
     except RuntimeError:
-        _, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True)
+        load_it = partial(AutoModelForCausalLM.from_pretrained, folder, ignore_mismatched_sizes=True)
+        _, info = load_it(output_loading_info=True)
         told[folder] = sorted(key[0] for key in info["mismatched_keys"])
 assert not any(name.startswith("llmcompress") for name in sys.modules)
 print(json.dumps(told))
@@ -183,7 +219,9 @@ def test_a_process_without_llmcompress_refuses_the_embedding(artefacts: dict[Cas
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", [("llama", True), ("gemma3_text", True), ("gpt2", True), ("opt", False)], ids=str)
+@pytest.mark.parametrize(
+    "case", [("llama", True), ("gemma3_text", True), ("gpt2", True), ("opt", False)], ids=str
+)
 def test_a_model_in_memory_becomes_what_the_folder_is(
     case: Case, artefacts: dict[Case, Path], text: Path, tmp_path: Path
 ) -> None:
@@ -193,7 +231,9 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
     assert report.linears == written.linears and report.kept == written.kept
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert report.compressed.parameters == written.compressed.parameters
-    assert abs(known(report.compressed.size_bytes) - known(written.compressed.size_bytes)) < 10_000  # the file's header
+    assert (
+        abs(known(report.compressed.size_bytes) - known(written.compressed.size_bytes)) < 10_000
+    )  # the file's header
     assert torch.equal(live(result), live(load(artefacts[case]))) and (not case[1] or is_shared(result))
     result.tie_weights()
     result.save_pretrained(tmp_path)
@@ -226,7 +266,9 @@ def test_a_tied_head_reads_as_the_format_of_the_linears_does(
     settings: dict[str, Any], head: tuple[str, str], linear: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=True)
-    report = run_recipe(small_recipe(text, base, **{"rounding": "nearest", **settings, "embedding": "int8"}), tmp_path / "out")
+    report = run_recipe(
+        small_recipe(text, base, **{"rounding": "nearest", **settings, "embedding": "int8"}), tmp_path / "out"
+    )
     model = cast(Any, load(tmp_path / "out"))
     assert is_shared(model) and (model.lm_head.scheme.format, model.lm_head.scheme.activations) == head
     assert type(model.model.layers[0].mlp.up_proj).__name__ == linear
@@ -240,7 +282,9 @@ def test_a_tied_head_reads_as_the_format_of_the_linears_does(
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "gemma3_text", tie_word_embeddings=tied)
-    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(base)
+    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)).save_pretrained(
+        base
+    )
     config = json.loads((base / "config.json").read_text())
     if not tied:
         del config["dtype"]
@@ -251,7 +295,10 @@ def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Pa
         is_shared(model) or not tied
     )
     rows, read = model.get_input_embeddings()(TOKENS), DiskModel(tmp_path / "out", CPU, quantized=True).model
-    assert rows.dtype == torch.bfloat16 and distance(rows.float(), cast(Any, read).get_input_embeddings()(TOKENS)) < 0.01
+    assert (
+        rows.dtype == torch.bfloat16
+        and distance(rows.float(), cast(Any, read).get_input_embeddings()(TOKENS)) < 0.01
+    )
     assert distance(live(model), measured(tmp_path / "out")) < 0.1
     model.save_pretrained(tmp_path / "again")
     assert bytes_of(tmp_path / "again") == bytes_of(tmp_path / "out")
@@ -262,9 +309,15 @@ def test_a_base_in_bfloat16_keeps_its_dtype(tied: bool, text: Path, tmp_path: Pa
 def test_a_head_of_its_own_is_quantised_beside_it(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     report = run_recipe(small_recipe(text, base, **SETTINGS, head="quantize"), tmp_path / "out")
-    assert [x.name for x in report.linears][:: len(report.linears) - 1] == ["model.embed_tokens", "lm_head"] and not report.kept
+    assert [x.name for x in report.linears][:: len(report.linears) - 1] == [
+        "model.embed_tokens",
+        "lm_head",
+    ] and not report.kept
     model = cast(Any, load(tmp_path / "out"))
-    assert isinstance(model.lm_head, IntegerLinear) and model.lm_head.weight is not model.model.embed_tokens.weight
+    assert (
+        isinstance(model.lm_head, IntegerLinear)
+        and model.lm_head.weight is not model.model.embed_tokens.weight
+    )
     assert distance(live(model), measured(tmp_path / "out")) < 0.01
 
 
@@ -273,7 +326,9 @@ def test_a_head_of_its_own_is_quantised_beside_it(text: Path, tmp_path: Path) ->
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("tied", "rotate"), [(True, "heads"), (False, True), (True, False)])
-def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate: Any, text: Path, tmp_path: Path) -> None:
+def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(
+    tied: bool, rotate: Any, text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", tie_word_embeddings=tied)
     recipe = small_recipe(text, base, format="w8a8", embedding="int8", rotate=rotate)
     run_recipe(recipe, tmp_path / "once")
@@ -281,13 +336,20 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(tied: bool, rotate:
     with pytest.raises(AcceptError):
         run_recipe(recipe.model_copy(update={"accept": Accept(kl_nats=1e-9)}), out)
     shutil.move(partial, tmp_path / "kept")
-    for lost in (("quantize.00001",), ("outer.00000", "quantize.00001"), ("quantize.00000", "quantize.00001")):
+    for lost in (
+        ("quantize.00001",),
+        ("outer.00000", "quantize.00001"),
+        ("quantize.00000", "quantize.00001"),
+    ):
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(tmp_path / "kept", partial)
         for name in lost:
             (partial / "journal" / f"{name}.safetensors").unlink()
         run_recipe(recipe, out)
-        assert bytes_of(out) == bytes_of(tmp_path / "once") and Report.of(out).linears == Report.of(tmp_path / "once").linears
+        assert (
+            bytes_of(out) == bytes_of(tmp_path / "once")
+            and Report.of(out).linears == Report.of(tmp_path / "once").linears
+        )
     assert distance(live(load(out)), measured(out)) < 0.01
     base_logits = torch.cat(list(logits(DiskModel(base, CPU), TOKENS)))
     assert distance(measured(out), base_logits) < 0.1
@@ -306,11 +368,17 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
     monkeypatch.setattr(Quantize, "_layer", watch)
     run_recipe(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
     model = DiskModel(base, CPU).model
-    rounded = DiskModel(tmp_path / "out", CPU, quantized=True).model.get_parameter("model.embed_tokens.weight")
+    rounded = DiskModel(tmp_path / "out", CPU, quantized=True).model.get_parameter(
+        "model.embed_tokens.weight"
+    )
     full = model.get_parameter("model.embed_tokens.weight")
     inputs, reference = torch.cat(seen["inputs"]).flatten(0, -2), torch.cat(seen["reference"]).flatten(0, -2)
     ids = torch.cdist(reference, full).argmin(1)
-    assert torch.equal(reference, full[ids]) and torch.equal(inputs, rounded[ids]) and not torch.equal(inputs, reference)
+    assert (
+        torch.equal(reference, full[ids])
+        and torch.equal(inputs, rounded[ids])
+        and not torch.equal(inputs, reference)
+    )
 
 
 # What is refused.
@@ -320,8 +388,16 @@ def test_what_can_not_be_is_refused_in_one_line(text: Path, tmp_path: Path) -> N
     tied, untied = (save_base(tmp_path / str(tied), tie_word_embeddings=tied) for tied in (True, False))
     for base, settings, why in (
         (tied, {"head": "quantize"}, "tied to the embedding; use head: keep and embedding: int8"),
-        (tied, {"head": "quantize", "embedding": "int8"}, "tied to the embedding; use head: keep and embedding: int8"),
-        (untied, {"format": "int8", "threshold": 6.0, "embedding": "int8"}, "threshold: 6 of .* or beside embedding: int8"),
+        (
+            tied,
+            {"head": "quantize", "embedding": "int8"},
+            "tied to the embedding; use head: keep and embedding: int8",
+        ),
+        (
+            untied,
+            {"format": "int8", "threshold": 6.0, "embedding": "int8"},
+            "threshold: 6 of .* or beside embedding: int8",
+        ),
     ):
         for act in (lambda recipe: run_recipe(recipe, tmp_path / "out"), plan_recipe):
             with pytest.raises(ModelError, match=why) as caught:

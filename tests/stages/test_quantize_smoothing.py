@@ -1,4 +1,5 @@
-"""A scale that crosses changes nothing, the search never ends worse than it began, and planted outliers are smoothed away."""
+"""A scale that crosses changes nothing, the search never ends worse than it began, and planted outliers are
+smoothed away."""
 
 from __future__ import annotations
 
@@ -29,13 +30,19 @@ from llmcompress.stages.quantize.smoothing import Smooth
 from tests.bases import VOCABULARY, byte_tokenizer, known, small_recipe, write_text
 from tests.models import FAMILIES, VARIANTS, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 CPU = torch.device("cpu")
 SAME = 1e-5  # of the largest output
 CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
 every_config = pytest.mark.parametrize(
-    ("family", "config"), CONFIGS, ids=[f"{family}-{'-'.join(config)}" if config else family for family, config in CONFIGS]
+    ("family", "config"),
+    CONFIGS,
+    ids=[f"{family}-{'-'.join(config)}" if config else family for family, config in CONFIGS],
 )
-every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"])
+every_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["f32", "bf16", "f16"]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +86,9 @@ def norm_of(layer: DecoderLayer, key: str) -> str | None:
 
 @every_dtype
 @every_config
-def test_a_scale_that_crosses_leaves_the_output_of_the_block(family: str, config: dict[str, Any], dtype: torch.dtype) -> None:
+def test_a_scale_that_crosses_leaves_the_output_of_the_block(
+    family: str, config: dict[str, Any], dtype: torch.dtype
+) -> None:
     for layer in layers(pico(family, **config), dtype):
         before, outputs = weights(layer), layer.outputs(layer.inputs)
         for key in set(layer.anatomy.scale_pairs) - {"mlp.experts.gate_up_proj[1]"}:
@@ -100,7 +109,10 @@ def test_a_scale_crosses_from_experts_to_experts(dtype: torch.dtype) -> None:
     for layer in layers(pico("qwen3_moe"), dtype):
         outputs = layer.outputs(layer.inputs)
         key = "mlp.experts.gate_up_proj[1]"
-        assert set(layer.cross(key, drawn(layer, key), dtype)) == {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+        assert set(layer.cross(key, drawn(layer, key), dtype)) == {
+            "mlp.experts.gate_up_proj",
+            "mlp.experts.down_proj",
+        }
         assert moved(layer, outputs) <= SAME
 
 
@@ -117,11 +129,15 @@ def test_the_readers_get_what_the_norm_is_really_divided_by(family: str) -> None
             now = weights(layer)
             assert torch.equal(now[norm], now[norm].bfloat16().float()), "it can't be stored as it is"
             real = (before[norm].double() + offset) / (now[norm].double() + offset)
-            assert float((real / factor - 1).abs().max()) > 1e-3, "bfloat16 rounded nothing: this shows nothing"
+            assert float((real / factor - 1).abs().max()) > 1e-3, (
+                "bfloat16 rounded nothing: this shows nothing"
+            )
             for reader in consumers:
                 row = reader if reader in layer.anatomy.layer else f"{reader}.weight"
                 columns = real[:, None] if reader in layer.anatomy.conv1d else real
-                torch.testing.assert_close(now[row].double(), before[row].double() * columns, rtol=1e-6, atol=0)
+                torch.testing.assert_close(
+                    now[row].double(), before[row].double() * columns, rtol=1e-6, atol=0
+                )
             if f"{key}.bias" in now:
                 torch.testing.assert_close(
                     now[f"{key}.bias"].double(), before[f"{key}.bias"].double() / real, rtol=1e-6, atol=0
@@ -162,7 +178,10 @@ def test_a_channel_that_a_norm_shuts_off_stays_shut_off(family: str) -> None:
 def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
     model = pico("qwen2")
     windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
-    plain = [layer.targets for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)]
+    plain = [
+        layer.targets
+        for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)
+    ]
     for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True):
         for key in layer.anatomy.scale_pairs:
             layer.cross(key, drawn(layer, key), torch.float32)
@@ -171,8 +190,11 @@ def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
             assert float((now - then).abs().max() / then.abs().max()) <= 2 * SAME
 
 
-def rounded_error(layer: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]) -> float:
-    """What the nearest codes of the readers and the rounding of their inputs cost in the layer's output, in plain hooks."""
+def rounded_error(
+    layer: DecoderLayer, consumers: Sequence[str], coding: QuantScheme, aims: Sequence[Tensor]
+) -> float:
+    """What the nearest codes of the readers and the rounding of their inputs cost in the layer's output, in
+    plain hooks."""
 
     def read(module: nn.Module, args: tuple[Tensor, ...], *, bits: int | None) -> tuple[Tensor, ...]:
         return args if bits is None else (round_tokens(args[0], bits), *args[1:])
@@ -186,7 +208,10 @@ def rounded_error(layer: DecoderLayer, consumers: Sequence[str], coding: QuantSc
     for hook in hooks:
         hook.remove()
     restore(layer, before)
-    return sum(float(((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()) for out, aim in zip(outs, aims, strict=True))
+    return sum(
+        float(((out - aim).square().sum(-1) / aim.square().sum(-1)).sum())
+        for out, aim in zip(outs, aims, strict=True)
+    )
 
 
 SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
@@ -199,23 +224,32 @@ SEARCHED: list[tuple[QuantScheme, str, torch.dtype]] = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "phi3", "gpt2", "opt", "qwen3_moe"])
-@pytest.mark.parametrize(("coding", "method", "dtype"), SEARCHED, ids=[f"{coding.format}-{how}" for coding, how, _ in SEARCHED])
+@pytest.mark.parametrize(
+    ("coding", "method", "dtype"), SEARCHED, ids=[f"{coding.format}-{how}" for coding, how, _ in SEARCHED]
+)
 def test_the_search_never_ends_worse_than_no_smoothing(
     family: str, coding: QuantScheme, method: Any, dtype: torch.dtype
 ) -> None:
     for layer in layers(pico(family, num_hidden_layers=1, **one_layer(family)), dtype):
         before, outputs = weights(layer), layer.outputs(layer.inputs)
-        found = Smooth(method=method).search(layer, dict.fromkeys(layer.anatomy.linears, coding), lambda name: dtype)
+        found = Smooth(method=method).search(
+            layer, dict.fromkeys(layer.anatomy.linears, coding), lambda name: dtype
+        )
         after = weights(layer)
         assert moved(layer, outputs) <= SAME, "the search changed what the layer computes"
         assert not layer.rounds, "a rounding of the search was left behind"
         assert set(found) == {
-            key for key, consumers in layer.anatomy.scale_pairs.items() if set(consumers) & set(layer.anatomy.linears)
+            key
+            for key, consumers in layer.anatomy.scale_pairs.items()
+            if set(consumers) & set(layer.anatomy.linears)
         }
         restore(layer, before)
         for key, factor in found.items():
-            consumers = [reader for reader in layer.anatomy.scale_pairs[key] if reader in layer.anatomy.linears]
+            consumers = [
+                reader for reader in layer.anatomy.scale_pairs[key] if reader in layer.anatomy.linears
+            ]
             plain = rounded_error(layer, consumers, coding, outputs[:2])
             layer.cross(key, factor, dtype)
             assert rounded_error(layer, consumers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
@@ -229,7 +263,8 @@ def one_layer(family: str) -> dict[str, Any]:
 
 
 def test_a_given_exponent_is_that_of_the_papers() -> None:
-    """Largest input and weight of a unit over all columns that read it, four query heads for each value channel."""
+    """Largest input and weight of a unit over all columns that read it, four query heads for each value
+    channel."""
     coding: QuantScheme = IntegerScheme(IntegerLayout("w8a8"))
     linears = ["self_attn.o_proj", "mlp.down_proj"]
     for layer in layers(pico("llama")):
@@ -247,20 +282,26 @@ def test_a_given_exponent_is_that_of_the_papers() -> None:
                 X_TC, W_RC = torch.cat(read[linear]), layer.weight(linear).double()
                 units = (2, 4, 16) if key == "self_attn.v_proj" else (320, 1)
                 top, weight_top, size = (
-                    x.reshape(units).amax(1) for x in (X_TC.abs().amax(0), W_RC.abs().amax(0), X_TC.square().mean(0).sqrt())
+                    x.reshape(units).amax(1)
+                    for x in (X_TC.abs().amax(0), W_RC.abs().amax(0), X_TC.square().mean(0).sqrt())
                 )
                 raw = top**alpha / weight_top ** (1 - alpha) if method == "smoothquant" else size**alpha
                 expected = raw / raw.log().mean().exp()
-                torch.testing.assert_close(found[key].double().reshape(expected.shape), expected, rtol=1e-4, atol=0)
+                torch.testing.assert_close(
+                    found[key].double().reshape(expected.shape), expected, rtol=1e-4, atol=0
+                )
 
 
 def test_only_what_is_rounded_is_smoothed() -> None:
     for layer in layers(pico("llama")):
-        found = Smooth().search(layer, {"mlp.gate_proj": IntegerScheme(IntegerLayout("w8a8"))}, lambda name: torch.float32)
+        found = Smooth().search(
+            layer, {"mlp.gate_proj": IntegerScheme(IntegerLayout("w8a8"))}, lambda name: torch.float32
+        )
         assert list(found) == ["post_attention_layernorm"]
 
 
-# Outliers that were planted: some channels of the norms are 50 to 100 times as large, and the columns that read them as small.
+# Outliers that were planted: some channels of the norms are 50 to 100 times as large, and the columns that
+# read them as small.
 
 
 def plant(model: PreTrainedModel) -> PreTrainedModel:
@@ -271,7 +312,9 @@ def plant(model: PreTrainedModel) -> PreTrainedModel:
             if anatomy.layer.get(f"{key}.weight") != "hidden":
                 continue
             factor = torch.ones(sizes["hidden"])
-            factor[torch.randperm(len(factor), generator=generator)[:3]] = torch.rand(3, generator=generator) * 50 + 50
+            factor[torch.randperm(len(factor), generator=generator)[:3]] = (
+                torch.rand(3, generator=generator) * 50 + 50
+            )
             gain = layer.get_parameter(f"{key}.weight").data
             gain.copy_((gain + anatomy.norm_offset) * factor - anatomy.norm_offset)
             if f"{key}.bias" in anatomy.layer:
@@ -296,7 +339,8 @@ def test_planting_outliers_changes_nothing_but_what_is_rounded(family: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("family", "format"), [("llama", "w8a8"), ("gpt2", "w8a8"), ("gemma2", "w8a8"), ("llama", "int8"), ("llama", "w4a4")]
+    ("family", "format"),
+    [("llama", "w8a8"), ("gpt2", "w8a8"), ("gemma2", "w8a8"), ("llama", "int8"), ("llama", "w4a4")],
 )
 def test_planted_outliers_are_smoothed_away(family: str, format: str, text: Path, tmp_path: Path) -> None:
     kl: dict[str, float] = {}

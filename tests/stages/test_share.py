@@ -36,8 +36,19 @@ from tests.artefacts import CPU, TOKENS, assert_same_in_memory, distance, live, 
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
-PARTS: dict[str, tuple[str, ...]] = {"ffn": ("ffn",), "attention": ("attention",), "both": ("attention", "ffn")}
-MIXED_UP = ("llama", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")  # plain, norms of their own, fused, Conv1D, biases
+PARTS: dict[str, tuple[str, ...]] = {
+    "ffn": ("ffn",),
+    "attention": ("attention",),
+    "both": ("attention", "ffn"),
+}
+MIXED_UP = (
+    "llama",
+    "gemma2",
+    "phi3",
+    "gpt2",
+    "opt",
+    "gpt_neox",
+)  # plain, norms of their own, fused, Conv1D, biases
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +68,23 @@ def linears(family: str, *parts: str, **config: Any) -> list[str]:
     """The linears of a layer that run along the axis of a part, by name."""
     model = pico(family, **config)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    of = {"attention": "attn", "ffn": "mlp"} if family != "gpt_neox" else {"attention": "attention.", "ffn": "mlp"}
+    of = (
+        {"attention": "attn", "ffn": "mlp"}
+        if family != "gpt_neox"
+        else {"attention": "attention.", "ffn": "mlp"}
+    )
     names = [name for name in source.anatomy.linears if any(of[part] in name for part in parts)]
-    return names + ([name for name in source.anatomy.linears if "fc" in name] if family == "opt" and "ffn" in parts else [])
+    return names + (
+        [name for name in source.anatomy.linears if "fc" in name]
+        if family == "opt" and "ffn" in parts
+        else []
+    )
 
 
 def layers_of(model: PreTrainedModel) -> list[nn.Module]:
-    source = InMemoryModel(pico(model.config.model_type).config, pico(model.config.model_type).state_dict(), CPU)
+    source = InMemoryModel(
+        pico(model.config.model_type).config, pico(model.config.model_type).state_dict(), CPU
+    )
     return list(model.get_submodule(source.anatomy.layers).children())
 
 
@@ -113,6 +134,7 @@ CASES += [(family, "ffn" if family in MIXED_UP else "attention", 0) for family i
 CASES += [("phi3", "attention", 0), ("gpt2", "attention", 0)]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "parts", "rank"), CASES)
 def test_every_family_loads_what_was_measured_and_stores_it_once(
     family: str, parts: str, rank: int, text: Path, tmp_path: Path
@@ -132,25 +154,35 @@ def test_every_family_loads_what_was_measured_and_stores_it_once(
     own = sum(2 * rank * (rows + columns) for rows, columns in shapes)
     saved = sum(math.prod(shape) for shape in shapes) - own
     assert sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values()) == 4 * saved
-    assert known(report.compressed.size_bytes) - header(out) == known(report.base.size_bytes) - header(base) - 4 * saved
+    assert (
+        known(report.compressed.size_bytes) - header(out)
+        == known(report.base.size_bytes) - header(base) - 4 * saved
+    )
     unique = sum(parameter.numel() for parameter in model.parameters())
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters == unique
     assert known(report.base.parameters) - unique == saved
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", MIXED_UP)
 def test_layers_that_are_equal_share_for_free(family: str, text: Path, tmp_path: Path) -> None:
     model = alike(family, "ffn", "attention")
     base = save(model, tmp_path / "base")
     for steps in (0, 4):
-        report = run_recipe(recipe(text, base, share(parts=["ffn", "attention"], steps=steps)), tmp_path / str(steps))
+        report = run_recipe(
+            recipe(text, base, share(parts=["ffn", "attention"], steps=steps)), tmp_path / str(steps)
+        )
         assert distance(live(load(tmp_path / str(steps))), live(model)) < 1e-6
-        assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9), "a fit that makes worse is not kept"
+        assert report.fidelity.kl_nats_mean == pytest.approx(0, abs=1e-9), (
+            "a fit that makes worse is not kept"
+        )
 
 
 def test_attention_beside_experts_is_shared_for_free_where_it_is_equal(text: Path, tmp_path: Path) -> None:
     model = alike("qwen3_moe", "attention")
-    run_recipe(recipe(text, save(model, tmp_path / "base"), share(parts=["attention"], steps=0)), tmp_path / "out")
+    run_recipe(
+        recipe(text, save(model, tmp_path / "base"), share(parts=["attention"], steps=0)), tmp_path / "out"
+    )
     assert distance(live(load(tmp_path / "out")), live(model)) < 1e-6
     refused(
         recipe(text, tmp_path / "base", share(parts=["attention", "ffn"])),
@@ -168,7 +200,11 @@ def test_a_difference_of_full_rank_loses_nothing(family: str, text: Path, tmp_pa
 
 def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     base, lost = save_base(tmp_path / "base"), {}
-    for name, settings in {"bare": {"steps": 0}, "fit": {"steps": 60}, "rank": {"steps": 0, "residual_rank": 32}}.items():
+    for name, settings in {
+        "bare": {"steps": 0},
+        "fit": {"steps": 60},
+        "rank": {"steps": 0, "residual_rank": 32},
+    }.items():
         report = run_recipe(recipe(text, base, share(**settings), samples=16), tmp_path / name)
         lost[name] = known(report.fidelity.kl_nats_mean)
         nats = [layer["nats"] for layer in details(report)["layers"]]
@@ -189,9 +225,14 @@ def test_what_is_not_fitted_stays_as_it_was(text: Path, tmp_path: Path) -> None:
             assert torch.equal(tensor, before[name]), name
     moved = [name for name in after if name.endswith(".bias") and not torch.equal(after[name], before[name])]
     assert any(".h.0." in name for name in moved) and any(".h.2." in name for name in moved)
-    assert {entry.name for entry in report.stages[0].kept} == {f"transformer.h.1.mlp.{name}" for name in ("c_fc", "c_proj")}
+    assert {entry.name for entry in report.stages[0].kept} == {
+        f"transformer.h.1.mlp.{name}" for name in ("c_fc", "c_proj")
+    }
     ties = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ties"]
-    assert ties == {f"transformer.h.2.mlp.{name}.weight": f"transformer.h.0.mlp.{name}.weight" for name in ("c_fc", "c_proj")}
+    assert ties == {
+        f"transformer.h.2.mlp.{name}.weight": f"transformer.h.0.mlp.{name}.weight"
+        for name in ("c_fc", "c_proj")
+    }
 
 
 # What transformers does with it.
@@ -211,7 +252,9 @@ def test_it_is_saved_again_bit_for_bit_whole_and_in_shards(artefact: Path, tmp_p
     expected = live(model)
     model.save_pretrained(tmp_path / "whole")
     once, again = weights_of(artefact), weights_of(tmp_path / "whole")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
     model.save_pretrained(tmp_path / "shards", max_shard_size="100kB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
     ties = [
@@ -262,7 +305,10 @@ def test_it_is_a_plain_model_again_once_it_is_dequantised(artefact: Path, tmp_pa
     model = cast(Any, load(artefact))
     expected = live(model)
     plain = model.dequantize()
-    assert not any(isinstance(module, FactoredLinear) for module in plain.modules()) and shared_names(plain, 0, 2) == set()
+    assert (
+        not any(isinstance(module, FactoredLinear) for module in plain.modules())
+        and shared_names(plain, 0, 2) == set()
+    )
     assert distance(live(plain), expected) < 1e-5
     plain.save_pretrained(tmp_path / "plain")
     assert "quantization_config" not in json.loads((tmp_path / "plain" / "config.json").read_text())
@@ -273,6 +319,8 @@ def test_it_is_a_plain_model_again_once_it_is_dequantised(artefact: Path, tmp_pa
 FORGOTTEN = """
 import sys
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 try:
     AutoModelForCausalLM.from_pretrained(sys.argv[1])
 except Exception as error:
@@ -283,9 +331,12 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("artefact", ["gpt2"], indirect=True)
 def test_without_the_import_it_raises(artefact: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", FORGOTTEN, str(artefact)], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, "-c", FORGOTTEN, str(artefact)], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "mismatch" in done.stdout.lower() or "size" in done.stdout.lower()
 
@@ -293,6 +344,7 @@ def test_without_the_import_it_raises(artefact: Path) -> None:
 # Which layers.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("by", ["auto", "kl", "cosine", "cka"])
 def test_two_layers_that_are_copies_are_found(by: str, text: Path, tmp_path: Path) -> None:
     model = alike("llama", "ffn", "attention", source=1, target=3, num_hidden_layers=4)
@@ -325,7 +377,9 @@ def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: P
 
 def test_neighbours_are_groups_without_any_measuring(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=4)
-    report = run_recipe(recipe(text, base, {"share": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out")
+    report = run_recipe(
+        recipe(text, base, {"share": {"layers": "adjacent", "groups": 2, "steps": 0}}), tmp_path / "out"
+    )
     assert details(report)["groups"] == [[0, 1], [2, 3]] and "kl_nats" not in details(report)
     model = load(tmp_path / "out")
     assert shared_names(model, 0, 1) == shared_names(model, 2, 3) != set() and not shared_names(model, 1, 2)
@@ -341,7 +395,10 @@ def test_neighbours_are_groups_without_any_measuring(text: Path, tmp_path: Path)
         ({"pairs": [[0, 2]]}, "pairs name layer 2; this model has layers 0 to 1"),
         ({"layers": "kl", "groups": 2}, "groups: 2 leaves the 2 layers as they are; use fewer"),
         ({"layers": "adjacent", "groups": 5}, "groups: 5 leaves the 2 layers as they are; use fewer"),
-        ({"pairs": [[0, 1]], "residual_rank": 65}, "residual_rank 65: a rank of 65 is no less than .*; use a smaller one"),
+        (
+            {"pairs": [[0, 1]], "residual_rank": 65},
+            "residual_rank 65: a rank of 65 is no less than .*; use a smaller one",
+        ),
     ],
 )
 def test_groups_that_can_not_be_are_refused_before_anything_is_read(
@@ -387,8 +444,11 @@ QUANTIZED = [
 ]
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(("family", "settings"), QUANTIZED, ids=str)
-def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+def test_what_is_shared_is_quantised_once(
+    family: str, settings: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     base, out, names = save_base(tmp_path / "base", family), tmp_path / "out", linears(family, "ffn")
     stages = share(), {"quantize": settings}
     report = run_recipe(recipe(text, base, *stages), out)
@@ -401,12 +461,16 @@ def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any],
         one, other = (cast(Any, layer.get_submodule(name)) for layer in layers_of(model))
         for part, tensor in one.stored().items():
             lies = [f"{prefix}.{index}.{name}.{part}" in tensors for index in (0, 1)]
-            assert lies == [True, part == "input_scale"], "each layer reads its own inputs, and the weight is stored once"
+            assert lies == [True, part == "input_scale"], (
+                "each layer reads its own inputs, and the weight is stored once"
+            )
             assert (getattr(other, part) is getattr(one, part)) == (part != "input_scale") and tensor.numel()
         if isinstance(one, FourBitLinear):
             assert one.kernel and one.kernel[0] is other.kernel[0]
         elif settings["format"] == "w4a8":
-            assert isinstance(one, IntegerLinear) and one.expanded is not None and one.expanded is other.expanded
+            assert (
+                isinstance(one, IntegerLinear) and one.expanded is not None and one.expanded is other.expanded
+            )
     near = 0.02 if "4" in settings["format"] else 3e-3
     assert distance(live(model), measured(out)) < near
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters
@@ -420,11 +484,16 @@ def test_what_is_shared_is_quantised_once(family: str, settings: dict[str, Any],
     assert distance(live(result), live(model)) < 1e-6
     model.save_pretrained(tmp_path / "again")
     saved = weights_of(tmp_path / "again")
-    assert saved.keys() == tensors.keys() and all(torch.equal(saved[name], tensor) for name, tensor in tensors.items())
+    assert saved.keys() == tensors.keys() and all(
+        torch.equal(saved[name], tensor) for name, tensor in tensors.items()
+    )
 
 
 def test_codes_that_are_shared_stay_one_when_they_are_moved(text: Path, tmp_path: Path) -> None:
-    run_recipe(recipe(text, save_base(tmp_path / "base"), share(), {"quantize": {"rounding": "nearest"}}), tmp_path / "out")
+    run_recipe(
+        recipe(text, save_base(tmp_path / "base"), share(), {"quantize": {"rounding": "nearest"}}),
+        tmp_path / "out",
+    )
     model = cast(Any, load(tmp_path / "out"))
     expected = live(model)
     half = model.to(torch.bfloat16)
@@ -449,16 +518,26 @@ def test_a_weight_with_a_difference_is_not_quantised_and_the_others_are(text: Pa
     [{"smooth": {}}, {"rotate": True}, {"protect": 0.1}, {"rounding": "learned", "steps": 2}],
     ids=lambda s: next(iter(s)),
 )
-def test_what_needs_layers_by_themselves_is_refused(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+def test_what_needs_layers_by_themselves_is_refused(
+    settings: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     base, name = save_base(tmp_path / "base"), next(iter(settings))
     quantize = {"quantize": {"format": "w8a8", **settings}}
-    refused(recipe(text, base, share(), quantize), tmp_path / "out", f"{name} is for layers by themselves, .* leave {name}")
+    refused(
+        recipe(text, base, share(), quantize),
+        tmp_path / "out",
+        f"{name} is for layers by themselves, .* leave {name}",
+    )
 
 
 @pytest.mark.parametrize(
-    "after", [{"codebook": {"entries": 16}}, {"low_rank": {"layers_per_basis": 2, "rank": 8}}], ids=lambda s: next(iter(s))
+    "after",
+    [{"codebook": {"entries": 16}}, {"low_rank": {"layers_per_basis": 2, "rank": 8}}],
+    ids=lambda s: next(iter(s)),
 )
-def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text: Path, tmp_path: Path) -> None:
+def test_another_tie_takes_the_linears_that_are_left(
+    after: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     base, out = save_base(tmp_path / "base"), tmp_path / "out"
     tied = {"tie": {"fit": "mean"}}
     report = run_recipe(recipe(text, base, share(), after, tied), out)
@@ -484,20 +563,34 @@ def test_another_tie_takes_the_linears_that_are_left(after: dict[str, Any], text
 LESSON = {"steps": 8, "batch": 4, "learning_rate": 1e-3}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "stages"),
     [
         ("llama", [share(residual_rank=2), {"distill": LESSON}]),
         ("gpt2", [share(parts=["attention", "ffn"]), {"distill": {**LESSON, "train": "norms"}}]),
-        ("gpt2", [share(), {"distill": {**LESSON, "steps": 3}}, {"quantize": {"format": "w8a8", "rounding": "nearest"}}]),
+        (
+            "gpt2",
+            [
+                share(),
+                {"distill": {**LESSON, "steps": 3}},
+                {"quantize": {"format": "w8a8", "rounding": "nearest"}},
+            ],
+        ),
         (
             "llama",
-            [share(), {"quantize": {"group_size": 32, "rounding": "nearest"}}, {"distill": {**LESSON, "train": "scales"}}],
+            [
+                share(),
+                {"quantize": {"group_size": 32, "rounding": "nearest"}},
+                {"distill": {**LESSON, "train": "scales"}},
+            ],
         ),
     ],
     ids=["rank", "norms", "then w8a8", "nf4 scales"],
 )
-def test_what_is_healed_stays_shared(family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path) -> None:
+def test_what_is_healed_stays_shared(
+    family: str, stages: list[dict[str, Any]], text: Path, tmp_path: Path
+) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
     report = run_recipe(recipe(text, base, *stages), out)
     found = next(stage.model_dump() for stage in report.stages if stage.name == "distill")
@@ -506,7 +599,9 @@ def test_what_is_healed_stays_shared(family: str, stages: list[dict[str, Any]], 
     parts = stages[0]["share"]["parts"]
     assert shared_names(model) >= {f"{name}.weight" for name in linears(family, *parts)}
     assert distance(live(model), measured(out)) < (0.02 if "quantize" in str(stages) else 1e-5)
-    result, _ = apply_recipe(recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer())
+    result, _ = apply_recipe(
+        recipe(text, base, *stages), AutoModelForCausalLM.from_pretrained(base).eval(), byte_tokenizer()
+    )
     assert shared_names(result) == shared_names(model) and distance(live(result), live(model)) < 1e-4
 
 
@@ -532,21 +627,34 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, text: Path
 
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
-    stages: list[dict[str, Any]] = [{"share": {"layers": "kl", "groups": 2, "steps": 3}}, {"quantize": {"format": "w8a8"}}]
+    stages: list[dict[str, Any]] = [
+        {"share": {"layers": "kl", "groups": 2, "steps": 3}},
+        {"quantize": {"format": "w8a8"}},
+    ]
     told = recipe(text, base, *stages)
     run_recipe(told, tmp_path / "once")
     for lost in (
         ["journal/share.00002", "journal-1/quantize.00002"],
-        ["journal/groups.00000", "journal/fit.*", "journal/share.*", "journal/fisher.00000", "journal-1/quantize.00001"],
+        [
+            "journal/groups.00000",
+            "journal/fit.*",
+            "journal/share.*",
+            "journal/fisher.00000",
+            "journal-1/quantize.00001",
+        ],
     ):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for name in lost:
             for file in partial_folder(tmp_path / "again").glob(f"{name}.safetensors"):
                 file.unlink()
         run_recipe(told, tmp_path / "again", overwrite=True)
         for written in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / written).read_bytes() == (tmp_path / "once" / written).read_bytes(), (lost, written)
+            assert (tmp_path / "again" / written).read_bytes() == (
+                tmp_path / "once" / written
+            ).read_bytes(), (lost, written)
 
 
 @pytest.mark.parametrize(
@@ -558,7 +666,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
     ],
     ids=str,
 )
-def test_a_plan_foretells_the_parameters_and_bytes(settings: dict[str, Any], text: Path, tmp_path: Path) -> None:
+def test_a_plan_foretells_the_parameters_and_bytes(
+    settings: dict[str, Any], text: Path, tmp_path: Path
+) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     told = recipe(text, base, {"share": {**settings, "steps": 0}})
     plan = plan_recipe(told)
@@ -566,12 +676,18 @@ def test_a_plan_foretells_the_parameters_and_bytes(settings: dict[str, Any], tex
     report = run_recipe(told, tmp_path / "out")
     assert rows[1].parameters == report.compressed.parameters
     assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 8000  # the header
-    assert any("what stands here is for neighbours" in note for note in notes) == (settings.get("layers") == "kl")
-    assert (rows[1].flops_per_token > rows[0].flops_per_token) == ("residual_rank" in settings), "there is no speed in it"
+    assert any("what stands here is for neighbours" in note for note in notes) == (
+        settings.get("layers") == "kl"
+    )
+    assert (rows[1].flops_per_token > rows[0].flops_per_token) == ("residual_rank" in settings), (
+        "there is no speed in it"
+    )
 
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
-    run_recipe(recipe(text, save_base(tmp_path / "base"), share(parts=["attention", "ffn"])), tmp_path / "out")
+    run_recipe(
+        recipe(text, save_base(tmp_path / "base"), share(parts=["attention", "ffn"])), tmp_path / "out"
+    )
     facts = details(Report.of(tmp_path / "out"))
     assert (facts["name"], facts["layers"], facts["groups"], facts["parts"]) == (
         "share",
@@ -588,11 +704,14 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 
 
 def test_what_is_measured_block_by_block_is_what_the_loss_says(text: Path, tmp_path: Path) -> None:
-    """The weights of the file, read layer by layer, give the logits that the model of both layers' weights gives."""
+    """The weights of the file, read layer by layer, give the logits that the model of both layers' weights
+    gives."""
     base, out = save_base(tmp_path / "base", "opt"), tmp_path / "out"
     run_recipe(recipe(text, base, share(residual_rank=2)), out)
     tensors = weights_of(out)
-    whole: dict[str, Tensor] = {name: t for name, t in tensors.items() if "_left" not in name and "_right" not in name}
+    whole: dict[str, Tensor] = {
+        name: t for name, t in tensors.items() if "_left" not in name and "_right" not in name
+    }
     for index in (0, 1):
         for name in ("fc1", "fc2"):
             own, first = (f"model.decoder.layers.{layer}.{name}" for layer in (index, 0))

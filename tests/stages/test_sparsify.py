@@ -1,4 +1,5 @@
-"""Single weights pruned: what stays, that the rest makes up for it, and that folder, memory and plan agree."""
+"""Single weights pruned: what stays, that the rest makes up for it, and that folder, memory and plan
+agree."""
 
 from __future__ import annotations
 
@@ -34,6 +35,8 @@ from tests.artefacts import CPU, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, write_text
 from tests.models import FAMILIES, pico
 
+pytestmark = pytest.mark.usefixtures("short_runs")
+
 HALF = {"pattern": "unstructured", "keep": 0.5}
 SCORES = ("sparsegpt", "wanda", "magnitude")
 
@@ -54,12 +57,16 @@ def sparse(**settings: Any) -> dict[str, Any]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, text: Path, tmp_path: Path) -> None:
+def test_every_family_loads_what_was_measured_and_saves_it_again(
+    family: str, text: Path, tmp_path: Path
+) -> None:
     base, out = save_base(tmp_path / "base", family), tmp_path / "out"
     report = run_recipe(recipe(text, base, sparse()), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
-    assert {linear.name for linear in report.linears} == {n for n, m in model.named_modules() if isinstance(m, SparseLinear)}
+    assert {linear.name for linear in report.linears} == {
+        n for n, m in model.named_modules() if isinstance(m, SparseLinear)
+    }
     for linear in report.linears:
         module = cast(SparseLinear, model.get_submodule(linear.name))
         assert module.dense is not None
@@ -70,7 +77,9 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(family: str, te
     assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
     once, again = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
 
 
 def test_what_wanda_and_magnitude_keep_is_as_it_was(text: Path, tmp_path: Path) -> None:
@@ -87,12 +96,20 @@ def test_what_wanda_and_magnitude_keep_is_as_it_was(text: Path, tmp_path: Path) 
             mask_RC = unpack_mask(tensors[f"{name}.weight_mask"], W_RC.shape[1])
             assert torch.equal(tensors[f"{name}.weight"], W_RC[mask_RC]) == (score != "sparsegpt")
             alike = set(mask_RC.sum(1).tolist()) == {32}
-            assert alike if score != "sparsegpt" or kind == "2" else not alike, "of SparseGPT's shares rows compete"
+            assert alike if score != "sparsegpt" or kind == "2" else not alike, (
+                "of SparseGPT's shares rows compete"
+            )
             assert int(mask_RC.sum()) == mask_RC.numel() // 2
             half = largest[kind].median(-1, keepdim=True).values  # the lower one of the two in the middle
             assert torch.equal(mask_RC, (largest[kind] > half).flatten(1)) == (score == "magnitude")
-            moved = [key for key in before if ".bias" in key and "ln" not in key and not torch.equal(before[key], tensors[key])]
-            assert len(moved) == (0 if score == "magnitude" else 4), "the classical baseline leaves biases alone"
+            moved = [
+                key
+                for key in before
+                if ".bias" in key and "ln" not in key and not torch.equal(before[key], tensors[key])
+            ]
+            assert len(moved) == (0 if score == "magnitude" else 4), (
+                "the classical baseline leaves biases alone"
+            )
 
 
 def test_zeros_of_the_base_go_for_free(text: Path, tmp_path: Path) -> None:
@@ -100,7 +117,9 @@ def test_zeros_of_the_base_go_for_free(text: Path, tmp_path: Path) -> None:
     model = pico("llama", vocab_size=256)
     for name, parameter in model.named_parameters():
         if "_proj" in name:
-            noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)).unflatten(1, (-1, 4))
+            noise = torch.rand(parameter.shape, generator=torch.Generator().manual_seed(0)).unflatten(
+                1, (-1, 4)
+            )
             parameter.data *= (noise >= noise.sort(-1).values[..., 2:3]).flatten(1)
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
@@ -111,14 +130,20 @@ def test_zeros_of_the_base_go_for_free(text: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [sparse(), sparse(pattern="4:8"), {"sparsify": HALF}], ids=lambda s: s["sparsify"]["pattern"])
+@pytest.mark.parametrize(
+    "stage", [sparse(), sparse(pattern="4:8"), {"sparsify": HALF}], ids=lambda s: s["sparsify"]["pattern"]
+)
 def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(
     stage: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
     base, kl = save_base(tmp_path / "base"), []
     for score in SCORES:
         settings = {"sparsify": {**stage["sparsify"], "score": score}}
-        kl.append(known(run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean))
+        kl.append(
+            known(
+                run_recipe(recipe(text, base, settings, samples=32), tmp_path / score).fidelity.kl_nats_mean
+            )
+        )
     assert 0 < kl[0] < kl[1] < kl[2]
 
 
@@ -131,7 +156,9 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     layouts = {linear: SparseLayout("2:4", "float32") for linear in resident.anatomy.linears}
     for layer in walk(resident, windows, reference=True):
         before = {linear: layer.weight(linear) for linear in layouts}
-        tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(layer, layouts, lambda name: torch.float32)
+        tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(
+            layer, layouts, lambda name: torch.float32
+        )
         seen: dict[str, Moments] = layer.moments()
         for entry in facts["linears"]:
             linear = entry["name"].removeprefix(f"{layer.name}.")
@@ -154,7 +181,9 @@ def test_more_kept_is_less_lost_and_more_bytes(text: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "layout", [SparseLayout("2:4", "float32"), SparseLayout("unstructured", "float32", 0.5)], ids=lambda x: x.pattern
+    "layout",
+    [SparseLayout("2:4", "float32"), SparseLayout("unstructured", "float32", 0.5)],
+    ids=lambda x: x.pattern,
 )
 def test_a_zero_that_may_stay_stays(layout: SparseLayout) -> None:
     W_RC = torch.ones(3, 8)
@@ -190,12 +219,16 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.parameters == written.compressed.parameters
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert 0 <= written.compressed.size_bytes - report.compressed.size_bytes < 10_000  # the header of the file
+    assert (
+        0 <= written.compressed.size_bytes - report.compressed.size_bytes < 10_000
+    )  # the header of the file
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(tmp_path / "out")))
     result.save_pretrained(tmp_path / "saved")
     once, again = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "saved"))
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
 
 
 @pytest.mark.slow
@@ -220,7 +253,9 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(family: str, text: 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen2", num_hidden_layers=1)
-    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
+    cast(
+        PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    ).save_pretrained(base)
     report = run_recipe(recipe(text, base, sparse()), tmp_path / "out")
     assert {linear.bits for linear in report.linears} == {9.0}
     model = load(tmp_path / "out")
@@ -229,6 +264,7 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
     assert {str(tensor.dtype) for tensor in tensors.values()} == {f"torch.{dtype}", "torch.uint8"}
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "stages"),
     [
@@ -258,7 +294,12 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     run_recipe(recipe(text, base, {"sparsify": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
-    assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == ("sparsify", "unstructured", 0.5, "sparsegpt")
+    assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == (
+        "sparsify",
+        "unstructured",
+        0.5,
+        "sparsegpt",
+    )
     assert facts["bits"] == 17.0 and {linear.format for linear in report.linears} == {"sparse unstructured"}
     why = {kept.name: kept.why for kept in report.kept}
     assert why["lm_head"] == "the head stays" and why["model.layers.0.self_attn.k_proj"] == "skip"
@@ -276,9 +317,15 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("stages", "why"),
     [
-        ('[sparsify: {pattern: "2:3"}]', "stages.0.sparsify.pattern: .*'unstructured', '2:4' or '4:8', not '2:3'"),
+        (
+            '[sparsify: {pattern: "2:3"}]',
+            "stages.0.sparsify.pattern: .*'unstructured', '2:4' or '4:8', not '2:3'",
+        ),
         ('[sparsify: {patern: "2:4"}]', "stages.0.sparsify.patern: unknown key; did you mean pattern.$"),
-        ('[sparsify: {pattern: "2:4", scor: wanda}]', "stages.0.sparsify.scor: unknown key; did you mean score.$"),
+        (
+            '[sparsify: {pattern: "2:4", scor: wanda}]',
+            "stages.0.sparsify.scor: unknown key; did you mean score.$",
+        ),
         (
             '[sparsify: {pattern: "2:4", repair: true}]',
             "stages.0.sparsify.repair: unknown key; use one of pattern, keep, score, skip$",
@@ -299,12 +346,18 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
             '[sparsify: {pattern: "2:4", axis: ffn}]',
             "stages.0.sparsify.axis: unknown key",
         ),
-        ('[sparsify: {pattern: "2:4"}, quantize]', "sparsify is the last stage: rounding would move its zeros"),
+        (
+            '[sparsify: {pattern: "2:4"}, quantize]',
+            "sparsify is the last stage: rounding would move its zeros",
+        ),
         (
             '[sparsify: {pattern: "2:4"}, sparsify: {pattern: "4:8"}]',
             "sparsify is the last stage: its zeros are stored by",
         ),
-        ('[sparsify: {pattern: "2:4"}, prune: {axis: ffn, keep: 0.5}]', "sparsify is the last stage: its zeros are"),
+        (
+            '[sparsify: {pattern: "2:4"}, prune: {axis: ffn, keep: 0.5}]',
+            "sparsify is the last stage: its zeros are",
+        ),
         ('[quantize, sparsify: {pattern: "2:4"}]', "a quantised model can't be changed again"),
     ],
 )
@@ -317,7 +370,9 @@ def test_a_wrong_stage_is_told_in_one_line(stages: str, why: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "4:8"])
 def test_a_pattern_without_quotes_is_what_it_looks_like(pattern: str) -> None:
     """YAML takes 2:4 for the number 124, in base 60."""
-    bare, quoted = (Recipe.parse(f"stages:\n  - sparsify:\n      pattern: {text}") for text in (pattern, f"'{pattern}'"))
+    bare, quoted = (
+        Recipe.parse(f"stages:\n  - sparsify:\n      pattern: {text}") for text in (pattern, f"'{pattern}'")
+    )
     assert bare == quoted and bare.digest == quoted.digest and Recipe.parse(bare.to_yaml()) == bare
     assert isinstance(bare.stages[0], Sparsify) and bare.stages[0].pattern == pattern
 
@@ -328,7 +383,10 @@ ALMOST_NONE = {"pattern": "unstructured", "keep": 0.001}
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        (sparse(skip=["*.nothing"]), r'skip "\*.nothing" matches no linear of this model; they have names like model.layers.0'),
+        (
+            sparse(skip=["*.nothing"]),
+            r'skip "\*.nothing" matches no linear of this model; they have names like model.layers.0',
+        ),
         ({"sparsify": ALMOST_NONE}, "no linear of this model can lose weights .*try another keep or skip"),
         (sparse(skip=["*"]), "no linear of this model can lose weights"),
     ],
@@ -337,7 +395,9 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
     settings: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
-    for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, tmp_path / "out")]):
+    for act in cast(
+        "list[Callable[[Recipe], Any]]", [plan_recipe, lambda given: run_recipe(given, tmp_path / "out")]
+    ):
         with pytest.raises(ModelError, match=why) as caught:
             act(recipe(text, base, settings))
         assert len(str(caught.value).splitlines()) == 1
@@ -347,7 +407,8 @@ def test_what_can_not_be_is_refused_before_anything_is_read(
 def test_config_json_names_each_sparse_linear_once(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     report = run_recipe(
-        recipe(text, base, {"sparsify": {"pattern": "unstructured", "keep": 0.4, "score": "wanda"}}), tmp_path / "out"
+        recipe(text, base, {"sparsify": {"pattern": "unstructured", "keep": 0.4, "score": "wanda"}}),
+        tmp_path / "out",
     )
     (scheme,) = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["schemes"]
     assert sorted(scheme.pop("linears")) == sorted(linear.name for linear in report.linears)

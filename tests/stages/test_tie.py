@@ -1,4 +1,5 @@
-"""Embedding and head tied: a plain tied model, the best of both, and nothing lost where they were one already."""
+"""Embedding and head tied: a plain tied model, the best of both, and nothing lost where they were one
+already."""
 
 from __future__ import annotations
 
@@ -36,10 +37,15 @@ from tests.models import FAMILIES, noise, pico
 FITS = ("least_squares", "mean", "embedding", "head")
 UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
     *((family, {}) for family in FAMILIES),
-    ("opt", {"word_embed_proj_dim": 32}),  # a linear widens the embedding, another narrows what the head reads
+    (
+        "opt",
+        {"word_embed_proj_dim": 32},
+    ),  # a linear widens the embedding, another narrows what the head reads
     ("opt", {"_remove_final_layer_norm": True}),  # no norm whose gain could change
 )
-by_base = pytest.mark.parametrize(("family", "config"), UNTIED, ids=lambda x: x if isinstance(x, str) else "-".join(x))
+by_base = pytest.mark.parametrize(
+    ("family", "config"), UNTIED, ids=lambda x: x if isinstance(x, str) else "-".join(x)
+)
 
 
 @pytest.fixture(scope="module")
@@ -82,6 +88,7 @@ def found(report: Report) -> dict[str, Any]:
 # What is written.
 
 
+@pytest.mark.slow(keep=1)
 @by_base
 def test_what_is_left_is_a_plain_tied_model_that_computes_what_was_measured(
     family: str, config: dict[str, Any], text: Path, tmp_path: Path
@@ -98,7 +105,9 @@ def test_what_is_left_is_a_plain_tied_model_that_computes_what_was_measured(
     assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
     assert distance(live(model), measured(out)) < 1e-5
     inside = f"{source.anatomy.layers}."
-    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(inside)), "a layer was touched"
+    assert all(torch.equal(after[name], before[name]) for name in after if name.startswith(inside)), (
+        "a layer was touched"
+    )
     V, D = cast(Tensor, model.get_input_embeddings().weight).shape
     saved = sum(t.nbytes for t in before.values()) - sum(t.nbytes for t in after.values())
     assert saved == 4 * V * D
@@ -112,6 +121,8 @@ PLAIN = """
 import sys, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+
+pytestmark = pytest.mark.usefixtures("short_runs")
 tokens, seen = load_file(sys.argv[1])["tokens"], {}
 for number, folder in enumerate(sys.argv[3:]):
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -123,13 +134,19 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_it_loads_without_the_plug_in_also_once_it_is_nf4(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     run_recipe(recipe(text, base), tmp_path / "tied")
-    report = run_recipe(recipe(text, base, tie(), {"quantize": {"format": "nf4", "rounding": "nearest"}}), tmp_path / "nf4")
+    report = run_recipe(
+        recipe(text, base, tie(), {"quantize": {"format": "nf4", "rounding": "nearest"}}), tmp_path / "nf4"
+    )
     assert [stage.name for stage in report.stages] == ["tie", "quantize"]
     config = json.loads((tmp_path / "nf4" / "config.json").read_text())
-    assert config["tie_word_embeddings"] is True and config["quantization_config"]["quant_method"] == "bitsandbytes"
+    assert (
+        config["tie_word_embeddings"] is True
+        and config["quantization_config"]["quant_method"] == "bitsandbytes"
+    )
     assert not any("lm_head" in name for name in weights_of(tmp_path / "nf4"))
     save_file({"tokens": TOKENS}, tmp_path / "tokens")
     folders = [tmp_path / "tied", tmp_path / "nf4"]
@@ -154,7 +171,9 @@ def test_a_tied_model_can_be_cut_and_tied_again_it_is_refused(text: Path, tmp_pa
     model = load(tmp_path / "out")
     assert model.config.intermediate_size == 192 and distance(live(model), measured(tmp_path / "out")) < 1e-5
     for given in (recipe(text, tmp_path / "out"), recipe(text, base, tie(), tie())):
-        for act in cast("list[Callable[[Recipe], Any]]", [plan_recipe, lambda told: run_recipe(told, tmp_path / "again")]):
+        for act in cast(
+            "list[Callable[[Recipe], Any]]", [plan_recipe, lambda told: run_recipe(told, tmp_path / "again")]
+        ):
             with pytest.raises(ModelError, match=r"are one matrix already; leave tie") as told:
                 act(given)
             assert len(str(told.value).splitlines()) == 1
@@ -164,24 +183,36 @@ def test_a_tied_model_can_be_cut_and_tied_again_it_is_refused(text: Path, tmp_pa
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base", num_hidden_layers=1)
-    cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))).save_pretrained(base)
+    cast(
+        PreTrainedModel, AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
+    ).save_pretrained(base)
     report = run_recipe(recipe(text, base), tmp_path / "out")
     assert {str(tensor.dtype) for tensor in weights_of(tmp_path / "out").values()} == {f"torch.{dtype}"}
     windows = calibration(recipe(text, base))
-    whole, one = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for folder in (base, tmp_path / "out"))
-    assert found(report)["kl_nats"] == pytest.approx(kl_nats(whole, one, windows), rel=1e-3), "not that of what is stored"
+    whole, one = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        for folder in (base, tmp_path / "out")
+    )
+    assert found(report)["kl_nats"] == pytest.approx(kl_nats(whole, one, windows), rel=1e-3), (
+        "not that of what is stored"
+    )
 
 
 # What it costs.
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("fit", FITS)
-def test_the_loss_said_is_that_of_the_predictions_on_the_calibration_text(fit: str, text: Path, tmp_path: Path) -> None:
+def test_the_loss_said_is_that_of_the_predictions_on_the_calibration_text(
+    fit: str, text: Path, tmp_path: Path
+) -> None:
     base = untied(tmp_path / "base", "gpt2")
     told = recipe(text, base, tie(fit=fit))
     report = run_recipe(told, tmp_path / "out")
     windows = calibration(told)
-    assert found(report)["kl_nats"] == pytest.approx(kl_nats(load(base), load(tmp_path / "out"), windows), rel=1e-3)
+    assert found(report)["kl_nats"] == pytest.approx(
+        kl_nats(load(base), load(tmp_path / "out"), windows), rel=1e-3
+    )
     assert found(report)["fit"] == fit
     assert ("balance" in found(report)) == (fit == "least_squares")
 
@@ -194,9 +225,12 @@ def test_the_plain_fits_are_what_their_names_say(text: Path, tmp_path: Path) -> 
         run_recipe(recipe(text, base, tie(fit=fit)), tmp_path / fit)
         after = weights_of(tmp_path / fit)
         assert torch.equal(after["model.embed_tokens.weight"], expected), fit
-        assert all(torch.equal(after[name], before[name]) for name in after if "embed_tokens" not in name), fit
+        assert all(torch.equal(after[name], before[name]) for name in after if "embed_tokens" not in name), (
+            fit
+        )
 
 
+@pytest.mark.slow(keep=1)
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -208,12 +242,16 @@ def test_the_plain_fits_are_what_their_names_say(text: Path, tmp_path: Path) -> 
     ],
     ids=str,
 )
-def test_least_squares_is_no_worse_than_any_other_fit(family: str, config: dict[str, Any], text: Path) -> None:
+def test_least_squares_is_no_worse_than_any_other_fit(
+    family: str, config: dict[str, Any], text: Path
+) -> None:
     """On the text that it is measured by; in memory, where it is cheap."""
     lost = {}
     for fit in FITS:
         model = pico(family, vocab_size=VOCABULARY, tie_word_embeddings=False, **config)
-        told = Recipe.model_validate({"data": {"source": str(text), "samples": 4, "length": 16}, "stages": [tie(fit=fit)]})
+        told = Recipe.model_validate(
+            {"data": {"source": str(text), "samples": 4, "length": 16}, "stages": [tie(fit=fit)]}
+        )
         told = told.model_copy(update={"data": told.data.model_copy(update={"evaluation_samples": 1})})
         _, report = apply_recipe(told, model, byte_tokenizer())
         lost[fit] = found(report)["kl_nats"]
@@ -242,26 +280,41 @@ def test_matrices_that_are_equal_are_tied_for_free(
     assert torch.equal(live(load(tmp_path / "out")), live(model))
 
 
-@pytest.mark.parametrize(("family", "config"), [case for case in UNTIED if "_remove_final_layer_norm" not in case[1]], ids=str)
-def test_a_gain_on_what_the_head_reads_is_one_on_the_columns_of_the_head(family: str, config: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("family", "config"), [case for case in UNTIED if "_remove_final_layer_norm" not in case[1]], ids=str
+)
+def test_a_gain_on_what_the_head_reads_is_one_on_the_columns_of_the_head(
+    family: str, config: dict[str, Any]
+) -> None:
     """Also where the norm adds one to its gains, has a bias, or a linear stands between it and the head."""
     source = resident(family, **config)
-    head, embedding = (source.model.get_parameter(f"{x}.weight") for x in (source.anatomy.head, source.anatomy.embedding))
+    head, embedding = (
+        source.model.get_parameter(f"{x}.weight") for x in (source.anatomy.head, source.anatomy.embedding)
+    )
     gain_D = noise(head.shape[1]).exp()
-    hidden, plain, same = noise(1, 7, source.sizes["hidden"], seed=1), head.data.clone(), embedding.data.clone()
+    hidden, plain, same = (
+        noise(1, 7, source.sizes["hidden"], seed=1),
+        head.data.clone(),
+        embedding.data.clone(),
+    )
     with torch.no_grad():
         head.data = plain * gain_D
         expected = leave(source, hidden)
         head.data = same
         with _placed(source, {f"{source.anatomy.embedding}.weight": plain, **_with_gain(source, gain_D)}):
             torch.testing.assert_close(leave(source, hidden), expected, rtol=1e-4, atol=1e-4)
-        assert torch.equal(head.data, same) and torch.equal(embedding.data, same), "what was there before is not back"
+        assert torch.equal(head.data, same) and torch.equal(embedding.data, same), (
+            "what was there before is not back"
+        )
 
 
 # In memory, interrupted, planned, refused.
 
 
-@pytest.mark.parametrize(("family", "config"), [("llama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 32})])
+@pytest.mark.slow(keep=1)
+@pytest.mark.parametrize(
+    ("family", "config"), [("llama", {}), ("gpt2", {}), ("opt", {"word_embed_proj_dim": 32})]
+)
 def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
     family: str, config: dict[str, Any], text: Path, tmp_path: Path
 ) -> None:
@@ -274,25 +327,35 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
     assert result.config.tie_word_embeddings is True
     assert cast(Any, result).get_output_embeddings().weight is cast(Any, result).get_input_embeddings().weight
     assert report.compressed.parameters == written.compressed.parameters
-    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000  # the header
+    assert (
+        0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
+    )  # the header
     assert found(report)["kl_nats"] == found(written)["kl_nats"]
     result.save_pretrained(tmp_path / "saved")
     once, again = weights_of(tmp_path / "out"), weights_of(tmp_path / "saved")
-    assert once.keys() == again.keys() and all(torch.equal(tensor, again[name]) for name, tensor in once.items())
+    assert once.keys() == again.keys() and all(
+        torch.equal(tensor, again[name]) for name, tensor in once.items()
+    )
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = untied(tmp_path / "base")
     told = recipe(text, base, tie(), {"quantize": {"format": "w8a8", "rounding": "nearest"}})
     run_recipe(told, tmp_path / "once")
     for lost in ([], ["journal/outer.00000", "journal-1/quantize.00001"]):
         with pytest.raises(AcceptError):
-            run_recipe(told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True)
+            run_recipe(
+                told.model_copy(update={"accept": Accept(kl_nats=1e-12)}), tmp_path / "again", overwrite=True
+            )
         for name in lost:
             (partial_folder(tmp_path / "again") / f"{name}.safetensors").unlink()
         run_recipe(told, tmp_path / "again", overwrite=True)
         for file in ("model.safetensors", "config.json"):
-            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (lost, file)
+            assert (tmp_path / "again" / file).read_bytes() == (tmp_path / "once" / file).read_bytes(), (
+                lost,
+                file,
+            )
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
@@ -310,7 +373,9 @@ def test_matrices_of_other_axes_are_refused_in_one_line() -> None:
     source = resident("llama")
     source.anatomy = replace(source.anatomy, outer={**source.anatomy.outer, "lm_head.weight": "vocab embed"})
     stage = Tie()
-    with pytest.raises(ModelError, match='this model is "vocab hidden" and its head "vocab embed"; they can\'t be one') as told:
+    with pytest.raises(
+        ModelError, match='this model is "vocab hidden" and its head "vocab embed"; they can\'t be one'
+    ) as told:
         stage.result(source)
     assert len(str(told.value).splitlines()) == 1
 
@@ -322,4 +387,6 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     assert (facts["name"], facts["fit"]) == ("tie", "mean")
     assert "operations per token are unchanged" in facts["notes"][0]
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "import llmcompress" not in card and "bitsandbytes" not in card.split("```")[1], "a tied model is a plain one"
+    assert "import llmcompress" not in card and "bitsandbytes" not in card.split("```")[1], (
+        "a tied model is a plain one"
+    )

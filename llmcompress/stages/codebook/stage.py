@@ -1,7 +1,9 @@
-"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole linear.
+"""Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole
+linear.
 
-Which values, and which of them a weight takes, is solved for as codes of a quantisation are (`methods.codebook`), under the
-second moments of the inputs and against the full model. Stored are packed indices and the codebooks; a product looks them up.
+Which values, and which of them a weight takes, is solved for as codes of a quantisation are
+(`methods.codebook`), under the second moments of the inputs and against the full model. Stored are packed
+indices and the codebooks; a product looks them up.
 """
 
 from __future__ import annotations
@@ -37,12 +39,18 @@ class Codebook(Stage):
     has_levels: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {"codebook": "it is called entries"}
 
-    entries: Literal[4, 8, 16, 256] = Field(description="how many values the weights that share a codebook can have")
-    per: Literal["row", "group", "linear"] = Field(default="row", description="which weights share a codebook")
+    entries: Literal[4, 8, 16, 256] = Field(
+        description="how many values the weights that share a codebook can have"
+    )
+    per: Literal["row", "group", "linear"] = Field(
+        default="row", description="which weights share a codebook"
+    )
     rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="per: group: how many adjacent rows share one"
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
 
     @model_validator(mode="after")
     def _rows_of_groups(self) -> Codebook:
@@ -58,8 +66,11 @@ class Codebook(Stage):
         return CodebookLayout(self.entries, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
-        return rewritable(model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage")
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
+        where none is left."""
+        return rewritable(
+            model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
+        )
 
     @property
     def purpose(self) -> str:
@@ -95,14 +106,19 @@ class Codebook(Stage):
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(model, context, chosen, kept)
+        facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(
+            model, context, chosen, kept
+        )
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
 
 
 def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> CodebookWeight:
-    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the levels' type."""
+    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the
+    levels' type."""
     require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))
-    palette = solve_codebook(retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap)
+    palette = solve_codebook(
+        retarget(W_RC.float(), moments), moments.H_CC, layout.entries, rows, snap=layout.snap
+    )
     return CodebookWeight.of(palette, layout)

@@ -8,7 +8,10 @@ from typing import Annotated, Literal
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+)
 from transformers.utils.import_utils import is_peft_available
 
 from llmcompress.algorithms.distillation_losses import SKEW, HiddenKind, Kind
@@ -31,9 +34,15 @@ class DistillConfig(Settings):
 
     model_config = ConfigDict(allow_inf_nan=False)
 
-    loss: Kind = Field(default="forward_kl", description="how far the student's predictions are from the teacher's")
-    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=1000, description="updates of the weights")
-    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(default=1e-4, description="at its highest, after the warm-up")
+    loss: Kind = Field(
+        default="forward_kl", description="how far the student's predictions are from the teacher's"
+    )
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        default=1000, description="updates of the weights"
+    )
+    learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
+        default=1e-4, description="at its highest, after the warm-up"
+    )
     batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="windows a step")
     micro_batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="windows at once, a divisor of batch; default as many as 4096 tokens hold"
@@ -41,10 +50,18 @@ class DistillConfig(Settings):
     length: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
         default=None, description="tokens a window; default that of the data"
     )
-    temperature: Annotated[float, Field(gt=0, le=1e3)] = Field(default=1.0, description="that logits are divided by")
-    skew: Annotated[float, Field(ge=0, lt=1)] | None = Field(default=None, description="of the losses that have one")
-    label_share: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="share of cross-entropy in the loss")
-    hidden: Annotated[float, Field(ge=0, le=1e6)] = Field(default=0.0, description="weight of the loss between hidden states")
+    temperature: Annotated[float, Field(gt=0, le=1e3)] = Field(
+        default=1.0, description="that logits are divided by"
+    )
+    skew: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        default=None, description="of the losses that have one"
+    )
+    label_share: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0, description="share of cross-entropy in the loss"
+    )
+    hidden: Annotated[float, Field(ge=0, le=1e6)] = Field(
+        default=0.0, description="weight of the loss between hidden states"
+    )
     hidden_loss: HiddenKind = Field(default="mse", description="mse is a share of the teacher's mean square")
     attention: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0, description="weight of the loss between attention maps"
@@ -52,12 +69,18 @@ class DistillConfig(Settings):
     teacher: Annotated[str, Field(min_length=1)] | None = Field(
         default=None, description="Hub id or folder of a model with the same tokenizer; default the base"
     )
-    teacher_format: Literal["nf4"] | None = Field(default=None, description="hold the teacher's linears in 4 bits")
+    teacher_format: Literal["nf4"] | None = Field(
+        default=None, description="hold the teacher's linears in 4 bits"
+    )
     student: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description="Hub id or folder of the model to train, or of its config alone; default what the base became",
+        description=(
+            "Hub id or folder of the model to train, or of its config alone; default what the base became"
+        ),
     )
-    cache: bool = Field(default=False, description="keep what the teacher says on disk, and don't ask it twice")
+    cache: bool = Field(
+        default=False, description="keep what the teacher says on disk, and don't ask it twice"
+    )
     top_k: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=64, description="likeliest tokens that are kept of each prediction"
     )
@@ -65,21 +88,34 @@ class DistillConfig(Settings):
         default=0.0, description="share of the windows of which the student writes the second half itself"
     )
     train: Train = Field(
-        default="all", description="which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over"
+        default="all",
+        description=(
+            "which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over"
+        ),
     )
     rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="of lora")
-    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(default=0.05, description="share of the steps until the highest rate")
-    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(default="cosine", description="what follows it")
+    warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
+        default=0.05, description="share of the steps until the highest rate"
+    )
+    schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
+        default="cosine", description="what follows it"
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(default=0.0, description="of AdamW")
-    optimizer: Literal["adamw", "adamw_8bit"] = Field(default="adamw", description="8bit: bitsandbytes', paged on a GPU")
+    optimizer: Literal["adamw", "adamw_8bit"] = Field(
+        default="adamw", description="8bit: bitsandbytes', paged on a GPU"
+    )
     evaluate_every: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="steps; default a tenth of them"
     )
     patience: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="evaluations that may bring nothing before training ends early"
     )
-    gradient_checkpointing: bool = Field(default=False, description="less memory for activations, a third more time")
-    trackers: tuple[str, ...] = Field(default=(), strict=False, description="that the Trainer reports to, like tensorboard")
+    gradient_checkpointing: bool = Field(
+        default=False, description="less memory for activations, a third more time"
+    )
+    trackers: tuple[str, ...] = Field(
+        default=(), strict=False, description="that the Trainer reports to, like tensorboard"
+    )
 
     @model_validator(mode="after")
     def _fits_together(self) -> DistillConfig:
@@ -110,7 +146,9 @@ class DistillConfig(Settings):
         for tracker in self.trackers:
             if tracker not in get_available_reporting_integrations():
                 package = PACKAGES.get(tracker, tracker)
-                raise CompressError(f"trackers: {tracker} needs the package {package}; pip install {package}, or leave it out")
+                raise CompressError(
+                    f"trackers: {tracker} needs the package {package}; pip install {package}, or leave it out"
+                )
 
     def tokens(self, length: int) -> int:
         """How many tokens of text the stage trains on where windows of the data have `length`."""
@@ -121,11 +159,15 @@ class DistillConfig(Settings):
         share, rest = divmod(self.batch, distributed.count())
         if rest or (self.micro_batch and share % self.micro_batch):
             at_once = f", {self.micro_batch} at once" if self.micro_batch else ""
-            raise CompressError(f"batch {self.batch} does not divide among {distributed.count()} processes{at_once}")
+            raise CompressError(
+                f"batch {self.batch} does not divide among {distributed.count()} processes{at_once}"
+            )
         fitting = max(1, AT_ONCE // length)
         return self.micro_batch or max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
 
-    def arguments(self, folder: Path, device: torch.device, length: int, seed: int, *, begins: bool) -> TrainingArguments:
+    def arguments(
+        self, folder: Path, device: torch.device, length: int, seed: int, *, begins: bool
+    ) -> TrainingArguments:
         """For the Trainer, which writes its checkpoints to `folder`; one that begins is measured first."""
         cuda, micro = device.type == "cuda", self.micro(length)
         every = min(self.evaluate_every or max(1, self.steps // 10), self.steps)

@@ -1,8 +1,9 @@
 """What a student is to match of its teacher besides predictions: hidden states, and where attention goes.
 
-A layer of the student is held against the last of the teacher's layers that it stands for. Where widths differ, one linear
-takes the student's hidden states to the teacher's width: it begins at the least squares of some windows, learns with the
-student and is dropped when training is over. D the student's width, E the teacher's.
+A layer of the student is held against the last of the teacher's layers that it stands for. Where widths
+differ, one linear takes the student's hidden states to the teacher's width: it begins at the least squares of
+some windows, learns with the student and is dropped when training is over. D the student's width, E the
+teacher's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ PROJECTION = "distill_projection"  # what it is called in the student, so that i
 
 @dataclass(frozen=True)
 class Matching:
-    """`layers`: for each of the student's, the teacher's layer that it is to match; `heads`: the one that it was itself."""
+    """`layers`: for each of the student's, the teacher's layer that it is to match; `heads`: the one that it
+    was itself."""
 
     layers: Sequence[int]
     heads: Sequence[int]
@@ -43,11 +45,13 @@ class Matching:
         attention: float,
         unscored: int = 0,
     ) -> Matching:
-        """For so many layers of each; `origin` says which ones the student's were, where they are the teacher's own."""
+        """For so many layers of each; `origin` says which ones the student's were, where they are the
+        teacher's own."""
         known = len(origin) == student and max(origin) < teacher
         if not known and student > teacher:
             raise ModelError(
-                f"a student of {student} layers can't match the {teacher} of its teacher; leave hidden and attention"
+                f"a student of {student} layers can't match the {teacher} of its teacher; leave hidden and "
+                "attention"
             )
         gone = set(range(teacher)) - set(origin) if known else None
         layers = layer_map(student, teacher, gone)
@@ -59,22 +63,28 @@ class Matching:
         return {"output_attentions": True} if self.attention else {}
 
     def loss(self, student: TeacherOutput, teacher: TeacherOutput, projection: nn.Linear | None) -> Tensor:
-        """The weighted sum of both losses, each the mean over layers; mse is a share of the teacher's mean square."""
+        """The weighted sum of both losses, each the mean over layers; mse is a share of the teacher's mean
+        square."""
         parts, skip = [], self.unscored
         if self.hidden:
             W_ED = None if projection is None else projection.weight
-            for mine, yours in zip(student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True):
+            for mine, yours in zip(
+                student.hidden_BLD[1:], (teacher.hidden_BLD[n + 1] for n in self.layers), strict=True
+            ):
                 mine, yours = mine[:, skip:], yours[:, skip:]
                 size = yours.detach().float().square().mean() if self.kind == "mse" else 1.0
                 parts.append(self.hidden * hidden_loss(self.kind, mine, yours, W_ED) / size)
         if self.attention:
-            for mine, yours in zip(student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True):
+            for mine, yours in zip(
+                student.attention_BHLL, (teacher.attention_BHLL[n] for n in self.heads), strict=True
+            ):
                 parts.append(self.attention * attention_kl(mine[:, :, skip:], yours[:, :, skip:]))
         return torch.stack(parts).sum() / len(self.layers)
 
 
 def projection_of(student: Tensor, teacher: Tensor) -> nn.Linear | None:
-    """The linear that takes hidden states [..., D] to others [..., E] with the least squared error; None where D is E."""
+    """The linear that takes hidden states [..., D] to others [..., E] with the least squared error; None
+    where D is E."""
     D, E = student.shape[-1], teacher.shape[-1]
     if D == E:
         return None

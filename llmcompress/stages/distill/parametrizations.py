@@ -1,8 +1,10 @@
-"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a product.
+"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a
+product.
 
-Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and norms are rounded
-in every step to what will be stored, so that what is measured is what is written; parts of products learn in float32, as plain
-matrices do, and are rounded once at the end. R rows (out), C columns (in), G layers of a row or codebooks, L levels.
+Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and
+norms are rounded in every step to what will be stored, so that what is measured is what is written; parts of
+products learn in float32, as plain matrices do, and are rounded once at the end. R rows (out), C columns
+(in), G layers of a row or codebooks, L levels.
 """
 
 from __future__ import annotations
@@ -51,7 +53,8 @@ class WeightParametrization(nn.Module):
 
 
 class ScaledCodes(WeightParametrization):
-    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it was."""
+    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it
+    was."""
 
     codes = True
     parts = ("weight_absmax",)
@@ -59,7 +62,9 @@ class ScaledCodes(WeightParametrization):
     def __init__(self, packed: bitsandbytes_layout.Packed, transposed: bool) -> None:
         super().__init__(transposed)
         R, G = packed.absmax_RG.shape
-        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(R, G, packed.group_size)
+        levels = bitsandbytes_layout.grid(packed.format)[packed.codes_RC.int()].reshape(
+            R, G, packed.group_size
+        )
         self.register_buffer("levels_RGB", levels, persistent=False)
         self.register_buffer("absmax_RG", packed.absmax_RG, persistent=False)
         self.packed = packed
@@ -68,7 +73,9 @@ class ScaledCodes(WeightParametrization):
         """The scales [R, G] as they will be read back, with the gradient of the factor."""
         absmax_RG = cast(Tensor, self.absmax_RG)
         scale_RG = absmax_RG * factor_RG
-        if not self.packed.double_quant or torch.equal(scale_RG, absmax_RG):  # in 8 bits already: rounded again they would move
+        if not self.packed.double_quant or torch.equal(
+            scale_RG, absmax_RG
+        ):  # in 8 bits already: rounded again they would move
             return scale_RG
         return as_stored(scale_RG, lambda x: bitsandbytes_layout.double_quantize(x).decode())
 
@@ -89,7 +96,8 @@ class ScaledCodes(WeightParametrization):
 
 
 class CodebookLevels(WeightParametrization):
-    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at first by none."""
+    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at
+    first by none."""
 
     codes = True
     parts = ("weight_levels",)
@@ -98,7 +106,11 @@ class CodebookLevels(WeightParametrization):
         super().__init__(transposed)
         self.weight = weight
         levels_GL = weight.levels_GL.float()
-        sizes = {"codes_RC": weight.codes_RC.int(), "levels_GL": levels_GL, "size_G1": levels_GL.square().mean(1, True).sqrt()}
+        sizes = {
+            "codes_RC": weight.codes_RC.int(),
+            "levels_GL": levels_GL,
+            "size_G1": levels_GL.square().mean(1, True).sqrt(),
+        }
         for name, tensor in sizes.items():
             self.register_buffer(name, tensor, persistent=False)
 
@@ -115,7 +127,9 @@ class CodebookLevels(WeightParametrization):
         return torch.zeros_like(cast(Tensor, self.levels_GL))
 
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
-        levels_GL = self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
+        levels_GL = (
+            self.moved(parameters[0].to(cast(Tensor, self.levels_GL))).cpu().to(self.weight.levels_GL.dtype)
+        )
         return replace(self.weight, levels_GL=levels_GL)
 
 
@@ -184,6 +198,7 @@ def attach(linear: nn.Module, making: WeightParametrization, device: torch.devic
 
 
 def parameters_of(name: str, making: WeightParametrization) -> dict[str, str]:
-    """The names of the parameters that the weight of a linear of that name is made of, by the tensors that are stored."""
+    """The names of the parameters that the weight of a linear of that name is made of, by the tensors that
+    are stored."""
     place = f"{name}.parametrizations.weight.original"
     return {part: f"{place}{i if len(making.parts) > 1 else ''}" for i, part in enumerate(making.parts)}

@@ -1,8 +1,9 @@
 """Train what is left of a model to predict as the model did that the run began with, or as another one does.
 
-The student is what the stages before made of the base; teacher and student are whole in memory, in the working precision.
-Held-out windows, those that calibrate and are not trained on, tell when the student was best, and that is what stays, or the
-student as it came if it never was better. An interrupted training goes on from its last checkpoint in the journal's folder.
+The student is what the stages before made of the base; teacher and student are whole in memory, in the
+working precision. Held-out windows, those that calibrate and are not trained on, tell when the student was
+best, and that is what stays, or the student as it came if it never was better. An interrupted training goes
+on from its last checkpoint in the journal's folder.
 """
 
 from __future__ import annotations
@@ -29,8 +30,22 @@ from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, Stag
 from llmcompress.stages.distill.config import WITHIN, DistillConfig
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching, projection_of
 from llmcompress.stages.distill.student import Student
-from llmcompress.stages.distill.teacher import WINDOW, CachedTeacher, LiveTeacher, Teacher, forward_arguments, loaded, output_of
-from llmcompress.stages.distill.trainer import DistillTrainer, Objective, SequenceDataset, Watch, last_checkpoint
+from llmcompress.stages.distill.teacher import (
+    WINDOW,
+    CachedTeacher,
+    LiveTeacher,
+    Teacher,
+    forward_arguments,
+    loaded,
+    output_of,
+)
+from llmcompress.stages.distill.trainer import (
+    DistillTrainer,
+    Objective,
+    SequenceDataset,
+    Watch,
+    last_checkpoint,
+)
 
 STAGE, DONE = "distill", "distilled"
 HELD = 32  # windows that measure
@@ -63,21 +78,30 @@ class Distill(DistillConfig, Stage):
         if self.train == "lora":
             super().require_place(before, after)
         if self.train == "scales" and not any(stage.quantizes or stage.has_levels for stage in before):
-            raise ValueError("train: scales is for what quantize or a codebook left; put one of them before it")
+            raise ValueError(
+                "train: scales is for what quantize or a codebook left; put one of them before it"
+            )
         if self.student and before:
-            raise ValueError("a student takes the place of what the stages before it made; let its distill be the first")
+            raise ValueError(
+                "a student takes the place of what the stages before it made; let its distill be the first"
+            )
 
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
         """Refuse what needs a missing package, batches that don't divide, and weights that can't learn so."""
         self.require_packages()
         self.micro(self.length or 1)
         schemes = [scheme for result in before for scheme in result.schemes.values()]
-        if self.train == "scales" and not any(isinstance(each, FourBitScheme | CodebookLayout) for each in schemes):
+        if self.train == "scales" and not any(
+            isinstance(each, FourBitScheme | CodebookLayout) for each in schemes
+        ):
             raise ModelError(
-                "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; train norms"
+                "train: scales is for nf4 and fp4 and for codebooks, and the stages before leave none; "
+                "train norms"
             )
         if self.train == "lora" and model.layouts:
-            raise ModelError("train: lora is for linears that are plain, and here some are shared or of parts; train all")
+            raise ModelError(
+                "train: lora is for linears that are plain, and here some are shared or of parts; train all"
+            )
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """Nothing but other numbers."""
@@ -87,7 +111,9 @@ class Distill(DistillConfig, Stage):
         """The cost of training, with a teacher as large as the student."""
         parameters, length = model.parameters(), self.length or work.length
         what = self.loss if self.train == "all" else f"{self.train}, {self.loss}"
-        learning = 3 if self.train == "all" else 0  # a gradient and two moments of every weight, or of next to none
+        learning = (
+            3 if self.train == "all" else 0
+        )  # a gradient and two moments of every weight, or of next to none
         floats = parameters * ((1 if self.cache else 2) + learning)
         floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
         return Estimate(
@@ -95,11 +121,16 @@ class Distill(DistillConfig, Stage):
             parameters=parameters,
             size_bytes=model.stored_bytes() if self.student else work.size_bytes,
             peak_memory_bytes=4 * floats,
-            seconds=self.tokens(work.length) * 2.0 * parameters * 4 / work.rate,  # forward and backward, and the teacher
+            seconds=self.tokens(work.length)
+            * 2.0
+            * parameters
+            * 4
+            / work.rate,  # forward and backward, and the teacher
         )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Train, unless the journal holds the result; leave the weights that learned there, layer by layer."""
+        """Train, unless the journal holds the result; leave the weights that learned there, layer by
+        layer."""
         journal = context.journal
         entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]
         if not all(journal.has(*entry) for entry in entries):
@@ -108,32 +139,41 @@ class Distill(DistillConfig, Stage):
         found = journal.load(DONE, 0)[1]
         notes = found.pop("notes")
         told = {"loss", "steps", "learning_rate", "batch", "train", *self.model_fields_set}
-        details = {"length": context.data.calibration.shape[1]} | self.model_dump(mode="json", include=told, exclude_none=True)
+        details = {"length": context.data.calibration.shape[1]} | self.model_dump(
+            mode="json", include=told, exclude_none=True
+        )
         return Facts(STAGE, notes=notes, details=details | found)
 
     def _train(self, model: LayerwiseModel, context: Context) -> None:
         folder, length = context.journal.folder / "training", self.length or context.data.calibration.shape[1]
         text, unscored = context.data.training, context.data.unscored
         if length < 2 + unscored:
-            raise DataError(f"distill: length {length} leaves no token to predict from text; use {2 + unscored} or more")
+            raise DataError(
+                f"distill: length {length} leaves no token to predict from text; use {2 + unscored} or more"
+            )
         if len(text) < (length - unscored) * self.batch:
             raise DataError(
-                f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of {self.batch} x {length}"
+                f"{context.data.spec.source} leaves {len(text)} tokens to train on, not one batch of "
+                f"{self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
-        windows = SequenceDataset(text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos)
+        windows = SequenceDataset(
+            text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos
+        )
         held, notes = context.data.calibration[:HELD], list[str]()
         objective = self._objective(model, student, context, windows, held, notes)
         earlier = last_checkpoint(folder)
         left = self.steps - (int(earlier.name.rpartition("-")[2]) if earlier else 0)
         watch = Watch(iter(context.track(range(left), f"distill ({self.loss})", left)))
         trainer = DistillTrainer(
-            student=student.model, objective=objective,
-            model=student.trained, args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
+            student=student.model,
+            objective=objective,
+            model=student.trained,
+            args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
             train_dataset=windows,
             eval_dataset=[{"input_ids": window, WINDOW: torch.tensor(n)} for n, window in enumerate(held)],
             callbacks=[watch, *([EarlyStoppingCallback(self.patience)] if self.patience else [])],
-        )  # fmt: skip
+        )
         trainer.remove_callback(PrinterCallback)
         trainer.train(resume_from_checkpoint=str(earlier) if earlier else None)
         measured = _logged(trainer, "eval_loss")
@@ -141,7 +181,11 @@ class Distill(DistillConfig, Stage):
         best = min((kl for _, kl in curve if math.isfinite(kl)), default=before)
         notes += self._told(watch.broken_at, best < before, len(text), length - unscored)
         learned = student.learned(_state(trainer, student)) if best < before else {}
-        curves = {"curve": dict(curve), "perplexities": _logged(trainer, "eval_perplexity"), "losses": _logged(trainer, "loss")}
+        curves = {
+            "curve": dict(curve),
+            "perplexities": _logged(trainer, "eval_perplexity"),
+            "losses": _logged(trainer, "loss"),
+        }
         found = {name: _thinned(values) for name, values in curves.items()}
         with distributed.first_alone() as writes:
             if writes:
@@ -151,14 +195,20 @@ class Distill(DistillConfig, Stage):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
-        """What is to be known of a training that came to its end, with so many tokens of text, `length` of them a window."""
+        """What is to be known of a training that came to its end, with so many tokens of text, `length` of
+        them a window."""
         notes = []
         if broken_at is not None:
-            notes.append(f"training left the numbers at step {broken_at}, and the best step before stays; lower learning_rate")
+            notes.append(
+                f"training left the numbers at step {broken_at}, and the best step before stays; lower "
+                "learning_rate"
+            )
         if not better:
             notes.append("training made nothing better on held-out text, so the student stays as it came")
         if (rounds := self.steps * self.batch * length / tokens) > 1:
-            notes.append(f"the text was gone through {rounds:.1f} times: {tokens} tokens are left to train on")
+            notes.append(
+                f"the text was gone through {rounds:.1f} times: {tokens} tokens are left to train on"
+            )
         return notes
 
     def _objective(
@@ -184,7 +234,8 @@ class Distill(DistillConfig, Stage):
             key = f"{source.digest()} {self.teacher_format} {model.dtype} {model.config.vocab_size}"
             wanted = ((windows.windows_NL, self.temperature), (held_NL, 1.0))
             return [
-                CachedTeacher(context.cache, key, present, asked_NL, self.top_k, t, context.track) for asked_NL, t in wanted
+                CachedTeacher(context.cache, key, present, asked_NL, self.top_k, t, context.track)
+                for asked_NL, t in wanted
             ]
 
         teacher: Teacher
@@ -199,11 +250,15 @@ class Distill(DistillConfig, Stage):
         matching = None
         if any(getattr(self, name) for name in WITHIN):
             origin = () if self.teacher else context.origin
-            matching = self._matching(student, present(), held_NL[:4].to(model.device), origin, context.data.unscored)
+            matching = self._matching(
+                student, present(), held_NL[:4].to(model.device), origin, context.data.unscored
+            )
         taught = self.loss != "cross_entropy" or matching is not None
         generator = context.seed if self.on_policy else None
         options = self.loss, self.label_share, self.temperature, self.skew
-        return Objective(*options, teacher if taught else None, examiner, matching, generator, context.data.unscored)
+        return Objective(
+            *options, teacher if taught else None, examiner, matching, generator, context.data.unscored
+        )
 
     def _matching(
         self, student: Student, teacher: LiveTeacher, ids_BL: Tensor, origin: Sequence[int], unscored: int
@@ -217,7 +272,9 @@ class Distill(DistillConfig, Stage):
             taught = teacher({"input_ids": ids_BL}, **more)
         layers, teachers = len(own.hidden_BLD) - 1, len(taught.hidden_BLD) - 1
         if self.attention and (len(own.attention_BHLL) < layers or len(taught.attention_BHLL) < teachers):
-            raise ModelError("this family does not show where its attention goes; leave attention, and use hidden")
+            raise ModelError(
+                "this family does not show where its attention goes; leave attention, and use hidden"
+            )
         widths = {one.hidden_BLD[-1].shape[-1] for one in (own, taught)}
         if self.hidden and len(widths) > 1 and len({states.shape[-1] for states in own.hidden_BLD[1:]}) > 1:
             raise ModelError("the hidden states of this student have several widths; leave hidden")
@@ -232,7 +289,8 @@ def _said_of(kept: Sequence[CachedTeacher]) -> str:
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return (
-        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in the cache. KL on "
+        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were "
+        "in the cache. KL on "
         "held-out windows counts all but the likeliest tokens as one, so it is never more than in full"
     )
 
@@ -243,7 +301,8 @@ def _logged(trainer: DistillTrainer, what: str) -> dict[int, float]:
 
 
 def _thinned(values: Mapping[int, float]) -> list[list[float | None]]:
-    """Pairs of a step and a value, null where it is no number; of more than POINTS, the means between as many steps."""
+    """Pairs of a step and a value, null where it is no number; of more than POINTS, the means between as many
+    steps."""
     pairs, every = list(values.items()), max(1, -(-len(values) // POINTS))
     groups = [pairs[i : i + every] for i in range(0, len(pairs), every)]
     means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -263,5 +322,7 @@ def _leave(model: LayerwiseModel, context: Context, learned: Mapping[str, Tensor
         prefix = f"{model.layer_name(index)}."
         inside = {name: tensor for name, tensor in learned.items() if name.startswith(prefix)}
         context.journal.save(STAGE, index, inside, {})
-    outside = {name: tensor for name, tensor in learned.items() if not name.startswith(f"{model.anatomy.layers}.")}
+    outside = {
+        name: tensor for name, tensor in learned.items() if not name.startswith(f"{model.anatomy.layers}.")
+    }
     context.journal.save(OUTER, 0, outside, {})

@@ -1,10 +1,12 @@
-"""The student of a distillation: a model whole in memory, which of its weights learn, and what they are once they have.
+"""The student of a distillation: a model whole in memory, which of its weights learn, and what they are once
+they have.
 
-`all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged when training is
-over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each layer learns as a factor of what it
-was, the levels of a codebook as they are, and so do norms and biases; `all` is that and the weights that were kept. Scales that
-are stored in 8 bits, levels, and norms in half precision are rounded in every step as they will be stored. What layers share is
-one parameter for them all. How weights are made of parameters is told in `making`.
+`all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged
+when training is over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each
+layer learns as a factor of what it was, the levels of a codebook as they are, and so do norms and biases;
+`all` is that and the weights that were kept. Scales that are stored in 8 bits, levels, and norms in half
+precision are rounded in every step as they will be stored. What layers share is one parameter for them all.
+How weights are made of parameters is told in `making`.
 """
 
 from __future__ import annotations
@@ -34,8 +36,11 @@ from llmcompress.stages.distill.parametrizations import (
 Train = Literal["all", "norms", "scales", "lora"]
 
 
-def whole(resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None) -> PreTrainedModel:
-    """The model with all its weights at once, in the working precision: another one, whose changes `resident` does not see.
+def whole(
+    resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None
+) -> PreTrainedModel:
+    """The model with all its weights at once, in the working precision: another one, whose changes `resident`
+    does not see.
 
     `ready` is given each layer before the next one is read.
     """
@@ -85,7 +90,8 @@ class Student:
                 self._round()
         if train == "scales" and not any(making.codes for making in self.makings.values()):
             raise ModelError(
-                "train: scales is for scales of nf4 and fp4 and levels of codebooks, and here are none; use all, norms or lora"
+                "train: scales is for scales of nf4 and fp4 and levels of codebooks, and here are none; use "
+                "all, norms or lora"
             )
         self.learning = [name for name, parameter in self.model.named_parameters() if parameter.requires_grad]
         if not self.learning:
@@ -98,12 +104,20 @@ class Student:
         try:
             import peft
         except ImportError:
-            raise CompressError("train: lora needs the package peft; pip install peft, or use train: all") from None
-        inside = [name for name, _ in resident.linear_maps() if name.startswith(f"{resident.anatomy.layers}.")]
+            raise CompressError(
+                "train: lora needs the package peft; pip install peft, or use train: all"
+            ) from None
+        inside = [
+            name for name, _ in resident.linear_maps() if name.startswith(f"{resident.anatomy.layers}.")
+        ]
         transposed = isinstance(self.model.get_submodule(inside[0]), Conv1D)
-        settings = peft.LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed)
+        settings = peft.LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed
+        )
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)  # peft asks by the old name
+            warnings.filterwarnings(
+                "ignore", ".*gradient_checkpointing.*", FutureWarning
+            )  # peft asks by the old name
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
@@ -134,10 +148,13 @@ class Student:
             dtype = self.dtype_of(name)
             if parameter.requires_grad and parameter.dim() == 1 and dtype.itemsize < 4:
                 owner, _, leaf = name.rpartition(".")
-                parametrize.register_parametrization(self.model.get_submodule(owner), leaf, StoredRounding(dtype))
+                parametrize.register_parametrization(
+                    self.model.get_submodule(owner), leaf, StoredRounding(dtype)
+                )
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that training changed, under the names that they have in a checkpoint, given all trained ones by name."""
+        """The tensors that training changed, under the names that they have in a checkpoint, given all
+        trained ones by name."""
         if self.train == "lora":
             return self._merged()
         made_of = {name: parameters_of(name, making) for name, making in self.makings.items()}

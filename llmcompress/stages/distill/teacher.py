@@ -1,8 +1,9 @@
 """The teacher of a distillation: a model whole in memory, or what it said of each window, kept on disk.
 
-What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2 bytes a number in
-half precision, and 2 or 4 an index. It is found again by the teacher's weights and the window's tokens, so another recipe on
-the same text reads it too, and nothing that was said by another teacher or of other text is ever taken for it.
+What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2
+bytes a number in half precision, and 2 or 4 an index. It is found again by the teacher's weights and the
+window's tokens, so another recipe on the same text reads it too, and nothing that was said by another teacher
+or of other text is ever taken for it.
 """
 
 from __future__ import annotations
@@ -40,34 +41,49 @@ class CachedOutput:
 
 @dataclass(frozen=True, eq=False)
 class TeacherOutput:
-    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way there."""
+    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way
+    there."""
 
     scores: Scores
-    hidden_BLD: tuple[Tensor, ...] = ()  # what enters the first layer, what leaves each; the last after the norm
+    hidden_BLD: tuple[
+        Tensor, ...
+    ] = ()  # what enters the first layer, what leaves each; the last after the norm
     attention_BHLL: tuple[Tensor, ...] = ()  # of each layer
 
 
 class Teacher(Protocol):
     """Whoever answers for a batch {input_ids [B, L], window [B]}."""
 
-    def __call__(self, batch: Mapping[str, Tensor], **forward_arguments: bool) -> TeacherOutput | CachedOutput:
+    def __call__(
+        self, batch: Mapping[str, Tensor], **forward_arguments: bool
+    ) -> TeacherOutput | CachedOutput:
         """What it says of the batch."""
 
 
 def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
-    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if given."""
+    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if
+    given."""
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     cap = getattr(model.config, "final_logit_softcapping", None)
     scores = Scores(
-        found.hidden_states[-1].flatten(0, 1), head.weight[:vocabulary], None if bias is None else bias[:vocabulary], cap=cap
+        found.hidden_states[-1].flatten(0, 1),
+        head.weight[:vocabulary],
+        None if bias is None else bias[:vocabulary],
+        cap=cap,
     )
     return TeacherOutput(scores, found.hidden_states, found.attentions or ())
 
 
 def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
     """The arguments of a forward pass that is to be read by `output_of`."""
-    return {"input_ids": ids_BL, "output_hidden_states": True, "logits_to_keep": 1, "use_cache": False, **more}
+    return {
+        "input_ids": ids_BL,
+        "output_hidden_states": True,
+        "logits_to_keep": 1,
+        "use_cache": False,
+        **more,
+    }
 
 
 class LiveTeacher:
@@ -79,15 +95,22 @@ class LiveTeacher:
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> TeacherOutput:
         """What it says of the batch."""
-        return output_of(self.model, self.model(**forward_arguments(batch["input_ids"], **more)), self.vocabulary)
+        return output_of(
+            self.model, self.model(**forward_arguments(batch["input_ids"], **more)), self.vocabulary
+        )
 
 
 def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
-    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take them."""
+    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take
+    them."""
 
     def quantized(layer: nn.Module) -> None:
         for name, module in list(layer.named_modules()):
-            if format and type(module) is nn.Linear and bitsandbytes_layout.refusal(module.weight.shape, "nf4", 64) is None:
+            if (
+                format
+                and type(module) is nn.Linear
+                and bitsandbytes_layout.refusal(module.weight.shape, "nf4", 64) is None
+            ):
                 packed = bitsandbytes_layout.quantize_nearest(
                     module.weight.data.to(torch.bfloat16), "nf4", 64, double_quant=False
                 )
@@ -96,12 +119,15 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
 
     model = whole(resident, quantized)
     if format and not any(isinstance(module, bitsandbytes_layout.Linear4bit) for module in model.modules()):
-        raise ModelError("teacher_format: nf4 finds no linear of this teacher that it can hold; leave teacher_format")
+        raise ModelError(
+            "teacher_format: nf4 finds no linear of this teacher that it can hold; leave teacher_format"
+        )
     return model
 
 
 class CachedTeacher:
-    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher` first, once."""
+    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher`
+    first, once."""
 
     def __init__(
         self,
@@ -115,11 +141,17 @@ class CachedTeacher:
     ) -> None:
         k = min(k, 1 << 16)
         key = hashlib.sha256(f"{key} {k} {temperature} {SHARD}".encode()).hexdigest()
-        self.journal = Journal(folder / key[:32], key, shared=True)  # two runs may ask for the same; both write the same
+        self.journal = Journal(
+            folder / key[:32], key, shared=True
+        )  # two runs may ask for the same; both write the same
         self.temperature, self.windows_NL = temperature, windows_NL
         self.shards: list[dict[str, Tensor]] = []
         names = [_name(shard) for shard in windows_NL.split(SHARD)]
-        lacking = {name: shard for name, shard in zip(names, windows_NL.split(SHARD), strict=True) if not self._has(name)}
+        lacking = {
+            name: shard
+            for name, shard in zip(names, windows_NL.split(SHARD), strict=True)
+            if not self._has(name)
+        }
         self.asked = sum(map(len, lacking.values()))
         if lacking:
             self._ask(teacher(), k, lacking, track)
@@ -135,7 +167,11 @@ class CachedTeacher:
         for name in track(lacking, "ask the teacher", len(lacking)):
             found = [self._top(teacher, windows, k) for windows in batches_of(lacking[name])]
             index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
-            small = index.to(torch.uint16).view(torch.int16) if teacher.vocabulary <= 1 << 16 else index.to(torch.int32)
+            small = (
+                index.to(torch.uint16).view(torch.int16)
+                if teacher.vocabulary <= 1 << 16
+                else index.to(torch.int32)
+            )
             self.journal.save(name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, {"name": name})
 
     def _top(self, teacher: LiveTeacher, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
@@ -152,7 +188,8 @@ class CachedTeacher:
         """What it said of the windows of the batch."""
         where, device = [divmod(int(n), SHARD) for n in batch[WINDOW]], batch["input_ids"].device
         index, log_p = (
-            torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device) for part in ("index", "log_p")
+            torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device)
+            for part in ("index", "log_p")
         )
         index = index.view(torch.uint16) if index.dtype == torch.int16 else index
         return CachedOutput(
@@ -161,4 +198,6 @@ class CachedTeacher:
 
 
 def _name(windows_NL: Tensor) -> str:
-    return hashlib.sha256(f"{tuple(windows_NL.shape)}".encode() + windows_NL.numpy().tobytes()).hexdigest()[:32]
+    return hashlib.sha256(f"{tuple(windows_NL.shape)}".encode() + windows_NL.numpy().tobytes()).hexdigest()[
+        :32
+    ]

@@ -1,8 +1,9 @@
-"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and what it is asked.
+"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and
+what it is asked.
 
-Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The logits of
-neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside the student's own forward
-pass, where a model whose weights are spread over devices has its head.
+Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The
+logits of neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside
+the student's own forward pass, where a model whose weights are spread over devices has its head.
 """
 
 from __future__ import annotations
@@ -36,23 +37,38 @@ from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.safetensors_writer import discard, put
 from llmcompress.modeling.sequential import next_tokens
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
-from llmcompress.stages.distill.teacher import WINDOW, CachedOutput, Teacher, TeacherOutput, forward_arguments, output_of
+from llmcompress.stages.distill.teacher import (
+    WINDOW,
+    CachedOutput,
+    Teacher,
+    TeacherOutput,
+    forward_arguments,
+    output_of,
+)
 
 OWN = "own"  # in a batch: which windows the student is to go on with by itself
 
 
 class SequenceDataset(Dataset[dict[str, Tensor]]):
-    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more in another.
+    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more
+    in another.
 
-    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is marked for the student
-    to write.
+    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is
+    marked for the student to write.
     """
 
-    def __init__(self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None) -> None:
+    def __init__(
+        self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None
+    ) -> None:
         text = length - int(bos is not None)
-        self.windows_NL, self.count = with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos), count
+        self.windows_NL, self.count = (
+            with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos),
+            count,
+        )
         generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
-        self.order = torch.cat([torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)])[:count]
+        self.order = torch.cat(
+            [torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)]
+        )[:count]
         self.own = torch.rand(count, generator=generator) < own
 
     def __len__(self) -> int:
@@ -77,7 +93,13 @@ class Objective:
     generator: int | None = None  # the seed of what the student writes itself, if it does
     unscored: int = 0  # positions at the start of a window whose predictions do not count
 
-    def loss(self, student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput | None, found: Any) -> Tensor:
+    def loss(
+        self,
+        student: PreTrainedModel,
+        ids_BL: Tensor,
+        taught: TeacherOutput | CachedOutput | None,
+        found: Any,
+    ) -> Tensor:
         """The loss of a batch, given what a forward pass of the student found."""
         own, labels_T = output_of(student, found), next_tokens(ids_BL, self.unscored).flatten()
         loss = token_loss(
@@ -92,7 +114,8 @@ class Objective:
 def measured(
     student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput, unscored: int, found: Any
 ) -> tuple[Tensor, Tensor]:
-    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student found.
+    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student
+    found.
 
     What is predicted at the first `unscored` positions of a window counts in neither.
     """
@@ -117,29 +140,40 @@ def answering(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
-    """The first half of each window, and the other half as the model goes on by itself, drawn from what it predicts.
+    """The first half of each window, and the other half as the model goes on by itself, drawn from what it
+    predicts.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
     """
     half, training = ids_BL.shape[1] // 2, model.training
     drawn: Any = GenerationConfig(
-        max_new_tokens=ids_BL.shape[1] - half, do_sample=True, top_k=0, top_p=1.0, temperature=1.0, pad_token_id=0
+        max_new_tokens=ids_BL.shape[1] - half,
+        do_sample=True,
+        top_k=0,
+        top_p=1.0,
+        temperature=1.0,
+        pad_token_id=0,
     )
     model.eval()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         start_BP = ids_BL[:, :half]
-        found: Tensor = cast(Any, model).generate(start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn)
+        found: Tensor = cast(Any, model).generate(
+            start_BP, attention_mask=torch.ones_like(start_BP), generation_config=drawn
+        )
     model.train(training)
     return found
 
 
 class DistillTrainer(Trainer):
-    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence in any case."""
+    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence
+    in any case."""
 
     student: PreTrainedModel
     objective: Objective
-    loss_is_scaled_for_ga = False  # windows are of one length, so the mean of micro-batches' means is the batch's
+    loss_is_scaled_for_ga = (
+        False  # windows are of one length, so the mean of micro-batches' means is the batch's
+    )
 
     def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
         answering(student)
@@ -150,13 +184,19 @@ class DistillTrainer(Trainer):
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """The loss of a batch {input_ids [B, L], window [B], own [B]}, a scalar with gradient."""
         objective, ids = self.objective, self._written(inputs)
         more = objective.matching.asked if objective.matching else {}
         taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
-        loss = model(**forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught))
+        loss = model(
+            **forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught)
+        )
         return (loss, {}) if return_outputs else loss
 
     def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -196,11 +236,15 @@ class Watch(TrainerCallback):
         next(progress, None)  # the first step begins; each end of a step finishes one
         self.broken_at: int | None = None
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """One step more."""
         next(self.progress, None)
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
+    ) -> None:
         """A checkpoint is complete: its manifest says so."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         distributed.wait()
@@ -216,13 +260,16 @@ class Watch(TrainerCallback):
         **_: Any,
     ) -> None:
         """Stop at a loss that is no number."""
-        numbers = [float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")]
+        numbers = [
+            float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")
+        ]
         if not all(map(math.isfinite, numbers)) and self.broken_at is None:
             self.broken_at, control.should_training_stop = state.global_step, True
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a training that is as it was written, and so is the best one until then; others are deleted.
+    """The last checkpoint of a training that is as it was written, and so is the best one until then; others
+    are deleted.
 
     `Watch` writes a manifest into each when it is complete.
     """

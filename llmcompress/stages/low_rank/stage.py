@@ -1,9 +1,11 @@
-"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in common.
+"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in
+common.
 
-The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model gives them. The
-coefficients, each layer's own, are then solved for layer after layer, on the inputs as they have become and against the full
-model. With one layer a group there is nothing shared: it is plain low-rank compression, whose basis too is that of the inputs
-as they have become. A product of low rank has fewer operations as well as fewer bytes.
+The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model
+gives them. The coefficients, each layer's own, are then solved for layer after layer, on the inputs as they
+have become and against the full model. With one layer a group there is nothing shared: it is plain low-rank
+compression, whose basis too is that of the inputs as they have become. A product of low rank has fewer
+operations as well as fewer bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +26,14 @@ from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.linear_rewriting import Rewriting, inner, refused, require_known, rewriting_memory, rewriting_note
+from llmcompress.stages.linear_rewriting import (
+    Rewriting,
+    inner,
+    refused,
+    require_known,
+    rewriting_memory,
+    rewriting_note,
+)
 
 STAGE, FOUND = "low_rank", "found"  # in the journal
 
@@ -40,11 +49,16 @@ class LowRank(Stage):
     layers_per_basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=1, description="adjacent layers that have a basis in common; 1: plain low rank"
     )
-    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(default=None, description="of every product")
-    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="share of the parameters of the linears that stays; the ranks follow from it"
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
+        default=None, description="of every product"
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None,
+        description="share of the parameters of the linears that stays; the ranks follow from it",
+    )
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> LowRank:
@@ -65,10 +79,12 @@ class LowRank(Stage):
         return groups
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError where none is left."""
+        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
+        where none is left."""
         if self.layers_per_basis > len(model.layers):
             raise ModelError(
-                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of this model; use fewer"
+                f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of "
+                "this model; use fewer"
             )
         ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
         require_known("skip", self.skip, ours)
@@ -78,11 +94,19 @@ class LowRank(Stage):
             for linear in model.anatomy.linears:
                 names = [f"{model.layer_name(index)}.{linear}" for index in group]
                 if names[0] not in shapes or any(name in kept for name in names):
-                    kept |= {name: "another of its group is kept" for name in names if name in shapes and name not in kept}
+                    kept |= {
+                        name: "another of its group is kept"
+                        for name in names
+                        if name in shapes and name not in kept
+                    }
                     continue
                 R, C = shapes[names[0]]
                 rank = self.rank or int((self.keep or 0) * len(group) * R * C / (len(group) * R + C))
-                fewer = rank >= 1 and rank * (len(group) * R + C) < len(group) * R * C and rank <= min(C, len(group) * R)
+                fewer = (
+                    rank >= 1
+                    and rank * (len(group) * R + C) < len(group) * R * C
+                    and rank <= min(C, len(group) * R)
+                )
                 why = f"a product of rank {rank} for {R} x {C} weights stores no less"
                 if fewer:
                     chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
@@ -134,7 +158,9 @@ class LowRank(Stage):
         (chosen, kept), groups = self.choose(model), self.groups(model)
         if self.layers_per_basis > 1:
             self._find(model, context, groups, chosen)
-        number_of = {model.layer_name(index): number for number, group in enumerate(groups) for index in group}
+        number_of = {
+            model.layer_name(index): number for number, group in enumerate(groups) for index in group
+        }
 
         @functools.lru_cache(maxsize=1)  # groups come one after another
         def found(number: int) -> dict[str, Tensor]:
@@ -148,7 +174,9 @@ class LowRank(Stage):
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
             first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
-            dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")  # one for the group, as the basis is
+            dtype = model.dtype_of(
+                f"{model.layer_name(first)}.{linear}.weight"
+            )  # one for the group, as the basis is
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
             return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
@@ -164,7 +192,11 @@ class LowRank(Stage):
         return facts
 
     def _find(
-        self, model: LayerwiseModel, context: Context, groups: Sequence[Sequence[int]], chosen: dict[str, FactoredLayout]
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        groups: Sequence[Sequence[int]],
+        chosen: dict[str, FactoredLayout],
     ) -> None:
         """Journal the bases of every group, by linear: what its layers read in the full model decides."""
         journal = context.journal
@@ -173,13 +205,18 @@ class LowRank(Stage):
         number_of = {index: number for number, group in enumerate(groups) for index in group}
         weights: dict[str, list[Tensor]] = {}
         moments: dict[str, list[Tensor]] = {}
-        for layer in context.track(walk(model, context.data.calibration), "tie (find bases)", len(model.layers)):
+        for layer in context.track(
+            walk(model, context.data.calibration), "tie (find bases)", len(model.layers)
+        ):
             layouts, read = layer.own(chosen), layer.moments()
             for linear in layouts:
                 weights.setdefault(linear, []).append(layer.weight(linear))
                 moments.setdefault(linear, []).append(read[linear].H_CC)
             number = number_of[layer.index]
             if layer.index == groups[number][-1]:
-                bases = {name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu() for name in layouts}
+                bases = {
+                    name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu()
+                    for name in layouts
+                }
                 journal.save(FOUND, number, bases, {})
                 weights, moments = {}, {}

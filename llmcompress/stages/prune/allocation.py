@@ -1,9 +1,10 @@
 """How many units each layer keeps, so that one budget of parameters loses least.
 
-Every layer is asked, in the full model, what it would lose at every width: the squared error of the linear that reads the axis
-as its units go one after another, all others solved for, weighed by the output Fisher matrix of the layer, which makes nats of
-it. That is right for small losses; so at one width it is measured, with that layer alone cut. The widths are then a knapsack.
-It costs one pass back for the Fisher matrices, one forward, the removal of all units, and half a pass a layer on a few tokens.
+Every layer is asked, in the full model, what it would lose at every width: the squared error of the linear
+that reads the axis as its units go one after another, all others solved for, weighed by the output Fisher
+matrix of the layer, which makes nats of it. That is right for small losses; so at one width it is measured,
+with that layer alone cut. The widths are then a knapsack. It costs one pass back for the Fisher matrices, one
+forward, the removal of all units, and half a pass a layer on a few tokens.
 """
 
 from __future__ import annotations
@@ -22,15 +23,18 @@ from llmcompress.stages.prune.structured import Reading, Score, cut
 
 SAMPLE = 4096  # tokens that are measured on
 
-Curves = Mapping[str, Sequence[Sequence[float]]]  # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
+Curves = Mapping[
+    str, Sequence[Sequence[float]]
+]  # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
 
 
 def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
     """The nats a token that each layer loses by what it keeps of each axis, as far as they add up.
 
-    A layer alone is cut to three quarters, and what the model loses by that is measured: its curve is multiplied so that it
-    goes through there. Where there is no metric, because a norm follows the sublayer, it is one of relative errors before.
+    A layer alone is cut to three quarters, and what the model loses by that is measured: its curve is
+    multiplied so that it goes through there. Where there is no metric, because a norm follows the sublayer,
+    it is one of relative errors before.
     """
     layers, sample = len(model.layers), context.data.calibration[:1].shape[1]
     few = max(1, -(-SAMPLE // (sample * len(batches_of(context.data.calibration)[0]))))  # batches
@@ -56,7 +60,9 @@ def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict
     for (axis, index), nats in measured.items():
         losses_here = found[axis][index]
         foretold = losses_here[_measured_at(len(losses_here) - 1)]
-        found[axis][index] = [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
+        found[axis][index] = (
+            [loss * nats / foretold for loss in losses_here] if foretold > 0 and nats > 0 else losses_here
+        )
     return found
 
 
@@ -64,8 +70,11 @@ def _measured_at(units: int) -> int:
     return max(1, min(units - 1, round(0.75 * units)))
 
 
-def without(layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int) -> list[Tensor]:
-    """What leaves a layer for its first inputs where `count` units of an axis stay; the layer is then as it was."""
+def without(
+    layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int
+) -> list[Tensor]:
+    """What leaves a layer for its first inputs where `count` units of an axis stay; the layer is then as it
+    was."""
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     cut(layer, axis, count, Score("obs", metric_RR), mend=True)
     out = layer.outputs(layer.inputs[:batches])
@@ -75,16 +84,23 @@ def without(layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None
 
 
 def of_a_unit(model: LayerwiseModel, axis: str, spent: Callable[[Widths], int]) -> list[int]:
-    """What one unit of an axis takes in each layer, in the parameters or bytes that `spent` says of widths."""
+    """What one unit of an axis takes in each layer, in the parameters or bytes that `spent` says of
+    widths."""
     layers = len(model.layers)
     none = spent({axis: (0,) * layers})
-    return [spent({axis: tuple(int(index == only) for index in range(layers))}) - none for only in range(layers)]
+    return [
+        spent({axis: tuple(int(index == only) for index in range(layers))}) - none for only in range(layers)
+    ]
 
 
-def widths(curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]) -> Widths:
-    """Units that each layer keeps: multiples, or all it has; the least loss in all with at most `budget` parameters or bytes.
+def widths(
+    curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]
+) -> Widths:
+    """Units that each layer keeps: multiples, or all it has; the least loss in all with at most `budget`
+    parameters or bytes.
 
-    `unit` is what one unit takes of these, by axis and layer. Raises ValueError where one multiple everywhere is too much.
+    `unit` is what one unit takes of these, by axis and layer. Raises ValueError where one multiple everywhere
+    is too much.
     """
     options = []
     for axis, layers in curves.items():

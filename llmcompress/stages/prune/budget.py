@@ -1,6 +1,7 @@
 """How much of a model stays: a share or a number of units, or the parameters or bytes that are to be reached.
 
-A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut included.
+A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut
+included.
 """
 
 from __future__ import annotations
@@ -28,11 +29,15 @@ class Budget(Settings):
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="units that stay (in each layer), or layers: a share, or how many"
     )
-    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = Field(
-        default=None, description="parameters of the model that stay: a share of those it has now, or how many"
+    parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = (
+        Field(
+            default=None,
+            description="parameters of the model that stay: a share of those it has now, or how many",
+        )
     )
     size: Annotated[int, Field(ge=1, le=MOST_STORED)] | None = Field(
-        default=None, description="bytes on disk to reach, as a number or like 100MB, before anything is quantised"
+        default=None,
+        description="bytes on disk to reach, as a number or like 100MB, before anything is quantised",
     )
     multiple: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
         default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
@@ -56,7 +61,8 @@ class Budget(Settings):
         return self
 
     def spent(self, model: LayerwiseModel, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """What the model takes of the budget, if it has these widths: bytes where it is a size, else parameters."""
+        """What the model takes of the budget, if it has these widths: bytes where it is a size, else
+        parameters."""
         return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
 
     def allowed(self, model: LayerwiseModel) -> int:
@@ -82,11 +88,19 @@ class Budget(Settings):
 
     def _of_layer(self, model: LayerwiseModel, index: int) -> int:
         """What one layer takes of the budget."""
-        sizes = {f"{model.layer_name(index)}.{name}": p.numel() for name, p in model.layers[index].named_parameters()}
-        return sum(size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items())
+        sizes = {
+            f"{model.layer_name(index)}.{name}": p.numel()
+            for name, p in model.layers[index].named_parameters()
+        }
+        return sum(
+            size * (1 if self.size is None else model.dtype_of(name).itemsize) for name, size in sizes.items()
+        )
 
-    def uniform(self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int) -> tuple[int, ...]:
-        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as `layers`."""
+    def uniform(
+        self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int
+    ) -> tuple[int, ...]:
+        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as
+        `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
         allowed = self.allowed(model)
@@ -100,17 +114,22 @@ class Budget(Settings):
                 low, high = (middle, high) if fits else (low, middle - 1)
             return tuple(min(low * step, size) for size in sizes)
 
-        for step in [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]:
+        for step in (
+            [multiple] if self.multiple else [step for step in (multiple, *STEPS) if step <= multiple]
+        ):
             counts = at(step)
             reached = self.spent(model, {axis: counts})
-            if (1 - NEAR) * allowed <= reached <= allowed or (list(counts) == list(sizes) and reached <= allowed):
+            if (1 - NEAR) * allowed <= reached <= allowed or (
+                list(counts) == list(sizes) and reached <= allowed
+            ):
                 return counts
         if reached > allowed:
             raise self.refuse(model, reached)
         return counts
 
     def count(self, axis: str, size: int, multiple: int) -> int:
-        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or all by rounding."""
+        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or
+        all by rounding."""
         assert self.keep is not None
         if isinstance(self.keep, int):
             if self.multiple and self.keep % self.multiple:
@@ -122,7 +141,8 @@ class Budget(Settings):
             count = max(multiple, round(self.keep * size / multiple) * multiple)
         if count >= size:
             raise ModelError(
-                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of {multiple}): nothing '
+                f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of '
+                f"{multiple}): nothing "
                 "would be cut; use a smaller keep or multiple"
             )
         return count
@@ -130,9 +150,12 @@ class Budget(Settings):
     def refuse(self, model: LayerwiseModel, least: int) -> ModelError:
         """The error where the budget is less than the `least` that the model can take of it."""
         said, unit = (
-            (f"parameters: {self.parameters:g}", "parameters") if self.size is None else (f"size: {self.size}", "bytes")
+            (f"parameters: {self.parameters:g}", "parameters")
+            if self.size is None
+            else (f"size: {self.size}", "bytes")
         )
         return ModelError(
-            f"{said} can't be reached: what this stage may cut leaves at least {least} of {self.spent(model)} {unit}; "
+            f"{said} can't be reached: what this stage may cut leaves at least {least} of "
+            f"{self.spent(model)} {unit}; "
             "allow more, or cut other axes too"
         )

@@ -1,4 +1,5 @@
-"""Experts of a mixture: how much each says to the tokens that are routed to it, and the layer without those that say least."""
+"""Experts of a mixture: how much each says to the tokens that are routed to it, and the layer without those
+that say least."""
 
 from __future__ import annotations
 
@@ -16,15 +17,19 @@ AXIS = "expert"
 def require_enough(model: LayerwiseModel, count: int) -> None:
     """Refuse fewer experts than each token is routed to. Errors: ModelError."""
     if count < (chosen := model.config.num_experts_per_tok):
-        raise ModelError(f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or more')
+        raise ModelError(
+            f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or '
+            "more"
+        )
 
 
 @torch.no_grad()
 def worth(layer: DecoderLayer) -> Tensor:
-    """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the length of its answer.
+    """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the
+    length of its answer.
 
-    Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and not over those
-    routed to the expert, so one that is rarely asked is worth little.
+    Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and
+    not over those routed to the expert, so one that is rarely asked is worth little.
     """
     place = layer.anatomy.experts[0].rpartition(".")[0]
     experts = layer.module.get_submodule(place)
@@ -48,7 +53,8 @@ def worth(layer: DecoderLayer) -> Tensor:
 
 
 def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` experts stay, by name in the layer, and the share of the worth that goes."""
+    """The parameters that change where `count` experts stay, by name in the layer, and the share of the worth
+    that goes."""
     worth_E = worth(layer)
     kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values
     tensors = {

@@ -1,9 +1,10 @@
 """A narrower hidden state: the directions of it that say least are cut out of every weight that has the axis.
 
-With `pca` the hidden state is first turned onto its principal axes, one rotation for the whole model that is folded into the
-weights, so that what is cut is the directions with the least variance; with `activation` it is single channels, those that the
-norms put out smallest. A norm over fewer channels divides by another root mean square, which its gain makes up for. Linears
-that read the state are then solved for anew: their outputs on the narrow state come closest to what they made of the whole one.
+With `pca` the hidden state is first turned onto its principal axes, one rotation for the whole model that is
+folded into the weights, so that what is cut is the directions with the least variance; with `activation` it
+is single channels, those that the norms put out smallest. A norm over fewer channels divides by another root
+mean square, which its gain makes up for. Linears that read the state are then solved for anew: their outputs
+on the narrow state come closest to what they made of the whole one.
 """
 
 from __future__ import annotations
@@ -35,18 +36,21 @@ def why_not(model: LayerwiseModel, score: str) -> str | None:
 
 
 def find_directions(model: LayerwiseModel, context: Context, score: str) -> None:
-    """Have the journal hold the directions [D, D], those first that stay longest: columns, or for `activation` an order [D].
+    """Have the journal hold the directions [D, D], those first that stay longest: columns, or for
+    `activation` an order [D].
 
-    Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the whole model,
-    so that no matrix is left on the residual path and the result is a plain model. activation: Minitron, Muralidharan et al.
-    2024, arXiv:2407.14679.
+    Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the
+    whole model, so that no matrix is left on the residual path and the result is a plain model. activation:
+    Minitron, Muralidharan et al. 2024, arXiv:2407.14679.
     """
     journal = context.journal
     if journal.has(DIRECTIONS, 0):
         return
     layers, D = len(model.layers), model.sizes[AXIS]
     moments = Moments(D, model.device)
-    for layer in context.track(walk(model, context.data.calibration, through=True), f"prune (hidden, {score})", layers + 1):
+    for layer in context.track(
+        walk(model, context.data.calibration, through=True), f"prune (hidden, {score})", layers + 1
+    ):
         for hidden in layer.inputs:
             x_TD = hidden.flatten(0, -2).to(model.device)
             moments.add(x_TD / x_TD.pow(2).mean(-1, keepdim=True).sqrt().clamp_min(1e-12))
@@ -57,8 +61,11 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
     journal.save(DIRECTIONS, 0, {"directions": order.cpu().contiguous()}, {})
 
 
-def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool) -> list[dict[str, Any]]:
-    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by layer."""
+def cut(
+    model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool
+) -> list[dict[str, Any]]:
+    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by
+    layer."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
     order = journal.load(DIRECTIONS, 0)[0]["directions"]
     kept = torch.arange(count) if score == "pca" else order[:count].sort().values
@@ -87,28 +94,44 @@ def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str,
 def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
     """Make a layer narrow, and solve its linears anew; the relative error of the states that leave it."""
     anatomy, whole = layer.anatomy, {linear: layer.weight(linear) for linear in layer.anatomy.linears}
-    tensors = _narrow({name: layer.module.get_parameter(name).data for name in anatomy.layer}, anatomy.layer, layer.sizes, kept)
+    tensors = _narrow(
+        {name: layer.module.get_parameter(name).data for name in anatomy.layer},
+        anatomy.layer,
+        layer.sizes,
+        kept,
+    )
     layer.become(narrow, _with_gains(tensors, anatomy.layer, _share(layer)))
     for group in anatomy.consumers if mend else ():
         moments = layer.moments(group)[group[0]]
         reads = AXIS in Spelling((anatomy.input_of(group[0]),)).axes
         for linear in group:
             W_RC = layer.weight(linear)
-            layer.set_weight(linear, translate(whole[linear], W_RC, moments) if reads else retarget(W_RC, moments))
+            layer.set_weight(
+                linear, translate(whole[linear], W_RC, moments) if reads else retarget(W_RC, moments)
+            )
     aims = [target[..., kept] for target in layer.targets[:SAMPLE]]
-    errors = [(out - aim).pow(2).sum() for out, aim in zip(layer.outputs(layer.inputs[:SAMPLE]), aims, strict=True)]
+    errors = [
+        (out - aim).pow(2).sum() for out, aim in zip(layer.outputs(layer.inputs[:SAMPLE]), aims, strict=True)
+    ]
     return float(torch.stack(errors).sum() / torch.stack([aim.pow(2).sum() for aim in aims]).sum())
 
 
 @torch.no_grad()
-def _outer(model: LayerwiseModel, outline: MetaModel, layer: DecoderLayer, kept: Tensor, mend: bool) -> dict[str, Tensor]:
+def _outer(
+    model: LayerwiseModel, outline: MetaModel, layer: DecoderLayer, kept: Tensor, mend: bool
+) -> dict[str, Tensor]:
     """What lies outside the layers, narrow; `layer` is the one after the last."""
     anatomy, tied = model.anatomy, model.config.tie_word_embeddings
-    rows = {name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")}
+    rows = {
+        name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")
+    }
     tensors = {name: model.model.get_parameter(name).data for name in rows}
     tensors = _with_gains(_narrow(tensors, rows, model.sizes, kept), rows, _share(layer))
     if mend and not tied and anatomy.norm:
-        whole, narrow = model.model.get_submodule(anatomy.norm), copy.deepcopy(outline.model.get_submodule(anatomy.norm))
+        whole, narrow = (
+            model.model.get_submodule(anatomy.norm),
+            copy.deepcopy(outline.model.get_submodule(anatomy.norm)),
+        )
         for name in dict(narrow.named_parameters()):
             narrow._parameters[name] = nn.Parameter(tensors[f"{anatomy.norm}.{name}"], requires_grad=False)
         moments = Moments(len(kept), model.device, model.sizes[AXIS])
@@ -119,7 +142,9 @@ def _outer(model: LayerwiseModel, outline: MetaModel, layer: DecoderLayer, kept:
     return model.as_stored(tensors)
 
 
-def _narrow(tensors: dict[str, Tensor], rows: Mapping[str, str], sizes: Mapping[str, int], kept: Tensor) -> dict[str, Tensor]:
+def _narrow(
+    tensors: dict[str, Tensor], rows: Mapping[str, str], sizes: Mapping[str, int], kept: Tensor
+) -> dict[str, Tensor]:
     """The tensors without the channels that go."""
     along = {name: AXIS in Spelling.parse(rows[name]).axes for name in tensors}
     return {name: take(t, rows[name], sizes, AXIS, kept) if along[name] else t for name, t in tensors.items()}
@@ -134,5 +159,7 @@ def _with_gains(tensors: dict[str, Tensor], rows: Mapping[str, str], share: floa
 def _share(layer: DecoderLayer) -> float:
     """The root mean square of the narrow states over that of the whole ones, in the mean."""
     pairs = zip(layer.inputs, layer.reference, strict=True)
-    ratios = [(x.pow(2).mean(-1) / full.pow(2).mean(-1).clamp_min(1e-30)).sqrt().flatten() for x, full in pairs]
+    ratios = [
+        (x.pow(2).mean(-1) / full.pow(2).mean(-1).clamp_min(1e-30)).sqrt().flatten() for x, full in pairs
+    ]
     return float(torch.cat(ratios).mean())

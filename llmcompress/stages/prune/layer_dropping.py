@@ -1,9 +1,9 @@
 """Whole layers taken out: those without which the model's predictions change least.
 
-With `kl`, one layer after another goes, each time the one whose loss, measured on the model without it, is the least; what was
-taken out before counts. One pass through the model carries a stream of hidden states for every layer that could go, so each
-layer is read once for each that goes. `influence` asks in a single pass how far each layer turns the hidden states, and takes
-out those that turn them least.
+With `kl`, one layer after another goes, each time the one whose loss, measured on the model without it, is
+the least; what was taken out before counts. One pass through the model carries a stream of hidden states for
+every layer that could go, so each layer is read once for each that goes. `influence` asks in a single pass
+how far each layer turns the hidden states, and takes out those that turn them least.
 """
 
 from __future__ import annotations
@@ -21,18 +21,24 @@ from llmcompress.stages.base import Context
 
 
 def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dict[str, Any]:
-    """Which layers go so that `count` stay, in the order in which they go, and what is known of the loss after each.
+    """Which layers go so that `count` stay, in the order in which they go, and what is known of the loss
+    after each.
 
-    Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full model in place of
-    the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
+    Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full
+    model in place of the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
     """
     layers = len(model.layers)
     if score == "influence":
         turned = {}
         for layer in context.track(walk(model, _sample(context)), "prune (layer, influence)", layers):
             with torch.no_grad():
-                pairs = [(hidden, out) for hidden, out in zip(layer.inputs, layer.outputs(layer.inputs), strict=True)]
-            turned[layer.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(len(x) for x, _ in pairs)
+                pairs = [
+                    (hidden, out)
+                    for hidden, out in zip(layer.inputs, layer.outputs(layer.inputs), strict=True)
+                ]
+            turned[layer.index] = sum(block_influence(x, y) * len(x) for x, y in pairs) / sum(
+                len(x) for x, _ in pairs
+            )
         order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
         return {"gone": order, "influence": [turned[index] for index in order]}
     every, least = [(index, None) for index in range(layers)], layers - count
@@ -48,7 +54,8 @@ def greedy(
     steps: int,
     cost: Callable[[Part], float] = lambda part: 1.0,
 ) -> tuple[list[Part], list[float]]:
-    """Parts that go while `more` of them are wanted, in about so many steps, and the KL in nats a token after each.
+    """Parts that go while `more` of them are wanted, in about so many steps, and the KL in nats a token after
+    each.
 
     Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
     """

@@ -1,10 +1,12 @@
-"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what else there is.
+"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what
+else there is.
 
-Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear that reads the
-axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become come closest to those of the
-model as it was. Where all layers keep the same number of units, the result is a plain checkpoint that transformers loads by
-itself; where `allocation` gives each layer a width of its own, it loads once llmcompress is imported. A layer that the journal
-holds is not cut again. `experts`, `hidden` and `depth` know what is special about experts, the hidden state and layers.
+Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear
+that reads the axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become
+come closest to those of the model as it was. Where all layers keep the same number of units, the result is a
+plain checkpoint that transformers loads by itself; where `allocation` gives each layer a width of its own, it
+loads once llmcompress is imported. A layer that the journal holds is not cut again. `experts`, `hidden` and
+`depth` know what is special about experts, the hidden state and layers.
 """
 
 from __future__ import annotations
@@ -26,12 +28,20 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import SAMPLE, following, gradients, walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.fisher import TOKENS, find_fisher, metric, tokens_for
-from llmcompress.stages.prune import allocation, experts, hidden_size, layer_dropping, structured, sublayer_dropping
+from llmcompress.stages.prune import (
+    allocation,
+    experts,
+    hidden_size,
+    layer_dropping,
+    structured,
+    sublayer_dropping,
+)
 from llmcompress.stages.prune.allocation import Widths
 from llmcompress.stages.prune.budget import NEAR, Budget
 
 STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
-KERNEL = 64  # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+# what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+KERNEL = 64
 INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
 Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
 SCORES = {  # of an axis, the default first
@@ -60,23 +70,36 @@ class Prune(Budget, Stage):
     }
 
     axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
-        description="what is cut: ffn neurons, kv heads with their query heads, q: query heads of every kv head, experts, "
-        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of ffn with kv or q"
+        description="what is cut: ffn neurons, kv heads with their query heads, "
+        "q: query heads of every kv head, experts, "
+        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of "
+        "ffn with kv or q"
     )
     allocation: Literal["uniform", "sensitivity"] | None = Field(
-        default=None, description="as many units in every layer, or where they lose least; default uniform with keep, else not"
-    )
-    score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = Field(
         default=None,
-        description="what a unit is worth; default obs; of experts activation, of hidden pca, of layers and sublayers kl",
+        description="uniform: as many units in every layer; sensitivity: where they lose least; "
+        "default uniform with keep, else sensitivity",
     )
-    repair: bool = Field(default=True, description="solve the linear that reads the axis anew for what is left")
+    score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = (
+        Field(
+            default=None,
+            description="saliency of a unit; default obs, for experts activation, for hidden pca, "
+            "for layers and sublayers kl",
+        )
+    )
+    repair: bool = Field(
+        default=True, description="solve the linear that reads the axis anew for what is left"
+    )
 
     @model_validator(mode="after")
     def _of_the_axis(self) -> Prune:
         spoken = " and ".join(self.axes)
-        if len(self.axes) > 1 and (len(set(self.axes)) < len(self.axes) or set(self.axes) not in ({"ffn", "kv"}, {"ffn", "q"})):
-            raise ValueError(f"axis {spoken}: ffn goes with kv or with q, everything else in a stage of its own")
+        if len(self.axes) > 1 and (
+            len(set(self.axes)) < len(self.axes) or set(self.axes) not in ({"ffn", "kv"}, {"ffn", "q"})
+        ):
+            raise ValueError(
+                f"axis {spoken}: ffn goes with kv or with q, everything else in a stage of its own"
+            )
         if len(self.axes) > 1 and self.keep is None and self.allocation == "uniform":
             raise ValueError(f"allocation: uniform with a budget is for one axis, not {spoken}")
         fitting = SCORES[self.axes[0]]
@@ -121,22 +144,32 @@ class Prune(Budget, Stage):
             return sublayer_dropping.sizes(model)
         for axis in self.axes:
             if axis not in model.sizes or (axis in INNER and model.anatomy.consumer_of(axis) is None):
-                raise ModelError(f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or layer')
+                raise ModelError(
+                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or '
+                    "layer"
+                )
             if axis == "hidden" and (why := hidden_size.why_not(model, self.worth)):
-                raise ModelError(f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis")
+                raise ModelError(
+                    f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis"
+                )
         found = {axis: model.widths_of(axis) for axis in self.axes}
         if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
-            raise ModelError(f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers")
+            raise ModelError(
+                f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers"
+            )
         return found
 
     def cut(self, model: LayerwiseModel, journal: Journal | None = None) -> Cut:
-        """What the stage leaves; without the journal of what it has found, as if layers were alike and the last layers went.
+        """What the stage leaves; without the journal of what it has found, as if layers were alike and the
+        last layers went.
 
         Raises ModelError where the axis can't be cut, or not so far.
         """
         if self.of_layers:
             total = len(model.layers)
-            return Cut(gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total)))
+            return Cut(
+                gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total))
+            )
         if self.of_parts:
             gone = journal.load(WIDTHS, 0)[1]["gone"] if journal else sublayer_dropping.guess(model, self)
             return Cut(sublayer_dropping.widths(model, [(index, axis) for index, axis in gone]))
@@ -148,7 +181,9 @@ class Prune(Budget, Stage):
         """What changes in the config. Errors: ModelError where transformers has no such model."""
         cut = cut or self.cut(model)
         if self.of_layers:
-            return shortened(model.config, [index for index in range(len(model.layers)) if index not in cut.gone])
+            return shortened(
+                model.config, [index for index in range(len(model.layers)) if index not in cut.gone]
+            )
         return resized(model.config, model.anatomy, cut.widths)
 
     @property
@@ -159,7 +194,10 @@ class Prune(Budget, Stage):
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse to prune what is no plain matrix any more. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
-            raise ValueError(f"prune comes before {other}: weights that are shared, products or codes can't be cut any more")
+            raise ValueError(
+                f"prune comes before {other}: weights that are shared, products or codes can't be cut any "
+                "more"
+            )
         super().require_place(before, after)
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -195,10 +233,18 @@ class Prune(Budget, Stage):
         every, without = sublayer_dropping.candidates(model), sublayer_dropping.guess(model, self)
         operations = 2.0 * inner * SAMPLE * len(every) * len(without) / 2
         note = "the run finds the sublayers that lose least; what stands here is without the last ones"
-        return f"sublayer, {len(every) - len(without)} of {len(every)}", operations, 2 * layers * SAMPLE * D, (note,)
+        return (
+            f"sublayer, {len(every) - len(without)} of {len(every)}",
+            operations,
+            2 * layers * SAMPLE * D,
+            (note,),
+        )
 
-    def _cutting(self, model: MetaModel, inner: int, work: Workload) -> tuple[str, float, int, tuple[str, ...]]:
-        """Of units of axes: what stays in words, the operations, the widest input that is solved for, and notes."""
+    def _cutting(
+        self, model: MetaModel, inner: int, work: Workload
+    ) -> tuple[str, float, int, tuple[str, ...]]:
+        """Of units of axes: what stays in words, the operations, the widest input that is solved for, and
+        notes."""
         cut, maps, sizes = self.cut(model), dict(model.linear_maps()), self.sizes(model)
         consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in self.axes]
         C = max(maps[name][1] if name in maps else model.config.hidden_size for name in consumers)
@@ -210,7 +256,10 @@ class Prune(Budget, Stage):
         if not self.sensitive:
             return spoken, operations, C, ()
         operations += 2 * 2.0 * inner * work.tokens + solved
-        note = "the run finds a width for each layer, where it loses least; what stands here is for layers all alike"
+        note = (
+            "the run finds a width for each layer, where it loses least; "
+            "what stands here is for layers all alike"
+        )
         return f"{spoken} in the mean", operations, C, (note,)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
@@ -219,7 +268,11 @@ class Prune(Budget, Stage):
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
         if (self.sensitive or self.of_parts) and not journal.has(WIDTHS, 0):
-            found = sublayer_dropping.find(model, context, self) if self.of_parts else self._allocate(model, context)
+            found = (
+                sublayer_dropping.find(model, context, self)
+                if self.of_parts
+                else self._allocate(model, context)
+            )
             journal.save(WIDTHS, 0, {}, found)
         cut = self.cut(model, journal)
         notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
@@ -238,20 +291,29 @@ class Prune(Budget, Stage):
             facts = self._layers(model, context, outline, cut)
         return Facts(STAGE, layers=facts, notes=notes, details=details)
 
-    def _layers(self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut) -> list[dict[str, Any]]:
+    def _layers(
+        self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut
+    ) -> list[dict[str, Any]]:
         """Cut layer after layer; what that cost."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(STAGE, index) for index in range(layers)):
             visited = walk(model, context.data.calibration, reference=True)
             for layer in context.track(visited, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
                 if not journal.has(STAGE, layer.index):
-                    self._layer(layer, model, context, {axis: counts[layer.index] for axis, counts in cut.widths.items()})
+                    self._layer(
+                        layer,
+                        model,
+                        context,
+                        {axis: counts[layer.index] for axis, counts in cut.widths.items()},
+                    )
                 tensors = journal.load(STAGE, layer.index)[0]
                 inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
                 layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
         return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
 
-    def _layer(self, layer: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]) -> None:
+    def _layer(
+        self, layer: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]
+    ) -> None:
         """Cut a layer along each axis in turn, and journal what changes in it."""
         named: dict[str, Tensor] = {}
         cuts: list[dict[str, Any]] = []
@@ -265,7 +327,9 @@ class Prune(Budget, Stage):
                 score = self._score(model, context, layer.index, axis)
                 tensors, lost = structured.cut(layer, axis, counts[axis], score, self.repair)
             named |= model.as_stored(tensors, f"{layer.name}.")
-            cuts.append({"name": layer.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost})
+            cuts.append(
+                {"name": layer.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost}
+            )
         context.journal.save(STAGE, layer.index, named, {"cuts": cuts})
 
     def _shorten(self, model: LayerwiseModel, context: Context) -> Facts:
@@ -275,7 +339,9 @@ class Prune(Budget, Stage):
         found = journal.load(STAGE, 0)[1]
         count = total - len(found["gone"])
         details = {"axis": "layer", "score": self.worth, "units": total, "kept_units": count}
-        return Facts(STAGE, notes=[f"{count} of {total} layers stay"], details=self._asked() | details | found)
+        return Facts(
+            STAGE, notes=[f"{count} of {total} layers stay"], details=self._asked() | details | found
+        )
 
     def _asked(self) -> dict[str, Any]:
         return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
@@ -291,14 +357,18 @@ class Prune(Budget, Stage):
         }
 
     def _multiple(self, model: LayerwiseModel, axis: str) -> int:
-        return self.multiple or (KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1)
+        return self.multiple or (
+            KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1
+        )
 
     def _plain(self, model: LayerwiseModel) -> Widths:
         """Widths as if all layers were to lose alike."""
         sizes = self.sizes(model)
         if self.keep is None and len(self.axes) > 1:
             return self._alike(model, sizes)
-        found = {axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes}
+        found = {
+            axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes
+        }
         if "expert" in found:
             experts.require_enough(model, min(found["expert"]))
         return found
@@ -318,17 +388,28 @@ class Prune(Budget, Stage):
         unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
         none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
         whole = self.spent(model)
-        within = self.spent(model, self._plain(model)) if self.keep is not None else min(self.allowed(model), whole)
+        within = (
+            self.spent(model, self._plain(model))
+            if self.keep is not None
+            else min(self.allowed(model), whole)
+        )
         multiples = {axis: self._multiple(model, axis) for axis in self.axes}
         for axis in self.axes:
-            while not self.multiple and multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:
+            while (
+                not self.multiple
+                and multiples[axis] > 1
+                and multiples[axis] * max(unit[axis]) > NEAR * within
+            ):
                 multiples[axis] //= 2
         least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
         if within < least:
             raise self.refuse(model, least)
         curves = allocation.curves(model, context, self.axes)
         found = allocation.widths(curves, unit, within - none, multiples)
-        nats = {axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)] for axis in self.axes}
+        nats = {
+            axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)]
+            for axis in self.axes
+        }
         return {"widths": found, "expected_nats": nats}
 
     def _find_out(self, model: LayerwiseModel, context: Context) -> None:
@@ -342,9 +423,14 @@ class Prune(Budget, Stage):
         windows = windows[: -(-TOKENS // windows.shape[1])]
         consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.axes}
         unscored = context.data.unscored
-        found = gradients(model, windows, context.scratch, following, tuple(consumers.values()), unscored=unscored)
+        found = gradients(
+            model, windows, context.scratch, following, tuple(consumers.values()), unscored=unscored
+        )
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
-            worth = {axis: structured.taylor(model, index, axis, by_name[name]).cpu() for axis, name in consumers.items()}
+            worth = {
+                axis: structured.taylor(model, index, axis, by_name[name]).cpu()
+                for axis, name in consumers.items()
+            }
             journal.save(TAYLOR, index, worth, {})
 
     def _score(self, model: LayerwiseModel, context: Context, index: int, axis: str) -> structured.Score:

@@ -1,7 +1,8 @@
 """Units of an axis in one layer: which of them stay, and the layer without the others.
 
-What a unit is worth is read off the linear that reads the axis, or off all that has it. With `obs` units go one after another,
-each the one whose loss the others make up for best and the model's predictions feel least; the other scores sort them once.
+What a unit is worth is read off the linear that reads the axis, or off all that has it. With `obs` units go
+one after another, each the one whose loss the others make up for best and the model's predictions feel least;
+the other scores sort them once.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 
 @dataclass(frozen=True)
 class Reading:
-    """The linear that reads an axis, with what it reads here: W_RC, its moments, and the unit of each of its columns."""
+    """The linear that reads an axis, with what it reads here: W_RC, its moments, and the unit of each of its
+    columns."""
 
     linear: str
     W_RC: Tensor
@@ -51,7 +53,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """What a unit is worth: a name, and what was found out in the whole model: a metric of the layer's errors, or a worth."""
+    """What a unit is worth: a name, and what was found out in the whole model: a metric of the layer's
+    errors, or a worth."""
 
     name: str
     metric_RR: Tensor | None = None
@@ -82,7 +85,8 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
 
 
 def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
-    """What each unit of an axis in a layer is worth to first order, by the gradient of the linear that reads it, as stored."""
+    """What each unit of an axis in a layer is worth to first order, by the gradient of the linear that reads
+    it, as stored."""
     reader = model.anatomy.consumer_of(axis)
     assert reader is not None
     with model.layer(index) as module:
@@ -94,11 +98,15 @@ def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Te
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 
-def cut(layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` units stay, by their names in the layer, and the relative output error.
+def cut(
+    layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool
+) -> tuple[dict[str, Tensor], float]:
+    """The parameters that change where `count` units stay, by their names in the layer, and the relative
+    output error.
 
-    With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before have lost. The layer
-    itself goes on as wide as it was, with zeros where units are gone, so that another axis can be cut after this one.
+    With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before
+    have lost. The layer itself goes on as wide as it was, with zeros where units are gone, so that another
+    axis can be cut after this one.
     """
     anatomy, read = layer.anatomy, Reading.of(layer, axis)
     reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)

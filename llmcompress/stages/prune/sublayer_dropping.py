@@ -1,9 +1,10 @@
-"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change least.
+"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change
+least.
 
-What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that differ in width, and
-loads once llmcompress is imported. The attention of the first layer of each kind stays, for caches tell the length of a text
-by it, and so does the first ffn: a model without any is not one that can be built. A layer that loses both parts passes its
-input on, and may as well be cut by `axis: layer`.
+What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that
+differ in width, and loads once llmcompress is imported. The attention of the first layer of each kind stays,
+for caches tell the length of a text by it, and so does the first ffn: a model without any is not one that can
+be built. A layer that loses both parts passes its input on, and may as well be cut by `axis: layer`.
 """
 
 from __future__ import annotations
@@ -29,8 +30,14 @@ PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units o
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
     """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
     anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
-    consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}  # transformers' Conv1D takes no empty input
-    axes = [axis for axis, name in consumers.items() if name and name not in anatomy.conv1d and (heads or axis != "kv")]
+    consumers = {
+        axis: anatomy.consumer_of(axis) for axis in PARTS
+    }  # transformers' Conv1D takes no empty input
+    axes = [
+        axis
+        for axis, name in consumers.items()
+        if name and name not in anatomy.conv1d and (heads or axis != "kv")
+    ]
     kinds: Sequence[str] = getattr(model.config, "layer_types", None) or [""] * len(model.layers)
     first = {"kv": {kinds.index(kind) for kind in kinds}, "ffn": {0}}
     found = [
@@ -40,7 +47,9 @@ def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
         if model.sizes_of(index)[axis] and index not in first[axis]
     ]
     if not found:
-        raise ModelError(f"no attention or ffn of this {anatomy.family} model can be taken out alone; use axis: layer")
+        raise ModelError(
+            f"no attention or ffn of this {anatomy.family} model can be taken out alone; use axis: layer"
+        )
     return found
 
 
@@ -59,7 +68,8 @@ def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
 
 
 def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
-    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than can."""
+    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than
+    can."""
     every = candidates(model)
     if budget.keep is not None:
         whole = isinstance(budget.keep, float) and budget.keep == 1
@@ -82,10 +92,11 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
 
 
 def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
-    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least a parameter.
+    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least
+    a parameter.
 
-    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence from the full
-    model for the perplexity.
+    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence
+    from the full model for the perplexity.
     """
     axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
     parts: list[Part] = [(index, model.anatomy.consumer_of(axis)) for index, axis in candidates(model)]
@@ -99,7 +110,9 @@ def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, A
         return float(budget.spent(model) - budget.spent(model, widths(model, named([part]))))
 
     steps = len(guess(model, budget))
-    gone, kl_nats = greedy(model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost)
+    gone, kl_nats = greedy(
+        model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost
+    )
     return {"gone": named(gone), "kl_nats": kl_nats}
 
 
@@ -120,4 +133,8 @@ def spoken(gone: Sequence[Sequence[Any]], model: LayerwiseModel) -> str:
         for axis in PARTS
         if (of := sorted(index for index, other in gone if other == axis))
     ]
-    return f"{len(gone)} of {len(candidates(model))} sublayers go: {' and '.join(said)}" if gone else "all sublayers stay"
+    return (
+        f"{len(gone)} of {len(candidates(model))} sublayers go: {' and '.join(said)}"
+        if gone
+        else "all sublayers stay"
+    )

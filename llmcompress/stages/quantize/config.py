@@ -1,8 +1,10 @@
-"""How one linear is to be written: the settings that a recipe gives for all, and the overrides that it gives for some.
+"""How one linear is to be written: the settings that a recipe gives for all, and the overrides that it gives
+for some.
 
-An override changes the stage's own settings for the linears it names; one that names another format starts from that format's
-defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their groups; every other mixture, and any
-model whose embedding is int8, needs our plug-in, and there LLM.int8 becomes the same codes in our layout (`alone`).
+An override changes the stage's own settings for the linears it names; one that names another format starts
+from that format's defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their
+groups; every other mixture, and any model whose embedding is int8, needs our plug-in, and there LLM.int8
+becomes the same codes in our layout (`alone`).
 """
 
 from __future__ import annotations
@@ -20,27 +22,43 @@ from llmcompress.stages.base import Settings
 
 
 class FormatConfig(Settings):
-    """`format, group_size, double_quant, threshold, activations, range`: how linears are written, and what their kernels round."""
+    """`format, group_size, double_quant, threshold, activations, range`: how linears are written, and what
+    their kernels round."""
 
     retired: ClassVar[Mapping[str, str]] = {"block": "it is called group_size"}
 
     format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16"] = Field(
-        default="nf4", description="nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"
+        default="nf4",
+        description=(
+            "nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"
+        ),
     )
-    group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(default=64, description="weights that share one scale")
+    group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
+        default=64, description="weights that share one scale"
+    )
     double_quant: bool = Field(
         default=False, description="store the scales in 8 bits: 4.13 bits a weight at group_size 64, not 4.5"
     )
     threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.0, description="int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
+        default=0.0,
+        description=(
+            "int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
+        ),
     )
-    activations: Literal["dynamic", "static", "none"] = Field(default="dynamic", description="a scale a token, or a stored one")
-    range: Literal["minmax", "percentile", "mse"] = Field(default="mse", description="what a static scale is chosen by")
+    activations: Literal["dynamic", "static", "none"] = Field(
+        default="dynamic", description="a scale a token, or a stored one"
+    )
+    range: Literal["minmax", "percentile", "mse"] = Field(
+        default="mse", description="what a static scale is chosen by"
+    )
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> FormatConfig:
         belongs = {
-            "group_size": (self.format not in ("int8", "w8a8", "w8a16"), f"4-bit formats; {self.format} has one scale a row"),
+            "group_size": (
+                self.format not in ("int8", "w8a8", "w8a16"),
+                f"4-bit formats; {self.format} has one scale a row",
+            ),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
             "threshold": (self.format == "int8", f"int8, not {self.format}"),
             "activations": (self.format in FORMATS, f"{', '.join(FORMATS)}, not {self.format}"),
@@ -58,19 +76,25 @@ class FormatConfig(Settings):
         if self.format == "int8":
             return Int8Scheme(self.threshold)
         return IntegerScheme(
-            IntegerLayout(self.format, self.activations, None if self.format.startswith("w8") else self.group_size), self.range
+            IntegerLayout(
+                self.format, self.activations, None if self.format.startswith("w8") else self.group_size
+            ),
+            self.range,
         )
 
     def settings(self) -> dict[str, Any]:
         """The fields of a format that were given."""
-        return {name: getattr(self, name) for name in FormatConfig.model_fields if name in self.model_fields_set}
+        return {
+            name: getattr(self, name) for name in FormatConfig.model_fields if name in self.model_fields_set
+        }
 
 
 class Override(FormatConfig):
     """Settings for some linears: those not given are the stage's, unless another format is."""
 
     def over(self, own: FormatConfig) -> FormatConfig:
-        """The settings that hold for these linears, where the stage's are `own`. Errors: ValueError as for any Format."""
+        """The settings that hold for these linears, where the stage's are `own`. Errors: ValueError as for
+        any Format."""
         same = self.format == own.format or "format" not in self.model_fields_set
         return FormatConfig(**((own.settings() if same else {}) | self.settings()))
 
@@ -90,7 +114,8 @@ def together(codings: Mapping[str, QuantScheme], *, native: bool = True) -> dict
     for linear, coding in codings.items():
         if isinstance(coding, Int8Scheme) and coding.threshold:
             raise ModelError(
-                f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout, as LLM.int8 has "
+                f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout, as "
+                "LLM.int8 has "
                 "it; set it to 0 beside others, or beside embedding: int8"
             )
     return {

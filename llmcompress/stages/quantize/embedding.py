@@ -1,9 +1,10 @@
-"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it really gives.
+"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it
+really gives.
 
-Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to calibrate, as a row is
-read alone. Where the head is tied to the embedding it is the same matrix and multiplies by the same codes, and what it reads is
-rounded as the format of the other linears has it. What stays dense outside the layers is journalled beside it, if a rotation
-changed it.
+Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to
+calibrate, as a row is read alone. Where the head is tied to the embedding it is the same matrix and
+multiplies by the same codes, and what it reads is rounded as the format of the other linears has it. What
+stays dense outside the layers is journalled beside it, if a rotation changed it.
 """
 
 from __future__ import annotations
@@ -52,9 +53,11 @@ def apart(model: LayerwiseModel) -> set[str]:
 def settle_outer(
     model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
 ) -> tuple[list[Tensor], list[dict[str, Any]]]:
-    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by int8 codes.
+    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by
+    int8 codes.
 
-    Returns the states that the embedding gave before, and what the report says of it; both empty where it is kept.
+    Returns the states that the embedding gave before, and what the report says of it; both empty where it is
+    kept.
     """
     name, journal = model.anatomy.embedding, context.journal
     if (model.rotation or name in chosen) and not journal.has(OUTER, 0):
@@ -85,7 +88,9 @@ def _entry(
     codes_VD, scale_V = round_rows(W_VD)
     packed = IntegerWeight(codes_VD.cpu(), scale_V.cpu(), coding.scheme)
     facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, windows)}
-    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {"linears": [facts]}
+    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {
+        "linears": [facts]
+    }
 
 
 def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, float]:
@@ -98,4 +103,6 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, f
         squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
     squares_2V = torch.cat(squares, 1).double()
     errors = {"relative_error": (squares_2V * counts_V).sum(1), "weight_error": squares_2V.sum(1)}
-    return {name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()}
+    return {
+        name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()
+    }

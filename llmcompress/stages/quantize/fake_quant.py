@@ -1,4 +1,5 @@
-"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding decide by."""
+"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding
+decide by."""
 
 from __future__ import annotations
 
@@ -14,16 +15,22 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 
 @torch.no_grad()
 def trial(
-    layer: DecoderLayer, codings: Mapping[str, QuantScheme], tops: Mapping[str, float], batches: Sequence[Tensor]
+    layer: DecoderLayer,
+    codings: Mapping[str, QuantScheme],
+    tops: Mapping[str, float],
+    batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their kernels round it.
+    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their
+    kernels round it.
 
     tops: the largest input of each linear, for static scales. The layer stays as it was.
     """
     rounded, before = {}, dict(layer.rounds)
     for linear, coding in codings.items():
         W_RC, scale = layer.weight(linear), coding.static_scale(tops[linear])
-        rounded[f"{linear}.weight"] = layer.oriented(linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC))
+        rounded[f"{linear}.weight"] = layer.oriented(
+            linear, registry.dequantize(coding.nearest(W_RC, scale)).to(W_RC)
+        )
         if inputs := coding.inputs(scale):
             layer.rounds[linear] = inputs
     try:

@@ -26,7 +26,8 @@ METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, 
 
 
 def half_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with AVX512-BF16 or AMX."""
+    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with
+    AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -47,12 +48,19 @@ class Rounding:
 
     codings: Mapping[str, QuantScheme]
     device: torch.device
-    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32  # in which the base stores one, by name in the layer
-    pooled: Mapping[str, Moments] = field(default_factory=dict)  # of a weight that layers share, what all of them read
-    known: Mapping[str, StoredWeight] = field(default_factory=dict)  # of one that an earlier layer has, its codes
+    dtype_of: Callable[[str], torch.dtype] = lambda name: (
+        torch.float32
+    )  # in which the base stores one, by name in the layer
+    pooled: Mapping[str, Moments] = field(
+        default_factory=dict
+    )  # of a weight that layers share, what all of them read
+    known: Mapping[str, StoredWeight] = field(
+        default_factory=dict
+    )  # of one that an earlier layer has, its codes
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
-        """Codes and scales solved for under the second moments of the inputs, against the full model's outputs if they know it.
+        """Codes and scales solved for under the second moments of the inputs, against the full model's
+        outputs if they know it.
 
         Where scales may have one sign or both, both are solved for and the smaller error is kept.
         """
@@ -62,7 +70,9 @@ class Rounding:
         for signed in coding.signs:
             solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
             found.append(_stored(coding, solved, input_scale))
-        return min(found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC))
+        return min(
+            found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC)
+        )
 
     def grid(self, linear: str) -> Grid:
         """The levels of a linear's weights."""
@@ -75,9 +85,11 @@ class Rounding:
     def in_turn(
         self, layer: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
-        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what the next ones read.
+        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what
+        the next ones read.
 
-        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of inputs.
+        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of
+        inputs.
         """
         solved: dict[str, Solution] = {}
         moments: dict[str, Moments] = {}
@@ -95,12 +107,15 @@ class Rounding:
                     Q_RC = self.weight(linear, solved[linear])
                 layer.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in layer.anatomy.layer:
-                    shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                    shift_R = bias_shift(
+                        weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C
+                    )
                     layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
     def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
-        """What is stored of the linears whose codes are known, each with the static scale of its own inputs."""
+        """What is stored of the linears whose codes are known, each with the static scale of its own
+        inputs."""
         found = dict(self.known)
         for linear in found.keys() & scales.keys():
             weight = found[linear]
@@ -111,14 +126,19 @@ class Rounding:
     def round_inputs(
         self, layer: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """From here on the linears of `groups` among `weights` read what their kernels will; their static scales, if any."""
+        """From here on the linears of `groups` among `weights` read what their kernels will; their static
+        scales, if any."""
         static = {
             linear: coding
             for linear, coding in self.codings.items()
             if linear in weights and isinstance(coding, IntegerScheme) and coding.static
         }
-        seen = {consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)}
-        for read, _ in layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ():
+        seen = {
+            consumers[0]: Magnitudes(layer.device) for consumers in groups if static.keys() & set(consumers)
+        }
+        for read, _ in (
+            layer.reads(*(consumers for consumers in groups if consumers[0] in seen)) if seen else ()
+        ):
             for name, magnitudes in seen.items():
                 magnitudes.add(read[name])
         scales: dict[str, float] = {}
@@ -142,10 +162,11 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[dict[str, Solution], dict[str, Any]]:
-        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before and after.
+        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before
+        and after.
 
-        The loss is the error of the layer's output against the full model's, weighed by the output Fisher matrix. Where
-        training ends no better than it began, the start is kept.
+        The loss is the error of the layer's output against the full model's, weighed by the output Fisher
+        matrix. Where training ends no better than it began, the start is kept.
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
@@ -159,11 +180,15 @@ class Rounding:
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
-            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(map(len, layer.inputs))
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(
+                map(len, layer.inputs)
+            )
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
         rounds = -(-steps // len(layer.inputs))
-        order = torch.cat([torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]).tolist()
+        order = torch.cat(
+            [torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]
+        ).tolist()
         trained = learn(
             weights,
             starts,
@@ -172,10 +197,15 @@ class Rounding:
             steps=steps,
             snaps={name: self.codings[name].snap for name in starts},
         )
-        ends = {name: _stored(self.codings[name], result, input_scales.get(name)) for name, result in trained.items()}
+        ends = {
+            name: _stored(self.codings[name], result, input_scales.get(name))
+            for name, result in trained.items()
+        }
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
         return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
 
 
 def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
-    return Solution(RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale))
+    return Solution(
+        RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale)
+    )

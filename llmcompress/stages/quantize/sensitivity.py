@@ -1,9 +1,10 @@
 """Which linears suffer most from their rounding, so that a small share of the weights can be spared it.
 
-Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F the output Fisher
-matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are spared in the order of nats a weight, as
-long as they fit in the share: the best choice there is but for what is left over at the end. Where our own layout rounds what
-a linear reads, it is spared that alone, as two int8 codes hold 16 bits, and keeps its bytes; else it stays as it is.
+Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F
+the output Fisher matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are
+spared in the order of nats a weight, as long as they fit in the share: the best choice there is but for what
+is left over at the end. Where our own layout rounds what a linear reads, it is spared that alone, as two int8
+codes hold 16 bits, and keeps its bytes; else it stays as it is.
 """
 
 from __future__ import annotations
@@ -39,18 +40,25 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
-        lost = [_nats(trial(layer, {linear: one}, tops, sample), aims, F_DD) for one in (coding, spared(coding)) if one]
+        lost = [
+            _nats(trial(layer, {linear: one}, tops, sample), aims, F_DD)
+            for one in (coding, spared(coding))
+            if one
+        ]
         found[linear] = lost[0] - sum(lost[1:])
     return found
 
 
 def _nats(outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
-    errors = torch.cat([(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)])
+    errors = torch.cat(
+        [(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)]
+    )
     return float(((errors @ F_DD) * errors).sum(-1).mean() / 2)
 
 
 def most_hurt(costs: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
-    """The linears to spare: at most `share` of all weights (sizes, by linear), those first that cost most nats a weight."""
+    """The linears to spare: at most `share` of all weights (sizes, by linear), those first that cost most
+    nats a weight."""
     room, found = share * sum(sizes.values()), []
     for linear in sorted(costs, key=lambda linear: costs[linear] / sizes[linear], reverse=True):
         if costs[linear] > 0 and sizes[linear] <= room:

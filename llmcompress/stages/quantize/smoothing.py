@@ -1,9 +1,11 @@
-"""Smoothing before the rounding: a scale for each channel crosses from a producer to its readers, as far as a search says.
+"""Smoothing before the rounding: a scale for each channel crosses from a producer to its readers, as far as a
+search says.
 
-It is decided for one entry of `scale_pairs` after another, by the error that the readers' rounding (nearest codes, and the kernel's
-rounding of what they read) makes in the output of the whole layer, as a share of each token's output, which the next norm will
-divide by. Candidates are the exponents of the papers, a fit of all factors to the noise to expect, and no scale at all: a layer
-is never made worse on the sample that decides. The function of the model stays the same: see `DecoderLayer.cross`.
+It is decided for one entry of `scale_pairs` after another, by the error that the readers' rounding (nearest
+codes, and the kernel's rounding of what they read) makes in the output of the whole layer, as a share of each
+token's output, which the next norm will divide by. Candidates are the exponents of the papers, a fit of all
+factors to the noise to expect, and no scale at all: a layer is never made worse on the sample that decides.
+The function of the model stays the same: see `DecoderLayer.cross`.
 """
 
 from __future__ import annotations
@@ -31,18 +33,25 @@ TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weigh
 class Smooth(Settings):
     """`smooth: {method, alpha}`."""
 
-    method: Literal["smoothquant", "awq"] = Field(default="smoothquant", description="for rounded activations, or for 4 bits")
-    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(default="auto", description="how far to go")
+    method: Literal["smoothquant", "awq"] = Field(
+        default="smoothquant", description="for rounded activations, or for 4 bits"
+    )
+    alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
+        default="auto", description="how far to go"
+    )
 
     def search(
         self, layer: DecoderLayer, codings: Mapping[str, QuantScheme], dtype_of: Callable[[str], torch.dtype]
     ) -> dict[str, Tensor]:
-        """The factor of each entry of `scale_pairs` with a reader among `codings`; they have crossed when this returns.
+        """The factor of each entry of `scale_pairs` with a reader among `codings`; they have crossed when
+        this returns.
 
         `dtype_of` says in which dtype a parameter is stored, by its name in the layer.
         """
         moments, found = layer.moments(), {}
-        aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]  # before anything is rounded
+        aims = [
+            aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])
+        ]  # before anything is rounded
         with closing(layer.reads(*layer.anatomy.consumers)) as reads:
             read = dict(next(reads)[0])  # of the first batch
         for key, consumers in layer.anatomy.scale_pairs.items():
@@ -59,23 +68,39 @@ class Smooth(Settings):
         return found
 
     def _candidates(
-        self, layer: DecoderLayer, key: str, consumers: Sequence[str], moments: Moments, X_TC: Tensor, coding: QuantScheme
+        self,
+        layer: DecoderLayer,
+        key: str,
+        consumers: Sequence[str],
+        moments: Moments,
+        X_TC: Tensor,
+        coding: QuantScheme,
     ) -> list[Tensor]:
-        """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes nothing."""
+        """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes
+        nothing."""
         unit_C, shape = _units(layer, key, consumers[0])
         weights = [layer.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
-        top, tops, size = (_largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt()))
+        top, tops, size = (
+            _largest(x, unit_C, shape) for x in (moments.top_C, weight_top, moments.H_CC.diagonal().sqrt())
+        )
         exponents = EXPONENTS if self.alpha == "auto" else (self.alpha,)
-        found = [smoothquant(top, tops, a) if self.method == "smoothquant" else awq(size, a) for a in exponents]
+        found = [
+            smoothquant(top, tops, a) if self.method == "smoothquant" else awq(size, a) for a in exponents
+        ]
         if self.alpha != "auto":
             return found
         W_RC = torch.cat([W_RC[:: max(1, len(W_RC) // ROWS)] for W_RC in weights])
         ones_U = torch.ones(shape, device=layer.device).flatten()
         fit_U = fitted(
-            X_TC, W_RC, unit_C, ones_U,
-            input_largest=coding.input_largest, weight_largest=coding.weight_largest, group_size=coding.columns(tuple(W_RC.shape)),
-        )  # fmt: skip
+            X_TC,
+            W_RC,
+            unit_C,
+            ones_U,
+            input_largest=coding.input_largest,
+            weight_largest=coding.weight_largest,
+            group_size=coding.columns(tuple(W_RC.shape)),
+        )
         return [ones_U.reshape(shape), *found, fit_U.reshape(shape)]
 
     def _loss(
@@ -88,7 +113,8 @@ class Smooth(Settings):
         dtype: torch.dtype,
         aims: Sequence[Tensor],
     ) -> float:
-        """Squared error of the layer's output over its size, readers rounded once the factor has crossed; the layer stays."""
+        """Squared error of the layer's output over its size, readers rounded once the factor has crossed; the
+        layer stays."""
         before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
@@ -96,17 +122,22 @@ class Smooth(Settings):
         outs = trial(layer, codings, dict.fromkeys(codings, top), layer.inputs[: len(aims)])
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
-        errors = [((out - aim).square().sum(-1) / aim.square().sum(-1)).sum() for out, aim in zip(outs, aims, strict=True)]
+        errors = [
+            ((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()
+            for out, aim in zip(outs, aims, strict=True)
+        ]
         return float(sum(errors))
 
 
 def norm_of(layer: DecoderLayer, key: str) -> str:
-    """The parameter, by its name in the layer, that takes a factor in if the producer of a key of `scale_pairs` is a norm."""
+    """The parameter, by its name in the layer, that takes a factor in if the producer of a key of
+    `scale_pairs` is a norm."""
     return f"{layer.anatomy.producer(key)[0]}.weight"
 
 
 def _units(layer: DecoderLayer, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
-    """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape of those units."""
+    """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape
+    of those units."""
     _, _, axes = layer.anatomy.producer(key)
     term = Spelling((layer.anatomy.input_of(reader),))
     shape = tuple(layer.sizes[axis] for axis in axes)

@@ -1,10 +1,11 @@
 """Quantise the linears, each layer with the inputs that the layers before it give.
 
-`nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for its codes and
-scales under the second moments of its inputs, one after another, so that each makes good what those before it lost against
-the full model. `learned` goes on from there and trains the codes and scales of a whole layer at once, so that its output
-comes closest to the full model's where the full model's predictions feel it. All three write the same bytes. A layer that the
-journal holds is not done again: its codes are read, and the walk goes on through them.
+`nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for
+its codes and scales under the second moments of its inputs, one after another, so that each makes good what
+those before it lost against the full model. `learned` goes on from there and trains the codes and scales of a
+whole layer at once, so that its output comes closest to the full model's where the full model's predictions
+feel it. All three write the same bytes. A layer that the journal holds is not done again: its codes are read,
+and the walk goes on through them.
 """
 
 from __future__ import annotations
@@ -40,35 +41,59 @@ from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.sensitivity import costs, most_hurt, spared
 from llmcompress.stages.quantize.smoothing import Smooth, norm_of
 
-Entry = tuple[dict[str, Tensor], dict[str, Any]]  # of the journal: tensors by their names in the checkpoint, facts
+Entry = tuple[
+    dict[str, Tensor], dict[str, Any]
+]  # of the journal: tensors by their names in the checkpoint, facts
 
-ALONE = ("smooth", "rotate", "protect", "rounding")  # what one weight for several layers does not go with, but for gptq
+ALONE = (
+    "smooth",
+    "rotate",
+    "protect",
+    "rounding",
+)  # what one weight for several layers does not go with, but for gptq
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 
 class Quantize(FormatConfig, Stage):
-    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`: and a Format."""
+    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`:
+    and a Format."""
 
     name: ClassVar[str] = STAGE
     quantizes: ClassVar[bool] = True
     overrides: dict[str, Override] = Field(
-        default={}, description="other settings for some linears, by name (* matches anything) or by an axis they run along"
+        default={},
+        description=(
+            "other settings for some linears, by name (* matches anything) or by an axis they run along"
+        ),
     )
-    rounding: Literal["nearest", "gptq", "learned"] = Field(default="gptq", description="nearest is stock bitsandbytes")
+    rounding: Literal["nearest", "gptq", "learned"] = Field(
+        default="gptq", description="nearest is stock bitsandbytes"
+    )
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
         default=200, description="steps of learned rounding on each layer"
     )
-    smooth: Smooth | None = Field(default=None, description="move the difficulty between inputs and weights first")
+    smooth: Smooth | None = Field(
+        default=None, description="move the difficulty between inputs and weights first"
+    )
     rotate: bool | Literal["heads"] = Field(
-        default=False, description="turn the hidden state and each head's values first (heads: these alone); folded, so free"
+        default=False,
+        description=(
+            "turn the hidden state and each head's values first (heads: these alone); folded, so free"
+        ),
     )
     protect: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.0, description="share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
+        default=0.0,
+        description=(
+            "share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
+        ),
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
     head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
     embedding: Literal["keep", "int8"] = Field(
-        default="keep", description="the input embedding, and a head tied to it, which is then the same int8 matrix"
+        default="keep",
+        description="the input embedding, and a head tied to it, which is then the same int8 matrix",
     )
 
     @model_validator(mode="after")
@@ -79,17 +104,21 @@ class Quantize(FormatConfig, Stage):
             try:
                 override.over(self)
             except ValidationError as error:
-                raise ValueError(f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}") from None
+                raise ValueError(
+                    f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
+                ) from None
         return self
 
     def rotation(self, model: LayerwiseModel, seed: int) -> Rotation | None:
-        """The rotation that is to come first, if one is; raises ModelError where the model can't be rotated."""
+        """The rotation that is to come first, if one is; raises ModelError where the model can't be
+        rotated."""
         if not self.rotate:
             return None
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect` left out.
+        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect`
+        left out.
 
         Raises ModelError where none is left, or an override can't stand beside the rest.
         """
@@ -99,9 +128,14 @@ class Quantize(FormatConfig, Stage):
         require_known("skip", self.skip, ours)
         require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
         if model.shared_linears and (
-            alone := [name for name in ALONE if getattr(self, name) not in (None, False, 0.0, "gptq", "nearest")]
+            alone := [
+                name for name in ALONE if getattr(self, name) not in (None, False, 0.0, "gptq", "nearest")
+            ]
         ):
-            raise ModelError(f"{alone[0]} is for layers by themselves, and some of this model share weights; leave {alone[0]}")
+            raise ModelError(
+                f"{alone[0]} is for layers by themselves, and some of this model share weights; leave "
+                f"{alone[0]}"
+            )
         for name, shape in model.linear_maps():
             coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
             if why := self._why_not(name, model, ours) or coding.refusal(shape):
@@ -112,10 +146,13 @@ class Quantize(FormatConfig, Stage):
         kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
         if not chosen:
             raise ModelError(
-                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another group_size or skip"
+                f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another "
+                "group_size or skip"
             )
         if self.embedding == "int8":
-            chosen |= embedding_codings(model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"]))
+            chosen |= embedding_codings(
+                model, self._settings(model.anatomy.head, rows[f"{model.anatomy.head}.weight"])
+            )
             kept = {name: why for name, why in kept.items() if name not in chosen}  # a tied head
         for name, source in model.shared_linears.items():  # one weight, one code
             chosen.pop(name, None)
@@ -135,7 +172,8 @@ class Quantize(FormatConfig, Stage):
         """Refuse a second code for the same linears. Errors: ValueError."""
         if any(stage.takes_all for stage in before) and (self.head, self.embedding) == ("keep", "keep"):
             raise ValueError(
-                "codebook and quantize are two codes for the same linears, and codebook takes all; give it skip, or leave one"
+                "codebook and quantize are two codes for the same linears, and codebook takes all; give it "
+                "skip, or leave one"
             )
         super().require_place(before, after)
 
@@ -157,7 +195,9 @@ class Quantize(FormatConfig, Stage):
         for name, shape in shapes.items():
             spares = self.protect if name in solved and spared(stored[name]) is None else 0.0
             scales = 0 if isinstance(stored[name], FourBitScheme) else 32 * shape[0]
-            more = math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales  # bits, over those of the base
+            more = (
+                math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales
+            )  # bits, over those of the base
             saved -= more * (1 - spares) / 8
         formats = ", ".join(dict.fromkeys(scheme.format for scheme in stored.values()))
         reasons = "; ".join(sorted(set(kept.values())))
@@ -171,32 +211,43 @@ class Quantize(FormatConfig, Stage):
         )
 
     def _memory(self, model: MetaModel, tokens: int) -> int:
-        """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the hidden states."""
+        """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the
+        hidden states."""
         inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
         outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
         # inputs and outputs, here and in the full model
         states = tokens * model.config.hidden_size * (2 if self.rounding == "nearest" else 4)
         widest = max(columns for _, (_, columns) in model.linear_maps())
-        # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam if trained
+        # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam
+        # if trained
         copies = {"nearest": 4, "gptq": 6, "learned": 11}[self.rounding]
         floats = inner * copies + outer + states + 4 * widest * widest
         return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
 
-    def _operations(self, model: MetaModel, shapes: Mapping[str, tuple[int, int]], solved: Sequence[str], tokens: int) -> float:
+    def _operations(
+        self, model: MetaModel, shapes: Mapping[str, tuple[int, int]], solved: Sequence[str], tokens: int
+    ) -> float:
         """Multiplications and additions of the stage."""
         inner = model.inner_parameters()
         forward = 2.0 * inner * tokens
         total = 2 * forward  # one pass for the moments, one to go on
         if self.rounding != "nearest":
-            total += 3 * forward  # the moments of one group of linears after another, in two streams; most passes end early
-            total += sum(2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in solved))
+            total += (
+                3 * forward
+            )  # the moments of one group of linears after another, in two streams; most passes end early
+            total += sum(
+                2.0 * rows * columns**2 * 13 + columns**3
+                for rows, columns in (shapes[name] for name in solved)
+            )
         if self.rounding == "learned" or self.protect:
             total += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
         if self.rounding == "learned":
             total += 3 * 2.0 * inner * self.steps * TOKENS_AT_ONCE + 2 * forward
         return total
 
-    def settled(self, model: LayerwiseModel, journal: Journal) -> tuple[dict[str, QuantScheme], dict[str, str]]:
+    def settled(
+        self, model: LayerwiseModel, journal: Journal
+    ) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
         chosen, kept = self.choose(model)
         for name in journal.load(PROTECTED, 0)[1]["linears"] if self.protect else ():
@@ -221,7 +272,8 @@ class Quantize(FormatConfig, Stage):
                 return "head: keep"
             if model.config.tie_word_embeddings:
                 raise ModelError(
-                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: keep and embedding: "
+                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: "
+                    "keep and embedding: "
                     "int8, which is both"
                 )
         elif name not in ours:
@@ -238,7 +290,9 @@ class Quantize(FormatConfig, Stage):
             model.turn(rotation)
         chosen, _ = self.choose(model)
         solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
-        steps = len(model.layers) + (model.anatomy.head in solved)  # the head is the step after the last layer
+        steps = len(model.layers) + (
+            model.anatomy.head in solved
+        )  # the head is the step after the last layer
         journal = context.journal
         if self.rounding == "learned" or self.protect:
             find_fisher(model, context)  # of the full model, so before its embedding is rounded
@@ -251,20 +305,37 @@ class Quantize(FormatConfig, Stage):
         facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
         shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
         bits = {name: chosen[name].bits for name in shapes}
-        unsaid = {"overrides", "threshold", "activations", "range", "smooth", "rotate", "protect", "embedding"}
+        unsaid = {
+            "overrides",
+            "threshold",
+            "activations",
+            "range",
+            "smooth",
+            "rotate",
+            "protect",
+            "embedding",
+        }
         unsaid -= self.model_fields_set
         unsaid |= set() if self.format in ("nf4", "fp4") else {"double_quant"}
         unsaid |= {"group_size"} if self.format in ("int8", "w8a8", "w8a16") else set()
-        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {"bits": mean_bits(bits, shapes)}
+        facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {
+            "bits": mean_bits(bits, shapes)
+        }
         facts.linears += embeddings
         facts.add(journal.load(STAGE, index)[1] for index in range(steps))
         facts.notes += starved_experts(facts.layers, model.config.hidden_size)
         return facts
 
     def _walk(
-        self, model: LayerwiseModel, context: Context, chosen: dict[str, QuantScheme], steps: int, full: Sequence[Tensor]
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        chosen: dict[str, QuantScheme],
+        steps: int,
+        full: Sequence[Tensor],
     ) -> None:
-        """Do the layers; `full`: the states that the full model's embedding gives, where it is not the one that is used."""
+        """Do the layers; `full`: the states that the full model's embedding gives, where it is not the one
+        that is used."""
         journal = context.journal
         calibrated, through = self.rounding != "nearest", steps > len(model.layers)
         pooled = self._pooled(model, context, chosen) if calibrated and model.shared_linears else {}
@@ -287,10 +358,13 @@ class Quantize(FormatConfig, Stage):
                 install(layer, codings, journal.load(STAGE, layer.index)[0])
 
     def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
-        """Of weights that layers share, the second moments of what all of them read, by the full name of the first."""
+        """Of weights that layers share, the second moments of what all of them read, by the full name of the
+        first."""
         shared_linears, found = model.shared_linears, dict[str, Moments]()
         wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
-        for layer in context.track(walk(model, context.data.calibration), "read what shared weights read", len(model.layers)):
+        for layer in context.track(
+            walk(model, context.data.calibration), "read what shared weights read", len(model.layers)
+        ):
             here = [name for name in layer.anatomy.linears if f"{layer.name}.{name}" in wanted]
             groups = [group for group in layer.anatomy.consumers if set(group) & set(here)]
             moments = layer.moments(*groups) if groups else {}
@@ -309,15 +383,25 @@ class Quantize(FormatConfig, Stage):
             if name in chosen and name.startswith(f"{layer.name}.")
         }
         tensors: dict[str, Tensor] = {}
-        for index in {int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()}:
+        for index in {
+            int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()
+        }:
             tensors |= journal.load(STAGE, index)[0]
         shapes = model.matrices()
-        return {name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1]) for name, source in here.items()}
+        return {
+            name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1])
+            for name, source in here.items()
+        }
 
     def _smoothed(
-        self, layer: DecoderLayer, codings: Mapping[str, QuantScheme], context: Context, dtype_of: Callable[[str], torch.dtype]
+        self,
+        layer: DecoderLayer,
+        codings: Mapping[str, QuantScheme],
+        context: Context,
+        dtype_of: Callable[[str], torch.dtype],
     ) -> list[str]:
-        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that stay dense."""
+        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that
+        stay dense."""
         if self.smooth is None:
             return self._turned(layer, codings)
         journal = context.journal
@@ -331,7 +415,9 @@ class Quantize(FormatConfig, Stage):
         for key in layer.anatomy.scale_pairs:
             if key in factors:
                 changed |= set(layer.cross(key, factors[key].to(layer.device), dtype_of(norm_of(layer, key))))
-        return sorted((changed | set(self._turned(layer, codings))) - {f"{linear}.weight" for linear in codings})
+        return sorted(
+            (changed | set(self._turned(layer, codings))) - {f"{linear}.weight" for linear in codings}
+        )
 
     def _turned(self, layer: DecoderLayer, linears: Iterable[str]) -> list[str]:
         """All parameters that stay dense, where a rotation changed them."""
@@ -342,7 +428,9 @@ class Quantize(FormatConfig, Stage):
         """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
-        for layer in context.track(walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)):
+        for layer in context.track(
+            walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)
+        ):
             codings = layer.own(chosen)
             self._smoothed(layer, codings, context, _in_block(model, layer))
             nats = costs(layer, codings, fisher(context, layer.index))
@@ -375,7 +463,9 @@ class Quantize(FormatConfig, Stage):
             name, bias = f"{layer.name}.{linear}", f"{linear}.bias"
             tensors |= _named(name, packed[linear])
             if self.rounding != "nearest" and bias in layer.anatomy.layer:
-                tensors[f"{layer.name}.{bias}"] = layer.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
+                tensors[f"{layer.name}.{bias}"] = (
+                    layer.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
+                )
             facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
         if layer.expert_tokens:
             notes["expert_tokens"] = list(layer.expert_tokens.values())
@@ -387,7 +477,9 @@ class Quantize(FormatConfig, Stage):
         scale = coding.static_scale(float(moments.top_C.max()))
         nearest = self.rounding == "nearest"
         with naming_layer(name):
-            packed = coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
+            packed = (
+                coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
+            )
         return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
 
 
@@ -397,16 +489,23 @@ def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], tor
 
 
 def starved_experts(layers: list[dict[str, Any]], few: int) -> list[str]:
-    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those experts.
+    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those
+    experts.
 
-    No calibrated format can be better than its data: such an expert's second moments are singular. Experts are kept in their
-    dtype by the formats that there are, so this is said and nothing more is done.
+    No calibrated format can be better than its data: such an expert's second moments are singular. Experts
+    are kept in their dtype by the formats that there are, so this is said and nothing more is done.
     """
     lines = []
     for layer in layers:
-        starved = [f"{expert} ({tokens})" for expert, tokens in enumerate(layer.get("expert_tokens", ())) if tokens < few]
+        starved = [
+            f"{expert} ({tokens})"
+            for expert, tokens in enumerate(layer.get("expert_tokens", ()))
+            if tokens < few
+        ]
         if starved:
-            lines.append(f"{layer['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}")
+            lines.append(
+                f"{layer['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}"
+            )
     return lines
 
 
@@ -415,7 +514,9 @@ def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor.cpu() for part, tensor in registry.tensors_of(packed).items()}
 
 
-def _facts(name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments) -> dict[str, Any]:
+def _facts(
+    name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments
+) -> dict[str, Any]:
     Q_RC = registry.dequantize(packed).to(W_RC.device)
     return {
         "name": name,

@@ -1,8 +1,10 @@
-"""Which layers are to share a part: those whose swapping for one another changes the model's predictions least.
+"""Which layers are to share a part: those whose swapping for one another changes the model's predictions
+least.
 
-Quick scores (cosine of weights, CKA of outputs) only choose what is tried. Then one layer after another is given up for another
-one's weights, each time the one whose loss, measured on the model with all swaps so far, is the least. Those that were given up
-for the same layer are a group. `cka`, `cosine` and `adjacent` decide without measuring, and are there to be compared with.
+Quick scores (cosine of weights, CKA of outputs) only choose what is tried. Then one layer after another is
+given up for another one's weights, each time the one whose loss, measured on the model with all swaps so far,
+is the least. Those that were given up for the same layer are a group. `cka`, `cosine` and `adjacent` decide
+without measuring, and are there to be compared with.
 """
 
 from __future__ import annotations
@@ -26,8 +28,11 @@ AT_ONCE = 24  # swaps in one pass: each has a stream of hidden states of its own
 Groups = list[list[int]]
 
 
-def find(model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness) -> dict[str, Any]:
-    """The layers in `count` groups that are to share `linears`, the first of each the one that it starts from, and the loss.
+def find(
+    model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness
+) -> dict[str, Any]:
+    """The layers in `count` groups that are to share `linears`, the first of each the one that it starts
+    from, and the loss.
 
     What is known of the loss is the KL in nats a token of plain swaps, with `kl` alone.
     """
@@ -45,7 +50,9 @@ def find(model: LayerwiseModel, context: Context, linears: Sequence[str], count:
     kl_nats: list[float] = []
     for _ in context.track(range(layers - count), "tie (layers, kl)", layers - count):
         swaps = _swaps(likeness, layers, given_up)
-        edits = {pair: {layer: taken[source] for layer, source in moved.items()} for pair, moved in swaps.items()}
+        edits = {
+            pair: {layer: taken[source] for layer, source in moved.items()} for pair, moved in swaps.items()
+        }
         losses: dict[tuple[int, int], float] = {}
         for start in range(0, len(edits), AT_ONCE):
             some = dict(list(edits.items())[start : start + AT_ONCE])
@@ -56,17 +63,26 @@ def find(model: LayerwiseModel, context: Context, linears: Sequence[str], count:
         given_up = swaps[best]
         kl_nats.append(losses[best])
     kept = [index for index in range(layers) if index not in given_up]
-    groups = [[index, *sorted(other for other, source in given_up.items() if source == index)] for index in kept]
+    groups = [
+        [index, *sorted(other for other, source in given_up.items() if source == index)] for index in kept
+    ]
     return {"groups": groups, "kl_nats": kl_nats}
 
 
-def _swaps(likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, int]) -> dict[tuple[int, int], dict[int, int]]:
-    """What may be given up next, as a layer and the one in its place: all swaps with it, what had that layer going along."""
+def _swaps(
+    likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, int]
+) -> dict[tuple[int, int], dict[int, int]]:
+    """What may be given up next, as a layer and the one in its place: all swaps with it, what had that layer
+    going along."""
     left = [index for index in range(layers) if index not in given_up]
     found = {}
     for index in left:
         others = [other for other in left if other != index]
-        near = {other for score in likeness.values() for other in sorted(others, key=lambda o: -float(score[index, o]))[:NEAR]}
+        near = {
+            other
+            for score in likeness.values()
+            for other in sorted(others, key=lambda o: -float(score[index, o]))[:NEAR]
+        }
         near |= set(sorted(others, key=lambda other: abs(other - index))[:2])
         for other in sorted(near):
             moved = {layer: other if source == index else source for layer, source in given_up.items()}
@@ -77,7 +93,10 @@ def _swaps(likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, i
 def _with_weights_of(model: LayerwiseModel, linears: Sequence[str], source: int) -> Edit:
     def edit(layer: DecoderLayer) -> dict[str, Tensor]:
         with model.layer(source) as module:
-            return {f"{linear}.weight": module.get_parameter(f"{linear}.weight").data.clone() for linear in linears}
+            return {
+                f"{linear}.weight": module.get_parameter(f"{linear}.weight").data.clone()
+                for linear in linears
+            }
 
     return edit
 

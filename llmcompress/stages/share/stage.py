@@ -1,9 +1,10 @@
 """Let layers that do the same work share the weights of their feed-forward part, their attention, or both.
 
-`grouping` finds the groups. What a group shares is fitted: it starts as the weights of the layer that serves all best and is
-trained on what each of them makes of its own inputs, weighed by what the model feels of it. Norms and biases, which cost next
-to nothing, stay each layer's own and are trained with it; so is the difference of low rank that each may have (residual_rank).
-What is shared is one tensor on disk and in memory. It is multiplied once for each layer, so there is no speed in it.
+`grouping` finds the groups. What a group shares is fitted: it starts as the weights of the layer that serves
+all best and is trained on what each of them makes of its own inputs, weighed by what the model feels of it.
+Norms and biases, which cost next to nothing, stay each layer's own and are trained with it; so is the
+difference of low rank that each may have (residual_rank). What is shared is one tensor on disk and in memory.
+It is multiplied once for each layer, so there is no speed in it.
 """
 
 from __future__ import annotations
@@ -66,31 +67,44 @@ class Share(Stage):
     residual_rank: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
         default=0, description="of the difference that each layer keeps"
     )
-    steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(default=300, description="of the fit of each group")
+    steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
+        default=300, description="of the fit of each group"
+    )
 
     @model_validator(mode="after")
     def _one_way(self) -> Share:
         if (self.layers is None) == (self.pairs is None):
             raise ValueError("give layers (auto, with groups) or pairs, one of them")
         if (self.groups is None) != (self.layers is None):
-            raise ValueError("groups goes with layers: how many different ones are left; pairs say it themselves")
+            raise ValueError(
+                "groups goes with layers: how many different ones are left; pairs say it themselves"
+            )
         named = [layer for group in self.pairs or () for layer in group]
         if len(set(named)) < len(named):
             raise ValueError("pairs name a layer twice; a layer is in one group")
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part has none."""
+        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part
+        has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
-            of = [name for name in anatomy.linears if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes]
+            of = [
+                name
+                for name in anatomy.linears
+                if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes
+            ]
             if not of:
-                raise ModelError(f"the {part} of a {anatomy.family} model is no linears that can be shared; share other parts")
+                raise ModelError(
+                    f"the {part} of a {anatomy.family} model is no linears that can be shared; share other "
+                    "parts"
+                )
             found += of
         return [name for name in anatomy.linears if name in found]
 
     def groups_of(self, model: LayerwiseModel, journal: Journal | None = None) -> list[list[int]]:
-        """The layers that share, the first of each group the one that stores; without a journal of what was found, a guess.
+        """The layers that share, the first of each group the one that stores; without a journal of what was
+        found, a guess.
 
         Raises ModelError where there are no such layers, or layers of a group differ in width.
         """
@@ -119,7 +133,9 @@ class Share(Stage):
                             "weights of different shapes can't be one, group layers of the same widths"
                         )
 
-    def choose(self, model: LayerwiseModel, journal: Journal | None = None) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
+    def choose(
+        self, model: LayerwiseModel, journal: Journal | None = None
+    ) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """How each linear that is shared is written, by full name, and those to keep with the reason."""
         linears, layout = self.linears(model), FactoredLayout("shared", self.residual_rank)
         chosen = {
@@ -131,7 +147,9 @@ class Share(Stage):
         shapes = dict(model.linear_maps())
         for name in chosen:
             if name in model.layouts:
-                raise ModelError(f"{name} is {model.layouts[name].format} already; share other layers or parts")
+                raise ModelError(
+                    f"{name} is {model.layouts[name].format} already; share other layers or parts"
+                )
             if why := layout.refusal(shapes[name]):
                 raise ModelError(f"residual_rank {self.residual_rank}: {why}; use a smaller one")
         others = dict.fromkeys(inner(model, linears), "shares with no other layer")
@@ -151,13 +169,19 @@ class Share(Stage):
         """The cost of finding the groups and of fitting what each shares."""
         groups, layers, inner = self.groups_of(model), len(model.layers), model.inner_parameters()
         searched = self.layers in ("auto", "kl")
-        swaps = (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR) if searched else 0
+        swaps = (
+            (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR)
+            if searched
+            else 0
+        )
         operations = 2.0 * inner * (2 * work.tokens + 5 * TOKENS) + inner * SAMPLE * swaps
         operations += 6.0 * inner / layers * TOKENS_AT_ONCE * self.steps * sum(map(len, groups))
         floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
         note = "the run finds the layers that share with least loss; what stands here is for neighbours"
         return Estimate(
-            stage=f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)",
+            stage=(
+                f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)"
+            ),
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
             peak_memory_bytes=4 * floats,
@@ -191,7 +215,8 @@ class Share(Stage):
         facts.add(journal.load(STAGE, index)[1] for index in range(len(model.layers)))
         groups = self.groups_of(model, journal)
         facts.notes = [
-            f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are unchanged: "
+            f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are "
+            "unchanged: "
             "a shared weight is multiplied once for each layer"
         ]
         asked = self.model_dump(include={"parts", "residual_rank", "steps"}, exclude_none=True, mode="json")
@@ -211,31 +236,50 @@ class Share(Stage):
                     with writing(context.scratch):
                         states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
                         save_file(states, context.scratch / f"entering-{layer.index}.safetensors")
-        for number, group in context.track(enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)):
+        for number, group in context.track(
+            enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)
+        ):
             if not journal.has(FIT, number):
                 journal.save(FIT, number, *self._fit(model, context, group, linears, windows))
         done: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for number, group in enumerate(groups):
             tensors, facts = journal.load(FIT, number)
             for index in group:
-                own = {name.removeprefix(f"{index}:"): t for name, t in tensors.items() if name.startswith(f"{index}:")}
-                dtypes = {name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears}
-                done[index] = self._stored(model, index, dtypes, tensors, own), {"nats": facts["nats"][str(index)]}
+                own = {
+                    name.removeprefix(f"{index}:"): t
+                    for name, t in tensors.items()
+                    if name.startswith(f"{index}:")
+                }
+                dtypes = {
+                    name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears
+                }
+                done[index] = (
+                    self._stored(model, index, dtypes, tensors, own),
+                    {"nats": facts["nats"][str(index)]},
+                )
         for index in range(len(model.layers)):
             tensors, facts = done.get(index, ({}, {}))
             journal.save(STAGE, index, tensors, {"name": model.layer_name(index), "linears": [], **facts})
 
     def _fit(
-        self, model: LayerwiseModel, context: Context, group: Sequence[int], linears: Sequence[str], windows: Tensor
+        self,
+        model: LayerwiseModel,
+        context: Context,
+        group: Sequence[int],
+        linears: Sequence[str],
+        windows: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before and after."""
+        """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before
+        and after."""
         entering = {}
         for index in group:
             states = load_file(context.scratch / f"entering-{index}.safetensors")
             entering[index] = [states[str(i)] for i in range(len(states))]
         with together(model, windows, entering) as layers:
             members = [_Member(layer, linears, fisher(context, layer.index)) for layer in layers]
-            start = min((self._start(members, source) for source in members), key=lambda own: _total(members, own))
+            start = min(
+                (self._start(members, source) for source in members), key=lambda own: _total(members, own)
+            )
             before = {str(member.index): member.loss_of_all(start) for member in members}
             count = len(members[0].layer.inputs)
 
@@ -249,7 +293,8 @@ class Share(Stage):
         return {name: tensor.cpu() for name, tensor in fitted.items()}, {"nats": after, "nats_before": before}
 
     def _start(self, members: Sequence[_Member], source: _Member) -> dict[str, Tensor]:
-        """The weights of one layer for all, the other layers' differences from it as far as their rank allows."""
+        """The weights of one layer for all, the other layers' differences from it as far as their rank
+        allows."""
         tensors = {linear: W_RC.clone() for linear, W_RC in source.weights.items()}
         for member in members:
             tensors |= {f"{member.index}:{name}": tensor.clone() for name, tensor in member.own.items()}
@@ -267,8 +312,13 @@ class Share(Stage):
         shared: Mapping[str, Tensor],
         own: Mapping[str, Tensor],
     ) -> dict[str, Tensor]:
-        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is their own."""
-        name, layout, found = model.layer_name(index), FactoredLayout("shared", self.residual_rank), dict[str, Tensor]()
+        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is
+        their own."""
+        name, layout, found = (
+            model.layer_name(index),
+            FactoredLayout("shared", self.residual_rank),
+            dict[str, Tensor](),
+        )
         for linear, dtype in dtypes.items():
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
             weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
@@ -278,7 +328,8 @@ class Share(Stage):
 
 
 class _Member:
-    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is felt."""
+    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is
+    felt."""
 
     def __init__(self, layer: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
         self.layer, self.index = layer, layer.index
@@ -301,7 +352,9 @@ class _Member:
             if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
                 W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
             parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
-        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(self.layer.device)
+        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(
+            self.layer.device
+        )
         return (lost @ self.metric_DD).square().sum(-1).mean()
 
     @torch.no_grad()

@@ -1,10 +1,12 @@
-"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the zeros' bytes.
+"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the
+zeros' bytes.
 
-Each layer is done with the inputs that the layers before it give, and within it the linears that read one input after
-another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical baseline, nothing more: no inputs
-are looked at. `wanda` asks how large the inputs are that a weight meets; what stays is as it was. `sparsegpt` also has what
-stays make up for what went, against the full model's outputs. The last two put the mean output right through the bias,
-where there is one. A layer that the journal holds is not done again.
+Each layer is done with the inputs that the layers before it give, and within it the linears that read one
+input after another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical
+baseline, nothing more: no inputs are looked at. `wanda` asks how large the inputs are that a weight meets;
+what stays is as it was. `sparsegpt` also has what stays make up for what went, against the full model's
+outputs. The last two put the mean output right through the bias, where there is one. A layer that the journal
+holds is not done again.
 """
 
 from __future__ import annotations
@@ -37,13 +39,19 @@ class Sparsify(Stage):
     rewrites: ClassVar[bool] = True
 
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
-        description="which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
+        description=(
+            "which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
+        )
     )
-    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(default=None, description="unstructured: share that stays")
+    keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="unstructured: share that stays"
+    )
     score: Literal["sparsegpt", "wanda", "magnitude"] = Field(
         default="sparsegpt", description="what a weight is worth; sparsegpt also adjusts those that stay"
     )
-    skip: tuple[str, ...] = Field(default=(), strict=False, description="linears to keep, by name; * matches anything")
+    skip: tuple[str, ...] = Field(
+        default=(), strict=False, description="linears to keep, by name; * matches anything"
+    )
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -78,10 +86,15 @@ class Sparsify(Stage):
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse a place that is not the last. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
-            raise ValueError(f"sparsify comes before {other}: weights that are shared, products or codes can't be cut any more")
+            raise ValueError(
+                f"sparsify comes before {other}: weights that are shared, products or codes can't be cut "
+                "any more"
+            )
         if after:
             why = "rounding would move its zeros" if after[0].quantizes else "its zeros are stored by place"
-            raise ValueError(f"sparsify is the last stage: {why}; cut whole units before it, and quantise none")
+            raise ValueError(
+                f"sparsify is the last stage: {why}; cut whole units before it, and quantise none"
+            )
         super().require_place(before, after)
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -93,9 +106,14 @@ class Sparsify(Stage):
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         parameters, inner, layers = model.parameters(), model.inner_parameters(), len(model.layers)
-        saved = sum(math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape)) for name, shape in shapes.items())
+        saved = sum(
+            math.prod(shape) * (model.bits_of(name) - chosen[name].bits(shape))
+            for name, shape in shapes.items()
+        )
         calibrated = self.score != "magnitude"
-        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)  # passes, partly in two streams: moments, and on
+        operations = (
+            2.0 * inner * work.tokens * (5 if calibrated else 3)
+        )  # passes, partly in two streams: moments, and on
         operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
         if self.score == "sparsegpt":
             operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
@@ -114,7 +132,9 @@ class Sparsify(Stage):
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
         chosen, kept = self.choose(model)
-        rewriting = Rewriting(STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude")
+        rewriting = Rewriting(
+            STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude"
+        )
         facts = rewriting.done(model, context, chosen, kept)
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
         return facts
@@ -125,12 +145,15 @@ class Sparsify(Stage):
         if self.score == "sparsegpt":
             W_RC = sparsegpt(retarget(W_RC, moments), moments.H_CC, keep)
             return SparseWeight.of(W_RC, stays(W_RC, layout), layout)
-        score_RC = wanda_weights(W_RC, moments.H_CC.diagonal().sqrt()) if self.score == "wanda" else W_RC.abs()
+        score_RC = (
+            wanda_weights(W_RC, moments.H_CC.diagonal().sqrt()) if self.score == "wanda" else W_RC.abs()
+        )
         return SparseWeight.of(W_RC, keep_mask(score_RC, keep), layout)
 
 
 def stays(W_RC: Tensor, layout: SparseLayout) -> Tensor:
-    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them stay too."""
+    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them
+    stay too."""
     if layout.allows(mask_RC := W_RC != 0):
         return mask_RC
     keep = layout.choice(W_RC.shape[1])

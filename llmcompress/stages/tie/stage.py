@@ -1,8 +1,9 @@
 """Tie the embedding and the output head of a model that has two: one matrix, fitted to do the work of both.
 
-The fit (`methods.tying`) weighs errors of the embedding by what the model feels of them and those of the head by what it
-reads; how the two are balanced is measured, by the predictions on calibration text. A gain on the channels that the head reads
-goes into the final norm. The result is an ordinary tied model, `tie_word_embeddings: true`, which needs no plug-in.
+The fit (`methods.tying`) weighs errors of the embedding by what the model feels of them and those of the head
+by what it reads; how the two are balanced is measured, by the predictions on calibration text. A gain on the
+channels that the head reads goes into the final norm. The result is an ordinary tied model,
+`tie_word_embeddings: true`, which needs no plug-in.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ class Tie(Stage):
     combines: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {
         "weights": "tie is always for embedding and head; leave weights",
-        **dict.fromkeys(("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"),
+        **dict.fromkeys(
+            ("layers", "pairs", "groups", "parts"), "layers share weights by share: {layers: auto, groups: 2}"
+        ),
         "basis": "linears become products of low rank by low_rank: {keep: 0.5, layers_per_basis: 2}",
         "codebook": "weights become indices by codebook: {entries: 16}",
     }
 
     fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
-        default="least_squares", description="the best of both on calibration text; or their mean, or either as it is"
+        default="least_squares",
+        description="the best of both on calibration text; or their mean, or either as it is",
     )
 
     @property
@@ -55,7 +59,9 @@ class Tie(Stage):
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """A tied model, without a matrix for its head."""
         self.require_two_matrices(model)
-        return StageResult(config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"}))
+        return StageResult(
+            config={"tie_word_embeddings": True}, removed=frozenset({f"{model.anatomy.head}.weight"})
+        )
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """The cost of statistics and of the search for the balance."""
@@ -78,7 +84,8 @@ class Tie(Stage):
             raise ModelError("the embedding and the head of this model are one matrix already; leave tie")
         if rows[head] != rows[embedding]:
             raise ModelError(
-                f'the embedding of this model is "{rows[embedding]}" and its head "{rows[head]}"; they can\'t be one'
+                f'the embedding of this model is "{rows[embedding]}" and its head "{rows[head]}"; they '
+                "can't be one"
             )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
@@ -88,14 +95,18 @@ class Tie(Stage):
         if not journal.has(OUTER, 0):
             journal.save(OUTER, 0, *self._made(model, context))
         found = journal.load(OUTER, 0)[1]
-        notes = ["operations per token are unchanged: the one matrix is looked up and multiplied by as the two were"]
+        notes = [
+            "operations per token are unchanged: the one matrix is looked up and multiplied by as the two "
+            "were"
+        ]
         return Facts(STAGE, notes=notes, details={"fit": self.fit} | found)
 
     @torch.no_grad()
     def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors that change, in the type of the base, and what is known of their loss."""
         anatomy = model.anatomy
-        E, O = (model.model.get_parameter(f"{name}.weight").data for name in (anatomy.embedding, anatomy.head))  # noqa: E741
+        E = model.model.get_parameter(f"{anatomy.embedding}.weight").data
+        O = model.model.get_parameter(f"{anatomy.head}.weight").data  # noqa: E741
         embedding = f"{anatomy.embedding}.weight"
         if torch.equal(E, O):
             return model.as_stored({embedding: E}), {"kl_nats": 0.0}
@@ -127,7 +138,8 @@ class Tie(Stage):
 
 
 class _Trial:
-    """What the model's predictions lose with other weights outside its layers, on some windows of the calibration text."""
+    """What the model's predictions lose with other weights outside its layers, on some windows of the
+    calibration text."""
 
     def __init__(self, model: LayerwiseModel, context: Context) -> None:
         windows = context.data.calibration
@@ -140,7 +152,8 @@ class _Trial:
         return [hidden[:, self.unscored :] for hidden in last.inputs]
 
     def kl_nats(self, made: Mapping[str, Tensor]) -> float:
-        """KL a token with these in place, the matrix for embedding and head; infinite where it is no number."""
+        """KL a token with these in place, the matrix for embedding and head; infinite where it is no
+        number."""
         with _placed(self.model, made):
             states = self._states()
         lost = 0.0
@@ -154,7 +167,8 @@ class _Trial:
 
 @contextmanager
 def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a while, these in place of the model's own outside its layers, the embedding's matrix for the head too."""
+    """For a while, these in place of the model's own outside its layers, the embedding's matrix for the head
+    too."""
     anatomy = model.anatomy
     stored = model.as_stored(made)  # as it will be read back
     both = stored | {f"{anatomy.head}.weight": stored[f"{anatomy.embedding}.weight"]}
@@ -177,7 +191,10 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
         offset = anatomy.norm_offset
         made = [f"{anatomy.norm}.{part}" for part in ("weight", "bias")]
         found = {name: model.model.get_parameter(name).data for name in made if name in anatomy.outer}
-        return {name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D for name, t in found.items()}
+        return {
+            name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D
+            for name, t in found.items()
+        }
     rows = {name: row for name, row in anatomy.outer.items() if Spelling.parse(row).dims[0] == read}
     data = {name: model.model.get_parameter(name).data for name in rows}
     return {name: scale(tensor, rows[name], sizes, (str(read),), gain_D) for name, tensor in data.items()}
@@ -185,7 +202,8 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How often each token is seen or said (twice), what the model feels of its embedding, and what its head reads."""
+    """How often each token is seen or said (twice), what the model feels of its embedding, and what its head
+    reads."""
     anatomy, windows = model.anatomy, context.data.calibration
     V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
     seen_V = torch.bincount(windows.flatten(), minlength=V).to(model.device, torch.float32)
@@ -193,18 +211,22 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
     *_, last = walk(model, windows, through=True)
     with head_reads(model) as read:
         for hidden in last.inputs:
-            said_V += leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
+            said_V += (
+                leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
+            )
             moments.add(read.pop())
     sample = windows[: -(-SAMPLE // windows.shape[1])]
     with torch.enable_grad():
         unscored = context.data.unscored
-        *_, (_, F_DD) = output_fisher(model, sample, context.scratch, context.seed, first=True, unscored=unscored)
+        *_, (_, F_DD) = output_fisher(
+            model, sample, context.scratch, context.seed, first=True, unscored=unscored
+        )
     F_DD = F_DD.to(model.device)
     for name, row in anatomy.outer.items():  # an embedding of another width, which a linear widens
         if row == "hidden embed":
             P_DE = model.model.get_parameter(name).data
             F_DD = P_DE.T @ F_DD @ P_DE
-    # one weight of a row for both: with two, rare tokens lose the one row or the other, and the model with them. And no row is
-    # without any: what the calibration text lacks comes in other texts
+    # one weight of a row for both: with two, rare tokens lose the one row or the other, and the model with
+    # them. And no row is without any: what the calibration text lacks comes in other texts
     rows_V = seen_V + said_V + windows.numel() / V
     return rows_V, rows_V, F_DD, moments.H_CC

@@ -1,0 +1,76 @@
+"""The entry of all measurements: `python -m evaluation NAME [options]`; without a name they are listed."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Script:
+    """A measurement: the module whose `main` runs it, its duration on two cores, and what it answers."""
+
+    module: str
+    duration: str
+    about: str
+
+
+SCRIPTS = {
+    "bench": Script("bench", "6 h", "the loss of every recipe on every model, beside stock bitsandbytes"),
+    "rivals": Script(
+        "rivals.quantizers", "20 min", "AutoRound, GPTQModel and llm-compressor on the same sequences"
+    ),
+    "ablation": Script("ablation", "15 min", "what each ingredient of the 4-bit solver contributes"),
+    "outliers": Script(
+        "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"
+    ),
+    "bos": Script("bos", "10 min", "calibration and evaluation with and without a BOS token"),
+    "pruning": Script("pruning", "1 h", "scores, repair, axes and allocations of structured pruning"),
+    "rivals-pruning": Script("rivals.pruners", "30 min", "Torch-Pruning at the same share of the parameters"),
+    "healing": Script("healing", "1 h", "how much of a cut's loss distillation recovers, by loss function"),
+    "sharing": Script("sharing", "6 h", "pruning, sharing, low rank, codebooks and 4 bits at the same bytes"),
+    "cost": Script(
+        "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
+    ),
+    "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
+    "distill-speed": Script(
+        "distill_speed", "10 min", "steps/s of distillation against a bare training loop"
+    ),
+    "speed": Script("speed", "6 min", "linears and a whole model in every format, against floats"),
+    "lookup-speed": Script("lookup_speed", "5 min", "codebook linears against bitsandbytes' nf4"),
+    "pruned-speed": Script("pruned_speed", "3 min", "models of fewer parameters against the whole one"),
+    "train-demo": Script("train_demo", "30 min", "trains the demo model; writes no result"),
+    "same-bytes": Script(
+        "same_bytes", "10 min", "whether two checkouts write the same tensors; writes no result"
+    ),
+    "tables": Script(
+        "tables", "1 s", "writes RESULTS.md and the heads of the recipes; --check compares them"
+    ),
+    "pictures": Script("pictures", "5 s", "draws pictures/*.svg; --check compares their numbers"),
+}
+
+
+def listing() -> str:
+    """A line for each measurement: name, duration on two cores, what it answers."""
+    lines = [f"  {name:15} {script.duration:>7}  {script.about}" for name, script in SCRIPTS.items()]
+    return "\n".join(["usage: python -m evaluation NAME [--help] [options]", "", *lines])
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the measurement that the first argument names; return its exit code."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(listing())
+        return 0
+    name, *options = argv
+    if name not in SCRIPTS:
+        print(f"no measurement {name!r}; choose one of {', '.join(SCRIPTS)}", file=sys.stderr)
+        return 2
+    module = importlib.import_module(f"evaluation.{SCRIPTS[name].module}")
+    code: int = module.main(options)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,438 @@
+"""The result files: what each holds, and how it is read and written.
+
+Every file in `results/` is one object: the command, commit, versions and hardware of the run (`Head`), then
+its rows. The models below are the schema of both sides: the measurements construct them, the tables and
+pictures read them. Rows of older files carry names that were since replaced; `modern` translates them, so
+that old and new rows stand in one table.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "evaluation" / "results"
+RENAMED = (  # what earlier versions called a recipe or a row
+    (r"^basis-heal$", "low-rank-heal"),
+    (r"^basis-75$", "low-rank-75"),
+    (r"\bbasis of (\d+) layers", r"low rank over \1 layers"),
+    (r"\bcodebook of (\d+) a (row|linear)\b", r"codebook of \1 entries per \2"),
+    (r"\bnf4, block (\d+)", r"nf4, group size \1"),
+    (r"\bkept teacher, (\d+) likeliest", r"cached teacher, top \1"),
+    (r"\bkept teacher\b", "cached teacher"),
+    (r"\bblock's own output as target", "the layer's own output as target"),
+)
+
+
+def modern(name: str) -> str:
+    """Today's name of a recipe or row, whatever the version that wrote it called it."""
+    for old, new in RENAMED:
+        name = re.sub(old, new, name)
+    return name
+
+
+Name = Annotated[str, AfterValidator(modern)]
+
+
+class Facts(BaseModel):
+    """A part of a result file; keys that are not declared are passed over when it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
+
+class Head(Facts):
+    """What was run, on what."""
+
+    command: str
+    commit: str = ""
+    hardware: str = ""
+    versions: dict[str, str] = {}
+
+
+class Loss(Facts):
+    """What a model lost: KL(base || model) in nats/token, and perplexities of both."""
+
+    kl_nats_mean: float
+    perplexity: float
+    base_perplexity: float
+
+
+class Environment(Facts):
+    """Versions and machine of one row."""
+
+    versions: dict[str, str]
+    device: str
+
+
+class FidelityRow(Loss):
+    """A recipe on a model; `bits` are those of the format, per weight."""
+
+    recipe: Name
+    bits: float
+    size_bytes: int
+    kl_nats_p99: float | None = None
+    top1_agreement: float
+    perplexity_ratio: float | None = None
+    perplexity_ratio_ci95: tuple[float, float] | None = None
+    seconds: float
+    peak_memory_bytes: int | None = None
+    recipe_digest: str = ""
+    data_sha256: str = ""
+    parameters: int | None = None
+    kept: int = 0
+    commit: str
+    environment: Environment
+
+
+class Fidelity(Head):
+    """Every recipe on one model."""
+
+    model: str
+    text: str
+    rows: list[FidelityRow]
+
+
+class GpuRow(Loss):
+    """A recipe on a GPU, with the KL that the same recipe has from a CPU."""
+
+    model: str
+    recipe: Name
+    kl_nats_mean_cpu: float
+    top1_agreement: float
+    seconds: float
+    size_bytes: int
+
+
+class Failure(Facts):
+    """A rival that did not run."""
+
+    error: str
+
+
+class Rival(Loss):
+    """A quantiser of others, with all that its file stores."""
+
+    versions: dict[str, str]
+    method: str
+    base_dtype: str = "auto"
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    kl_nats_stderr: float
+    kl_nats_p99: float
+    top1_agreement: float
+    size_bytes: int
+    base_size_bytes: int
+    quantised_weights: int
+    bits_per_weight: float
+
+    @property
+    def package(self) -> str:
+        """Name and version of the package."""
+        return next(f"{package} {version}" for package, version in self.versions.items())
+
+
+class Sequences(Facts):
+    """A file of token sequences: its shape, and the hash of its tokens."""
+
+    file: str
+    shape: tuple[int, int]
+    sha256: str
+
+
+class Rivals(Head):
+    """The quantisers of others on one model, and the sequences that they read."""
+
+    threads: int
+    base: str
+    calibration: Sequences
+    evaluation: Sequences
+    rivals: dict[str, Rival | Failure]
+
+
+class AblationRow(Facts):
+    """The solver with some of its parts."""
+
+    variant: Name
+    kl_nats_mean: float
+    seconds: float
+
+
+class OutlierRow(Facts):
+    """A format on the model with planted outliers, and on the model as it was."""
+
+    what: str
+    planted: Loss
+    original: Loss | None = Field(default=None, validation_alias="as it was", serialization_alias="as it was")
+
+
+class BosRow(Facts):
+    """A recipe by whether its calibration and evaluation sequences begin with BOS."""
+
+    recipe: Name
+    calibrated_with_bos: bool
+    scored_with_bos: bool
+    perplexity: float
+    kl_nats_mean: float
+    kl_nats_p99: float
+    top1_agreement: float
+
+
+class PruningRow(Loss):
+    """A way to prune; `share` of the parameters of the decoder layers were to stay."""
+
+    model: str
+    share: float
+    row: Name
+    stages: list[dict[str, object]] = []
+    parameters: int
+    block_parameters: int
+    widths: list[object] = []
+    top1_agreement: float
+    seconds: float
+    share_reached: float
+    commit: str
+
+
+class RivalPruningRow(Loss):
+    """Torch-Pruning in one of its scopes, by one of its scores."""
+
+    model: str
+    rival: str
+    importance: str
+    scope: str
+    share: float
+    method: str
+    shape: dict[str, int]
+    block_parameters: int
+    base_block_parameters: int
+    parameters: int
+    base_parameters: int
+    kl_nats_stderr: float
+    kl_nats_p99: float
+    top1_agreement: float
+    seconds: float
+    cpu_seconds: float
+    peak_memory_bytes: int
+    commit: str = ""
+    environment: Environment
+
+
+class RivalPruningFailure(Failure):
+    """A cut that could not be made."""
+
+    model: str
+    rival: str
+    importance: str
+    scope: str
+    share: float
+
+
+class HealingRow(Loss):
+    """One training of a cut model, whose KL was `kl_cut`; the settings of the stage are extra keys."""
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    row: Name
+    cut: str
+    steps: int
+    batch: int
+    learning_rate: float
+    seconds: float
+    kl_before: float
+    kl_after: float
+    kl_cut: float
+    won_back: float
+    commit: str
+
+
+class SharingRow(Loss):
+    """A way to make a model smaller, with its share of the base's bytes."""
+
+    row: Name
+    stages: list[dict[str, object]] = []
+    size_bytes: int
+    share_of_bytes: float
+    parameters: int | None = None
+    top1_agreement: float
+    seconds: float
+    facts: list[dict[str, object]] = []
+    commit: str
+
+
+class CostRow(Facts):
+    """One run from disk to disk, and one forward pass over the same tokens."""
+
+    series: str
+    layers: int
+    hidden: int
+    tokens: int
+    rounding: str
+    checkpoint_bytes: int
+    quantize_s: float
+    forward_s: float
+    forward_passes: float
+    run_s: float
+    baseline_memory_bytes: int
+    peak_memory_bytes: int
+    run_memory_bytes: int
+    others_cpu_share: float
+    attempts: int = 1
+
+
+class ThroughputRow(Facts):
+    """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
+
+    model: str
+    tokens: int
+    turns: int
+    bare_tokens_per_s: float
+    perplexity_tokens_per_s: float
+    perplexity_kl_tokens_per_s: float
+    perplexity_ratio: float
+    perplexity_ratio_range: tuple[float, float]
+    perplexity_kl_ratio: float
+    perplexity_kl_ratio_range: tuple[float, float]
+
+
+class TrainingRow(Facts):
+    """Steps/s of one way to train, in the median and of each round, and the median ratio to the bare loop."""
+
+    what: Name
+    steps_per_s: float
+    of_bare_loop: float
+    all: list[float]
+
+
+class Student(Facts):
+    """All ways to train a student of a share of the layers."""
+
+    layers: float
+    rows: list[TrainingRow]
+    kept_over_live: float
+
+
+class DistillSpeed(Head):
+    """All students of one model."""
+
+    model: str
+    batch: int
+    length: int
+    steps: int
+    students: list[Student]
+
+
+class SpeedRow(Facts):
+    """Seconds of a call and its speed-up over the reference, at the 10th percentile and in the median."""
+
+    what: str
+    batch: int
+    tokens: int
+    candidate: str
+    calls: int
+    p10_s: float
+    median_s: float
+    speedup_p10: float
+    speedup_median: float
+    relative_error: float | None = None
+
+
+class Speed(Head):
+    """All formats on one processor; `absent` holds what could not be measured."""
+
+    cpu_capability: str
+    reference: str
+    absent: list[dict[str, object]] = []
+    rows: list[SpeedRow]
+
+
+class LookupRow(Facts):
+    """Seconds of a call, and over that of bitsandbytes' nf4."""
+
+    what: str
+    dtype: str
+    tokens: int
+    candidate: Name
+    calls: int
+    p10_s: float
+    median_s: float
+    time_of_nf4_p10: float
+    time_of_nf4_median: float
+    relative_error: float
+    memory_bytes: int
+
+
+class LookupSpeed(Head):
+    """Codebook linears on one processor."""
+
+    cpu_capability: str
+    kernel: str
+    rows: list[LookupRow]
+
+
+class PrunedSpeedRow(Facts):
+    """A cut model as shares of the whole one, seconds, and bytes of cache per token, counted and planned."""
+
+    cut: str
+    block_parameters: float
+    flops: float
+    reading_time: float
+    decoding_time: float
+    reading_s: float
+    decoding_s: float
+    kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_token_planned: int
+
+
+Row = TypeVar("Row")
+Held = TypeVar("Held", bound=BaseModel)
+
+
+class Rows(Head, Generic[Row]):
+    """A result file that is its rows."""
+
+    rows: list[Row]
+
+
+def load(folder: Path, name: str, kind: type[Held]) -> Held | None:
+    """`NAME.json` of a folder of results, or None where it is not there. Errors: pydantic.ValidationError."""
+    file = folder / f"{name}.json"
+    return kind.model_validate_json(file.read_text("utf-8")) if file.is_file() else None
+
+
+def write(name: str, head: Head, facts: Mapping[str, object], file: Path | None = None) -> None:
+    """Write a result: its head, then its facts; to results/NAME.json, or to another file."""
+    target = file or RESULTS / f"{name}.json"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    content = {**_plain(head), **facts}
+    target.write_text(json.dumps(content, indent=2, default=_plain) + "\n", "utf-8")
+
+
+def without(name: str, **key: object) -> list[dict[str, object]]:
+    """The rows of results/NAME.json as they are, but for the one of a key."""
+    file = RESULTS / f"{name}.json"
+    rows: list[dict[str, object]] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+    return [row for row in rows if any(_modern(row.get(part)) != value for part, value in key.items())]
+
+
+def merge(name: str, key: Iterable[str], row: Facts) -> list[dict[str, object]]:
+    """The rows of results/NAME.json as they are, `row` in place of the one of the same key."""
+    return [*without(name, **{part: getattr(row, part) for part in key}), _plain(row)]
+
+
+def _modern(value: object) -> object:
+    return modern(value) if isinstance(value, str) else value
+
+
+def _plain(value: Any) -> dict[str, object]:
+    """A part of a result as JSON types: the keys that were set, by the names that files have."""
+    if not isinstance(value, BaseModel):
+        raise TypeError(f"{type(value).__name__} is no part of a result")
+    return value.model_dump(mode="json", by_alias=True, exclude_unset=True)
