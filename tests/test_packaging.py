@@ -151,8 +151,10 @@ def test_the_installed_wheel_lists_the_recipes_of_the_checkout(built: Built, tmp
 
 
 def test_a_recipe_by_its_name_makes_a_model_that_from_pretrained_loads(built: Built, tmp_path: Path) -> None:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"Return the number of items in list {number}." for number in range(16000)))
-    call([built.bin / "llmcompress", "run", "demo", "--data", text, "--out", "small"], tmp_path)
+    (tmp_path / "text.txt").write_text(
+        "\n".join(f"Return the number of items in list {n}." for n in range(1000))
+    )
+    data = "{source: text.txt, samples: 8, length: 64, evaluation_samples: 4}"
+    call([built.bin / "llmcompress", "run", "demo", "--data", data, "--out", "small"], tmp_path)
     found = json.loads(call([built.bin / "python", "-c", LOAD], tmp_path).splitlines()[-1])
     assert found == {"tokens": 3, "linear": "Linear4bit", "package": str(built.site / "llmcompress")}

@@ -6,6 +6,7 @@ Results go to stdout, and progress, notes and errors to stderr.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Literal
 
 from rich.console import Console
 
@@ -16,7 +17,7 @@ err = Console(stderr=True)
 def print_table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:
-    """Print rows of plain text on stdout; the columns `right` are aligned to the right."""
+    """Print rows of plain text on stdout; the first column is never folded, `right` are right-aligned."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -29,7 +30,8 @@ def print_table(
         box=box.SIMPLE_HEAD,
     )
     for place, name in enumerate(header):
-        table.add_column(Text(name), justify="right" if place in right else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if place in right else "left"
+        table.add_column(Text(name), justify=justify, overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*map(Text, row))
     out.print(table)

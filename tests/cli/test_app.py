@@ -140,10 +140,12 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
     refused(cli("plan", "nf4-gtpq", "--base", shelf / "base"), "did you mean nf4-gptq?", tmp_path)
 
 
-def test_recipes_lists_all_by_purpose(cli: Cli) -> None:
+def test_recipes_lists_all_by_purpose(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     done = cli("recipes")
     assert done.code == 0 and not done.err
     assert all(f" {name} " in done.out for name in shipped.names())
+    monkeypatch.setattr(out, "width", 80)
+    assert all(f" {name} " in cli("recipes").out for name in shipped.names()), "names are not divided"
     assert "4 bits per weight" in done.out and "bitsandbytes" in done.out
     listed = json.loads(cli("recipes", "--json").out)
     assert sorted(entry["name"] for entry in listed) == list(shipped.names())
