@@ -30,9 +30,8 @@ from llmcompress.pipeline.memory_store import MemoryStore
 from llmcompress.pipeline.report_facts import report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
-    pick_device,
-    pin_commits,
     require_same_vocabulary,
+    resolve,
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
@@ -61,11 +60,11 @@ def apply_recipe(
         raise ModelError(
             "the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns"
         )
-    state, where = dict(model.state_dict()), pick_device(device)
+    resolved, state = resolve(recipe, None, device), dict(model.state_dict())
+    pinned, where = resolved.recipe, resolved.device
     base = InMemoryModel(model.config, state, where)
     require_possible(recipe, base)
-    pinned = pin_commits(recipe)
-    require_same_vocabulary(pinned, model.config, tokenizer)
+    require_same_vocabulary(resolved, model.config, tokenizer)
     sequences = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
     store = MemoryStore(pinned, base)
     facts = run_stages(pinned, store, store.teacher, sequences, track)

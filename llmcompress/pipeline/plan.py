@@ -19,7 +19,7 @@ from llmcompress.formats.registry import AnyLayout
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.outcome import outline_after
-from llmcompress.pipeline.resolve import config_of, data_of, find_base, pick_device, pin_commits
+from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import Estimate, Workload
 
@@ -55,16 +55,15 @@ def plan_recipe(
     """
     recipe.require_own_names(base=base, data=data)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
-    config, recipe = config_of(found.folder, base=True), pin_commits(recipe)
-    spec = data_of(recipe, data)
-    model = meta_model(found.folder, config, pick_device(device))
+    config, resolved = config_of(found.folder, base=True), resolve(recipe, data, device)
+    spec, model = resolved.data, meta_model(found.folder, config, resolved.device)
     length = spec.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
     rate = _rate(model.device)
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, 0.0), cost=False)]
     notes: list[str] = []
-    for stage in recipe.stages:
+    for stage in resolved.recipe.stages:
         if student := stage.models.get("student"):
-            folder = find_base(student, weights=False, wanted="student").folder
+            folder = resolved.models[student].folder
             model = meta_model(folder, config_of(folder, base=True), model.device)
         work = Workload(spec.samples * length, length, rate, rows[-1].size_bytes)
         left = outline_after(stage, model)

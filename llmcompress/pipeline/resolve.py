@@ -3,7 +3,7 @@ device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -148,19 +148,30 @@ def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
     return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
 
 
-def pin_commits(recipe: Recipe) -> Recipe:
-    """The recipe with its teachers and students at the commits that their names stand for now; those in
-    folders stay.
+@dataclass(frozen=True)
+class Resolved:
+    """What a recipe and the arguments of a run stand for, found out once, before anything is done."""
 
-    So all that is read of one is of one commit, whatever is pushed meanwhile, and the facts of the stage say
-    which.
+    recipe: Recipe  # whose teachers and students are at the commits that their names stood for
+    data: DataSpec
+    device: torch.device
+    models: Mapping[str, Base]  # teachers and students by these names; their small files are here
+
+
+def resolve(recipe: Recipe, data: str | DataSpec | None, device: str | None) -> Resolved:
+    """Pin teachers and students to commits, so that all that is read of one is of one commit, whatever is
+    pushed meanwhile, and the facts of the stage say which. Errors: CompressError.
     """
+    found: dict[str, Base] = {}
 
     def at_commit(_: int, role: str, name: str) -> str:
-        found = find_base(name, weights=False, wanted=role)
-        return f"{found.name}@{found.revision}" if found.revision else name
+        model = find_base(name, weights=False, wanted=role)
+        pinned = f"{model.name}@{model.revision}" if model.revision else name
+        found[pinned] = model
+        return pinned
 
-    return recipe.renamed(at_commit)
+    pinned = recipe.renamed(at_commit)
+    return Resolved(pinned, data_of(recipe, data), pick_device(device), found)
 
 
 def source_of(name: str, device: torch.device) -> ModelSource:
@@ -171,12 +182,12 @@ def source_of(name: str, device: torch.device) -> ModelSource:
 
 
 def require_same_vocabulary(
-    recipe: Recipe, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    resolved: Resolved, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
-    for stage in recipe.stages:
+    for stage in resolved.recipe.stages:
         for role, name in stage.models.items():
-            folder = find_base(name, weights=False, wanted=role).folder
+            folder = resolved.models[name].folder
             theirs = config_of(folder, base=True).vocab_size
             if theirs < config.vocab_size or (role == "student" and theirs > config.vocab_size):
                 raise ModelError(

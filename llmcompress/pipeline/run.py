@@ -35,13 +35,11 @@ from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
     config_of,
-    data_of,
     find_base,
-    pick_device,
-    pin_commits,
     require_computable,
     require_loadable,
     require_same_vocabulary,
+    resolve,
     student_folder,
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
@@ -82,10 +80,9 @@ def run_recipe(
         else find_base(base or recipe.base, recipe.revision if base is None else None)
     )
     config = config_of(found.folder, base=True)
-    spec = data_of(recipe, data)
-    where, tokenizer = pick_device(device), tokenizer_of(found.folder)
-    pinned = pin_commits(recipe)
-    require_same_vocabulary(pinned, config, tokenizer)
+    resolved, tokenizer = resolve(recipe, data, device), tokenizer_of(found.folder)
+    pinned, spec, where = resolved.recipe, resolved.data, resolved.device
+    require_same_vocabulary(resolved, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
     with (
         Writer(target, found.folder, size_bytes=base_size, overwrite=overwrite)
