@@ -44,3 +44,8 @@ def number(value: float | None) -> str:
 def percent(value: float | None) -> str:
     """A share of one as 97.80 %."""
     return NONE if value is None else f"{100 * value:.2f} %"
+
+
+def share_of(share: float) -> str:
+    """A share of one with three digits at most: 75 %, 12.5 %."""
+    return f"{100 * share:.3g} %"

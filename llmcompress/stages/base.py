@@ -163,6 +163,7 @@ class Stage(Settings):
     """
 
     name: ClassVar[str]  # in recipes, journals and reports
+    section: ClassVar[str] = "other"  # of the list of shipped recipes
     trains: ClassVar[bool] = False  # whether it runs in every process of a distributed run
     quantizes: ClassVar[bool] = False  # whether nothing but training may follow it
     rewrites: ClassVar[bool] = False  # whether linears are no plain matrices after it, which can't be pruned
@@ -184,9 +185,19 @@ class Stage(Settings):
         return False
 
     @property
-    def purpose(self) -> str:
-        """What the stage does, in a few words, for lists of recipes."""
-        return self.name
+    def leaves(self) -> str:
+        """What is left of the model, in a few words for lists of recipes; nothing where no size changes."""
+        return ""
+
+    @property
+    def bits(self) -> tuple[float, float] | None:
+        """The least and the most bits per weight of the linears that it codes, scales included."""
+        return None
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether the result loads only where llmcompress is imported."""
+        return False
 
     def training_tokens(self, length: int) -> int:
         """Tokens of text that the stage trains on, where sequences of the data have `length`."""

@@ -56,7 +56,7 @@ STAGES = {  # stages: purpose, what is left, what loads the result
     "[{prune: {axis: [ffn, kv], parameters: 0.8}}]": ("fewer parameters", "80 % of the parameters", PLUGIN),
     "[{prune: {axis: ffn, size: 100MB, allocation: uniform}}]": (
         "fewer parameters",
-        "100MB before quantisation",
+        "100 MB before quantisation",
         TRANSFORMERS,
     ),
     "[{prune: {axis: hidden, parameters: 0.8}}]": (

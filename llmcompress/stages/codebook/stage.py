@@ -35,6 +35,7 @@ class Codebook(Stage):
     """`codebook: {entries, per, rows, skip}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "coded weights"
     rewrites: ClassVar[bool] = True
     has_levels: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {"codebook": "it is called entries"}
@@ -73,9 +74,20 @@ class Codebook(Stage):
         )
 
     @property
-    def purpose(self) -> str:
-        """What weights become."""
-        return f"stores weights as indices into {self.entries} values"
+    def bits(self) -> tuple[float, float]:
+        """The bits of an index; levels are few."""
+        index = math.ceil(math.log2(self.entries))
+        return index, index
+
+    @property
+    def leaves(self) -> str:
+        """How many values weights can have."""
+        return f"{self.entries} values per {self.per}, {self.bits[0]:g} bits per weight"
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Indices and levels are in a layout of ours."""
+        return True
 
     @property
     def takes_all(self) -> bool:

@@ -56,6 +56,7 @@ class Distill(DistillConfig, Stage):
     """`distill: {loss, steps, learning_rate, batch, length, teacher, student, train, cache, ...}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "distillation"
     trains: ClassVar[bool] = True
 
     @property
@@ -65,9 +66,9 @@ class Distill(DistillConfig, Stage):
         return {role: name for role, name in named.items() if name}
 
     @property
-    def purpose(self) -> str:
-        """What is trained."""
-        return "trains a student" if self.student else "trains what is left"
+    def leaves(self) -> str:
+        """The student takes the place of the base, if one is named."""
+        return "another model" if self.student else ""
 
     def training_tokens(self, length: int) -> int:
         """Tokens of text that the stage trains on."""

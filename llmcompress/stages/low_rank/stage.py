@@ -23,6 +23,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.io.units import share_of
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
@@ -42,6 +43,7 @@ class LowRank(Stage):
     """`low_rank: {rank or keep, layers_per_basis, skip}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "shared or factorised weights"
     rewrites: ClassVar[bool] = True
     combines: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {"basis": "it is called layers_per_basis"}
@@ -119,9 +121,18 @@ class LowRank(Stage):
         return chosen, kept
 
     @property
-    def purpose(self) -> str:
-        """What linears become."""
-        return "writes linears as products of low rank"
+    def leaves(self) -> str:
+        """The rank of linears, or their parameters."""
+        return (
+            f"linears of rank {self.rank}"
+            if self.rank
+            else f"{share_of(self.keep or 1)} of the parameters of linears"
+        )
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Products are in a layout of ours."""
+        return True
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written, and which bases are one."""

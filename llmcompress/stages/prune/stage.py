@@ -23,6 +23,7 @@ from torch import Tensor
 from llmcompress.architectures.resize import changed, resized, shortened
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal
+from llmcompress.io.units import amount, share_of
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import SAMPLE, following, gradients, walk
@@ -44,6 +45,15 @@ STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
 KERNEL = 64
 INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
 Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
+UNITS = {
+    "ffn": "feed-forward neurons",
+    "kv": "key-value heads",
+    "q": "query heads",
+    "expert": "experts",
+    "hidden": "hidden channels",
+    "layer": "layers",
+    "sublayer": "attentions and feed-forward parts",
+}
 SCORES = {  # of an axis, the default first
     **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
     "expert": ("activation",),
@@ -65,6 +75,7 @@ class Prune(Budget, Stage):
     """`prune: {axis, keep or parameters or size, allocation, score, repair, multiple}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "fewer parameters"
     retired: ClassVar[Mapping[str, str]] = {
         "pattern": "single weights are set to zero by a stage of its own, as sparsify: {pattern: ...}"
     }
@@ -187,9 +198,23 @@ class Prune(Budget, Stage):
         return resized(model.config, model.anatomy, cut.widths)
 
     @property
-    def purpose(self) -> str:
-        """What is removed."""
-        return f"removes {' and '.join(self.axes)}"
+    def leaves(self) -> str:
+        """What is left of the units, or of the parameters."""
+        if self.parameters is not None:
+            share = self.parameters <= 1
+            return (
+                f"{share_of(self.parameters)} of the parameters" if share else f"{self.parameters} parameters"
+            )
+        if self.size is not None:
+            return f"{amount(self.size, 'B')} before quantisation"
+        units = " and ".join(UNITS[axis] for axis in self.axes)
+        kept = self.keep or 1
+        return f"{share_of(kept)} of the {units}" if kept < 1 else f"{kept} {units}"
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether layers have widths of their own, or lack an attention or feed-forward part."""
+        return self.sensitive or self.of_parts
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse to prune what is no plain matrix any more. Errors: ValueError."""

@@ -28,6 +28,7 @@ from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import FourBitScheme, QuantScheme
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
+from llmcompress.io.units import share_of
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
@@ -45,6 +46,7 @@ Entry = tuple[
     dict[str, Tensor], dict[str, Any]
 ]  # of the journal: tensors by their names in the checkpoint, facts
 
+NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
 ALONE = (
     "smooth",
     "rotate",
@@ -59,6 +61,7 @@ class Quantize(FormatConfig, Stage):
     and a Format."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
     overrides: dict[str, Override] = Field(
         default={},
@@ -164,9 +167,30 @@ class Quantize(FormatConfig, Stage):
         return together(chosen, native=model.plain), kept
 
     @property
-    def purpose(self) -> str:
-        """What linears are rounded to, and how."""
-        return f"quantizes linears to {self.format} ({self.rounding})"
+    def formats(self) -> list[FormatConfig]:
+        """The settings of all linears, and of those that overrides name."""
+        return [self, *(override.over(self) for override in self.overrides.values())]
+
+    @property
+    def bits(self) -> tuple[float, float]:
+        """Bits per weight, scales included, the least and the most."""
+        found = [each.coding(torch.float32).bits for each in self.formats]
+        return min(found), max(found)
+
+    @property
+    def leaves(self) -> str:
+        """The bits of a weight, and what is spared or coded besides."""
+        least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
+        words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
+        if self.protect and NATIVE.get(self.format):
+            words += f", {share_of(self.protect)} of the weights kept in their dtype"
+        return words + (", embedding in 8 bits" if self.embedding == "int8" else "")
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Whether formats are mixed, or of ours, or the embedding is coded too."""
+        kinds = {NATIVE.get(each.format) for each in self.formats}
+        return self.embedding != "keep" or len(kinds) > 1 or None in kinds
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse a second code for the same linears. Errors: ValueError."""

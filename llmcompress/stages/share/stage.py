@@ -38,6 +38,7 @@ from llmcompress.stages.share import layer_groups
 STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
 TOKENS = 32768  # that are fitted on
 AXES = {"attention": "kv", "ffn": "ffn"}  # what the linears of a part run along
+SPOKEN = {"attention": "attention", "ffn": "feed-forward"}
 Part = Literal["attention", "ffn"]
 Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=2, strict=False)]
 
@@ -49,6 +50,7 @@ class Share(Stage):
         json_schema_extra={"oneOf": [{"required": ["layers", "groups"]}, {"required": ["pairs"]}]},
     )
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "shared or factorised weights"
     rewrites: ClassVar[bool] = True
     combines: ClassVar[bool] = True
 
@@ -156,9 +158,18 @@ class Share(Stage):
         return chosen, {name: why for name, why in others.items() if name not in chosen}
 
     @property
-    def purpose(self) -> str:
-        """What is shared."""
-        return f"shares {' and '.join(self.parts)} between layers"
+    def leaves(self) -> str:
+        """How many different weights are left."""
+        parts = " and ".join(SPOKEN[part] for part in self.parts)
+        if self.pairs is not None:
+            count = len(self.pairs)
+            return f"one set of {parts} weights in {count} group{'s' if count > 1 else ''} of layers"
+        return f"{self.groups} sets of {parts} weights"
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Linears that are one tensor are in a layout of ours."""
+        return True
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How shared linears are written, and which tensors are one."""

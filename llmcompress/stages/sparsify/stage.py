@@ -24,6 +24,7 @@ from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.io.journal import Journal
+from llmcompress.io.units import share_of
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
@@ -36,6 +37,7 @@ class Sparsify(Stage):
     """`sparsify: {pattern, keep, score, skip}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "sparse weights"
     rewrites: ClassVar[bool] = True
 
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
@@ -79,9 +81,18 @@ class Sparsify(Stage):
         return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
     @property
-    def purpose(self) -> str:
-        """How many weights become zero."""
-        return f"sets weights to zero ({self.pattern if self.keep is None else f'{1 - self.keep:.0%}'})"
+    def leaves(self) -> str:
+        """The share of the weights that stays."""
+        return (
+            "50 % of the weights, " + self.pattern
+            if self.keep is None
+            else f"{share_of(self.keep)} of the weights"
+        )
+
+    @property
+    def needs_plugin(self) -> bool:
+        """Masks and values are in a layout of ours."""
+        return True
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
         """Refuse a place that is not the last. Errors: ValueError."""

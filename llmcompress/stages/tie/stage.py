@@ -36,6 +36,7 @@ class Tie(Stage):
     """`tie: {fit}`."""
 
     name: ClassVar[str] = STAGE
+    section: ClassVar[str] = "shared or factorised weights"
     combines: ClassVar[bool] = True
     retired: ClassVar[Mapping[str, str]] = {
         "weights": "tie is always for embedding and head; leave weights",
@@ -52,9 +53,9 @@ class Tie(Stage):
     )
 
     @property
-    def purpose(self) -> str:
+    def leaves(self) -> str:
         """What becomes one."""
-        return "ties embedding and head"
+        return "one matrix for embedding and head"
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """A tied model, without a matrix for its head."""
