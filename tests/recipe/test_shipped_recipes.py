@@ -28,7 +28,7 @@ from tests.bases import facts, save_base
 from tests.hub_cards import wrong_with
 from tests.hub_server import TOKEN, environment, serve
 
-pytestmark = pytest.mark.usefixtures("short_runs")
+pytestmark = [pytest.mark.usefixtures("short_runs"), pytest.mark.slow]  # a run of each recipe
 
 RECIPES = {file.stem: file for file in sorted((Path(__file__).parents[2] / "recipes").glob("*.yaml"))}
 LAYERS = {"width-and-depth-budget": 8}  # which takes an eighth of them; the others have a base of 4
@@ -96,7 +96,6 @@ def tables(text: str) -> dict[str, list[list[float]]]:
     return {row[0].replace("\\|", "|"): [numbers(cell) for cell in row[1:]] for row in rows}
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(
     name: str, pushed: dict[str, dict[str, bytes]]
