@@ -5,6 +5,19 @@ prints the message without a traceback and exits with `exit_code`; anything that
 bug and keeps its traceback.
 """
 
+import re
+
+ARGUMENT = re.compile("\x01(\\w+)(=\\w+)?\x02")
+
+
+def argument(name: str, value: str = "") -> str:
+    """An argument of a run, for a message: `out` to who calls from Python, `--out` to who is on the command
+    line.
+
+    With `value` it is one to be set: `overwrite=True`, and `--overwrite`.
+    """
+    return f"\x01{name}{'=' if value else ''}{value}\x02"
+
 
 class CompressError(Exception):
     """The input is wrong; the message says what was given, why not, and what to do.
@@ -15,8 +28,16 @@ class CompressError(Exception):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        line = " ".join(message.split())
-        super().__init__("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line))
+        self.message = " ".join(message.split())
+        super().__init__(_printable(ARGUMENT.sub(r"\1\2", self.message)))
+
+    def on_command_line(self) -> str:
+        """The message with arguments as options."""
+        return _printable(ARGUMENT.sub(r"--\1", self.message))
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
 
 
 def first_line(error: BaseException) -> str:

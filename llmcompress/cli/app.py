@@ -217,4 +217,4 @@ def main() -> None:
 def _plain(error: CompressError) -> str:
     from rich.markup import escape
 
-    return escape(str(error))
+    return escape(error.on_command_line())

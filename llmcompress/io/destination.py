@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from llmcompress.errors import OutputError
+from llmcompress.errors import OutputError, argument
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
 
@@ -27,14 +27,15 @@ TAKEN = (
 def resolved(out: str | Path) -> Path:
     """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can
     be none."""
-    path = path_of(out, "--out", OutputError)
+    path = path_of(out, argument("out"), OutputError)
     if path.is_symlink() and not path.exists():
         raise OutputError(
-            f"--out {shortened(str(path))} is a link to nothing; delete the link or give the name of a folder"
+            f"{argument('out')} {shortened(str(path))} is a link to nothing; delete the link or give the "
+            "name of a folder"
         )
-    found = path_of(path.resolve(), "--out", OutputError)
+    found = path_of(path.resolve(), argument("out"), OutputError)
     if not found.name:
-        raise OutputError(f"--out {found} is the root of a disk; give the name of a folder")
+        raise OutputError(f"{argument('out')} {found} is the root of a disk; give the name of a folder")
     return found
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from llmcompress.errors import OutputError
+from llmcompress.errors import OutputError, argument
 from llmcompress.io.checkpoint import INDEX
 from llmcompress.io.companion_files import CONFIG, kept, shareable
 from llmcompress.io.destination import appear, resolved, seen
@@ -91,7 +91,9 @@ class Writer:
             earlier = self.partial.exists()
             try:
                 self._lock = Lock(
-                    self.partial / "lock", f"--out {self.out}", "wait for it, or choose another --out"
+                    self.partial / "lock",
+                    f"{argument('out')} {self.out}",
+                    f"wait for it, or choose another {argument('out')}",
                 )
             except BaseException:
                 self._tidy()
@@ -146,19 +148,24 @@ class Writer:
         out, base = self.out, self.base.resolve()
         if base.is_relative_to(out):
             raise OutputError(
-                f"--out {self.out} is or holds the base {self.base}, which stays as it is; choose another "
-                "--out"
+                f"{argument('out')} {self.out} is or holds the base {self.base}, which stays as it is; "
+                "choose another "
+                f"{argument('out')}"
             )
         if out.is_file():
-            raise OutputError(f"--out {self.out} is a file; give the name of a folder")
+            raise OutputError(f"{argument('out')} {self.out} is a file; give the name of a folder")
         if not out.exists() or not any(out.iterdir()):
             return
         if not self.overwrite:
-            raise OutputError(f"--out {self.out} exists; choose another --out or pass --overwrite")
+            other, replace = argument("out"), argument("overwrite", "True")
+            raise OutputError(
+                f"{argument('out')} {self.out} exists; choose another {other} or pass {replace}"
+            )
         if not (out / "config.json").is_file():
             raise OutputError(
-                f"--out {self.out} holds other things than a model, which stay as they are; choose another "
-                "--out"
+                f"{argument('out')} {self.out} holds other things than a model, which stay as they are; "
+                "choose another "
+                f"{argument('out')}"
             )
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -229,7 +236,8 @@ class Writer:
             except FileExistsError:
                 self._whole = True
                 raise OutputError(
-                    f"--out {self.out} is not what it was when the run began, and stays as it is; the "
+                    f"{argument('out')} {self.out} is not what it was when the run began, and stays as it "
+                    "is; the "
                     "result is whole in "
                     f"{self.artifact}: move {self.out} away and give the same command again, or take the "
                     "result from there"

@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from llmcompress.errors import OutputError
+from llmcompress.errors import OutputError, argument
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.scratch import is_scratch
 
@@ -70,7 +70,7 @@ def elsewhere(path: Path) -> str:
     """What to do for a path to be somewhere else."""
     if path.is_relative_to(cache_folder()):
         return "set LLMCOMPRESS_CACHE to another folder"
-    return "set TMPDIR to another folder" if is_scratch(path) else "choose another --out"
+    return "set TMPDIR to another folder" if is_scratch(path) else f"choose another {argument('out')}"
 
 
 class Shard:

@@ -20,7 +20,7 @@ import torch
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO
 from llmcompress.data.sources import PYTHON_DOCS, DataSpec
-from llmcompress.errors import DataError, ModelError, OutputError
+from llmcompress.errors import DataError, ModelError, OutputError, argument
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.companion_files import shareable
 from llmcompress.io.destination import resolved
@@ -124,7 +124,8 @@ def _require_apart(out: Path, folder: Path) -> None:
     """Refuse to write the second artefact over the first, or over what it lies in. Errors: OutputError."""
     if folder.resolve().is_relative_to(out):
         raise OutputError(
-            f"--out {out} is or holds the artefact {folder} that is compared with; choose another --out"
+            f"{argument('out')} {out} is or holds the artefact {folder} that is compared with; "
+            f"choose another {argument('out')}"
         )
 
 
@@ -151,7 +152,8 @@ def _base(reported: Report, recipe: Recipe) -> str:
         recipe.origin is not None or not path_of(base.model, "base", ModelError).is_dir()
     ):
         raise ModelError(
-            f"the base {base.model} was a folder of whoever made this model; give yours with --base"
+            f"the base {base.model} was a folder of whoever made this model; give yours with "
+            f"{argument('base')}"
         )
     return base.model
 
@@ -163,7 +165,8 @@ def _text(reported: Report, recipe: Recipe) -> DataSpec:
     here = path and recipe.origin is None
     if facts.source != PYTHON_DOCS and not here and (facts.revision is None or path):
         raise DataError(
-            f"the text {facts.source} was a file or folder of whoever made this model; give yours with --data"
+            f"the text {facts.source} was a file or folder of whoever made this model; give yours with "
+            f"{argument('data')}"
         )
     said = {key: value for key in DATA_PLACE if (value := getattr(facts, key)) is not None}
     return recipe.data.with_place({"source": facts.source, **said})

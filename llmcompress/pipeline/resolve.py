@@ -21,7 +21,7 @@ from transformers.utils import logging
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
 from llmcompress.data.sources import DataSpec
-from llmcompress.errors import CompressError, ModelError, RecipeError
+from llmcompress.errors import CompressError, ModelError, RecipeError, argument
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.tokenizer import tokenizer_of
@@ -54,7 +54,7 @@ def find_base(
     """
     if name is None:
         raise RecipeError(
-            "the recipe names no base; add base: to it or pass --base with a folder or a Hub id"
+            f"the recipe names no base; add base: to it or pass {argument('base')} with a folder or a Hub id"
         )
     if name == DEMO:
         return Base(DEMO, DEMO_MODEL, None)

@@ -18,7 +18,7 @@ import torch
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
-from llmcompress.errors import DataError, OutputError, first_line
+from llmcompress.errors import DataError, OutputError, argument, first_line
 from llmcompress.integrations import distributed
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import Writer, partial_folder
@@ -70,7 +70,7 @@ def run_recipe(
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
-    target = path_of(out, "--out", OutputError)
+    target = path_of(out, argument("out"), OutputError)
     place = partial_folder(target)
     require_pictures()
     distributed.join(device)
@@ -100,7 +100,7 @@ def run_recipe(
             raise DataError(
                 f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with "
                 f"{tokens_sha256[:16]}; "
-                "give the same text with --data, or the same base with --base"
+                f"give the same text with {argument('data')}, or the same base with {argument('base')}"
             )
         store = DiskStore(pinned, model, found.folder, sequences, place)
         facts = run_stages(pinned, store, store.teacher, sequences, track)

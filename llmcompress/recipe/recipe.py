@@ -31,7 +31,7 @@ from llmcompress import hub
 from llmcompress.data.calibration import DEMO
 from llmcompress.data.local_files import kind_of
 from llmcompress.data.sources import PYTHON_DOCS, DataSpec
-from llmcompress.errors import RecipeError
+from llmcompress.errors import RecipeError, argument
 from llmcompress.io.local_names import short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.safetensors_writer import put, writing
@@ -282,9 +282,9 @@ class Recipe(BaseModel):
         """
         if self.origin is None:
             return
-        named = [("data.source", self.data.source, "--data")] if data is None else []
+        named = [("data.source", self.data.source, argument("data"))] if data is None else []
         if base is None and self.base is not None:
-            named.append(("base", self.base, "--base"))
+            named.append(("base", self.base, argument("base")))
         named += [(role, name, "") for stage in self.stages for role, name in stage.models.items()]
         for place, name, option in named:
             if name == (PYTHON_DOCS if place == "data.source" else DEMO):

@@ -284,7 +284,7 @@ def test_one_writer_at_a_time_works_on_a_result(tmp_path: Path, base: Path, stat
         told = refusal(lambda: Writer(out, base, size_bytes=1, overwrite=True))
         assert (
             f"is in use by process {os.getpid()} on {socket.gethostname()}; wait for it, or choose another "
-            "--out" in told
+            "out" in told
         )
         assert files(writer.partial) == before
         writer.close(Checkpoint.open(base).config)

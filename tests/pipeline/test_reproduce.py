@@ -151,14 +151,14 @@ def test_another_text_or_base_is_refused_before_the_run(shelf: Path, copy: Path,
     edit_report(copy, "data", "source", value="gone.txt")
     with pytest.raises(
         DataError,
-        match=r"the text gone.txt was a file or folder of whoever made this model; give yours with --data",
+        match=r"the text gone.txt was a file or folder of whoever made this model; give yours with data",
     ):
         reproduce(str(copy))
     assert reproduce(str(copy), data=str(shelf / "facts.txt")).verdict == "bit-equal"
     edit_report(copy, "base", "model", value="gone/base")
     with pytest.raises(
         ModelError,
-        match=r"the base gone/base was a folder of whoever made this model; give yours with --base",
+        match=r"the base gone/base was a folder of whoever made this model; give yours with base",
     ):
         reproduce(str(copy), data=str(shelf / "facts.txt"))
     assert not (tmp_path / "never").exists()

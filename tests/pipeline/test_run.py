@@ -294,7 +294,7 @@ def test_what_exists_is_overwritten_only_when_asked(text: Path, tmp_path: Path) 
     out.mkdir()
     run_recipe(recipe, out)  # an empty folder is nothing to lose
     before = contents(out)
-    with pytest.raises(OutputError, match="exists; choose another --out or pass --overwrite"):
+    with pytest.raises(OutputError, match="exists; choose another out or pass overwrite=True"):
         run_recipe(recipe, out)
     assert contents(out) == before and not partial_folder(out).exists()
     run_recipe(small_recipe(text, base, rounding="nearest", format="fp4"), out, overwrite=True)
