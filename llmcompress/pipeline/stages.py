@@ -95,7 +95,7 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
         "linears": facts.linears,
         "kept": facts.kept,
         "notes": facts.notes,
-        "layers": facts.layers,
+        "per_layer": facts.per_layer,
     }
     require_numbers(facts.details | fixed, f"stage {stage.name}")
     return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})

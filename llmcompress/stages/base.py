@@ -92,14 +92,14 @@ class Facts:
     linears: list[dict[str, Any]] = field(default_factory=list)
     kept: list[dict[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    layers: list[dict[str, Any]] = field(default_factory=list)  # one entry a layer
+    per_layer: list[dict[str, Any]] = field(default_factory=list)  # one entry a layer
     details: dict[str, Any] = field(default_factory=dict)  # how the stage was set
 
     def add(self, entries: Iterable[dict[str, Any]]) -> None:
         """Take in what the journal says of layers, and of the linears in each."""
         for entry in entries:
             self.linears += entry.pop("linears")
-            self.layers.append(entry)
+            self.per_layer.append(entry)
 
 
 @dataclass(frozen=True)

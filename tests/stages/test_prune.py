@@ -280,7 +280,7 @@ def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> No
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["axis"], facts["units"], facts["kept_units"]) == ("ffn", 320, 192)
-    assert 0 < facts["layers"][0]["relative_error"] < 1
+    assert 0 < facts["per_layer"][0]["relative_error"] < 1
     card = (tmp_path / "out" / "README.md").read_text()
     assert "192 of 320" in card
     assert "bitsandbytes" not in card.split("```")[1], "a pruned model needs nothing but transformers"

@@ -209,7 +209,7 @@ def test_more_rank_and_more_steps_lose_less(text: Path, tmp_path: Path) -> None:
     }.items():
         report = run_recipe(recipe(text, base, share(**settings), samples=16), tmp_path / name)
         lost[name] = known(report.fidelity.kl_nats_mean)
-        nats = [layer["nats"] for layer in details(report)["layers"]]
+        nats = [layer["nats"] for layer in details(report)["per_layer"]]
         lost[f"{name}, said"] = sum(nats)
     assert lost["fit"] < lost["bare"] and lost["fit, said"] < lost["bare, said"]
     assert lost["rank"] < lost["bare"] and lost["rank, said"] < lost["bare, said"]
@@ -696,7 +696,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
         ["attention", "ffn"],
     )
     assert "14 linears share 7 weights; operations per token are unchanged" in facts["notes"][0]
-    assert all(layer["nats"] >= 0 for layer in facts["layers"]) and len(facts["layers"]) == 2
+    assert all(layer["nats"] >= 0 for layer in facts["per_layer"]) and len(facts["per_layer"]) == 2
     card = (tmp_path / "out" / "README.md").read_text()
     assert "import llmcompress" in card, "without it from_pretrained raises, and the card does not say so"
     install = card.split("```")[1]

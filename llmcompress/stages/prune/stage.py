@@ -314,7 +314,7 @@ class Prune(Budget, Stage):
             facts = hidden_size.cut(model, context, outline, self.worth, self.repair)
         else:
             facts = self._layers(model, context, outline, cut)
-        return Facts(STAGE, layers=facts, notes=notes, details=details)
+        return Facts(STAGE, per_layer=facts, notes=notes, details=details)
 
     def _layers(
         self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut

@@ -347,7 +347,7 @@ class Quantize(FormatConfig, Stage):
         }
         facts.linears += embeddings
         facts.add(journal.load(STAGE, index)[1] for index in range(steps))
-        facts.notes += starved_experts(facts.layers, model.config.hidden_size)
+        facts.notes += starved_experts(facts.per_layer, model.config.hidden_size)
         return facts
 
     def _walk(
