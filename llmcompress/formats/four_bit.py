@@ -44,7 +44,7 @@ class FourBitLayout:
             or self.group_size not in bitsandbytes_layout.GROUP_SIZES
         ):
             raise ValueError(
-                f"no format {self.format!r} in groups of {self.group_size!r}; groups are "
+                f"no format {self.format!r} in groups of {self.group_size!r}; use a group_size of "
                 f"{', '.join(map(str, bitsandbytes_layout.GROUP_SIZES))}"
             )
         if not isinstance(self.double_quant, bool):

@@ -263,7 +263,7 @@ CONFIGS: tuple[tuple[Any, str], ...] = (
         (entry(format="w4a8", group_size=size), "needs a group")
         for size in ("x", -1, 0, 32.0, 10**10, True, [32])
     ),
-    *((entry(format="nf4", group_size=layer), "in layers of") for layer in ("x", 64.0, -64, None, [64])),
+    *((entry(format="nf4", group_size=size), "in groups of") for size in ("x", 64.0, -64, None, [64])),
     (entry(format="nf4", group_size=64, double_quant="yes"), "double_quant is true or false"),
     (entry(format="nf4"), "missing 1 required"),
     (entry(format="codebook", entries="x", rows=1, dtype="float16"), "no codebook of 'x' levels"),

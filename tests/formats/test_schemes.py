@@ -227,7 +227,7 @@ def test_a_linear_whose_rows_do_not_divide_into_blocks_is_refused(coding: QuantS
     if isinstance(coding, IntegerScheme) and coding.scheme.group_size is None:
         assert coding.refusal((64, 200)) is None
     else:
-        assert f"{coding.format} rows of 200 weights don't divide into layers of" in str(
+        assert f"{coding.format} rows of 200 weights don't divide into groups of" in str(
             coding.refusal((64, 200))
         )
 

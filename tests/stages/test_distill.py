@@ -534,7 +534,7 @@ def test_scales_without_any_are_refused_before_anything_is_done(text: Path, tmp_
         {"quantize": {"format": "int8", "rounding": "nearest"}},
         {"distill": {**TRAINED, "train": "scales"}},
     )
-    with pytest.raises(ModelError, match="nf4 and fp4 layers and for codebooks"):
+    with pytest.raises(ModelError, match="nf4 and fp4 and for codebooks"):
         run_recipe(staged_recipe(text, tmp_path / "base", *stages), tmp_path / "out")
 
 
