@@ -32,7 +32,7 @@ START = 0.25
 
 
 class Tie(Stage):
-    """`tie: {fit}`."""
+    """Makes one matrix of the input embedding and the output head."""
 
     name: ClassVar[str] = STAGE
     combines: ClassVar[bool] = True
@@ -44,7 +44,9 @@ class Tie(Stage):
     }
 
     fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
-        default="least_squares", description="the best of both on calibration text; or their mean, or either as it is"
+        default="least_squares",
+        description="`least_squares`: fit one matrix to the work of both; `mean`: the mean of the two; "
+        "`embedding`, `head`: one of them as it is",
     )
 
     @property
