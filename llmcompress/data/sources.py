@@ -36,37 +36,44 @@ EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
 
 class DataSpec(BaseModel):
-    """Which text, and how many windows of it: the `data` entry of a recipe."""
+    """Which text is used, and how much of it: the `data` section of a recipe."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     source: str = Field(
-        default=PYTHON_DOCS, min_length=1, description="Hub data set id, file, folder, or python-docs"
+        default=PYTHON_DOCS,
+        min_length=1,
+        description="Hub data set id, file or folder; `python-docs` is the documentation that Python carries",
     )
     config: str | None = Field(default=None, description="configuration of a Hub data set")
-    split: str = Field(default="train", description="Hub split that calibrates")
+    split: str = Field(default="train", description="Hub split to calibrate on")
     evaluation_split: str | None = Field(
-        default=None, description="Hub split that evaluates; default validation, else test"
+        default=None,
+        description="Hub split to evaluate on; default: validation, else test, else the first rows",
     )
     column: str = Field(
         default=TEXT,
-        description="column that holds text, or messages for the chat template "
-        "(Hub, .jsonl, .parquet); default text, else "
-        "messages or conversations",
+        description="column that holds text, or messages for the chat template (Hub, .jsonl, .parquet); "
+        "where there is no text, messages or conversations is read",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
-    samples: int = Field(default=256, ge=1, le=MOST, description="calibration windows")
+    samples: int = Field(default=256, ge=1, le=MOST, description="number of calibration sequences")
     length: int | None = Field(
         default=None,
         ge=2,
         le=MOST,
-        description="tokens a window, BOS included; default up to 2048, as model and text allow",
+        description="tokens per sequence with BOS; default: the longest of 2048 to 128 that fits",
     )
-    seed: int = Field(default=0, ge=0, lt=2**63, description="draws the calibration windows")
-    evaluation_samples: int = Field(default=64, ge=1, le=MOST, description="evaluation windows")
+    seed: int = Field(
+        default=0,
+        ge=0,
+        lt=2**63,
+        description="seed of the calibration sequences and of all random choices of the stages",
+    )
+    evaluation_samples: int = Field(default=64, ge=1, le=MOST, description="number of evaluation sequences")
     bos: Literal["auto"] | bool = Field(
         default="auto",
-        description="begin each window with the BOS token; auto: where the tokenizer adds it by itself",
+        description="whether each sequence begins with BOS; `auto`: where the tokenizer puts it by itself",
     )
 
     @model_serializer(mode="wrap")

@@ -54,38 +54,45 @@ SHORT.maxlevel = 2
 
 
 class Accept(BaseModel):
-    """Bounds that the result must keep, or nothing is published."""
+    """Bounds on the loss. A result that misses one is not published."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     kl_nats: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="highest mean KL(base || compressed) per token"
+        default=None, description="highest mean KL(base || compressed), in nats/token"
     )
     perplexity_ratio: Annotated[float, Field(gt=0)] | None = Field(
-        default=None, description="highest perplexity over the base's"
+        default=None, description="highest perplexity relative to the base"
     )
     top1_agreement: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        default=None, description="lowest share of equal first tokens"
+        default=None, description="lowest top-1 agreement with the base"
     )
 
 
 class Recipe(BaseModel):
-    """What to do to which model, on which text, and how much it may lose."""
+    """What is done to which model, on which text, and how much it may lose."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, title="llmcompress recipe")
 
     version: int = Field(
-        default=SCHEMA, alias="schema", ge=1, le=SCHEMA, strict=True, description="schema of the recipe"
+        default=SCHEMA,
+        alias="schema",
+        ge=1,
+        le=SCHEMA,
+        strict=True,
+        description="version of the recipe language",
     )
     base: str | None = Field(
         default=None, min_length=1, description="Hub id or folder of the model; `demo` is the embedded one"
     )
     revision: str | None = Field(
-        default=None, min_length=1, description="commit, branch or tag of a base on the Hub"
+        default=None,
+        min_length=1,
+        description="commit, branch or tag of a base on the Hub",
     )
-    data: DataSpec = Field(default=DataSpec(), description="text that calibrates and evaluates")
-    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
-    accept: Accept = Accept()
+    data: DataSpec = Field(default=DataSpec(), description="text for calibration and evaluation")
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, description="what is done, in order")]
+    accept: Accept = Field(default=Accept(), description="bounds that the result must keep")
     _origin: RecipeFacts | None = PrivateAttr(default=None)
 
     @model_validator(mode="after")
@@ -98,7 +105,7 @@ class Recipe(BaseModel):
         return {key: value for key, value in handler(self).items() if value not in (None, {})}
 
     def training_tokens(self, length: int) -> int:
-        """How many tokens the stages that train ask for, where windows of the data have `length`."""
+        """How many tokens the stages that train ask for, where sequences of the data have `length`."""
         return max(stage.training_tokens(length) for stage in self.stages)
 
     @property

@@ -231,7 +231,10 @@ def test_an_override_that_can_not_be_is_refused_before_anything_is_read(
             "format: int8, overrides: {ffn: {group_size: 64}}",
             "overrides.ffn: group_size is for 4-bit formats",
         ),
-        ("overrides: {ffn: {groupsize: 64}}", "overrides.ffn.groupsize: unknown key; did you mean group_size?"),
+        (
+            "overrides: {ffn: {groupsize: 64}}",
+            "overrides.ffn.groupsize: unknown key; did you mean group_size?",
+        ),
         ("overrides: {ffn: {rounding: nearest}}", "overrides.ffn.rounding: unknown key"),
         ("protect: 1.0", "protect: .*less than 1"),
     ],

@@ -32,7 +32,7 @@ STAGE = "codebook"
 
 
 class Codebook(Stage):
-    """`codebook: {entries, per, rows, skip}`."""
+    """Stores the weights of linears as indices into a few values."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
@@ -41,16 +41,18 @@ class Codebook(Stage):
     retired: ClassVar[Mapping[str, str]] = {"codebook": "it is called entries"}
 
     entries: Literal[4, 8, 16, 256] = Field(
-        description="how many values the weights that share a codebook can have"
+        description="number of values in a codebook: 2, 3, 4 or 8 bits per index",
     )
     per: Literal["row", "group", "linear"] = Field(
-        default="row", description="which weights share a codebook"
+        default="row", description="which weights share a codebook; `group`: those of adjacent `rows`"
     )
     rows: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
-        default=None, description="per: group: how many adjacent rows share one"
+        default=None, description="number of adjacent rows that share a codebook, with `per: group`"
     )
     skip: tuple[str, ...] = Field(
-        default=(), strict=False, description="linears to keep, by name; * matches anything"
+        default=(),
+        strict=False,
+        description="names of linears to keep; `*` matches anything",
     )
 
     @model_validator(mode="after")

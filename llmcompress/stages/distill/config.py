@@ -35,86 +35,94 @@ class DistillConfig(Settings):
     model_config = ConfigDict(allow_inf_nan=False)
 
     loss: Kind = Field(
-        default="forward_kl", description="how far the student's predictions are from the teacher's"
+        default="forward_kl",
+        description="loss between the predictions of student and teacher",
     )
-    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        default=1000, description="updates of the weights"
-    )
+    steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=1000, description="training steps")
     learning_rate: Annotated[float, Field(gt=0, lt=1)] = Field(
-        default=1e-4, description="at its highest, after the warm-up"
+        default=1e-4, description="highest learning rate, after the warm-up"
     )
-    batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="windows a step")
+    batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="sequences per step")
     micro_batch: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="windows at once, a divisor of batch; default as many as 4096 tokens hold"
+        default=None,
+        description="sequences at once, a divisor of `batch`; default: as many as 4096 tokens hold",
     )
     length: Annotated[int, Field(ge=2, le=MOST_COUNTED)] | None = Field(
-        default=None, description="tokens a window; default that of the data"
+        default=None, description="tokens per sequence; default: that of the data"
     )
     temperature: Annotated[float, Field(gt=0, le=1e3)] = Field(
-        default=1.0, description="that logits are divided by"
+        default=1.0,
+        description="temperature of both predictions",
     )
     skew: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        default=None, description="of the losses that have one"
+        default=None,
+        description="skew of the losses that have one; default: 0.5 for `jensen_shannon`, else 0.1",
     )
     label_share: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of cross-entropy in the loss"
+        default=0.0, description="share of the cross-entropy with the text in the loss"
     )
     hidden: Annotated[float, Field(ge=0, le=1e6)] = Field(
-        default=0.0, description="weight of the loss between hidden states"
+        default=0.0,
+        description="weight of the loss between hidden states",
     )
-    hidden_loss: HiddenKind = Field(default="mse", description="mse is a share of the teacher's mean square")
+    hidden_loss: HiddenKind = Field(
+        default="mse",
+        description="loss between hidden states; `mse` is relative to the teacher's mean square",
+    )
     attention: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0, description="weight of the loss between attention maps"
     )
     teacher: Annotated[str, Field(min_length=1)] | None = Field(
-        default=None, description="Hub id or folder of a model with the same tokenizer; default the base"
+        default=None, description="Hub id or folder of a teacher with the same tokenizer; default: the base"
     )
     teacher_format: Literal["nf4"] | None = Field(
-        default=None, description="hold the teacher's linears in 4 bits"
+        default=None,
+        description="`nf4`: hold the teacher's linears in 4 bits",
     )
     student: Annotated[str, Field(min_length=1)] | None = Field(
         default=None,
-        description=(
-            "Hub id or folder of the model to train, or of its config alone; default what the base became"
-        ),
+        description="Hub id or folder of another model, or of a config alone, to train in place of the base",
     )
-    cache: bool = Field(
-        default=False, description="keep what the teacher says on disk, and don't ask it twice"
-    )
+    cache: bool = Field(default=False, description="store the teacher's predictions on disk, and reuse them")
     top_k: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        default=64, description="likeliest tokens that are kept of each prediction"
+        default=64, description="most likely tokens stored per prediction, with `cache: true`"
     )
     on_policy: Annotated[float, Field(ge=0, le=1)] = Field(
-        default=0.0, description="share of the windows of which the student writes the second half itself"
+        default=0.0, description="share of the sequences whose second half the student writes"
     )
     train: Train = Field(
         default="all",
-        description=(
-            "which weights learn; scales: of 4-bit groups, after quantize; lora: merged when it is over"
-        ),
+        description="which weights learn: all, norms, scales (of groups or codebooks, after `quantize` or "
+        "`codebook`), or LoRA adapters, which are merged at the end",
     )
-    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(default=16, description="of lora")
+    rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
+        default=16, description="rank of the adapters, with `train: lora`"
+    )
     warmup: Annotated[float, Field(ge=0, lt=1)] = Field(
-        default=0.05, description="share of the steps until the highest rate"
+        default=0.05, description="share of the steps until the highest learning rate"
     )
     schedule: Literal["cosine", "linear", "constant_with_warmup"] = Field(
-        default="cosine", description="what follows it"
+        default="cosine", description="learning rate after the warm-up"
     )
-    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(default=0.0, description="of AdamW")
+    weight_decay: Annotated[float, Field(ge=0, le=1e3)] = Field(
+        default=0.0,
+        description="weight decay of AdamW",
+    )
     optimizer: Literal["adamw", "adamw_8bit"] = Field(
-        default="adamw", description="8bit: bitsandbytes', paged on a GPU"
+        default="adamw", description="`adamw_8bit`: that of bitsandbytes, paged on a GPU"
     )
     evaluate_every: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="steps; default a tenth of them"
+        default=None, description="steps between evaluations; default: a tenth of all steps"
     )
     patience: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="evaluations that may bring nothing before training ends early"
+        default=None, description="evaluations without an improvement before training stops early"
     )
     gradient_checkpointing: bool = Field(
-        default=False, description="less memory for activations, a third more time"
+        default=False,
+        description="recompute activations in the backward pass: less memory, a third more time",
     )
     trackers: tuple[str, ...] = Field(
-        default=(), strict=False, description="that the Trainer reports to, like tensorboard"
+        default=(), strict=False, description="trackers that the Trainer reports to, like `tensorboard`"
     )
 
     @model_validator(mode="after")

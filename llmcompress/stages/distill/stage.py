@@ -53,7 +53,7 @@ POINTS = 200  # of a curve in the report
 
 
 class Distill(DistillConfig, Stage):
-    """`distill: {loss, steps, learning_rate, batch, length, teacher, student, train, cache, ...}`."""
+    """Trains the model to predict as a teacher does, by default the base."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "distillation"

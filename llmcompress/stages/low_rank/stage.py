@@ -40,7 +40,7 @@ STAGE, FOUND = "low_rank", "found"  # in the journal
 
 
 class LowRank(Stage):
-    """`low_rank: {rank or keep, layers_per_basis, skip}`."""
+    """Writes linears as products of two thin matrices."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "shared or factorised weights"
@@ -49,17 +49,19 @@ class LowRank(Stage):
     retired: ClassVar[Mapping[str, str]] = {"basis": "it is called layers_per_basis"}
 
     layers_per_basis: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        default=1, description="adjacent layers that have a basis in common; 1: plain low rank"
+        default=1, description="number of adjacent layers that share a basis; 1 is plain low rank"
     )
     rank: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="of every product"
+        default=None, description="rank of every product, in place of `keep`"
     )
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
         default=None,
         description="share of the parameters of the linears that stays; the ranks follow from it",
     )
     skip: tuple[str, ...] = Field(
-        default=(), strict=False, description="linears to keep, by name; * matches anything"
+        default=(),
+        strict=False,
+        description="names of linears to keep; `*` matches anything",
     )
 
     @model_validator(mode="after")

@@ -27,20 +27,22 @@ class Budget(Settings):
     """`keep`, or `parameters`, or `size`; with `multiple`."""
 
     keep: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="units that stay (in each layer), or layers: a share, or how many"
+        default=None, description="units that stay in each layer, or layers that stay: a share or a number"
     )
     parameters: Annotated[float, Field(gt=0, le=1)] | Annotated[int, Field(ge=2, le=MOST_STORED)] | None = (
         Field(
             default=None,
-            description="parameters of the model that stay: a share of those it has now, or how many",
+            description="parameters that stay in the whole model: a share of those it has now, or a number",
         )
     )
     size: Annotated[int, Field(ge=1, le=MOST_STORED)] | None = Field(
         default=None,
-        description="bytes on disk to reach, as a number or like 100MB, before anything is quantised",
+        description="bytes on disk to reach, before anything is quantised; a number, or text like `100MB`",
     )
     multiple: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="of which the count is one; ffn: 64, or less where a budget needs it"
+        default=None,
+        description="number of units is a multiple of this; default: 64 for `ffn` and `hidden` (less where "
+        "a budget needs it), else 1",
     )
 
     @field_validator("size", mode="before")

@@ -72,7 +72,7 @@ class Cut:
 
 
 class Prune(Budget, Stage):
-    """`prune: {axis, keep or parameters or size, allocation, score, repair, multiple}`."""
+    """Removes whole units: neurons, heads, experts, layers or channels of the hidden state."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "fewer parameters"
@@ -81,25 +81,26 @@ class Prune(Budget, Stage):
     }
 
     axis: Axis | Annotated[tuple[Axis, ...], Field(min_length=1, strict=False)] = Field(
-        description="what is cut: ffn neurons, kv heads with their query heads, "
-        "q: query heads of every kv head, experts, "
-        "channels of the hidden state, whole layers, sublayers (attention or ffn of a layer); or a list of "
-        "ffn with kv or q"
+        description="units that are removed: `ffn` neurons, `kv` (key-value heads with their query heads), "
+        "`q` (query heads of each key-value head), `expert`, `hidden` (channels of the hidden state), "
+        "`layer`, `sublayer` (the attention or the feed-forward part of a layer); or a list of `ffn` with "
+        "`kv` or `q`",
     )
     allocation: Literal["uniform", "sensitivity"] | None = Field(
         default=None,
-        description="uniform: as many units in every layer; sensitivity: where they lose least; "
-        "default uniform with keep, else sensitivity",
+        description="`uniform`: the same width in every layer; `sensitivity`: a width per layer, where it "
+        "costs least; default: `uniform` with `keep`, `sensitivity` with a budget",
     )
     score: Literal["obs", "taylor", "wanda", "activation", "magnitude", "pca", "kl", "influence"] | None = (
         Field(
             default=None,
-            description="saliency of a unit; default obs, for experts activation, for hidden pca, "
-            "for layers and sublayers kl",
+            description="how units are ranked; default: `obs` for `ffn`, `kv` and `q`, `activation` for "
+            "`expert`, `pca` for `hidden`, `kl` for `layer` and `sublayer`",
         )
     )
     repair: bool = Field(
-        default=True, description="solve the linear that reads the axis anew for what is left"
+        default=True,
+        description="solve the linear that reads the axis again by least squares",
     )
 
     @model_validator(mode="after")

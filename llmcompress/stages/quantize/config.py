@@ -29,27 +29,26 @@ class FormatConfig(Settings):
 
     format: Literal["nf4", "fp4", "int8", "w8a8", "w4a8", "w4a4", "w8a16", "w4a16"] = Field(
         default="nf4",
-        description=(
-            "nf4, fp4, int8 load in plain transformers; the others round activations, with llmcompress"
-        ),
+        description="how linears are stored; `nf4`, `fp4` and `int8` load with transformers and "
+        "bitsandbytes, the others with `import llmcompress`",
     )
     group_size: Literal[32, 64, 128, 256, 512, 1024, 2048, 4096] = Field(
-        default=64, description="weights that share one scale"
+        default=64, description="number of weights under one scale, in 4-bit formats"
     )
     double_quant: bool = Field(
-        default=False, description="store the scales in 8 bits: 4.13 bits a weight at group_size 64, not 4.5"
+        default=False,
+        description="`nf4`, `fp4`: scales in 8 bits, 4.13 bits per weight at `group_size: 64`, not 4.5",
     )
     threshold: Annotated[float, Field(ge=0, le=1e6)] = Field(
         default=0.0,
-        description=(
-            "int8: columns of activations that reach it are not rounded, at half the speed; 0: all are"
-        ),
+        description="`int8`: columns of activations that reach it stay in float16; 0: none do",
     )
     activations: Literal["dynamic", "static", "none"] = Field(
-        default="dynamic", description="a scale a token, or a stored one"
+        default="dynamic",
+        description="formats that round activations: a scale per token, a stored scale, or no rounding",
     )
     range: Literal["minmax", "percentile", "mse"] = Field(
-        default="mse", description="what a static scale is chosen by"
+        default="mse", description="how a stored scale is chosen, with `activations: static`"
     )
 
     @model_validator(mode="after")
@@ -90,7 +89,7 @@ class FormatConfig(Settings):
 
 
 class Override(FormatConfig):
-    """Settings for some linears: those not given are the stage's, unless another format is."""
+    """Settings for some linears. Those not given are the stage's, unless the format is another."""
 
     def over(self, own: FormatConfig) -> FormatConfig:
         """The settings that hold for these linears, where the stage's are `own`. Errors: ValueError as for

@@ -31,13 +31,15 @@ TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weigh
 
 
 class Smooth(Settings):
-    """`smooth: {method, alpha}`."""
+    """Moves a scale per channel between linears and what feeds them, before the rounding."""
 
     method: Literal["smoothquant", "awq"] = Field(
-        default="smoothquant", description="for rounded activations, or for 4 bits"
+        default="smoothquant",
+        description="`smoothquant` is for formats that round activations, `awq` for 4-bit weights",
     )
     alpha: Annotated[float, Field(ge=0, le=1)] | Literal["auto"] = Field(
-        default="auto", description="how far to go"
+        default="auto",
+        description="exponent of the scale; `auto`: the one with the least error, or a fit of all factors",
     )
 
     def search(

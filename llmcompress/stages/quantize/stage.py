@@ -57,46 +57,47 @@ STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and
 
 
 class Quantize(FormatConfig, Stage):
-    """`quantize: {format, ..., overrides, rounding, steps, smooth, rotate, protect, skip, head, embedding}`:
-    and a Format."""
+    """Stores the weights of linears in 8 or 4 bits; some formats round activations too."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "coded weights"
     quantizes: ClassVar[bool] = True
     overrides: dict[str, Override] = Field(
         default={},
-        description=(
-            "other settings for some linears, by name (* matches anything) or by an axis they run along"
-        ),
+        description="other settings for some linears, by name (`*` matches anything) or by an axis they run "
+        "along (`ffn`, `kv`, `q`, `hidden`); the last match holds",
     )
     rounding: Literal["nearest", "gptq", "learned"] = Field(
-        default="gptq", description="nearest is stock bitsandbytes"
+        default="gptq", description="how codes are chosen; `nearest` is stock bitsandbytes"
     )
     steps: Annotated[int, Field(ge=1, le=MOST_COUNTED)] = Field(
-        default=200, description="steps of learned rounding on each layer"
+        default=200, description="training steps for each layer, with `rounding: learned`"
     )
     smooth: Smooth | None = Field(
-        default=None, description="move the difficulty between inputs and weights first"
+        default=None,
+        description="smoothing before the rounding; `{}` takes the defaults",
     )
     rotate: bool | Literal["heads"] = Field(
         default=False,
-        description=(
-            "turn the hidden state and each head's values first (heads: these alone); folded, so free"
-        ),
+        description="rotate hidden state and head values before the rounding; `heads`: the values alone",
     )
     protect: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description=(
-            "share of the weights to spare where rounding costs most; w8a8, w4a8, w4a4 spare inputs alone"
-        ),
+        description="share of the weights to spare where rounding costs most; in `w8a8`, `w4a8` and `w4a4` "
+        "their inputs alone are spared",
     )
     skip: tuple[str, ...] = Field(
-        default=(), strict=False, description="linears to keep, by name; * matches anything"
+        default=(),
+        strict=False,
+        description="names of linears to keep; `*` matches anything",
     )
-    head: Literal["keep", "quantize"] = Field(default="keep", description="what becomes of the output head")
+    head: Literal["keep", "quantize"] = Field(
+        default="keep",
+        description="whether the output head is quantised too",
+    )
     embedding: Literal["keep", "int8"] = Field(
         default="keep",
-        description="the input embedding, and a head tied to it, which is then the same int8 matrix",
+        description="`int8`: store the input embedding, and a head tied to it, as one int8 matrix",
     )
 
     @model_validator(mode="after")

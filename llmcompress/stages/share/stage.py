@@ -44,7 +44,7 @@ Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(m
 
 
 class Share(Stage):
-    """`share: {layers or pairs, parts, groups, residual_rank, steps}`."""
+    """Lets layers share the weights of their feed-forward part, their attention, or both."""
 
     model_config = ConfigDict(
         json_schema_extra={"oneOf": [{"required": ["layers", "groups"]}, {"required": ["pairs"]}]},
@@ -55,22 +55,25 @@ class Share(Stage):
     combines: ClassVar[bool] = True
 
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
-        default=None, description="how groups are found; auto is kl, the measured loss of swapping layers"
+        default=None,
+        description="how groups are found: `kl`, also called `auto`, by measured loss, the others by a score",
     )
     groups: Annotated[int, Field(ge=1, le=MOST_COUNTED)] | None = Field(
-        default=None, description="how many different ones are left"
+        default=None, description="number of different sets of weights that are left; goes with `layers`"
     )
     pairs: Annotated[tuple[Group, ...], Field(min_length=1, strict=False)] | None = Field(
-        default=None, description="the groups, if they are known: [[2, 3], [4, 5]]; numbers of layers from 0"
+        default=None,
+        description="the groups themselves, in place of `layers`: `[[2, 3], [4, 5]]`; layer 0 is the first",
     )
     parts: Annotated[tuple[Part, ...], Field(min_length=1, strict=False)] = Field(
-        default=("ffn",), description="what is shared of the layers of a group"
+        default=("ffn",), description="parts of a layer that are shared"
     )
     residual_rank: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
-        default=0, description="of the difference that each layer keeps"
+        default=0, description="rank of the difference that each layer keeps"
     )
     steps: Annotated[int, Field(ge=0, le=MOST_COUNTED)] = Field(
-        default=300, description="of the fit of each group"
+        default=300,
+        description="training steps for each group",
     )
 
     @model_validator(mode="after")

@@ -34,25 +34,25 @@ BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML takes 2:4 and 4:8 for, where the
 
 
 class Sparsify(Stage):
-    """`sparsify: {pattern, keep, score, skip}`."""
+    """Sets single weights to zero and stores those that stay with a bitmask."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "sparse weights"
     rewrites: ClassVar[bool] = True
 
     pattern: Literal["unstructured", "2:4", "4:8"] = Field(
-        description=(
-            "which weights may become zero: any, or all but 2 of every 4 (4 of every 8) neighbours in a row"
-        )
+        description="`unstructured`: any weights; `2:4`, `4:8`: all but 2 of 4 (4 of 8) neighbours in a row"
     )
     keep: Annotated[float, Field(gt=0, lt=1)] | None = Field(
-        default=None, description="unstructured: share that stays"
+        default=None, description="share of the weights that stay, with `pattern: unstructured`"
     )
     score: Literal["sparsegpt", "wanda", "magnitude"] = Field(
-        default="sparsegpt", description="what a weight is worth; sparsegpt also adjusts those that stay"
+        default="sparsegpt", description="how weights are ranked; `sparsegpt` also adjusts those that stay"
     )
     skip: tuple[str, ...] = Field(
-        default=(), strict=False, description="linears to keep, by name; * matches anything"
+        default=(),
+        strict=False,
+        description="names of linears to keep; `*` matches anything",
     )
 
     @field_validator("pattern", mode="before")

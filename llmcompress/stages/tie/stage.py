@@ -33,7 +33,7 @@ START = 0.25
 
 
 class Tie(Stage):
-    """`tie: {fit}`."""
+    """Makes one matrix of the input embedding and the output head."""
 
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "shared or factorised weights"
@@ -49,7 +49,8 @@ class Tie(Stage):
 
     fit: Literal["least_squares", "mean", "embedding", "head"] = Field(
         default="least_squares",
-        description="the best of both on calibration text; or their mean, or either as it is",
+        description="`least_squares`: fit one matrix to the work of both; `mean`: the mean of the two; "
+        "`embedding`, `head`: one of them as it is",
     )
 
     @property
