@@ -15,9 +15,14 @@ from transformers.core_model_loading import (
 from transformers.core_model_loading import rename_source_key as rename_source_key
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bitDeserialize
 from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import (
+    get_available_reporting_integrations as get_available_reporting_integrations,
+)
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer as HfQuantizer
 from transformers.utils import logging as logging
+from transformers.utils.import_utils import is_peft_available as is_peft_available

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.architectures.resize import changed
 from llmcompress.formats import registry
 from llmcompress.formats.registry import StoredWeight
+from llmcompress.integrations.transformers_compat import Conv1D
 from llmcompress.io.journal import Journal
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.modeling.from_disk import no_progress_bar

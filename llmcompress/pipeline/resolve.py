@@ -16,12 +16,12 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.utils import logging
 
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import CompressError, ModelError, RecipeError, argument
+from llmcompress.integrations.transformers_compat import logging
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.io.tokenizer import tokenizer_of

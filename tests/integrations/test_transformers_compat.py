@@ -50,21 +50,21 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "Bnb8bitDeserialize": {COMPAT},
     },
     "transformers.integrations.integration_utils": {
-        "INTEGRATION_TO_CALLBACK": {"stages.distill.config"},
-        "get_available_reporting_integrations": {"stages.distill.config"},
+        "INTEGRATION_TO_CALLBACK": {COMPAT},
+        "get_available_reporting_integrations": {COMPAT},
     },
     "transformers.modeling_utils": {"LoadStateDictConfig": {COMPAT}, "ModuleUtilsMixin": {COMPAT}},
     "transformers.models.auto.tokenization_auto": {
         "TOKENIZER_MAPPING_NAMES": {"io.tokenizer"},
         "tokenizer_class_from_name": {"io.tokenizer"},
     },
-    "transformers.pytorch_utils": {"Conv1D": {COMPAT, "pipeline.in_memory", "stages.distill.student"}},
+    "transformers.pytorch_utils": {"Conv1D": {COMPAT}},
     "transformers.quantizers": {"auto": {"integrations.registration"}},
     "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": {COMPAT}},
     "transformers.quantizers.base": {"HfQuantizer": {COMPAT}},
     "transformers.quantizers.quantizers_utils": {"should_convert_module": {"formats.bitsandbytes_layout"}},
-    "transformers.utils": {"logging": {COMPAT, "pipeline.resolve"}},
-    "transformers.utils.import_utils": {"is_peft_available": {"stages.distill.config"}},
+    "transformers.utils": {"logging": {COMPAT}},
+    "transformers.utils.import_utils": {"is_peft_available": {COMPAT}},
     "transformers.utils.quantization_config": {"QuantizationConfigMixin": {"formats.quantization_config"}},
 }
 

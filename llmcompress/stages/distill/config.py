@@ -8,15 +8,15 @@ from typing import Annotated, Literal
 import torch
 from pydantic import ConfigDict, Field, model_validator
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-)
-from transformers.utils.import_utils import is_peft_available
 
 from llmcompress.algorithms.distillation_losses import SKEW, HiddenKind, Kind
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
+from llmcompress.integrations.transformers_compat import (
+    INTEGRATION_TO_CALLBACK,
+    get_available_reporting_integrations,
+    is_peft_available,
+)
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.stages.base import Settings
 from llmcompress.stages.distill.student import Train

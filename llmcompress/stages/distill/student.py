@@ -20,10 +20,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import registry
+from llmcompress.integrations.transformers_compat import Conv1D
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.distill.parametrizations import (
     StoredRounding,
