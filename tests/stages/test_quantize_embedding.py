@@ -29,6 +29,7 @@ from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept
 from llmcompress.report.schema import Report
+from llmcompress.stages.quantize.solver import LayerQuantizer
 from llmcompress.stages.quantize.stage import Quantize
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
 from tests.bases import byte_tokenizer, known, save_base, small_recipe, write_text
@@ -359,13 +360,13 @@ def test_blocks_are_calibrated_on_the_rounded_embedding_against_the_full_models(
     text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, seen = save_base(tmp_path / "base", num_hidden_layers=1), dict[str, list[Tensor]]()
-    solve = Quantize._layer
+    solve = LayerQuantizer._layer
 
-    def watch(stage: Quantize, layer: Any, *rest: Any) -> Any:
+    def watch(self: LayerQuantizer, layer: Any, *rest: Any) -> Any:
         seen.update(inputs=list(layer.inputs), reference=list(layer.reference))
-        return solve(stage, layer, *rest)
+        return solve(self, layer, *rest)
 
-    monkeypatch.setattr(Quantize, "_layer", watch)
+    monkeypatch.setattr(LayerQuantizer, "_layer", watch)
     run_recipe(small_recipe(text, base, format="w8a8", embedding="int8"), tmp_path / "out")
     model = DiskModel(base, CPU).model
     rounded = DiskModel(tmp_path / "out", CPU, quantized=True).model.get_parameter(

@@ -26,11 +26,12 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.units import amount, share_of
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import SAMPLE, following, gradients, walk
+from llmcompress.modeling.sequential import following, gradients, walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.fisher import TOKENS, find_fisher, metric, tokens_for
+from llmcompress.stages.fisher import TOKENS, find_fisher, metric
 from llmcompress.stages.prune import (
     allocation,
+    estimate,
     experts,
     hidden_size,
     layer_dropping,
@@ -233,60 +234,7 @@ class Prune(Budget, Stage):
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """The cost of finding what goes and of solving for what stays."""
-        inner, layers = model.inner_parameters(), len(model.layers)
-        if self.of_layers or self.of_parts:
-            spoken, operations, states, notes = self._dropping(model, inner)
-            widest = 0
-        else:
-            spoken, operations, widest, notes = self._cutting(model, inner, work)
-            states = 4 * work.tokens * model.config.hidden_size
-        return Estimate(
-            stage=f"prune ({spoken})",
-            parameters=left.parameters(),
-            size_bytes=left.stored_bytes(),
-            peak_memory_bytes=4 * (4 * inner // layers + states + 8 * widest * widest),
-            seconds=operations / work.rate,
-            notes=notes,
-        )
-
-    def _dropping(self, model: MetaModel, inner: int) -> tuple[str, float, int, tuple[str, ...]]:
-        """Of layers or sublayers: what goes in words, the operations, the floats of the states, and notes."""
-        layers, D = len(model.layers), model.config.hidden_size
-        if self.of_layers:
-            gone = self.cut(model).gone
-            operations = 2.0 * inner * SAMPLE * layers * len(gone) / 2
-            return f"layer, {layers - len(gone)} of {layers}", operations, layers * SAMPLE * D, ()
-        every, without = sublayer_dropping.candidates(model), sublayer_dropping.guess(model, self)
-        operations = 2.0 * inner * SAMPLE * len(every) * len(without) / 2
-        note = "the run finds the sublayers that lose least; what stands here is without the last ones"
-        return (
-            f"sublayer, {len(every) - len(without)} of {len(every)}",
-            operations,
-            2 * layers * SAMPLE * D,
-            (note,),
-        )
-
-    def _cutting(
-        self, model: MetaModel, inner: int, work: Workload
-    ) -> tuple[str, float, int, tuple[str, ...]]:
-        """Of units of axes: what stays in words, the operations, the widest input that is solved for, and
-        notes."""
-        cut, maps, sizes = self.cut(model), dict(model.linear_maps()), self.sizes(model)
-        consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in self.axes]
-        C = max(maps[name][1] if name in maps else model.config.hidden_size for name in consumers)
-        solved = len(model.layers) * (4.0 * C**2 * work.tokens + 8.0 * C**3)  # moments and removal
-        operations = 4 * 2.0 * inner * work.tokens + solved
-        if self.sensitive or self.worth in ("obs", "taylor"):
-            operations += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
-        spoken = "; ".join(f"{axis}, {cut.widths[axis][0]} of {sizes[axis][0]}" for axis in self.axes)
-        if not self.sensitive:
-            return spoken, operations, C, ()
-        operations += 2 * 2.0 * inner * work.tokens + solved
-        note = (
-            "the run finds a width for each layer, where it loses least; "
-            "what stands here is for layers all alike"
-        )
-        return f"{spoken} in the mean", operations, C, (note,)
+        return estimate.of(self, model, left, work)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Cut every layer that the journal does not hold yet; leave its tensors and facts there."""
