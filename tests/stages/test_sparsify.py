@@ -91,7 +91,7 @@ def test_what_wanda_and_magnitude_keep_is_as_it_was(text: Path, tmp_path: Path) 
         for settings in ({"pattern": "2:4"}, HALF):
             kind = str(settings["pattern"])[0]
             out = tmp_path / f"{score}-{kind}"
-            run_recipe(recipe(text, base, {"prune": {**settings, "score": score}}), out)
+            run_recipe(recipe(text, base, {"sparsify": {**settings, "score": score}}), out)
             tensors = load_file(out / "model.safetensors")
             mask_RC = unpack_mask(tensors[f"{name}.weight_mask"], W_RC.shape[1])
             assert torch.equal(tensors[f"{name}.weight"], W_RC[mask_RC]) == (score != "sparsegpt")
