@@ -145,7 +145,7 @@ def test_the_card_of_each_recipe_is_right_and_says_what_the_report_says(
         assert cell == pytest.approx([model.perplexity, *(model.perplexity_ci95 or ())], rel=6e-4)
     assert rows["KL(base || compressed), mean"][0] == pytest.approx([fidelity.kl_nats_mean], rel=6e-4)
     assert rows["KL, 99th percentile"][0] == pytest.approx([fidelity.kl_nats_p99], rel=6e-4)
-    assert rows["same first choice"][0] == pytest.approx([fidelity.top1_agreement], abs=6e-5)
+    assert rows["top-1 agreement"][0] == pytest.approx([fidelity.top1_agreement], abs=6e-5)
     ratio = [fidelity.perplexity_ratio, *(fidelity.perplexity_ratio_ci95 or ())]
     assert rows["perplexity ratio [95 %]"][0] == pytest.approx(ratio, rel=6e-4)
     for linear in report.linears:
