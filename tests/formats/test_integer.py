@@ -17,8 +17,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import ModelError
 from llmcompress.formats import integer
+from llmcompress.formats.four_bit import FourBitLayout
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear, linear, weight_of
+from llmcompress.formats.registry import layouts_of
 from tests.models import noise, pico
 
 stock: Any = functional  # typed in part only
@@ -426,3 +428,13 @@ def test_a_gpu_computes_what_a_cpu_does(scheme: IntegerLayout) -> None:
             expected = module(x)
             torch.testing.assert_close(module.cuda()(x.cuda()).cpu(), expected, rtol=0.02, atol=0.02)
             assert module.cuda()(x[:0].cuda()).shape == (0, R)
+
+
+def test_a_config_of_before_groups_were_called_so_is_read() -> None:
+    old = [
+        {"format": "w4a8", "activations": "dynamic", "block": 32, "linears": ["a", "b"]},
+        {"format": "nf4", "block": 64, "double_quant": True, "linears": ["c"]},
+    ]
+    found = layouts_of(old)
+    assert found["a"] == found["b"] == IntegerLayout("w4a8", "dynamic", 32)
+    assert found["c"] == FourBitLayout("nf4", 64, True)
