@@ -21,7 +21,7 @@ from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.base import Estimate, Workload
+from llmcompress.stages.base import Estimate, StageResult, Workload
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,13 @@ def plan_recipe(
     rate = _rate(model.device)
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, 0.0), cost=False)]
     notes: list[str] = []
+    before: list[StageResult] = []
     for stage in resolved.recipe.stages:
         if student := stage.models.get("student"):
             folder = resolved.models[student].folder
             model = meta_model(folder, config_of(folder, base=True), model.device)
+        stage.require_possible(model, before, recipe.data.seed)
+        before.append(stage.result(model))
         work = Workload(spec.samples * length, length, rate, rows[-1].size_bytes)
         left = outline_after(stage, model)
         left.model.tie_weights()
