@@ -20,11 +20,11 @@ DAMP = 0.01
 KEEPS: tuple[Keep, ...] = (0.5, 0.3, (2, 4), (4, 8), (1, 3))
 
 
-def plain_sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, group_size: int) -> Tensor:
+def plain_sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, block: int) -> Tensor:
     """Algorithm 1 of arXiv:2301.00774 as it reads: a column at a time, every later column updated at once."""
     W, (R, C) = W_RC.clone(), W_RC.shape
     U = torch.linalg.cholesky(torch.linalg.inv(damped(H_CC, DAMP)), upper=True)
-    group = keep[1] if isinstance(keep, tuple) else group_size
+    group = keep[1] if isinstance(keep, tuple) else block
     mask = torch.zeros(R, C, dtype=torch.bool)
     for c in range(C):
         if c % group == 0:
@@ -83,15 +83,15 @@ def test_rows_compete_when_they_are_passed_as_one() -> None:
 
 
 @pytest.mark.parametrize("shape", [(32, 64), (7, 37), (1, 5), (5, 1)])
-@pytest.mark.parametrize("group_size", [8, 12, 128])
+@pytest.mark.parametrize("block", [8, 12, 128])
 @pytest.mark.parametrize("keep", KEEPS, ids=str)
 def test_sparsegpt_gives_the_weights_of_the_plain_form(
-    keep: Keep, group_size: int, shape: tuple[int, int]
+    keep: Keep, block: int, shape: tuple[int, int]
 ) -> None:
-    W_RC, H_CC = problem(group_size, *shape)
+    W_RC, H_CC = problem(block, *shape)
     found, expected = (
-        sparsegpt(W_RC, H_CC, keep, block=group_size, damp=DAMP),
-        plain_sparsegpt(W_RC, H_CC, keep, group_size),
+        sparsegpt(W_RC, H_CC, keep, block=block, damp=DAMP),
+        plain_sparsegpt(W_RC, H_CC, keep, block),
     )
     assert torch.equal(found != 0, expected != 0)
     torch.testing.assert_close(found, expected)
@@ -109,10 +109,10 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(keep: Kee
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(keep=st.floats(0, 1), rows=st.integers(1, 9), columns=st.integers(1, 40), block=st.integers(1, 16))
 def test_a_share_of_the_whole_is_met_to_the_weight(
-    keep: float, rows: int, columns: int, group_size: int
+    keep: float, rows: int, columns: int, block: int
 ) -> None:
     W_RC, H_CC = problem(0, rows, columns)
-    assert int((sparsegpt(W_RC, H_CC, keep, block=group_size) != 0).sum()) == round(keep * rows * columns)
+    assert int((sparsegpt(W_RC, H_CC, keep, block=block) != 0).sum()) == round(keep * rows * columns)
 
 
 @pytest.mark.parametrize("columns", [64, 37])
