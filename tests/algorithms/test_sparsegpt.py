@@ -108,9 +108,7 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(keep: Kee
 
 @settings(max_examples=40, deadline=None, derandomize=True)
 @given(keep=st.floats(0, 1), rows=st.integers(1, 9), columns=st.integers(1, 40), block=st.integers(1, 16))
-def test_a_share_of_the_whole_is_met_to_the_weight(
-    keep: float, rows: int, columns: int, block: int
-) -> None:
+def test_a_share_of_the_whole_is_met_to_the_weight(keep: float, rows: int, columns: int, block: int) -> None:
     W_RC, H_CC = problem(0, rows, columns)
     assert int((sparsegpt(W_RC, H_CC, keep, block=block) != 0).sum()) == round(keep * rows * columns)
 

@@ -396,6 +396,7 @@ def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_cross
     assert "Linear4bit" in {type(module).__name__ for module in load(out).modules()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("format", ["w8a8", "int8", "nf4"])
 def test_a_base_in_half_precision_keeps_its_dtype(

@@ -177,6 +177,7 @@ def hostile(families: tuple[str, ...], folder: Path, share: float) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_a_config_with_one_odd_value_goes_on_or_is_one_line(tmp_path: Path) -> None:
     assert not hostile(("llama", "gpt2", "qwen3_moe"), tmp_path, share=0.008)
 

@@ -24,7 +24,10 @@ from tests.bases import facts, save_base
 from tests.clients import shell
 from tests.hub_server import OFFLINE, TOKEN, Hub, environment, serve
 
-pytestmark = pytest.mark.usefixtures("short_runs")
+pytestmark = [
+    pytest.mark.usefixtures("short_runs"),
+    pytest.mark.slow,
+]  # runs and a Hub in processes of their own
 
 RECIPE = """
 data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}
@@ -80,7 +83,6 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(hub, env, place, commits)
 
 
-@pytest.mark.slow
 def test_the_report_remembers_every_commit(world: World) -> None:
     report = Report.of(world.place / "out")
     assert report.recipe and (report.recipe.source, report.recipe.revision) == (
@@ -124,7 +126,6 @@ def test_what_is_on_the_hub_is_the_artefact_with_its_card(world: World) -> None:
     assert f"revision: {world.commits['texts']}" in results and "id: them/texts" in results
 
 
-@pytest.mark.slow
 def test_a_second_push_sends_nothing_and_commits_nothing(world: World) -> None:
     commits = world.hub.commits("me/tiny")
     before = len(world.hub.log)
@@ -142,7 +143,6 @@ def test_a_clean_process_loads_it_by_its_id(world: World) -> None:
     assert done.stdout.strip() == "Linear4bit", done.stderr
 
 
-@pytest.mark.slow
 def test_it_is_reproduced_bit_by_bit_from_the_hub_alone(world: World) -> None:
     shutil.rmtree(world.place / "again", ignore_errors=True)
     code, out, err = shell(world.env, "reproduce", "me/tiny", "--out", "again", cwd=world.place)
@@ -175,7 +175,6 @@ def test_an_artefact_is_a_recipe_for_another_model_and_is_evaluated_by_its_id(wo
     )
 
 
-@pytest.mark.slow
 def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World) -> None:
     env = world.env | OFFLINE
     code, _, err = shell(env, "run", "them/recipe@v1", "--base", "them/base", "--out", "off", cwd=world.place)
@@ -190,7 +189,6 @@ def test_offline_what_is_in_the_cache_runs_and_what_is_not_says_so(world: World)
     assert code == 2 and "the Hub data set them/unseen is not in the cache" in err
 
 
-@pytest.mark.slow
 def test_a_recipe_from_the_hub_may_name_no_path_of_this_machine(world: World) -> None:
     (world.place / "secrets").mkdir(exist_ok=True)
     (world.place / "secrets" / "train.txt").write_text("my words\n" * 999)
@@ -246,7 +244,6 @@ def test_what_is_no_whole_artefact_is_not_pushed(world: World, tmp_path: Path) -
             push(tmp_path / name, "me/never")
 
 
-@pytest.mark.slow
 def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(world: World) -> None:
     def files(name: str, layers: int, *kinds: str) -> dict[str, bytes]:
         folder = save_base(world.place / name, num_hidden_layers=layers)
@@ -277,7 +274,6 @@ def test_teachers_and_students_are_remembered_and_reproduced_at_their_commits(wo
     assert {role: again[role] for role in commits} == {role: first[role] for role in commits}
 
 
-@pytest.mark.slow
 def test_a_text_given_in_the_recipes_words_is_remembered_and_reproduced(world: World) -> None:
     head = {
         "configs": [
@@ -317,7 +313,6 @@ def test_a_text_given_in_the_recipes_words_is_remembered_and_reproduced(world: W
     assert code == 0 and "many: bit-equal" in out, out + err
 
 
-@pytest.mark.slow
 def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: World, tmp_path: Path) -> None:
     mine = Path(shutil.copytree(world.place / "out", tmp_path / "mine"))
     (mine / "README.md").write_text((mine / "README.md").read_text() + "\nMy own words.\n")
@@ -333,7 +328,6 @@ def test_a_card_that_its_owner_edited_stays_and_other_files_stay_here(world: Wor
     assert world.hub.repos["model", "me/edited"].private
 
 
-@pytest.mark.slow
 def test_a_recipe_is_pushed_alone_and_fetched_again(world: World) -> None:
     script = """
 from llmcompress import Recipe

@@ -271,6 +271,7 @@ def test_a_finished_block_is_not_done_again_and_a_damaged_one_is(
     assert contents(out)["model.safetensors"] == contents(whole)["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_result_that_misses_its_bounds_is_not_published(text: Path, tmp_path: Path) -> None:
     base, out = save_base(tmp_path / "base", num_hidden_layers=1), tmp_path / "out"
     recipe = small_recipe(text, base, rounding="nearest")

@@ -19,6 +19,7 @@ from rich.console import Console
 from llmcompress.errors import AcceptError, CompressError
 from llmcompress.io.units import amount, duration, number
 from llmcompress.pipeline.outcome import companions
+from llmcompress.pipeline.plan import PlanRow
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.console import change, print_evaluation, print_plan, print_report
 from llmcompress.report.model_card import card, evaluations, front_matter, recipe_card
@@ -271,7 +272,7 @@ def test_missed_bounds_are_one_line_with_what_was_measured_asked_and_to_try() ->
     assert str(error.value) == (
         "the result misses accept: kl_nats is 0.00201234568 and at most 0.001 was asked; "
         "top1_agreement is 0.978 and at least 0.99 was asked; "
-        "try rounding: learned, a smaller layer or more calibration samples, or a looser bound"
+        "try rounding: learned, a smaller group_size or more calibration samples, or a looser bound"
     )
     assert error.value.exit_code == 3
 
@@ -385,20 +386,8 @@ def test_an_evaluation_is_printed_without_what_it_lacks() -> None:
 
 def test_a_plan_is_printed_with_its_notes() -> None:
     rows = [
-        {
-            "stage": "base",
-            "parameters": 8392960,
-            "size_bytes": 16794064,
-            "peak_memory_bytes": None,
-            "seconds": None,
-        },
-        {
-            "stage": "quantize",
-            "parameters": 8392960,
-            "size_bytes": 7794064,
-            "peak_memory_bytes": 700_000_000,
-            "seconds": 412.0,
-        },
+        PlanRow("base", 8392960, 16794064, 2_000_000, 4096),
+        PlanRow("quantize", 8392960, 7794064, 2_000_000, 4096, peak_memory_bytes=700_000_000, seconds=412.0),
     ]
     text = printed(print_plan, rows, ["time as on this machine"])
     for words in ("8.39 M", "16.8 MB", "700 MB", "6 min 52 s", "time as on this machine"):

@@ -220,6 +220,7 @@ def test_levels_are_in_a_type_of_16_bits_that_the_base_has(dtype: str, text: Pat
 # What may follow.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_levels_learn_and_codes_stay(family: str, text: Path, tmp_path: Path) -> None:
     base, out = small(tmp_path / "base", family), tmp_path / "out"
@@ -283,6 +284,7 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
     assert report.linears == written.linears and report.kept == written.kept
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "gpt2", num_hidden_layers=2)
     told = recipe(text, base, cluster(4))

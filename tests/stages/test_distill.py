@@ -178,6 +178,7 @@ def test_small_batches_that_are_added_up_are_a_large_one(text: Path, tmp_path: P
     assert all(torch.allclose(parts[name], whole[name], atol=1e-5) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_model_in_memory_learns_as_one_on_disk(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     stages: list[dict[str, Any]] = [

@@ -308,6 +308,7 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
     assert report.compressed.parameters == sum(p.numel() for p in result.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [1, 2])
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(layers: int, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")

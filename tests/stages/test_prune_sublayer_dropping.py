@@ -140,6 +140,7 @@ def test_other_stages_can_follow(after: dict[str, Any], text: Path, tmp_path: Pa
     assert torch.equal(generated(found), generated(found, use_cache=False))
 
 
+@pytest.mark.slow
 def test_without_llmcompress_loading_fails(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base", num_hidden_layers=3)
     for part in ("kv", "ffn"):

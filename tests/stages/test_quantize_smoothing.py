@@ -338,6 +338,7 @@ def test_planting_outliers_changes_nothing_but_what_is_rounded(family: str) -> N
     assert float((plain - planted).abs().max() / plain.abs().max()) <= SAME
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "format"),
     [("llama", "w8a8"), ("gpt2", "w8a8"), ("gemma2", "w8a8"), ("llama", "int8"), ("llama", "w4a4")],

@@ -530,6 +530,7 @@ def test_what_needs_layers_by_themselves_is_refused(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "after",
     [{"codebook": {"entries": 16}}, {"low_rank": {"layers_per_basis": 2, "rank": 8}}],
@@ -615,6 +616,7 @@ def test_lora_is_refused_for_what_is_shared(text: Path, tmp_path: Path) -> None:
 # In memory, interrupted, planned, told.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "qwen3_moe"])
 def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
@@ -625,6 +627,7 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(family: str, text: Path
     assert torch.equal(live(load(tmp_path / "saved")), live(result))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     stages: list[dict[str, Any]] = [
