@@ -138,8 +138,8 @@ def test_the_recipe_that_is_shared_is_that_of_its_report_and_its_names_are_no_id
     assert (lesson.teacher, lesson.student) == ("./teacher", "./student")
     told._origin = RecipeFacts(source="me/tiny", revision="ab" * 20)
     cases = (
-        (None, None, "--data"),
-        ("python-docs", None, "--base"),
+        (None, None, "with data"),
+        ("python-docs", None, "with base"),
         ("python-docs", "demo", "save it to a file"),
     )
     for data, base, advice in cases:
