@@ -41,6 +41,9 @@ SCRIPTS = {
     "speed": Script("speed", "6 min", "linears and a whole model in every format, against floats"),
     "lookup-speed": Script("lookup_speed", "5 min", "codebook linears against bitsandbytes' nf4"),
     "pruned-speed": Script("pruned_speed", "3 min", "models of fewer parameters against the whole one"),
+    "import-time": Script(
+        "import_time", "3 min", "what importing llmcompress adds to importing transformers"
+    ),
     "train-demo": Script("train_demo", "30 min", "trains the demo model; writes no result"),
     "same-bytes": Script(
         "same_bytes", "10 min", "whether two checkouts write the same tensors; writes no result"

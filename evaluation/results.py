@@ -164,6 +164,15 @@ class AblationRow(Facts):
     seconds: float
 
 
+class ImportRow(Facts):
+    """What a program imports, how long its process runs, and by how much longer than with transformers
+    alone."""
+
+    imports: str
+    seconds: float
+    over_transformers: float
+
+
 class OutlierRow(Facts):
     """A format on the model with planted outliers, and on the model as it was."""
 

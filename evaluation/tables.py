@@ -30,6 +30,7 @@ from evaluation.results import (
     GpuRow,
     HealingRow,
     Held,
+    ImportRow,
     LookupSpeed,
     OutlierRow,
     PrunedSpeedRow,
@@ -189,6 +190,15 @@ def ablation(results: Results) -> str:
     return joined(
         [where(result.hardware, result.commit) + "\n", table(["variant", "KL, nats/token", "seconds"], lines)]
     )
+
+
+def import_time(results: Results) -> str:
+    """Seconds of processes that import this or that."""
+    if (result := results.load("import_time", Rows[ImportRow])) is None:
+        return ""
+    lines = [[row.imports, f"{row.seconds:.2f}", f"{row.over_transformers:+.2f}"] for row in result.rows]
+    header = ["a process that imports", "seconds", "over transformers"]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
 def outliers(results: Results) -> str:
@@ -523,6 +533,12 @@ SECTIONS = (
         "KL in nats/token of recipes on stories260k, whose tokenizer adds BOS, calibrated and evaluated "
         "with and without it: `python -m evaluation bos`.",
         bos,
+    ),
+    Section(
+        "Import",
+        "Processes that import what loading a model needs, from start to end; the differences are medians of "
+        "pairs: `python -m evaluation import-time`.",
+        import_time,
     ),
     Section(
         "On a GPU",
