@@ -235,7 +235,7 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
 def test_a_report_counts_bits_and_parameters(name: str, everything: dict[str, Path]) -> None:
     report, checkpoint = Report.of(everything[name]), Checkpoint.open(everything[name], base=False)
     settings = RECIPES[name][1]
-    expected = 4 + 8 / 32 if settings.get("layer") == 32 else BITS[settings["format"]]
+    expected = 4 + 8 / 32 if settings.get("group_size") == 32 else BITS[settings["format"]]
     assert {(linear.format, linear.bits) for linear in report.linears} == {(settings["format"], expected)}
     base = Checkpoint.open(base_of(name, everything))
     assert report.compressed.parameters == checkpoint.parameters == base.parameters == report.base.parameters
