@@ -6,6 +6,9 @@ tests/integrations/test_transformers_compat.py lists all of them, and what is us
 finds each in the installed version.
 """
 
+import llmcompress.formats.bitsandbytes_layout  # noqa: F401  # first: it has bitsandbytes imported quietly
+
+# isort: split
 from transformers.conversion_mapping import get_model_conversion_mapping as get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter as WeightConverter
 from transformers.core_model_loading import WeightRenaming as WeightRenaming
