@@ -76,13 +76,13 @@ from functools import partial
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
-from llmcompress.stages.distill.teacher import Present, asked
+from llmcompress.stages.distill.teacher import LiveTeacher, forward_arguments
 from llmcompress.stages.distill.trainer import Objective, answering
 from tests.models import pico
 
 dist.init_process_group("gloo")
 student, plain, other = pico("llama"), pico("llama"), pico("llama", num_hidden_layers=1)
-teacher = Present(other, student.config.vocab_size)
+teacher = LiveTeacher(other, student.config.vocab_size)
 objective = Objective("forward_kl", 0.5, 1.0, None, teacher, teacher)
 ids = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 taught = teacher({"input_ids": ids})
@@ -92,7 +92,7 @@ for layer in student.model.layers:
     fully_shard(layer)
 fully_shard(student)
 for model in (student, plain):
-    model(**asked(ids), then=partial(objective.loss, model, ids, taught)).backward()
+    model(**forward_arguments(ids), then=partial(objective.loss, model, ids, taught)).backward()
 for (name, mine), yours in zip(student.named_parameters(), plain.parameters(), strict=True):
     assert mine.numel() == yours.numel() and mine.to_local().numel() < yours.numel(), name
     assert torch.allclose(mine.grad.full_tensor(), yours.grad, atol=1e-6), name
