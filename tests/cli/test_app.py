@@ -140,6 +140,7 @@ def test_a_recipe_is_found_by_its_name_and_a_file_of_that_name_wins(
     refused(cli("plan", "nf4-gtpq", "--base", shelf / "base"), "did you mean nf4-gptq?", tmp_path)
 
 
+@pytest.mark.slow
 def test_recipes_lists_all_by_purpose(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     done = cli("recipes")
     assert done.code == 0 and not done.err

@@ -344,6 +344,7 @@ def test_a_spec_is_a_value() -> None:
     assert DataSpec.model_validate(DataSpec(length=64).model_dump()) == DataSpec(length=64)
 
 
+@pytest.mark.slow
 def test_python_docs_hold_topics_and_docstrings_once_each() -> None:
     calibration, evaluation = python_docs()
     assert len(calibration) > 1_000_000 and 0.05 < len(evaluation) / len(calibration) < 0.25

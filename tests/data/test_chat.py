@@ -232,6 +232,7 @@ def served() -> Iterator[tuple[Hub, str]]:
         yield found
 
 
+@pytest.mark.slow
 def test_conversations_are_streamed_kept_and_there_offline(served: tuple[Hub, str], tmp_path: Path) -> None:
     hub, endpoint = served
     lines = [json.dumps({"id": number, "messages": talk(number)}).encode() for number in range(6)]

@@ -213,6 +213,7 @@ assert not any(name.startswith("llmcompress") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_every_format(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2"):

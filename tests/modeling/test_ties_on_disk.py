@@ -460,6 +460,7 @@ def test_the_class_of_a_model_that_shares_ties_nothing_in_others(tmp_path: Path)
     assert torch.equal(logits(plain), before)
 
 
+@pytest.mark.slow
 def test_a_process_without_llmcompress_refuses_what_is_shared(tmp_path: Path) -> None:
     folders = []
     for family in ("llama", "gpt2"):

@@ -85,6 +85,7 @@ def test_what_layers_share_and_factors_have_the_dtype_of_their_weight(tmp_path: 
         assert distance(measured(tmp_path / name), live(load(tmp_path / name))) < 1e-5
 
 
+@pytest.mark.slow
 def test_values_that_stay_and_levels_have_the_dtype_of_their_linear(tmp_path: Path, text: Path) -> None:
     def dtype(name: str, tensor: Tensor) -> torch.dtype:
         return torch.bfloat16 if "mlp" in name else torch.float32

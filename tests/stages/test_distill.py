@@ -101,6 +101,7 @@ def test_dropout_is_off() -> None:
     assert torch.equal(model(ids).logits, model(ids).logits)
 
 
+@pytest.mark.slow
 def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
@@ -135,6 +136,7 @@ def test_what_was_cut_is_healed(loss: str, text: Path, tmp_path: Path) -> None:
     assert load(tmp_path / "out").config.intermediate_size == 64
 
 
+@pytest.mark.slow
 def test_norms_alone_can_learn(text: Path, tmp_path: Path) -> None:
     save_base(tmp_path / "base")
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}

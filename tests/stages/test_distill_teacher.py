@@ -298,6 +298,7 @@ def flipped(data: bytes) -> bytes:
     return data[:-40] + bytes([data[-40] ^ 1]) + data[-39:]
 
 
+@pytest.mark.slow
 def test_a_damaged_shard_is_asked_again(teacher: LiveTeacher, tmp_path: Path) -> None:
     text = windows(SHARD + 10)
     here = batch(text, *range(SHARD + 10))

@@ -408,6 +408,7 @@ def test_groups_that_can_not_be_are_refused_before_anything_is_read(
     refused(recipe(text, base, {"share": settings}), tmp_path / "out", why)
 
 
+@pytest.mark.slow
 def test_layers_of_other_widths_are_refused_by_the_axis(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     prune = {"prune": {"axis": "ffn", "parameters": 0.7, "allocation": "sensitivity", "multiple": 1}}
