@@ -24,13 +24,8 @@ STAGES = {  # recipes that are no files of recipes/
     "low-rank-75": "[{low_rank: {layers_per_basis: 2, keep: 0.75}}]",
     "nf4-gptq-32": "[{quantize: {format: nf4, group_size: 32}}]",  # about the bytes of codebook-16
 }
-STOCK = (
-    "nf4-nearest",
-    "nf4-nearest-double",
-    "fp4-nearest",
-    "int8-nearest",
-    "int8-nearest-6",
-)  # bitsandbytes alone
+# bitsandbytes alone
+STOCK = ("nf4-nearest", "nf4-nearest-double", "fp4-nearest", "int8-nearest", "int8-nearest-6")
 MEANING = {  # what a baseline is, in the tables
     "nf4-nearest": "stock bitsandbytes",
     "nf4-nearest-double": "stock bitsandbytes",

@@ -31,14 +31,8 @@ from llmcompress.pipeline.resolve import find_base
 from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.share.stage import Share
 
-TOLD = (
-    "name",
-    "groups",
-    "kl_nats",
-    "balance",
-    "kl_before",
-    "kl_after",
-)  # facts of a stage that are written down
+# facts of a stage that are written down
+TOLD = ("name", "groups", "kl_nats", "balance", "kl_before", "kl_after")
 SHARES = (0.9, 0.75, 0.6, 0.5)
 HEAL: dict[str, Settings] = {
     "demo": {"steps": 150, "batch": 4, "learning_rate": 3e-4},

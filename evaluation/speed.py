@@ -49,11 +49,8 @@ from llmcompress.formats import bitsandbytes_layout, integer, integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.schemes import IntegerScheme
 
-SHAPES = (
-    (256, 768),
-    (2048, 2048),
-    (4096, 11008),
-)  # rows x columns; the last comes from memory each time, even in int8
+# rows x columns; the last comes from memory each time, even in int8
+SHAPES = ((256, 768), (2048, 2048), (4096, 11008))
 PAST = 128  # tokens before the one that is decoded
 GROUP_SIZE = 64
 STEP = 4 / 127  # the static scale: a unit normal, clipped at four
@@ -63,9 +60,8 @@ FAR = 0.3  # relative error of an output that is not that of the linear; 4 bits 
 HALF = 0.5  # the same where half of all weights are zeros: random ones are off by 0.32
 TORCHAO = util.find_spec("torchao") is not None
 Shapes = Sequence[tuple[int, int]]
-Make = Callable[
-    [Tensor], Callable[[], nn.Module]
-]  # a weight [R, C] to what makes linears of it, each in its own memory
+# a weight [R, C] to what makes linears of it, each in its own memory
+Make = Callable[[Tensor], Callable[[], nn.Module]]
 Calls = dict[str, Callable[[], Tensor]]
 
 
@@ -307,9 +303,8 @@ def linears(
         modules = {one: one.make(random(R, C, one.dtype, device))() for one in chosen}
         for batch, tokens in CASES[device.type]:
             case = Case(f"linear {R} x {C}", batch, tokens)
-            x = (
-                random(batch * tokens, C, torch.float32, device).mul_(C**0.5).view(batch, tokens, C)
-            )  # a unit normal
+            # a unit normal
+            x = random(batch * tokens, C, torch.float32, device).mul_(C**0.5).view(batch, tokens, C)
             calls: Calls = {one.name: partial(module, x.to(one.dtype)) for one, module in modules.items()}
             calls = working(case, calls, absent)
             exact = calls[chosen[0].name]().float()

@@ -55,9 +55,8 @@ def race(calls: Mapping[str, Call], budget_s: float) -> dict[str, Timing]:
         )
     times: dict[str, list[float]] = {name: [] for name in calls}
     for turn in range(TURNS):
-        for name in (
-            list(calls) if turn % 2 == 0 else reversed(list(calls))
-        ):  # none always follows the same other
+        # none always follows the same other
+        for name in list(calls) if turn % 2 == 0 else reversed(list(calls)):
             count, every = bursts[name]
             if turn % every == 0:
                 times[name] += [seconds(calls[name]) for _ in range(count)]

@@ -20,9 +20,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-os.environ.setdefault(
-    "GOMP_SPINCOUNT", "0"
-)  # threads that wait do not burn the cores of others; read when torch is imported
+# threads that wait do not burn the cores of others; read when torch is imported
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 
 import tokenizers
 import torch
@@ -163,9 +162,8 @@ def main(argv: Sequence[str]) -> int:
     model = model.to(torch.bfloat16)  # type: ignore[arg-type]  # a decorator hides the overload
     model.save_pretrained(given.out)
     tokenizer.save_pretrained(given.out)
-    written = LlamaForCausalLM.from_pretrained(
-        given.out, dtype=torch.float32
-    )  # the losses are those of what is on disk
+    # the losses are those of what is on disk
+    written = LlamaForCausalLM.from_pretrained(given.out, dtype=torch.float32)
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,

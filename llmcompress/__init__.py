@@ -4,9 +4,8 @@ Importing it lets `from_pretrained` load the formats that it writes (`integratio
 names below are imported when they are first used.
 """
 
-from llmcompress.cli import (
-    interrupt as interrupt,
-)  # first: the imports of a command take seconds, and Ctrl-C is answered
+# first: the imports of a command take seconds, and Ctrl-C is answered
+from llmcompress.cli import interrupt as interrupt
 
 # isort: split
 from importlib import import_module

@@ -113,9 +113,8 @@ def read(
             raise error(
                 f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}"
             )
-        path = Path(
-            hf_hub_download(repo, file, revision=revision)
-        )  # by its name, which the cache remembers for offline use
+        # by its name, which the cache remembers for offline use
+        path = Path(hf_hub_download(repo, file, revision=revision))
     with path.open("rb") as opened:
         return opened.read(largest + 1), path.parent.name
 

@@ -96,9 +96,8 @@ def assert_same_in_memory(told: Recipe, base: Path, folder: Path) -> tuple[PreTr
         told, cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(base).eval()), byte_tokenizer()
     )
     assert report.compressed.parameters == written.compressed.parameters
-    assert (
-        0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
-    )  # the header
+    # the header
+    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(folder / "out")))
     result.save_pretrained(folder / "saved")

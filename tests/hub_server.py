@@ -33,10 +33,8 @@ from tests.hub_cards import wrong_with
 TOKEN = "hf_test"  # the owner's: sees and writes everything
 STRANGER = "hf_stranger"  # valid, but sees no private repository, has accepted no terms, and writes nothing
 OWNER = "user"  # whoami's name; a repository that is created without a namespace goes under it
-OFFLINE = {
-    "HF_HUB_OFFLINE": "1",
-    "HF_ENDPOINT": "http://127.0.0.1:9",
-}  # over `environment`: no network, and nobody there
+# over `environment`: no network, and nobody there
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_ENDPOINT": "http://127.0.0.1:9"}
 LARGE = 10_000_000  # bytes; what is larger is an LFS object, whatever its name
 LARGE_NAMES = (".safetensors", ".png")  # these are LFS objects at any size
 PIECE = 1 << 20
@@ -254,9 +252,8 @@ class Handler(BaseHTTPRequestHandler):
         kind = fault.kind if fault else None
         self.body = self.rfile.read(length // 2 if kind == "cut" else length)
         stalled = fault and kind == "stall" and self.hub.closing.wait(fault.seconds)
-        if (
-            len(self.body) < length or stalled or (kind == "cut" and self.command == "HEAD")
-        ):  # also: the client was killed
+        # also: the client was killed
+        if len(self.body) < length or stalled or (kind == "cut" and self.command == "HEAD"):
             self.close_connection = True
             return
         try:
@@ -536,7 +533,6 @@ def environment(endpoint: str, home: Path, token: str | None = None) -> dict[str
     on = dict.fromkeys(
         ("HF_HUB_DISABLE_XET", "HF_HUB_DISABLE_TELEMETRY", "HF_HUB_DISABLE_PROGRESS_BARS"), "1"
     )
-    off = dict.fromkeys(
-        ("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0"
-    )  # the second else asks a server of Amazon
+    # the second else asks a server of Amazon
+    off = dict.fromkeys(("HF_HUB_OFFLINE", "HF_UPDATE_DOWNLOAD_COUNTS"), "0")
     return {**given, **places, **on, **off, "HUGGING_FACE_HUB_TOKEN": ""}

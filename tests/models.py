@@ -37,10 +37,8 @@ _GROUPED = {
     "max_position_embeddings": 96,
 }
 _PLAIN = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 96}
-_LOCAL = {
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-}  # shorter than the tests' texts
+# shorter than the tests' texts
+_LOCAL = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
 _FIELDS: dict[str, dict[str, Any]] = {
     "llama": _GROUPED,
     "mistral": {**_GROUPED, "sliding_window": 8},

@@ -11,9 +11,8 @@ import pytest
 from tests.campaign.__main__ import PARTS
 
 ROOT = Path(__file__).parents[1]
-SCALE = str(
-    0.1 * float(os.environ.get("LLMCOMPRESS_CAMPAIGN", "1"))
-)  # times the tries of tests/campaign/__main__.py
+# times the tries of tests/campaign/__main__.py
+SCALE = str(0.1 * float(os.environ.get("LLMCOMPRESS_CAMPAIGN", "1")))
 COUNTED = re.compile(r"^(\w+): (\d+) tried, (\d+) faults", re.MULTILINE)
 
 

@@ -27,11 +27,8 @@ from evaluation.results import ROOT, Failure, Rival
 from evaluation.rivals import sequences
 from evaluation.rivals.environments import Environment
 
-RIVALS = {
-    "autoround": "auto-round",
-    "gptqmodel": "gptqmodel",
-    "llmcompressor": "llmcompressor",
-}  # name -> package
+# name -> package
+RIVALS = {"autoround": "auto-round", "gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor"}
 GROUP_SIZES = {"demo": 64, "wikilm-8m": 128, "stories260k": 32}
 
 

@@ -86,9 +86,8 @@ def score(base: Path, model: Path, tokens_SL: torch.Tensor) -> dict[str, float]:
     loaded = []
     for folder in (base, model):
         loaded.append(AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval())
-        torch.nn.Module.float(
-            loaded[-1]
-        )  # some loaders force float16 on a CPU and then refuse the model's own .float()
+        # some loaders force float16 on a CPU and then refuse the model's own .float()
+        torch.nn.Module.float(loaded[-1])
     return fidelity(loaded[0], loaded[1], tokens_SL) | storage(base, model)
 
 

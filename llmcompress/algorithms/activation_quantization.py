@@ -12,11 +12,8 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-LARGEST = {
-    4: 7,
-    8: 127,
-    16: 127 * 256 + 127,
-}  # codes are symmetric; 16 bits are two int8 codes, the higher times 256
+# codes are symmetric; 16 bits are two int8 codes, the higher times 256
+LARGEST = {4: 7, 8: 127, 16: 127 * 256 + 127}
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:

@@ -27,9 +27,8 @@ Kind = Literal["forward_kl", "reverse_kl", "total_variation", "cross_entropy", S
 HiddenKind = Literal["mse", "cosine"]
 SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # where none is given
 IGNORED = -100  # the label of a token that does not count
-FLOOR = (
-    -1e4
-)  # nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
+# nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
+FLOOR = -1e4
 CHUNK = 128  # tokens at a time: a buffer is 64 MB at 128 thousand logits in float32
 
 

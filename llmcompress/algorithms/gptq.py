@@ -62,9 +62,8 @@ def descend(
     S = spread(S_RG, C // S_RG.shape[1]).T.contiguous()
     index = index_RC.T.clone(memory_format=torch.contiguous_format)
     Q = grid.levels[index] * S
-    P = H_CC @ (
-        W_RC.T - Q
-    )  # half of minus the gradient, [C, R]; kept up to date for the columns still to come
+    # half of minus the gradient, [C, R]; kept up to date for the columns still to come
+    P = H_CC @ (W_RC.T - Q)
     curvature = H_CC.diagonal().tolist()
     for start in range(0, C, width):
         stop = min(start + width, C)

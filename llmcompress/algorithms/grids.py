@@ -90,8 +90,7 @@ def grid(format: GridFormat) -> Grid:
     )
     levels, where = torch.unique(table, return_inverse=True)
     codes = torch.empty(len(levels), dtype=torch.uint8)
-    for code in range(
-        len(table) - 1, -1, -1
-    ):  # of two codes with one level (0 and -0 of FP4) the lower one is written
+    # of two codes with one level (0 and -0 of FP4) the lower one is written
+    for code in range(len(table) - 1, -1, -1):
         codes[where[code]] = code
     return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes)

@@ -46,9 +46,8 @@ def shared_basis(
     summed = torch.stack([H_CC.double() for H_CC in moments]).mean(0)
     S_CC = root(summed)
     whitened = torch.cat([W_RC.double() @ S_CC for W_RC in weights])
-    gram = (
-        whitened.T @ whitened
-    )  # of fewer rows than columns too, its leading vectors are the right singular ones
+    # of fewer rows than columns too, its leading vectors are the right singular ones
+    gram = whitened.T @ whitened
     _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     V_KC = vectors.flip(1)[:, :rank].T
     basis_KC = torch.linalg.solve_triangular(S_CC.T, V_KC.T, upper=True).T

@@ -110,10 +110,8 @@ class _Left:
     def eliminate(self, P: Tensor) -> None:
         """Solve all other columns for the loss of the columns P."""
         v, n = self._change(P)
-        v_UK, n_UK = (
-            pad(v, (0, 1))[:, self.table],
-            pad(n, (0, 1))[:, self.table],
-        )  # [P, units, K]; -1 is the zero at the end
+        # [P, units, K]; -1 is the zero at the end
+        v_UK, n_UK = (pad(v, (0, 1))[:, self.table], pad(n, (0, 1))[:, self.table])
         change = torch.einsum("puk,pul->ukl", v_UK, n_UK)
         self.J_UKK = self.J_UKK - torch.einsum("puk,pul->ukl", v_UK, v_UK)
         self.G_UKK = self.G_UKK - change - change.mT

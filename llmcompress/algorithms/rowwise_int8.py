@@ -11,10 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-RATIOS = (
-    1.0,
-    *torch.linspace(0.9, 1.05, 12).tolist(),
-)  # of the absolute maximum, where the best scale of 8 bits lies
+# of the absolute maximum, where the best scale of 8 bits lies
+RATIOS = (1.0, *torch.linspace(0.9, 1.05, 12).tolist())
 LARGEST = 127
 PIECE = 1 << 20  # weights at a time
 

@@ -279,9 +279,8 @@ GPT_NEOX = Anatomy(
     scale_pairs={
         "input_layernorm": ("attention.query_key_value",),
         "attention.query_key_value[2]": ("attention.dense",),
-        "post_attention_layernorm": (
-            "mlp.dense_h_to_4h",
-        ),  # with parallel residual too: each norm has its own reader
+        # with parallel residual too: each norm has its own reader
+        "post_attention_layernorm": ("mlp.dense_h_to_4h",),
         "mlp.dense_h_to_4h if hidden_act == 'relu'": ("mlp.dense_4h_to_h",),
     },
     sizes={

@@ -21,9 +21,8 @@ from llmcompress.architectures.per_layer import build_layers, config_of_layer, f
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 
-TWINS = {
-    "llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))
-}  # the same but for these fields
+# the same but for these fields
+TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))}
 
 
 def resized(
@@ -55,9 +54,8 @@ def resized(
         and not any(getattr(config, name, False) for name in twin[2])
     ):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
-        named |= {
-            "transformers_version": transformers.__version__
-        }  # of old Mistrals a tokenizer is taken to be damaged
+        # of old Mistrals a tokenizer is taken to be damaged
+        named |= {"transformers_version": transformers.__version__}
         if _refusal(config.to_dict() | changes | named) is None:
             return changes | named
     if why is not None:

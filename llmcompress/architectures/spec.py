@@ -27,12 +27,10 @@ class Anatomy:
     layers: str  # the ModuleList of layers
     layer: Rows  # parameter in a layer -> spelling
     outer: Rows  # parameter outside the layers -> spelling
-    consumers: tuple[
-        tuple[str, ...], ...
-    ]  # linears of a layer by the input they read, in order of computation
-    scale_pairs: Mapping[
-        str, tuple[str, ...]
-    ]  # multiply the output of a key by s > 0, divide these readers' columns: same model
+    # linears of a layer by the input they read, in order of computation
+    consumers: tuple[tuple[str, ...], ...]
+    # multiply the output of a key by s > 0, divide these readers' columns: same model
+    scale_pairs: Mapping[str, tuple[str, ...]]
     sizes: (
         Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
     )

@@ -39,9 +39,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DEMO = "demo"  # what a recipe calls the embedded model
-DEMO_MODEL: Path = (
-    Path(__file__).parents[1] / "demo"
-)  # the embedded model, trained on the calibration side of python-docs
+# the embedded model, trained on the calibration side of python-docs
+DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"
 
 POOL = 16  # windows read for each calibration window drawn
 LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
@@ -120,9 +119,8 @@ def load_data(
         )
     bos = bos_of(tokenizer, spec.bos)
     before = int(bos is not None)  # tokens of a window that are no text
-    lengths = [
-        n - before for n in ([spec.length] if spec.length else _lengths(max_length))
-    ]  # of the text in a window
+    # of the text in a window
+    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]
     if lengths[0] < 2:
         raise DataError(
             f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} "
@@ -264,9 +262,8 @@ def _tokenise(
         for piece in pieces
     )
     chunks, parts, have = _chunks(chain.from_iterable(lines)), [torch.empty(0, dtype=torch.int64)], 0
-    while have < enough and (
-        batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))
-    ):  # 4 characters a token
+    # 4 characters a token
+    while have < enough and (batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))):
         ids = _encoded(tokenizer, batch, special=False)
         parts.append(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64))
         have += len(parts[-1])

@@ -82,9 +82,8 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
     `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own.
     Errors: DataError.
     """
-    if not getattr(
-        tokenizer, "chat_template", True
-    ):  # those that spell conversations without one have no such attribute
+    # those that spell conversations without one have no such attribute
+    if not getattr(tokenizer, "chat_template", True):
         raise DataError(
             f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain "
             "text, or take the "

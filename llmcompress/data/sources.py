@@ -23,13 +23,8 @@ CHUNK = (
     # characters tokenised as one string: long enough that its seams do not matter, short enough to run in
     # parallel
 )
-WINDOWS = (
-    "samples",
-    "length",
-    "seed",
-    "evaluation_samples",
-    "bos",
-)  # what a DataSpec says beside which text it is
+# what a DataSpec says beside which text it is
+WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")
 LARGEST = 1 << 12  # bytes of a mapping on the command line
 MOST = 10_000_000  # windows of text, and tokens of one
 EXAMPLE = "'{source: user/name, config: en, column: text}'"

@@ -16,14 +16,10 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
 Derived = TypeVar("Derived", bound=Tensor | nn.Module)
-DTYPES = {
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
-}  # of values that are stored as floats
-DERIVED: Any = (
-    WeakTensorKeyDictionary()
-)  # weight -> what it was when something was made of it, and that thing for as long as it is
+# of values that are stored as floats
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# weight -> what it was when something was made of it, and that thing for as long as it is
+DERIVED: Any = WeakTensorKeyDictionary()
 
 
 class StoredLayout(Protocol):
@@ -169,10 +165,8 @@ class Format:
     weight: type[Any]
     mark: str  # a tensor that only linears of this format have beside `weight`
     module: type[StoredLinear]  # what runs it
-    read: Callable[
-        [Mapping[str, Tensor], Any, tuple[int, int] | None], Any
-    ]  # tensors, layout, [R, C] -> weight
-    tensors: Callable[
-        [Any], dict[str, Tensor]
-    ]  # weight -> the tensors of the disk, by their names in the linear
+    # tensors, layout, [R, C] -> weight
+    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]
+    # weight -> the tensors of the disk, by their names in the linear
+    tensors: Callable[[Any], dict[str, Tensor]]
     linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

@@ -25,12 +25,10 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.value_checks import finite, require_sound
 
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(
-    logging.ERROR
-)  # at import it warns of an absent optional package
-logging.getLogger("bitsandbytes.autograd._functions").setLevel(
-    logging.ERROR
-)  # and at each int8 product of a cast to float16
+# at import it warns of an absent optional package
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# and at each int8 product of a cast to float16
+logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 import bitsandbytes.functional  # noqa: E402
 from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
 from bitsandbytes.nn.modules import Int8Params as Int8Params  # noqa: E402
@@ -44,12 +42,8 @@ FourBitFormat = Literal["nf4", "fp4"]
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
 NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
 ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
-NEW_HEADS = (
-    "score",
-    "classifier",
-    "qa_outputs",
-    "multiple_choice_head",
-)  # what transformers calls the heads of other tasks
+# what transformers calls the heads of other tasks
+NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")
 
 
 def has_native_library() -> bool:
@@ -140,9 +134,8 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
-    weight = (
-        levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]
-    )  # float32, rounded once below
+    # float32, rounded once below
+    weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 

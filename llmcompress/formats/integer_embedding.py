@@ -20,10 +20,8 @@ from llmcompress.formats.base import StoredModule
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear
 
-SCALED = (
-    "Gemma2TextScaledWordEmbedding",
-    "Gemma3TextScaledWordEmbedding",
-)  # rows * embed_scale, in the type of the rows
+# rows * embed_scale, in the type of the rows
+SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")
 
 
 def factor_of(name: str, plain: nn.Module) -> float | None:
@@ -72,9 +70,8 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         )
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._store(scheme, self.num_embeddings, self.embedding_dim, device)
-        self.register_buffer(
-            "like", torch.empty(0, dtype=dtype, device=device), persistent=False
-        )  # the type of the rows
+        # the type of the rows
+        self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Token ids [...] to rows [..., D]."""

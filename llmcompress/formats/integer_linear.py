@@ -27,9 +27,8 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
 logger = logging.getLogger(__name__)
-KERNEL = (
-    torch.backends.cpu.get_cpu_capability() == "AVX512"
-)  # other CPUs multiply int8 one by one, slower than floats
+# other CPUs multiply int8 one by one, slower than floats
+KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"
 FEW = 16  # tokens for which a weight that is only dequantised is not worth making
 PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
 
@@ -88,9 +87,8 @@ class IntegerLinear(StoredLinear):
         few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
         if few and not (torch.is_grad_enabled() and input.requires_grad):
             x_TC = input.reshape(-1, self.in_features)
-            whole = (
-                torch.compiler.is_compiling()
-            )  # a compiler makes no floats of the whole weight where it needs none
+            # a compiler makes no floats of the whole weight where it needs none
+            whole = torch.compiler.is_compiling()
             out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(
                 self.weight_scale
             )
@@ -201,9 +199,8 @@ class _StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         matrix_RC, scale_R = ctx.saved_tensors
-        grad = (grads[0] * scale_R).to(ctx.dtype) @ matrix_RC.to(
-            ctx.dtype
-        )  # codes up to 127 are exact in bfloat16
+        # codes up to 127 are exact in bfloat16
+        grad = (grads[0] * scale_R).to(ctx.dtype) @ matrix_RC.to(ctx.dtype)
         return grad, None, None, None, None
 
 

@@ -34,9 +34,8 @@ FORMATS: tuple[Format, ...] = (
 StoredWeight = (
     bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
 )
-RewrittenLayout = (
-    SparseLayout | FactoredLayout | CodebookLayout
-)  # the layouts that are not of quantised linears
+# the layouts that are not of quantised linears
+RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout
 AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
 NATIVE_MARKS = ("weight.absmax", "SCB")
 RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1

@@ -56,9 +56,8 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
                 f"the weights of {name} are offloaded; load the model in memory to dequantise it"
             )
     bare = {name.replace(WRAPPED, "") for name in modules}
-    whole = len(modules) == sum(
-        1 for _ in ours(model)
-    )  # then nothing can be said to share: a plain model has no word for it
+    # then nothing can be said to share: a plain model has no word for it
+    whole = len(modules) == sum(1 for _ in ours(model))
     if not whole:
         _require_apart(bare, {**own, **model.all_tied_weights_keys})
     for name, module in modules.items():
@@ -118,9 +117,8 @@ def let_resize(model: PreTrainedModel) -> None:
     """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have
     no new rows."""
     kind: Any = type(model)
-    if (
-        kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings
-    ):  # of the class: a model that held itself would stay
+    # of the class: a model that held itself would stay
+    if kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings:
         kind.resize_token_embeddings = _resized
 
 

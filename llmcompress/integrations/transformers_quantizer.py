@@ -85,9 +85,8 @@ class Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        target = (
-            getattr(torch, dtype) if isinstance(dtype, str) else dtype
-        )  # saving a model makes its config's a name
+        # saving a model makes its config's a name
+        target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         make_plain(model, [name for name, _ in ours(model)], target or torch.float32)
         return model
 
@@ -144,10 +143,8 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
                 f"{tuple(known[source].shape)}; they "
                 "can't be one"
             )
-    model._tied_weights_keys = {
-        **(model._tied_weights_keys or {}),
-        **ties,
-    }  # the model's own, the class keeps its
+    # the model's own, the class keeps its
+    model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
     model.all_tied_weights_keys.update(ties)
     cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
 
@@ -215,9 +212,8 @@ def set_embedding(
     model.set_submodule(name, embedding)
     for kind in {type(owner) for owner in model.modules() if isinstance(owner, PreTrainedModel)}:
         if kind.dtype is ModuleUtilsMixin.dtype:
-            cast(Any, kind).dtype = property(
-                _dtype
-            )  # a save writes it to config.json, masks of a static cache are of it
+            # a save writes it to config.json, masks of a static cache are of it
+            cast(Any, kind).dtype = property(_dtype)
 
 
 def _put_embeddings(
@@ -305,9 +301,8 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: tor
             "(tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-    if (
-        isinstance(scheme, FactoredLayout) and scheme.rank > R * C
-    ):  # a basis of several layers can have more than the rank of one
+    # a basis of several layers can have more than the rank of one
+    if isinstance(scheme, FactoredLayout) and scheme.rank > R * C:
         raise ModelError(
             f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of "
             "another model"

@@ -24,10 +24,8 @@ from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
 INDEX = "model.safetensors.index.json"
-WRAPPED = (
-    "language_model.",
-    "model.language_model.",
-)  # how the names of a text model in a multimodal one begin
+# how the names of a text model in a multimodal one begin
+WRAPPED = ("language_model.", "model.language_model.")
 FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
 PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
 DTYPES = {code: dtype for dtype, code in CODES.items()}
@@ -174,9 +172,8 @@ class Checkpoint:
                     levels := self.tensors.get(f"{name}_levels")
                 ) is not None:  # an index of so many bits a weight
                     number = number * 8 // (levels.shape[-1] - 1).bit_length()
-                count += number * (
-                    2 * entry.dtype.itemsize if name in packed else 1
-                )  # bytes may be stored as another type
+                # bytes may be stored as another type
+                count += number * (2 * entry.dtype.itemsize if name in packed else 1)
         return count
 
     def fingerprint(self) -> str:
@@ -267,9 +264,8 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
         raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
-        if (
-            not isinstance(codes, dict) or codes.get("schemes") != []
-        ):  # a pruned model of ours with nothing quantised
+        # a pruned model of ours with nothing quantised
+        if not isinstance(codes, dict) or codes.get("schemes") != []:
             raise ModelError(
                 f"{folder} is quantised already ({method}); give the model that it was made from"
             )

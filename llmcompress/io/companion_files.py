@@ -63,10 +63,8 @@ FILES = (
     "added_tokens_file",
     "chat_template_file",
 )
-WORDS = (
-    "added_tokens_decoder",
-    "chat_template",
-)  # keys of what is no path, however it is spelled; so are tokens
+# keys of what is no path, however it is spelled; so are tokens
+WORDS = ("added_tokens_decoder", "chat_template")
 
 
 def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
@@ -96,9 +94,8 @@ def is_inside(file: Path, folder: Path) -> bool:
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
-    repository = (
-        home.parent.parent
-    )  # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
+    # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
+    repository = home.parent.parent
     cached = home.parent.name == "snapshots" and "--" in repository.name
     return cached and any(real.is_relative_to(place / "blobs") for place in (repository, repository.parent))
 

@@ -13,15 +13,10 @@ from llmcompress.errors import OutputError, argument
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
 
-Seen = tuple[
-    tuple[str, int, int, int, int, int], ...
-]  # of each entry: name, device, inode, mode, bytes, nanoseconds of change
-TAKEN = (
-    errno.ENOTEMPTY,
-    errno.EEXIST,
-    errno.ENOTDIR,
-    errno.EISDIR,
-)  # what a rename says of a place that is not empty
+# of each entry: name, device, inode, mode, bytes, nanoseconds of change
+Seen = tuple[tuple[str, int, int, int, int, int], ...]
+# what a rename says of a place that is not empty
+TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 def resolved(out: str | Path) -> Path:

@@ -85,9 +85,8 @@ class Writer:
         self._weights: dict[str, int] = {}  # name -> number of its shard
         self._whole = False  # a result that could not be published
         with writing(self.out):
-            self._made = [
-                folder for folder in self.partial.parents if not folder.exists()
-            ]  # the innermost first
+            # the innermost first
+            self._made = [folder for folder in self.partial.parents if not folder.exists()]
             earlier = self.partial.exists()
             try:
                 self._lock = Lock(
@@ -102,12 +101,10 @@ class Writer:
                 if self._replaced.exists() and not self.out.exists():
                     self._replaced.rename(self.out)  # a run died between the two renames of `publish`
                 self._refuse()
-                left = sum(
-                    file.stat().st_size for file in self.artifact.rglob("*") if file.is_file()
-                )  # which goes
-                require_space(
-                    self.partial, size_bytes + min(size_bytes, shard_bytes) - left
-                )  # artefact, one shard's spools
+                # which goes
+                left = sum(file.stat().st_size for file in self.artifact.rglob("*") if file.is_file())
+                # artefact, one shard's spools
+                require_space(self.partial, size_bytes + min(size_bytes, shard_bytes) - left)
                 self._before = seen(self.out)
                 discard(self.artifact)
                 self.artifact.mkdir()

@@ -16,9 +16,8 @@ from typing import Any, NoReturn
 import yaml
 
 DEEPEST = 32  # lists and mappings inside one another
-CONTROLS = re.compile(
-    r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE
-)  # but tab and newline
+# but tab and newline
+CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE)
 LONGEST = 4096  # bits of a whole number in YAML
 SURROGATES = re.compile("[\ud800-\udfff]")
 MOST = 20_000  # values of a YAML text, aliases written out

@@ -42,9 +42,8 @@ SMALL = 2**16  # weights that are not worth a second thread
 # tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of
 # torch's
 FEW = 16
-PIECE = (
-    2**22
-)  # weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+# weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+PIECE = 2**22
 BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
 
 

@@ -38,13 +38,11 @@ class DecoderLayer:
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
-    expert_tokens: dict[int, int] = field(
-        default_factory=dict
-    )  # expert -> tokens routed to it, counted by `moments`
+    # expert -> tokens routed to it, counted by `moments`
+    expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
-    _originals: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # parameters that a stage has replaced, by name in the layer
+    # parameters that a stage has replaced, by name in the layer
+    _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
     _whole: nn.Module | None = None  # what the layer was, where a stage has put a narrower one in its place
 
@@ -155,17 +153,14 @@ class DecoderLayer:
             gain = self.module.get_parameter(f"{name}.weight")
             before = gain.data + offset
             crossed = (before / factor - offset).to(dtype).to(gain.dtype)
-            gain.data = torch.where(
-                (crossed + offset == 0) & (before != 0), before - offset, crossed
-            )  # or the channel were lost
+            # or the channel were lost
+            gain.data = torch.where((crossed + offset == 0) & (before != 0), before - offset, crossed)
             after = gain.data + offset
             factor = torch.where((before != 0) & (after != 0), before / after, factor)
             produced = [f"{name}.bias"]
         else:
-            produced = [
-                name if name in rows else f"{name}.weight",
-                f"{name}.bias",
-            ]  # experts have a bare name
+            # experts have a bare name
+            produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]
         consumers = [
             reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]
         ]

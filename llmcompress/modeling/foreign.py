@@ -33,9 +33,8 @@ def foreign_method(folder: Path) -> str | None:
     """By what method others quantised a model; None for one that is read layer by layer. Errors:
     ModelError."""
     said = read_json(folder / "config.json").get("quantization_config")
-    if (
-        not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit")
-    ):  # an old bitsandbytes config
+    # an old bitsandbytes config
+    if not isinstance(said, Mapping) or said.get("load_in_4bit") or said.get("load_in_8bit"):
         return None
     method = said.get("quant_method")
     return None if method in OWN else str(method)
@@ -86,9 +85,8 @@ class WholeModel:
         positions."""
         batches = batches_of(windows)
         for tokens in track(batches, "evaluate", len(batches)):
-            with (
-                torch.no_grad()
-            ):  # closed before the yield: a generator dropped half way must not leave it open
+            # closed before the yield: a generator dropped half way must not leave it open
+            with torch.no_grad():
                 scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
             yield scores[:, unscored:]
 

@@ -70,9 +70,8 @@ class DiskModel(LayerwiseModel):
         elif (
             config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding)
         ):
-            twice = {
-                part for key in self.sources.pop(head) for part in self.with_codes(key)
-            }  # stored twice, it counts once
+            # stored twice, it counts once
+            twice = {part for key in self.sources.pop(head) for part in self.with_codes(key)}
             self.checkpoint = self.checkpoint.only(self.checkpoint.tensors.keys() - twice)
         self._bring_outer()
         self._round_all_inputs()
@@ -137,9 +136,8 @@ class DiskModel(LayerwiseModel):
         else:
             tensor = registry.dequantize(self._stored(key, target, names), self.dtype)
             conv1d = isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D)
-            tensor = (
-                tensor.T if conv1d else tensor
-            )  # codes are rows of outputs, whatever way the module is stored
+            # codes are rows of outputs, whatever way the module is stored
+            tensor = tensor.T if conv1d else tensor
         check_finite(tensor, key)
         return tensor
 
@@ -197,9 +195,8 @@ def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint,
     renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     for key in checkpoint.tensors:
-        if ".weight." not in key and not is_beside(
-            key.rpartition(".")[2]
-        ):  # scales belong to the weight beside them
+        # scales belong to the weight beside them
+        if ".weight." not in key and not is_beside(key.rpartition(".")[2]):
             target, _ = rename_source_key(key, renamings, converters, model.base_model_prefix, known)
             target = target if target in known or key not in known else key
             if target in known:

@@ -39,9 +39,8 @@ from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
 
-TRIM_BYTES = (
-    1 << 24
-)  # the heap is given back each time so much of it was freed: after each layer, or after several small ones
+# the heap is given back each time so much of it was freed: after each layer, or after several small ones
+TRIM_BYTES = 1 << 24
 
 
 class LayerwiseModel(ABC):
@@ -57,13 +56,11 @@ class LayerwiseModel(ABC):
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        self.dtypes = dict(
-            dtypes or {}
-        )  # in which weights are stored that are no codes, by their names in the model
+        # in which weights are stored that are no codes, by their names in the model
+        self.dtypes = dict(dtypes or {})
         self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
-        self.ties = dict(
-            ties or {}
-        )  # stored tensors that are others, by name; what config.json ties itself is not in it
+        # stored tensors that are others, by name; what config.json ties itself is not in it
+        self.ties = dict(ties or {})
         self.model: PreTrainedModel = skeleton(config, dtype)
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
         layers = self.model.get_submodule(self.anatomy.layers)
@@ -259,9 +256,8 @@ class LayerwiseModel(ABC):
     def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
         """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and
         reads `inputs`."""
-        weight = self.model.get_parameter(
-            f"{self.anatomy.embedding}.weight"
-        )  # the very parameter of a tied head
+        # the very parameter of a tied head
+        weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")
         weight.data = W_VD.to(self.device, self.dtype)
         if (head := self.reader(self.anatomy.embedding)) and inputs:
             self.round_inputs(head, inputs)

@@ -23,10 +23,8 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.io.checkpoint import Entry, read_json
 
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
-MOST: Mapping[str, int] = {
-    **dict.fromkeys(LAYERS, 1 << 12),
-    "num_labels": 1 << 16,
-}  # 126 layers are the most so far
+# 126 layers are the most so far
+MOST: Mapping[str, int] = {**dict.fromkeys(LAYERS, 1 << 12), "num_labels": 1 << 16}
 LARGEST = (1 << 31) - 1  # of any other whole number
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights are computed in
 FLAGS: Mapping[

@@ -33,18 +33,15 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 
 TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
-Track = Callable[
-    [Iterable[Any], str, int], Iterable[Any]
-]  # (things, what is done to them, how many) -> the same things
+# (things, what is done to them, how many) -> the same things
+Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
-Edit = Callable[
-    [DecoderLayer], Mapping[str, Tensor]
-]  # a layer in memory -> the parameters that it is to run with in place of its own
+# a layer in memory -> the parameters that it is to run with in place of its own
+Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
-Arguments = Mapping[
-    int, Sequence[Mapping[str, Any]]
-]  # batch size -> layer -> its keyword arguments: masks, rotary tables
+# batch size -> layer -> its keyword arguments: masks, rotary tables
+Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:

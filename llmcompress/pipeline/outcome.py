@@ -40,9 +40,8 @@ from llmcompress.report.schema import (
 )
 from llmcompress.stages.base import OUTER, LinearScheme, Stage, StageResult
 
-Entry = tuple[
-    dict[str, StoredWeight], dict[str, Tensor]
-]  # packed linears by full name, dense parameters by name in the model
+# packed linears by full name, dense parameters by name in the model
+Entry = tuple[dict[str, StoredWeight], dict[str, Tensor]]
 
 
 class Outcome:
@@ -176,9 +175,8 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     skip = bitsandbytes_layout.skip_list(
         list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix
     )
-    if kind is FourBitScheme and isinstance(
-        first, FourBitScheme
-    ):  # each linear says for itself which 4 bits in which layers
+    # each linear says for itself which 4 bits in which layers
+    if kind is FourBitScheme and isinstance(first, FourBitScheme):
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
         return integer.int8_config(first.threshold, skip)
@@ -231,9 +229,8 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
             writer.add({name: cast(model.checkpoint.read(key))})
     config = without_flags(model.checkpoint.config) | outcome.changes()
     said, dtypes = model.config.dtype, {*model.dtypes.values()}
-    if (casts and (said or torch.float32) is not model.weight_dtype) or (
-        said is None and len(dtypes) > 1
-    ):  # or a loader takes the first one's
+    # or a loader takes the first one's
+    if (casts and (said or torch.float32) is not model.weight_dtype) or (said is None and len(dtypes) > 1):
         config = {name: value for name, value in config.items() if name != "torch_dtype"} | _dtype_of(model)
     return writer.close(config)
 

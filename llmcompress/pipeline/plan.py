@@ -123,6 +123,5 @@ def _rate(device: torch.device) -> float:
     while time.perf_counter() - start < 0.2:
         (X @ X).sum().item()
         count += 1
-    return (
-        0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)
-    )  # layers run at about 0.6 of a bare product
+    # layers run at about 0.6 of a bare product
+    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)

@@ -32,12 +32,8 @@ from llmcompress.report.schema import (
 )
 
 PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
-REPLACED = (
-    "model*.safetensors*",
-    *PICTURES,
-    EVALUATIONS,
-    *LEGACY,
-)  # of an earlier artefact, where this one has none
+# of an earlier artefact, where this one has none
+REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:

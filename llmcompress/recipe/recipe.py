@@ -319,9 +319,8 @@ def _explain(error: ValidationError) -> str:
     beside = [
         one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]
     ]
-    first = (
-        beside[0] if errors[0]["type"] == "missing" and beside else errors[0]
-    )  # what is missing may be misspelt
+    # what is missing may be misspelt
+    first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]
     path, kind, given = first["loc"], first["type"], first.get("input")
     place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
     if kind == "extra_forbidden":

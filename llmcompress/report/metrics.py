@@ -160,9 +160,8 @@ def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, T
         same = z.argmax(-1) == z_base.argmax(-1)
         q, p = z.log_softmax(-1), z_base.log_softmax(-1)
         own, other = (-log.gather(-1, y.clamp(min=0)[:, None])[:, 0].masked_fill(y < 0, 0) for log in (q, p))
-        parts.append(
-            (own, other, p.exp().mul_(p.sub_(q)).sum(-1), same)
-        )  # sum_v p (log p - log q), in place: p and q are ours
+        # sum_v p (log p - log q), in place: p and q are ours
+        parts.append((own, other, p.exp().mul_(p.sub_(q)).sum(-1), same))
     own, other, kl, same = (torch.cat(column) for column in zip(*parts, strict=True))
     return own, other, kl, same
 
@@ -218,9 +217,10 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
     generator, W = torch.Generator().manual_seed(0), rows.shape[1]
     step = max(1, (1 << 20) // W)  # resamples at a time: 8 MB of indices
     sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
+    # [K, RESAMPLES]
     means = torch.cat(
         [rows[:, torch.randint(W, (size, W), generator=generator)].mean(-1) for size in sizes], dim=-1
-    )  # [K, RESAMPLES]
+    )
     ends = torch.quantile(means, torch.tensor((0.025, 0.975), dtype=means.dtype), dim=-1)  # [2, K]
     out = []
     for mean, low, high in zip(rows.mean(-1).exp().tolist(), *ends.exp().tolist(), strict=True):
@@ -228,9 +228,8 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
             raise ModelError(
                 "the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from"
             )
-        out.append(
-            (mean, (min(low, mean), max(high, mean)))
-        )  # one window: the interval is the value, without rounding apart
+        # one window: the interval is the value, without rounding apart
+        out.append((mean, (min(low, mean), max(high, mean))))
     return out
 
 
@@ -261,9 +260,8 @@ def parameters(model: torch.nn.Module) -> int:
     for."""
     count = 0
     for parameter in model.parameters():  # each object once
-        state = getattr(
-            parameter, "quant_state", None
-        )  # bitsandbytes' 4-bit weights know the shape that they were packed from
+        # bitsandbytes' 4-bit weights know the shape that they were packed from
+        state = getattr(parameter, "quant_state", None)
         count += math.prod(state.shape) if state is not None else parameter.numel()
     return count
 
@@ -365,9 +363,8 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
             if line.startswith("VmHWM")
         )
     if sys.platform == "win32":
-        return int(
-            importlib.import_module("psutil").Process().memory_info().peak_wset
-        )  # psutil comes with accelerate
+        # psutil comes with accelerate
+        return int(importlib.import_module("psutil").Process().memory_info().peak_wset)
     import resource  # not on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -35,12 +35,8 @@ from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 
 LARGEST = 1 << 16  # bytes of front matter
-INHERITED = (
-    "license",
-    "license_name",
-    "license_link",
-    "language",
-)  # what a compressed model takes over from its base's card
+# what a compressed model takes over from its base's card
+INHERITED = ("license", "license_name", "license_link", "language")
 FOUR_BIT = {"nf4", "fp4"}
 NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
 SPARSE = "sparse"

@@ -19,16 +19,8 @@ from llmcompress.io.units import amount, number
 from llmcompress.report.console import change
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#7F3C8D",
-    "#444444",
-)  # safe for the colour-blind
+# safe for the colour-blind
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")
 MARKERS = "os^Dv<>P"
 BEFORE, AFTER, BEST, INK, RULE = "#9AA5B1", "#0072B2", "#D55E00", "#222222", "#E3E3E3"
 WIDE = 20  # times the least value, from which on an axis is logarithmic

@@ -31,18 +31,11 @@ SCHEMA = (
 )
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
-CARD, EVALUATIONS = (
-    "README.md",
-    ".eval_results/llmcompress.yaml",
-)  # the second is where the Hub looks for them
+# the second is where the Hub looks for them
+CARD, EVALUATIONS = ("README.md", ".eval_results/llmcompress.yaml")
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
-DATA_PLACE = (
-    "revision",
-    "config",
-    "split",
-    "evaluation_split",
-    "column",
-)  # keys of data, of a Hub data set or a table
+# keys of data, of a Hub data set or a table
+DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")
 TRAINS = "distill"  # the stage whose facts are those of a training
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
@@ -243,10 +236,8 @@ class Report(_Facts):
         stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
-        optional = [
-            (facts, "recipe"),
-            *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
-        ]  # there only where they are said
+        # there only where they are said
+        optional = [(facts, "recipe"), *((facts["data"], key) for key in (*DATA_PLACE, "bos"))]
         for holder, key in optional:
             if holder[key] is None:
                 del holder[key]

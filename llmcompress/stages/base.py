@@ -72,9 +72,8 @@ class ModelSource:
 class Context:
     """Frozen, every field required: no stage finds anything by any other way."""
 
-    teacher: Callable[
-        [str | None], ModelSource
-    ]  # a model by its name; without one, that which the run began with
+    # a model by its name; without one, that which the run began with
+    teacher: Callable[[str | None], ModelSource]
     origin: Sequence[int]  # which layers of that one the model's own were
     data: CalibrationData
     journal: Journal
@@ -108,9 +107,8 @@ class StageResult:
 
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)  # how linears are written, by full name
     kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are, with the reason
-    ties: Mapping[str, str] = field(
-        default_factory=dict
-    )  # tensor -> the tensor that it is, in the model's names
+    # tensor -> the tensor that it is, in the model's names
+    ties: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that change
     removed_layers: tuple[int, ...] = ()
     removed: frozenset[str] = frozenset()  # tensors that are no longer stored, by their names in the model

@@ -167,9 +167,8 @@ class Rewriting:
                     dtype = dtype_of(f"{name}.bias")
                     layer.shift_bias(linear, shift_R, dtype)
                     tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
-                lost = output_error(
-                    W_RC, S_RC, moments[linear].H_CC
-                )  # of the outputs on the calibration text
+                # of the outputs on the calibration text
+                lost = output_error(W_RC, S_RC, moments[linear].H_CC)
                 errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
                 bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
                 facts.append({"name": name, "format": layout.name, "bits": bits, **errors})

@@ -76,9 +76,8 @@ def test_tokens_become_the_whole_numbers_of_integer_arithmetic(bits: int, shape:
     quarter_TC = quarters(bits, *shape)
     expected = [[whole(quarter) for quarter in row] for row in quarter_TC.tolist()]
     assert round_tokens(quarter_TC / 4, bits).long().tolist() == expected
-    assert (
-        round_tokens(quarter_TC / 4 * 2.0**-9, bits).mul(2.0**9).tolist() == expected
-    )  # a power of two is lost on no step
+    # a power of two is lost on no step
+    assert round_tokens(quarter_TC / 4 * 2.0**-9, bits).mul(2.0**9).tolist() == expected
 
 
 @pytest.mark.parametrize("bits", BITS)

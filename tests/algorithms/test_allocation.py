@@ -97,9 +97,8 @@ def test_layers_that_matter_more_stay_wider() -> None:
 
 
 def test_twice_the_same_is_twice_the_same_choice_also_among_equals() -> None:
-    layers = [
-        [Option(w, 8.0 - w, w) for w in range(1, 9)] for _ in range(6)
-    ]  # every spread of a budget loses the same
+    # every spread of a budget loses the same
+    layers = [[Option(w, 8.0 - w, w) for w in range(1, 9)] for _ in range(6)]
     first = allocate(layers, 30)
     assert all(allocate(layers, 30) == first for _ in range(3)) and total(first) == (18, 30)
 

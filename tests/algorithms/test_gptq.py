@@ -162,12 +162,10 @@ def test_dead_channels_are_rounded_to_nearest_and_touch_no_other() -> None:
     levels, dead = precise("nf4"), torch.zeros(64, dtype=torch.bool)
     dead[[0, 17, 40, 63]] = True
     H_CC[dead], H_CC[:, dead] = 0, 0
-    S_RG = search_scales(
-        W_RC, torch.ones(64), levels, 1
-    )  # a scale per weight, so that columns can be taken out
-    index = gptq(
-        W_RC, H_CC, S_RG, levels, damp=DAMP * 64 / 60
-    )  # the mean diagonal counts the dead channels too
+    # a scale per weight, so that columns can be taken out
+    S_RG = search_scales(W_RC, torch.ones(64), levels, 1)
+    # the mean diagonal counts the dead channels too
+    index = gptq(W_RC, H_CC, S_RG, levels, damp=DAMP * 64 / 60)
     assert torch.equal(index[:, dead], nearest(W_RC, S_RG, levels)[:, dead])
     assert torch.equal(
         index[:, ~dead], gptq(W_RC[:, ~dead], H_CC[~dead][:, ~dead], S_RG[:, ~dead], levels, damp=DAMP)

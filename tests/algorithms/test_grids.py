@@ -61,9 +61,8 @@ def test_nearest_is_the_closest_of_all_codes(format: Table, seed: int) -> None:
     ours, x = grid(format), points(seed).double()
     distance = (x[:, None] - bitsandbytes_layout.grid(format).double()).abs()
     found = (x - ours.levels.double()[ours.nearest(x.float())]).abs()
-    assert bool(
-        (found <= distance.amin(1) + 6e-8).all()
-    )  # a middle is rounded to float32, as x may be that close to it
+    # a middle is rounded to float32, as x may be that close to it
+    assert bool((found <= distance.amin(1) + 6e-8).all())
 
 
 @pytest.mark.parametrize("format", FORMATS)

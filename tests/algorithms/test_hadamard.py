@@ -34,9 +34,8 @@ def test_at_a_power_of_two_all_entries_have_one_size_and_the_signs_are_sylvester
     torch.testing.assert_close(
         Q_DD.abs(), torch.full((n, n), n**-0.5, dtype=torch.float64), rtol=1e-14, atol=0
     )
-    ones = torch.tensor(
-        [[(i & j).bit_count() % 2 for j in range(n)] for i in range(n)]
-    )  # Walsh: (-1)^(i . j)
+    # Walsh: (-1)^(i . j)
+    ones = torch.tensor([[(i & j).bit_count() % 2 for j in range(n)] for i in range(n)])
     assert torch.equal(Q_DD.sign() * Q_DD[:, :1].sign(), (1 - 2 * ones).double())
 
 

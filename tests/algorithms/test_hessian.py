@@ -173,9 +173,8 @@ def test_without_inputs_the_factor_is_the_identity() -> None:
 
 
 def test_a_matrix_that_needs_it_is_damped_tenfold() -> None:
-    H_CC = torch.tensor(
-        [[4.0, 0.0, 0.0], [0.0, 2.0, 0.6], [0.0, 0.6, 0.1]]
-    )  # least eigenvalue -0.08, mean diagonal 2.03
+    # least eigenvalue -0.08, mean diagonal 2.03
+    H_CC = torch.tensor([[4.0, 0.0, 0.0], [0.0, 2.0, 0.6], [0.0, 0.6, 0.1]])
     U_CC = inverse_factor(H_CC, DAMP)
     torch.testing.assert_close(torch.linalg.inv(U_CC.T @ U_CC), damped(H_CC, 10 * DAMP))
 

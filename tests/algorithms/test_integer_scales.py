@@ -120,9 +120,8 @@ def test_scales_that_a_step_and_multipliers_can_say_are_said_exactly(seed: int, 
 @many
 @given(**shapes)
 def test_snapping_twice_is_snapping_once(seed: int, R: int, G: int, largest: int) -> None:
-    once = product(
-        some(seed, R, G), largest
-    )  # another step may say the same: the product stays, not its factors
+    # another step may say the same: the product stays, not its factors
+    once = product(some(seed, R, G), largest)
     torch.testing.assert_close(product(once, largest), once, rtol=3e-7, atol=0)
 
 

@@ -30,9 +30,8 @@ from tests.algorithms.test_gptq import problem
 from tests.algorithms.test_hessian import HARD, inputs, moments
 
 DAMP = 0.01
-UNIT_C = torch.tensor(
-    [1, 0, -1, 2, 1, 1, 0, -1, 3, 2, 3, 0]
-)  # four units of 3, 3, 2, 2 columns, two columns of none
+# four units of 3, 3, 2, 2 columns, two columns of none
+UNIT_C = torch.tensor([1, 0, -1, 2, 1, 1, 0, -1, 3, 2, 3, 0])
 UNITS = 4
 C = len(UNIT_C)
 

@@ -181,10 +181,8 @@ def test_the_fit_lowers_the_error_to_expect_and_the_real_one_below_the_start_and
 
 def test_the_error_to_expect_is_twelve_times_what_eight_bits_really_cost() -> None:
     problem = case("w8a8", 10)
-    for factor in (
-        torch.ones(64),
-        problem.fit(),
-    ):  # the formula leaves out 1 / 12 of a step's square, as it is everywhere
+    # the formula leaves out 1 / 12 of a step's square, as it is everywhere
+    for factor in (torch.ones(64), problem.fit()):
         assert problem.real(factor) == pytest.approx(problem.expected(factor) / 12, rel=0.15)
 
 
@@ -200,9 +198,8 @@ def test_a_fit_that_starts_from_what_a_fit_has_found_stays_there(format: str) ->
 @by_format
 def test_columns_of_one_unit_share_its_factor_and_the_fit_serves_them_all(format: str) -> None:
     problem = case(format, T=256, R=128)
-    unit_C = torch.arange(64) % 16 + 16 * (
-        torch.arange(64) // 32
-    )  # as keys that several queries read: 32 units, twice each
+    # as keys that several queries read: 32 units, twice each
+    unit_C = torch.arange(64) % 16 + 16 * (torch.arange(64) // 32)
     found = problem.fit(unit_C)
     assert found.shape == (32,)
     assert problem.expected(found[unit_C]) < 0.8 * problem.expected(torch.ones(64))

@@ -131,9 +131,8 @@ def test_a_gain_that_makes_the_one_the_other_is_found(monkeypatch: pytest.Monkey
     pulled = fit_gain(p.E, p.E * g, p.said, p.H)
     monkeypatch.setattr(tied_embeddings, "GAIN_DAMP", 0.0)
     torch.testing.assert_close(fit_gain(p.E, p.E * g, p.said, p.H), g)
-    large = (
-        p.H.diagonal() > 0.1 * p.H.diagonal().mean()
-    )  # of a channel that is hardly there the pull towards 1 decides
+    # of a channel that is hardly there the pull towards 1 decides
+    large = p.H.diagonal() > 0.1 * p.H.diagonal().mean()
     torch.testing.assert_close(pulled[large], g[large], rtol=0, atol=0.02)
 
 
@@ -155,9 +154,8 @@ def test_no_round_is_worse_than_the_one_before(
     p = problem(seed)
     plain = [objective(p, *tie(*p, balance, rounds=rounds), balance) for rounds in range(12)]
     assert all(after <= before * (1 + 1e-3) for before, after in itertools.pairwise(plain))
-    monkeypatch.setattr(
-        tied_embeddings, "GAIN_DAMP", 0.0
-    )  # or what is minimised has a pull towards 1 beside this objective
+    # or what is minimised has a pull towards 1 beside this objective
+    monkeypatch.setattr(tied_embeddings, "GAIN_DAMP", 0.0)
     monkeypatch.setattr(tied_embeddings, "DAMP", 1e-13)
     exact = [objective(p, *tie(*p, balance, rounds=rounds), balance) for rounds in range(12)]
     assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(exact))

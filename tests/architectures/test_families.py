@@ -43,9 +43,8 @@ class Subject:
 
     def __init__(self, family: str, overrides: dict[str, Any]) -> None:
         self.model: PreTrainedModel = pico(family, **overrides).double()
-        self.model.set_experts_implementation(
-            "eager"
-        )  # the default has no float64; other families have no experts to set
+        # the default has no float64; other families have no experts to set
+        self.model.set_experts_implementation("eager")
         self.anatomy: Anatomy = anatomy_of(self.model.config)
         self.sizes = self.anatomy.axis_sizes(self.model.config)
         self.rows = self.anatomy.rows(self.model.config)

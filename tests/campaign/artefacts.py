@@ -129,10 +129,8 @@ def _value(bench: Bench, folder: Path) -> str | None:
 def _file(bench: Bench, folder: Path) -> str:
     """One file is damaged."""
     names = ("model.safetensors", "config.json")
-    file, damage = (
-        folder / bench.draw.choice(names),
-        bench.draw.choice(DAMAGES[1:]),
-    )  # a flipped bit may be a sound number
+    # a flipped bit may be a sound number
+    file, damage = (folder / bench.draw.choice(names), bench.draw.choice(DAMAGES[1:]))
     damage(file, bench.draw)
     return f"{damage.__name__} {file.name}"
 

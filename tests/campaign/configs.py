@@ -19,6 +19,7 @@ ODD: tuple[Any, ...] = (
     *([], {}, [0], [[]], {"a": 1}, {"type": "nope"}, {"rope_type": "nope"}, [None] * 1000),
     float("nan"),
 )
+# fields that any config may have
 EXTRA = (
     *(
         "architectures",
@@ -63,7 +64,7 @@ EXTRA = (
         "head_dim",
         "num_hidden_layers",
     ),
-)  # fields that any config may have
+)
 OTHERS = ("generation_config.json", "tokenizer_config.json", "tokenizer.json")
 DEEP = ("[" * 200_000, '{"a":' * 100_000, "[" * 200_000 + "]" * 200_000)
 

@@ -8,11 +8,8 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-TOLD = (
-    "report.json",
-    "README.md",
-    ".eval_results/llmcompress.yaml",
-)  # hold times, and may differ between two runs
+# hold times, and may differ between two runs
+TOLD = ("report.json", "README.md", ".eval_results/llmcompress.yaml")
 
 
 def flip(file: Path, draw: random.Random) -> None:

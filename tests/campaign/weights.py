@@ -72,9 +72,8 @@ def weights(bench: Bench, tries: int) -> Count:
         (place / "recipe.yaml").write_text(f"data: {data}\nstages: [{{{stage}}}]\n")
         ended = run(bench.folder, "run", str(place / "recipe.yaml"), "--base", str(base), "--out", str(out))
         fault = ended.crashed or (_no_report(out) if ended.code == 0 else None)
-        begun = any(
-            partial_of(out).glob("journal*/**/*.safetensors")
-        )  # a finished layer stays, to go on from
+        # a finished layer stays, to go on from
+        begun = any(partial_of(out).glob("journal*/**/*.safetensors"))
         if ended.code == 2 and (out.exists() or (partial_of(out).exists() and not begun)):
             fault = fault or "a refused run left a folder that holds nothing to go on from"
         count.ended(f"code {ended.code}", f"{stage} with {name} {how}: {fault}" if fault else None)

@@ -88,9 +88,8 @@ def test_a_path_is_what_it_was_where_it_can_be_read(tmp_path: Path, monkeypatch:
     assert path_of("~/model", "base") == tmp_path / "model"
     assert path_of("none/such", "base") == Path("none/such")
     (tmp_path / "file").write_text("")
-    assert (
-        path_of(tmp_path / "file" / "below", "base") == tmp_path / "file" / "below"
-    )  # left to who wants a folder there
+    # left to who wants a folder there
+    assert path_of(tmp_path / "file" / "below", "base") == tmp_path / "file" / "below"
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="for root every folder can be read")

@@ -295,9 +295,8 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     for index, found, _ in gradients(model, tokens, tmp_path, drawn):
         grads += found if index == last else []
     expected = torch.cat(grads).flatten(0, 1)
-    assert (
-        float(torch.cat(grads)[:, 0].abs().max()) == 0
-    )  # nothing after the last layer reads the states of another position
+    # nothing after the last layer reads the states of another position
+    assert float(torch.cat(grads)[:, 0].abs().max()) == 0
     torch.testing.assert_close(without, expected.T @ expected / len(expected))
     assert not torch.allclose(begun, without, rtol=1e-3)
 
@@ -390,9 +389,8 @@ def test_bos_is_a_key_of_data_and_leaves_older_digests_as_they_were() -> None:
         False,
         True,
     ]
-    assert (
-        off.data.with_text("other.txt").bos is False
-    )  # it says how windows are cut, not which text they are of
+    # it says how windows are cut, not which text they are of
+    assert off.data.with_text("other.txt").bos is False
     assert off.data.with_text("{source: other.txt, bos: auto}").bos == "auto"
     assert plain.data.with_text("{source: other.txt, bos: false}").bos is False
     with pytest.raises(DataError, match="bos"):
@@ -419,9 +417,8 @@ def test_an_artefact_from_before_there_was_bos_is_run_again_without_it(
 ) -> None:
     told = recipe(text, base, {"quantize": {"format": "nf4"}})
     spec = told.data.model_copy(update={"bos": False})
-    made = run_recipe(
-        told, tmp_path / "out", data=spec
-    )  # as it was made when windows had no BOS: neither file says anything
+    # as it was made when windows had no BOS: neither file says anything
+    made = run_recipe(told, tmp_path / "out", data=spec)
     assert made.data.bos is None and "bos" not in (tmp_path / "out" / "recipe.yaml").read_text()
     assert reproduce(str(tmp_path / "out"), data=str(text)).verdict == "bit-equal"
 

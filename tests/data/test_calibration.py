@@ -112,9 +112,8 @@ def test_the_evaluation_windows_are_the_first_of_the_evaluation_text_in_order(
     write_rows(tmp_path / "valid.txt", sentences(100, seed=3))
     (tmp_path / "trainer-notes.txt").write_text("not training text")
     layers = load(by_bytes, source=str(tmp_path))
-    assert (
-        spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]
-    )  # valid comes before test
+    # valid comes before test
+    assert spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]
     assert all(
         spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in layers.calibration
     )
@@ -385,6 +384,5 @@ def test_the_demo_model_is_small_and_knows_its_language() -> None:
     windows = load_data(DataSpec(samples=1, evaluation_samples=8), tokenizer, len(tokenizer), 512).evaluation
     with torch.no_grad():
         loss = model(input_ids=windows, labels=windows).loss.item()
-    assert (
-        abs(loss - training["heldout_loss"]) < 0.5
-    )  # eight windows, and another Python carries another text
+    # eight windows, and another Python carries another text
+    assert abs(loss - training["heldout_loss"]) < 0.5

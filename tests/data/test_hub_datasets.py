@@ -175,9 +175,8 @@ def some(count, **spec):
     assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
     before = len(hub.log)
     assert ask(env, READ + some + asked) == [[words[:4], ["b"], old]]
-    assert not [
-        path for _, path in hub.log[before:] if path.endswith((".jsonl", ".txt"))
-    ]  # no row comes twice
+    # no row comes twice
+    assert not [path for _, path in hub.log[before:] if path.endswith((".jsonl", ".txt"))]
     before, more = (
         len(hub.log),
         f"told(some, 4, revision={old!r})\ntold(some, 5, revision='v1')\ntold(some, 1)",
@@ -190,9 +189,8 @@ def some(count, **spec):
         "is set; unset it, "
     )
     assert answers[3].startswith("DataError: the Hub data set user/texts is not in the cache (")
-    assert ask(env, READ + some + "told(some, 99)") == [
-        [words, ["b"], old]
-    ]  # goes on after the fourth, to the end
+    # goes on after the fourth, to the end
+    assert ask(env, READ + some + "told(some, 99)") == [[words, ["b"], old]]
     assert ask(env | OFFLINE, READ + some + "told(some, 99)") == [[words, ["b"], old]]
     new = hub.add("user/texts", files | {"train.jsonl": jsonl("new")}, kind="dataset")
     assert ask(env, READ + some + "told(some, 9)") == [[["new"], ["b"], new]]

@@ -350,9 +350,8 @@ def test_a_plain_from_pretrained_dequantises_what_we_computed(tmp_path: Path) ->
     for folder_name, weights in expected.items():
         seen = load_file(f"{folder_name}/seen.safetensors")
         assert bool(seen.pop("logits").isfinite().all())
-        assert (
-            seen.keys() == weights.keys()
-        )  # so exactly the skipped linears stayed dense: layer 1, not 10 or 11
+        # so exactly the skipped linears stayed dense: layer 1, not 10 or 11
+        assert seen.keys() == weights.keys()
         assert all(torch.equal(seen[name], weights[name]) for name in weights)
 
 

@@ -201,9 +201,8 @@ def test_activations_beyond_half_precision_stay_finite(dtype: torch.dtype) -> No
 def test_tiny_rows_keep_codes_in_range_and_rows_that_are_not_finite_say_so() -> None:
     x = torch.tensor([[1e-45, -1e-45], [1e-38, 5e-39], [float("inf"), 1.0], [float("nan"), 1.0]])
     codes, scale = integer.quantize_tokens(x, 8)
-    assert bool(
-        (scale[:2] > 0).all()
-    )  # or a division by it is not finite, and its code is whatever the machine makes of that
+    # or a division by it is not finite, and its code is whatever the machine makes of that
+    assert bool((scale[:2] > 0).all())
     assert bool(((codes[:2] * scale[:2]).double() - x[:2].double()).abs().le(1.2e-38).all())
     with torch.no_grad():
         found = linear(
@@ -223,9 +222,8 @@ def test_the_product_of_integers_is_exact(scheme: IntegerLayout, shape: tuple[in
         x[..., 0] = largest  # so that the scale of every token is one
         with torch.no_grad():
             found = linear(weight, None)(x.float())
-        assert torch.equal(
-            found.long(), x @ weight.expanded().long().T
-        )  # below 2**24, where float32 is exact
+        # below 2**24, where float32 is exact
+        assert torch.equal(found.long(), x @ weight.expanded().long().T)
 
 
 @by_scheme
@@ -398,9 +396,8 @@ def test_plain_transformers_loads_our_int8_codes(tmp_path: Path) -> None:
     state, expected = dict(model.state_dict()), {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and name not in kept:
-            codes = integer.quantize_nearest(module.weight).codes_RC.roll(
-                1, 1
-            )  # codes that no nearest rounding gives
+            # codes that no nearest rounding gives
+            codes = integer.quantize_nearest(module.weight).codes_RC.roll(1, 1)
             expected[name] = integer.Int8Weight(codes, module.weight.detach().abs().amax(1) * 1.5)
             del state[f"{name}.weight"]
             state.update({f"{name}.{part}": tensor for part, tensor in expected[name].tensors().items()})

@@ -121,9 +121,8 @@ def test_nearest_puts_every_weight_on_the_nearest_level_of_its_row_or_block(codi
     found = registry.dequantize(coding.nearest(W_RC, input_scale(coding))).double()
     top_RG = W_RC.reshape(R, -1, coding.columns((R, C))).abs().amax(-1)
     scale_RC = spread(coding.snap(torch.where(top_RG > 0, top_RG, torch.ones_like(top_RG))))
-    W = (
-        W_RC.half().double() if isinstance(coding, Int8Scheme) else W_RC.double()
-    )  # stock takes it through float16
+    # stock takes it through float16
+    W = W_RC.half().double() if isinstance(coding, Int8Scheme) else W_RC.double()
     scale_RC = (
         spread(W.abs().amax(1, keepdim=True).clamp_min(1e-9)) if isinstance(coding, Int8Scheme) else scale_RC
     )

@@ -322,9 +322,8 @@ def test_a_whole_model_compiles_and_maps_and_writes_tokens(tmp_path: Path) -> No
     assert torch.equal(with_cache, without) and with_cache.shape[1] > TOKENS.shape[1]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing:FutureWarning"
-)  # which peft 0.21 still asks for
+# which peft 0.21 still asks for
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_lora_adapter_trains_on_top(tmp_path: Path) -> None:
     artefact(tmp_path, pico("llama"), LAYOUTS[0])
     model, before = load(tmp_path), logits(load(tmp_path))

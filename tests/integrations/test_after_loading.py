@@ -33,10 +33,11 @@ from tests.bases import VOCABULARY, byte_tokenizer, save_base, staged_recipe, wr
 from tests.formats.test_damaged_artefacts import LAYOUTS, made
 from tests.models import pico
 
+# PEFT asks transformers by an old name
 pytestmark = [
     pytest.mark.usefixtures("short_runs"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
-]  # PEFT asks transformers by an old name
+]
 by_layout = pytest.mark.parametrize(
     "layout", LAYOUTS, ids=lambda layout: str(layout.name if hasattr(layout, "name") else layout)
 )
@@ -194,9 +195,8 @@ def test_tokens_are_added_and_taken_away(rows: int, embedded: Any, tmp_path: Pat
     with torch.no_grad():
         scores, expected = model(tokens).logits, whole(tokens).logits
     assert scores.shape[-1] == VOCABULARY + rows
-    assert (
-        distance(scores[..., :kept], expected[..., :kept]) < 0.05
-    )  # the head no longer rounds what it reads
+    # the head no longer rounds what it reads
+    assert distance(scores[..., :kept], expected[..., :kept]) < 0.05
     model.save_pretrained(tmp_path / "saved")
     again = load(tmp_path / "saved")
     with torch.no_grad():

@@ -31,15 +31,8 @@ from tests.models import pico
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 TOKENS = torch.arange(3, 27)[None]
-FAMILIES = (
-    "llama",
-    "qwen2",
-    "phi3",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-    "qwen3_moe",
-)  # biases, Conv1D, tied heads, renamed experts
+# biases, Conv1D, tied heads, renamed experts
+FAMILIES = ("llama", "qwen2", "phi3", "gpt2", "opt", "gpt_neox", "qwen3_moe")
 FOUR = {"load_in_4bit": True, "bnb_4bit_compute_dtype": torch.float32}
 EIGHT = {"load_in_8bit": True}
 KINDS: dict[str, dict[str, Any]] = {

@@ -69,11 +69,8 @@ def test_lost_scales_are_refused_where_the_origin_is_gone_or_another(
             save()
         shutil.rmtree(made)
         (tmp_path / "kept").rename(made)
-    sizes: dict[str, Any] = {
-        "hidden_size": 56,
-        "num_attention_heads": 7,
-        "num_key_value_heads": 1,
-    }  # 112 rows, which no repacking takes
+    # 112 rows, which no repacking takes
+    sizes: dict[str, Any] = {"hidden_size": 56, "num_attention_heads": 7, "num_key_value_heads": 1}
     for other, config in ((kind, sizes), ("int8", {})):
         made.rename(tmp_path / "kept")
         artefact(made, other, **config)
@@ -177,9 +174,8 @@ def test_a_save_that_fails_leaves_no_trace(tmp_path: Path) -> None:
     model, expected = load(made), {path.name: path.read_bytes() for path in made.iterdir()}
     for folder in (made, tmp_path / "again"):
         with pytest.raises(ValueError, match="not supported"):
-            save_native(
-                model, folder, overwrite=True, max_shard_size="a lot"
-            )  # found out when config.json is written
+            # found out when config.json is written
+            save_native(model, folder, overwrite=True, max_shard_size="a lot")
     assert {path.name: path.read_bytes() for path in made.iterdir()} == expected
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
     (tmp_path / "file").write_text("")

@@ -56,10 +56,8 @@ def test_transformers_alone_writes_other_weights_after_a_repacking(kind: str, tm
         *scales,
         *(n for n in before if "quant_state" in n),
     }
-    old, new = (
-        load(tmp_path / "before").train(),
-        load(tmp_path / "after").train(),
-    )  # training decodes exactly, on any CPU
+    # training decodes exactly, on any CPU
+    old, new = (load(tmp_path / "before").train(), load(tmp_path / "after").train())
     error = float((forward(new) - forward(old)).norm() / forward(old).norm())
     assert error > (1e-3 if "double" in kind else 0.1)  # measured: 5e-3 and 0.36
 

@@ -45,9 +45,8 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
     one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
     assert one.keys() == two.keys()
     apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
-    assert (
-        apart.quantile(0.99) < 1e-6
-    )  # Adam makes a step of what is left of a gradient that is nearly nothing
+    # Adam makes a step of what is left of a gradient that is nearly nothing
+    assert apart.quantile(0.99) < 1e-6
     first, second = (Report.of(tmp_path / str(count)).fidelity.kl_nats_mean for count in (1, 2))
     assert first is not None and second == pytest.approx(first, rel=1e-3)
 

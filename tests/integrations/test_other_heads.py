@@ -35,12 +35,8 @@ CLASSES = (
     "ModelForQuestionAnswering",
 )
 HEADS = ("score", "classifier", "qa_outputs")
-ELSEWHERE = (
-    "llama",
-    "qwen2",
-    "qwen3",
-    "qwen3_moe",
-)  # whose class for questions calls the body otherwise than a checkpoint does
+# whose class for questions calls the body otherwise than a checkpoint does
+ELSEWHERE = ("llama", "qwen2", "qwen3", "qwen3_moe")
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +80,8 @@ def test_every_class_of_a_family_loads_an_artefact_with_a_plain_head(
         loaded += 1
         assert {name.partition(".")[0] for name in info["missing_keys"]} <= set(HEADS)
         found = [name.removeprefix(f"{model.base_model_prefix}.") for name in quantised(model)]
-        assert found == [
-            name for name in body if name != "lm_head"
-        ]  # which is the embedding, where that is int8
+        # which is the embedding, where that is int8
+        assert found == [name for name in body if name != "lm_head"]
         heads = [module for name, module in model.named_modules() if name in HEADS]
         assert len(heads) == (task != "Model")
         for head in heads:

@@ -17,9 +17,8 @@ from tests.bases import VOCABULARY, save_base, small_recipe, write_text
 pytestmark = pytest.mark.usefixtures("short_runs")
 
 
-@pytest.mark.filterwarnings(
-    "ignore::UserWarning", "ignore::FutureWarning"
-)  # PEFT asks transformers by an old name
+# PEFT asks transformers by an old name
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
 def test_an_adapter_on_a_native_artefact_learns_and_is_saved_and_loaded(tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", num_hidden_layers=1)
     run_recipe(small_recipe(write_text(tmp_path / "facts.txt"), base), tmp_path / "out")

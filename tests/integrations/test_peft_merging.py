@@ -26,10 +26,11 @@ from llmcompress.pipeline.run import run_recipe
 from tests.artefacts import distance, live, load
 from tests.bases import byte_tokenizer, save_base, small_recipe, staged_recipe, write_text
 
+# PEFT asks transformers by an old name
 pytestmark = [
     pytest.mark.usefixtures("short_runs"),
     pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning"),
-]  # PEFT asks transformers by an old name
+]
 
 
 def adapted(base: Path) -> peft.PeftModel:

@@ -456,9 +456,8 @@ def test_a_whole_model_compiles_and_trains_an_adapter(tmp_path: Path) -> None:
     assert bool(grad.isfinite().all()) and bool((grad[TOKENS[0, :-1]].abs().sum(1) > 0).all())
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.*is_gradient_checkpointing:FutureWarning"
-)  # which peft 0.21 still asks for
+# which peft 0.21 still asks for
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
 def test_a_lora_adapter_trains_on_top_and_is_loaded_again(tmp_path: Path) -> None:
     artefact(
         tmp_path / "model",

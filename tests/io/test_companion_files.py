@@ -67,10 +67,8 @@ def test_what_transformers_knows_by_name_travels_and_nothing_else(tmp_path: Path
     )
     folder = fill(tmp_path, *known, *others)
     assert set(kept(folder)) == set(known)
-    assert set(kept(folder, ["emoji.json", "gone.txt"])) == {
-        *known,
-        "emoji.json",
-    }  # as a class of tokenizers names it
+    # as a class of tokenizers names it
+    assert set(kept(folder, ["emoji.json", "gone.txt"])) == {*known, "emoji.json"}
 
 
 def test_every_file_that_a_tokenizer_of_transformers_reads_has_its_place() -> None:

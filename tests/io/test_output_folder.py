@@ -101,9 +101,8 @@ def test_shards_of_any_size_load_as_the_same_model(
             index = json.loads((out / "model.safetensors.index.json").read_text())
             assert index["metadata"]["total_size"] == sum(tensor.nbytes for tensor in state.values())
             assert index["weight_map"].keys() == state.keys()
-            assert size != 100_000 or all(
-                file.stat().st_size <= size + 10_000 for file in shards
-            )  # none is larger
+            # none is larger
+            assert size != 100_000 or all(file.stat().st_size <= size + 10_000 for file in shards)
             assert torch.equal(AutoModelForCausalLM.from_pretrained(out)(tokens).logits, expected)
 
 
@@ -122,9 +121,8 @@ def test_a_quantised_linear_may_lie_in_several_shards(
                         bitsandbytes_layout.quantize_nearest(module.weight.data, "nf4", 64, True), None
                     ),
                 )
-    writer = Writer(
-        tmp_path / "out", base, size_bytes=10**6, shard_bytes=1
-    )  # every tensor a shard of its own
+    # every tensor a shard of its own
+    writer = Writer(tmp_path / "out", base, size_bytes=10**6, shard_bytes=1)
     writer.add(model.state_dict())
     config = {
         **Checkpoint.open(base).config,
@@ -268,9 +266,8 @@ def test_a_run_killed_while_it_writes_leaves_the_target_as_it_was(
     assert out.exists() == existing
     assert not existing or files(out) == before
     assert any((partial_folder(out) / "artifact").iterdir())  # it was in the middle of it
-    assert Journal(partial_folder(out) / "journal", "key").has(
-        "quantize", 0
-    )  # and what it had finished is still there
+    # and what it had finished is still there
+    assert Journal(partial_folder(out) / "journal", "key").has("quantize", 0)
     again = files(write(out, base, state, overwrite=True))
     assert again == (before or files(write(tmp_path / "other", base, state)))
     assert not partial_folder(out).exists()

@@ -60,9 +60,8 @@ def test_a_llama_that_becomes_a_mistral_keeps_its_tokens(name: str, text: Path, 
     run_recipe(staged_recipe(text, base, {"prune": {"axis": "kv", "keep": 5}}, samples=4, length=16), out)
     config = json.loads((out / "config.json").read_text())
     assert config["model_type"] == "mistral"
-    assert (
-        config["transformers_version"] == transformers.__version__
-    )  # else the tokenizer is said to be an old Mistral's
+    # else the tokenizer is said to be an old Mistral's
+    assert config["transformers_version"] == transformers.__version__
     copied = Path(shutil.copytree(base, tmp_path / "copied"))
     configure(copied / "config.json", model_type="mistral")
     assert (
@@ -98,10 +97,8 @@ def test_a_supported_model_needs_no_code_of_its_repository(text: Path, tmp_path:
         "auto_map" in (out / name).read_text() for name in ("config.json", "tokenizer_config.json")
     )
     ours = tokenizer_of(base)
-    assert tokens(out, "<s>hello") == [
-        "<s>",
-        "hello",
-    ]  # as phi3 without auto_map would not have it from the copied files
+    # as phi3 without auto_map would not have it from the copied files
+    assert tokens(out, "<s>hello") == ["<s>", "hello"]
     for trust in (True, False):
         assert type(AutoConfig.from_pretrained(out, trust_remote_code=trust)).__module__.startswith(
             "transformers."
@@ -176,9 +173,8 @@ def test_what_tells_tokenizers_apart_is_seen() -> None:
 
 def test_what_a_tokenizer_has_no_token_for_is_compared_too() -> None:
     def known(*words: str) -> transformers.PreTrainedTokenizerFast:
-        level = tokenizers.models.WordLevel(
-            {word: number for number, word in enumerate(words)}
-        )  # raises for other words
+        # raises for other words
+        level = tokenizers.models.WordLevel({word: number for number, word in enumerate(words)})
         return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(level))
 
     assert difference(known("hello", "0"), known("hello", "0")) is None

@@ -101,9 +101,8 @@ def test_a_huge_weight_ends_in_one_line_or_in_a_whole_report(
     if refused is not None:
         assert len(refused.splitlines()) == 1
         return
-    json.loads(
-        (tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail
-    )  # NaN and Infinity are no JSON
+    # NaN and Infinity are no JSON
+    json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
     written = load_file(tmp_path / "out" / "model.safetensors")
     assert all(tensor.isfinite().all() for tensor in written.values() if tensor.is_floating_point())
 

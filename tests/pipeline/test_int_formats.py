@@ -212,9 +212,8 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert report.compressed.parameters == written.compressed.parameters == written.base.parameters
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert (
-        abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
-    )  # the header of the file
+    # the header of the file
+    assert abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
     loaded = load(everything[name])
     assert distance(live(model), live(loaded)) < 1e-6
     if name != "int8":
@@ -382,9 +381,8 @@ def test_readers_that_a_format_can_not_take_are_stored_with_the_scale_that_cross
     text: Path, tmp_path: Path
 ) -> None:
     base, out = save_base(tmp_path / "base", num_key_value_heads=1, num_hidden_layers=1), tmp_path / "out"
-    report = run_recipe(
-        small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out
-    )  # nf4: no 16 rows
+    # nf4: no 16 rows
+    report = run_recipe(small_recipe(text, base, smooth={"method": "awq"}, rounding="nearest"), out)
     assert {kept.name.rpartition(".")[2] for kept in report.kept} == {"k_proj", "v_proj", "lm_head"}
     was, now, layer = weights_of(base), weights_of(out), "model.layers.0."
     by = crossed(was[f"{layer}input_layernorm.weight"], now[f"{layer}input_layernorm.weight"])

@@ -141,9 +141,8 @@ def test_a_model_in_memory_becomes_the_same_mixture(name: str, mixtures: dict[st
     result, report = apply_recipe(small_recipe(text, base, **settings), model, byte_tokenizer())
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert (
-        abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
-    )  # the header of the file
+    # the header of the file
+    assert abs(report.compressed.size_bytes - written.compressed.size_bytes) < 10_000
     assert distance(live(result), live(load(mixtures[name]))) < 1e-6
 
 

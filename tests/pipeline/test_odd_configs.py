@@ -152,9 +152,8 @@ def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
                 attempt()
         except CompressError as error:
             said = str(error)
-            assert said.isprintable() and (len(said) < 700 or "is no model family" in said), (
-                said
-            )  # that one prints a table
+            # that one prints a table
+            assert said.isprintable() and (len(said) < 700 or "is no model family" in said), said
     assert time.monotonic() - begin < SECONDS
     return said
 

@@ -89,9 +89,8 @@ def test_more_work_costs_more(text: Path, tmp_path: Path) -> None:
             seconds[base.name, rounding] = known(rows[1].seconds)
     for name in ("small", "deep"):
         assert seconds[name, "nearest"] < seconds[name, "gptq"] < seconds[name, "learned"]
-    assert (
-        seconds["deep", "gptq"] > 5 * seconds["small", "gptq"]
-    )  # 12 times, by a clock that other work disturbs
+    # 12 times, by a clock that other work disturbs
+    assert seconds["deep", "gptq"] > 5 * seconds["small", "gptq"]
 
 
 def test_memory_does_not_grow_with_the_layers(text: Path, tmp_path: Path) -> None:
@@ -167,9 +166,8 @@ def test_a_token_costs_what_the_matrices_multiply_and_the_cache_holds(family: st
         model(torch.tensor([[3, 4, 5, 6, 7]]), past_key_values=cache)
     held = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
     assert cached == held // 5
-    routed = (
-        2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0
-    )  # layers, experts a token, matrices, weights, tokens
+    # layers, experts a token, matrices, weights, tokens
+    routed = 2 * 2 * 3 * 64 * 192 * 5 if family == "qwen3_moe" else 0
     router = 2 * 5 * 64 if family == "qwen3_moe" else 0  # is no linear module
     assert flops in (2 * (multiplied + routed) // 5, 2 * ((multiplied + routed) // 5 + router))
     for hook in hooks:

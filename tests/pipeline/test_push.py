@@ -24,10 +24,8 @@ from tests.bases import facts, save_base
 from tests.clients import shell
 from tests.hub_server import OFFLINE, TOKEN, Hub, environment, serve
 
-pytestmark = [
-    pytest.mark.usefixtures("short_runs"),
-    pytest.mark.slow,
-]  # runs and a Hub in processes of their own
+# runs and a Hub in processes of their own
+pytestmark = [pytest.mark.usefixtures("short_runs"), pytest.mark.slow]
 
 RECIPE = """
 data: {source: them/texts, samples: 8, length: 24, evaluation_samples: 4}

@@ -249,9 +249,8 @@ def test_a_recipe_that_is_written_reads_back_the_same(text: str) -> None:
     written = recipe.to_yaml()
     assert Recipe.parse(written) == recipe and Recipe.parse(written).to_yaml() == written
     assert Recipe.parse(written).digest == recipe.digest
-    assert (
-        yaml.safe_load(written).keys() == {"schema"} | yaml.safe_load(text).keys()
-    )  # what was left out stays out
+    # what was left out stays out
+    assert yaml.safe_load(written).keys() == {"schema"} | yaml.safe_load(text).keys()
 
 
 def test_a_newer_schema_names_the_version_to_install() -> None:

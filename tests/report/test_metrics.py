@@ -114,9 +114,8 @@ def test_rounding_never_leaves_a_divergence_below_zero(windows: Tensor) -> None:
 
 def test_kl_is_of_the_base_against_the_model_and_counts_the_last_position() -> None:
     base, small = torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)
-    base[0, 1] = torch.tensor(
-        [math.log(3.0), 0.0]
-    )  # p = (3/4, 1/4) at the last position only, q = (1/2, 1/2)
+    # p = (3/4, 1/4) at the last position only, q = (1/2, 1/2)
+    base[0, 1] = torch.tensor([math.log(3.0), 0.0])
     found = metrics.fidelity([small], torch.zeros(1, 2, dtype=torch.int64), [base])
     assert found.kl_nats_mean == pytest.approx(0.5 * (0.75 * math.log(1.5) + 0.25 * math.log(0.5)), abs=1e-7)
     assert found.perplexity == pytest.approx(2.0)

@@ -408,9 +408,8 @@ def test_a_quantised_model_learns_at_the_same_bytes(
     report = run_recipe(staged_recipe(text, bases / "base", quantize, distilled), tmp_path / "out")
     assert known(report.fidelity.kl_nats_mean) < known(plain.fidelity.kl_nats_mean)
     before, after = weights(bases / f"nf4-{double_quant}"), weights(tmp_path / "out")
-    assert (
-        before.keys() == after.keys()
-    )  # bitsandbytes keeps the offset of double quantisation as text, of any length
+    # bitsandbytes keeps the offset of double quantisation as text, of any length
+    assert before.keys() == after.keys()
     assert all(after[name].shape == before[name].shape for name in before if "quant_state" not in name)
     changed = {
         name

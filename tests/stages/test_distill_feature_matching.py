@@ -280,9 +280,8 @@ def test_a_student_fresh_from_its_config_has_a_projection_of_plain_size(family: 
         own, taught = (output_of(model, model(**forward_arguments(text))) for model in (student, teacher))
         projection = projection_of(own.hidden_BLD[-1], taught.hidden_BLD[-1])
         assert float(cast(nn.Linear, projection).weight.abs().max()) < 10
-        assert (
-            float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(own, taught, projection)) < 1
-        )  # a share of the teacher's
+        # a share of the teacher's
+        assert float(Matching.of(2, 2, (), "mse", 1.0, 0.0).loss(own, taught, projection)) < 1
 
 
 @pytest.mark.parametrize("D", [4, 30])

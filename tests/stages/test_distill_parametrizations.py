@@ -140,9 +140,8 @@ def test_what_has_learned_is_written_as_it_was_used(what: str, transposed: bool)
     assert not torch.equal(made(module), registry.dequantize(before))
     old, new = registry.tensors_of(before), registry.tensors_of(after)
     assert new.keys() == old.keys() and all(new[name].dtype == tensor.dtype for name, tensor in old.items())
-    assert all(
-        new[name].shape == tensor.shape for name, tensor in old.items() if "quant_state" not in name
-    )  # a text
+    # a text
+    assert all(new[name].shape == tensor.shape for name, tensor in old.items() if "quant_state" not in name)
     if making.codes:
         assert torch.equal(new["weight"], old["weight"]), "codes stay"
     for part in ["weight.absmax"] if isinstance(before, bitsandbytes_layout.Packed) else making.parts:
@@ -416,9 +415,8 @@ def test_what_was_learned_is_the_student_and_the_same_in_all_layers(
     }
     assert set(learned) == plain - head | made_of and {tensor.dtype for tensor in learned.values()} == {dtype}
     found, expected = logits(again(resident, with_head(resident, learned))), logits(student.model)
-    tolerance = (
-        1e-5 if dtype == torch.float32 else 0.05
-    )  # plain weights and parts learn exactly and are written rounded
+    # plain weights and parts learn exactly and are written rounded
+    tolerance = 1e-5 if dtype == torch.float32 else 0.05
     assert (
         float((found - expected).norm() / expected.norm())
         < tolerance

@@ -33,12 +33,8 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 
 IDS = torch.randint(3, 100, (2, 9), generator=torch.Generator().manual_seed(0))
 EVERY: tuple[tuple[str, dict[str, Any]], ...] = (*((family, {}) for family in FAMILIES), *VARIANTS)
-CODED = (
-    "llama",
-    "gpt2",
-    "opt",
-    "qwen3_moe",
-)  # plain linears, Conv1D, biases everywhere, experts that stay plain
+# plain linears, Conv1D, biases everywhere, experts that stay plain
+CODED = ("llama", "gpt2", "opt", "qwen3_moe")
 FORMATS: tuple[tuple[bitsandbytes_layout.FourBitFormat, bool], ...] = (
     ("nf4", False),
     ("nf4", True),

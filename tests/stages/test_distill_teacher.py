@@ -344,9 +344,8 @@ def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher
         with pytest.raises(AssertionError, match="asked again"):
             kept(tmp_path, absent, **one | change)
     assert kept(tmp_path, teacher, text, k=K + 1).asked == 5
-    assert (
-        kept(tmp_path, absent, text).asked == 0 and len(files(tmp_path)) == 2
-    )  # what is there is not driven out
+    # what is there is not driven out
+    assert kept(tmp_path, absent, text).asked == 0 and len(files(tmp_path)) == 2
 
 
 def test_another_teacher_says_something_else(teacher: LiveTeacher, tmp_path: Path) -> None:
@@ -364,9 +363,8 @@ def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_p
     found, here = kept(tmp_path, large, text), batch(text, 1, 0)
     exact = top_k(large(here).scores, K)
     assert torch.equal(found(here).scores.index_TK, exact.index_TK)
-    assert bool(
-        (exact.index_TK >= (1 << 15 if width == 2 else 1 << 16)).any()
-    )  # where a narrower one would fail
+    # where a narrower one would fail
+    assert bool((exact.index_TK >= (1 << 15 if width == 2 else 1 << 16)).any())
     assert found.token_bytes == K * width + (K + 1) * 2
 
 

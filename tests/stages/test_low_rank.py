@@ -119,9 +119,8 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(
     assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [True] * len(
         inner
     )
-    lost = [
-        linear.relative_error for linear in report.linears
-    ]  # what enters the first layer has as few directions as tokens
+    # what enters the first layer has as few directions as tokens
+    lost = [linear.relative_error for linear in report.linears]
     assert all(0 <= error < 1 for error in lost) and max(lost) > 0.05
     whole = sum(R * C for name, (R, C) in source.linear_maps() if name in factored(model))
     assert stored_of(out) <= 0.5 * whole, "keep is a share of the parameters of the linears"

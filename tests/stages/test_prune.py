@@ -28,15 +28,8 @@ from tests.models import FAMILIES, pico
 
 pytestmark = pytest.mark.usefixtures("short_runs")
 
-HEADS = (
-    "llama",
-    "mistral",
-    "qwen2",
-    "qwen3",
-    "gemma2",
-    "gemma3_text",
-    "phi3",
-)  # whose heads need not fill the hidden width
+# whose heads need not fill the hidden width
+HEADS = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 KEEP = {"ffn": 192, "kv": 1, "q": 2}  # of 320, 2 and 4
 
 
@@ -97,10 +90,8 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
     dead = torch.randperm(320, generator=torch.Generator().manual_seed(0))[:128]
     anatomy = resident(family).anatomy
     for layer in model.get_submodule(anatomy.layers).children():
-        for axis, units in (
-            ("ffn", dead),
-            ("kv", torch.arange(64, 128)),
-        ):  # (kv q d) = (2 4 16): the second kv head
+        # (kv q d) = (2 4 16): the second kv head
+        for axis, units in (("ffn", dead), ("kv", torch.arange(64, 128))):
             reader = anatomy.consumer_of(axis)
             if reader and (axis == "ffn" or family in HEADS):
                 weight = layer.get_parameter(f"{reader}.weight").data

@@ -80,9 +80,8 @@ def test_the_allocation_is_the_best_there_is(seed: int) -> None:
 
 def test_a_unit_has_the_parameters_of_all_that_runs_along_its_axis() -> None:
     assert of_a_unit(outline(), "ffn", outline().parameters) == [3 * 64, 3 * 64]
-    assert (
-        of_a_unit(outline(), "kv", outline().parameters) == [64 * (2 * 16 * 4 + 2 * 16)] * 2
-    )  # q and o of four heads, k and v of one
+    # q and o of four heads, k and v of one
+    assert of_a_unit(outline(), "kv", outline().parameters) == [64 * (2 * 16 * 4 + 2 * 16)] * 2
 
 
 @pytest.mark.slow

@@ -123,9 +123,8 @@ def test_calibration_beats_nearest_at_the_same_bytes(
             for p in own(tmp_path / rounding).values()
         )
     assert 0 < kl["gptq"] < 0.9 * kl["nearest"] and 0 < kl["learned"] < 0.9 * kl["nearest"]
-    assert (
-        max(sizes.values()) - min(sizes.values()) <= 7 * 20
-    )  # the offset of double quantisation is spelled in digits
+    # the offset of double quantisation is spelled in digits
+    assert max(sizes.values()) - min(sizes.values()) <= 7 * 20
 
 
 @pytest.mark.slow(keep=1)

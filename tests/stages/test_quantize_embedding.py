@@ -121,9 +121,8 @@ def test_the_disk_holds_one_matrix_and_the_config_names_what_it_is(
         tensors[f"{name}.weight_scale"].shape == (V,)
         and tensors[f"{name}.weight_scale"].dtype == torch.float32
     )
-    dense = [
-        part for part, tensor in tensors.items() if tensor.shape == (V, D)
-    ]  # the head, as the base calls it
+    # the head, as the base calls it
+    dense = [part for part, tensor in tensors.items() if tensor.shape == (V, D)]
     assert len(dense) == (not tied) and not any(
         "lm_head" in part or "embed_out" in part for part in tensors.keys() - set(dense)
     )
@@ -233,9 +232,8 @@ def test_a_model_in_memory_becomes_what_the_folder_is(
     assert report.linears == written.linears and report.kept == written.kept
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert report.compressed.parameters == written.compressed.parameters
-    assert (
-        abs(known(report.compressed.size_bytes) - known(written.compressed.size_bytes)) < 10_000
-    )  # the file's header
+    # the file's header
+    assert abs(known(report.compressed.size_bytes) - known(written.compressed.size_bytes)) < 10_000
     assert torch.equal(live(result), live(load(artefacts[case]))) and (not case[1] or is_shared(result))
     result.tie_weights()
     result.save_pretrained(tmp_path)

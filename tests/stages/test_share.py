@@ -43,14 +43,8 @@ PARTS: dict[str, tuple[str, ...]] = {
     "attention": ("attention",),
     "both": ("attention", "ffn"),
 }
-MIXED_UP = (
-    "llama",
-    "gemma2",
-    "phi3",
-    "gpt2",
-    "opt",
-    "gpt_neox",
-)  # plain, norms of their own, fused, Conv1D, biases
+# plain, norms of their own, fused, Conv1D, biases
+MIXED_UP = ("llama", "gemma2", "phi3", "gpt2", "opt", "gpt_neox")
 
 
 @pytest.fixture(scope="module")

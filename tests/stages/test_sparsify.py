@@ -219,9 +219,8 @@ def test_a_model_in_memory_becomes_what_the_folder_holds(
     assert report.linears == written.linears and report.kept == written.kept
     assert report.compressed.parameters == written.compressed.parameters
     assert report.compressed.size_bytes is not None and written.compressed.size_bytes is not None
-    assert (
-        0 <= written.compressed.size_bytes - report.compressed.size_bytes < 10_000
-    )  # the header of the file
+    # the header of the file
+    assert 0 <= written.compressed.size_bytes - report.compressed.size_bytes < 10_000
     assert report.fidelity.kl_nats_mean == pytest.approx(written.fidelity.kl_nats_mean, rel=1e-3)
     assert torch.equal(live(result), live(load(tmp_path / "out")))
     result.save_pretrained(tmp_path / "saved")

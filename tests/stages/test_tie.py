@@ -39,10 +39,8 @@ pytestmark = pytest.mark.usefixtures("short_runs")
 FITS = ("least_squares", "mean", "embedding", "head")
 UNTIED: tuple[tuple[str, dict[str, Any]], ...] = (
     *((family, {}) for family in FAMILIES),
-    (
-        "opt",
-        {"word_embed_proj_dim": 32},
-    ),  # a linear widens the embedding, another narrows what the head reads
+    # a linear widens the embedding, another narrows what the head reads
+    ("opt", {"word_embed_proj_dim": 32}),
     ("opt", {"_remove_final_layer_norm": True}),  # no norm whose gain could change
 )
 by_base = pytest.mark.parametrize(
@@ -327,9 +325,8 @@ def test_a_model_in_memory_becomes_a_new_one_like_the_folder(
     assert result.config.tie_word_embeddings is True
     assert cast(Any, result).get_output_embeddings().weight is cast(Any, result).get_input_embeddings().weight
     assert report.compressed.parameters == written.compressed.parameters
-    assert (
-        0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
-    )  # the header
+    # the header
+    assert 0 <= known(written.compressed.size_bytes) - known(report.compressed.size_bytes) < 10_000
     assert found(report)["kl_nats"] == found(written)["kl_nats"]
     result.save_pretrained(tmp_path / "saved")
     once, again = weights_of(tmp_path / "out"), weights_of(tmp_path / "saved")

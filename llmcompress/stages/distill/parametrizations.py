@@ -73,9 +73,8 @@ class ScaledCodes(WeightParametrization):
         """The scales [R, G] as they will be read back, with the gradient of the factor."""
         absmax_RG = cast(Tensor, self.absmax_RG)
         scale_RG = absmax_RG * factor_RG
-        if not self.packed.double_quant or torch.equal(
-            scale_RG, absmax_RG
-        ):  # in 8 bits already: rounded again they would move
+        # in 8 bits already: rounded again they would move
+        if not self.packed.double_quant or torch.equal(scale_RG, absmax_RG):
             return scale_RG
         return as_stored(scale_RG, lambda x: bitsandbytes_layout.double_quantize(x).decode())
 

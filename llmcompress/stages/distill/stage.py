@@ -112,9 +112,8 @@ class Distill(DistillConfig, Stage):
         """The cost of training, with a teacher as large as the student."""
         parameters, length = model.parameters(), self.length or work.length
         what = self.loss if self.train == "all" else f"{self.train}, {self.loss}"
-        learning = (
-            3 if self.train == "all" else 0
-        )  # a gradient and two moments of every weight, or of next to none
+        # a gradient and two moments of every weight, or of next to none
+        learning = 3 if self.train == "all" else 0
         floats = parameters * ((1 if self.cache else 2) + learning)
         floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
         return Estimate(

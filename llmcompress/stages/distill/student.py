@@ -115,9 +115,8 @@ class Student:
             r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", ".*gradient_checkpointing.*", FutureWarning
-            )  # peft asks by the old name
+            # peft asks by the old name
+            warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 

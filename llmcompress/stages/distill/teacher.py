@@ -141,9 +141,8 @@ class CachedTeacher:
     ) -> None:
         k = min(k, 1 << 16)
         key = hashlib.sha256(f"{key} {k} {temperature} {SHARD}".encode()).hexdigest()
-        self.journal = Journal(
-            folder / key[:32], key, shared=True
-        )  # two runs may ask for the same; both write the same
+        # two runs may ask for the same; both write the same
+        self.journal = Journal(folder / key[:32], key, shared=True)
         self.temperature, self.windows_NL = temperature, windows_NL
         self.shards: list[dict[str, Tensor]] = []
         names = [_name(shard) for shard in windows_NL.split(SHARD)]
@@ -192,9 +191,8 @@ class CachedTeacher:
             for part in ("index", "log_p")
         )
         index = index.view(torch.uint16) if index.dtype == torch.int16 else index
-        return CachedOutput(
-            TopK(index.long(), log_p.float().log_softmax(-1), self.temperature)
-        )  # rounded, they sum to one no more
+        # rounded, they sum to one no more
+        return CachedOutput(TopK(index.long(), log_p.float().log_softmax(-1), self.temperature))
 
 
 def _name(windows_NL: Tensor) -> str:

@@ -187,9 +187,8 @@ class LowRank(Stage):
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
             first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
-            dtype = model.dtype_of(
-                f"{model.layer_name(first)}.{linear}.weight"
-            )  # one for the group, as the basis is
+            # one for the group, as the basis is
+            dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
             return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)

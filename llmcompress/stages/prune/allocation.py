@@ -23,9 +23,8 @@ from llmcompress.stages.prune.structured import Reading, Score, cut
 
 SAMPLE = 4096  # tokens that are measured on
 
-Curves = Mapping[
-    str, Sequence[Sequence[float]]
-]  # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
+# axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
+Curves = Mapping[str, Sequence[Sequence[float]]]
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
 
 

@@ -30,9 +30,8 @@ PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units o
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
     """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
     anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
-    consumers = {
-        axis: anatomy.consumer_of(axis) for axis in PARTS
-    }  # transformers' Conv1D takes no empty input
+    # transformers' Conv1D takes no empty input
+    consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}
     axes = [
         axis
         for axis, name in consumers.items()

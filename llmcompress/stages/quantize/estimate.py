@@ -28,9 +28,8 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
     for name, shape in shapes.items():
         spares = stage.protect if name in solved and spared(stored[name]) is None else 0.0
         scales = 0 if isinstance(stored[name], FourBitScheme) else 32 * shape[0]
-        more = (
-            math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales
-        )  # bits, over those of the base
+        # bits, over those of the base
+        more = math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales
         saved -= more * (1 - spares) / 8
     formats = ", ".join(dict.fromkeys(scheme.format for scheme in stored.values()))
     reasons = "; ".join(sorted(set(kept.values())))
@@ -71,9 +70,8 @@ def _operations(
     forward = 2.0 * inner * tokens
     total = 2 * forward  # one pass for the moments, one to go on
     if stage.rounding != "nearest":
-        total += (
-            3 * forward
-        )  # the moments of one group of linears after another, in two streams; most passes end early
+        # the moments of one group of linears after another, in two streams; most passes end early
+        total += 3 * forward
         total += sum(
             2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in solved)
         )

@@ -48,15 +48,12 @@ class Rounding:
 
     codings: Mapping[str, QuantScheme]
     device: torch.device
-    dtype_of: Callable[[str], torch.dtype] = lambda name: (
-        torch.float32
-    )  # in which the base stores one, by name in the layer
-    pooled: Mapping[str, Moments] = field(
-        default_factory=dict
-    )  # of a weight that layers share, what all of them read
-    known: Mapping[str, StoredWeight] = field(
-        default_factory=dict
-    )  # of one that an earlier layer has, its codes
+    # in which the base stores one, by name in the layer
+    dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32
+    # of a weight that layers share, what all of them read
+    pooled: Mapping[str, Moments] = field(default_factory=dict)
+    # of one that an earlier layer has, its codes
+    known: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
         """Codes and scales solved for under the second moments of the inputs, against the full model's

@@ -51,9 +51,8 @@ class Smooth(Settings):
         `dtype_of` says in which dtype a parameter is stored, by its name in the layer.
         """
         moments, found = layer.moments(), {}
-        aims = [
-            aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])
-        ]  # before anything is rounded
+        # before anything is rounded
+        aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]
         with closing(layer.reads(*layer.anatomy.consumers)) as reads:
             read = dict(next(reads)[0])  # of the first batch
         for key, consumers in layer.anatomy.scale_pairs.items():

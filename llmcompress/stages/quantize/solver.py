@@ -28,9 +28,8 @@ from llmcompress.stages.quantize.smoothing import norm_of
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
-Entry = tuple[
-    dict[str, Tensor], dict[str, Any]
-]  # of the journal: tensors by their names in the checkpoint, facts
+# of the journal: tensors by their names in the checkpoint, facts
+Entry = tuple[dict[str, Tensor], dict[str, Any]]
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
 
 

@@ -37,12 +37,8 @@ from llmcompress.stages.quantize.smoothing import Smooth
 from llmcompress.stages.quantize.solver import PROTECTED, STAGE, LayerQuantizer
 
 NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
-ALONE = (
-    "smooth",
-    "rotate",
-    "protect",
-    "rounding",
-)  # what one weight for several layers does not go with, but for gptq
+# what one weight for several layers does not go with, but for gptq
+ALONE = ("smooth", "rotate", "protect", "rounding")
 
 
 class Quantize(FormatConfig, Stage):
@@ -248,9 +244,8 @@ class Quantize(FormatConfig, Stage):
             model.turn(rotation)
         chosen, _ = self.choose(model)
         solved = {name: coding for name, coding in chosen.items() if name not in apart(model)}
-        steps = len(model.layers) + (
-            model.anatomy.head in solved
-        )  # the head is the step after the last layer
+        # the head is the step after the last layer
+        steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
         if self.rounding == "learned" or self.protect:
             find_fisher(model, context)  # of the full model, so before its embedding is rounded

@@ -122,9 +122,8 @@ class Sparsify(Stage):
             for name, shape in shapes.items()
         )
         calibrated = self.score != "magnitude"
-        operations = (
-            2.0 * inner * work.tokens * (5 if calibrated else 3)
-        )  # passes, partly in two streams: moments, and on
+        # passes, partly in two streams: moments, and on
+        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)
         operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
         if self.score == "sparsegpt":
             operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
