@@ -208,10 +208,7 @@ def _asked(
         status = error.response.status_code
         if status in (401, 403):
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
-        refuse(
-            "can't be had (HTTP "
-            f"{status}{': ' + error.server_message[:200] if error.server_message else ''})",
-            advice,
-        )
+        said = f": {error.server_message[:200]}" if error.server_message else ""
+        refuse(f"can't be had (HTTP {status}{said})", advice)
     except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
         refuse(f"can't be had ({type(error).__name__}: {first_line(error)[:200]})", advice)

@@ -220,12 +220,10 @@ OPT = Anatomy(
         f"{OPT_DECODER}.project_in.weight": "hidden embed if word_embed_proj_dim != hidden_size",
         # the first two rows stand for no position
         f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",
-        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and "
-        "not _remove_final_layer_norm"
-        " and layer_norm_elementwise_affine",
-        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and "
-        "not _remove_final_layer_norm"
-        " and layer_norm_elementwise_affine",
+        f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and not "
+        "_remove_final_layer_norm and layer_norm_elementwise_affine",
+        f"{OPT_DECODER}.final_layer_norm.bias": "hidden if do_layer_norm_before and not "
+        "_remove_final_layer_norm and layer_norm_elementwise_affine",
         f"{OPT_DECODER}.project_out.weight": "embed hidden if word_embed_proj_dim != hidden_size",
         "lm_head.weight": "vocab embed if word_embed_proj_dim != hidden_size else vocab hidden",
     },

@@ -15,11 +15,10 @@ HEADER = ("recipe", "leaves", "KL", "time", "also needs")
 MODEL = "demo"  # whose numbers are shown, where a recipe has them
 NEEDS = {TRANSFORMERS: NONE, NATIVE: "bitsandbytes", PLUGIN: "llmcompress"}
 NOTE = (
-    f"KL(base || compressed) in nats/token and time are those of the small model {MODEL}, or of the one "
-    "that is named. "
-    "They compare recipes and do not predict a larger model; `llmcompress plan RECIPE --base MODEL` "
-    "estimates yours. "
-    "`also needs` is what loads the result beside transformers; llmcompress must be imported first."
+    f"KL(base || compressed) in nats/token and time are those of the small model {MODEL}, or of the one that "
+    "is named. They compare recipes and do not predict a larger model; `llmcompress plan RECIPE --base "
+    "MODEL` estimates yours. `also needs` is what loads the result beside transformers; llmcompress must be "
+    "imported first."
 )
 
 

@@ -220,8 +220,7 @@ def _require(source: str, field: str, want: int, tokens: int, length: int, befor
         )
         raise DataError(
             f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} "
-            f"tokens) and {field} "
-            f"asks for {want}; use {' or '.join([*fit, 'give more text'])}"
+            f"tokens) and {field} asks for {want}; use {' or '.join([*fit, 'give more text'])}"
         )
 
 
@@ -231,8 +230,7 @@ def _refuse_foreign(tokens: Tensor, vocab_size: int) -> None:
     if largest >= vocab_size:
         raise DataError(
             f"the tokenizer gives token {largest} and the model has {vocab_size} tokens (0 to "
-            f"{vocab_size - 1}); "
-            "use the tokenizer the model was trained with"
+            f"{vocab_size - 1}); use the tokenizer the model was trained with"
         )
 
 
@@ -243,8 +241,7 @@ def _refuse_overlap(source: str, pool_WL: Tensor, evaluation_WL: Tensor) -> None
         if window.numpy().tobytes() in calibrates:
             raise DataError(
                 f"evaluation window {number} of {source} also stands in its calibration text, so it would "
-                "measure what it was "
-                "tuned on; use different text for the two"
+                "measure what it was tuned on; use different text for the two"
             )
 
 

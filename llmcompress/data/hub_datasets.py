@@ -70,8 +70,7 @@ def _offline(spec: DataSpec) -> Texts:
             )
         raise DataError(
             f"the Hub data set {spec.source} is not in the cache ({first_line(error)}), and HF_HUB_OFFLINE "
-            "is set; unset it, "
-            f"or fetch it once with a network: datasets.load_dataset({spec.source!r})"
+            f"is set; unset it, or fetch it once with a network: datasets.load_dataset({spec.source!r})"
         ) from None
     return _sides(spec, list(every), every.__getitem__, commit)
 

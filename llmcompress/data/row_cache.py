@@ -70,8 +70,8 @@ class RowCache:
         if more is None:
             raise DataError(
                 f"{kept or 'no'} rows of {split} of {self.source} are in the cache, more are asked for, and "
-                "HF_HUB_OFFLINE is "
-                f"set; unset it, or fetch all once with a network: datasets.load_dataset({self.source!r})"
+                "HF_HUB_OFFLINE is set; unset it, or fetch all once with a network: "
+                f"datasets.load_dataset({self.source!r})"
             )
         try:
             for row in more(kept):

@@ -86,8 +86,7 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
     if not getattr(tokenizer, "chat_template", True):
         raise DataError(
             f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain "
-            "text, or take the "
-            "tokenizer of a chat model"
+            "text, or take the tokenizer of a chat model"
         )
     try:
         text = str(

@@ -219,8 +219,7 @@ def _read(data: Tensor, state: Any) -> Packed:
     if not state.nested and state.absmax.dtype != torch.float32:
         raise ModelError(
             f"a 4-bit weight {R} x {C} has {state.absmax.dtype} scales, not float32: it was saved after a "
-            "forward on a CPU "
-            "had rounded them; take the checkpoint it was made from"
+            "forward on a CPU had rounded them; take the checkpoint it was made from"
         )
     codes = codes_of(data, R, C)
     absmax, nested = state.absmax.reshape(R, -1), None

@@ -123,8 +123,7 @@ def _require_native(model: PreTrainedModel) -> None:
     if method != "bitsandbytes" or not any(True for _ in _linears(model)):
         raise ModelError(
             f"{type(model).__name__} holds no weights in a layout of bitsandbytes "
-            f"({method or 'not quantised'}); "
-            "use its own save_pretrained"
+            f"({method or 'not quantised'}); use its own save_pretrained"
         )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ModelError(
@@ -136,9 +135,8 @@ def _require_native(model: PreTrainedModel) -> None:
         int8 = isinstance(module, bitsandbytes_layout.Linear8bitLt)
         if module.weight.dtype != torch.int8 if int8 else getattr(module.weight, "quant_state", None) is None:
             raise ModelError(
-                f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what "
-                "is saved would not "
-                "load; load the model without that option"
+                f"{name} is not quantised (llm_int8_has_fp16_weight, or never moved to a device), so what is "
+                "saved would not load; load the model without that option"
             )
 
 
@@ -181,8 +179,7 @@ def _refusal(model: PreTrainedModel, lost: list[str], why: str) -> ModelError:
     where = model.config._name_or_path or "what it was loaded from"
     return ModelError(
         f"a forward on a CPU rounded the scales of {len(lost)} 4-bit linears ({lost[0]} ...), and {where} "
-        f"{why}; "
-        "save before the first forward, or load the model again and save that"
+        f"{why}; save before the first forward, or load the model again and save that"
     )
 
 

@@ -140,8 +140,7 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
         if known[target].shape != known[source].shape:
             raise ModelError(
                 f"config.json ties {target} {tuple(known[target].shape)} to {source} "
-                f"{tuple(known[source].shape)}; they "
-                "can't be one"
+                f"{tuple(known[source].shape)}; they can't be one"
             )
     # the model's own, the class keeps its
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
@@ -162,8 +161,7 @@ def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> 
         if place(target) != place(source):
             raise ModelError(
                 f"{target} and {source} are one tensor, and the device_map puts them on {place(target)} and "
-                f"{place(source)}; "
-                "give one that keeps layers together which share weights"
+                f"{place(source)}; give one that keeps layers together which share weights"
             )
 
 
@@ -259,8 +257,7 @@ def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
     except AttributeError:
         raise ModelError(
             f"{type(model).__name__} has no {path}, so transformers would load none of the checkpoint's "
-            "weights into it; load "
-            "the checkpoint by AutoModelForCausalLM or AutoModel"
+            "weights into it; load the checkpoint by AutoModelForCausalLM or AutoModel"
         ) from None
 
 

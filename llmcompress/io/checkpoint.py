@@ -252,9 +252,8 @@ def require_no_adapter(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the "
-            "weights; merge it with "
-            "merge_and_unload() and save the result to another folder, or move the adapter's files to one "
-            "of their own"
+            "weights; merge it with merge_and_unload() and save the result to another folder, or move the "
+            "adapter's files to one of their own"
         )
 
 
@@ -293,10 +292,8 @@ def _wrapper(folder: Path, how: str) -> ModelError:
     """What to say of a model of images or sound that has a text model inside."""
     return ModelError(
         f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model "
-        "with the head as a "
-        "model of text_config in another folder: AutoModelForCausalLM.from_config(config.text_config), "
-        "load_state_dict, "
-        "save_pretrained"
+        "with the head as a model of text_config in another folder: "
+        "AutoModelForCausalLM.from_config(config.text_config), load_state_dict, save_pretrained"
     )
 
 
@@ -320,8 +317,7 @@ def _files(folder: Path) -> dict[str, str]:
     if pickles:
         raise ModelError(
             f"{folder} has its weights in a pickle ({pickles[0]}), which can run code and is never opened "
-            "here; convert it: "
-            "AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
+            "here; convert it: AutoModelForCausalLM.from_pretrained(folder).save_pretrained(new_folder)"
         )
     raise ModelError(
         f"{folder} has no model.safetensors and no {INDEX}; give the folder that save_pretrained wrote"

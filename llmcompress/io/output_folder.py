@@ -146,8 +146,7 @@ class Writer:
         if base.is_relative_to(out):
             raise OutputError(
                 f"{argument('out')} {self.out} is or holds the base {self.base}, which stays as it is; "
-                "choose another "
-                f"{argument('out')}"
+                f"choose another {argument('out')}"
             )
         if out.is_file():
             raise OutputError(f"{argument('out')} {self.out} is a file; give the name of a folder")
@@ -161,8 +160,7 @@ class Writer:
         if not (out / "config.json").is_file():
             raise OutputError(
                 f"{argument('out')} {self.out} holds other things than a model, which stay as they are; "
-                "choose another "
-                f"{argument('out')}"
+                f"choose another {argument('out')}"
             )
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
@@ -234,10 +232,8 @@ class Writer:
                 self._whole = True
                 raise OutputError(
                     f"{argument('out')} {self.out} is not what it was when the run began, and stays as it "
-                    "is; the "
-                    "result is whole in "
-                    f"{self.artifact}: move {self.out} away and give the same command again, or take the "
-                    "result from there"
+                    f"is; the result is whole in {self.artifact}: move {self.out} away and give the same "
+                    "command again, or take the result from there"
                 ) from None
             sync_folder(self.out.parent)
             self._empty()  # the journal too: it has served

@@ -98,8 +98,7 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
     if (name := _own_class(folder)) is not None:
         raise ModelError(
             f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run "
-            "here); "
-            "save one there that transformers has itself, as a tokenizer.json"
+            "here); save one there that transformers has itself, as a tokenizer.json"
         )
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
@@ -159,8 +158,7 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
     if (wrong := _difference(written, tokenizer)) is not None:
         raise ModelError(
             f"the tokenizer of {base} would not be the same in the result: {wrong}; save it there with "
-            "save_pretrained, as a "
-            "tokenizer.json"
+            "save_pretrained, as a tokenizer.json"
         )
 
 

@@ -191,8 +191,7 @@ def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits
     ):
         raise ValueError(
             f"indices {tuple(packed_RB.shape)} of {bits} bits and levels {tuple(levels_GL.shape)} of {rows} "
-            "rows each are "
-            f"no weight of {columns} columns"
+            f"rows each are no weight of {columns} columns"
         )
     return R
 

@@ -83,8 +83,7 @@ class DecoderLayer:
         if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
             raise ModelError(
                 f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for "
-                "float32 or "
-                "for a format (int8 goes through float16); take a sound base or another format"
+                "float32 or for a format (int8 goes through float16); take a sound base or another format"
             )
         return batches
 
@@ -196,9 +195,8 @@ class DecoderLayer:
             if not moments.finite:
                 raise ModelError(
                     f"{self.name}.{name} reads activations that are too large to be squared in float32, or "
-                    "rounded as the "
-                    "format of the layers rounds them; take a sound base, skip the layer, or use another "
-                    "format"
+                    "rounded as the format of the layers rounds them; take a sound base, skip the layer, or "
+                    "use another format"
                 )
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 

@@ -52,8 +52,7 @@ class WholeModel:
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelError(
                 f"{folder} is quantised by {method!r}, which transformers {transformers.__version__} does "
-                "not know; update "
-                "transformers, or give the model that it was made from"
+                "not know; update transformers, or give the model that it was made from"
             )
         size = size_bytes(folder)
         _require_memory(folder, size, device)
@@ -96,6 +95,5 @@ def _require_memory(folder: Path, size: int, device: torch.device) -> None:
     if size > free:
         raise ModelError(
             f"{folder} has {amount(size, 'B')} of weights, which are loaded whole, and {amount(free, 'B')} "
-            "of memory are free; "
-            "use a larger machine"
+            "of memory are free; use a larger machine"
         )

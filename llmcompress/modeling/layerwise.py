@@ -291,8 +291,8 @@ class LayerwiseModel(ABC):
         if names == [f"{self.anatomy.head}.weight"]:
             raise ModelError(
                 f"{self.where} has no {names[0]}, and its config.json says tie_word_embeddings: false, so a "
-                "loader would draw "
-                "the head at random; set it to true if the head is the embedding, else fetch the base again"
+                "loader would draw the head at random; set it to true if the head is the embedding, else "
+                "fetch the base again"
             )
         if names:
             raise ModelError(

@@ -92,8 +92,7 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
     if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
         raise ModelError(
             f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are "
-            "too large; take a "
-            "sound base"
+            "too large; take a sound base"
         )
     return streams, arguments
 

@@ -75,11 +75,10 @@ def compress(
 
     Args:
         model: Hub id, folder, `demo`, a `PreTrainedModel`, or None for the base that the recipe names. A
-            model in memory is
-            changed in place where its shapes stay, and returned; where they don't, a new model is returned.
+            model in memory is changed in place where its shapes stay, and returned; where they don't, a new
+            model is returned.
         recipe: name of a shipped recipe, file, folder, Hub id, `Recipe`, a stage or a list of stages, or a
-            mapping as YAML
-            would give it.
+            mapping as YAML would give it.
         out: folder for the result. It must not exist, unless `overwrite` is True and it holds a finished
             result.
         tokenizer: of a `PreTrainedModel`; one that is given by name brings its own.

@@ -80,8 +80,7 @@ class Outcome:
                     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                         raise ModelError(
                             f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond "
-                            f"{value.dtype}; take "
-                            "a sound base, or leave the layer or the stage out"
+                            f"{value.dtype}; take a sound base, or leave the layer or the stage out"
                         )
                 yield self._read(entry[0])
 

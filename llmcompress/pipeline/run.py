@@ -99,8 +99,8 @@ def run_recipe(
         if tokens_sha256 not in (None, sequences.sha256):
             raise DataError(
                 f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with "
-                f"{tokens_sha256[:16]}; "
-                f"give the same text with {argument('data')}, or the same base with {argument('base')}"
+                f"{tokens_sha256[:16]}; give the same text with {argument('data')}, or the same base with "
+                f"{argument('base')}"
             )
         store = DiskStore(pinned, model, found.folder, sequences, place)
         facts = run_stages(pinned, store, store.teacher, sequences, track)

@@ -163,8 +163,7 @@ class Recipe(BaseModel):
         if isinstance(newer := entries.get("schema"), int) and newer > SCHEMA:
             raise RecipeError(
                 f"{where} has schema {newer}, this llmcompress reads up to {SCHEMA}; install llmcompress "
-                f"0.{newer} or newer: "
-                f'pip install -U "llmcompress>=0.{newer}"'
+                f'0.{newer} or newer: pip install -U "llmcompress>=0.{newer}"'
             )
         return cls.of_entries(entries, where)
 
@@ -304,8 +303,7 @@ class Recipe(BaseModel):
                 )
                 raise RecipeError(
                     f"recipe {self.origin.source} names {place} {name}, a path here, and one from the Hub "
-                    "may name none; "
-                    f"{advice}"
+                    f"may name none; {advice}"
                 )
 
 

@@ -176,8 +176,7 @@ def _finite(values: Tensor, who: str, first: int) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ModelError(
             f"the {who} yields non-finite logits near evaluation window {first}: its weights hold NaN or "
-            "its dtype overflows; "
-            "check the checkpoint or load it in float32"
+            "its dtype overflows; check the checkpoint or load it in float32"
         )
     return values
 

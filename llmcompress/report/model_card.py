@@ -53,8 +53,7 @@ BOS = (
 )
 NO_SPEED = (
     "Zeros save bytes on disk, and neither time nor memory without a sparse kernel: loaded, the weights are "
-    "dense. Parameters "
-    "are counted as stored, zeros left out."
+    "dense. Parameters are counted as stored, zeros left out."
 )
 
 
@@ -195,8 +194,7 @@ def _opening(report: Report, repo: str | None) -> str:
 def _change(report: Report) -> str:
     header = ("", "base", "compressed", "change")
     return (
-        "## Before and "
-        f"after\n\n{_table(header, before_after(report))}\n\n"
+        f"## Before and after\n\n{_table(header, before_after(report))}\n\n"
         f"{_table(('', 'value'), fidelity_rows(report))}\n\n"
         f"![Bytes, perplexity and speed before and after]({CHANGE_PICTURE})"
     )
@@ -296,10 +294,8 @@ def _limits(report: Report) -> str:
     limits = (
         *((BOS,) if data.bos else ()),
         f"Measured on {data.evaluation_tokens:,} tokens of one text ({data.source}). The interval says how "
-        "far another "
-        "sample of that text would move the perplexity; other languages, tasks, long contexts, instruction "
-        "following and "
-        "safety were not measured.",
+        "far another sample of that text would move the perplexity; other languages, tasks, long contexts, "
+        "instruction following and safety were not measured.",
         f"Calibrated on {data.calibration_tokens:,} tokens of the same source: text unlike it may lose more.",
         "The mean KL hides rare tokens that changed much more; the 99th percentile shows some of them.",
         f"Tokens per second are those of batch size 1 on {report.environment.device}; elsewhere it may be "

@@ -38,8 +38,7 @@ def naming_layer(layer: str) -> Iterator[None]:
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise ModelError(
             f"{layer}: {first_line(error)}; the base's weights are too large here, take a sound copy, or "
-            "skip this layer or "
-            "stage"
+            "skip this layer or stage"
         ) from None
 
 
@@ -54,8 +53,7 @@ def require_numbers(value: Any, layer: str) -> None:
     elif isinstance(value, float) and not math.isfinite(value):
         raise ModelError(
             f"{layer} is {value}: the base's weights are too large to be measured in float32; take a sound "
-            "copy, or skip this "
-            "layer or stage"
+            "copy, or skip this layer or stage"
         )
 
 
@@ -206,8 +204,7 @@ class Stage(Settings):
         if any(stage.quantizes for stage in before):
             raise ValueError(
                 "a quantised model can't be changed again, but for what is not in codes: after the one "
-                "quantize comes "
-                "nothing, or distill with train: scales, norms or all"
+                "quantize comes nothing, or distill with train: scales, norms or all"
             )
         if (
             self.combines

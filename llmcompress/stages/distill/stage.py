@@ -289,9 +289,9 @@ def _said_of(kept: Sequence[CachedTeacher]) -> str:
     windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return (
-        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were "
-        "in the cache. KL on "
-        "held-out windows counts all but the likeliest tokens as one, so it is never more than in full"
+        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in "
+        "the cache. KL on held-out windows counts all but the likeliest tokens as one, so it is never more "
+        "than in full"
     )
 
 

@@ -144,8 +144,7 @@ class Budget(Settings):
         if count >= size:
             raise ModelError(
                 f'keep {self.keep:g} of axis "{axis}" leaves {count} of {size} units (multiples of '
-                f"{multiple}): nothing "
-                "would be cut; use a smaller keep or multiple"
+                f"{multiple}): nothing would be cut; use a smaller keep or multiple"
             )
         return count
 
@@ -158,6 +157,5 @@ class Budget(Settings):
         )
         return ModelError(
             f"{said} can't be reached: what this stage may cut leaves at least {least} of "
-            f"{self.spent(model)} {unit}; "
-            "allow more, or cut other axes too"
+            f"{self.spent(model)} {unit}; allow more, or cut other axes too"
         )

@@ -114,8 +114,7 @@ def together(codings: Mapping[str, QuantScheme], *, native: bool = True) -> dict
         if isinstance(coding, Int8Scheme) and coding.threshold:
             raise ModelError(
                 f"threshold: {coding.threshold:g} of {linear} is for models that are int8 throughout, as "
-                "LLM.int8 has "
-                "it; set it to 0 beside others, or beside embedding: int8"
+                "LLM.int8 has it; set it to 0 beside others, or beside embedding: int8"
             )
     return {
         name: IntegerScheme(IntegerLayout("w8a8")) if isinstance(coding, Int8Scheme) else coding

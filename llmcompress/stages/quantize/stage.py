@@ -227,8 +227,7 @@ class Quantize(FormatConfig, Stage):
             if model.config.tie_word_embeddings:
                 raise ModelError(
                     "head: quantize needs a head of its own, this one is tied to the embedding; use head: "
-                    "keep and embedding: "
-                    "int8, which is both"
+                    "keep and embedding: int8, which is both"
                 )
         elif name not in ours:
             return "outside the layers"

@@ -230,8 +230,7 @@ class Share(Stage):
         groups = self.groups_of(model, journal)
         facts.notes = [
             f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are "
-            "unchanged: "
-            "a shared weight is multiplied once for each layer"
+            "unchanged: a shared weight is multiplied once for each layer"
         ]
         asked = self.model_dump(include={"parts", "residual_rank", "steps"}, exclude_none=True, mode="json")
         told = {"layers": self.layers or "given", **asked, "groups": groups}
