@@ -104,7 +104,7 @@ def facts(train: str, test: str, column: str = "text") -> dict[str, bytes]:
 
 
 def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recipe:
-    """8 windows of 24 tokens calibrate, 4 evaluate."""
+    """8 sequences of 24 tokens calibrate, 4 evaluate."""
     data = {"source": str(text), "samples": 8, "length": 24, "evaluation_samples": 4}
     entries: dict[str, Any] = {"data": data, "stages": [{"quantize": quantize}]}
     return Recipe.model_validate(entries | ({"base": str(base)} if base else {}))
@@ -113,6 +113,6 @@ def small_recipe(text: Path, base: Path | None = None, **quantize: Any) -> Recip
 def staged_recipe(
     text: Path, base: Path, *stages: dict[str, Any], samples: int = 16, length: int = 48
 ) -> Recipe:
-    """Several stages; `samples` windows of `length` tokens calibrate, 8 evaluate."""
+    """Several stages; `samples` sequences of `length` tokens calibrate, 8 evaluate."""
     data = {"source": str(text), "samples": samples, "length": length, "evaluation_samples": 8}
     return Recipe.model_validate({"base": str(base), "data": data, "stages": list(stages)})

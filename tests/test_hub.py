@@ -321,7 +321,7 @@ def test_evaluation_results_are_as_the_hub_wants_them() -> None:
         "dataset_revision": "ab" * 20,
         "task_id": "perplexity",
         "value": 3.5,
-        "notes": "windows",
+        "notes": "sequences",
     }
     text = border.evaluation_results([entry])
     assert text.splitlines()[0] == "- dataset:"

@@ -1,13 +1,13 @@
 """Token sequences for calibration and evaluation, from any text a user can name.
 
-Text is joined, tokenised without special tokens and cut into non-overlapping windows of one length, as the
+Text is joined, tokenised without special tokens and cut into non-overlapping sequences of one length, as the
 GPTQ papers do; so numbers compare with theirs and a sequence is a row of a plain int64 matrix. Calibration
-windows are drawn by seed from the head of the calibration text (16 windows for each one asked for, so a data
-set of terabytes costs no more than a small one); evaluation windows are the first of the evaluation text, in
-order. The two texts come from different files, splits or rows, and a window found in both is refused. It
-costs about four seconds of one core per million tokens.
+sequences are drawn by seed from the head of the calibration text (16 sequences for each one asked for, so a
+data set of terabytes costs no more than a small one); evaluation sequences are the first of the evaluation
+text, in order. The two texts come from different files, splits or rows, and a sequence found in both is
+refused. It costs about four seconds of one core per million tokens.
 
-Where the tokenizer puts BOS before what it encodes, the model expects it, so a window is BOS and length - 1
+Where the tokenizer puts BOS before what it encodes, the model expects it, so a sequence is BOS and length - 1
 tokens of text. The output at BOS is the same for every text: activations there calibrate, but what is
 predicted there counts neither in perplexity, KL and top-1 agreement nor in a loss. (lm-evaluation-harness
 counts it.)
@@ -42,19 +42,19 @@ DEMO = "demo"  # what a recipe calls the embedded model
 # the embedded model, trained on the calibration side of python-docs
 DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"
 
-POOL = 16  # windows read for each calibration window drawn
-LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a window length is chosen where none is given
+POOL = 16  # sequences read for each calibration sequence drawn
+LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a sequence length is chosen where none is given
 
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """Token windows, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
+    """Token sequences, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a
     plain stream [T] of what the calibration text has besides, where a stage trains. `bos` is the token that
-    each window begins with, None where it is text from the start; the stream is without it, and whoever cuts
-    windows from it calls `with_bos`. `spec` is what was asked for; of a Hub data set with its commit and the
-    split that evaluates.
+    each sequence begins with, None where it is text from the start; the stream is without it, and whoever
+    cuts sequences from it calls `with_bos`. `spec` is what was asked for; of a Hub data set with its commit
+    and the split that evaluates.
     """
 
     calibration: Tensor
@@ -66,12 +66,12 @@ class CalibrationData:
 
     @property
     def unscored(self) -> int:
-        """How many positions at the start of each window are not scored: that of BOS, or none."""
+        """How many positions at the start of each sequence are not scored: that of BOS, or none."""
         return int(self.bos is not None)
 
     @property
     def scored(self) -> Tensor:
-        """The evaluation windows at the positions that are scored, int64 [evaluation_samples, length -
+        """The evaluation sequences at the positions that are scored, int64 [evaluation_samples, length -
         unscored]."""
         return self.evaluation[:, self.unscored :]
 
@@ -101,7 +101,7 @@ def load_data(
     """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions
     (None: no limit).
 
-    `training` says how many tokens to train on where windows have a length; fewer are given where the text
+    `training` says how many tokens to train on where sequences have a length; fewer are given where the text
     has no more.
 
     Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is missing, too
@@ -118,8 +118,8 @@ def load_data(
             f"{max_length}"
         )
     bos = bos_of(tokenizer, spec.bos)
-    before = int(bos is not None)  # tokens of a window that are no text
-    # of the text in a window
+    before = int(bos is not None)  # tokens of a sequence that are no text
+    # of the text in a sequence
     lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]
     if lengths[0] < 2:
         raise DataError(
@@ -155,13 +155,13 @@ def load_data(
     return replace(found, training=every[others].flatten()[:trains].clone())
 
 
-def with_bos(windows_NL: Tensor, bos: int | None) -> Tensor:
-    """Windows [N, L] with BOS before each, [N, L + 1]; as they are where there is no BOS."""
-    return windows_NL if bos is None else F.pad(windows_NL, (1, 0), value=bos)
+def with_bos(sequences_NL: Tensor, bos: int | None) -> Tensor:
+    """Sequences [N, L] with BOS before each, [N, L + 1]; as they are where there is no BOS."""
+    return sequences_NL if bos is None else F.pad(sequences_NL, (1, 0), value=bos)
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -> int | None:
-    """The token that windows are to begin with; None where they are text from the start.
+    """The token that sequences are to begin with; None where they are text from the start.
 
     `auto` is what the tokenizer does by itself, found out by encoding. Errors: DataError for `True` without a
     BOS token.
@@ -200,26 +200,26 @@ def _sha256(*sides: Tensor) -> str:
 
 
 def _lengths(max_length: int | None) -> list[int]:
-    """The window lengths to try: 2048 or the model's most, then halves of it down to 128."""
+    """The sequence lengths to try: 2048 or the model's most, then halves of it down to 128."""
     most = min(LONGEST, max_length or LONGEST)
     return [most] + [most >> k for k in range(1, 5) if most >> k >= SHORTEST]
 
 
 def _require(source: str, field: str, want: int, tokens: int, length: int, before: int) -> None:
-    """DataError where the text fills fewer windows than asked for, of `length` tokens of text after `before`
-    others."""
+    """DataError where the text fills fewer sequences than asked for, of `length` tokens of text after
+    `before` others."""
     side = "calibration" if field == "samples" else "evaluation"
-    windows = tokens // length
+    sequences = tokens // length
     if not tokens:
         raise DataError(
             f"the {side} text of {source} is empty or gives no tokens; give a source that holds text"
         )
-    if windows < want:
-        fit = [f"{field}: {windows}"] * (windows > 0) + [f"length: {tokens // want + before}"] * (
+    if sequences < want:
+        fit = [f"{field}: {sequences}"] * (sequences > 0) + [f"length: {tokens // want + before}"] * (
             tokens >= 2 * want
         )
         raise DataError(
-            f"the {side} text of {source} fills {windows} windows of {length + before} tokens ({tokens} "
+            f"the {side} text of {source} fills {sequences} sequences of {length + before} tokens ({tokens} "
             f"tokens) and {field} asks for {want}; use {' or '.join([*fit, 'give more text'])}"
         )
 
@@ -234,13 +234,13 @@ def _refuse_foreign(tokens: Tensor, vocab_size: int) -> None:
         )
 
 
-def _refuse_overlap(source: str, pool_WL: Tensor, evaluation_WL: Tensor) -> None:
-    """DataError where a window of the evaluation text also stands in the calibration text."""
-    calibrates = {window.numpy().tobytes() for window in pool_WL}
-    for number, window in enumerate(evaluation_WL):
-        if window.numpy().tobytes() in calibrates:
+def _refuse_overlap(source: str, pool_SL: Tensor, evaluation_SL: Tensor) -> None:
+    """DataError where a sequence of the evaluation text also stands in the calibration text."""
+    calibrates = {sequence.numpy().tobytes() for sequence in pool_SL}
+    for number, sequence in enumerate(evaluation_SL):
+        if sequence.numpy().tobytes() in calibrates:
             raise DataError(
-                f"evaluation window {number} of {source} also stands in its calibration text, so it would "
+                f"evaluation sequence {number} of {source} also stands in its calibration text, so it would "
                 "measure what it was tuned on; use different text for the two"
             )
 
@@ -251,7 +251,7 @@ def _tokenise(
     """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more
     than it needs.
 
-    Conversations are spelled by the chat template, without its own BOS where windows begin with `bos`.
+    Conversations are spelled by the chat template, without its own BOS where sequences begin with `bos`.
     """
     without_bos = bos is not None
     lines = (

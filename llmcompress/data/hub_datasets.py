@@ -1,5 +1,5 @@
 """Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred
-windows.
+sequences.
 
 What is read is kept on a shelf of the cache. Without a network it is read from there, or from what
 `datasets.load_dataset` has left.

@@ -79,7 +79,7 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
     """A conversation as the tokenizer's chat template spells it, in lines: where a long one is cut, no
     special token is.
 
-    `without_bos` leaves out the BOS that the template begins with, for windows that begin with their own.
+    `without_bos` leaves out the BOS that the template begins with, for sequences that begin with their own.
     Errors: DataError.
     """
     # those that spell conversations without one have no such attribute

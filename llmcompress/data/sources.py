@@ -24,9 +24,9 @@ CHUNK = (
     # parallel
 )
 # what a DataSpec says beside which text it is
-WINDOWS = ("samples", "length", "seed", "evaluation_samples", "bos")
+SEQUENCES = ("samples", "length", "seed", "evaluation_samples", "bos")
 LARGEST = 1 << 12  # bytes of a mapping on the command line
-MOST = 10_000_000  # windows of text, and tokens of one
+MOST = 10_000_000  # sequences of text, and tokens of one
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
 
@@ -77,11 +77,11 @@ class DataSpec(BaseModel):
         return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
 
     def with_text(self, text: str) -> DataSpec:
-        """As many windows of another text: a source, `user/name@revision` too, or a mapping as in a recipe,
+        """As many sequences of another text: a source, `user/name@revision` too, or a mapping as in a recipe,
         of more than that.
 
-        What a mapping does not say of the text is at its default; what it does not say of the windows stays.
-        Errors: DataError.
+        What a mapping does not say of the text is at its default; what it does not say of the sequences
+        stays. Errors: DataError.
         """
         given: Any = {"source": text}
         if text.lstrip().startswith("{"):
@@ -96,7 +96,7 @@ class DataSpec(BaseModel):
     def with_place(self, given: Mapping[str, Any]) -> DataSpec:
         """The same of the fields `given`, by name. Errors: DataError."""
         try:
-            return DataSpec.model_validate({name: getattr(self, name) for name in WINDOWS} | dict(given))
+            return DataSpec.model_validate({name: getattr(self, name) for name in SEQUENCES} | dict(given))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key, known = ".".join(map(str, first["loc"])), ", ".join(DataSpec.model_fields)

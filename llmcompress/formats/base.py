@@ -165,8 +165,8 @@ class Format:
     weight: type[Any]
     mark: str  # a tensor that only linears of this format have beside `weight`
     module: type[StoredLinear]  # what runs it
-    # tensors, layout, [R, C] -> weight
-    read: Callable[[Mapping[str, Tensor], Any, tuple[int, int] | None], Any]
+    # tensors, layout, rows R, columns C -> weight
+    read: Callable[[Mapping[str, Tensor], Any, int, int], Any]
     # weight -> the tensors of the disk, by their names in the linear
     tensors: Callable[[Any], dict[str, Tensor]]
     linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

@@ -278,20 +278,13 @@ def linear(
     return hold(module, weight.tensors(), bias, device)
 
 
-def _read(
-    tensors: Mapping[str, Tensor], layout: CodebookLayout, shape: tuple[int, int] | None
-) -> CodebookWeight:
-    assert shape is not None
-    return read(tensors, layout, *shape)
-
-
 FORMAT = Format(
     names=("codebook",),
     layout=CodebookLayout,
     weight=CodebookWeight,
     mark="weight_levels",
     module=CodebookLinear,
-    read=_read,
+    read=read,
     tensors=CodebookWeight.tensors,
     linear=linear,
 )

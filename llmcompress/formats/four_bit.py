@@ -93,7 +93,11 @@ def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
 
 
 def read(
-    tensors: Mapping[str, Tensor], scheme: FourBitLayout, rows: int, columns: int, dtype: torch.dtype
+    tensors: Mapping[str, Tensor],
+    scheme: FourBitLayout,
+    rows: int,
+    columns: int,
+    dtype: torch.dtype = torch.float32,
 ) -> bitsandbytes_layout.Packed:
     """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
@@ -175,20 +179,13 @@ def linear(
     return hold(module, tensors(packed), bias, device)
 
 
-def _read(
-    tensors: Mapping[str, Tensor], layout: FourBitLayout, shape: tuple[int, int] | None
-) -> bitsandbytes_layout.Packed:
-    assert shape is not None
-    return read(tensors, layout, *shape, torch.float32)
-
-
 FORMAT = Format(
     names=("nf4", "fp4"),
     layout=FourBitLayout,
     weight=bitsandbytes_layout.Packed,
     mark="weight_absmax",
     module=FourBitLinear,
-    read=_read,
+    read=read,
     tensors=tensors,
     linear=linear,
 )

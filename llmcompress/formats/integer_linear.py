@@ -244,10 +244,8 @@ def stock(
     return cast(nn.Module, module.eval())
 
 
-def _read(
-    tensors: Mapping[str, Tensor], layout: IntegerLayout, shape: tuple[int, int] | None
-) -> IntegerWeight:
-    return integer.read(tensors, layout, shape[1] if shape else None)
+def _read(tensors: Mapping[str, Tensor], layout: IntegerLayout, rows: int, columns: int) -> IntegerWeight:
+    return integer.read(tensors, layout, columns)
 
 
 FORMAT = Format(

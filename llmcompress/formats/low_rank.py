@@ -196,20 +196,13 @@ def linear(
     return hold(module, tensors, bias, device)
 
 
-def _read(
-    tensors: Mapping[str, Tensor], layout: FactoredLayout, shape: tuple[int, int] | None
-) -> FactoredWeight:
-    assert shape is not None
-    return read(tensors, layout, *shape)
-
-
 FORMAT = Format(
     names=("shared", "basis"),
     layout=FactoredLayout,
     weight=FactoredWeight,
     mark="weight_right",
     module=FactoredLinear,
-    read=_read,
+    read=read,
     tensors=FactoredWeight.tensors,
     linear=linear,
 )

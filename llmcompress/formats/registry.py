@@ -8,7 +8,7 @@ checkpoint or a journal asks here.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -65,17 +65,25 @@ def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
     return {name: tensor for name, tensor in inside.items() if name == "weight" or is_beside(name)}
 
 
-def read(
-    parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] | None = None
-) -> StoredWeight:
-    """The linear [R, C] that the tensors of `parts_of` are; `layout` where it needs our plug-in, and then its
-    shape.
+@overload
+def read(parts: Mapping[str, Tensor]) -> StoredWeight: ...
 
-    Errors: ModelError for damaged ones.
+
+@overload
+def read(parts: Mapping[str, Tensor], layout: AnyLayout | None, shape: tuple[int, int]) -> StoredWeight: ...
+
+
+def read(
+    parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] = (0, 0)
+) -> StoredWeight:
+    """The linear that the tensors of `parts_of` are.
+
+    `layout` is None for the native ones of bitsandbytes, which say their shape themselves; another layout
+    needs the shape [R, C]. Errors: ModelError for damaged tensors.
     """
     if layout is None:
         return Int8Weight.read(parts) if "SCB" in parts else bitsandbytes_layout.unpack(parts)
-    found: StoredWeight = format_of(layout).read(parts, layout, shape)
+    found: StoredWeight = format_of(layout).read(parts, layout, *shape)
     return found
 
 

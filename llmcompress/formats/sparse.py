@@ -215,18 +215,13 @@ def linear(weight: SparseWeight, bias: Tensor | None, *, device: torch.device | 
     return hold(module, weight.tensors(), bias, device)
 
 
-def _read(tensors: Mapping[str, Tensor], layout: SparseLayout, shape: tuple[int, int] | None) -> SparseWeight:
-    assert shape is not None
-    return read(tensors, layout, *shape)
-
-
 FORMAT = Format(
     names=("sparse",),
     layout=SparseLayout,
     weight=SparseWeight,
     mark="weight_mask",
     module=SparseLinear,
-    read=_read,
+    read=read,
     tensors=SparseWeight.tensors,
     linear=linear,
 )

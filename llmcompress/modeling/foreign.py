@@ -79,10 +79,10 @@ class WholeModel:
         """The model's."""
         return self.model.config
 
-    def logits(self, windows: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
-        """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first
-        positions."""
-        batches = batches_of(windows)
+    def logits(self, sequences: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
+        """Logits [B, L - unscored, V] of token sequences [S, L], batch after batch, without those of the
+        first positions."""
+        batches = batches_of(sequences)
         for tokens in track(batches, "evaluate", len(batches)):
             # closed before the yield: a generator dropped half way must not leave it open
             with torch.no_grad():

@@ -49,9 +49,9 @@ def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     return things
 
 
-def batches_of(windows: Tensor) -> list[Tensor]:
-    """Token windows [S, L] in batches of at most TOKENS_AT_ONCE tokens."""
-    return list(windows.split(max(1, TOKENS_AT_ONCE // windows.shape[1])))
+def batches_of(sequences: Tensor) -> list[Tensor]:
+    """Token sequences [S, L] in batches of at most TOKENS_AT_ONCE tokens."""
+    return list(sequences.split(max(1, TOKENS_AT_ONCE // sequences.shape[1])))
 
 
 @contextmanager
@@ -108,15 +108,15 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
 
 
 def walk(
-    resident: LayerwiseModel, windows: Tensor, *, reference: bool = False, through: bool = False
+    resident: LayerwiseModel, sequences: Tensor, *, reference: bool = False, through: bool = False
 ) -> Iterator[DecoderLayer]:
-    """Each layer in turn, with the hidden states of token `windows` [S, L] that enter it.
+    """Each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
     What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the
     unchanged model runs beside it. The last layer is run only if the caller wants the states that leave it
     (`through`): it then gets one more Layer, without a module, whose inputs they are.
     """
-    inputs, arguments = enter(resident, batches_of(windows))
+    inputs, arguments = enter(resident, batches_of(sequences))
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
@@ -157,10 +157,10 @@ def _layer(
 
 @contextmanager
 def together(
-    resident: LayerwiseModel, windows: Tensor, entering: Mapping[int, list[Tensor]]
+    resident: LayerwiseModel, sequences: Tensor, entering: Mapping[int, list[Tensor]]
 ) -> Iterator[list[DecoderLayer]]:
-    """Several layers in memory at once, with the states of `windows` that enter each of them."""
-    _, arguments = enter(resident, batches_of(windows))
+    """Several layers in memory at once, with the states of `sequences` that enter each of them."""
+    _, arguments = enter(resident, batches_of(sequences))
     with ExitStack() as stack:
         modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
         yield [
@@ -171,14 +171,14 @@ def together(
 
 @torch.no_grad()
 def variants(
-    resident: LayerwiseModel, windows: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
+    resident: LayerwiseModel, sequences: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
 ) -> dict[Key | None, list[Tensor]]:
     """The states that leave the last layer under each set of edits on top of those of `base`, and under None
     with these alone.
 
     One pass: each layer runs once for every set that began before it or begins there.
     """
-    inputs, arguments = enter(resident, batches_of(windows))
+    inputs, arguments = enter(resident, batches_of(sequences))
     base = base or {}
     streams: dict[Key | None, list[Tensor]] = {None: inputs}
     starts = {key: min(own) for key, own in edits.items()}
@@ -205,7 +205,7 @@ def _as_it_is(layer: DecoderLayer) -> dict[str, Tensor]:
 
 
 def without_each(
-    resident: LayerwiseModel, windows: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
+    resident: LayerwiseModel, sequences: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
 ) -> dict[Part | None, list[Tensor]]:
     """The states that leave the last layer without each of the candidates, and under None with all of them.
 
@@ -225,7 +225,7 @@ def without_each(
     base = {index: without(index, linears) for index, linears in lost.items()}
     left = [part for part in candidates if part not in gone and None not in lost.get(part[0], [])]
     edits = {part: {part[0]: without(part[0], [part[1], *lost.get(part[0], [])])} for part in left}
-    return variants(resident, windows, edits, base)
+    return variants(resident, sequences, edits, base)
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
@@ -239,7 +239,7 @@ def divergences(
 ) -> dict[Key, float]:
     """KL in nats a token of the predictions from each stream's last states, from those of the full model.
 
-    What is predicted at the first `unscored` positions of a window does not count.
+    What is predicted at the first `unscored` positions of a sequence does not count.
     """
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
@@ -250,14 +250,14 @@ def divergences(
 
 
 def logits(
-    resident: LayerwiseModel, windows: Tensor, track: Track = untracked, unscored: int = 0
+    resident: LayerwiseModel, sequences: Tensor, track: Track = untracked, unscored: int = 0
 ) -> Iterator[Tensor]:
-    """Logits [B, L - unscored, V] of token windows [S, L], batch after batch, without those of the first
+    """Logits [B, L - unscored, V] of token sequences [S, L], batch after batch, without those of the first
     `unscored` positions.
 
     All layers are gone through once, before the first one.
     """
-    for layer in track(walk(resident, windows, through=True), "evaluate", len(resident.layers) + 1):
+    for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
     for hidden in last.inputs:
         with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
@@ -294,7 +294,7 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
 
 def output_fisher(
     resident: LayerwiseModel,
-    windows: Tensor,
+    sequences: Tensor,
     scratch: Path,
     seed: int,
     *,
@@ -308,7 +308,7 @@ def output_fisher(
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
     order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
-    layer the model feels. What is predicted at the first `unscored` positions of a window does not count.
+    layer the model feels. What is predicted at the first `unscored` positions of a sequence does not count.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
 
@@ -317,7 +317,7 @@ def output_fisher(
             tokens.shape
         )
 
-    for index, grads, _ in gradients(resident, windows, scratch, drawn, first=first, unscored=unscored):
+    for index, grads, _ in gradients(resident, sequences, scratch, drawn, first=first, unscored=unscored):
         found = Moments(grads[0].shape[-1], resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
@@ -336,7 +336,7 @@ def following(scores: Tensor, tokens: Tensor) -> Tensor:
 
 def gradients(
     resident: LayerwiseModel,
-    windows: Tensor,
+    sequences: Tensor,
     scratch: Path,
     labels: Callable[[Tensor, Tensor], Tensor],
     watched: Sequence[str] = (),
@@ -355,8 +355,8 @@ def gradients(
     The pass back goes layer by layer as the pass forward does; the states in between wait in the folder
     `scratch`.
     """
-    batches, grads = batches_of(windows), list[Tensor]()
-    for layer in walk(resident, windows, through=True):
+    batches, grads = batches_of(sequences), list[Tensor]()
+    for layer in walk(resident, sequences, through=True):
         last = layer
         with writing(scratch):
             save_file(

@@ -37,9 +37,9 @@ class DiskStore:
     shared = True
 
     def __init__(
-        self, recipe: Recipe, model: DiskModel, base: Path, sequences: CalibrationData, place: Path
+        self, recipe: Recipe, model: DiskModel, base: Path, text: CalibrationData, place: Path
     ) -> None:
-        self.recipe, self.model, self.base, self.sequences, self.place = recipe, model, base, sequences, place
+        self.recipe, self.model, self.base, self.text, self.place = recipe, model, base, text, place
         self._left: Outcome | None = None
         others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # else the base is the model
         self._fingerprints = [model.fingerprint(), *(self.teacher(name).fingerprint() for name in others)]
@@ -53,7 +53,7 @@ class DiskStore:
         """The journal of a stage, which keeps what an earlier run has finished, and a folder for temporary
         files."""
         folder = journal_folder(self.place, number)
-        key = _key(self.recipe, number, self._fingerprints, self.sequences)
+        key = _key(self.recipe, number, self._fingerprints, self.text)
         with distributed.first_alone() as writes:
             journal = Journal(folder, key) if writes else None
         with tempfile.TemporaryDirectory(dir=self.place) as scratch:
@@ -78,20 +78,20 @@ class DiskStore:
         return self._left
 
 
-def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], sequences: CalibrationData) -> str:
+def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], text: CalibrationData) -> str:
     """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which
     tokens, by what."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
     made_of = [
         *fingerprints,
-        sequences.sha256,
-        sequences.training_sha256,
+        text.sha256,
+        text.training_sha256,
         versions,
         source_digest(Path(__file__).parents[1]),
     ]
-    text = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+    said = json.dumps([stages, recipe.data.seed, made_of], sort_keys=True)
+    return hashlib.sha256(said.encode()).hexdigest()
 
 
 @functools.cache

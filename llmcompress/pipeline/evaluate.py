@@ -106,11 +106,11 @@ def evaluate(
             "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
         )
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
-    sequences = calibration_data(subject, spec, words)
-    windows, unscored = sequences.evaluation, sequences.unscored
-    base = None if against is None else _opened(against, where).logits(windows, track, unscored)
-    measured = fidelity(subject.logits(windows, track, unscored), sequences.scored, base)
-    fast = subject.speed(windows)
+    text = calibration_data(subject, spec, words)
+    sequences, unscored = text.evaluation, text.unscored
+    base = None if against is None else _opened(against, where).logits(sequences, track, unscored)
+    measured = fidelity(subject.logits(sequences, track, unscored), text.scored, base)
+    fast = subject.speed(sequences)
     compared = against is not None
     return Evaluation(
         model=subject.name,
@@ -163,13 +163,13 @@ def _of_whole(name: str, whole: WholeModel, tokenizer: PreTrainedTokenizerBase |
 
 
 def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Tensor]]:
-    def logits(windows: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
-        return walked(model, windows, track, unscored)
+    def logits(sequences: Tensor, track: Track, unscored: int) -> Iterator[Tensor]:
+        return walked(model, sequences, track, unscored)
 
     return logits
 
 
-def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | None:
+def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | None:
     """Tokens per second of the model as from_pretrained loads it; None for one too large to load whole."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
@@ -178,4 +178,4 @@ def speed_of(folder: Path, windows: Tensor, device: torch.device) -> Speed | Non
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=defaults(load_config(folder)), device_map={"": device}
         )
-    return speed(model, windows)
+    return speed(model, sequences)

@@ -65,15 +65,13 @@ def apply_recipe(
     base = InMemoryModel(model.config, state, where)
     require_possible(recipe, base)
     require_same_vocabulary(resolved, model.config, tokenizer)
-    sequences = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
+    text = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
     store = MemoryStore(pinned, base)
-    facts = run_stages(pinned, store, store.teacher, sequences, track)
+    facts = run_stages(pinned, store, store.teacher, text, track)
     source = store.model
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
-    ours, theirs = (
-        logits(each, sequences.evaluation, track, sequences.unscored) for each in (source, base_model)
-    )
-    measured = fidelity(ours, sequences.scored, theirs)
+    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (source, base_model))
+    measured = fidelity(ours, text.scored, theirs)
     name = str(model.config._name_or_path or type(model).__name__)
     before = ModelFacts(
         model=name,
@@ -90,7 +88,7 @@ def apply_recipe(
         perplexity_ci95=measured.perplexity_ci95,
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-    report = report_of(recipe, before, after, measured, sequences, facts, cost, where)
+    report = report_of(recipe, before, after, measured, text, facts, cost, where)
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report
 

@@ -75,7 +75,7 @@ def reproduce(
     require_own_recipe(reported, recipe, folder)
     base = base or _base(reported, recipe)
     text = recipe.data.with_text(data) if data else _text(reported, recipe)
-    # reports without the key are of windows without BOS
+    # reports without the key are of sequences without BOS
     text = text.model_copy(update={"bos": reported.data.bos is True})
     recipe = _as_reported(recipe, reported).model_copy(update={"accept": Accept()})
     on_cpu = pick_device(device or "cpu").type == "cpu"

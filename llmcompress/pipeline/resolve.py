@@ -1,4 +1,4 @@
-"""What a run needs before it starts: the base on this machine, its tokenizer, the text in windows, the
+"""What a run needs before it starts: the base on this machine, its tokenizer, the text in sequences, the
 device."""
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def calibration_data(
     tokenizer: PreTrainedTokenizerBase,
     training: Callable[[int], int] = lambda length: 0,
 ) -> CalibrationData:
-    """The token windows of a recipe's data for this model, and so many tokens to train on where windows have
-    a length."""
+    """The token sequences of a recipe's data for this model, and so many tokens to train on where sequences
+    have a length."""
     positions = getattr(model.config, "max_position_embeddings", None)
     return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

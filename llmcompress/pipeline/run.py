@@ -95,21 +95,21 @@ def run_recipe(
         require_computable(model)
         require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
-        sequences = calibration_data(model, spec, tokenizer, recipe.training_tokens)
-        if tokens_sha256 not in (None, sequences.sha256):
+        text = calibration_data(model, spec, tokenizer, recipe.training_tokens)
+        if tokens_sha256 not in (None, text.sha256):
             raise DataError(
-                f"{spec.source} gives tokens with sha256 {sequences.sha256[:16]}, the report was made with "
+                f"{spec.source} gives tokens with sha256 {text.sha256[:16]}, the report was made with "
                 f"{tokens_sha256[:16]}; give the same text with {argument('data')}, or the same base with "
                 f"{argument('base')}"
             )
-        store = DiskStore(pinned, model, found.folder, sequences, place)
-        facts = run_stages(pinned, store, store.teacher, sequences, track)
+        store = DiskStore(pinned, model, found.folder, text, place)
+        facts = run_stages(pinned, store, store.teacher, text, track)
         if writer is not None:
             folder = write_weights(writer, store.model, store.left)
             keep_tokens(folder, tokenizer, found.folder)
-            before, after, measured = _measure(found, folder, str(out), where, sequences, track)
+            before, after, measured = _measure(found, folder, str(out), where, text, track)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-            report = report_of(recipe, before, after, measured, sequences, facts, cost, where)
+            report = report_of(recipe, before, after, measured, text, facts, cost, where)
             report.require(**recipe.accept.model_dump())
             writer.publish(companions(report, recipe, found.folder, place))
     distributed.wait()
@@ -127,14 +127,12 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
 
 
 def _measure(
-    base: Base, folder: Path, out: str, device: torch.device, sequences: CalibrationData, track: Track
+    base: Base, folder: Path, out: str, device: torch.device, text: CalibrationData, track: Track
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Base and artefact as they lie on the disk, and how far they are apart."""
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (
-        logits(each, sequences.evaluation, track, sequences.unscored) for each in (written, base_model)
-    )
-    measured = fidelity(ours, sequences.scored, theirs)
+    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
+    measured = fidelity(ours, text.scored, theirs)
     before = ModelFacts(
         model=base.name,
         revision=base.revision,
@@ -142,7 +140,7 @@ def _measure(
         size_bytes=base_model.checkpoint.size_bytes,
         perplexity=measured.base_perplexity,
         perplexity_ci95=measured.base_perplexity_ci95,
-        **_speed_of_base(base.folder, sequences, device),
+        **_speed_of_base(base.folder, text, device),
     )
     after = ModelFacts(
         model=out,
@@ -150,16 +148,16 @@ def _measure(
         size_bytes=written.checkpoint.size_bytes,
         perplexity=measured.perplexity,
         perplexity_ci95=measured.perplexity_ci95,
-        **_speed(folder, sequences, device),
+        **_speed(folder, text, device),
     )
     return before, after, measured
 
 
-def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
+def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> dict[str, Any]:
     """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on
     it."""
     try:
-        return _speed(folder, sequences, device)
+        return _speed(folder, text, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
         warnings.warn(
             f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2
@@ -167,8 +165,8 @@ def _speed_of_base(folder: Path, sequences: CalibrationData, device: torch.devic
         return {}
 
 
-def _speed(folder: Path, sequences: CalibrationData, device: torch.device) -> dict[str, Any]:
-    fast = speed_of(folder, sequences.evaluation, device)
+def _speed(folder: Path, text: CalibrationData, device: torch.device) -> dict[str, Any]:
+    fast = speed_of(folder, text.evaluation, device)
     if fast is None:
         return {}
     return {

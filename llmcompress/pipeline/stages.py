@@ -42,7 +42,7 @@ def run_stages(
     recipe: Recipe,
     store: Store,
     teacher: Callable[[str | None], ModelSource],
-    sequences: CalibrationData,
+    text: CalibrationData,
     track: Track,
 ) -> list[StageFacts]:
     """Run all stages of a recipe on the model of a store; their facts. Raises CompressError as the stages
@@ -51,7 +51,7 @@ def run_stages(
     for number, stage in enumerate(recipe.stages):
         with store.working(number) as (journal, scratch):
             context = Context(
-                teacher, origin, sequences, journal, scratch, cache_folder(), recipe.data.seed, track
+                teacher, origin, text, journal, scratch, cache_folder(), recipe.data.seed, track
             )
             if not store.shared or distributed.first() or stage.trains:
                 facts.append(run_stage(stage, store.model, context))

@@ -157,7 +157,7 @@ def print_report(report: Report, console: Console) -> None:
     data, cost = report.data, report.cost
     versions = ", ".join(f"{name} {version}" for name, version in sorted(report.environment.versions.items()))
     read = f"{data.calibration_tokens:,} tokens calibrated, {data.evaluation_tokens:,} evaluated"
-    read += "; each window begins with BOS, where nothing is scored" if data.bos else ""
+    read += "; each sequence begins with BOS, where nothing is scored" if data.bos else ""
     for line in (
         *notes,
         f"text: {data.source} (sha256 {data.sha256[:12]}), {read}",
@@ -173,7 +173,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
     rows = [
         ("perplexity [95 %]", with_interval(get("perplexity"), get("perplexity_ci95"))),
         ("evaluated tokens", f"{get('tokens'):,}" if get("tokens") is not None else NONE),
-        ("each window begins with", "BOS, not scored" if get("bos") else NONE),
+        ("each sequence begins with", "BOS, not scored" if get("bos") else NONE),
         ("bytes on disk", amount(get("size_bytes"), "B")),
         ("tokens/s, reading", amount(get("tokens_per_s"))),
         ("tokens/s, writing", amount(get("decode_tokens_per_s"))),

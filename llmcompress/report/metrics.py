@@ -34,28 +34,28 @@ RESAMPLES = 2000
 CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a core's cache ...
 CHUNK_ELEMENTS_GPU = 1 << 25  # ... and 128 MB keeps a GPU busy
 
-Progress = Callable[[int, int], None]  # (windows done, windows in all)
+Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
 Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """Perplexity over W windows and, where a base was given, the distance from it.
+    """Perplexity over S sequences and, where a base was given, the distance from it.
 
-    Intervals are 95 % by bootstrap over windows; with a single window an interval has no width. `nll_nats` is
-    the mean negative log-likelihood of each window, float64 [W].
+    Intervals are 95 % by bootstrap over sequences; with a single sequence an interval has no width.
+    `nll_nats` is the mean negative log-likelihood of each sequence, float64 [S].
     """
 
     perplexity: float
     perplexity_ci95: Interval
-    tokens: int  # predicted ones: W * (L - 1)
+    tokens: int  # predicted ones: S * (L - 1)
     nll_nats: Tensor
-    kl_nats_mean: float | None = None  # KL(base || model) per token, over all W * L positions
+    kl_nats_mean: float | None = None  # KL(base || model) per token, over all S * L positions
     kl_nats_p99: float | None = None
-    top1_agreement: float | None = None  # share of the W * L positions where both rank the same token first
+    top1_agreement: float | None = None  # share of the S * L positions where both rank the same token first
     base_perplexity: float | None = None
     base_perplexity_ci95: Interval | None = None
-    perplexity_ratio: float | None = None  # model / base; its interval resamples both on the same windows
+    perplexity_ratio: float | None = None  # model / base; its interval resamples both on the same sequences
     perplexity_ratio_ci95: Interval | None = None
 
     def facts(self) -> dict[str, float | Interval | None]:
@@ -67,13 +67,13 @@ class Fidelity:
 @torch.no_grad()
 def fidelity(
     logits: Iterable[Tensor],
-    windows: Tensor,
+    sequences: Tensor,
     against: Iterable[Tensor] | None = None,
     *,
     progress: Progress | None = None,
 ) -> Fidelity:
-    """Measure a model by its `logits`, float batches [B, L, V] on any device, on `windows`, int64 [W, L] with
-    L >= 2.
+    """Measure a model by its `logits`, float batches [B, L, V] on any device, on `sequences`, int64 [S, L]
+    with L >= 2.
 
     `against` yields the base's logits in batches of the same sizes. Position t predicts token t + 1, so
     perplexity is over the first L - 1 positions; KL and top-1 agreement count all L, for the last one has a
@@ -81,23 +81,25 @@ def fidelity(
     counts as zero. p99 is the smallest KL that 99 % of the tokens do not exceed. Raises ModelError for
     non-finite logits or unequal vocabularies, DataError for tokens outside the vocabulary.
     """
-    if windows.ndim != 2 or windows.shape[0] < 1 or windows.shape[1] < 2:
-        raise ValueError(f"windows are [W >= 1, L >= 2], not {list(windows.shape)}")
+    if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
+        raise ValueError(f"sequences are [S >= 1, L >= 2], not {list(sequences.shape)}")
     pairs: Iterable[tuple[Tensor, Tensor | None]]
     pairs = ((batch, None) for batch in logits) if against is None else zip(logits, against, strict=True)
-    return _summary(list(_columns(pairs, windows, progress)), windows.shape[1])
+    return _summary(list(_columns(pairs, sequences, progress)), sequences.shape[1])
 
 
 def _columns(
-    pairs: Iterable[tuple[Tensor, Tensor | None]], windows: Tensor, progress: Progress | None
+    pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None
 ) -> Iterator[tuple[Tensor, ...]]:
     """Per batch: (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B *
     L])."""
-    done, largest = 0, int(windows.max())
+    done, largest = 0, int(sequences.max())
     for batch, base in pairs:
         B, L, V = batch.shape
-        if done + B > len(windows) or windows.shape[1] != L:
-            raise ValueError(f"logits {[B, L, V]} do not continue windows {list(windows.shape)} at {done}")
+        if done + B > len(sequences) or sequences.shape[1] != L:
+            raise ValueError(
+                f"logits {[B, L, V]} do not continue sequences {list(sequences.shape)} at {done}"
+            )
         if largest >= V:
             raise DataError(
                 f"the evaluation text holds token {largest}, the vocabulary ends at {V - 1}: use the "
@@ -110,12 +112,12 @@ def _columns(
             )
         if base is not None and base.shape != batch.shape:
             raise ValueError(f"the base's logits {list(base.shape)} are not beside the model's {[B, L, V]}")
-        target = windows[done : done + B].to(batch.device)
+        target = sequences[done : done + B].to(batch.device)
         if base is None:
-            yield (_finite(_per_window(_cross_entropy(batch, target), B), "model", done),)
+            yield (_finite(_per_sequence(_cross_entropy(batch, target), B), "model", done),)
         else:
             own, other, kl, same = _divergence(batch, base.to(batch.device), target)
-            parts = _per_window(own, B), _per_window(other, B)
+            parts = _per_sequence(own, B), _per_sequence(other, B)
             yield (
                 _finite(parts[0], "model", done),
                 _finite(parts[1], "base", done),
@@ -124,13 +126,13 @@ def _columns(
             )
         done += B
         if progress is not None:
-            progress(done, len(windows))
-    if done != len(windows):
-        raise ValueError(f"{done} windows of logits for {len(windows)} windows of tokens")
+            progress(done, len(sequences))
+    if done != len(sequences):
+        raise ValueError(f"{done} sequences of logits for {len(sequences)} sequences of tokens")
 
 
 def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the B * L positions, each with its next tokens [C]; a window's last position has none and
+    """Slices of the B * L positions, each with its next tokens [C]; a sequence's last position has none and
     gets `ignored`."""
     following = F.pad(target[:, 1:], (0, 1), value=ignored).flatten()
     elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_GPU
@@ -141,7 +143,7 @@ def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slic
 
 
 def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Negative log-likelihood of the next token, float32 [B * L], 0 at the last position of each window."""
+    """Negative log-likelihood of the next token, float32 [B * L], 0 at the last position of each sequence."""
     flat = logits.flatten(0, 1)  # [B * L, V]
     return torch.cat(
         [
@@ -152,8 +154,8 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll, base's nll, KL(base || model), same first token), each [B * L]; both nll are 0 at a window's last
-    position."""
+    """(nll, base's nll, KL(base || model), same first token), each [B * L]; both nll are 0 at a sequence's
+    last position."""
     flat, base_flat, parts = logits.flatten(0, 1), base.flatten(0, 1), []
     for here, y in _chunks(logits, target, -1):
         z, z_base = flat[here].float(), base_flat[here].float()  # [C, V]
@@ -166,8 +168,8 @@ def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, T
     return own, other, kl, same
 
 
-def _per_window(nll: Tensor, B: int) -> Tensor:
-    """Mean over a window's L - 1 predicted tokens, float64 [B] on the CPU."""
+def _per_sequence(nll: Tensor, B: int) -> Tensor:
+    """Mean over a sequence's L - 1 predicted tokens, float64 [B] on the CPU."""
     rows = nll.view(B, -1).cpu().double()
     return rows.sum(-1) / (rows.shape[1] - 1)
 
@@ -175,7 +177,7 @@ def _per_window(nll: Tensor, B: int) -> Tensor:
 def _finite(values: Tensor, who: str, first: int) -> Tensor:
     if not bool(values.isfinite().all()):
         raise ModelError(
-            f"the {who} yields non-finite logits near evaluation window {first}: its weights hold NaN or "
+            f"the {who} yields non-finite logits near evaluation sequence {first}: its weights hold NaN or "
             "its dtype overflows; check the checkpoint or load it in float32"
         )
     return values
@@ -207,18 +209,18 @@ def _summary(columns: list[tuple[Tensor, ...]], L: int) -> Fidelity:
 
 
 def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
-    """exp of the mean of each row of float64 [K, W] with its 95 % percentile interval; all rows share their
+    """exp of the mean of each row of float64 [K, S] with its 95 % percentile interval; all rows share their
     resamples.
 
-    Windows rather than tokens are drawn, because the tokens of one text depend on each other.
+    Sequences rather than tokens are drawn, because the tokens of one text depend on each other.
     Source: Efron and Tibshirani 1993, chapter 13.
     """
-    generator, W = torch.Generator().manual_seed(0), rows.shape[1]
-    step = max(1, (1 << 20) // W)  # resamples at a time: 8 MB of indices
+    generator, S = torch.Generator().manual_seed(0), rows.shape[1]
+    step = max(1, (1 << 20) // S)  # resamples at a time: 8 MB of indices
     sizes = [min(step, RESAMPLES - start) for start in range(0, RESAMPLES, step)]
     # [K, RESAMPLES]
     means = torch.cat(
-        [rows[:, torch.randint(W, (size, W), generator=generator)].mean(-1) for size in sizes], dim=-1
+        [rows[:, torch.randint(S, (size, S), generator=generator)].mean(-1) for size in sizes], dim=-1
     )
     ends = torch.quantile(means, torch.tensor((0.025, 0.975), dtype=means.dtype), dim=-1)  # [2, K]
     out = []
@@ -227,7 +229,7 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
             raise ModelError(
                 "the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from"
             )
-        # one window: the interval is the value, without rounding apart
+        # one sequence: the interval is the value, without rounding apart
         out.append((mean, (min(low, mean), max(high, mean))))
     return out
 
@@ -278,31 +280,31 @@ class Speed:
 @torch.no_grad()
 def speed(
     model: torch.nn.Module,
-    windows: Tensor,
+    sequences: Tensor,
     *,
     decode_tokens: int = 32,
     repeats: int = 5,
     budget_s: float = 3.0,
 ) -> Speed:
-    """The best of up to `repeats` runs after one to warm up, on the first of `windows`, int64 [W, L] with L
+    """The best of up to `repeats` runs after one to warm up, on the first of `sequences`, int64 [S, L] with L
     >= 2.
 
-    Prefill reads the whole window; decode writes `decode_tokens` (fewer where L is short) after at most 128
+    Prefill reads the whole sequence; decode writes `decode_tokens` (fewer where L is short) after at most 128
     tokens of it. Each gets `budget_s` seconds, then no new run starts; a model slower than that is timed by
     its only run, warm-up and all. Gradients are off through `no_grad`, as in `generate`: `inference_mode`
     could leave buffers in the model that training refuses later.
     """
-    window, memory = windows[:1].to(next(model.parameters()).device), _tensor_bytes(model)
-    prompt = window[:, : max(1, min(128, window.shape[1] - decode_tokens))]
-    steps = min(decode_tokens, window.shape[1] - prompt.shape[1])
+    sequence, memory = sequences[:1].to(next(model.parameters()).device), _tensor_bytes(model)
+    prompt = sequence[:, : max(1, min(128, sequence.shape[1] - decode_tokens))]
+    steps = min(decode_tokens, sequence.shape[1] - prompt.shape[1])
     training = model.training
     model.eval()
     try:
-        prefill_s = _best(lambda: _prefill_s(model, window), repeats, budget_s)
+        prefill_s = _best(lambda: _prefill_s(model, sequence), repeats, budget_s)
         decode_s = _best(lambda: _decode_s(model, prompt, steps), repeats, budget_s)
     finally:
         model.train(training)
-    return Speed(window.shape[1] / prefill_s, steps / decode_s, memory)
+    return Speed(sequence.shape[1] / prefill_s, steps / decode_s, memory)
 
 
 def _tensor_bytes(model: torch.nn.Module) -> int:
@@ -326,10 +328,10 @@ def _best(run: Callable[[], float], repeats: int, budget_s: float) -> float:
     return min(times[1:] or times)
 
 
-def _prefill_s(model: torch.nn.Module, window: Tensor) -> float:
-    start = _now(window.device)
-    model(window, use_cache=False)
-    return _now(window.device) - start
+def _prefill_s(model: torch.nn.Module, sequence: Tensor) -> float:
+    start = _now(sequence.device)
+    model(sequence, use_cache=False)
+    return _now(sequence.device) - start
 
 
 def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:

@@ -48,7 +48,7 @@ SHARED = (
     "them anew."
 )
 BOS = (
-    "Every window of the text begins with the BOS token, as the model expects; what is predicted there is "
+    "Every sequence of the text begins with the BOS token, as the model expects; what is predicted there is "
     "not scored."
 )
 NO_SPEED = (
@@ -112,7 +112,7 @@ def evaluations(report: Report) -> list[dict[str, Any]]:
     if data.revision is None:
         return []
     at = f"@{base.revision}" if base.revision else ""
-    told = f"not a benchmark of tasks: windows of text; base {base.model}{at}, by llmcompress"
+    told = f"not a benchmark of tasks: sequences of text; base {base.model}{at}, by llmcompress"
     measured = {"perplexity": report.compressed.perplexity, "kl_nats_mean": report.fidelity.kl_nats_mean}
     dataset = {"dataset_id": data.source, "dataset_revision": data.revision}
     known = {task: value for task, value in measured.items() if value is not None}

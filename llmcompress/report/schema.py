@@ -86,7 +86,7 @@ class DataFacts(_Facts):
     """The text: `sha256` is over the calibration and evaluation tokens.
 
     Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of
-    `split` evaluate. `bos` is there, and true, where each window begins with the BOS token, and what is
+    `split` evaluate. `bos` is there, and true, where each sequence begins with the BOS token, and what is
     predicted there is not scored.
     """
 
@@ -146,7 +146,7 @@ class TrainingFacts(_OpenFacts):
     """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at
     best and by step.
 
-    `steps` were asked for, of `batch` windows of `length` tokens; `curve` ends where the training did, null
+    `steps` were asked for, of `batch` sequences of `length` tokens; `curve` ends where the training did, null
     is no number.
     """
 

@@ -25,9 +25,9 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
-    windows = context.data.calibration
-    windows = windows[: -(-tokens_for(model.config.hidden_size) // windows.shape[1])]
-    found = output_fisher(model, windows, context.scratch, context.seed, unscored=context.data.unscored)
+    sequences = context.data.calibration
+    sequences = sequences[: -(-tokens_for(model.config.hidden_size) // sequences.shape[1])]
+    found = output_fisher(model, sequences, context.scratch, context.seed, unscored=context.data.unscored)
     for index, F_DD in context.track(found, "find the errors that matter", layers):
         journal.save(FISHER, index, {"F_DD": F_DD}, {})
 

@@ -1,4 +1,4 @@
-"""Models whose tokenizer begins with BOS: it is the first token of each window, and what is predicted there
+"""Models whose tokenizer begins with BOS: it is the first token of each sequence, and what is predicted there
 is not scored."""
 
 from __future__ import annotations
@@ -85,10 +85,10 @@ def recipe(text: Path, base: Path, *stages: dict[str, Any], **data: Any) -> Reci
     )
 
 
-# windows
+# sequences
 
 
-def test_every_window_begins_with_bos_and_is_text_after_it(text: Path) -> None:
+def test_every_sequence_begins_with_bos_and_is_text_after_it(text: Path) -> None:
     plain, layers = load(byte_tokenizer(), text, length=23), load(bos_tokenizer(), text)
     assert (layers.bos, layers.unscored, plain.bos, plain.unscored) == (VOCABULARY, 1, None, 0)
     for ours, theirs in ((layers.calibration, plain.calibration), (layers.evaluation, plain.evaluation)):
@@ -99,22 +99,22 @@ def test_every_window_begins_with_bos_and_is_text_after_it(text: Path) -> None:
     assert (layers.calibration_tokens, layers.evaluation_tokens) == (8 * 24, 6 * 24)
 
 
-def test_every_training_window_begins_with_bos_too(text: Path) -> None:
+def test_every_training_sequence_begins_with_bos_too(text: Path) -> None:
     layers = load(bos_tokenizer(), text, training=20)
     assert len(layers.training) == 20 * 24 and VOCABULARY not in layers.training
-    windows = SequenceDataset(layers.training, 16, 9, seed=1, bos=layers.bos)
-    rows = torch.stack([windows[number]["input_ids"] for number in range(9)])
+    sequences = SequenceDataset(layers.training, 16, 9, seed=1, bos=layers.bos)
+    rows = torch.stack([sequences[number]["input_ids"] for number in range(9)])
     assert rows.shape == (9, 16) and (rows[:, 0] == VOCABULARY).all()
-    assert torch.equal(windows.windows_NL[:, 1:].flatten(), layers.training[: 20 * 24 // 15 * 15])
+    assert torch.equal(sequences.ids_NL[:, 1:].flatten(), layers.training[: 20 * 24 // 15 * 15])
     again = SequenceDataset(layers.training, 15, 9, seed=1)
-    assert torch.equal(windows.windows_NL, with_bos(again.windows_NL, VOCABULARY))
-    trained = {tuple(window.tolist()) for window in layers.training.view(-1, 24)[:, :23]}
+    assert torch.equal(sequences.ids_NL, with_bos(again.ids_NL, VOCABULARY))
+    trained = {tuple(sequence.tolist()) for sequence in layers.training.view(-1, 24)[:, :23]}
     assert not trained & {
-        tuple(window[1:].tolist()) for side in (layers.calibration, layers.evaluation) for window in side
+        tuple(sequence[1:].tolist()) for side in (layers.calibration, layers.evaluation) for sequence in side
     }
 
 
-def test_without_bos_the_windows_are_those_of_a_tokenizer_that_adds_none(text: Path) -> None:
+def test_without_bos_the_sequences_are_those_of_a_tokenizer_that_adds_none(text: Path) -> None:
     old, off, never = (
         load(tokenizer, text, training=5, **more)
         for tokenizer, more in (
@@ -163,7 +163,7 @@ def test_lengths_count_bos(text: Path) -> None:
     ):
         load(bos_tokenizer(), text, length=2)
     with pytest.raises(
-        DataError, match=r"fills \d+ windows of 96 tokens .* use evaluation_samples: (\d+) or length: (\d+)"
+        DataError, match=r"fills \d+ sequences of 96 tokens .* use evaluation_samples: (\d+) or length: (\d+)"
     ) as told:
         load(bos_tokenizer(), text, length=96, evaluation_samples=40)
     length = int(str(told.value).partition("or length: ")[2].split()[0])
@@ -175,7 +175,7 @@ def test_lengths_count_bos(text: Path) -> None:
 def test_a_text_on_both_sides_is_refused_behind_bos_as_well(tmp_path: Path, text: Path) -> None:
     (tmp_path / "train.txt").write_text(text.read_text())
     (tmp_path / "valid.txt").write_text(text.read_text() + "one more line")
-    with pytest.raises(DataError, match=r"evaluation window 0 of .* also stands in its calibration text"):
+    with pytest.raises(DataError, match=r"evaluation sequence 0 of .* also stands in its calibration text"):
         load(bos_tokenizer(), tmp_path)
 
 
@@ -192,10 +192,10 @@ def test_a_bos_token_beyond_the_vocabulary_is_refused(text: Path) -> None:
 # numbers
 
 
-def by_transformers(folder: Path, windows: Tensor) -> Tensor:
+def by_transformers(folder: Path, sequences: Tensor) -> Tensor:
     """The logits of the whole model, float64."""
     with torch.no_grad():
-        scores: Tensor = AutoModelForCausalLM.from_pretrained(folder)(windows, use_cache=False).logits
+        scores: Tensor = AutoModelForCausalLM.from_pretrained(folder)(sequences, use_cache=False).logits
     return scores.double()
 
 
@@ -205,16 +205,16 @@ def test_perplexity_is_that_of_the_predictions_made_after_text(
 ) -> None:
     folder = save_bos_base(tmp_path, family)
     spec = DataSpec.model_validate({"source": str(text)} | SMALL)
-    windows = load(bos_tokenizer(), text).evaluation
-    log_q = by_transformers(folder, windows).log_softmax(-1)
-    nll = F.nll_loss(log_q[:, 1:-1].flatten(0, 1), windows[:, 2:].flatten())
+    sequences = load(bos_tokenizer(), text).evaluation
+    log_q = by_transformers(folder, sequences).log_softmax(-1)
+    nll = F.nll_loss(log_q[:, 1:-1].flatten(0, 1), sequences[:, 2:].flatten())
     found = evaluate(str(folder), data=spec)
     assert found.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-5)
     assert (found.tokens, found.bos) == (6 * 22, True)
     plain = evaluate(str(folder), data=spec.model_copy(update={"bos": False}))
-    windows = load(byte_tokenizer(), text).evaluation
+    sequences = load(byte_tokenizer(), text).evaluation
     nll = F.nll_loss(
-        by_transformers(folder, windows).log_softmax(-1)[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+        by_transformers(folder, sequences).log_softmax(-1)[:, :-1].flatten(0, 1), sequences[:, 1:].flatten()
     )
     assert plain.perplexity == pytest.approx(math.exp(float(nll)), rel=1e-5) and not plain.bos
 
@@ -222,8 +222,8 @@ def test_perplexity_is_that_of_the_predictions_made_after_text(
 def test_the_distance_from_a_base_is_that_of_the_predictions_made_after_text(
     text: Path, base: Path, other: Path
 ) -> None:
-    windows = load(bos_tokenizer(), text).evaluation
-    log_p, log_q = (by_transformers(folder, windows).log_softmax(-1)[:, 1:] for folder in (base, other))
+    sequences = load(bos_tokenizer(), text).evaluation
+    log_p, log_q = (by_transformers(folder, sequences).log_softmax(-1)[:, 1:] for folder in (base, other))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
     found = evaluate(
         str(other), against=str(base), data=DataSpec.model_validate({"source": str(text)} | SMALL)
@@ -238,9 +238,9 @@ def test_the_distance_from_a_base_is_that_of_the_predictions_made_after_text(
 
 
 def test_losses_between_streams_do_not_count_bos(base: Path, other: Path, text: Path) -> None:
-    windows, model = load(bos_tokenizer(), text).calibration, DiskModel(base, CPU)
-    *_, last = walk(model, windows, through=True)
-    *_, found = walk(DiskModel(other, CPU), windows, through=True)
+    sequences, model = load(bos_tokenizer(), text).calibration, DiskModel(base, CPU)
+    *_, last = walk(model, sequences, through=True)
+    *_, found = walk(DiskModel(other, CPU), sequences, through=True)
     aside = [hidden.clone() for hidden in found.inputs]
     for hidden in aside:
         hidden[:, 0] = 0
@@ -345,7 +345,7 @@ def test_states_and_attention_at_bos_are_not_matched() -> None:
         )
 
 
-def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Path, tmp_path: Path) -> None:
+def test_a_distillation_runs_on_sequences_that_begin_with_bos(text: Path, base: Path, tmp_path: Path) -> None:
     lesson = {"steps": 4, "batch": 2, "length": 12, "learning_rate": 1e-3, "cache": True, "top_k": 8}
     cut = {"prune": {"axis": "ffn", "keep": 64, "repair": False}}
     report = run_recipe(recipe(text, base, cut, {"distill": lesson}), tmp_path / "out")
@@ -366,7 +366,7 @@ def test_a_distillation_runs_on_windows_that_begin_with_bos(text: Path, base: Pa
         {"prune": {"axis": "ffn", "keep": 64, "score": "obs"}},
     ],
 )
-def test_the_stages_that_measure_losses_take_windows_that_begin_with_bos(
+def test_the_stages_that_measure_losses_take_sequences_that_begin_with_bos(
     stage: dict[str, Any], text: Path, base: Path, tmp_path: Path
 ) -> None:
     report = run_recipe(recipe(text, base, stage), tmp_path / "out")
@@ -389,7 +389,7 @@ def test_bos_is_a_key_of_data_and_leaves_older_digests_as_they_were() -> None:
         False,
         True,
     ]
-    # it says how windows are cut, not which text they are of
+    # it says how sequences are cut, not which text they are of
     assert off.data.with_text("other.txt").bos is False
     assert off.data.with_text("{source: other.txt, bos: auto}").bos == "auto"
     assert plain.data.with_text("{source: other.txt, bos: false}").bos is False
@@ -397,14 +397,14 @@ def test_bos_is_a_key_of_data_and_leaves_older_digests_as_they_were() -> None:
         plain.data.with_text("{source: other.txt, bos: never}")
 
 
-def test_a_report_says_that_windows_begin_with_bos_and_that_it_is_run_again(
+def test_a_report_says_that_sequences_begin_with_bos_and_that_it_is_run_again(
     text: Path, base: Path, tmp_path: Path
 ) -> None:
     report = run_recipe(recipe(text, base, {"quantize": {"format": "nf4"}}), tmp_path / "out")
     raw = json.loads((tmp_path / "out" / "report.json").read_text())
     assert raw["data"]["bos"] is True and report.data.bos is True
     assert BOS in (tmp_path / "out" / "README.md").read_text()
-    assert "each window begins with BOS" in printed(print_report, report)
+    assert "each sequence begins with BOS" in printed(print_report, report)
     assert reproduce(str(tmp_path / "out")).verdict == "bit-equal"
     del raw["data"]["bos"]
     old = Report.from_json(json.dumps(raw))
@@ -417,13 +417,13 @@ def test_an_artefact_from_before_there_was_bos_is_run_again_without_it(
 ) -> None:
     told = recipe(text, base, {"quantize": {"format": "nf4"}})
     spec = told.data.model_copy(update={"bos": False})
-    # as it was made when windows had no BOS: neither file says anything
+    # as it was made when sequences had no BOS: neither file says anything
     made = run_recipe(told, tmp_path / "out", data=spec)
     assert made.data.bos is None and "bos" not in (tmp_path / "out" / "recipe.yaml").read_text()
     assert reproduce(str(tmp_path / "out"), data=str(text)).verdict == "bit-equal"
 
 
-def test_a_report_of_windows_without_bos_is_what_it_was(text: Path, tmp_path: Path) -> None:
+def test_a_report_of_sequences_without_bos_is_what_it_was(text: Path, tmp_path: Path) -> None:
     report = run_recipe(
         recipe(text, save_base(tmp_path / "base"), {"quantize": {"format": "nf4"}}), tmp_path / "out"
     )
@@ -431,9 +431,9 @@ def test_a_report_of_windows_without_bos_is_what_it_was(text: Path, tmp_path: Pa
     assert BOS not in (tmp_path / "out" / "README.md").read_text()
 
 
-def test_an_evaluation_says_that_windows_begin_with_bos() -> None:
-    assert "each window begins with" in printed(print_evaluation, {"model": "m", "tokens": 9, "bos": True})
-    assert "each window begins with" not in printed(print_evaluation, {"model": "m", "tokens": 9})
+def test_an_evaluation_says_that_sequences_begin_with_bos() -> None:
+    assert "each sequence begins with" in printed(print_evaluation, {"model": "m", "tokens": 9, "bos": True})
+    assert "each sequence begins with" not in printed(print_evaluation, {"model": "m", "tokens": 9})
 
 
 def printed(show: Any, what: Any) -> str:

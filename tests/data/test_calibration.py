@@ -1,4 +1,4 @@
-"""Text in, token windows out: every source, every refusal, and the promise that the two sides never
+"""Text in, token sequences out: every source, every refusal, and the promise that the two sides never
 overlap."""
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def load(
     return load_data(DataSpec.model_validate(small | spec), tokenizer, vocab_size, max_length)
 
 
-def spelled(tokenizer: PreTrainedTokenizerFast, windows: torch.Tensor) -> str:
-    return str(tokenizer.decode(windows.flatten().tolist()))
+def spelled(tokenizer: PreTrainedTokenizerFast, sequences: torch.Tensor) -> str:
+    return str(tokenizer.decode(sequences.flatten().tolist()))
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
@@ -84,8 +84,8 @@ def test_the_last_tenth_of_a_file_evaluates_and_its_head_calibrates(
     )
     first = spelled(by_bytes, layers.evaluation).splitlines()[0]
     assert sentences(400).index(first) in range(355, 365)
-    for window in layers.calibration:
-        lines = [line for line in spelled(by_bytes, window).splitlines()[1:-1] if line]
+    for sequence in layers.calibration:
+        lines = [line for line in spelled(by_bytes, sequence).splitlines()[1:-1] if line]
         assert all(sentences(400).index(line) < 365 for line in lines)
 
 
@@ -104,7 +104,7 @@ def test_a_text_of_one_line_is_divided_too(tmp_path: Path, by_bytes: PreTrainedT
     assert load(by_bytes, source=str(tmp_path / "line.txt")).evaluation.shape == (4, 64)
 
 
-def test_the_evaluation_windows_are_the_first_of_the_evaluation_text_in_order(
+def test_the_evaluation_sequences_are_the_first_of_the_evaluation_text_in_order(
     tmp_path: Path, by_bytes: PreTrainedTokenizerFast
 ) -> None:
     write_rows(tmp_path / "train.txt", sentences(100, seed=1))
@@ -115,7 +115,7 @@ def test_the_evaluation_windows_are_the_first_of_the_evaluation_text_in_order(
     # valid comes before test
     assert spelled(by_bytes, layers.evaluation) == "\n".join(sentences(100, seed=3))[: 4 * 64]
     assert all(
-        spelled(by_bytes, window) in "\n".join(sentences(100, seed=1)) for window in layers.calibration
+        spelled(by_bytes, sequence) in "\n".join(sentences(100, seed=1)) for sequence in layers.calibration
     )
 
 
@@ -125,18 +125,18 @@ def test_a_folder_may_hold_shards_and_tables(tmp_path: Path, by_bytes: PreTraine
     write_rows(tmp_path / "heldout.jsonl", sentences(40, seed=3), column="story")
     both = "\n\n".join(sentences(9, seed=1) + sentences(9, seed=2))
     layers = load(by_bytes, source=str(tmp_path), column="story", samples=len(both) // 64)
-    windows = sorted(spelled(by_bytes, window) for window in layers.calibration)
-    assert windows == sorted(both[start : start + 64] for start in range(0, len(both) - 63, 64))
+    sequences = sorted(spelled(by_bytes, sequence) for sequence in layers.calibration)
+    assert sequences == sorted(both[start : start + 64] for start in range(0, len(both) - 63, 64))
 
 
-def test_the_seed_draws_different_windows_and_no_window_twice(
+def test_the_seed_draws_different_sequences_and_no_sequence_twice(
     tmp_path: Path, by_bytes: PreTrainedTokenizerFast
 ) -> None:
     file = str(write_rows(tmp_path / "a.txt", sentences(400)))
     one, same, other = (load(by_bytes, source=file, seed=seed) for seed in (0, 0, 1))
     assert one.sha256 == same.sha256 and torch.equal(one.calibration, same.calibration)
     assert one.sha256 != other.sha256 and torch.equal(one.evaluation, other.evaluation)
-    assert len({tuple(window) for window in one.calibration.tolist()}) == 8
+    assert len({tuple(sequence) for sequence in one.calibration.tolist()}) == 8
 
 
 def test_the_hash_is_over_both_token_tensors(tmp_path: Path, by_bytes: PreTrainedTokenizerFast) -> None:
@@ -233,17 +233,17 @@ def test_too_little_text_says_how_much_there_is_and_what_to_ask_for(
     with pytest.raises(
         DataError,
         match=(
-            r"calibration .* fills 3\d windows of 64 tokens .* use samples: 3\d or length: 5 or give more "
+            r"calibration .* fills 3\d sequences of 64 tokens .* use samples: 3\d or length: 5 or give more "
             r"text"
         ),
     ):
         load(by_bytes, source=file, samples=500)
     with pytest.raises(
         DataError,
-        match=r"evaluation .* fills 4 windows .* asks for 9; use evaluation_samples: 4 or length: \d+",
+        match=r"evaluation .* fills 4 sequences .* asks for 9; use evaluation_samples: 4 or length: \d+",
     ):
         load(by_bytes, source=file, evaluation_samples=9)
-    with pytest.raises(DataError, match=r"windows of 128 tokens"):
+    with pytest.raises(DataError, match=r"sequences of 128 tokens"):
         load(by_bytes, source=file, evaluation_samples=9, length=None)
 
 
@@ -253,7 +253,7 @@ def test_one_text_can_not_be_both_sides(tmp_path: Path, by_bytes: PreTrainedToke
     with pytest.raises(DataError, match=r"valid.txt is the same text as train.txt"):
         load(by_bytes, source=str(tmp_path))
     write_rows(tmp_path / "valid.txt", [*sentences(100), "one more line"])
-    with pytest.raises(DataError, match=r"evaluation window 0 of .* also stands in its calibration text"):
+    with pytest.raises(DataError, match=r"evaluation sequence 0 of .* also stands in its calibration text"):
         load(by_bytes, source=str(tmp_path))
 
 
@@ -306,7 +306,7 @@ def test_a_spec_out_of_range_is_refused(wrong: dict[str, object]) -> None:
         DataSpec.model_validate(wrong)
 
 
-def test_another_text_in_the_same_windows(tmp_path: Path) -> None:
+def test_another_text_in_the_same_sequences(tmp_path: Path) -> None:
     spec = DataSpec(
         source="user/texts", config="en", column="story", split="dev", revision="v1", samples=3, length=7
     )
@@ -381,8 +381,10 @@ def test_the_demo_model_is_small_and_knows_its_language() -> None:
     model = AutoModelForCausalLM.from_pretrained(DEMO_MODEL, dtype=torch.float32)
     assert model.num_parameters() == training["parameters"] < 2_000_000
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
-    windows = load_data(DataSpec(samples=1, evaluation_samples=8), tokenizer, len(tokenizer), 512).evaluation
+    sequences = load_data(
+        DataSpec(samples=1, evaluation_samples=8), tokenizer, len(tokenizer), 512
+    ).evaluation
     with torch.no_grad():
-        loss = model(input_ids=windows, labels=windows).loss.item()
-    # eight windows, and another Python carries another text
+        loss = model(input_ids=sequences, labels=sequences).loss.item()
+    # eight sequences, and another Python carries another text
     assert abs(loss - training["heldout_loss"]) < 0.5

@@ -131,7 +131,7 @@ def test_the_bos_of_a_template_is_not_doubled(tmp_path: Path) -> None:
         str(tokenizer.decode(layers.evaluation[0].tolist()))
         == "<s>" + written(90)[: len(layers.evaluation[0]) + 5][: 31 + 6]
     )
-    # no window has its own, so conversations begin as the template says
+    # no sequence has its own, so conversations begin as the template says
     kept = load(tokenizer, file, bos=False)
     assert VOCABULARY in kept.calibration and kept.evaluation[0, 0] == VOCABULARY
 

@@ -41,7 +41,7 @@ def as_rows(text: Path, file: Path) -> Path:
     return file
 
 
-def test_a_compressed_file_gives_the_windows_of_the_plain_one(tmp_path: Path) -> None:
+def test_a_compressed_file_gives_the_sequences_of_the_plain_one(tmp_path: Path) -> None:
     text = write_text(tmp_path / "facts.txt")
     rows = as_rows(text, tmp_path / "facts.jsonl")
     assert load(packed(text)).sha256 == load(text).sha256

@@ -66,7 +66,7 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
         assert load(marked, samples=100, length=8).sha256 == load(plain, samples=100, length=8).sha256
 
 
-def test_line_ends_of_windows_are_line_ends(tmp_path: Path) -> None:
+def test_line_ends_of_sequences_are_line_ends(tmp_path: Path) -> None:
     for plain in (write_text(tmp_path / "a.txt"), rows(tmp_path / "a.jsonl")):
         other = tmp_path / f"other{plain.suffix}"
         other.write_bytes(plain.read_bytes().replace(b"\n", b"\r\n"))

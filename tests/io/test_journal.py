@@ -92,8 +92,8 @@ def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: 
     def writes(number: int) -> bool:
         for round in range(10):
             journal = Journal(tmp_path / "journal", "key", shared=True)
-            journal.save("window", round % 2, {"w": torch.full((1000,), round % 2)}, {"round": round % 2})
-            found = journal.load("window", round % 2)
+            journal.save("sequence", round % 2, {"w": torch.full((1000,), round % 2)}, {"round": round % 2})
+            found = journal.load("sequence", round % 2)
             assert torch.equal(found[0]["w"], torch.full((1000,), round % 2)) and found[1] == {
                 "round": round % 2
             }
@@ -103,7 +103,9 @@ def test_several_share_a_journal_and_none_discards_what_another_wrote(tmp_path: 
         assert all(pool.map(writes, range(4)))
     assert len(list((tmp_path / "journal").iterdir())) == 2
     other = Journal(tmp_path / "journal", "other", shared=True)
-    assert not other.has("window", 0) and Journal(tmp_path / "journal", "key", shared=True).has("window", 0)
+    assert not other.has("sequence", 0) and Journal(tmp_path / "journal", "key", shared=True).has(
+        "sequence", 0
+    )
 
 
 def test_a_file_is_read_once_to_know_that_it_is_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

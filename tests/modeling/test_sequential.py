@@ -23,10 +23,10 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 96)  # 7 windows of 24 tokens: batches of 4 and 3
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 96)  # 7 sequences of 24 tokens: batches of 4 and 3
 
 
-def windows(vocabulary: int) -> Tensor:
+def sequences(vocabulary: int) -> Tensor:
     return torch.randint(1, vocabulary, (7, 24), generator=torch.Generator().manual_seed(1))
 
 
@@ -34,7 +34,7 @@ def windows(vocabulary: int) -> Tensor:
 @pytest.mark.parametrize("where", ["live", "on disk"])
 def test_the_blocks_one_by_one_give_the_logits_of_the_model(family: str, where: str, tmp_path: Path) -> None:
     model = pico(family)
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     with torch.no_grad():
         whole = model(tokens, use_cache=False).logits
     if where == "live":
@@ -50,7 +50,7 @@ def test_the_blocks_one_by_one_give_the_logits_of_the_model(family: str, where: 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -> None:
     model = pico(family)
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     read: dict[str, list[Tensor]] = {}
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     names = [
@@ -75,7 +75,7 @@ def test_moments_are_those_of_what_each_linear_reads_in_the_model(family: str) -
 
 def test_linears_that_read_one_input_share_one_matrix() -> None:
     model = pico("llama")
-    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences(100))
     layer = next(layers)  # in memory for as long as the walk stands at it
     moments = layer.moments()
     assert moments["self_attn.q_proj"] is moments["self_attn.v_proj"]
@@ -90,7 +90,7 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
     """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy
     have it."""
     model = pico(family).requires_grad_(False)
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     read: dict[str, dict[str, Tensor]] = {"full": {}, "changed": {}}
 
     def spy(kind: str, whole: nn.Module) -> None:
@@ -129,7 +129,7 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
 
 def test_a_pass_ends_where_its_group_has_read() -> None:
     model = pico("llama")
-    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100), reference=True)
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences(100), reference=True)
     layer = next(layers)
     ran: list[str] = []
     for name in ("self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"):
@@ -149,7 +149,7 @@ def test_a_pass_ends_where_its_group_has_read() -> None:
 
 def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not() -> None:
     model = pico("qwen3")
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     plain = [
         (layer.inputs, layer.targets)
         for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens, reference=True)
@@ -167,7 +167,7 @@ def test_later_blocks_see_what_became_of_earlier_ones_and_the_reference_does_not
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_are_outputs_by_inputs_whatever_way_they_are_stored(family: str) -> None:
     model = pico(family)
-    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), windows(100))
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences(100))
     layer = next(layers)
     hidden = layer.inputs[0]
     before = layer.run(hidden)
@@ -192,7 +192,7 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
     family: str, tmp_path: Path
 ) -> None:
     model = pico(family).requires_grad_(False)
-    tokens = windows(model.config.vocab_size)[:4]
+    tokens = sequences(model.config.vocab_size)[:4]
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     found = dict(output_fisher(resident, tokens, tmp_path, seed=3))
     assert sorted(found) == list(range(len(resident.layers)))
@@ -240,7 +240,7 @@ def test_the_fisher_matrix_predicts_the_divergence_of_a_small_error(tmp_path: Pa
 
 def test_the_heads_moments_are_those_of_the_normed_states() -> None:
     model = pico("llama", tie_word_embeddings=False)
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     for layer in walk(resident, tokens, through=True):
         last = layer
@@ -254,7 +254,7 @@ def test_the_heads_moments_are_those_of_the_normed_states() -> None:
 
 def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
     model = pico("llama", tie_word_embeddings=False)
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     for layer in walk(resident, tokens, reference=True, through=True):
         last = layer
@@ -276,7 +276,7 @@ def test_a_weight_with_nan_is_refused_by_name(tmp_path: Path) -> None:
     model.model.layers[1].mlp.up_proj.weight.data[3, 5] = float("nan")
     model.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"model\.layers\.1\.mlp\.up_proj\.weight: 1 of .* NaN or infinite"):
-        list(logits(DiskModel(tmp_path, CPU), windows(100)))
+        list(logits(DiskModel(tmp_path, CPU), sequences(100)))
 
 
 def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
@@ -288,12 +288,12 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
     }
     model.save_pretrained(tmp_path, state_dict=state)
     with pytest.raises(ModelError, match=r"no tensor for model\.layers\.1\.mlp\.up_proj\.weight"):
-        list(logits(DiskModel(tmp_path, CPU), windows(100)))
+        list(logits(DiskModel(tmp_path, CPU), sequences(100)))
 
 
 def test_the_tokens_of_each_expert_are_counted() -> None:
     model = pico("qwen3_moe")
-    tokens = windows(model.config.vocab_size)
+    tokens = sequences(model.config.vocab_size)
     for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens):
         assert layer.expert_tokens == {}
         layer.moments()

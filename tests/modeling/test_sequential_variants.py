@@ -47,7 +47,7 @@ by_family = pytest.mark.parametrize("family", MLP)
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 24)  # batches of 2, 2 and 1 windows
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 24)  # batches of 2, 2 and 1 sequences
 
 
 def model_of(family: str) -> PreTrainedModel:

@@ -31,19 +31,19 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
 
 
 @pytest.fixture(scope="module")
-def windows(spec: DataSpec) -> Tensor:
+def sequences(spec: DataSpec) -> Tensor:
     return load_data(spec, byte_tokenizer(), VOCABULARY, 96).evaluation
 
 
-def whole_logits(model: torch.nn.Module, windows: Tensor) -> Tensor:
+def whole_logits(model: torch.nn.Module, sequences: Tensor) -> Tensor:
     with torch.no_grad():
-        return model(windows, use_cache=False).logits.double()  # type: ignore[no-any-return]
+        return model(sequences, use_cache=False).logits.double()  # type: ignore[no-any-return]
 
 
 @pytest.mark.slow(keep=1)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
 def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
-    family: str, spec: DataSpec, windows: Tensor, tmp_path: Path
+    family: str, spec: DataSpec, sequences: Tensor, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family)
     config: Any = BitsAndBytesConfig(
@@ -54,7 +54,7 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
     byte_tokenizer().save_pretrained(tmp_path / "stock")
 
     dense = AutoModelForCausalLM.from_pretrained(base)
-    log_p = whole_logits(dense, windows).log_softmax(-1)
+    log_p = whole_logits(dense, sequences).log_softmax(-1)
     for name, module in stock.named_modules():
         if type(module).__name__ == "Linear4bit":
             target, weight = (
@@ -62,9 +62,9 @@ def test_a_stock_checkpoint_is_as_far_from_its_base_as_by_hand(
                 bitsandbytes_layout.dequantize(bitsandbytes_layout.packed_of(module)),
             )
             target.weight.data = weight.T if type(target).__name__ == "Conv1D" else weight
-    log_q = whole_logits(dense, windows).log_softmax(-1)
+    log_q = whole_logits(dense, sequences).log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-    nll = F.nll_loss(log_q[:, :-1].flatten(0, 1), windows[:, 1:].flatten())
+    nll = F.nll_loss(log_q[:, :-1].flatten(0, 1), sequences[:, 1:].flatten())
 
     found = evaluate(str(tmp_path / "stock"), against=str(base), data=spec)
     assert list(found.to_dict()) == [*KEYS, *AGAINST]

@@ -38,18 +38,18 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> DataSpec:
 
 
 @pytest.fixture(scope="module")
-def windows(spec: DataSpec) -> Tensor:
+def sequences(spec: DataSpec) -> Tensor:
     return load_data(spec, byte_tokenizer(), VOCABULARY, 96).evaluation
 
 
-def perplexity(folder: Path, windows: Tensor) -> float:
+def perplexity(folder: Path, sequences: Tensor) -> float:
     """That of a model as plain transformers loads it, with the weights that its 4-bit codes stand for."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     if getattr(model, "is_loaded_in_4bit", False):
         model = model.dequantize()
     with torch.no_grad():
-        scores = model(windows, use_cache=False).logits.double()
-    return math.exp(float(F.cross_entropy(scores[:, :-1].flatten(0, 1), windows[:, 1:].flatten())))
+        scores = model(sequences, use_cache=False).logits.double()
+    return math.exp(float(F.cross_entropy(scores[:, :-1].flatten(0, 1), sequences[:, 1:].flatten())))
 
 
 def is_linear(name: str) -> bool:
@@ -80,7 +80,7 @@ def assert_told(folder: Path, spec: DataSpec, *words: str) -> None:
 @pytest.mark.parametrize("double_quant", [False, True])
 @pytest.mark.parametrize("storage", ["bfloat16", "float16", "float32"])
 def test_4_bit_codes_that_are_stored_as_another_type_are_read(
-    storage: str, double_quant: bool, spec: DataSpec, windows: Tensor, tmp_path: Path
+    storage: str, double_quant: bool, spec: DataSpec, sequences: Tensor, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base")
     config: Any = BitsAndBytesConfig(
@@ -95,7 +95,7 @@ def test_4_bit_codes_that_are_stored_as_another_type_are_read(
     stored = load_file(tmp_path / "stock/model.safetensors")["model.layers.0.mlp.up_proj.weight"]
     assert stored.dtype == getattr(torch, storage)
     found = evaluate(str(tmp_path / "stock"), against=str(base), data=spec)
-    assert found.perplexity == pytest.approx(perplexity(tmp_path / "stock", windows), rel=1e-3)
+    assert found.perplexity == pytest.approx(perplexity(tmp_path / "stock", sequences), rel=1e-3)
     assert 0 < known(found.kl_nats_mean) < 0.5
     plain = Checkpoint.open(base).parameters
     assert Checkpoint.open(tmp_path / "stock", base=False).parameters == plain
@@ -124,11 +124,11 @@ def fp8(base: Path, folder: Path) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore")  # transformers tells that it dequantises without a GPU
-def test_fp8_is_measured_as_transformers_loads_it(spec: DataSpec, windows: Tensor, tmp_path: Path) -> None:
+def test_fp8_is_measured_as_transformers_loads_it(spec: DataSpec, sequences: Tensor, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base")
     folder = fp8(base, tmp_path / "fp8")
     found = evaluate(str(folder), against=str(base), data=spec)
-    assert found.perplexity == pytest.approx(perplexity(folder, windows), rel=1e-3)
+    assert found.perplexity == pytest.approx(perplexity(folder, sequences), rel=1e-3)
     assert 0 < known(known(found.kl_nats_mean)) < 0.1 and known(found.tokens_per_s) > 0
     assert found.size_bytes == (folder / "model.safetensors").stat().st_size
     turned = evaluate(str(base), against=str(folder), data=spec)  # as the base of another, too
@@ -231,7 +231,7 @@ def test_an_incomplete_model_and_pickles_are_refused(spec: DataSpec, tmp_path: P
 
 @pytest.mark.filterwarnings("ignore")
 def test_compressed_tensors_are_measured_where_their_package_is(
-    spec: DataSpec, windows: Tensor, tmp_path: Path
+    spec: DataSpec, sequences: Tensor, tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors", reason="compressed-tensors is not installed")
     base = save_base(tmp_path / "base")
@@ -256,12 +256,12 @@ def test_compressed_tensors_are_measured_where_their_package_is(
     }
     folder = rewritten(base, tmp_path / "model", said, tensors)
     found = evaluate(str(folder), against=str(base), data=spec)
-    assert found.perplexity == pytest.approx(perplexity(folder, windows), rel=1e-3)
+    assert found.perplexity == pytest.approx(perplexity(folder, sequences), rel=1e-3)
     assert 0 < known(found.kl_nats_mean) < 0.02
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_torchao_is_measured_where_it_is(spec: DataSpec, windows: Tensor, tmp_path: Path) -> None:
+def test_torchao_is_measured_where_it_is(spec: DataSpec, sequences: Tensor, tmp_path: Path) -> None:
     quantization = pytest.importorskip("torchao.quantization", reason="torchao is not installed")
     from transformers import TorchAoConfig
 
@@ -270,5 +270,5 @@ def test_torchao_is_measured_where_it_is(spec: DataSpec, windows: Tensor, tmp_pa
     AutoModelForCausalLM.from_pretrained(base, quantization_config=config).save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
     found = evaluate(str(tmp_path / "model"), against=str(base), data=spec)
-    assert found.perplexity == pytest.approx(perplexity(tmp_path / "model", windows), rel=1e-3)
+    assert found.perplexity == pytest.approx(perplexity(tmp_path / "model", sequences), rel=1e-3)
     assert 0 < known(found.kl_nats_mean) < 0.01

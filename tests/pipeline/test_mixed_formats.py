@@ -271,8 +271,8 @@ def test_the_most_hurt_are_those_that_cost_most_a_weight_and_fit() -> None:
 def test_the_cost_of_a_linear_is_the_error_of_its_block_in_the_metric() -> None:
     model = pico("llama", num_hidden_layers=1)
     coding = Quantize.model_validate({"format": "w4a4"}).coding(torch.float32)
-    windows = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
-    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows):
+    sequences = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences):
         fisher = Moments(64, CPU)
         fisher.add(torch.randn(500, 64, generator=torch.Generator().manual_seed(1)))
         found = costs(layer, {"mlp.down_proj": coding, "self_attn.q_proj": coding}, fisher.H_CC)

@@ -23,7 +23,7 @@ W, L, V = 12, 9, 37
 
 
 @pytest.fixture
-def windows() -> Tensor:
+def sequences() -> Tensor:
     return torch.randint(V, (W, L), generator=torch.Generator().manual_seed(1))
 
 
@@ -36,9 +36,9 @@ def cut(z: Tensor, batch: int) -> list[Tensor]:
     return [z[start : start + batch] for start in range(0, len(z), batch)]
 
 
-def reference(z: Tensor, windows: Tensor) -> Tensor:
+def reference(z: Tensor, sequences: Tensor) -> Tensor:
     """Negative log-likelihood of each predicted token, float64 [W, L - 1]."""
-    return -z.double().log_softmax(-1)[:, :-1].gather(-1, windows[:, 1:, None])[..., 0]
+    return -z.double().log_softmax(-1)[:, :-1].gather(-1, sequences[:, 1:, None])[..., 0]
 
 
 def llama() -> LlamaForCausalLM:
@@ -64,28 +64,28 @@ def digest(model: nn.Module) -> str:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("chunk", [1, 5 * V, 1 << 20])
 def test_every_number_agrees_with_float64_in_every_dtype_and_chunk(
-    windows: Tensor, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
+    sequences: Tensor, dtype: torch.dtype, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics, "CHUNK_ELEMENTS_CPU", chunk)
     base = logits(2, dtype)
     small = logits(3, dtype, near=base)
-    found = metrics.fidelity(cut(small, 5), windows, cut(base, 5))
+    found = metrics.fidelity(cut(small, 5), sequences, cut(base, 5))
     p, q = base.double().log_softmax(-1), small.double().log_softmax(-1)
     kl = (p.exp() * (p - q)).sum(-1).flatten()
-    assert found.perplexity == pytest.approx(float(reference(small, windows).mean().exp()), rel=1e-6)
-    assert found.base_perplexity == pytest.approx(float(reference(base, windows).mean().exp()), rel=1e-6)
+    assert found.perplexity == pytest.approx(float(reference(small, sequences).mean().exp()), rel=1e-6)
+    assert found.base_perplexity == pytest.approx(float(reference(base, sequences).mean().exp()), rel=1e-6)
     assert found.perplexity_ratio == pytest.approx(found.perplexity / known(found.base_perplexity), rel=1e-9)
     assert found.kl_nats_mean == pytest.approx(float(kl.mean()), abs=1e-6)
     assert found.kl_nats_p99 == pytest.approx(float(kl.sort().values[math.ceil(0.99 * W * L) - 1]), abs=2e-6)
     assert found.top1_agreement == pytest.approx(float((base.argmax(-1) == small.argmax(-1)).double().mean()))
     assert found.tokens == W * (L - 1)
-    assert torch.allclose(found.nll_nats, reference(small, windows).mean(-1), rtol=1e-6)
+    assert torch.allclose(found.nll_nats, reference(small, sequences).mean(-1), rtol=1e-6)
 
 
-def test_perplexity_alone_is_the_perplexity_beside_a_base(windows: Tensor) -> None:
+def test_perplexity_alone_is_the_perplexity_beside_a_base(sequences: Tensor) -> None:
     alone, beside = (
-        metrics.fidelity([logits(2)], windows),
-        metrics.fidelity([logits(2)], windows, [logits(3)]),
+        metrics.fidelity([logits(2)], sequences),
+        metrics.fidelity([logits(2)], sequences, [logits(3)]),
     )
     assert alone.perplexity == pytest.approx(beside.perplexity, rel=1e-6)
     assert alone.perplexity_ci95 == pytest.approx(beside.perplexity_ci95, rel=1e-6)
@@ -93,8 +93,8 @@ def test_perplexity_alone_is_the_perplexity_beside_a_base(windows: Tensor) -> No
     assert alone.base_perplexity is None
 
 
-def test_a_model_does_not_differ_from_itself(windows: Tensor) -> None:
-    found = metrics.fidelity([logits(2)], windows, [logits(2)])
+def test_a_model_does_not_differ_from_itself(sequences: Tensor) -> None:
+    found = metrics.fidelity([logits(2)], sequences, [logits(2)])
     assert found.facts() == {
         "kl_nats_mean": 0.0,
         "kl_nats_p99": 0.0,
@@ -104,12 +104,12 @@ def test_a_model_does_not_differ_from_itself(windows: Tensor) -> None:
     }
 
 
-def test_rounding_never_leaves_a_divergence_below_zero(windows: Tensor) -> None:
+def test_rounding_never_leaves_a_divergence_below_zero(sequences: Tensor) -> None:
     base = logits(2)
-    assert metrics.fidelity([base + 1e-6 * logits(3)], windows, [base]).kl_nats_mean == pytest.approx(
+    assert metrics.fidelity([base + 1e-6 * logits(3)], sequences, [base]).kl_nats_mean == pytest.approx(
         0, abs=1e-6
     )
-    assert metrics.fidelity([base + 5], windows, [base]).kl_nats_mean >= 0  # type: ignore[operator]
+    assert metrics.fidelity([base + 5], sequences, [base]).kl_nats_mean >= 0  # type: ignore[operator]
 
 
 def test_kl_is_of_the_base_against_the_model_and_counts_the_last_position() -> None:
@@ -121,26 +121,26 @@ def test_kl_is_of_the_base_against_the_model_and_counts_the_last_position() -> N
     assert found.perplexity == pytest.approx(2.0)
 
 
-def test_the_interval_is_the_bootstrap_over_windows(windows: Tensor) -> None:
-    found = metrics.fidelity([logits(2)], windows)
-    spread = float(found.nll_nats.std(correction=0)) / math.sqrt(W)  # of the mean of W drawn windows
+def test_the_interval_is_the_bootstrap_over_sequences(sequences: Tensor) -> None:
+    found = metrics.fidelity([logits(2)], sequences)
+    spread = float(found.nll_nats.std(correction=0)) / math.sqrt(W)  # of the mean of W drawn sequences
     low, high = (math.log(end / found.perplexity) for end in found.perplexity_ci95)
     assert low == pytest.approx(-1.96 * spread, rel=0.15)
     assert high == pytest.approx(1.96 * spread, rel=0.15)
-    assert metrics.fidelity([logits(2)], windows).perplexity_ci95 == found.perplexity_ci95
+    assert metrics.fidelity([logits(2)], sequences).perplexity_ci95 == found.perplexity_ci95
 
 
-def test_pairing_makes_the_interval_of_the_ratio_narrow(windows: Tensor) -> None:
+def test_pairing_makes_the_interval_of_the_ratio_narrow(sequences: Tensor) -> None:
     base = logits(2)
-    found = metrics.fidelity([logits(3, near=base)], windows, [base])
+    found = metrics.fidelity([logits(3, near=base)], sequences, [base])
     low, high = found.perplexity_ratio_ci95 or (0.0, 0.0)
     own_low, own_high = found.perplexity_ci95
     assert low < known(found.perplexity_ratio) < high
     assert high - low < 0.3 * (own_high - own_low) / found.perplexity
 
 
-def test_one_window_has_an_interval_without_width(windows: Tensor) -> None:
-    found = metrics.fidelity([logits(2)[:1]], windows[:1])
+def test_one_sequence_has_an_interval_without_width(sequences: Tensor) -> None:
+    found = metrics.fidelity([logits(2)[:1]], sequences[:1])
     assert found.perplexity_ci95 == pytest.approx((found.perplexity, found.perplexity), rel=1e-12)
 
 
@@ -161,7 +161,7 @@ def test_how_logits_are_cut_into_batches_changes_nothing(
     assert parts.perplexity_ci95[0] <= parts.perplexity <= parts.perplexity_ci95[1]
 
 
-def test_logits_are_asked_for_one_batch_at_a_time_and_progress_is_told(windows: Tensor) -> None:
+def test_logits_are_asked_for_one_batch_at_a_time_and_progress_is_told(sequences: Tensor) -> None:
     seen: list[tuple[int, int]] = []
 
     def batches() -> Iterator[Tensor]:
@@ -169,51 +169,51 @@ def test_logits_are_asked_for_one_batch_at_a_time_and_progress_is_told(windows: 
             assert len(seen) == place  # the batch before has been measured
             yield batch
 
-    metrics.fidelity(batches(), windows, progress=lambda done, of: seen.append((done, of)))
+    metrics.fidelity(batches(), sequences, progress=lambda done, of: seen.append((done, of)))
     assert seen == [(4, W), (8, W), (12, W)]
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("against", [False, True])
-def test_non_finite_logits_are_a_model_error(windows: Tensor, value: float, against: bool) -> None:
+def test_non_finite_logits_are_a_model_error(sequences: Tensor, value: float, against: bool) -> None:
     broken = logits(2)
     broken[3, 2, 5] = value
     with pytest.raises(
         ModelError, match=r"the model yields non-finite logits .*; check the checkpoint"
     ) as error:
-        metrics.fidelity([broken], windows, [logits(2)] if against else None)
+        metrics.fidelity([broken], sequences, [logits(2)] if against else None)
     assert "\n" not in str(error.value)
     with pytest.raises(ModelError, match="non-finite logits"):
-        metrics.fidelity([logits(2)], windows, [broken])
+        metrics.fidelity([logits(2)], sequences, [broken])
 
 
-def test_a_perplexity_beyond_all_numbers_is_a_model_error(windows: Tensor) -> None:
+def test_a_perplexity_beyond_all_numbers_is_a_model_error(sequences: Tensor) -> None:
     with pytest.raises(ModelError, match="the model is broken"):
-        metrics.fidelity([1e4 * logits(2)], windows)
+        metrics.fidelity([1e4 * logits(2)], sequences)
 
 
-def test_another_vocabulary_is_refused(windows: Tensor) -> None:
+def test_another_vocabulary_is_refused(sequences: Tensor) -> None:
     with pytest.raises(ModelError, match="predicts 37 tokens and its base 36: only models of one vocabulary"):
-        metrics.fidelity([logits(2)], windows, [logits(3)[..., :-1]])
+        metrics.fidelity([logits(2)], sequences, [logits(3)[..., :-1]])
     with pytest.raises(
         DataError, match=r"holds token 36, the vocabulary ends at 35: use the model's own tokenizer"
     ):
         metrics.fidelity([logits(2)[..., :-1]], torch.full((W, L), 36))
 
 
-def test_batches_that_do_not_fit_the_windows_are_a_mistake_of_the_caller(windows: Tensor) -> None:
-    with pytest.raises(ValueError, match="5 windows of logits for 12"):
-        metrics.fidelity([logits(2)[:5]], windows)
-    with pytest.raises(ValueError, match="do not continue windows"):
-        metrics.fidelity([logits(2), logits(2)], windows)
+def test_batches_that_do_not_fit_the_sequences_are_a_mistake_of_the_caller(sequences: Tensor) -> None:
+    with pytest.raises(ValueError, match="5 sequences of logits for 12"):
+        metrics.fidelity([logits(2)[:5]], sequences)
+    with pytest.raises(ValueError, match="do not continue sequences"):
+        metrics.fidelity([logits(2), logits(2)], sequences)
     with pytest.raises(
         ValueError, match=r"base's logits \[12, 9, 37\] are not beside the model's \[4, 9, 37\]"
     ):
-        metrics.fidelity(cut(logits(2), 4), windows, [logits(2)])
+        metrics.fidelity(cut(logits(2), 4), sequences, [logits(2)])
     with pytest.raises(ValueError, match="argument 2 is shorter"):
-        metrics.fidelity(cut(logits(2), 4), windows, [logits(2)[:4]])
-    with pytest.raises(ValueError, match=r"windows are \[W >= 1, L >= 2\], not \[12, 1\]"):
-        metrics.fidelity([logits(2)[:, :1]], windows[:, :1])
+        metrics.fidelity(cut(logits(2), 4), sequences, [logits(2)[:4]])
+    with pytest.raises(ValueError, match=r"sequences are \[W >= 1, L >= 2\], not \[12, 1\]"):
+        metrics.fidelity([logits(2)[:, :1]], sequences[:, :1])
 
 
 def test_bytes_are_those_of_the_files_that_transformers_loads(tmp_path: Path) -> None:
@@ -259,15 +259,15 @@ def test_speed_stays_within_the_positions_that_a_model_has() -> None:
     metrics.speed(model, torch.zeros(1, 40, dtype=torch.int64), repeats=1, budget_s=0.2)
 
 
-def test_measuring_leaves_the_model_as_it_was(windows: Tensor) -> None:
+def test_measuring_leaves_the_model_as_it_was(sequences: Tensor) -> None:
     model = llama().train()
     before = digest(model)
-    metrics.fidelity((model(batch).logits for batch in cut(windows, 4)), windows)
-    metrics.speed(model, windows, repeats=1, budget_s=0.2)
+    metrics.fidelity((model(batch).logits for batch in cut(sequences, 4)), sequences)
+    metrics.speed(model, sequences, repeats=1, budget_s=0.2)
     metrics.parameters(model)
     assert digest(model) == before
     assert model.training
-    model(windows).logits.sum().backward()  # no buffer was left behind that autograd refuses
+    model(sequences).logits.sum().backward()  # no buffer was left behind that autograd refuses
 
 
 def test_peak_memory_is_more_than_what_is_held_now() -> None:
@@ -277,12 +277,12 @@ def test_peak_memory_is_more_than_what_is_held_now() -> None:
 
 
 @pytest.mark.gpu
-def test_measuring_on_a_gpu_gives_the_numbers_of_the_cpu(windows: Tensor) -> None:
+def test_measuring_on_a_gpu_gives_the_numbers_of_the_cpu(sequences: Tensor) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA GPU, this machine has none")
     base, small = logits(2), logits(3)
-    there = metrics.fidelity([small.cuda()], windows, [base.cuda()])
-    here = metrics.fidelity([small], windows, [base])
+    there = metrics.fidelity([small.cuda()], sequences, [base.cuda()])
+    here = metrics.fidelity([small], sequences, [base])
     assert there.perplexity == pytest.approx(here.perplexity, rel=1e-5)
     assert there.kl_nats_mean == pytest.approx(here.kl_nats_mean, abs=1e-5)
     assert metrics.peak_memory_bytes("cuda") > 0

@@ -70,14 +70,14 @@ def test_scores_are_those_of_the_model(family: str) -> None:
         assert torch.equal(found.logits(found.product(torch.arange(18))), model(ids).logits.flatten(0, 1))
 
 
-def test_windows_come_once_each_in_an_order_of_the_seed_and_then_again() -> None:
+def test_sequences_come_once_each_in_an_order_of_the_seed_and_then_again() -> None:
     tokens = torch.arange(50)
-    windows = SequenceDataset(tokens, 8, 9, seed=1)
-    assert len(windows) == 9 and windows.windows_NL.shape == (6, 8)
-    first = torch.stack([windows[i]["input_ids"] for i in range(6)])
+    sequences = SequenceDataset(tokens, 8, 9, seed=1)
+    assert len(sequences) == 9 and sequences.ids_NL.shape == (6, 8)
+    first = torch.stack([sequences[i]["input_ids"] for i in range(6)])
     assert torch.equal(first.flatten().sort().values, tokens[:48])
     again, other = SequenceDataset(tokens, 8, 9, seed=1), SequenceDataset(tokens, 8, 9, seed=2)
-    assert torch.equal(again.order, windows.order) and not torch.equal(other.order, windows.order)
+    assert torch.equal(again.order, sequences.order) and not torch.equal(other.order, sequences.order)
 
 
 def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
@@ -88,9 +88,9 @@ def test_what_is_trained_on_neither_calibrates_nor_measures(text: Path) -> None:
         layers.evaluation, plain.evaluation
     )
     assert len(plain.training) == 0 and len(layers.training) == 200 * 16
-    trained = {tuple(window.tolist()) for window in layers.training.view(-1, 16)}
+    trained = {tuple(sequence.tolist()) for sequence in layers.training.view(-1, 16)}
     assert not trained & {
-        tuple(window.tolist()) for side in (layers.calibration, layers.evaluation) for window in side
+        tuple(sequence.tolist()) for side in (layers.calibration, layers.evaluation) for sequence in side
     }
 
 
@@ -390,8 +390,8 @@ def test_a_kept_teacher_is_not_asked_twice(text: Path, tmp_path: Path) -> None:
                 "notes"
             ][0]
         )
-    assert notes[0].startswith("the teacher was asked for 40 of 40 windows, 34 bytes a token")
-    assert notes[1].startswith("the teacher was asked for 0 of 40 windows")
+    assert notes[0].startswith("the teacher was asked for 40 of 40 sequences, 34 bytes per token")
+    assert notes[1].startswith("the teacher was asked for 0 of 40 sequences")
 
 
 @pytest.mark.slow(keep=1)

@@ -20,8 +20,8 @@ from llmcompress.formats import bitsandbytes_layout
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import untracked
 from llmcompress.stages.distill.teacher import (
+    SEQUENCE,
     SHARD,
-    WINDOW,
     CachedTeacher,
     LiveTeacher,
     TeacherOutput,
@@ -102,7 +102,7 @@ def test_a_teacher_is_in_use_and_does_not_learn() -> None:
     model = pico("gpt2", resid_pdrop=0.5, embd_pdrop=0.5, attn_pdrop=0.5)
     expected, teacher = logits(model), LiveTeacher(model.train().requires_grad_(), V)
     with torch.enable_grad():
-        found = teacher({"input_ids": IDS, "window": torch.arange(2)})
+        found = teacher({"input_ids": IDS, "sequence": torch.arange(2)})
     assert torch.equal(made(found.scores), expected)
     assert not any(tensor.requires_grad for tensor in (*found.hidden_BLD, *teacher.model.parameters()))
 
@@ -154,12 +154,12 @@ def test_what_the_kernels_do_not_take_stays_as_it_is() -> None:
 # kept on disk
 
 
-def windows(count: int, seed: int = 0, vocabulary: int = V) -> Tensor:
+def sequences(count: int, seed: int = 0, vocabulary: int = V) -> Tensor:
     return torch.randint(0, vocabulary, (count, L), generator=torch.Generator().manual_seed(seed))
 
 
 class Recorded(LiveTeacher):
-    """A teacher that remembers the windows that it was asked for."""
+    """A teacher that remembers the sequences that it was asked for."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         super().__init__(model, vocabulary)
@@ -182,7 +182,7 @@ def absent() -> LiveTeacher:
 def kept(
     folder: Path,
     teacher: LiveTeacher | Callable[[], LiveTeacher],
-    windows_NL: Tensor,
+    sequences_NL: Tensor,
     key: str = "one",
     k: int = K,
     temperature: float = 1.0,
@@ -191,15 +191,15 @@ def kept(
         folder,
         key,
         (lambda: teacher) if isinstance(teacher, LiveTeacher) else teacher,
-        windows_NL,
+        sequences_NL,
         k,
         temperature,
         untracked,
     )
 
 
-def batch(windows_NL: Tensor, *numbers: int) -> dict[str, Tensor]:
-    return {"input_ids": windows_NL[list(numbers)], WINDOW: torch.tensor(numbers)}
+def batch(sequences_NL: Tensor, *numbers: int) -> dict[str, Tensor]:
+    return {"input_ids": sequences_NL[list(numbers)], SEQUENCE: torch.tensor(numbers)}
 
 
 def files(folder: Path) -> list[Path]:
@@ -218,7 +218,7 @@ def same(a: TopK, b: TopK) -> bool:
 def test_what_was_kept_is_the_top_of_what_the_teacher_said(
     temperature: float, teacher: LiveTeacher, tmp_path: Path
 ) -> None:
-    text = windows(150)
+    text = sequences(150)
     found = kept(tmp_path, teacher, text, temperature=temperature)
     for numbers in ((0,), (149, 0, 64, 63), (70, 70), tuple(range(150))):
         recalled = found(batch(text, *numbers)).scores
@@ -231,7 +231,7 @@ def test_what_was_kept_is_the_top_of_what_the_teacher_said(
 
 
 def test_what_was_kept_teaches_as_the_teacher_does(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(6)
+    text = sequences(6)
     student = pico("llama", num_hidden_layers=1)
     own = output_of(student, student(**forward_arguments(text))).scores
     here = batch(text, *range(6))
@@ -242,8 +242,8 @@ def test_what_was_kept_teaches_as_the_teacher_does(teacher: LiveTeacher, tmp_pat
     assert abs(float(token_loss("forward_kl", teacher(here).scores, recalled))) < 1e-4
 
 
-def test_a_teacher_is_asked_once_for_each_window(tmp_path: Path) -> None:
-    recorded, text, calls = Recorded(pico("llama"), V), windows(150), 0
+def test_a_teacher_is_asked_once_for_each_sequence(tmp_path: Path) -> None:
+    recorded, text, calls = Recorded(pico("llama"), V), sequences(150), 0
 
     def once() -> LiveTeacher:
         nonlocal calls
@@ -261,7 +261,7 @@ def test_a_teacher_is_asked_once_for_each_window(tmp_path: Path) -> None:
 
 
 def test_of_a_longer_text_only_what_is_new_is_asked(tmp_path: Path) -> None:
-    text, recorded = windows(SHARD * 3), Recorded(pico("llama"), V)
+    text, recorded = sequences(SHARD * 3), Recorded(pico("llama"), V)
     kept(tmp_path, recorded, text[: SHARD + 30])
     recorded.seen.clear()
     longer = kept(tmp_path, recorded, text)
@@ -276,7 +276,7 @@ def test_of_a_longer_text_only_what_is_new_is_asked(tmp_path: Path) -> None:
 
 
 def test_one_that_was_interrupted_asks_only_for_the_rest(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(SHARD * 3)
+    text = sequences(SHARD * 3)
 
     def stopping(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
         assert (what, count) == ("ask the teacher", 3)
@@ -300,7 +300,7 @@ def flipped(data: bytes) -> bytes:
 
 @pytest.mark.slow
 def test_a_damaged_shard_is_asked_again(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(SHARD + 10)
+    text = sequences(SHARD + 10)
     here = batch(text, *range(SHARD + 10))
     expected = kept(tmp_path, teacher, text)(here).scores
     large = max(files(tmp_path), key=lambda path: path.stat().st_size)
@@ -315,7 +315,7 @@ def test_a_damaged_shard_is_asked_again(teacher: LiveTeacher, tmp_path: Path) ->
 
 
 def test_a_shard_under_the_name_of_another_is_not_taken_for_it(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(SHARD)
+    text = sequences(SHARD)
     kept(tmp_path, teacher, text, key="two")
     (theirs,) = files(tmp_path)
     expected = kept(tmp_path, teacher, text)(batch(text, 0)).scores
@@ -326,20 +326,20 @@ def test_a_shard_under_the_name_of_another_is_not_taken_for_it(teacher: LiveTeac
 
 
 def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(5)
+    text = sequences(5)
     kept(tmp_path, teacher, text)
     other = text.clone()
     other[4, -1] = (other[4, -1] + 1) % V
-    one: dict[str, Any] = {"windows_NL": text}
+    one: dict[str, Any] = {"sequences_NL": text}
     for change in (
         {"key": "another"},
         {"k": K + 1},
         {"temperature": 2.0},
-        {"windows_NL": other},
-        {"windows_NL": text.flip(0)},
-        {"windows_NL": text[:4]},
-        {"windows_NL": text.view(10, L // 2)},
-        {"windows_NL": text.flatten()[None]},
+        {"sequences_NL": other},
+        {"sequences_NL": text.flip(0)},
+        {"sequences_NL": text[:4]},
+        {"sequences_NL": text.view(10, L // 2)},
+        {"sequences_NL": text.flatten()[None]},
     ):
         with pytest.raises(AssertionError, match="asked again"):
             kept(tmp_path, absent, **one | change)
@@ -349,7 +349,7 @@ def test_nothing_of_another_teacher_setting_or_text_is_read(teacher: LiveTeacher
 
 
 def test_another_teacher_says_something_else(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text, other = windows(5), LiveTeacher(pico("llama", num_hidden_layers=1), V)
+    text, other = sequences(5), LiveTeacher(pico("llama", num_hidden_layers=1), V)
     mine, theirs = kept(tmp_path, teacher, text, "mine"), kept(tmp_path, other, text, "theirs")
     here = batch(text, *range(5))
     assert not same(mine(here).scores, theirs(here).scores)
@@ -358,7 +358,7 @@ def test_another_teacher_says_something_else(teacher: LiveTeacher, tmp_path: Pat
 
 @pytest.mark.parametrize(("vocabulary", "width"), [(1 << 16, 2), (70000, 4)])
 def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_path: Path) -> None:
-    text = windows(2)
+    text = sequences(2)
     large = LiveTeacher(pico("llama", vocab_size=vocabulary, num_hidden_layers=1), vocabulary)
     found, here = kept(tmp_path, large, text), batch(text, 1, 0)
     exact = top_k(large(here).scores, K)
@@ -372,7 +372,7 @@ def test_a_large_vocabulary_has_wider_indices(vocabulary: int, width: int, tmp_p
 def test_so_many_bytes_are_kept_of_a_token(
     k: int, numbers: int, teacher: LiveTeacher, tmp_path: Path
 ) -> None:
-    text = windows(SHARD + 3)
+    text = sequences(SHARD + 3)
     found = kept(tmp_path, teacher, text, k=k)
     assert found.token_bytes == 2 * numbers + 2 * (numbers + 1)
     stored = 0
@@ -390,13 +390,13 @@ def test_so_many_bytes_are_kept_of_a_token(
 
 
 def test_what_was_kept_of_a_sure_teacher_is_finite(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(2)
+    text = sequences(2)
     found = kept(tmp_path, teacher, text, k=4, temperature=1e-3)(batch(text, 0, 1)).scores
     assert bool(found.log_p_TK1.isfinite().all()) and float(found.log_p_TK1.min()) < -100
 
 
 def test_of_a_narrower_vocabulary_only_its_tokens_are_kept(tmp_path: Path) -> None:
-    text, model = windows(3, vocabulary=40), pico("llama")
+    text, model = sequences(3, vocabulary=40), pico("llama")
     found = kept(tmp_path, LiveTeacher(model, 40), text, k=K)(batch(text, 0, 1, 2)).scores
     expected = top_k(logits(model, text)[:, :40], K)
     assert torch.equal(found.index_TK, expected.index_TK) and int(found.index_TK.max()) < 40
@@ -412,12 +412,12 @@ def test_a_folder_that_can_not_be_written_is_told_in_one_line(
     with pytest.raises(
         OutputError, match=r"can't write .*; free space there or set LLMCOMPRESS_CACHE"
     ) as told:
-        kept(tmp_path / "file" / below, teacher, windows(2))
+        kept(tmp_path / "file" / below, teacher, sequences(2))
     assert "\n" not in str(told.value) and (tmp_path / "file").read_text() == "in the way"
 
 
 def test_a_shard_that_can_not_be_written_is_told_too(teacher: LiveTeacher, tmp_path: Path) -> None:
-    text = windows(2)
+    text = sequences(2)
     kept(tmp_path, teacher, text)
     (shard,) = files(tmp_path)
     shutil.rmtree(shard.parent)

@@ -228,20 +228,20 @@ def test_the_layer_that_goes_is_the_one_whose_absence_costs_least(text: Path, tm
 def test_the_loss_said_is_that_of_the_model_without_the_layer() -> None:
     model = pico("llama", num_hidden_layers=3)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
+    sequences = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        expected = model(windows).logits.log_softmax(-1)
+        expected = model(sequences).logits.log_softmax(-1)
         for gone in ((), (1,)):
             every: list[tuple[int, str | None]] = [(index, None) for index in range(len(source.layers))]
-            streams = without_each(source, windows, every, [(index, None) for index in gone])
-            full = without_each(source, windows, every)[None]
+            streams = without_each(source, sequences, every, [(index, None) for index in gone])
+            full = without_each(source, sequences, every)[None]
             found = divergences(source, full, {part[0]: states for part, states in streams.items() if part})
             assert found.keys() == set(range(3)) - set(gone)
             for index, kl in found.items():
                 less = pico("llama", num_hidden_layers=3)
                 for other in sorted({index, *gone}, reverse=True):
                     del less.model.layers[other]
-                seen = less(windows, use_cache=False).logits.log_softmax(-1)
+                seen = less(sequences, use_cache=False).logits.log_softmax(-1)
                 assert kl == pytest.approx(
                     float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-4
                 )

@@ -177,8 +177,8 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
     model.save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    windows = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(0))
-    for layer in walk(source, windows):
+    sequences = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(0))
+    for layer in walk(source, sequences):
         worth_E = experts.worth(layer)
         assert worth_E[[1, 4]].tolist() == [0, 0] and bool((worth_E[[0, 2, 3, 5]] > 0).all())
         tensors, lost = experts.cut(layer, 4)
@@ -195,8 +195,8 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
 
 def test_the_worth_of_an_expert_is_what_it_adds_to_the_tokens_sent_to_it() -> None:
     source = resident("qwen3_moe")
-    windows = torch.randint(1, 150, (2, 24), generator=torch.Generator().manual_seed(0))
-    layer = next(iter_ := walk(source, windows))
+    sequences = torch.randint(1, 150, (2, 24), generator=torch.Generator().manual_seed(0))
+    layer = next(iter_ := walk(source, sequences))
     seen: list[tuple[torch.Tensor, ...]] = []
     module = layer.module.get_submodule("mlp.experts")
     hook = module.register_forward_pre_hook(lambda _, args: seen.append(args))

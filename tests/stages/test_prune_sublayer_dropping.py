@@ -101,20 +101,23 @@ def test_attention_goes_where_it_says_nothing(family: str, text: Path, tmp_path:
 def test_the_loss_said_is_that_of_the_model_without_the_parts() -> None:
     model = pico("llama", num_hidden_layers=3)
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    windows = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
+    sequences = torch.randint(1, 150, (4, 24), generator=torch.Generator().manual_seed(0))
     every: list[tuple[int, str | None]] = [
         (i, reader) for i in range(3) for reader in ("self_attn.o_proj", "mlp.down_proj")
     ]
     already: list[tuple[int, str | None]] = [(1, "mlp.down_proj")]
-    streams, full = without_each(source, windows, every, already), without_each(source, windows, every)[None]
+    streams, full = (
+        without_each(source, sequences, every, already),
+        without_each(source, sequences, every)[None],
+    )
     found = divergences(source, full, {part: states for part, states in streams.items() if part})
     assert found.keys() == set(every) - set(already)
-    expected = model(windows).logits.detach().log_softmax(-1)
+    expected = model(sequences).logits.detach().log_softmax(-1)
     for part, kl in found.items():
         less = pico("llama", num_hidden_layers=3)
         for index, linear in (part, *already):
             silence(less, index, str(linear))
-        seen = less(windows).logits.detach().log_softmax(-1)
+        seen = less(sequences).logits.detach().log_softmax(-1)
         assert kl == pytest.approx(float((expected.exp() * (expected - seen)).sum(-1).mean()), rel=1e-3)
 
 

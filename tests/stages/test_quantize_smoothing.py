@@ -47,14 +47,14 @@ every_dtype = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 72)  # 8 windows of 24 tokens: batches of 3, 3 and 2
+    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 72)  # 8 sequences of 24 tokens: batches of 3, 3 and 2
 
 
 def layers(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[DecoderLayer]:
     """The layers of a model whose weights are stored in `dtype`."""
     cast(nn.Module, model).to(dtype)
-    windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
-    return walk(InMemoryModel(model.config, model.state_dict(), CPU), windows)
+    sequences = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
+    return walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences)
 
 
 def weights(layer: DecoderLayer) -> dict[str, Tensor]:
@@ -177,12 +177,12 @@ def test_a_channel_that_a_norm_shuts_off_stays_shut_off(family: str) -> None:
 
 def test_the_reference_does_not_notice_a_scale_that_crosses() -> None:
     model = pico("qwen2")
-    windows = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
+    sequences = torch.randint(1, 150, (8, 24), generator=torch.Generator().manual_seed(1))
     plain = [
         layer.targets
-        for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True)
+        for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences, reference=True)
     ]
-    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), windows, reference=True):
+    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences, reference=True):
         for key in layer.anatomy.scale_pairs:
             layer.cross(key, drawn(layer, key), torch.float32)
         layer.set_weight("mlp.down_proj", 0.5 * layer.weight("mlp.down_proj"))

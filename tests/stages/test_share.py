@@ -357,12 +357,12 @@ def test_the_loss_of_a_swap_is_that_of_the_model_with_it(text: Path, tmp_path: P
     base = save_base(tmp_path / "base", num_hidden_layers=3)
     told = recipe(text, base, {"share": {"layers": "kl", "groups": 2, "parts": ["attention"], "steps": 0}})
     facts = details(run_recipe(told, tmp_path / "out"))
-    windows = load_data(told.data, byte_tokenizer(), VOCABULARY, None).calibration
+    sequences = load_data(told.data, byte_tokenizer(), VOCABULARY, None).calibration
     with torch.no_grad():
-        expected, lost = cast(Any, load(base))(windows).logits.log_softmax(-1), {}
+        expected, lost = cast(Any, load(base))(sequences).logits.log_softmax(-1), {}
         for given_up, source in permutations(range(3), 2):
             other = alike("llama", "attention", source=source, target=given_up, num_hidden_layers=3)
-            had = cast(Any, other)(windows).logits.log_softmax(-1)
+            had = cast(Any, other)(sequences).logits.log_softmax(-1)
             lost[given_up, source] = float((expected.exp() * (expected - had)).sum(-1).mean())
     best = min(lost, key=lambda pair: lost[pair])
     assert facts["kl_nats"] == pytest.approx([lost[best]], rel=1e-4)

@@ -150,11 +150,11 @@ def test_sparsegpt_loses_less_than_wanda_and_wanda_less_than_magnitude(
 def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     """Against the second moments in the end, the error of a later linear is what the facts say."""
     model = pico("llama", num_hidden_layers=1)
-    windows = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
+    sequences = torch.randint(0, 160, (4, 24), generator=torch.Generator().manual_seed(0))
     stage = Sparsify.model_validate({"pattern": "2:4"})
     resident = InMemoryModel(model.config, model.state_dict(), CPU)
     layouts = {linear: SparseLayout("2:4", "float32") for linear in resident.anatomy.linears}
-    for layer in walk(resident, windows, reference=True):
+    for layer in walk(resident, sequences, reference=True):
         before = {linear: layer.weight(linear) for linear in layouts}
         tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(
             layer, layouts, lambda name: torch.float32

@@ -75,9 +75,9 @@ def calibration(told: Recipe) -> Tensor:
 
 
 @torch.no_grad()
-def kl_nats(base: PreTrainedModel, other: PreTrainedModel, windows: Tensor) -> float:
+def kl_nats(base: PreTrainedModel, other: PreTrainedModel, sequences: Tensor) -> float:
     """KL a token of one model's predictions from another's."""
-    wanted, had = (model(windows).logits.float().log_softmax(-1) for model in (base, other))
+    wanted, had = (model(sequences).logits.float().log_softmax(-1) for model in (base, other))
     return float((wanted.exp() * (wanted - had)).sum(-1).mean())
 
 
@@ -186,12 +186,12 @@ def test_a_base_of_16_bits_keeps_its_type(dtype: str, text: Path, tmp_path: Path
     ).save_pretrained(base)
     report = run_recipe(recipe(text, base), tmp_path / "out")
     assert {str(tensor.dtype) for tensor in weights_of(tmp_path / "out").values()} == {f"torch.{dtype}"}
-    windows = calibration(recipe(text, base))
+    sequences = calibration(recipe(text, base))
     whole, one = (
         AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         for folder in (base, tmp_path / "out")
     )
-    assert found(report)["kl_nats"] == pytest.approx(kl_nats(whole, one, windows), rel=1e-3), (
+    assert found(report)["kl_nats"] == pytest.approx(kl_nats(whole, one, sequences), rel=1e-3), (
         "not that of what is stored"
     )
 
@@ -207,9 +207,9 @@ def test_the_loss_said_is_that_of_the_predictions_on_the_calibration_text(
     base = untied(tmp_path / "base", "gpt2")
     told = recipe(text, base, tie(fit=fit))
     report = run_recipe(told, tmp_path / "out")
-    windows = calibration(told)
+    sequences = calibration(told)
     assert found(report)["kl_nats"] == pytest.approx(
-        kl_nats(load(base), load(tmp_path / "out"), windows), rel=1e-3
+        kl_nats(load(base), load(tmp_path / "out"), sequences), rel=1e-3
     )
     assert found(report)["fit"] == fit
     assert ("balance" in found(report)) == (fit == "least_squares")

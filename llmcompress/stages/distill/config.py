@@ -159,11 +159,12 @@ class DistillConfig(Settings):
                 )
 
     def tokens(self, length: int) -> int:
-        """How many tokens of text the stage trains on where windows of the data have `length`."""
+        """How many tokens of text the stage trains on where sequences of the data have `length`."""
         return self.steps * self.batch * (self.length or length)
 
     def micro(self, length: int) -> int:
-        """Windows that one process takes at once. Errors: CompressError where they don't divide the batch."""
+        """Sequences that one process takes at once. Errors: CompressError where they don't divide the
+        batch."""
         share, rest = divmod(self.batch, distributed.count())
         if rest or (self.micro_batch and share % self.micro_batch):
             at_once = f", {self.micro_batch} at once" if self.micro_batch else ""

@@ -2,7 +2,7 @@
 
 A layer of the student is held against the last of the teacher's layers that it stands for. Where widths
 differ, one linear takes the student's hidden states to the teacher's width: it begins at the least squares of
-some windows, learns with the student and is dropped when training is over. D the student's width, E the
+some sequences, learns with the student and is dropped when training is over. D the student's width, E the
 teacher's.
 """
 
@@ -32,7 +32,7 @@ class Matching:
     kind: HiddenKind
     hidden: float  # weights in the loss
     attention: float
-    unscored: int = 0  # positions at the start of a window that do not count
+    unscored: int = 0  # positions at the start of a sequence that do not count
 
     @classmethod
     def of(

@@ -1,7 +1,7 @@
 """Train what is left of a model to predict as the model did that the run began with, or as another one does.
 
 The student is what the stages before made of the base; teacher and student are whole in memory, in the
-working precision. Held-out windows, those that calibrate and are not trained on, tell when the student was
+working precision. Held-out sequences, those that calibrate and are not trained on, tell when the student was
 best, and that is what stays, or the student as it came if it never was better. An interrupted training goes
 on from its last checkpoint in the journal's folder.
 """
@@ -31,7 +31,7 @@ from llmcompress.stages.distill.config import WITHIN, DistillConfig
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching, projection_of
 from llmcompress.stages.distill.student import Student
 from llmcompress.stages.distill.teacher import (
-    WINDOW,
+    SEQUENCE,
     CachedTeacher,
     LiveTeacher,
     Teacher,
@@ -48,7 +48,7 @@ from llmcompress.stages.distill.trainer import (
 )
 
 STAGE, DONE = "distill", "distilled"
-HELD = 32  # windows that measure
+HELD = 32  # sequences that measure
 POINTS = 200  # of a curve in the report
 
 
@@ -157,11 +157,11 @@ class Distill(DistillConfig, Stage):
                 f"{self.batch} x {length}"
             )
         student = Student(model, self.train, self.rank, context.seed)
-        windows = SequenceDataset(
+        sequences = SequenceDataset(
             text, length, self.steps * self.batch, context.seed, self.on_policy, context.data.bos
         )
         held, notes = context.data.calibration[:HELD], list[str]()
-        objective = self._objective(model, student, context, windows, held, notes)
+        objective = self._objective(model, student, context, sequences, held, notes)
         earlier = last_checkpoint(folder)
         left = self.steps - (int(earlier.name.rpartition("-")[2]) if earlier else 0)
         watch = Watch(iter(context.track(range(left), f"distill ({self.loss})", left)))
@@ -170,8 +170,10 @@ class Distill(DistillConfig, Stage):
             objective=objective,
             model=student.trained,
             args=self.arguments(folder, model.device, length, context.seed, begins=earlier is None),
-            train_dataset=windows,
-            eval_dataset=[{"input_ids": window, WINDOW: torch.tensor(n)} for n, window in enumerate(held)],
+            train_dataset=sequences,
+            eval_dataset=[
+                {"input_ids": sequence, SEQUENCE: torch.tensor(n)} for n, sequence in enumerate(held)
+            ],
             callbacks=[watch, *([EarlyStoppingCallback(self.patience)] if self.patience else [])],
         )
         trainer.remove_callback(PrinterCallback)
@@ -196,7 +198,7 @@ class Distill(DistillConfig, Stage):
 
     def _told(self, broken_at: int | None, better: bool, tokens: int, length: int) -> list[str]:
         """What is to be known of a training that came to its end, with so many tokens of text, `length` of
-        them a window."""
+        them a sequence."""
         notes = []
         if broken_at is not None:
             notes.append(
@@ -216,7 +218,7 @@ class Distill(DistillConfig, Stage):
         model: LayerwiseModel,
         student: Student,
         context: Context,
-        windows: SequenceDataset,
+        sequences: SequenceDataset,
         held_NL: Tensor,
         notes: list[str],
     ) -> Objective:
@@ -232,7 +234,7 @@ class Distill(DistillConfig, Stage):
 
         def kept() -> list[CachedTeacher]:
             key = f"{source.digest()} {self.teacher_format} {model.dtype} {model.config.vocab_size}"
-            wanted = ((windows.windows_NL, self.temperature), (held_NL, 1.0))
+            wanted = ((sequences.ids_NL, self.temperature), (held_NL, 1.0))
             return [
                 CachedTeacher(context.cache, key, present, asked_NL, self.top_k, t, context.track)
                 for asked_NL, t in wanted
@@ -286,12 +288,12 @@ class Distill(DistillConfig, Stage):
 
 def _said_of(kept: Sequence[CachedTeacher]) -> str:
     """What was kept, in words."""
-    windows, size = sum(len(one.windows_NL) for one in kept), kept[0].token_bytes
+    sequences, size = sum(len(one.sequences_NL) for one in kept), kept[0].token_bytes
     asked_now = sum(one.asked for one in kept)
     return (
-        f"the teacher was asked for {asked_now} of {windows} windows, {size} bytes a token; the rest were in "
-        "the cache. KL on held-out windows counts all but the likeliest tokens as one, so it is never more "
-        "than in full"
+        f"the teacher was asked for {asked_now} of {sequences} sequences, {size} bytes per token; the rest "
+        "were in the cache. KL on held-out sequences counts all but the likeliest tokens as one, so it is "
+        "never more than in full"
     )
 
 

@@ -1,9 +1,9 @@
-"""The teacher of a distillation: a model whole in memory, or what it said of each window, kept on disk.
+"""The teacher of a distillation: a model whole in memory, or what it said of each sequence, kept on disk.
 
 What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2
 bytes a number in half precision, and 2 or 4 an index. It is found again by the teacher's weights and the
-window's tokens, so another recipe on the same text reads it too, and nothing that was said by another teacher
-or of other text is ever taken for it.
+sequence's tokens, so another recipe on the same text reads it too, and nothing that was said by another
+teacher or of other text is ever taken for it.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.stages.distill.student import whole
 
-SHARD = 64  # windows in a file
-WINDOW = "window"  # the number of a window among all that a teacher was asked, in a batch
+SHARD = 64  # sequences in a file
+SEQUENCE = "sequence"  # the number of a sequence among all that a teacher was asked, in a batch
 
 
 @dataclass(frozen=True, eq=False)
 class CachedOutput:
-    """What was kept of what a model said of B windows."""
+    """What was kept of what a model said of B sequences."""
 
     scores: TopK
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherOutput:
-    """What a model says of B windows of L tokens: of each next token, and, where asked for, on the way
+    """What a model says of B sequences of L tokens: of each next token, and, where asked for, on the way
     there."""
 
     scores: Scores
@@ -52,7 +52,7 @@ class TeacherOutput:
 
 
 class Teacher(Protocol):
-    """Whoever answers for a batch {input_ids [B, L], window [B]}."""
+    """Whoever answers for a batch {input_ids [B, L], sequence [B]}."""
 
     def __call__(
         self, batch: Mapping[str, Tensor], **forward_arguments: bool
@@ -126,7 +126,7 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
 
 
 class CachedTeacher:
-    """What a teacher said of N windows of L tokens, read from disk; what lacks there is asked of `teacher`
+    """What a teacher said of N sequences of L tokens, read from disk; what lacks there is asked of `teacher`
     first, once."""
 
     def __init__(
@@ -134,7 +134,7 @@ class CachedTeacher:
         folder: Path,
         key: str,
         teacher: Callable[[], LiveTeacher],
-        windows_NL: Tensor,
+        sequences_NL: Tensor,
         k: int,
         temperature: float,
         track: Track,
@@ -143,12 +143,12 @@ class CachedTeacher:
         key = hashlib.sha256(f"{key} {k} {temperature} {SHARD}".encode()).hexdigest()
         # two runs may ask for the same; both write the same
         self.journal = Journal(folder / key[:32], key, shared=True)
-        self.temperature, self.windows_NL = temperature, windows_NL
+        self.temperature, self.sequences_NL = temperature, sequences_NL
         self.shards: list[dict[str, Tensor]] = []
-        names = [_name(shard) for shard in windows_NL.split(SHARD)]
+        names = [_name(shard) for shard in sequences_NL.split(SHARD)]
         lacking = {
             name: shard
-            for name, shard in zip(names, windows_NL.split(SHARD), strict=True)
+            for name, shard in zip(names, sequences_NL.split(SHARD), strict=True)
             if not self._has(name)
         }
         self.asked = sum(map(len, lacking.values()))
@@ -164,7 +164,7 @@ class CachedTeacher:
 
     def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
         for name in track(lacking, "ask the teacher", len(lacking)):
-            found = [self._top(teacher, windows, k) for windows in batches_of(lacking[name])]
+            found = [self._top(teacher, sequences, k) for sequences in batches_of(lacking[name])]
             index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             small = (
                 index.to(torch.uint16).view(torch.int16)
@@ -184,8 +184,8 @@ class CachedTeacher:
         return sum(tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.shards[0].values())
 
     def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> CachedOutput:
-        """What it said of the windows of the batch."""
-        where, device = [divmod(int(n), SHARD) for n in batch[WINDOW]], batch["input_ids"].device
+        """What it said of the sequences of the batch."""
+        where, device = [divmod(int(n), SHARD) for n in batch[SEQUENCE]], batch["input_ids"].device
         index, log_p = (
             torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device)
             for part in ("index", "log_p")
@@ -195,7 +195,7 @@ class CachedTeacher:
         return CachedOutput(TopK(index.long(), log_p.float().log_softmax(-1), self.temperature))
 
 
-def _name(windows_NL: Tensor) -> str:
-    return hashlib.sha256(f"{tuple(windows_NL.shape)}".encode() + windows_NL.numpy().tobytes()).hexdigest()[
-        :32
-    ]
+def _name(sequences_NL: Tensor) -> str:
+    return hashlib.sha256(
+        f"{tuple(sequences_NL.shape)}".encode() + sequences_NL.numpy().tobytes()
+    ).hexdigest()[:32]

@@ -1,9 +1,9 @@
 """A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and
 what it is asked.
 
-Windows are drawn by seed, so that an interrupted training goes on with the very windows that come next. The
-logits of neither model are ever made whole: the loss takes hidden states and head (`methods.losses`), inside
-the student's own forward pass, where a model whose weights are spread over devices has its head.
+Sequences are drawn by seed, so that an interrupted training goes on with the very sequences that come next.
+The logits of neither model are ever made whole: the loss takes hidden states and head (`methods.losses`),
+inside the student's own forward pass, where a model whose weights are spread over devices has its head.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from llmcompress.io.safetensors_writer import discard, put
 from llmcompress.modeling.sequential import next_tokens
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
 from llmcompress.stages.distill.teacher import (
-    WINDOW,
+    SEQUENCE,
     CachedOutput,
     Teacher,
     TeacherOutput,
@@ -46,12 +46,12 @@ from llmcompress.stages.distill.teacher import (
     output_of,
 )
 
-OWN = "own"  # in a batch: which windows the student is to go on with by itself
+OWN = "own"  # in a batch: which sequences the student is to go on with by itself
 
 
 class SequenceDataset(Dataset[dict[str, Tensor]]):
-    """`count` windows of `length` tokens of a text, each once in an order drawn by seed, then each once more
-    in another.
+    """`count` sequences of `length` tokens of a text, each once in an order drawn by seed, then each once
+    more in another.
 
     Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is
     marked for the student to write.
@@ -61,13 +61,13 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
         self, tokens_T: Tensor, length: int, count: int, seed: int, own: float = 0.0, bos: int | None = None
     ) -> None:
         text = length - int(bos is not None)
-        self.windows_NL, self.count = (
+        self.ids_NL, self.count = (
             with_bos(tokens_T[: len(tokens_T) // text * text].view(-1, text), bos),
             count,
         )
-        generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.windows_NL)))
+        generator, rounds = torch.Generator().manual_seed(seed), -(-count // max(1, len(self.ids_NL)))
         self.order = torch.cat(
-            [torch.randperm(len(self.windows_NL), generator=generator) for _ in range(rounds)]
+            [torch.randperm(len(self.ids_NL), generator=generator) for _ in range(rounds)]
         )[:count]
         self.own = torch.rand(count, generator=generator) < own
 
@@ -76,7 +76,7 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = self.order[index]
-        return {"input_ids": self.windows_NL[number], WINDOW: number, OWN: self.own[index]}
+        return {"input_ids": self.ids_NL[number], SEQUENCE: number, OWN: self.own[index]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +91,7 @@ class Objective:
     examiner: Teacher  # of what is held out
     matching: Matching | None = None
     generator: int | None = None  # the seed of what the student writes itself, if it does
-    unscored: int = 0  # positions at the start of a window whose predictions do not count
+    unscored: int = 0  # positions at the start of a sequence whose predictions do not count
 
     def loss(
         self,
@@ -117,7 +117,7 @@ def measured(
     """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student
     found.
 
-    What is predicted at the first `unscored` positions of a window counts in neither.
+    What is predicted at the first `unscored` positions of a sequence counts in neither.
     """
     scores = output_of(student, found).scores
     nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL, unscored).flatten())
@@ -140,7 +140,7 @@ def answering(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
-    """The first half of each window, and the other half as the model goes on by itself, drawn from what it
+    """The first half of each sequence, and the other half as the model goes on by itself, drawn from what it
     predicts.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
@@ -172,7 +172,7 @@ class DistillTrainer(Trainer):
     student: PreTrainedModel
     objective: Objective
     loss_is_scaled_for_ga = (
-        False  # windows are of one length, so the mean of micro-batches' means is the batch's
+        False  # sequences are of one length, so the mean of micro-batches' means is the batch's
     )
 
     def __init__(self, *, student: PreTrainedModel, objective: Objective, **settings: Any) -> None:
@@ -190,7 +190,7 @@ class DistillTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The loss of a batch {input_ids [B, L], window [B], own [B]}, a scalar with gradient."""
+        """The loss of a batch {input_ids [B, L], sequence [B], own [B]}, a scalar with gradient."""
         objective, ids = self.objective, self._written(inputs)
         more = objective.matching.asked if objective.matching else {}
         taught = objective.teacher({**inputs, "input_ids": ids}, **more) if objective.teacher else None
@@ -204,7 +204,7 @@ class DistillTrainer(Trainer):
         ids, own, seed = inputs["input_ids"], inputs[OWN], self.objective.generator
         if seed is None or not own.any():
             return ids
-        draw = (seed << 40) + (self.state.global_step << 20) + int(inputs[WINDOW][0])
+        draw = (seed << 40) + (self.state.global_step << 20) + int(inputs[SEQUENCE][0])
         return ids.index_copy(0, own.nonzero()[:, 0], continued(self.student, ids[own], draw % 2**63))
 
     def prediction_step(

@@ -59,12 +59,12 @@ def greedy(
 
     Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
     """
-    windows = _sample(context)
+    sequences = _sample(context)
     gone: list[Part] = []
     kl_nats: list[float] = []
     full: list[Tensor] = []
     for _ in context.track(_while(lambda: more(gone)), "prune (kl)", steps):
-        streams = without_each(model, windows, candidates, gone)
+        streams = without_each(model, sequences, candidates, gone)
         full = full or streams[None]
         cut = {part: states for part, states in streams.items() if part is not None}
         losses = divergences(model, full, cut, context.data.unscored)
@@ -76,9 +76,9 @@ def greedy(
 
 
 def _sample(context: Context) -> Tensor:
-    """The windows that decide."""
-    windows = context.data.calibration
-    return windows[: -(-SAMPLE // windows.shape[1])]
+    """The sequences that decide."""
+    sequences = context.data.calibration
+    return sequences[: -(-SAMPLE // sequences.shape[1])]
 
 
 def _while(condition: Callable[[], bool]) -> Iterator[None]:

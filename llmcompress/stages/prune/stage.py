@@ -393,12 +393,12 @@ class Prune(Budget, Stage):
             find_fisher(model, context)
         if self.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
             return
-        windows = context.data.calibration
-        windows = windows[: -(-TOKENS // windows.shape[1])]
+        sequences = context.data.calibration
+        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
         consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.axes}
         unscored = context.data.unscored
         found = gradients(
-            model, windows, context.scratch, following, tuple(consumers.values()), unscored=unscored
+            model, sequences, context.scratch, following, tuple(consumers.values()), unscored=unscored
         )
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
             worth = {

@@ -73,7 +73,7 @@ def settle_outer(
 
 @torch.no_grad()
 def _entry(
-    model: LayerwiseModel, chosen: Mapping[str, QuantScheme], windows: Tensor
+    model: LayerwiseModel, chosen: Mapping[str, QuantScheme], sequences: Tensor
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What a rotation changed, in the type of the base, and the embedding's codes, with its errors."""
     name, outer = model.anatomy.embedding, dict[str, Tensor]()
@@ -87,15 +87,15 @@ def _entry(
     W_VD = model.model.get_parameter(f"{name}.weight").data
     codes_VD, scale_V = round_rows(W_VD)
     packed = IntegerWeight(codes_VD.cpu(), scale_V.cpu(), coding.scheme)
-    facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, windows)}
+    facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, sequences)}
     return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {
         "linears": [facts]
     }
 
 
-def _errors(W_VD: Tensor, packed: IntegerWeight, windows: Tensor) -> dict[str, float]:
+def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> dict[str, float]:
     """Of the rows as the text looks them up, and of the whole matrix."""
-    counts_V, rows = torch.bincount(windows.flatten(), minlength=len(W_VD)), max(1, PIECE // W_VD.shape[1])
+    counts_V, rows = torch.bincount(sequences.flatten(), minlength=len(W_VD)), max(1, PIECE // W_VD.shape[1])
     squares = []
     for start in range(0, len(W_VD), rows):
         W, codes, scale = (x[start : start + rows] for x in (W_VD, packed.codes_RC, packed.scale_R))

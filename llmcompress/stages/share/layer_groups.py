@@ -42,9 +42,9 @@ def find(
     likeness = _likeness(model, context, linears)
     if by != "kl":
         return {"groups": agglomerate(likeness[by], count)}
-    windows = context.data.calibration
-    windows = windows[: -(-SAMPLE // windows.shape[1])]
-    full = variants(model, windows, {})[None]
+    sequences = context.data.calibration
+    sequences = sequences[: -(-SAMPLE // sequences.shape[1])]
+    full = variants(model, sequences, {})[None]
     taken = [_with_weights_of(model, linears, source) for source in range(layers)]
     given_up: dict[int, int] = {}  # layer -> the one whose weights it has
     kl_nats: list[float] = []
@@ -56,7 +56,7 @@ def find(
         losses: dict[tuple[int, int], float] = {}
         for start in range(0, len(edits), AT_ONCE):
             some = dict(list(edits.items())[start : start + AT_ONCE])
-            streams = variants(model, windows, some)
+            streams = variants(model, sequences, some)
             swapped = {pair: states for pair, states in streams.items() if pair is not None}
             losses |= divergences(model, full, swapped, context.data.unscored)
         best = min(losses, key=lambda pair: (losses[pair], pair))
@@ -104,10 +104,10 @@ def _with_weights_of(model: LayerwiseModel, linears: Sequence[str], source: int)
 @torch.no_grad()
 def _likeness(model: LayerwiseModel, context: Context, linears: Sequence[str]) -> dict[str, Tensor]:
     """Between any two layers: the cosine of their weights, and the CKA of what the part puts out."""
-    windows = context.data.calibration
+    sequences = context.data.calibration
     weights: list[Tensor] = []
     outputs: list[Tensor] = []
-    for layer in walk(model, windows[: -(-TOKENS // windows.shape[1])]):
+    for layer in walk(model, sequences[: -(-TOKENS // sequences.shape[1])]):
         weights.append(torch.cat([layer.weight(linear).flatten() for linear in linears]).cpu())
         last = next(group for group in layer.anatomy.consumers if linears[-1] in group)
         read = torch.cat([read[last[0]].flatten(0, -2) for read, _ in layer.reads(last)])

@@ -239,12 +239,12 @@ class Share(Stage):
 
     def _fit_all(self, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> None:
         journal, groups = context.journal, self.groups_of(model, context.journal)
-        windows = context.data.calibration
-        windows = windows[: -(-TOKENS // windows.shape[1])]
+        sequences = context.data.calibration
+        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
         if not all(journal.has(FIT, number) for number in range(len(groups))):
             find_fisher(model, context)
             needed = {index for group in groups for index in group}
-            for layer in walk(model, windows):
+            for layer in walk(model, sequences):
                 if layer.index in needed:
                     with writing(context.scratch):
                         states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
@@ -253,7 +253,7 @@ class Share(Stage):
             enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)
         ):
             if not journal.has(FIT, number):
-                journal.save(FIT, number, *self._fit(model, context, group, linears, windows))
+                journal.save(FIT, number, *self._fit(model, context, group, linears, sequences))
         done: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
         for number, group in enumerate(groups):
             tensors, facts = journal.load(FIT, number)
@@ -280,7 +280,7 @@ class Share(Stage):
         context: Context,
         group: Sequence[int],
         linears: Sequence[str],
-        windows: Tensor,
+        sequences: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before
         and after."""
@@ -288,7 +288,7 @@ class Share(Stage):
         for index in group:
             states = load_file(context.scratch / f"entering-{index}.safetensors")
             entering[index] = [states[str(i)] for i in range(len(states))]
-        with together(model, windows, entering) as layers:
+        with together(model, sequences, entering) as layers:
             members = [_Member(layer, linears, fisher(context, layer.index)) for layer in layers]
             start = min(
                 (self._start(members, source) for source in members), key=lambda own: _total(members, own)

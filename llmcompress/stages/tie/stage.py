@@ -140,17 +140,17 @@ class Tie(Stage):
 
 
 class _Trial:
-    """What the model's predictions lose with other weights outside its layers, on some windows of the
+    """What the model's predictions lose with other weights outside its layers, on some sequences of the
     calibration text."""
 
     def __init__(self, model: LayerwiseModel, context: Context) -> None:
-        windows = context.data.calibration
-        self.model, self.windows = model, windows[: -(-SAMPLE // windows.shape[1])]
+        sequences = context.data.calibration
+        self.model, self.sequences = model, sequences[: -(-SAMPLE // sequences.shape[1])]
         self.unscored = context.data.unscored
         self.full = self._states()
 
     def _states(self) -> Sequence[Tensor]:
-        *_, last = walk(self.model, self.windows, through=True)
+        *_, last = walk(self.model, self.sequences, through=True)
         return [hidden[:, self.unscored :] for hidden in last.inputs]
 
     def kl_nats(self, made: Mapping[str, Tensor]) -> float:
@@ -206,18 +206,18 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
 def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """How often each token is seen or said (twice), what the model feels of its embedding, and what its head
     reads."""
-    anatomy, windows = model.anatomy, context.data.calibration
+    anatomy, sequences = model.anatomy, context.data.calibration
     V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
-    seen_V = torch.bincount(windows.flatten(), minlength=V).to(model.device, torch.float32)
+    seen_V = torch.bincount(sequences.flatten(), minlength=V).to(model.device, torch.float32)
     said_V, moments = torch.zeros(V, device=model.device), Moments(D, model.device)
-    *_, last = walk(model, windows, through=True)
+    *_, last = walk(model, sequences, through=True)
     with head_reads(model) as read:
         for hidden in last.inputs:
             said_V += (
                 leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
             )
             moments.add(read.pop())
-    sample = windows[: -(-SAMPLE // windows.shape[1])]
+    sample = sequences[: -(-SAMPLE // sequences.shape[1])]
     with torch.enable_grad():
         unscored = context.data.unscored
         *_, (_, F_DD) = output_fisher(
@@ -230,5 +230,5 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
             F_DD = P_DE.T @ F_DD @ P_DE
     # one weight of a row for both: with two, rare tokens lose the one row or the other, and the model with
     # them. And no row is without any: what the calibration text lacks comes in other texts
-    rows_V = seen_V + said_V + windows.numel() / V
+    rows_V = seen_V + said_V + sequences.numel() / V
     return rows_V, rows_V, F_DD, moments.H_CC
