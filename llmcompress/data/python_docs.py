@@ -3,7 +3,8 @@ everywhere.
 
 It is the `help()` topics and the docstrings of the standard library, about 2 MB to calibrate on and a tenth
 of it to evaluate on. Sources are parsed with `ast` and never imported, so nothing runs and nothing is missed
-for want of a dependency; that costs about four seconds, once a process.
+for want of a dependency. That takes about four seconds, so the text is kept in the cache folder until one of
+the sources changes.
 """
 
 from __future__ import annotations
@@ -11,16 +12,23 @@ from __future__ import annotations
 import ast
 import functools
 import hashlib
+import json
+import logging
 import sysconfig
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from llmcompress.errors import DataError
+from llmcompress.errors import DataError, OutputError, first_line
+from llmcompress.io.cache import cache_folder
+from llmcompress.io.safetensors_writer import put
+
+logger = logging.getLogger(__name__)
+Sides = tuple[str, str]  # calibration and evaluation text
 
 
 @functools.cache
-def python_docs() -> tuple[str, str]:
+def python_docs() -> Sides:
     """The documentation that this Python carries, as (calibration, evaluation) text: about 2 MB and a tenth
     of it.
 
@@ -30,8 +38,57 @@ def python_docs() -> tuple[str, str]:
     sources are not installed.
     """
     library = Path(sysconfig.get_path("stdlib"))
-    documents = dict(_topics(library / "pydoc_data" / "topics.py"))
-    documents.update(_docstrings(library))
+    topics, sources = library / "pydoc_data" / "topics.py", _sources(library)
+    try:
+        kept = cache_folder() / "python-docs" / f"{_stamp([topics, *sources])}.json"
+    except OutputError:  # no folder is this user's own
+        return _read(library, topics, sources)
+    if (known := _known(kept)) is not None:
+        return known
+    sides = _read(library, topics, sources)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        put(kept, json.dumps({"sides": sides, "sha256": _digest(sides)}))
+    except OSError as error:  # it is parsed anew the next time
+        logger.debug("%s is not kept: %s", kept, first_line(error))
+    return sides
+
+
+def _sources(library: Path) -> list[Path]:
+    """The files of the standard library, tests and installed packages left out, in order of their names."""
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    files = sorted(library.rglob("*.py"))
+    return [file for file in files if not left_out.intersection(file.relative_to(library).parts)]
+
+
+def _stamp(files: Sequence[Path]) -> str:
+    """A digest that changes with any of the files and with how they are read."""
+    stamps = [
+        (str(file), found.st_size, found.st_mtime_ns)
+        for file in files
+        if file.is_file() and (found := file.stat())
+    ]
+    return hashlib.sha256(Path(__file__).read_bytes() + repr(stamps).encode()).hexdigest()[:32]
+
+
+def _digest(sides: Sides) -> str:
+    return hashlib.sha256("\0".join(sides).encode()).hexdigest()
+
+
+def _known(file: Path) -> Sides | None:
+    """What was kept; None where nothing was, or it is damaged."""
+    try:
+        found = json.loads(file.read_bytes())
+        calibration, evaluation = found["sides"]
+        return (calibration, evaluation) if _digest((calibration, evaluation)) == found["sha256"] else None
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+
+
+def _read(library: Path, topics: Path, sources: Sequence[Path]) -> Sides:
+    """The text of both sides. Errors: DataError."""
+    documents = dict(_topics(topics))
+    documents.update(_docstrings(library, sources))
     sides: tuple[list[str], list[str]] = ([], [])
     seen: set[str] = set()
     for digest, name in sorted((hashlib.sha256(name.encode()).digest(), name) for name in documents):
@@ -56,13 +113,9 @@ def _topics(file: Path) -> Iterator[tuple[str, list[str]]]:
                 yield f"topic {topic}", [text.strip()]
 
 
-def _docstrings(library: Path) -> Iterator[tuple[str, list[str]]]:
-    """The docstrings of each file of the standard library, outer before inner; tests and installed packages
-    left out."""
-    for file in sorted(library.rglob("*.py")):
-        name = file.relative_to(library)
-        if {"test", "tests", "idle_test", "site-packages", "dist-packages"}.intersection(name.parts):
-            continue
+def _docstrings(library: Path, sources: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
+    """The docstrings of each file of the standard library, outer before inner."""
+    for file in sources:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # invalid escapes in old sources
@@ -81,7 +134,7 @@ def _docstrings(library: Path) -> Iterator[tuple[str, list[str]]]:
                 if hasattr(node, "body") or hasattr(node, "cases")
                 for child in _statements(node)
             ]
-        yield name.as_posix(), [text for text in dict.fromkeys(texts) if text]
+        yield file.relative_to(library).as_posix(), [text for text in dict.fromkeys(texts) if text]
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:

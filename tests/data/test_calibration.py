@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import random
 import re
+import sysconfig
 from pathlib import Path
+from typing import Any
 
 import pyarrow  # type: ignore[import-untyped, unused-ignore]
 import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
@@ -18,6 +20,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
+from llmcompress.data import python_docs as python_docs_module
 from llmcompress.data.calibration import DEMO_MODEL, CalibrationData, _chunks, _tokenise, load_data
 from llmcompress.data.local_files import file_texts
 from llmcompress.data.python_docs import python_docs
@@ -351,6 +354,46 @@ def test_python_docs_hold_topics_and_docstrings_once_each() -> None:
     assert not {text for text in ours & theirs if len(text) > 200}
     assert "Inspect" in calibration + evaluation and "Traceback" in calibration + evaluation
     assert any(json.JSONDecoder.__doc__.strip().splitlines()[0] in side for side in (calibration, evaluation))  # type: ignore[union-attr]
+
+
+def test_python_docs_are_parsed_once_and_again_where_what_was_kept_is_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = tmp_path / "library"
+    (library / "pydoc_data").mkdir(parents=True)
+    (library / "pydoc_data" / "topics.py").write_text("topics = {'a': 'About a.'}")
+    for number in range(40):
+        (library / f"module_{number}.py").write_text(f'"""Module {number}."""')
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(library))
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
+    parsed: list[Path] = []
+    plain = python_docs_module._read
+
+    def counting(library: Path, *files: Any) -> tuple[str, str]:
+        parsed.append(library)
+        return plain(library, *files)
+
+    monkeypatch.setattr(python_docs_module, "_read", counting)
+
+    def read() -> tuple[str, str]:
+        python_docs_module.python_docs.cache_clear()
+        return python_docs_module.python_docs()
+
+    try:
+        first = read()
+        assert "About a." in "".join(first) and all("Module" in side for side in first)
+        assert read() == first and len(parsed) == 1
+        (kept,) = (tmp_path / "cache" / "python-docs").iterdir()
+        for damaged in (b"", b"[]", kept.read_bytes().replace(b"Module 7.", b"Module 8."), b"\xff"):
+            kept.write_bytes(damaged)
+            before = len(parsed)
+            assert read() == first and len(parsed) == before + 1
+        (library / "module_1.py").write_text('"""Another module."""')
+        assert "Another module." in "".join(read())
+        monkeypatch.setenv("LLMCOMPRESS_CACHE", str(kept))  # a file, where nothing can be kept
+        assert "Another module." in "".join(read())
+    finally:
+        python_docs_module.python_docs.cache_clear()
 
 
 def test_the_demo_model_reads_python_docs() -> None:
