@@ -40,8 +40,8 @@ def head(device: torch.device | None = None) -> Head:
     return Head(
         command=shlex.join(["python", "-m", "evaluation", *options]),
         commit=commit(),
-        hardware=about["device"],
-        versions=about["versions"],
+        hardware=about.device,
+        versions=about.versions,
     )
 
 

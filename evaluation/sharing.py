@@ -55,7 +55,7 @@ def largest(
     """The candidate that leaves most parameters, but not more than so many."""
     found: tuple[int, Settings | None] = (0, None)
     for candidate in candidates:
-        left = outline_after(kind.model_validate(candidate), model)
+        left = outline_after(kind.model_validate(candidate).result(model), model)
         count = left.parameters()
         if found[0] < count <= most:
             found = count, candidate

@@ -18,10 +18,6 @@ from transformers.core_model_loading import (
 from transformers.core_model_loading import rename_source_key as rename_source_key
 from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bitDeserialize
 from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK as INTEGRATION_TO_CALLBACK
-from transformers.integrations.integration_utils import (
-    get_available_reporting_integrations as get_available_reporting_integrations,
-)
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
 from transformers.pytorch_utils import Conv1D as Conv1D
@@ -29,3 +25,17 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUT
 from transformers.quantizers.base import HfQuantizer as HfQuantizer
 from transformers.utils import logging as logging
 from transformers.utils.import_utils import is_peft_available as is_peft_available
+
+
+def trackers() -> list[str]:
+    """The experiment trackers that the Trainer reports to, by name."""
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # imports the Trainer's
+
+    return sorted(INTEGRATION_TO_CALLBACK)
+
+
+def available_trackers() -> list[str]:
+    """Those of them whose package is installed here."""
+    from transformers.integrations.integration_utils import get_available_reporting_integrations
+
+    return list(get_available_reporting_integrations())

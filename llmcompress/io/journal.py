@@ -7,8 +7,9 @@ import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -18,6 +19,16 @@ from llmcompress.io.safetensors_writer import Shard, discard, put, sync_folder, 
 
 KEY = "key"  # the file that holds it
 Stamp = tuple[int, int, int]  # of a file: size, time of the last change in nanoseconds, inode
+
+
+class JournalFacts(BaseModel):
+    """What an entry holds beside its tensors; each kind of entry declares its own fields."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+NO_FACTS = JournalFacts()
+Kind = TypeVar("Kind", bound=JournalFacts)
 
 
 class Journal:
@@ -48,8 +59,8 @@ class Journal:
                 folder.mkdir(parents=True, exist_ok=True)
                 put(stored, key)
 
-    def get(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
-        """A finished layer's tensors and facts; None where it isn't finished or not sound."""
+    def get(self, stage: str, layer: int) -> dict[str, Tensor] | None:
+        """A finished layer's tensors; None where it isn't finished or not sound."""
         file = self.file(stage, layer)
         if not os.path.lexists(file):
             return None
@@ -58,11 +69,12 @@ class Journal:
             metadata = handle.metadata()
             tensors = {name: handle.get_tensor(name) for name in sorted(handle.keys())}
             if self._is_known(file):
-                return tensors, json.loads(metadata["facts"])
+                return tensors
             digest = tensors_digest(tensors, metadata["facts"])
+            json.loads(metadata["facts"])
             if metadata["key"] == self.key and metadata["sha256"] == digest:
                 self._sound[file.name] = _stamp(file)
-                return tensors, json.loads(metadata["facts"])
+                return tensors
         except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
             pass  # in whatever way it is damaged
         self.damaged.add(file.name)
@@ -79,14 +91,25 @@ class Journal:
         except OSError:
             return False
 
-    def load(self, stage: str, layer: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """A finished layer's tensors and facts. Errors: KeyError where `has` is False."""
+    def load(self, stage: str, layer: int) -> dict[str, Tensor]:
+        """A finished layer's tensors. Errors: KeyError where `has` is False."""
         if (found := self.get(stage, layer)) is None:
             raise KeyError(f"{stage} {layer}")
         return found
 
-    def save(self, stage: str, layer: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]) -> None:
-        """Write a finished layer, whole or not at all; facts must be JSON values."""
+    def facts(self, stage: str, layer: int, kind: type[Kind]) -> Kind:
+        """A finished layer's facts, which were saved as such a `kind`; its tensors are not read again.
+
+        Errors: KeyError where `has` is False.
+        """
+        if not self.has(stage, layer):
+            raise KeyError(f"{stage} {layer}")
+        return kind.model_validate_json(opened(self.file(stage, layer)).metadata()["facts"])
+
+    def save(
+        self, stage: str, layer: int, tensors: Mapping[str, Tensor], facts: JournalFacts = NO_FACTS
+    ) -> None:
+        """Write a finished layer, whole or not at all."""
         with (
             writing(self.folder),
             tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch,
@@ -94,7 +117,7 @@ class Journal:
             shard = Shard(Path(scratch) / "layer")
             for name, tensor in sorted(tensors.items()):
                 shard.add(name, tensor)
-            text = json.dumps(dict(facts), sort_keys=True)
+            text = json.dumps(facts.model_dump(), sort_keys=True)
             shard.close({"key": self.key, "facts": text, "sha256": tensors_digest(tensors, text)})
             file = self.file(stage, layer)
             if file.is_dir():

@@ -41,11 +41,11 @@ def number(value: float | None) -> str:
     return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
-def percent(value: float | None) -> str:
-    """A share of one as 97.80 %."""
+def measured_percent(value: float | None) -> str:
+    """A measured share of one, to two decimals: 97.80 %."""
     return NONE if value is None else f"{100 * value:.2f} %"
 
 
-def share_of(share: float) -> str:
-    """A share of one with three digits at most: 75 %, 12.5 %."""
+def asked_percent(share: float) -> str:
+    """A share of one that somebody asked for, as briefly as it is: 75 %, 12.5 %."""
     return f"{100 * share:.3g} %"

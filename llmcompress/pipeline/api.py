@@ -11,14 +11,14 @@ from typing import Any, overload
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.data.sources import DataSpec
-from llmcompress.errors import ModelError, RecipeError
+from llmcompress.errors import RecipeError
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import Plan, plan_recipe
-from llmcompress.pipeline.resolve import Base, config_of, data_of, find_base
+from llmcompress.pipeline.resolve import Base, config_of, data_of, find_base, name_of, require_tokenizer
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe import shipped
 from llmcompress.recipe.recipe import Recipe
@@ -105,10 +105,10 @@ def compress(
             told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track
         )
     with scratch_folder() as folder, no_progress_bar():
-        words = _given(tokenizer)
+        words = require_tokenizer(tokenizer)
         model.save_pretrained(folder)
         words.save_pretrained(folder)
-        base = Base(str(model.config._name_or_path or type(model).__name__), folder, None)
+        base = Base(name_of(model), folder, None)
         return run_recipe(
             told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track
         )
@@ -154,18 +154,10 @@ def _in_memory(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The model in memory, with its tokenizer."""
     if isinstance(model, PreTrainedModel):
-        return model, _given(tokenizer)
+        return model, require_tokenizer(tokenizer)
     name = recipe.base if model is None else os.fspath(model)
     found = find_base(name, recipe.revision if model is None else None)
     config_of(found.folder, base=True)
     with no_progress_bar():
         loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(found.folder, dtype="auto")
     return loaded.eval(), tokenizer or tokenizer_of(found.folder)
-
-
-def _given(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    if tokenizer is None:
-        raise ModelError(
-            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
-        )
-    return tokenizer

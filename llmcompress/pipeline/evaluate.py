@@ -22,7 +22,6 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.data.sources import DataSpec
-from llmcompress.errors import ModelError
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.foreign import WholeModel, foreign_method
@@ -31,7 +30,14 @@ from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.model_config import defaults, load_config
 from llmcompress.modeling.sequential import Track, untracked
 from llmcompress.modeling.sequential import logits as walked
-from llmcompress.pipeline.resolve import calibration_data, config_of, find_base, pick_device
+from llmcompress.pipeline.resolve import (
+    calibration_data,
+    config_of,
+    find_base,
+    name_of,
+    pick_device,
+    require_tokenizer,
+)
 from llmcompress.report.metrics import Speed, fidelity, speed
 
 SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
@@ -100,11 +106,7 @@ def evaluate(
     """
     where = pick_device(device)
     subject = _opened(model, where)
-    words = tokenizer or subject.tokenizer
-    if words is None:
-        raise ModelError(
-            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
-        )
+    words = require_tokenizer(tokenizer or subject.tokenizer)
     spec = DataSpec().with_text(data) if isinstance(data, str) else data or DataSpec()
     text = calibration_data(subject, spec, words)
     sequences, unscored = text.evaluation, text.unscored
@@ -147,7 +149,7 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
 def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
     """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
     forward."""
-    name = str(model.config._name_or_path or type(model).__name__)
+    name = name_of(model)
     stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
     size = sum(stored.values())
     if getattr(model.config, "quantization_config", None) is not None:

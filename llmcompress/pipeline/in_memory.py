@@ -27,16 +27,17 @@ from llmcompress.integrations.plain_modules import let_resize
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.memory_store import MemoryStore
-from llmcompress.pipeline.report_facts import report_of
+from llmcompress.pipeline.report_facts import model_facts, report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
+    name_of,
     require_same_vocabulary,
     resolve,
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
-from llmcompress.report.schema import CostFacts, ModelFacts, Report
+from llmcompress.report.schema import CostFacts, Report
 
 
 def apply_recipe(
@@ -72,20 +73,20 @@ def apply_recipe(
     base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
     ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (source, base_model))
     measured = fidelity(ours, text.scored, theirs)
-    name = str(model.config._name_or_path or type(model).__name__)
-    before = ModelFacts(
-        model=name,
+    name = name_of(model)
+    before = model_facts(
+        name,
+        measured.base_perplexity,
+        measured.base_perplexity_ci95,
         parameters=parameters(model),
         size_bytes=_size(state),
-        perplexity=measured.base_perplexity,
-        perplexity_ci95=measured.base_perplexity_ci95,
     )
-    after = ModelFacts(
-        model=name,
+    after = model_facts(
+        name,
+        measured.perplexity,
+        measured.perplexity_ci95,
         parameters=source.parameters() - _zeros(store),
         size_bytes=_stored_size(store),
-        perplexity=measured.perplexity,
-        perplexity_ci95=measured.perplexity_ci95,
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     report = report_of(recipe, before, after, measured, text, facts, cost, where)

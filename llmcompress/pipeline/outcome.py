@@ -75,14 +75,14 @@ class Outcome:
         """A journal's entry at a time: layer by layer, the head, and what changed outside."""
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
         for name, index in [*names, (OUTER, 0)]:
-            if (entry := self.journal.get(name, index)) is not None and entry[0]:
-                for tensor, value in entry[0].items():
+            if (entry := self.journal.get(name, index)) is not None and entry:
+                for tensor, value in entry.items():
                     if value.is_floating_point() and not bool(torch.isfinite(value).all()):
                         raise ModelError(
                             f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond "
                             f"{value.dtype}; take a sound base, or leave the layer or the stage out"
                         )
-                yield self._read(entry[0])
+                yield self._read(entry)
 
     def _read(self, tensors: Mapping[str, Tensor]) -> Entry:
         linears: dict[str, StoredWeight] = {}
@@ -132,10 +132,8 @@ def names_of(tensor: str, model: LayerwiseModel) -> list[str]:
     return model.sources.get(tensor, []) if isinstance(model, DiskModel) else []
 
 
-def outline_after(stage: Stage, model: LayerwiseModel) -> MetaModel:
-    """The outline of what a stage leaves, as far as that is known before it is done. Errors: ModelError where
-    it can't be."""
-    result = stage.result(model)
+def outline_after(result: StageResult, model: LayerwiseModel) -> MetaModel:
+    """The outline of the model that a stage with such a `result` leaves of `model`."""
     config = changed(model.config, result.config) if result.config else model.config
     numbered = {
         renumbered(name, model.anatomy.layers, result.removed_layers): dtype

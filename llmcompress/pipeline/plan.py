@@ -69,7 +69,7 @@ def plan_recipe(
         stage.require_possible(model, before, recipe.data.seed)
         before.append(stage.result(model))
         work = Workload(spec.samples * length, length, rate, rows[-1].size_bytes)
-        left = outline_after(stage, model)
+        left = outline_after(stage.result(model), model)
         left.model.tie_weights()
         estimate = stage.estimate(model, left, work)
         rows.append(_row(left, estimate))

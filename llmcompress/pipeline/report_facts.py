@@ -9,13 +9,11 @@ import torch
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import Fidelity, environment
+from llmcompress.report.metrics import Fidelity, Speed, environment
 from llmcompress.report.schema import (
     DATA_PLACE,
     CostFacts,
     DataFacts,
-    EnvironmentFacts,
-    FidelityFacts,
     ModelFacts,
     Report,
     StageFacts,
@@ -38,7 +36,7 @@ def report_of(
         recipe=recipe.origin,
         base=before,
         compressed=after,
-        fidelity=FidelityFacts.model_validate(measured.facts()),
+        fidelity=measured.facts(),
         data=DataFacts(
             source=text.spec.source,
             **_place(text.spec),
@@ -49,7 +47,31 @@ def report_of(
         ),
         stages=tuple(stages),
         cost=cost,
-        environment=EnvironmentFacts.model_validate(environment(device)),
+        environment=environment(device),
+    )
+
+
+def model_facts(
+    name: str,
+    perplexity: float | None,
+    ci95: tuple[float, float] | None,
+    *,
+    parameters: int,
+    size_bytes: int,
+    revision: str | None = None,
+    speed: Speed | None = None,
+) -> ModelFacts:
+    """One model as measured; without `speed` where it was not timed."""
+    return ModelFacts(
+        model=name,
+        revision=revision,
+        parameters=parameters,
+        size_bytes=size_bytes,
+        perplexity=perplexity,
+        perplexity_ci95=ci95,
+        tokens_per_s=speed.prefill_tokens_per_s if speed else None,
+        decode_tokens_per_s=speed.decode_tokens_per_s if speed else None,
+        memory_bytes=speed.memory_bytes if speed else None,
     )
 
 

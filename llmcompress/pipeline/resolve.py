@@ -70,6 +70,20 @@ def find_base(
     return Base(repo, folder, commit)
 
 
+def name_of(model: PreTrainedModel) -> str:
+    """What a report calls a model in memory: where it came from, else its class."""
+    return str(model.config._name_or_path or type(model).__name__)
+
+
+def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """The tokenizer given with a model in memory. Errors: ModelError where there is none."""
+    if tokenizer is None:
+        raise ModelError(
+            "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
+        )
+    return tokenizer
+
+
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
     """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows,
     or an adapter is beside it.

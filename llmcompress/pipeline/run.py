@@ -8,11 +8,10 @@ again with the same arguments and goes on.
 
 from __future__ import annotations
 
+import logging
 import time
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,7 +29,7 @@ from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
-from llmcompress.pipeline.report_facts import report_of
+from llmcompress.pipeline.report_facts import model_facts, report_of
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -44,10 +43,12 @@ from llmcompress.pipeline.resolve import (
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import Fidelity, fidelity, peak_memory_bytes
+from llmcompress.report.metrics import Fidelity, Speed, fidelity, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
 SOURCES = ("*.py", "*.c", "*.h")  # of this package
+
+logger = logging.getLogger(__name__)
 
 
 def run_recipe(
@@ -133,44 +134,31 @@ def _measure(
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
     ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
     measured = fidelity(ours, text.scored, theirs)
-    before = ModelFacts(
-        model=base.name,
-        revision=base.revision,
+    before = model_facts(
+        base.name,
+        measured.base_perplexity,
+        measured.base_perplexity_ci95,
         parameters=base_model.checkpoint.parameters,
         size_bytes=base_model.checkpoint.size_bytes,
-        perplexity=measured.base_perplexity,
-        perplexity_ci95=measured.base_perplexity_ci95,
-        **_speed_of_base(base.folder, text, device),
+        revision=base.revision,
+        speed=_speed_of_base(base.folder, text, device),
     )
-    after = ModelFacts(
-        model=out,
+    after = model_facts(
+        out,
+        measured.perplexity,
+        measured.perplexity_ci95,
         parameters=written.checkpoint.parameters,
         size_bytes=written.checkpoint.size_bytes,
-        perplexity=measured.perplexity,
-        perplexity_ci95=measured.perplexity_ci95,
-        **_speed(folder, text, device),
+        speed=speed_of(folder, text.evaluation, device),
     )
     return before, after, measured
 
 
-def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> dict[str, Any]:
-    """The speed of the base; nothing where it can't be timed here, for the work of hours does not depend on
+def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:
+    """The speed of the base; None where it can't be timed here, for the work of hours does not depend on
     it."""
     try:
-        return _speed(folder, text, device)
+        return speed_of(folder, text.evaluation, device)
     except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
-        warnings.warn(
-            f"{folder} can't be timed ({first_line(error)}), so the report has no speed of it", stacklevel=2
-        )
-        return {}
-
-
-def _speed(folder: Path, text: CalibrationData, device: torch.device) -> dict[str, Any]:
-    fast = speed_of(folder, text.evaluation, device)
-    if fast is None:
-        return {}
-    return {
-        "tokens_per_s": fast.prefill_tokens_per_s,
-        "decode_tokens_per_s": fast.decode_tokens_per_s,
-        "memory_bytes": fast.memory_bytes,
-    }
+        logger.warning("%s can't be timed (%s), so the report has no speed of it", folder, first_line(error))
+        return None

@@ -71,7 +71,7 @@ def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
     for stage in recipe.stages:
         stage.require_possible(model, before, recipe.data.seed)
         before.append(stage.result(model))
-        model = outline_after(stage, model)
+        model = outline_after(before[-1], model)
 
 
 def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFacts:
@@ -90,12 +90,6 @@ def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFac
             f"{len(damaged)} files of the journal were damaged on the disk ({min(damaged)}), and what they "
             "held was done again"
         )
-    fixed = {
-        "name": facts.name,
-        "linears": facts.linears,
-        "kept": facts.kept,
-        "notes": facts.notes,
-        "per_layer": facts.per_layer,
-    }
-    require_numbers(facts.details | fixed, f"stage {stage.name}")
-    return StageFacts.model_validate(facts.details | fixed | {"seconds": time.monotonic() - start})
+    told = facts.report()
+    require_numbers(told, f"stage {stage.name}")
+    return StageFacts.model_validate(told | {"seconds": time.monotonic() - start})

@@ -110,14 +110,10 @@ def _purpose(stages: Sequence[Stage]) -> str:
     """The section of the list that a recipe stands in."""
     coded = [stage.bits[0] for stage in stages if stage.bits is not None]
     sections = [stage.section for stage in stages if stage.bits is None and stage.section != TRAINED]
+    if coded and sections:
+        return "prune and quantise"
     if coded:
-        return (
-            "prune and quantise"
-            if sections
-            else "8 bits per weight"
-            if max(coded) >= 8
-            else "4 bits per weight"
-        )
+        return "8 bits per weight" if max(coded) >= 8 else "4 bits per weight"
     return next((section for section in PURPOSES[::-1] if section in sections), TRAINED)
 
 

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from llmcompress.io.units import NONE, amount, duration, number, percent
+from llmcompress.io.units import NONE, amount, duration, measured_percent, number
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
 WORST = 5
@@ -86,7 +86,7 @@ def fidelity_rows(report: Report) -> Rows:
     return [
         ("KL(base || compressed), mean", nats(facts.kl_nats_mean)),
         ("KL, 99th percentile", nats(facts.kl_nats_p99)),
-        ("top-1 agreement", percent(facts.top1_agreement)),
+        ("top-1 agreement", measured_percent(facts.top1_agreement)),
         ("perplexity ratio [95 %]", with_interval(facts.perplexity_ratio, facts.perplexity_ratio_ci95)),
     ]
 
@@ -102,19 +102,20 @@ def worst_rows(report: Report, shown: int = WORST) -> Rows:
     """(linear, format, bits, relative error), largest error first."""
     worst = sorted(report.linears, key=lambda linear: -linear.relative_error)[:shown]
     return [
-        (linear.name, linear.format, number(linear.bits), percent(linear.relative_error)) for linear in worst
+        (linear.name, linear.format, number(linear.bits), measured_percent(linear.relative_error))
+        for linear in worst
     ]
 
 
 def training_rows(report: Report) -> Rows:
-    """(loss, steps, KL on held-out text before and after, share won back) of each stage that trained."""
+    """(loss, steps, KL on held-out text before and after, share recovered) of each stage that trained."""
     return [
         (
             training.loss,
             steps(training),
             nats(training.kl_before),
             nats(training.kl_after),
-            percent(training.won_back),
+            measured_percent(training.recovered),
         )
         for training in report.trainings
     ]
@@ -132,7 +133,7 @@ def time_rows(report: Report) -> Rows:
     times = [(stage.name, stage.seconds) for stage in report.stages]
     times.append(("load, measure, write", max(0.0, whole - sum(seconds for _, seconds in times))))
     return [
-        (name, duration(seconds), percent(seconds / whole) if whole else NONE)
+        (name, duration(seconds), measured_percent(seconds / whole) if whole else NONE)
         for name, seconds in [*times, ("all", whole)]
     ]
 
@@ -147,7 +148,7 @@ def print_report(report: Report, console: Console) -> None:
     _print(
         console,
         "training",
-        ("loss", "steps", "held-out KL before", "after", "won back"),
+        ("loss", "steps", "held-out KL before", "after", "recovered"),
         training_rows(report),
     )
     _print(console, "where the time went", ("stage", "time", "share"), time_rows(report))
@@ -179,7 +180,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
         ("tokens/s, writing", amount(get("decode_tokens_per_s"))),
         ("KL(base || model), mean", nats(get("kl_nats_mean"))),
         ("KL, 99th percentile", nats(get("kl_nats_p99"))),
-        ("top-1 agreement", percent(get("top1_agreement"))),
+        ("top-1 agreement", measured_percent(get("top1_agreement"))),
     ]
     _print(console, str(get("model", "")), ("", "value"), [row for row in rows if row[1] != NONE])
 
@@ -193,8 +194,8 @@ def print_reproduction(
         ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
         (
             "top-1 agreement",
-            percent(reported.fidelity.top1_agreement),
-            percent(again.fidelity.top1_agreement),
+            measured_percent(reported.fidelity.top1_agreement),
+            measured_percent(again.fidelity.top1_agreement),
         ),
         (
             "bytes on disk",

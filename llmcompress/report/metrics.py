@@ -21,13 +21,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress.errors import DataError, ModelError
+from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
 
 # of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width from seed to seed
 RESAMPLES = 2000
@@ -35,7 +35,6 @@ CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a c
 CHUNK_ELEMENTS_GPU = 1 << 25  # ... and 128 MB keeps a GPU busy
 
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,10 +57,15 @@ class Fidelity:
     perplexity_ratio: float | None = None  # model / base; its interval resamples both on the same sequences
     perplexity_ratio_ci95: Interval | None = None
 
-    def facts(self) -> dict[str, float | Interval | None]:
+    def facts(self) -> FidelityFacts:
         """The `fidelity` section of report.json."""
-        names = ("kl_nats_mean", "kl_nats_p99", "top1_agreement", "perplexity_ratio", "perplexity_ratio_ci95")
-        return {name: getattr(self, name) for name in names}
+        return FidelityFacts(
+            kl_nats_mean=self.kl_nats_mean,
+            kl_nats_p99=self.kl_nats_p99,
+            top1_agreement=self.top1_agreement,
+            perplexity_ratio=self.perplexity_ratio,
+            perplexity_ratio_ci95=self.perplexity_ratio_ci95,
+        )
 
 
 @torch.no_grad()
@@ -371,9 +375,8 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def environment(device: torch.device | str | None = None) -> dict[str, Any]:
-    """{"versions": {package: version}, "device": words}: what a number in a report depends on besides the
-    recipe.
+def environment(device: torch.device | str | None = None) -> EnvironmentFacts:
+    """What a number in a report depends on besides the recipe: versions of packages, and the device in words.
 
     `device` is where the work was done; without it, the first GPU if torch sees one.
     """
@@ -386,7 +389,7 @@ def environment(device: torch.device | str | None = None) -> dict[str, Any]:
     words = f"{_cpu_name()}, {torch.get_num_threads()} threads"
     if torch.cuda.is_available() and (device is None or torch.device(device).type == "cuda"):
         words = f"{torch.cuda.get_device_name(device)}; {words}"
-    return {"versions": versions, "device": words}
+    return EnvironmentFacts(versions=versions, device=words)
 
 
 def _cpu_name() -> str:

@@ -19,7 +19,7 @@ from llmcompress import hub
 from llmcompress.data.calibration import DEMO
 from llmcompress.io.local_names import is_path, short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
-from llmcompress.io.units import amount, number, percent
+from llmcompress.io.units import amount, measured_percent, number
 from llmcompress.report.console import (
     Rows,
     before_after,
@@ -285,7 +285,8 @@ def _trained(training: TrainingFacts) -> str:
         )
     return (
         f"{settings}: KL(teacher || student) on held-out text went from {number(training.kl_before)} to "
-        f"{nats(training.kl_after)} at step {training.best[0]:,}, {percent(training.won_back)} won back."
+        f"{nats(training.kl_after)} at step {training.best[0]:,}, "
+        f"{measured_percent(training.recovered)} recovered."
     )
 
 

@@ -183,7 +183,7 @@ class TrainingFacts(_OpenFacts):
         return min(self.points, key=lambda point: point[1])
 
     @property
-    def won_back(self) -> float | None:
+    def recovered(self) -> float | None:
         """The share of the KL that training took away; None where there was nothing to win."""
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
 

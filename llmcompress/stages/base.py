@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.registry import RewrittenLayout
 from llmcompress.formats.schemes import QuantScheme
-from llmcompress.io.journal import Journal
+from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
 
@@ -81,22 +81,57 @@ class Context:
     track: Track
 
 
+class LinearRecord(JournalFacts):
+    """What became of one linear: its format, bits per weight, and what that cost.
+
+    `relative_error` is |Y - Y'| / |Y| of the outputs Y on the calibration text, `weight_error` the same of
+    the weights.
+    """
+
+    name: str
+    format: str
+    bits: float
+    relative_error: float
+    weight_error: float
+
+
+class LayerRecord(JournalFacts):
+    """What became of one layer, as journal and report have it; a stage adds fields of its own."""
+
+    name: str
+    linears: tuple[LinearRecord, ...] = ()
+
+
 @dataclass
 class Facts:
     """What a stage did, as it goes into the report."""
 
     name: str
-    linears: list[dict[str, Any]] = field(default_factory=list)
-    kept: list[dict[str, str]] = field(default_factory=list)
+    linears: list[LinearRecord] = field(default_factory=list)
+    kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are -> the reason
     notes: list[str] = field(default_factory=list)
-    per_layer: list[dict[str, Any]] = field(default_factory=list)  # one entry a layer
-    details: dict[str, Any] = field(default_factory=dict)  # how the stage was set
+    per_layer: list[LayerRecord] = field(default_factory=list)
+    details: Mapping[str, JsonValue] = field(default_factory=dict)  # how the stage was set
 
-    def add(self, entries: Iterable[dict[str, Any]]) -> None:
+    def add(self, layers: Iterable[LayerRecord]) -> None:
         """Take in what the journal says of layers, and of the linears in each."""
-        for entry in entries:
-            self.linears += entry.pop("linears")
-            self.per_layer.append(entry)
+        for layer in layers:
+            self.linears += layer.linears
+            self.per_layer.append(layer)
+
+    def report(self) -> dict[str, JsonValue]:
+        """The keys of the stage in report.json, but for its seconds."""
+        return {
+            **self.details,
+            "name": self.name,
+            "linears": [linear.model_dump() for linear in self.linears],
+            "kept": [{"name": name, "why": why} for name, why in self.kept.items()],
+            "notes": list(self.notes),
+            "per_layer": [
+                layer.model_dump(mode="json", exclude={"linears"}, exclude_none=True)
+                for layer in self.per_layer
+            ],
+        }
 
 
 @dataclass(frozen=True)

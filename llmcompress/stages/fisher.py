@@ -29,12 +29,12 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
     sequences = sequences[: -(-tokens_for(model.config.hidden_size) // sequences.shape[1])]
     found = output_fisher(model, sequences, context.scratch, context.seed, unscored=context.data.unscored)
     for index, F_DD in context.track(found, "find the errors that matter", layers):
-        journal.save(FISHER, index, {"F_DD": F_DD}, {})
+        journal.save(FISHER, index, {"F_DD": F_DD})
 
 
 def fisher(context: Context, index: int) -> Tensor:
     """The matrix [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats a token."""
-    return context.journal.load(FISHER, index)[0]["F_DD"]
+    return context.journal.load(FISHER, index)["F_DD"]
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:

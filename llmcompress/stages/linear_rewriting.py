@@ -28,7 +28,15 @@ from llmcompress.formats.sparse import SparseLayout
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Facts, LinearScheme, Workload, naming_layer
+from llmcompress.stages.base import (
+    Context,
+    Facts,
+    LayerRecord,
+    LinearRecord,
+    LinearScheme,
+    Workload,
+    naming_layer,
+)
 
 Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at the shape of a linear alone
 
@@ -133,13 +141,13 @@ class Rewriting:
             for layer in context.track(visited, self.what, layers):
                 layouts = layer.own(chosen)
                 if journal.has(self.stage, layer.index):
-                    install(layer, layouts, journal.load(self.stage, layer.index)[0])
+                    install(layer, layouts, journal.load(self.stage, layer.index))
                 else:
                     journal.save(self.stage, layer.index, *self._layer(layer, layouts, model.dtype_of))
-        facts = Facts(self.stage, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        facts.add(journal.load(self.stage, index)[1] for index in range(layers))
+        facts = Facts(self.stage, kept=kept)
+        facts.add(journal.facts(self.stage, index, LayerRecord) for index in range(layers))
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-        facts.details = {"bits": mean_bits({entry["name"]: entry["bits"] for entry in facts.linears}, shapes)}
+        facts.details = {"bits": mean_bits({linear.name: linear.bits for linear in facts.linears}, shapes)}
         return facts
 
     def _layer(
@@ -147,11 +155,11 @@ class Rewriting:
         layer: DecoderLayer,
         layouts: Mapping[str, RewrittenLayout],
         dtype_of: Callable[[str], torch.dtype],
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    ) -> tuple[dict[str, Tensor], LayerRecord]:
         """The tensors of the layer that change, by their full names, and what that cost; they are put in
         place."""
         tensors: dict[str, Tensor] = {}
-        facts = []
+        linears = list[LinearRecord]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
             moments = layer.moments(consumers)
             for linear in [linear for linear in consumers if linear in layouts]:
@@ -167,12 +175,16 @@ class Rewriting:
                     dtype = dtype_of(f"{name}.bias")
                     layer.shift_bias(linear, shift_R, dtype)
                     tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
-                # of the outputs on the calibration text
-                lost = output_error(W_RC, S_RC, moments[linear].H_CC)
-                errors = {"relative_error": lost, "weight_error": weight_error(W_RC, S_RC)}
-                bits = 8 * sum(part.nbytes for part in parts.values()) / W_RC.numel()
-                facts.append({"name": name, "format": layout.name, "bits": bits, **errors})
-        return tensors, {"name": layer.name, "linears": facts}
+                linears.append(
+                    LinearRecord(
+                        name=name,
+                        format=layout.name,
+                        bits=8 * sum(part.nbytes for part in parts.values()) / W_RC.numel(),
+                        relative_error=output_error(W_RC, S_RC, moments[linear].H_CC),
+                        weight_error=weight_error(W_RC, S_RC),
+                    )
+                )
+        return tensors, LayerRecord(name=layer.name, linears=tuple(linears))
 
 
 def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[str, ...]:

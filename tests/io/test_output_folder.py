@@ -239,7 +239,7 @@ import torch
 from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.journal import Journal
 out, base = sys.argv[1:]
-Journal(partial_folder(out) / "journal", "key").save("quantize", 0, {"w": torch.ones(3)}, {})
+Journal(partial_folder(out) / "journal", "key").save("quantize", 0, {"w": torch.ones(3)})
 writer = Writer(out, base, size_bytes=1, shard_bytes=3_000_000, overwrite=True)
 for i in range(10**9):
     writer.add({f"t{i}": torch.ones(1_000_000)})

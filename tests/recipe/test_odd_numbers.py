@@ -95,7 +95,7 @@ def test_half_a_code_point_in_the_data_of_a_command_is_one_line() -> None:
 def test_a_tracker_without_its_package_is_refused_at_the_start(
     command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "get_available_reporting_integrations", lambda: ["wandb"])
+    monkeypatch.setattr(config, "available_trackers", lambda: ["wandb"])
     recipe = Recipe.parse("base: demo\ndata: {samples: 2, length: 16, evaluation_samples: 2}\n"
                           "stages: [{distill: {steps: 1, trackers: [wandb, tensorboard]}}]")  # fmt: skip
     with pytest.raises(

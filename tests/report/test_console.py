@@ -130,7 +130,7 @@ def distilled(
 
 
 def trained() -> Report:
-    """A report of two trainings: one until the end, one that left the numbers."""
+    """A report of two trainings: one until the end, one whose loss became NaN."""
     healed = distilled(0.4, [50, 0.2], [100, 0.1], steps=100, batch=16, learning_rate=5e-4)
     return report(
         stages=[
@@ -360,8 +360,8 @@ def test_a_training_is_printed_with_its_steps_and_what_it_won() -> None:
 
 def test_a_training_that_had_nothing_to_win_shows_no_share() -> None:
     found = report(stages=[distilled(0.0, [10, 0.5], steps=10)])
-    assert found.trainings[0].won_back is None
-    assert "0.000 nats/token   0.000 nats/token          -" in printed(print_report, found)
+    assert found.trainings[0].recovered is None
+    assert "0.000 nats/token   0.000 nats/token           -" in printed(print_report, found)
 
 
 def test_an_evaluation_is_printed_without_what_it_lacks() -> None:
@@ -597,7 +597,7 @@ def test_the_card_tells_each_training_in_a_sentence_with_a_picture() -> None:
         "## Training\n\n"
         "`forward_kl`, 100 steps of 16 x 512 tokens (819 k in all), learning rate 0.0005: KL(teacher || "
         "student) on held-out "
-        "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % won back.\n\n"
+        "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % recovered.\n\n"
         "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was "
         "better than "
         "the start, KL 0.1250 nats/token on held-out text, which stays.\n\n"

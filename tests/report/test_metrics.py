@@ -95,7 +95,7 @@ def test_perplexity_alone_is_the_perplexity_beside_a_base(sequences: Tensor) -> 
 
 def test_a_model_does_not_differ_from_itself(sequences: Tensor) -> None:
     found = metrics.fidelity([logits(2)], sequences, [logits(2)])
-    assert found.facts() == {
+    assert found.facts().model_dump() == {
         "kl_nats_mean": 0.0,
         "kl_nats_p99": 0.0,
         "top1_agreement": 1.0,
@@ -212,7 +212,7 @@ def test_batches_that_do_not_fit_the_sequences_are_a_mistake_of_the_caller(seque
         metrics.fidelity(cut(logits(2), 4), sequences, [logits(2)])
     with pytest.raises(ValueError, match="argument 2 is shorter"):
         metrics.fidelity(cut(logits(2), 4), sequences, [logits(2)[:4]])
-    with pytest.raises(ValueError, match=r"sequences are \[W >= 1, L >= 2\], not \[12, 1\]"):
+    with pytest.raises(ValueError, match=r"sequences are \[S >= 1, L >= 2\], not \[12, 1\]"):
         metrics.fidelity([logits(2)[:, :1]], sequences[:, :1])
 
 
@@ -290,10 +290,10 @@ def test_measuring_on_a_gpu_gives_the_numbers_of_the_cpu(sequences: Tensor) -> N
 
 def test_the_environment_names_versions_and_a_device_in_words() -> None:
     found = metrics.environment("cpu")
-    assert found["versions"]["torch"] == torch.__version__
-    assert set(found["versions"]) == {"python", "torch", "transformers", "bitsandbytes", "llmcompress"}
-    assert found["device"].endswith(f", {torch.get_num_threads()} threads")
-    assert len(found["device"].split(",")[0]) > 2
+    assert found.versions["torch"] == torch.__version__
+    assert set(found.versions) == {"python", "torch", "transformers", "bitsandbytes", "llmcompress"}
+    assert found.device.endswith(f", {torch.get_num_threads()} threads")
+    assert len(found.device.split(",")[0]) > 2
 
 
 def test_perplexity_costs_little_beside_a_forward_pass_of_a_small_model() -> None:

@@ -160,12 +160,12 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
             layer, layouts, lambda name: torch.float32
         )
         seen: dict[str, Moments] = layer.moments()
-        for entry in facts["linears"]:
-            linear = entry["name"].removeprefix(f"{layer.name}.")
+        for entry in facts.linears:
+            linear = entry.name.removeprefix(f"{layer.name}.")
             W_RC, S_RC, H_CC = before[linear], layer.weight(linear), seen[linear].H_CC
             lost, whole = ((x @ H_CC * x).sum() for x in (S_RC - W_RC, W_RC))
-            assert entry["relative_error"] == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
-            parts = {part: tensors[f"{entry['name']}.{part}"] for part in ("weight", "weight_mask")}
+            assert entry.relative_error == pytest.approx(float((lost / whole).sqrt()), rel=1e-3)
+            parts = {part: tensors[f"{entry.name}.{part}"] for part in ("weight", "weight_mask")}
             assert torch.equal(layouts[linear].read(parts, W_RC.shape[1]).dequantize(), S_RC)
 
 

@@ -123,7 +123,7 @@ class Codebook(Stage):
         facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(
             model, context, chosen, kept
         )
-        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
+        facts.details = {**self.model_dump(exclude={"skip"}, exclude_none=True), **facts.details}
         return facts
 
 

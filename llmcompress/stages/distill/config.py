@@ -1,22 +1,15 @@
-"""What a recipe says of a distillation, and what of that transformers' Trainer is told."""
+"""What a recipe says of a distillation."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 from pydantic import ConfigDict, Field, model_validator
-from transformers import TrainingArguments
 
 from llmcompress.algorithms.distillation_losses import SKEW, HiddenKind, Kind
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
-from llmcompress.integrations.transformers_compat import (
-    INTEGRATION_TO_CALLBACK,
-    get_available_reporting_integrations,
-    is_peft_available,
-)
+from llmcompress.integrations.transformers_compat import available_trackers, is_peft_available, trackers
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.stages.base import Settings
 from llmcompress.stages.distill.student import Train
@@ -143,8 +136,8 @@ class DistillConfig(Settings):
         if self.student and self.train == "scales":
             raise ValueError("train: scales is for the model that quantize left; leave student")
         for tracker in self.trackers:
-            if tracker not in INTEGRATION_TO_CALLBACK:
-                raise ValueError(f"trackers are {', '.join(sorted(INTEGRATION_TO_CALLBACK))}, not {tracker}")
+            if tracker not in trackers():
+                raise ValueError(f"trackers are {', '.join(trackers())}, not {tracker}")
         return self
 
     def require_packages(self) -> None:
@@ -152,7 +145,7 @@ class DistillConfig(Settings):
         if self.train == "lora" and not is_peft_available():
             raise CompressError("train: lora needs the package peft; pip install peft, or use train: all")
         for tracker in self.trackers:
-            if tracker not in get_available_reporting_integrations():
+            if tracker not in available_trackers():
                 package = PACKAGES.get(tracker, tracker)
                 raise CompressError(
                     f"trackers: {tracker} needs the package {package}; pip install {package}, or leave it out"
@@ -173,43 +166,3 @@ class DistillConfig(Settings):
             )
         fitting = max(1, AT_ONCE // length)
         return self.micro_batch or max(n for n in range(1, share + 1) if share % n == 0 and n <= fitting)
-
-    def arguments(
-        self, folder: Path, device: torch.device, length: int, seed: int, *, begins: bool
-    ) -> TrainingArguments:
-        """For the Trainer, which writes its checkpoints to `folder`; one that begins is measured first."""
-        cuda, micro = device.type == "cuda", self.micro(length)
-        every = min(self.evaluate_every or max(1, self.steps // 10), self.steps)
-        eight_bit = "paged_adamw_8bit" if cuda else "adamw_bnb_8bit"
-        return TrainingArguments(
-            output_dir=str(folder),
-            max_steps=self.steps,
-            per_device_train_batch_size=micro,
-            per_device_eval_batch_size=micro,
-            gradient_accumulation_steps=self.batch // (micro * distributed.count()),
-            activation_checkpointing=self.gradient_checkpointing,
-            learning_rate=self.learning_rate,
-            lr_scheduler_type=self.schedule,
-            warmup_steps=round(self.warmup * self.steps),
-            weight_decay=self.weight_decay,
-            optim=eight_bit if self.optimizer == "adamw_8bit" else "adamw_torch",
-            bf16=cuda,
-            use_cpu=not cuda,
-            seed=seed % 2**32,
-            logging_steps=1,
-            logging_nan_inf_filter=False,
-            eval_strategy="steps",
-            eval_on_start=begins,
-            eval_steps=every,
-            save_strategy="steps",
-            save_steps=every,
-            save_total_limit=2,
-            load_best_model_at_end=True,
-            metric_for_best_model="eval_loss",
-            greater_is_better=False,
-            report_to=list(self.trackers),
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            label_names=[],
-            dataloader_pin_memory=cuda,
-        )

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from llmcompress.algorithms.distillation_losses import Scores, TopK, top_k
 from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
-from llmcompress.io.journal import Journal
+from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.stages.distill.student import whole
@@ -125,6 +125,12 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
     return model
 
 
+class ShardFacts(JournalFacts):
+    """Which sequences a file of the cache is about, as its name says too."""
+
+    name: str
+
+
 class CachedTeacher:
     """What a teacher said of N sequences of L tokens, read from disk; what lacks there is asked of `teacher`
     first, once."""
@@ -159,8 +165,7 @@ class CachedTeacher:
 
     def _has(self, name: str) -> bool:
         """Whether what was said of a shard is there, under its own name."""
-        found = self.journal.get(name, 0)
-        return found is not None and found[1] == {"name": name}
+        return self.journal.has(name, 0) and self.journal.facts(name, 0, ShardFacts).name == name
 
     def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
         for name in track(lacking, "ask the teacher", len(lacking)):
@@ -171,7 +176,9 @@ class CachedTeacher:
                 if teacher.vocabulary <= 1 << 16
                 else index.to(torch.int32)
             )
-            self.journal.save(name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, {"name": name})
+            self.journal.save(
+                name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, ShardFacts(name=name)
+            )
 
     def _top(self, teacher: LiveTeacher, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
         scores = teacher({"input_ids": ids_BL.to(teacher.model.device)}).scores

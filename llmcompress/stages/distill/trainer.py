@@ -229,7 +229,7 @@ class DistillTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, ends a training that has left the numbers, and marks checkpoints that are complete."""
+    """Shows progress, ends a training whose loss is NaN or Inf, and marks checkpoints that are complete."""
 
     def __init__(self, progress: Iterator[Any]) -> None:
         self.progress = progress

@@ -23,7 +23,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.io.units import share_of
+from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
@@ -128,7 +128,7 @@ class LowRank(Stage):
         return (
             f"linears of rank {self.rank}"
             if self.rank
-            else f"{share_of(self.keep or 1)} of the parameters of linears"
+            else f"{asked_percent(self.keep or 1)} of the parameters of linears"
         )
 
     @property
@@ -177,7 +177,7 @@ class LowRank(Stage):
 
         @functools.lru_cache(maxsize=1)  # groups come one after another
         def found(number: int) -> dict[str, Tensor]:
-            return context.journal.load(FOUND, number)[0]
+            return context.journal.load(FOUND, number)
 
         def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
             layer = next(layer for layer in number_of if name.startswith(f"{layer}."))
@@ -197,9 +197,12 @@ class LowRank(Stage):
             model, context, chosen, kept
         )
         shared = self.ties(model)
-        for entry in facts.linears:  # what is shared is stored once
-            if f"{entry['name']}.weight_right" in shared:
-                entry["format"] += ", shared"
+        facts.linears = [
+            linear.model_copy(update={"format": f"{linear.format}, shared"})
+            if f"{linear.name}.weight_right" in shared
+            else linear
+            for linear in facts.linears
+        ]
         facts.details = self.model_dump(exclude={"skip"}, exclude_none=True)
         return facts
 
@@ -230,5 +233,5 @@ class LowRank(Stage):
                     name: shared_basis(weights[name], moments[name], layouts[name].rank)[1].cpu()
                     for name in layouts
                 }
-                journal.save(FOUND, number, bases, {})
+                journal.save(FOUND, number, bases)
                 weights, moments = {}, {}

@@ -10,22 +10,60 @@ forward, the removal of all units, and half a pass a layer on a few tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from llmcompress.algorithms.allocation import Option, allocate
+from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import batches_of, divergences, walk
 from llmcompress.stages.base import Context
 from llmcompress.stages.fisher import find_fisher, metric
+from llmcompress.stages.prune.budget import NEAR
 from llmcompress.stages.prune.structured import Reading, Score, cut
+
+if TYPE_CHECKING:
+    from llmcompress.stages.prune.stage import Prune
 
 SAMPLE = 4096  # tokens that are measured on
 
 # axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
 Curves = Mapping[str, Sequence[Sequence[float]]]
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
+
+
+class FoundWidths(JournalFacts):
+    """The units that each layer keeps, by axis, and the nats/token that each is expected to lose by it."""
+
+    widths: dict[str, tuple[int, ...]]
+    expected_nats: dict[str, tuple[float, ...]]
+
+
+def find(model: LayerwiseModel, context: Context, stage: Prune) -> FoundWidths:
+    """The widths of all layers within the budget of a stage. Errors: ModelError where it can't be reached."""
+    spent, axes = partial(stage.spent, model), stage.axes
+    unit = {axis: of_a_unit(model, axis, spent) for axis in axes}
+    none = spent({axis: [0] * len(model.layers) for axis in axes})
+    within = (
+        spent(stage.uniform_widths(model)) if stage.keep is not None else min(stage.allowed(model), spent())
+    )
+    multiples = {axis: stage.multiple_of(model, axis) for axis in axes}
+    for axis in axes if not stage.multiple else ():
+        while multiples[axis] > 1 and multiples[axis] * max(unit[axis]) > NEAR * within:
+            multiples[axis] //= 2
+    least = none + sum(multiples[axis] * sum(unit[axis]) for axis in axes)
+    if within < least:
+        raise stage.refuse(model, least)
+    losses = curves(model, context, axes)
+    found = widths(losses, unit, within - none, multiples)
+    nats = {
+        axis: tuple(curve[count] for curve, count in zip(losses[axis], found[axis], strict=True))
+        for axis in axes
+    }
+    return FoundWidths(widths=found, expected_nats=nats)
 
 
 def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +22,9 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation, refusal
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import OUTER, Context
+from llmcompress.stages.prune.layer_cutter import STAGE, CutLayer, LayerCuts
 
-AXIS, DIRECTIONS, STAGE = "hidden", "directions", "prune"  # the last two in the journal
+AXIS, DIRECTIONS = "hidden", "directions"  # the last in the journal
 SAMPLE = 2  # batches that tell the error
 
 
@@ -58,16 +58,13 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
         order = torch.linalg.eigh(moments.H_CC.double()).eigenvectors.flip(1)
     else:
         order = moments.H_CC.diagonal().argsort(descending=True, stable=True)
-    journal.save(DIRECTIONS, 0, {"directions": order.cpu().contiguous()}, {})
+    journal.save(DIRECTIONS, 0, {"directions": order.cpu().contiguous()})
 
 
-def cut(
-    model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool
-) -> list[dict[str, Any]]:
-    """Cut every layer that the journal does not hold yet, and what lies outside them; what that cost, by
-    layer."""
+def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool) -> None:
+    """Cut every layer that the journal does not hold yet, and what lies outside them."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
-    order = journal.load(DIRECTIONS, 0)[0]["directions"]
+    order = journal.load(DIRECTIONS, 0)["directions"]
     kept = torch.arange(count) if score == "pca" else order[:count].sort().values
     if score == "pca":
         model.turn(Rotation(model.anatomy, model.config, context.seed, r1=order, r2=False))
@@ -77,18 +74,17 @@ def cut(
             if layer.index == 0:
                 layer.inputs = [hidden[..., kept] for hidden in layer.inputs]
             if layer.index == layers:
-                journal.save(OUTER, 0, _outer(model, outline, layer, kept, mend), {})
+                journal.save(OUTER, 0, _outer(model, outline, layer, kept, mend))
                 continue
             if not journal.has(STAGE, layer.index):
                 lost = _layer(layer, copy.deepcopy(outline.layers[layer.index]), kept, mend)
                 changed = {name: layer.module.get_parameter(name).data for name in layer.anatomy.layer}
                 named = model.as_stored(changed, f"{layer.name}.")
-                facts = {"name": layer.name, "axis": AXIS, "kept_units": count, "relative_error": lost}
-                journal.save(STAGE, layer.index, named, facts)
-            tensors = journal.load(STAGE, layer.index)[0]  # what goes on is what is written
+                record = CutLayer(name=layer.name, axis=AXIS, kept_units=count, relative_error=lost)
+                journal.save(STAGE, layer.index, named, LayerCuts(cuts=(record,)))
+            tensors = journal.load(STAGE, layer.index)  # what goes on is what is written
             inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
             layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
-    return [journal.load(STAGE, index)[1] for index in range(layers)]
 
 
 def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:

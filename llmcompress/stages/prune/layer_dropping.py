@@ -9,20 +9,28 @@ how far each layer turns the hidden states, and takes out those that turn them l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from llmcompress.algorithms.saliency import block_influence
+from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Part, divergences, walk, without_each
 from llmcompress.stages.base import Context
 
 
-def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dict[str, Any]:
-    """Which layers go so that `count` stay, in the order in which they go, and what is known of the loss
-    after each.
+class DroppedLayers(JournalFacts):
+    """The layers that go, in order, and KL in nats/token after each, or how far each turned the hidden
+    states."""
+
+    gone: tuple[int, ...]
+    kl_nats: tuple[float, ...] | None = None
+    influence: tuple[float, ...] | None = None
+
+
+def find(model: LayerwiseModel, context: Context, count: int, score: str) -> DroppedLayers:
+    """Which layers go so that `count` stay.
 
     Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full
     model in place of the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
@@ -40,10 +48,10 @@ def find(model: LayerwiseModel, context: Context, count: int, score: str) -> dic
                 len(x) for x, _ in pairs
             )
         order = sorted(turned, key=lambda index: (turned[index], index))[: layers - count]
-        return {"gone": order, "influence": [turned[index] for index in order]}
+        return DroppedLayers(gone=tuple(order), influence=tuple(turned[index] for index in order))
     every, least = [(index, None) for index in range(layers)], layers - count
     order, kl_nats = greedy(model, context, every, lambda gone: len(gone) < least, least)
-    return {"gone": [index for index, _ in order], "kl_nats": kl_nats}
+    return DroppedLayers(gone=tuple(index for index, _ in order), kl_nats=tuple(kl_nats))
 
 
 def greedy(

@@ -1,47 +1,41 @@
 """Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what
 else there is.
 
-Each layer is cut with the inputs that the cut layers before it give; `units` says which units go. The linear
-that reads the axis is then solved for anew (`repair`), so that its outputs on the inputs as they have become
-come closest to those of the model as it was. Where all layers keep the same number of units, the result is a
-plain checkpoint that transformers loads by itself; where `allocation` gives each layer a width of its own, it
-loads once llmcompress is imported. A layer that the journal holds is not cut again. `experts`, `hidden` and
-`depth` know what is special about experts, the hidden state and layers.
+`layer_cutter` cuts the layers, `structured` says which units go. Where all layers keep the same number of
+units, the result is a plain checkpoint that transformers loads by itself; where `allocation` gives each layer
+a width of its own, it loads once llmcompress is imported. `experts`, `hidden_size`, `layer_dropping` and
+`sublayer_dropping` know what is special about experts, the hidden state, layers and their parts.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
-from torch import Tensor
 
 from llmcompress.architectures.resize import changed, resized, shortened
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal
-from llmcompress.io.units import amount, share_of
-from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.io.units import amount, asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import following, gradients, walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.fisher import TOKENS, find_fisher, metric
 from llmcompress.stages.prune import (
     allocation,
     estimate,
     experts,
     hidden_size,
     layer_dropping,
-    structured,
     sublayer_dropping,
 )
-from llmcompress.stages.prune.allocation import Widths
-from llmcompress.stages.prune.budget import NEAR, Budget
+from llmcompress.stages.prune.allocation import FoundWidths, Widths
+from llmcompress.stages.prune.budget import Budget
+from llmcompress.stages.prune.layer_cutter import STAGE, LayerCuts, LayerCutter
+from llmcompress.stages.prune.layer_dropping import DroppedLayers
+from llmcompress.stages.prune.sublayer_dropping import DroppedSublayers
 
-STAGE, WIDTHS, TAYLOR = "prune", "widths", "taylor"  # in the journal
+WIDTHS = "widths"  # in the journal
 # what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
 KERNEL = 64
 INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
@@ -180,15 +174,16 @@ class Prune(Budget, Stage):
         """
         if self.of_layers:
             total = len(model.layers)
-            return Cut(
-                gone=tuple(journal.load(STAGE, 0)[1]["gone"] if journal else range(self.layers(model), total))
-            )
+            if journal is None:
+                return Cut(gone=tuple(range(self.layers(model), total)))
+            return Cut(gone=journal.facts(STAGE, 0, DroppedLayers).gone)
         if self.of_parts:
-            gone = journal.load(WIDTHS, 0)[1]["gone"] if journal else sublayer_dropping.guess(model, self)
-            return Cut(sublayer_dropping.widths(model, [(index, axis) for index, axis in gone]))
+            if journal is None:
+                return Cut(sublayer_dropping.widths(model, sublayer_dropping.guess(model, self)))
+            return Cut(sublayer_dropping.widths(model, journal.facts(WIDTHS, 0, DroppedSublayers).gone))
         if journal and self.sensitive:
-            return Cut({axis: tuple(found) for axis, found in journal.load(WIDTHS, 0)[1]["widths"].items()})
-        return Cut(self._plain(model))
+            return Cut(journal.facts(WIDTHS, 0, FoundWidths).widths)
+        return Cut(self.uniform_widths(model))
 
     def changes(self, model: LayerwiseModel, cut: Cut | None = None) -> dict[str, Any]:
         """What changes in the config. Errors: ModelError where transformers has no such model."""
@@ -205,13 +200,15 @@ class Prune(Budget, Stage):
         if self.parameters is not None:
             share = self.parameters <= 1
             return (
-                f"{share_of(self.parameters)} of the parameters" if share else f"{self.parameters} parameters"
+                f"{asked_percent(self.parameters)} of the parameters"
+                if share
+                else f"{self.parameters} parameters"
             )
         if self.size is not None:
             return f"{amount(self.size, 'B')} before quantisation"
         units = " and ".join(UNITS[axis] for axis in self.axes)
         kept = self.keep or 1
-        return f"{share_of(kept)} of the {units}" if kept < 1 else f"{kept} {units}"
+        return f"{asked_percent(kept)} of the {units}" if kept < 1 else f"{kept} {units}"
 
     @property
     def needs_plugin(self) -> bool:
@@ -242,80 +239,44 @@ class Prune(Budget, Stage):
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
         if (self.sensitive or self.of_parts) and not journal.has(WIDTHS, 0):
-            found = (
-                sublayer_dropping.find(model, context, self)
-                if self.of_parts
-                else self._allocate(model, context)
-            )
-            journal.save(WIDTHS, 0, {}, found)
+            find = sublayer_dropping.find if self.of_parts else allocation.find
+            journal.save(WIDTHS, 0, {}, find(model, context, self))
         cut = self.cut(model, journal)
-        notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
-        details = self._said(sizes, cut)
+        facts = Facts(STAGE, details=self._said(sizes, cut))
+        facts.notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
         if self.of_parts:
-            found = journal.load(WIDTHS, 0)[1]
-            notes, details = [sublayer_dropping.spoken(found["gone"], model)], details | found
+            dropped = journal.facts(WIDTHS, 0, DroppedSublayers)
+            facts.notes = [sublayer_dropping.spoken(dropped.gone, model)]
+            facts.details = {**facts.details, **dropped.model_dump(mode="json")}
         if cut.widths == sizes:  # the model is left as it is, to the bit
-            return Facts(STAGE, notes=notes, details=details)
-        self._find_out(model, context)
+            return facts
+        cutter = LayerCutter(self, model, context)
+        cutter.find_scores()
         outline = MetaModel(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
         if self.axis == "hidden":
             hidden_size.find_directions(model, context, self.worth)
-            facts = hidden_size.cut(model, context, outline, self.worth, self.repair)
+            hidden_size.cut(model, context, outline, self.worth, self.repair)
         else:
-            facts = self._layers(model, context, outline, cut)
-        return Facts(STAGE, per_layer=facts, notes=notes, details=details)
-
-    def _layers(
-        self, model: LayerwiseModel, context: Context, outline: MetaModel, cut: Cut
-    ) -> list[dict[str, Any]]:
-        """Cut layer after layer; what that cost."""
-        journal, layers = context.journal, len(model.layers)
-        if not all(journal.has(STAGE, index) for index in range(layers)):
-            visited = walk(model, context.data.calibration, reference=True)
-            for layer in context.track(visited, f"prune ({', '.join(self.axes)}, {self.worth})", layers):
-                if not journal.has(STAGE, layer.index):
-                    self._layer(
-                        layer,
-                        model,
-                        context,
-                        {axis: counts[layer.index] for axis, counts in cut.widths.items()},
-                    )
-                tensors = journal.load(STAGE, layer.index)[0]
-                inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
-                layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
-        return [entry for index in range(layers) for entry in journal.load(STAGE, index)[1]["cuts"]]
-
-    def _layer(
-        self, layer: DecoderLayer, model: LayerwiseModel, context: Context, counts: Mapping[str, int]
-    ) -> None:
-        """Cut a layer along each axis in turn, and journal what changes in it."""
-        named: dict[str, Tensor] = {}
-        cuts: list[dict[str, Any]] = []
-        if self.of_parts:
-            tensors = sublayer_dropping.cut(layer, dict(counts))
-            named = model.as_stored(tensors, f"{layer.name}.")
-        for axis in () if self.of_parts else self.axes:
-            if axis == "expert":
-                tensors, lost = experts.cut(layer, counts[axis])
-            else:
-                score = self._score(model, context, layer.index, axis)
-                tensors, lost = structured.cut(layer, axis, counts[axis], score, self.repair)
-            named |= model.as_stored(tensors, f"{layer.name}.")
-            cuts.append(
-                {"name": layer.name, "axis": axis, "kept_units": counts[axis], "relative_error": lost}
-            )
-        context.journal.save(STAGE, layer.index, named, {"cuts": cuts})
+            cutter.cut(outline, cut.widths)
+        for index in range(len(model.layers)):
+            facts.add(journal.facts(STAGE, index, LayerCuts).cuts)
+        return facts
 
     def _shorten(self, model: LayerwiseModel, context: Context) -> Facts:
         journal, total = context.journal, len(model.layers)
         if not journal.has(STAGE, 0):
             journal.save(STAGE, 0, {}, layer_dropping.find(model, context, self.layers(model), self.worth))
-        found = journal.load(STAGE, 0)[1]
-        count = total - len(found["gone"])
-        details = {"axis": "layer", "score": self.worth, "units": total, "kept_units": count}
-        return Facts(
-            STAGE, notes=[f"{count} of {total} layers stay"], details=self._asked() | details | found
-        )
+        found = journal.facts(STAGE, 0, DroppedLayers)
+        count = total - len(found.gone)
+        details = {
+            **self._asked(),
+            "axis": "layer",
+            "score": self.worth,
+            "units": total,
+            "kept_units": count,
+            **found.model_dump(mode="json", exclude_none=True),
+        }
+        return Facts(STAGE, notes=[f"{count} of {total} layers stay"], details=details)
 
     def _asked(self) -> dict[str, Any]:
         return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
@@ -330,18 +291,19 @@ class Prune(Budget, Stage):
             "widths": {axis: list(n) for axis, n in cut.widths.items()},
         }
 
-    def _multiple(self, model: LayerwiseModel, axis: str) -> int:
+    def multiple_of(self, model: LayerwiseModel, axis: str) -> int:
+        """What the number of units of an axis is to be a multiple of."""
         return self.multiple or (
             KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1
         )
 
-    def _plain(self, model: LayerwiseModel) -> Widths:
-        """Widths as if all layers were to lose alike."""
+    def uniform_widths(self, model: LayerwiseModel) -> Widths:
+        """Widths as if all layers were to lose alike. Errors: ModelError."""
         sizes = self.sizes(model)
         if self.keep is None and len(self.axes) > 1:
             return self._alike(model, sizes)
         found = {
-            axis: self.uniform(model, axis, sizes[axis], self._multiple(model, axis)) for axis in self.axes
+            axis: self.uniform(model, axis, sizes[axis], self.multiple_of(model, axis)) for axis in self.axes
         }
         if "expert" in found:
             experts.require_enough(model, min(found["expert"]))
@@ -356,62 +318,6 @@ class Prune(Budget, Stage):
             if (reached := self.spent(model, found)) <= allowed:
                 return found
         raise self.refuse(model, reached)
-
-    def _allocate(self, model: LayerwiseModel, context: Context) -> dict[str, Any]:
-        """The widths of all layers, and what they are expected to lose."""
-        unit = {axis: allocation.of_a_unit(model, axis, partial(self.spent, model)) for axis in self.axes}
-        none = self.spent(model, {axis: [0] * len(model.layers) for axis in self.axes})
-        whole = self.spent(model)
-        within = (
-            self.spent(model, self._plain(model))
-            if self.keep is not None
-            else min(self.allowed(model), whole)
-        )
-        multiples = {axis: self._multiple(model, axis) for axis in self.axes}
-        for axis in self.axes:
-            while (
-                not self.multiple
-                and multiples[axis] > 1
-                and multiples[axis] * max(unit[axis]) > NEAR * within
-            ):
-                multiples[axis] //= 2
-        least = none + sum(multiples[axis] * sum(unit[axis]) for axis in self.axes)
-        if within < least:
-            raise self.refuse(model, least)
-        curves = allocation.curves(model, context, self.axes)
-        found = allocation.widths(curves, unit, within - none, multiples)
-        nats = {
-            axis: [losses[n] for losses, n in zip(curves[axis], found[axis], strict=True)]
-            for axis in self.axes
-        }
-        return {"widths": found, "expected_nats": nats}
-
-    def _find_out(self, model: LayerwiseModel, context: Context) -> None:
-        """Have the journal hold what the score asks of the whole model, as it is now."""
-        journal, layers = context.journal, len(model.layers)
-        if self.worth == "obs":
-            find_fisher(model, context)
-        if self.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
-            return
-        sequences = context.data.calibration
-        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
-        consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.axes}
-        unscored = context.data.unscored
-        found = gradients(
-            model, sequences, context.scratch, following, tuple(consumers.values()), unscored=unscored
-        )
-        for index, _, by_name in context.track(found, "gradients of the loss", layers):
-            worth = {
-                axis: structured.taylor(model, index, axis, by_name[name]).cpu()
-                for axis, name in consumers.items()
-            }
-            journal.save(TAYLOR, index, worth, {})
-
-    def _score(self, model: LayerwiseModel, context: Context, index: int, axis: str) -> structured.Score:
-        """The score, with what was found out about a layer."""
-        M_DD = metric(model, context, index) if self.worth == "obs" else None
-        found = context.journal.get(TAYLOR, index) if self.worth == "taylor" else None
-        return structured.Score(self.worth, M_DD, found[0][axis] if found else None)
 
 
 def _spoken(axis: str, counts: tuple[int, ...], sizes: tuple[int, ...]) -> str:

@@ -9,13 +9,13 @@ be built. A layer that loses both parts passes its input on, and may as well be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.errors import ModelError
+from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Part
@@ -25,6 +25,13 @@ from llmcompress.stages.prune.budget import Budget
 from llmcompress.stages.prune.layer_dropping import greedy
 
 PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units of where it is gone
+
+
+class DroppedSublayers(JournalFacts):
+    """The parts that go, as a layer and an axis, in order, and KL in nats/token after each."""
+
+    gone: tuple[tuple[int, str], ...]
+    kl_nats: tuple[float, ...]
 
 
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
@@ -90,9 +97,8 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
     return gone
 
 
-def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, Any]:
-    """Which parts go, in order, and the KL in nats a token after each; for a budget, the one that costs least
-    a parameter.
+def find(model: LayerwiseModel, context: Context, budget: Budget) -> DroppedSublayers:
+    """Which parts go: each time the one that costs least, or for a budget, least per parameter.
 
     Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence
     from the full model for the perplexity.
@@ -112,10 +118,10 @@ def find(model: LayerwiseModel, context: Context, budget: Budget) -> dict[str, A
     gone, kl_nats = greedy(
         model, context, parts, lambda found: not enough(model, budget, named(found)), steps, cost
     )
-    return {"gone": named(gone), "kl_nats": kl_nats}
+    return DroppedSublayers(gone=tuple(named(gone)), kl_nats=tuple(kl_nats))
 
 
-def cut(layer: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
+def cut(layer: DecoderLayer, counts: Mapping[str, int]) -> dict[str, Tensor]:
     """The empty tensors of the parts that go, by their names in the layer."""
     return {
         name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, [])
@@ -125,7 +131,7 @@ def cut(layer: DecoderLayer, counts: dict[str, int]) -> dict[str, Tensor]:
     }
 
 
-def spoken(gone: Sequence[Sequence[Any]], model: LayerwiseModel) -> str:
+def spoken(gone: Sequence[tuple[int, str]], model: LayerwiseModel) -> str:
     """What goes, in words."""
     said = [
         f"{PARTS[axis]} of layer{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}"

@@ -10,7 +10,6 @@ stays dense outside the layers is journalled beside it, if a rotation changed it
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +21,7 @@ from llmcompress.formats.integer_embedding import factor_of
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import batches_of, enter
-from llmcompress.stages.base import OUTER, Context
+from llmcompress.stages.base import OUTER, Context, LayerRecord, LinearRecord
 from llmcompress.stages.quantize.config import FormatConfig
 
 PIECE = 1 << 20  # weights at a time, where errors are summed
@@ -52,29 +51,29 @@ def apart(model: LayerwiseModel) -> set[str]:
 
 def settle_outer(
     model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
-) -> tuple[list[Tensor], list[dict[str, Any]]]:
+) -> tuple[list[Tensor], LayerRecord | None]:
     """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by
     int8 codes.
 
-    Returns the states that the embedding gave before, and what the report says of it; both empty where it is
-    kept.
+    Returns the states that the embedding gave before, and what the report says of it; no states and None
+    where it is kept.
     """
     name, journal = model.anatomy.embedding, context.journal
     if (model.rotation or name in chosen) and not journal.has(OUTER, 0):
         journal.save(OUTER, 0, *_entry(model, chosen, context.data.calibration))
     if name not in chosen:
-        return [], []
-    tensors, facts = journal.load(OUTER, 0)
+        return [], None
+    tensors = journal.load(OUTER, 0)
     full, _ = enter(model, batches_of(context.data.calibration))
     packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
     model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
-    return full, facts["linears"]
+    return full, journal.facts(OUTER, 0, LayerRecord)
 
 
 @torch.no_grad()
 def _entry(
     model: LayerwiseModel, chosen: Mapping[str, QuantScheme], sequences: Tensor
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
+) -> tuple[dict[str, Tensor], LayerRecord]:
     """What a rotation changed, in the type of the base, and the embedding's codes, with its errors."""
     name, outer = model.anatomy.embedding, dict[str, Tensor]()
     if model.rotation:  # a tied parameter once
@@ -82,19 +81,25 @@ def _entry(
     tensors = model.as_stored(outer)
     coding = chosen.get(name)
     if not isinstance(coding, IntegerScheme):
-        return tensors, {}
+        return tensors, LayerRecord(name=OUTER)
     tensors.pop(f"{name}.weight", None)
     W_VD = model.model.get_parameter(f"{name}.weight").data
     codes_VD, scale_V = round_rows(W_VD)
     packed = IntegerWeight(codes_VD.cpu(), scale_V.cpu(), coding.scheme)
-    facts = {"name": name, "format": coding.format, "bits": coding.bits, **_errors(W_VD, packed, sequences)}
-    return tensors | {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}, {
-        "linears": [facts]
-    }
+    relative_error, error = _errors(W_VD, packed, sequences)
+    record = LinearRecord(
+        name=name,
+        format=coding.format,
+        bits=coding.bits,
+        relative_error=relative_error,
+        weight_error=error,
+    )
+    coded = {f"{name}.{part}": tensor for part, tensor in packed.tensors().items()}
+    return tensors | coded, LayerRecord(name=OUTER, linears=(record,))
 
 
-def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> dict[str, float]:
-    """Of the rows as the text looks them up, and of the whole matrix."""
+def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> tuple[float, float]:
+    """Relative errors of the rows as the text looks them up, and of the whole matrix."""
     counts_V, rows = torch.bincount(sequences.flatten(), minlength=len(W_VD)), max(1, PIECE // W_VD.shape[1])
     squares = []
     for start in range(0, len(W_VD), rows):
@@ -102,7 +107,9 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> dict[str,
         lost = W - codes.to(W.device) * scale.to(W.device)[:, None]
         squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
     squares_2V = torch.cat(squares, 1).double()
-    errors = {"relative_error": (squares_2V * counts_V).sum(1), "weight_error": squares_2V.sum(1)}
-    return {
-        name: float((lost / whole).sqrt()) if whole > 0 else 0.0 for name, (lost, whole) in errors.items()
-    }
+    return _relative(*(squares_2V * counts_V).sum(1)), _relative(*squares_2V.sum(1))
+
+
+def _relative(lost: Tensor, whole: Tensor) -> float:
+    """The root of a share of squares, 0 where there is nothing to lose."""
+    return float((lost / whole).sqrt()) if whole > 0 else 0.0

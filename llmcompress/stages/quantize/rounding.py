@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -158,7 +157,7 @@ class Rounding:
         input_scales: Mapping[str, float],
         steps: int,
         seed: int,
-    ) -> tuple[dict[str, Solution], dict[str, Any]]:
+    ) -> tuple[dict[str, Solution], tuple[float, float]]:
         """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before
         and after.
 
@@ -199,7 +198,7 @@ class Rounding:
             for name, result in trained.items()
         }
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
-        return dict(ends if after < before else solved), {"loss_gptq": before, "loss_learned": after}
+        return dict(ends if after < before else solved), (before, after)
 
 
 def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,11 +14,11 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.quantize_weight import output_error, weight_error
 from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
-from llmcompress.io.journal import Journal
+from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import head_input, walk
-from llmcompress.stages.base import Context, naming_layer
+from llmcompress.stages.base import Context, LayerRecord, LinearRecord, naming_layer
 from llmcompress.stages.fisher import fisher
 from llmcompress.stages.linear_rewriting import install
 from llmcompress.stages.quantize.rounding import Rounding
@@ -28,9 +28,29 @@ from llmcompress.stages.quantize.smoothing import norm_of
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
-# of the journal: tensors by their names in the checkpoint, facts
-Entry = tuple[dict[str, Tensor], dict[str, Any]]
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
+
+
+class QuantizedLayer(LayerRecord):
+    """What became of a layer, or of the head.
+
+    `loss_gptq` and `loss_learned` are those of the layer's output before and after training, in nats/token to
+    second order; `expert_tokens` are the calibration tokens that each expert saw.
+    """
+
+    loss_gptq: float | None = None
+    loss_learned: float | None = None
+    expert_tokens: tuple[int, ...] | None = None
+
+
+class ProtectedLinears(JournalFacts):
+    """The linears that `protect` spares, and what rounding each linear would cost in nats/token."""
+
+    linears: tuple[str, ...]
+    nats: dict[str, float]
+
+
+Entry = tuple[dict[str, Tensor], QuantizedLayer]  # of the journal: tensors by their names in the checkpoint
 
 
 class LayerQuantizer:
@@ -69,7 +89,7 @@ class LayerQuantizer:
                 entry[0].update(model.as_stored(dense, f"{layer.name}."))
                 journal.save(STAGE, layer.index, *entry)
             if not head:
-                install(layer, codings, journal.load(STAGE, layer.index)[0])
+                install(layer, codings, journal.load(STAGE, layer.index))
 
     def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
         """Of weights that layers share, the second moments of what all of them read, by the full name of the
@@ -100,7 +120,7 @@ class LayerQuantizer:
         for index in {
             int(source.removeprefix(f"{model.anatomy.layers}.").partition(".")[0]) for source in here.values()
         }:
-            tensors |= journal.load(STAGE, index)[0]
+            tensors |= journal.load(STAGE, index)
         shapes = model.matrices()
         return {
             name: chosen[name].read(registry.parts_of(source, tensors), shapes[source][1])
@@ -124,8 +144,8 @@ class LayerQuantizer:
             found = self.stage.smooth.search(layer, codings, dtype_of)
             for name, data in before.items():
                 layer.module.get_parameter(name).data = data
-            journal.save(SMOOTH, layer.index, {key: factor.cpu() for key, factor in found.items()}, {})
-        factors, changed = journal.load(SMOOTH, layer.index)[0], set()
+            journal.save(SMOOTH, layer.index, {key: factor.cpu() for key, factor in found.items()})
+        factors, changed = journal.load(SMOOTH, layer.index), set()
         for key in layer.anatomy.scale_pairs:
             if key in factors:
                 changed |= set(layer.cross(key, factors[key].to(layer.device), dtype_of(norm_of(layer, key))))
@@ -149,14 +169,13 @@ class LayerQuantizer:
             self._smoothed(layer, codings, context, _in_block(model, layer))
             nats = costs(layer, codings, fisher(context, layer.index))
             found |= {f"{layer.name}.{linear}": cost for linear, cost in nats.items()}
-        journal.save(
-            PROTECTED, 0, {}, {"linears": most_hurt(found, sizes, self.stage.protect), "nats": found}
-        )
+        hurt = most_hurt(found, sizes, self.stage.protect)
+        journal.save(PROTECTED, 0, {}, ProtectedLinears(linears=tuple(hurt), nats=found))
 
     def _layer(self, layer: DecoderLayer, rounding: Rounding, context: Context) -> Entry:
         codings = rounding.codings
         weights = {linear: layer.weight(linear) for linear in codings}
-        notes: dict[str, Any] = {}
+        losses: tuple[float, float] | None = None
         if self.stage.rounding == "nearest":
             scales = rounding.round_inputs(layer, layer.anatomy.consumers, weights)
             moments = layer.moments()
@@ -177,10 +196,10 @@ class LayerQuantizer:
                     steps=self.stage.steps,
                     seed=context.seed,
                 )
-                solved, notes = trained
+                solved, losses = trained
             packed = {linear: solution.stored for linear, solution in solved.items()} | rounding.given(scales)
         tensors: dict[str, Tensor] = {}
-        facts = []
+        records = list[LinearRecord]()
         for linear, W_RC in weights.items():
             name, bias = f"{layer.name}.{linear}", f"{linear}.bias"
             tensors |= _named(name, packed[linear])
@@ -188,10 +207,15 @@ class LayerQuantizer:
                 tensors[f"{layer.name}.{bias}"] = (
                     layer.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
                 )
-            facts.append(_facts(name, codings[linear], W_RC, packed[linear], moments[linear]))
-        if layer.expert_tokens:
-            notes["expert_tokens"] = list(layer.expert_tokens.values())
-        return tensors, {"name": layer.name, "linears": facts, **notes}
+            records.append(_record(name, codings[linear], W_RC, packed[linear], moments[linear]))
+        before, after = losses or (None, None)
+        return tensors, QuantizedLayer(
+            name=layer.name,
+            linears=tuple(records),
+            loss_gptq=before,
+            loss_learned=after,
+            expert_tokens=tuple(layer.expert_tokens.values()) or None,
+        )
 
     def _head(self, model: LayerwiseModel, layer: DecoderLayer, rounding: Rounding) -> Entry:
         name = model.anatomy.head
@@ -202,7 +226,8 @@ class LayerQuantizer:
             packed = (
                 coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
             )
-        return _named(name, packed), {"name": name, "linears": [_facts(name, coding, W_RC, packed, moments)]}
+        record = _record(name, coding, W_RC, packed, moments)
+        return _named(name, packed), QuantizedLayer(name=name, linears=(record,))
 
 
 def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], torch.dtype]:
@@ -215,14 +240,14 @@ def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
     return {f"{name}.{part}": tensor.cpu() for part, tensor in registry.tensors_of(packed).items()}
 
 
-def _facts(
+def _record(
     name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments
-) -> dict[str, Any]:
+) -> LinearRecord:
     Q_RC = registry.dequantize(packed).to(W_RC.device)
-    return {
-        "name": name,
-        "format": coding.format,
-        "bits": coding.bits,
-        "relative_error": output_error(W_RC, Q_RC, moments.H_CC),  # of the outputs on the calibration text
-        "weight_error": weight_error(W_RC, Q_RC),
-    }
+    return LinearRecord(
+        name=name,
+        format=coding.format,
+        bits=coding.bits,
+        relative_error=output_error(W_RC, Q_RC, moments.H_CC),
+        weight_error=weight_error(W_RC, Q_RC),
+    )

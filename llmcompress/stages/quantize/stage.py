@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from pydantic import Field, ValidationError, model_validator
@@ -23,7 +23,7 @@ from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.io.units import share_of
+from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
@@ -34,7 +34,13 @@ from llmcompress.stages.quantize.config import FormatConfig, Override, together
 from llmcompress.stages.quantize.embedding import apart, embedding_codings, settle_outer
 from llmcompress.stages.quantize.sensitivity import spared
 from llmcompress.stages.quantize.smoothing import Smooth
-from llmcompress.stages.quantize.solver import PROTECTED, STAGE, LayerQuantizer
+from llmcompress.stages.quantize.solver import (
+    PROTECTED,
+    STAGE,
+    LayerQuantizer,
+    ProtectedLinears,
+    QuantizedLayer,
+)
 
 NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
 # what one weight for several layers does not go with, but for gptq
@@ -169,7 +175,7 @@ class Quantize(FormatConfig, Stage):
         least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
         words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
         if self.protect and NATIVE.get(self.format):
-            words += f", {share_of(self.protect)} of the weights kept in their dtype"
+            words += f", {asked_percent(self.protect)} of the weights kept in their dtype"
         return words + (", embedding in 8 bits" if self.embedding == "int8" else "")
 
     @property
@@ -204,7 +210,7 @@ class Quantize(FormatConfig, Stage):
     ) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """As `choose`, once `apply` has found which linears to protect."""
         chosen, kept = self.choose(model)
-        for name in journal.load(PROTECTED, 0)[1]["linears"] if self.protect else ():
+        for name in journal.facts(PROTECTED, 0, ProtectedLinears).linears if self.protect else ():
             coding = chosen.pop(name)
             if wide := spared(coding):
                 chosen[name] = wide
@@ -248,13 +254,13 @@ class Quantize(FormatConfig, Stage):
         journal = context.journal
         if self.rounding == "learned" or self.protect:
             find_fisher(model, context)  # of the full model, so before its embedding is rounded
-        full, embeddings = settle_outer(model, context, chosen)
+        full, outer = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
             LayerQuantizer(self).find_hurt(model, context, solved)
         chosen, kept = self.settled(model, journal)
         if not all(journal.has(STAGE, index) for index in range(steps)):
             LayerQuantizer(self).walk(model, context, chosen, steps, full)
-        facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
+        facts = Facts(STAGE, kept=kept)
         shapes = {name: shape for name, shape in model.matrices().items() if name in chosen}
         bits = {name: chosen[name].bits for name in shapes}
         unsaid = {
@@ -273,13 +279,14 @@ class Quantize(FormatConfig, Stage):
         facts.details = self.model_dump(exclude={"skip", "steps"} | unsaid) | {
             "bits": mean_bits(bits, shapes)
         }
-        facts.linears += embeddings
-        facts.add(journal.load(STAGE, index)[1] for index in range(steps))
-        facts.notes += starved_experts(facts.per_layer, model.config.hidden_size)
+        facts.linears += outer.linears if outer else ()
+        layers = [journal.facts(STAGE, index, QuantizedLayer) for index in range(steps)]
+        facts.add(layers)
+        facts.notes += starved_experts(layers, model.config.hidden_size)
         return facts
 
 
-def starved_experts(layers: list[dict[str, Any]], few: int) -> list[str]:
+def starved_experts(layers: Sequence[QuantizedLayer], few: int) -> list[str]:
     """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those
     experts.
 
@@ -289,12 +296,10 @@ def starved_experts(layers: list[dict[str, Any]], few: int) -> list[str]:
     lines = []
     for layer in layers:
         starved = [
-            f"{expert} ({tokens})"
-            for expert, tokens in enumerate(layer.get("expert_tokens", ()))
-            if tokens < few
+            f"{expert} ({tokens})" for expert, tokens in enumerate(layer.expert_tokens or ()) if tokens < few
         ]
         if starved:
             lines.append(
-                f"{layer['name']}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}"
+                f"{layer.name}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}"
             )
     return lines

@@ -10,12 +10,13 @@ without measuring, and are there to be compared with.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from llmcompress.algorithms.layer_similarity import adjacent, agglomerate, cka, cosines
+from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Edit, divergences, variants, walk
@@ -25,30 +26,33 @@ Likeness = Literal["kl", "cka", "cosine", "adjacent"]
 NEAR = 4  # layers, the likest by each score, that a layer is tried to be given up for
 TOKENS = 2048  # that outputs are compared on
 AT_ONCE = 24  # swaps in one pass: each has a stream of hidden states of its own
-Groups = list[list[int]]
+
+
+class FoundGroups(JournalFacts):
+    """The layers in groups, and where swaps were measured, KL in nats/token after each."""
+
+    groups: tuple[tuple[int, ...], ...]
+    kl_nats: tuple[float, ...] | None = None
 
 
 def find(
     model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness
-) -> dict[str, Any]:
-    """The layers in `count` groups that are to share `linears`, the first of each the one that it starts
-    from, and the loss.
-
-    What is known of the loss is the KL in nats a token of plain swaps, with `kl` alone.
-    """
+) -> FoundGroups:
+    """The layers in `count` groups that are to share `linears`, the first of each the one whose weights it
+    starts from."""
     layers = len(model.layers)
     if by == "adjacent" or count == layers:
-        return {"groups": adjacent(layers, count)}
+        return _found(adjacent(layers, count))
     likeness = _likeness(model, context, linears)
     if by != "kl":
-        return {"groups": agglomerate(likeness[by], count)}
+        return _found(agglomerate(likeness[by], count))
     sequences = context.data.calibration
     sequences = sequences[: -(-SAMPLE // sequences.shape[1])]
     full = variants(model, sequences, {})[None]
     taken = [_with_weights_of(model, linears, source) for source in range(layers)]
     given_up: dict[int, int] = {}  # layer -> the one whose weights it has
     kl_nats: list[float] = []
-    for _ in context.track(range(layers - count), "tie (layers, kl)", layers - count):
+    for _ in context.track(range(layers - count), "share (layers, kl)", layers - count):
         swaps = _swaps(likeness, layers, given_up)
         edits = {
             pair: {layer: taken[source] for layer, source in moved.items()} for pair, moved in swaps.items()
@@ -66,7 +70,11 @@ def find(
     groups = [
         [index, *sorted(other for other, source in given_up.items() if source == index)] for index in kept
     ]
-    return {"groups": groups, "kl_nats": kl_nats}
+    return _found(groups, kl_nats)
+
+
+def _found(groups: Sequence[Sequence[int]], kl_nats: Sequence[float] | None = None) -> FoundGroups:
+    return FoundGroups(groups=tuple(map(tuple, groups)), kl_nats=None if kl_nats is None else tuple(kl_nats))
 
 
 def _swaps(

@@ -1,42 +1,31 @@
 """Let layers that do the same work share the weights of their feed-forward part, their attention, or both.
 
-`grouping` finds the groups. What a group shares is fitted: it starts as the weights of the layer that serves
-all best and is trained on what each of them makes of its own inputs, weighed by what the model feels of it.
-Norms and biases, which cost next to nothing, stay each layer's own and are trained with it; so is the
-difference of low rank that each may have (residual_rank). What is shared is one tensor on disk and in memory.
-It is multiplied once for each layer, so there is no speed in it.
+`layer_groups` finds the groups, `group_fitting` fits what each shares. Norms and biases, which cost next to
+nothing, stay each layer's own; so does the difference of low rank that each may have (residual_rank). What is
+shared is one tensor on disk and in memory. It is multiplied once for each layer, so there is no speed in it.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from collections.abc import Sequence
+from typing import Annotated, ClassVar, Literal
 
-import torch
 from pydantic import ConfigDict, Field, model_validator
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from llmcompress.algorithms.hessian import Moments
-from llmcompress.algorithms.layer_similarity import adjacent, descend
-from llmcompress.algorithms.low_rank import shared_basis
+from llmcompress.algorithms.layer_similarity import adjacent
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
-from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
-from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import SAMPLE, TOKENS_AT_ONCE, together, walk
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 from llmcompress.stages.linear_rewriting import inner
-from llmcompress.stages.share import layer_groups
+from llmcompress.stages.share import estimate, layer_groups
+from llmcompress.stages.share.group_fitting import STAGE, GroupFitter, SharedLayer
+from llmcompress.stages.share.layer_groups import FoundGroups
 
-STAGE, GROUPS, FIT = "share", "groups", "fit"  # in the journal
-TOKENS = 32768  # that are fitted on
+GROUPS = "groups"  # in the journal
 AXES = {"attention": "kv", "ffn": "ffn"}  # what the linears of a part run along
 SPOKEN = {"attention": "attention", "ffn": "feed-forward"}
 Part = Literal["attention", "ffn"]
@@ -119,7 +108,8 @@ class Share(Stage):
         elif self.groups is not None and not self.groups < layers:
             raise ModelError(f"groups: {self.groups} leaves the {layers} layers as they are; use fewer")
         else:
-            found = journal.load(GROUPS, 0)[1]["groups"] if journal else adjacent(layers, self.groups or 1)
+            known = journal.facts(GROUPS, 0, FoundGroups).groups if journal else None
+            found = [list(group) for group in known or adjacent(layers, self.groups or 1)]
         found = sorted(sorted(group) for group in found if len(group) > 1)
         for group in found:
             if max(group) >= layers:
@@ -181,27 +171,7 @@ class Share(Stage):
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """The cost of finding the groups and of fitting what each shares."""
-        groups, layers, inner = self.groups_of(model), len(model.layers), model.inner_parameters()
-        searched = self.layers in ("auto", "kl")
-        swaps = (
-            (layers - (self.groups or layers)) * layers * min(layers - 1, 2 * layer_groups.NEAR)
-            if searched
-            else 0
-        )
-        operations = 2.0 * inner * (2 * work.tokens + 5 * TOKENS) + inner * SAMPLE * swaps
-        operations += 6.0 * inner / layers * TOKENS_AT_ONCE * self.steps * sum(map(len, groups))
-        floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
-        note = "the run finds the layers that share with least loss; what stands here is for neighbours"
-        return Estimate(
-            stage=(
-                f"share ({' and '.join(self.parts)} of {sum(map(len, groups))} layers, {len(groups)} stored)"
-            ),
-            parameters=left.parameters(),
-            size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
-            peak_memory_bytes=4 * floats,
-            seconds=operations / work.rate,
-            notes=(note,) if searched else (),
-        )
+        return estimate.of(self, model, left, work)
 
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """Which stored tensors are others, by name."""
@@ -216,167 +186,31 @@ class Share(Stage):
         """Find the groups, fit what each shares, and leave in the journal what becomes of every layer."""
         journal, linears = context.journal, self.linears(model)
         if not journal.has(GROUPS, 0):
-            found: dict[str, Any] = {"groups": self.groups_of(model)} if self.pairs else {}
-            if self.layers is not None and self.groups is not None:
-                by: layer_groups.Likeness = "kl" if self.layers == "auto" else self.layers
-                self.choose(model)
-                found = layer_groups.find(model, context, linears, self.groups, by)
-            journal.save(GROUPS, 0, {}, found)
+            journal.save(GROUPS, 0, {}, self._found(model, context, linears))
         chosen, kept = self.choose(model, journal)
-        if not all(journal.has(STAGE, index) for index in range(len(model.layers))):
-            self._fit_all(model, context, linears)
-        facts = Facts(STAGE, kept=[{"name": name, "why": why} for name, why in kept.items()])
-        facts.add(journal.load(STAGE, index)[1] for index in range(len(model.layers)))
         groups = self.groups_of(model, journal)
+        if not all(journal.has(STAGE, index) for index in range(len(model.layers))):
+            GroupFitter(self, model, context, linears).fit(groups)
+        facts = Facts(STAGE, kept=kept)
+        facts.add(journal.facts(STAGE, index, SharedLayer) for index in range(len(model.layers)))
         facts.notes = [
             f"{len(chosen)} linears share {len(groups) * len(linears)} weights; operations per token are "
             "unchanged: a shared weight is multiplied once for each layer"
         ]
         asked = self.model_dump(include={"parts", "residual_rank", "steps"}, exclude_none=True, mode="json")
-        told = {"layers": self.layers or "given", **asked, "groups": groups}
-        facts.details = told | {k: v for k, v in journal.load(GROUPS, 0)[1].items() if k != "groups"}
+        facts.details = {
+            "layers": self.layers or "given",
+            **asked,
+            "groups": [list(group) for group in groups],
+        }
+        if (kl_nats := journal.facts(GROUPS, 0, FoundGroups).kl_nats) is not None:
+            facts.details = {**facts.details, "kl_nats": list(kl_nats)}
         return facts
 
-    def _fit_all(self, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> None:
-        journal, groups = context.journal, self.groups_of(model, context.journal)
-        sequences = context.data.calibration
-        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
-        if not all(journal.has(FIT, number) for number in range(len(groups))):
-            find_fisher(model, context)
-            needed = {index for group in groups for index in group}
-            for layer in walk(model, sequences):
-                if layer.index in needed:
-                    with writing(context.scratch):
-                        states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
-                        save_file(states, context.scratch / f"entering-{layer.index}.safetensors")
-        for number, group in context.track(
-            enumerate(groups), f"tie (fit {', '.join(self.parts)})", len(groups)
-        ):
-            if not journal.has(FIT, number):
-                journal.save(FIT, number, *self._fit(model, context, group, linears, sequences))
-        done: dict[int, tuple[dict[str, Tensor], dict[str, Any]]] = {}
-        for number, group in enumerate(groups):
-            tensors, facts = journal.load(FIT, number)
-            for index in group:
-                own = {
-                    name.removeprefix(f"{index}:"): t
-                    for name, t in tensors.items()
-                    if name.startswith(f"{index}:")
-                }
-                dtypes = {
-                    name: model.dtype_of(f"{model.layer_name(group[0])}.{name}.weight") for name in linears
-                }
-                done[index] = (
-                    self._stored(model, index, dtypes, tensors, own),
-                    {"nats": facts["nats"][str(index)]},
-                )
-        for index in range(len(model.layers)):
-            tensors, facts = done.get(index, ({}, {}))
-            journal.save(STAGE, index, tensors, {"name": model.layer_name(index), "linears": [], **facts})
-
-    def _fit(
-        self,
-        model: LayerwiseModel,
-        context: Context,
-        group: Sequence[int],
-        linears: Sequence[str],
-        sequences: Tensor,
-    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """What a group shares, by linear, and what each layer has of its own, as `3:name`; the loss before
-        and after."""
-        entering = {}
-        for index in group:
-            states = load_file(context.scratch / f"entering-{index}.safetensors")
-            entering[index] = [states[str(i)] for i in range(len(states))]
-        with together(model, sequences, entering) as layers:
-            members = [_Member(layer, linears, fisher(context, layer.index)) for layer in layers]
-            start = min(
-                (self._start(members, source) for source in members), key=lambda own: _total(members, own)
-            )
-            before = {str(member.index): member.loss_of_all(start) for member in members}
-            count = len(members[0].layer.inputs)
-
-            def loss(tensors: Mapping[str, Tensor], step: int) -> Tensor:
-                return torch.stack([member.loss(tensors, step % count) for member in members]).sum()
-
-            fitted = descend(start, loss, steps=self.steps) if self.steps else start
-            after = {str(member.index): member.loss_of_all(fitted) for member in members}
-            if sum(after.values()) > sum(before.values()):
-                fitted, after = start, before
-        return {name: tensor.cpu() for name, tensor in fitted.items()}, {"nats": after, "nats_before": before}
-
-    def _start(self, members: Sequence[_Member], source: _Member) -> dict[str, Tensor]:
-        """The weights of one layer for all, the other layers' differences from it as far as their rank
-        allows."""
-        tensors = {linear: W_RC.clone() for linear, W_RC in source.weights.items()}
-        for member in members:
-            tensors |= {f"{member.index}:{name}": tensor.clone() for name, tensor in member.own.items()}
-            for linear, W_RC in member.weights.items() if self.residual_rank else ():
-                H_CC = member.moments[linear].H_CC
-                (left,), right = shared_basis([W_RC - source.weights[linear]], [H_CC], self.residual_rank)
-                tensors |= {f"{member.index}:{linear}.left": left, f"{member.index}:{linear}.right": right}
-        return tensors
-
-    def _stored(
-        self,
-        model: LayerwiseModel,
-        index: int,
-        dtypes: Mapping[str, torch.dtype],
-        shared: Mapping[str, Tensor],
-        own: Mapping[str, Tensor],
-    ) -> dict[str, Tensor]:
-        """What a layer is written as, by full names; `dtypes`: of the linears, what they share and what is
-        their own."""
-        name, layout, found = (
-            model.layer_name(index),
-            FactoredLayout("shared", self.residual_rank),
-            dict[str, Tensor](),
-        )
-        for linear, dtype in dtypes.items():
-            parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
-            weight = FactoredWeight(layout, shared[linear], *parts).to(dtype)
-            found |= {f"{name}.{linear}.{part}": tensor for part, tensor in weight.tensors().items()}
-        plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.layer}
-        return found | model.as_stored(plain, f"{name}.")
-
-
-class _Member:
-    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is
-    felt."""
-
-    def __init__(self, layer: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
-        self.layer, self.index = layer, layer.index
-        self.metric_DD = nats_factor(F_DD.to(layer.device))
-        self.weights = {linear: layer.weight(linear) for linear in linears}
-        vectors = [name for name, row in layer.anatomy.layer.items() if len(Spelling.parse(row).dims) == 1]
-        self.own = {name: layer.module.get_parameter(name).data for name in vectors}
-        self.targets = layer.outputs(layer.inputs)
-
-    @functools.cached_property
-    def moments(self) -> dict[str, Moments]:
-        """Of what its linears read."""
-        return self.layer.moments()
-
-    def loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Nats a token of one batch, to second order, with the shared weights and its own of `tensors`."""
-        parameters = {name: tensors[f"{self.index}:{name}"] for name in self.own}
-        for linear in self.weights:
-            W_RC = tensors[linear]
-            if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
-                W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
-            parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
-        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(
-            self.layer.device
-        )
-        return (lost @ self.metric_DD).square().sum(-1).mean()
-
-    @torch.no_grad()
-    def loss_of_all(self, tensors: Mapping[str, Tensor]) -> float:
-        """The same of all batches, in the mean."""
-        sizes = [len(hidden) for hidden in self.layer.inputs]
-        lost = [float(self.loss(tensors, batch)) * size for batch, size in enumerate(sizes)]
-        return sum(lost) / sum(sizes)
-
-
-def _total(members: Sequence[_Member], tensors: Mapping[str, Tensor]) -> float:
-    return sum(member.loss_of_all(tensors) for member in members)
+    def _found(self, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> FoundGroups:
+        """The groups as the recipe gives them, or as they are found."""
+        if self.layers is None or self.groups is None:
+            return FoundGroups(groups=tuple(tuple(group) for group in self.groups_of(model)))
+        self.choose(model)  # refuses layers that can't share before they are compared
+        by: layer_groups.Likeness = "kl" if self.layers == "auto" else self.layers
+        return layer_groups.find(model, context, linears, self.groups, by)

@@ -24,7 +24,7 @@ from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.io.journal import Journal
-from llmcompress.io.units import share_of
+from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
@@ -86,7 +86,7 @@ class Sparsify(Stage):
         return (
             "50 % of the weights, " + self.pattern
             if self.keep is None
-            else f"{share_of(self.keep)} of the weights"
+            else f"{asked_percent(self.keep)} of the weights"
         )
 
     @property
@@ -146,7 +146,7 @@ class Sparsify(Stage):
             STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude"
         )
         facts = rewriting.done(model, context, chosen, kept)
-        facts.details = self.model_dump(exclude={"skip"}, exclude_none=True) | facts.details
+        facts.details = {**self.model_dump(exclude={"skip"}, exclude_none=True), **facts.details}
         return facts
 
     def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: SparseLayout) -> SparseWeight:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -21,7 +21,7 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.tied_embeddings import tie
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.errors import ModelError
-from llmcompress.io.journal import Journal
+from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
 from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
@@ -30,6 +30,13 @@ STAGE = "tie"
 SAMPLE = 8192  # tokens by which the balance is decided
 STEPS = (4.0, 2.0, 1.4)  # factors between the balances that are tried, coarse to fine
 START = 0.25
+
+
+class TiedFacts(JournalFacts):
+    """KL in nats/token of the tied model on the text that decides, and the balance that was chosen by it."""
+
+    kl_nats: float
+    balance: float | None = None
 
 
 class Tie(Stage):
@@ -96,26 +103,26 @@ class Tie(Stage):
         journal = context.journal
         if not journal.has(OUTER, 0):
             journal.save(OUTER, 0, *self._made(model, context))
-        found = journal.load(OUTER, 0)[1]
+        found = journal.facts(OUTER, 0, TiedFacts)
         notes = [
             "operations per token are unchanged: the one matrix is looked up and multiplied by as the two "
             "were"
         ]
-        return Facts(STAGE, notes=notes, details={"fit": self.fit} | found)
+        return Facts(STAGE, notes=notes, details={"fit": self.fit, **found.model_dump(exclude_none=True)})
 
     @torch.no_grad()
-    def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], TiedFacts]:
         """The tensors that change, in the type of the base, and what is known of their loss."""
         anatomy = model.anatomy
         E = model.model.get_parameter(f"{anatomy.embedding}.weight").data
         O = model.model.get_parameter(f"{anatomy.head}.weight").data  # noqa: E741
         embedding = f"{anatomy.embedding}.weight"
         if torch.equal(E, O):
-            return model.as_stored({embedding: E}), {"kl_nats": 0.0}
+            return model.as_stored({embedding: E}), TiedFacts(kl_nats=0.0)
         trial = _Trial(model, context)
         if self.fit != "least_squares":
             made = {embedding: {"mean": (E + O) / 2, "embedding": E, "head": O}[self.fit]}
-            return model.as_stored(made), {"kl_nats": trial.kl_nats(made)}
+            return model.as_stored(made), TiedFacts(kl_nats=trial.kl_nats(made))
         statistics = _statistics(model, context)
         tried: dict[float, tuple[float, dict[str, Tensor]]] = {}
 
@@ -136,7 +143,7 @@ class Tie(Stage):
                     break
                 best = better
         kl_nats, made = tried[best]
-        return model.as_stored(made), {"kl_nats": kl_nats, "balance": best}
+        return model.as_stored(made), TiedFacts(kl_nats=kl_nats, balance=best)
 
 
 class _Trial:

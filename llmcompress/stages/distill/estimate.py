@@ -1,0 +1,30 @@
+"""What a distillation costs, about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.modeling.sequential import TOKENS_AT_ONCE
+from llmcompress.stages.base import Estimate, Workload
+
+if TYPE_CHECKING:
+    from llmcompress.stages.distill.stage import Distill
+
+
+def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
+    """The cost of training, with a teacher as large as the student."""
+    parameters, length = model.parameters(), stage.length or work.length
+    what = stage.loss if stage.train == "all" else f"{stage.train}, {stage.loss}"
+    # a gradient and two moments of every weight, or of next to none
+    learning = 3 if stage.train == "all" else 0
+    floats = parameters * ((1 if stage.cache else 2) + learning)
+    floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
+    passes = 4  # the student's forward and backward, and the teacher's forward
+    return Estimate(
+        stage=f"distill ({what}, {stage.steps} steps of {stage.batch} x {length} tokens)",
+        parameters=parameters,
+        size_bytes=model.stored_bytes() if stage.student else work.size_bytes,
+        peak_memory_bytes=4 * floats,
+        seconds=stage.tokens(work.length) * 2.0 * parameters * passes / work.rate,
+    )

@@ -1,0 +1,20 @@
+"""What the journal holds of a training that is done."""
+
+from __future__ import annotations
+
+from llmcompress.io.journal import JournalFacts
+
+STAGE, DONE = "distill", "distilled"  # in the journal
+Curve = tuple[tuple[int, float | None], ...]  # (step, value), None where it is no number
+
+
+class TrainedFacts(JournalFacts):
+    """How a training went: KL(teacher || student) on held-out text in nats/token before and at best, and
+    curves by step."""
+
+    kl_before: float
+    kl_after: float
+    curve: Curve
+    perplexities: Curve
+    losses: Curve
+    notes: tuple[str, ...]

@@ -1,0 +1,113 @@
+"""Cut one decoder layer after another, each with the inputs that the cut layers before it give.
+
+The linear that reads the axis is then solved for anew (`repair`), so that its outputs on the inputs as they
+have become come closest to those of the model as it was. A layer that the journal holds is not cut again.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from llmcompress.io.journal import JournalFacts
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
+from llmcompress.modeling.sequential import following, gradients, walk
+from llmcompress.stages.base import Context, LayerRecord
+from llmcompress.stages.fisher import TOKENS, find_fisher, metric
+from llmcompress.stages.prune import experts, structured, sublayer_dropping
+
+if TYPE_CHECKING:
+    from llmcompress.stages.prune.allocation import Widths
+    from llmcompress.stages.prune.stage import Prune
+
+STAGE, TAYLOR = "prune", "taylor"  # in the journal
+
+
+class CutLayer(LayerRecord):
+    """What is left of one axis in a layer, and the relative error of what reads it."""
+
+    axis: str
+    kept_units: int
+    relative_error: float
+
+
+class LayerCuts(JournalFacts):
+    """The cuts in one layer, an axis each."""
+
+    cuts: tuple[CutLayer, ...]
+
+
+class LayerCutter:
+    """Cuts the layers of one model as the settings of a stage say."""
+
+    def __init__(self, stage: Prune, model: LayerwiseModel, context: Context) -> None:
+        self.stage, self.model, self.context = stage, model, context
+
+    def find_scores(self) -> None:
+        """Have the journal hold what the score asks of the whole model, as it is now."""
+        journal, model, context = self.context.journal, self.model, self.context
+        layers = len(model.layers)
+        if self.stage.worth == "obs":
+            find_fisher(model, context)
+        if self.stage.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
+            return
+        sequences = context.data.calibration
+        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
+        consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.stage.axes}
+        found = gradients(
+            model,
+            sequences,
+            context.scratch,
+            following,
+            tuple(consumers.values()),
+            unscored=context.data.unscored,
+        )
+        for index, _, by_name in context.track(found, "gradients of the loss", layers):
+            worth = {
+                axis: structured.taylor(model, index, axis, by_name[name]).cpu()
+                for axis, name in consumers.items()
+            }
+            journal.save(TAYLOR, index, worth)
+
+    def cut(self, outline: MetaModel, widths: Widths) -> None:
+        """Cut every layer that the journal does not hold yet to what it has in `outline`."""
+        journal, layers, stage = self.context.journal, len(self.model.layers), self.stage
+        if all(journal.has(STAGE, index) for index in range(layers)):
+            return
+        visited = walk(self.model, self.context.data.calibration, reference=True)
+        for layer in self.context.track(visited, f"prune ({', '.join(stage.axes)}, {stage.worth})", layers):
+            if not journal.has(STAGE, layer.index):
+                counts = {axis: counts[layer.index] for axis, counts in widths.items()}
+                journal.save(STAGE, layer.index, *self._cut_layer(layer, counts))
+            tensors = journal.load(STAGE, layer.index)
+            inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
+            layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
+
+    def _cut_layer(
+        self, layer: DecoderLayer, counts: Mapping[str, int]
+    ) -> tuple[dict[str, Tensor], LayerCuts]:
+        """What changes in a layer that is cut along each axis in turn, by full names."""
+        if self.stage.of_parts:
+            tensors = sublayer_dropping.cut(layer, counts)
+            return self.model.as_stored(tensors, f"{layer.name}."), LayerCuts(cuts=())
+        named: dict[str, Tensor] = {}
+        cuts = list[CutLayer]()
+        for axis in self.stage.axes:
+            if axis == "expert":
+                tensors, lost = experts.cut(layer, counts[axis])
+            else:
+                score = self._score(layer.index, axis)
+                tensors, lost = structured.cut(layer, axis, counts[axis], score, self.stage.repair)
+            named |= self.model.as_stored(tensors, f"{layer.name}.")
+            cuts.append(CutLayer(name=layer.name, axis=axis, kept_units=counts[axis], relative_error=lost))
+        return named, LayerCuts(cuts=tuple(cuts))
+
+    def _score(self, index: int, axis: str) -> structured.Score:
+        """The score, with what was found out about a layer."""
+        worth, journal = self.stage.worth, self.context.journal
+        M_DD = metric(self.model, self.context, index) if worth == "obs" else None
+        return structured.Score(worth, M_DD, journal.load(TAYLOR, index)[axis] if worth == "taylor" else None)

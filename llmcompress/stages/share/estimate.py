@@ -1,0 +1,36 @@
+"""What sharing costs: parameters and bytes exactly, memory and operations about."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.modeling.sequential import SAMPLE, TOKENS_AT_ONCE
+from llmcompress.stages.base import Estimate, Workload
+from llmcompress.stages.share import layer_groups
+from llmcompress.stages.share.group_fitting import TOKENS
+
+if TYPE_CHECKING:
+    from llmcompress.stages.share.stage import Share
+
+
+def of(stage: Share, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
+    """The cost of finding the groups and of fitting what each shares."""
+    groups, layers, inner = stage.groups_of(model), len(model.layers), model.inner_parameters()
+    sharing = sum(map(len, groups))
+    searched = stage.layers in ("auto", "kl")
+    operations = 2.0 * inner * (2 * work.tokens + 5 * TOKENS)
+    if searched:
+        given_up = layers - (stage.groups or layers)
+        operations += inner * SAMPLE * given_up * layers * min(layers - 1, 2 * layer_groups.NEAR)
+    operations += 6.0 * inner / layers * TOKENS_AT_ONCE * stage.steps * sharing
+    floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
+    note = "the run finds the layers that share with least loss; what stands here is for neighbours"
+    return Estimate(
+        stage=f"share ({' and '.join(stage.parts)} of {sharing} layers, {len(groups)} stored)",
+        parameters=left.parameters(),
+        size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
+        peak_memory_bytes=4 * floats,
+        seconds=operations / work.rate,
+        notes=(note,) if searched else (),
+    )
