@@ -114,10 +114,11 @@ def test_a_command_is_one_that_there_is(block: Block) -> None:
 # 5. What runs.
 
 
-@pytest.fixture
-def shell(tmp_path: Path) -> dict[str, str]:
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The environment of a user who has this checkout installed, and no network."""
-    programs = tmp_path / "programs"
+    folder = tmp_path_factory.mktemp("user")
+    programs = folder / "programs"
     programs.mkdir()
     command = programs / "llmcompress"
     command.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m llmcompress "$@"\n')
@@ -125,7 +126,7 @@ def shell(tmp_path: Path) -> dict[str, str]:
     return os.environ | {
         "PATH": f"{programs}{os.pathsep}{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT),
-        "LLMCOMPRESS_CACHE": str(tmp_path / "cache"),
+        "LLMCOMPRESS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
     }

@@ -42,12 +42,18 @@ def test_a_script_imports_public_names_and_says_how_it_is_run(script: Path) -> N
     assert f"python examples/{script.name}\n" in (ast.get_docstring(tree) or "")
 
 
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What one script keeps for the next."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.mark.slow
 @every_script
-def test_a_script_runs_on_the_demo_model(script: Path, tmp_path: Path) -> None:
+def test_a_script_runs_on_the_demo_model(script: Path, cache: Path, tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "LLMCOMPRESS_CACHE": str(tmp_path / "cache"),
+        "LLMCOMPRESS_CACHE": str(cache),
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
     }

@@ -120,7 +120,7 @@ def test_a_run_that_is_stopped_says_so_and_the_same_command_goes_on(number: int,
         write_text(tmp_path / "facts.txt"),
         tmp_path / "out",
     )
-    (tmp_path / "recipe.yaml").write_text(small_recipe(text, base, rounding="learned", steps=300).to_yaml())
+    (tmp_path / "recipe.yaml").write_text(small_recipe(text, base, rounding="learned", steps=60).to_yaml())
     process = start(tmp_path / "tmp", "run", tmp_path / "recipe.yaml", "--out", out)
     until(lambda: any((partial_folder(out) / "journal").glob("quantize.*")), process)
     assert stopped(process, number).endswith(GOES_ON)
