@@ -24,11 +24,15 @@ from llmcompress.errors import AcceptError, CompressError
 
 app = typer.Typer(
     name="llmcompress",
-    help="Make a causal language model small by a recipe, and say what that cost.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def _whole(version: options.Version = False) -> None:
+    """Make a causal language model small by a recipe, and say what that cost."""
 
 
 @app.command()
@@ -40,8 +44,7 @@ def run(
     overwrite: options.Overwrite = False,
     device: options.Device = None,
 ) -> None:
-    """Compress a model: run a recipe and write the result. After a crash, the same command goes on where
-    it was."""
+    """Compress a model by a recipe and write the result. After a crash, the same command resumes."""
     from llmcompress.integrations import distributed
     from llmcompress.modeling.sequential import untracked
     from llmcompress.pipeline.run import run_recipe
@@ -171,8 +174,7 @@ def reproduce(
 
 @app.command()
 def recipes(as_json: options.AsJson = False) -> None:
-    """List the shipped recipes by purpose: what each leaves of a model, what it costs, and what loads the
-    result."""
+    """List the shipped recipes by purpose: what each leaves, what it costs, and what loads the result."""
     from llmcompress.cli.recipe_list import print_entries
     from llmcompress.recipe import catalogue
 

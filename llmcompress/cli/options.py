@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+import llmcompress
+
 RecipeName = Annotated[
     str,
     typer.Argument(
@@ -19,6 +21,18 @@ ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder, Hub id, or demo.", show_default=False)
 ]
 Artefact = Annotated[Path, typer.Argument(metavar="DIR", help="Folder that `run` wrote.", show_default=False)]
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"llmcompress {llmcompress.__version__}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool,
+    typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True),
+]
 Base = Annotated[
     str | None,
     typer.Option(

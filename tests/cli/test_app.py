@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,11 @@ def test_evaluate_writes_the_keys_of_the_contract(shelf: Path, cli: Cli, tmp_pat
         == alone["perplexity"]
         == pytest.approx(report["compressed"]["perplexity"], rel=1e-6)
     )
+
+
+def test_the_version_is_that_of_the_package(cli: Cli) -> None:
+    done = cli("--version")
+    assert (done.code, done.out, done.err) == (0, f"llmcompress {metadata.version('llmcompress')}\n", "")
 
 
 def test_help_is_there_for_every_command(cli: Cli) -> None:
