@@ -58,6 +58,18 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def same_weights(folder: Path, other: Path) -> bool:
+    """Whether two checkpoints hold the same tensors, bit for bit."""
+    once, again = weights_of(folder), weights_of(other)
+    return once.keys() == again.keys() and all(torch.equal(once[name], again[name]) for name in once)
+
+
+def set_linear(model: PreTrainedModel, name: str, W_RC: Tensor) -> None:
+    """Give a linear the weight [R, C], whichever way round its module has it."""
+    module: Any = model.get_submodule(name)
+    module.weight.data = (W_RC.T if isinstance(module, Conv1D) else W_RC).contiguous()
+
+
 def write_in(
     folder: Path, model: PreTrainedModel, layout: AnyLayout, made: Callable[[Tensor], StoredWeight]
 ) -> PreTrainedModel:

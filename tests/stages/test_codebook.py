@@ -10,7 +10,6 @@ from typing import Any, cast
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats.codebook import CodebookLayout, CodebookLinear
@@ -31,6 +30,8 @@ from tests.artefacts import (
     live,
     load,
     measured,
+    same_weights,
+    set_linear,
     weights_of,
 )
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
@@ -83,8 +84,7 @@ def clustered(
             )
             codes_RC = torch.randint(entries, (R, C), generator=generator)
             W_RC = levels_GL.repeat_interleave(at_once, 0)[:R].gather(1, codes_RC)
-            module = model.get_submodule(name)
-            cast(Any, module).weight.data = (W_RC.T if isinstance(module, Conv1D) else W_RC).contiguous()
+            set_linear(model, name, W_RC)
     if dtype == torch.bfloat16:  # whose base decides the type of the levels
         cast(Any, model).to(dtype)
     model.save_pretrained(folder)
@@ -121,10 +121,7 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(
     )
     assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
-    once, again = weights_of(out), weights_of(tmp_path / "again")
-    assert once.keys() == again.keys() and all(
-        torch.equal(tensor, again[name]) for name, tensor in once.items()
-    )
+    assert same_weights(out, tmp_path / "again")
 
 
 @pytest.mark.parametrize(

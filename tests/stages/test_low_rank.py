@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredLinear
@@ -34,6 +33,8 @@ from tests.artefacts import (
     live,
     load,
     measured,
+    same_weights,
+    set_linear,
     weights_of,
 )
 from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
@@ -92,8 +93,7 @@ def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedMo
         if name.startswith(source.anatomy.layers):
             number = sum(map(ord, name.split(".", 4)[-1]))  # of the linear, whichever layer it is in
             left_RK, right_KC = noise(R, rank, seed=sum(map(ord, name))), noise(rank, C, seed=number)
-            W_RC, module = left_RK @ right_KC * (rank * C) ** -0.5, model.get_submodule(name)
-            cast(Any, module).weight.data = (W_RC.T if isinstance(module, Conv1D) else W_RC).contiguous()
+            set_linear(model, name, left_RK @ right_KC * (rank * C) ** -0.5)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model
@@ -132,10 +132,7 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(
     assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 12_000  # the header
     assert rows[1].flops_per_token < rows[0].flops_per_token or rows[1].parameters < rows[0].parameters
     model.save_pretrained(tmp_path / "again")
-    once, again = weights_of(out), weights_of(tmp_path / "again")
-    assert once.keys() == again.keys() and all(
-        torch.equal(tensor, again[name]) for name, tensor in once.items()
-    )
+    assert same_weights(out, tmp_path / "again")
     assert shared_names(load(tmp_path / "again")) == shared_names(model)
 
 

@@ -31,7 +31,7 @@ from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.linear_rewriting import Rewriting
 from llmcompress.stages.sparsify.stage import Sparsify, stays
-from tests.artefacts import CPU, distance, live, load, measured
+from tests.artefacts import CPU, distance, live, load, measured, same_weights
 from tests.bases import byte_tokenizer, known, save_base, write_text
 from tests.models import FAMILIES, pico
 
@@ -76,10 +76,7 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(
     assert report.compressed.parameters == checkpoint.parameters < known(report.base.parameters)
     assert known(report.compressed.size_bytes) < known(report.base.size_bytes)
     model.save_pretrained(tmp_path / "again")
-    once, again = (load_file(folder / "model.safetensors") for folder in (out, tmp_path / "again"))
-    assert once.keys() == again.keys() and all(
-        torch.equal(tensor, again[name]) for name, tensor in once.items()
-    )
+    assert same_weights(out, tmp_path / "again")
 
 
 def test_what_wanda_and_magnitude_keep_is_as_it_was(text: Path, tmp_path: Path) -> None:
