@@ -1,10 +1,10 @@
-"""llmcompress makes causal language models of Hugging Face transformers small, and says what that cost.
+"""llmcompress compresses causal language models of Hugging Face transformers and reports what that cost.
 
 Importing it lets `from_pretrained` load the formats that it writes (`integrations.registration`). The public
 names below are imported when they are first used.
 """
 
-# first: the imports of a command take seconds, and Ctrl-C is answered
+# imported first: the imports of a command take seconds, during which Ctrl-C must work
 from llmcompress.cli import interrupt as interrupt
 
 # isort: split

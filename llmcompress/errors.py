@@ -1,8 +1,8 @@
 """The errors that a user's input can cause.
 
-Each message is one line with three parts: what was given, why it can't be, and what to do. The command line
-prints the message without a traceback and exits with `exit_code`; anything that is not a CompressError is our
-bug and keeps its traceback.
+Each message is one line with three parts: what was given, why it is not possible, and what to do. The command
+line prints the message without a traceback and exits with `exit_code`. Anything that is not a CompressError
+is a bug of llmcompress and keeps its traceback.
 """
 
 import re
@@ -11,10 +11,10 @@ ARGUMENT = re.compile("\x01(\\w+)(=\\w+)?\x02")
 
 
 def argument(name: str, value: str = "") -> str:
-    """An argument of a run, for a message: `out` to who calls from Python, `--out` to who is on the command
-    line.
+    """Return the name of an argument for use in a message: `out` for callers from Python, `--out` on the
+    command line.
 
-    With `value` it is one to be set: `overwrite=True`, and `--overwrite`.
+    With `value` it is an argument to set: `overwrite=True` and `--overwrite`.
     """
     return f"\x01{name}{'=' if value else ''}{value}\x02"
 
@@ -22,7 +22,8 @@ def argument(name: str, value: str = "") -> str:
 class CompressError(Exception):
     """The input is wrong; the message says what was given, why not, and what to do.
 
-    What was given may be anyone's: it is put into one line, and no character of it can steer a terminal.
+    The input in the message may come from anyone, so the message is put into one line and unprintable
+    characters are escaped: it cannot steer a terminal.
     """
 
     exit_code = 2
@@ -32,7 +33,7 @@ class CompressError(Exception):
         super().__init__(_printable(ARGUMENT.sub(r"\1\2", self.message)))
 
     def on_command_line(self) -> str:
-        """The message with arguments as options."""
+        """Return the message with arguments spelled as options."""
         return _printable(ARGUMENT.sub(r"--\1", self.message))
 
 
@@ -41,12 +42,12 @@ def _printable(line: str) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of somebody else says, in one line."""
+    """Return the message of a foreign error in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 class RecipeError(CompressError):
-    """The recipe can't be read, or asks for what can't be."""
+    """The recipe cannot be read, or asks for something that is not possible."""
 
 
 class DataError(CompressError):
@@ -58,7 +59,7 @@ class ModelError(CompressError):
 
 
 class OutputError(CompressError):
-    """The artefact can't be written where it was asked for."""
+    """The artefact cannot be written to the requested place."""
 
 
 class AcceptError(CompressError):

@@ -1,11 +1,10 @@
-"""The Hugging Face Hub border: bases, recipes and data sets at a commit, and artefacts that go there in one
+"""The border to the Hugging Face Hub: reads models, recipes and data sets at a commit, and pushes in one
 commit.
 
 Nothing that is fetched is ever executed. Only safetensors and the small files that transformers knows by name
-are taken, so a repository that holds pickles or code leaves them there; a recipe is read as bytes, of a size
-that is looked up before it is fetched. What is in the local cache is not fetched again, and works without a
-network. The token is the user's own, as `hf auth login` or HF_TOKEN leave it; no function here takes or shows
-one.
+are fetched, so pickles and code in a repository are not. A recipe is read as bytes, and its size is checked
+before it is fetched. Files in the local cache are not fetched again and work without a network. The token is
+the user's own, from `hf auth login` or HF_TOKEN; no function here takes or shows one.
 """
 
 from __future__ import annotations
@@ -59,38 +58,38 @@ _PART = r"[A-Za-z0-9_][\w.-]*"
 
 
 def is_id(name: str) -> bool:
-    """Whether a name is spelled as the Hub spells ids: `name` or `user/name`."""
+    """Whether a name is spelled like a Hub id: `name` or `user/name`."""
     return re.fullmatch(rf"{_PART}(/{_PART})?", name, re.ASCII) is not None
 
 
 def is_repository(name: str) -> bool:
-    """Whether a name is an id of the kind that users give: `user/name`."""
+    """Whether a name is a Hub id with a user: `user/name`."""
     return is_id(name) and "/" in name
 
 
 def split(name: str) -> tuple[str, str | None]:
-    """`user/name@revision` as id and revision; None where no revision is given."""
+    """Split `user/name@revision` into id and revision; the revision is None if not given."""
     repo, at, revision = name.partition("@")
     return repo, revision if at else None
 
 
 def is_commit(revision: str | None) -> bool:
-    """Whether a revision is a commit, and no branch or tag."""
+    """Whether a revision is a full commit hash and not a branch or tag."""
     return revision is not None and re.fullmatch(r"[0-9a-f]{40}", revision) is not None
 
 
 def offline() -> bool:
-    """Whether the user has said that there is no network (HF_HUB_OFFLINE)."""
+    """Whether the user has set HF_HUB_OFFLINE, so that there is no network."""
     return bool(constants.HF_HUB_OFFLINE)
 
 
 def fetch(
     model: str, revision: str | None, *, weights: bool = True, wanted: str = "base"
 ) -> tuple[Path, str]:
-    """The local folder of a model on the Hub, and the commit that it holds; ModelError where it can't be had.
+    """Return the local folder of a model on the Hub, and its commit.
 
     With `weights=False` only config, tokenizer and the like are fetched. `wanted` is what the model is to the
-    user.
+    user. Errors: ModelError if it cannot be fetched.
     """
     with _asked(f"{wanted} {model}", revision, ModelError, "check the path or the network"):
         folder = snapshot_download(
@@ -102,10 +101,9 @@ def fetch(
 def read(
     repo: str, file: str, revision: str | None, *, largest: int, wanted: str, error: type[CompressError]
 ) -> tuple[bytes, str]:
-    """The bytes of one small file of a model repository, and the commit that it is of; `error` where it can't
-    be had.
+    """Return the bytes of one small file of a model repository, and its commit.
 
-    A file of more than `largest` bytes is refused before it is fetched.
+    A file of more than `largest` bytes is refused before it is fetched. Raises `error` if it cannot be read.
     """
     with _asked(f"{wanted} {repo}", revision, error, "check the id or the network", file):
         found = hf_hub_download(repo, file, revision=revision, dry_run=True)
@@ -113,22 +111,24 @@ def read(
             raise error(
                 f"{file} of {repo} has {found.file_size} bytes, and may have {largest}; give another {wanted}"
             )
-        # by its name, which the cache remembers for offline use
+        # by the revision as given, which the cache remembers for offline use
         path = Path(hf_hub_download(repo, file, revision=revision))
     with path.open("rb") as opened:
         return opened.read(largest + 1), path.parent.name
 
 
 def dataset_commit(source: str, revision: str | None) -> str:
-    """The commit that a branch, tag or commit of a data set stands for. Errors: DataError, without a network
-    too."""
+    """Return the commit that a branch, tag or commit of a data set stands for.
+
+    Errors: DataError, also if there is no network.
+    """
     with _asked(f"data set {source}", revision, DataError, "check the id or the network"):
         return str(HfApi().dataset_info(source, revision=revision).sha)
 
 
 @dataclass(frozen=True)
 class Pushed:
-    """A commit on the Hub, and where people see it."""
+    """A commit on the Hub, and its page."""
 
     commit: str
     url: str
@@ -137,12 +137,11 @@ class Pushed:
 def push(
     repo: str, files: Mapping[str, Path | bytes], *, private: bool, message: str, replaced: Iterable[str] = ()
 ) -> Pushed:
-    """Make the repository `repo` on the Hub if there is none, and put files there in one commit; OutputError
-    where that fails.
+    """Put files into the repository `repo` on the Hub in one commit, creating the repository if needed.
 
-    What is there already is not sent again, nor is what a broken upload had finished: large files are known
-    by their hash. Files of the repository that match one of the patterns `replaced` and are not given are
-    deleted in that commit.
+    Content that is there already is not sent again, nor are large files that an interrupted upload had
+    finished: they are known by their hash. Files of the repository that match one of the patterns `replaced`
+    and are not in `files` are deleted in that commit. Errors: OutputError.
     """
     api = HfApi()
     if offline():
@@ -162,15 +161,14 @@ def push(
             made = api.create_commit(where.repo_id, [*added, *gone], commit_message=message)
         except HfHubHTTPError:
             raise
-        except (
-            ValueError
-        ) as error:  # of the client's own: before it sends anything it has the Hub look at the card
+        except ValueError as error:  # the client has the Hub check the card before it sends anything
             raise OutputError(f"the Hub refuses the card: {error}; {MEND}") from None
     return Pushed(made.oid, str(where))
 
 
 def evaluation_results(entries: Iterable[Mapping[str, Any]]) -> str:
-    """The text of a file of .eval_results: each entry the fields of huggingface_hub's EvalResultEntry."""
+    """Return the text of a file of .eval_results; each entry has the fields of huggingface_hub's
+    EvalResultEntry."""
     known = [EvalResultEntry(**entry) for entry in entries]
     return yaml.safe_dump(eval_result_entries_to_yaml(known), sort_keys=False, allow_unicode=True)
 
@@ -179,7 +177,10 @@ def evaluation_results(entries: Iterable[Mapping[str, Any]]) -> str:
 def _asked(
     what: str, revision: str | None, kind: type[CompressError], advice: str, file: str = "a file"
 ) -> Iterator[None]:
-    """Say in one line what the Hub, or the way to it, refuses: `what` as `base user/name`."""
+    """Raise errors of the Hub and of the network as a CompressError of one line.
+
+    `what` is the subject of the message, such as `base user/name`.
+    """
 
     def refuse(why: str, todo: str) -> NoReturn:
         raise kind(f"{what} {why}; {todo}") from None
@@ -210,5 +211,5 @@ def _asked(
             refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
         said = f": {error.server_message[:200]}" if error.server_message else ""
         refuse(f"can't be had (HTTP {status}{said})", advice)
-    except Exception as error:  # what the network, the disk and the client raise has a dozen kinds
+    except Exception as error:  # the network, the disk and the client raise a dozen kinds
         refuse(f"can't be had ({type(error).__name__}: {first_line(error)[:200]})", advice)

@@ -1,8 +1,8 @@
-"""Activations as an integer kernel sees them: rounded to whole numbers under one scale a token, or one for
-all.
+"""Activations as an integer kernel sees them: rounded to integers under one scale per token or one for all
+tokens.
 
-What is returned is the value that the codes stand for, in the dtype of the input, so that a model in floating
-point computes what the kernels will (up to the order of sums). The gradient passes the rounding as if it were
+The functions return the values that the codes stand for, in the dtype of the input, so that a floating-point
+model computes what the kernels will (up to the order of sums). The gradient passes the rounding as if it were
 the identity.
 """
 
@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 
 TINY = torch.finfo(torch.float32).tiny
-# codes are symmetric; 16 bits are two int8 codes, the higher times 256
+# largest code by bits; codes are symmetric; a 16-bit code is 256 times one int8 code plus another
 LARGEST = {4: 7, 8: 127, 16: 127 * 256 + 127}
 
 
 def round_tokens(x: Tensor, bits: int) -> Tensor:
-    """x [..., C] rounded under the absolute maximum of each token, on 2 * LARGEST[bits] + 1 levels."""
+    """Return x [..., C] rounded under the absolute maximum of each token, on 2 * LARGEST[bits] + 1 levels."""
     top = x.detach().float().abs().amax(-1, keepdim=True) if x.numel() else x.detach().float()[..., :1]
     return _rounded(x, top / LARGEST[bits], bits)
 
 
 def round_static(x: Tensor, bits: int, scale: Tensor | float) -> Tensor:
-    """x rounded to whole multiples of one `scale`, codes beyond LARGEST[bits] clipped to it."""
+    """Return x rounded to integer multiples of one `scale`; codes beyond LARGEST[bits] are clipped to it."""
     return _rounded(x, torch.as_tensor(scale, dtype=torch.float32, device=x.device), bits)
 
 
 def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
-    """x [..., C] rounded to 8 bits a token, but for the columns where some token reaches `threshold`:
-    LLM.int8's decomposition.
+    """Return x [..., C] rounded to 8 bits per token, except outlier columns, where some token reaches
+    `threshold`.
 
-    The maximum of a token is taken over its elements below the threshold, those in such columns too, as
-    bitsandbytes does. A threshold of 0 rounds everything. Columns are found in all that comes at once.
+    This is the decomposition of LLM.int8. The absolute maximum of a token is taken over its elements below
+    the threshold, including those in outlier columns, as in bitsandbytes. A threshold of 0 rounds everything.
+    Outlier columns are found over all tokens of x together.
 
     Source: Dettmers et al. 2022, arXiv:2208.07339, section 3.2.
     """
@@ -50,8 +51,7 @@ def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
 
 
 class Magnitudes:
-    """A histogram of |x| over all that was seen, in bins of 0.7 % from 2^-40 to 2^40, and the largest of
-    all."""
+    """A histogram of |x| over all inputs added, in bins of 0.7 % from 2^-40 to 2^40, and their maximum."""
 
     BINS, SPAN = 8192, 40
 
@@ -60,7 +60,7 @@ class Magnitudes:
         self.top = torch.zeros((), device=device)
 
     def add(self, x: Tensor) -> None:
-        """Take in x of any shape."""
+        """Add x, of any shape."""
         size = x.detach().float().abs().flatten()
         if size.numel() == 0:
             return
@@ -69,20 +69,22 @@ class Magnitudes:
         self.counts += torch.bincount(place.long().clamp_(0, self.BINS - 1), minlength=self.BINS)
 
     def values(self) -> Tensor:
-        """The middle of each bin, float64 [BINS]."""
+        """Return the middle of each bin, float64 [BINS]."""
         middles = torch.arange(self.BINS, device=self.counts.device, dtype=torch.float64) + 0.5
         return torch.exp2((middles / (self.BINS / 2) - 1) * self.SPAN)
 
     def quantile(self, share: float) -> float:
-        """The size that `share` of all seen do not exceed, within a bin."""
+        """Return the magnitude that a share `share` of all elements do not exceed, to the width of a bin."""
         part = self.counts.cumsum(0) / self.counts.sum().clamp_min(1)
         place = int(torch.searchsorted(part, torch.tensor(share, dtype=torch.float64, device=part.device)))
         return min(float(self.values()[min(place, self.BINS - 1)]), float(self.top))
 
 
 def static_scale(seen: Magnitudes, bits: int, method: str) -> float:
-    """One scale for an input: `minmax` reaches the largest, `percentile` 99.99 % of all, `mse` has the least
-    squared error."""
+    """Return one scale for an input.
+
+    `minmax` covers the maximum, `percentile` 99.99 % of all elements, and `mse` has the least squared error.
+    """
     largest = LARGEST[bits]
     if method == "minmax":
         return float(seen.top) / largest

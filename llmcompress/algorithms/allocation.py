@@ -1,12 +1,12 @@
-"""Widths of all layers under one budget of parameters, so that their losses add up to the least.
+"""Choose the widths of all layers under one budget of parameters, with the least sum of losses.
 
-It is a knapsack that takes one option from every layer. Exact, by dynamic programming over the frontier: the
-pairs (parameters, loss) that no other pair beats on both, of the layers so far. Each layer is added to every
-pair and the beaten ones are dropped. No layer's losses need to be convex or even to fall. The frontier has no
-more pairs than the budget has multiples of the step that all layers' parameters come in (a unit's weights
-times `multiple`), thousands for a large model: layers x pairs x options in all. 80 layers of 112 widths take
-eight seconds on one core. Losses add up as if layers did not know of each other, which is what the caller
-assumes by asking.
+This is a knapsack that takes one option from every layer. It is solved exactly, by dynamic programming over
+the frontier of the layers so far: the pairs (parameters, loss) that no other pair beats on both. Each layer
+is added to every pair and the beaten pairs are dropped. The losses of a layer need not be convex or even
+fall. The frontier has at most as many pairs as the budget has multiples of the common step of all layers'
+parameters (a unit's weights times `multiple`): thousands for a large model. The cost is layers x pairs x
+options. 80 layers of 112 widths take eight seconds on one core. The sum assumes that the losses of layers are
+independent.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from llmcompress.algorithms.overflow import Overflow
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer may become: how many units wide, at what loss, with how many parameters."""
+    """What a layer may become: a number of units, with its loss and number of parameters."""
 
     width: int
     loss: float
@@ -31,11 +31,10 @@ class Option:
 
 
 def allocate(layers: Sequence[Sequence[Option]], budget: int, *, multiple: int = 1) -> list[Option]:
-    """One option a layer, of a width that is a multiple of `multiple`: the least sum of losses within
-    `budget` parameters.
+    """Return one option per layer with the least sum of losses within `budget` parameters.
 
-    Of equal sums the one with the fewest parameters. Raises ValueError where a layer has no such width, a
-    loss is not finite, or the fewest parameters there are exceed the budget.
+    Widths are multiples of `multiple`. Of equal sums, the one with the fewest parameters is returned. Raises
+    ValueError if a layer has no such width, a loss is not finite, or the smallest options exceed the budget.
 
     Source: Nemhauser and Ullmann 1969, Discrete dynamic programming and capital allocation, on a
     multiple-choice knapsack.
@@ -47,9 +46,8 @@ def allocate(layers: Sequence[Sequence[Option]], budget: int, *, multiple: int =
             f"the smallest layers there are have {least_left} parameters; the budget is {budget}"
         )
     spent, loss = torch.zeros(1, dtype=torch.int64), torch.zeros(1, dtype=torch.float64)
-    taken: list[
-        Tensor
-    ] = []  # of each pair of a layer's frontier: its pair in the layer before, times options, plus its option
+    # for each pair of a layer's frontier: its pair in the layer before, times options, plus its option
+    taken: list[Tensor] = []
     for options in fitting:
         least_left -= min(option.parameters for option in options)
         parameters = torch.tensor([option.parameters for option in options])
@@ -74,11 +72,11 @@ def _fitting(options: Sequence[Option], multiple: int, layer: int) -> list[Optio
 
 
 def _frontier(spent: Tensor, loss: Tensor, most: int) -> Tensor:
-    """The indices of the pairs within `most` that are beaten by none, by rising parameters and falling
-    loss."""
+    """Return the indices of the unbeaten pairs within `most`, by rising parameters and falling loss."""
     order = torch.nonzero(spent <= most).flatten()
     order = order[torch.argsort(loss[order], stable=True)]
-    order = order[torch.argsort(spent[order], stable=True)]  # by parameters, then by loss, then as given
+    # by parameters, then by loss, then in the given order
+    order = order[torch.argsort(spent[order], stable=True)]
     least = loss[order].cummin(0).values
     better = torch.ones_like(order, dtype=torch.bool)
     better[1:] = loss[order][1:] < least[:-1]

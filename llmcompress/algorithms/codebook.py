@@ -1,10 +1,10 @@
-"""Weights that share a few values: which values, and which of them each weight takes, both for the least
-output error.
+"""Codebook quantisation: weights share a few values; values and codes are chosen for the least output error.
 
-`rows` adjacent rows of a linear share one codebook of L levels, the last group maybe fewer; with as many rows
-as there are, the linear has one. Levels are those of a weighted k-means, then codes and levels in turn
-minimise tr(E H E^T): codes by GPTQ and by descent as on any grid, each row in its own codebook, levels by
-least squares under the codes. Nothing is scaled: a level is the weight itself. G codebooks.
+`rows` adjacent rows of a linear share one codebook of L levels; the last group may have fewer rows. If `rows`
+is the number of rows, the whole linear has one codebook. Levels start from a weighted k-means. Then codes and
+levels are optimised in turn to minimise tr(E H E^T): codes by GPTQ and by coordinate descent as on any grid,
+each row in its own codebook, and levels by least squares for fixed codes. There are no scales: a level is the
+weight itself. G codebooks.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from llmcompress.algorithms import gptq as columnwise
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import inverse_factor
 
-Snap = Callable[[Tensor], Tensor]  # levels [G, L] -> the storable ones nearest to them
+Snap = Callable[[Tensor], Tensor]  # levels [G, L] -> the nearest storable levels
 ENTRIES = (4, 8, 16, 256)
-BINS = 128  # of sorted weights, before they are clustered
-PIECE = 2**23  # weights that are sorted at a time: 300 MB
+BINS = 128  # of sorted weights, which are then clustered
+PIECE = 2**23  # weights sorted at a time: 300 MB
 
 
 @dataclass(frozen=True)
 class Palette:
-    """A linear of shared values: index_RC int64 [R, C] into the ascending levels_GL [G, L] of a row's
-    codebook."""
+    """A linear with shared values: index_RC int64 [R, C] into the levels levels_GL [G, L], ascending, of the
+    codebook of each row."""
 
     index_RC: Tensor
     levels_GL: Tensor
@@ -42,18 +42,18 @@ class Palette:
 
 @dataclass(frozen=True)
 class Codebooks(Grid):
-    """The levels of all codebooks in one table, as a grid for columns [R]: each row is looked up in a part of
-    its own.
+    """The levels of all codebooks in one table, as a grid for columns [R] whose rows each use their own part
+    of it.
 
-    `levels` [G L], `middles` [G, L - 1], `codes` [G L] within a codebook; an index counts through the whole
-    table.
+    `levels` [G L], `middles` [G, L - 1]; `codes` [G L] are the indices within a codebook. An index counts
+    through the whole table.
     """
 
     rows: int
 
     @classmethod
     def of(cls, levels_GL: Tensor, rows: int) -> Codebooks:
-        """Those of ascending levels [G, L], each shared by so many rows."""
+        """The grid of ascending levels [G, L], each codebook shared by `rows` rows."""
         G, L = levels_GL.shape
         middles = (levels_GL[:, 1:] + levels_GL[:, :-1]) / 2
         return cls(levels_GL.flatten(), middles, torch.arange(L, device=levels_GL.device).repeat(G), rows)
@@ -71,20 +71,21 @@ class Codebooks(Grid):
 
 
 def look_up(index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
-    """The level of each weight, [R, C], in codebooks that `rows` adjacent rows share."""
+    """Return the level of each weight, [R, C], from codebooks that `rows` adjacent rows share."""
     offsets_R = torch.arange(len(index_RC), device=levels_GL.device) // rows * levels_GL.shape[1]
     return levels_GL.flatten()[index_RC + offsets_R[:, None]]
 
 
 def nearest(W_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
-    """Index (int64) [R, C] of the level nearest to each weight, in the ascending levels of its row."""
+    """Return the index (int64) [R, C] of the level nearest to each weight, in the ascending levels of its
+    row."""
     grid = Codebooks.of(levels_GL, rows)
     return grid.codes[grid.nearest(W_RC)]
 
 
 def gptq(W_RC: Tensor, H_CC: Tensor, levels_GL: Tensor, rows: int, *, damp: float = 0.01) -> Tensor:
-    """Index [R, C] of the level that each weight takes, as `methods.gptq.gptq` finds it on a grid that is the
-    same for all.
+    """Return the index [R, C] of the level that each weight takes, found as `algorithms.gptq.gptq` does on a
+    single grid.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: each row has the levels of its
     codebook.
@@ -94,8 +95,9 @@ def gptq(W_RC: Tensor, H_CC: Tensor, levels_GL: Tensor, rows: int, *, damp: floa
 
 
 def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int) -> Tensor:
-    """Index [R, C] after one pass that moves each column to its best level, all others fixed; tr(E H E^T)
-    never rises.
+    """Return the index [R, C] after one pass that moves each column to its best level, all others fixed.
+
+    tr(E H E^T) never rises.
 
     Source: the coordinate descent of QuantEase, Behdin et al. 2023, arXiv:2309.01885, Algorithm 2, in
     codebooks.
@@ -106,16 +108,16 @@ def descend(W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, row
 
 
 def kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, *, steps: int = 100) -> Tensor:
-    """Ascending levels [G, entries] near the minimum of the sum of h (W - level)^2 over the weights of each
-    group of rows.
+    """Return ascending levels [G, entries] near the minimum of the sum of h (W - level)^2 over each group of
+    `rows` rows.
 
-    A group of no more than `entries` values has these for levels, the largest repeated. A column without
-    input counts as if its second moment were a millionth of the mean.
+    A group with no more than `entries` distinct values gets these values as levels, the largest repeated. A
+    column without input counts as if its second moment were a millionth of the mean.
 
-    Source: SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, equation 4. Differs: weighed by the second moments
-    of the inputs; for up to 16 levels k-means starts from the best clusters of BINS bins, found by dynamic
-    programming, which leaves it within 1 % of the least there is; for 256 from as many bins, which are no
-    such guarantee.
+    Source: SqueezeLLM, Kim et al. 2023, arXiv:2306.07629, equation 4. Differs: weighted by the second moments
+    of the inputs. For up to 16 levels k-means starts from the best clusters of BINS bins, found by dynamic
+    programming, which leaves it within 1 % of the minimum. For 256 levels it starts from as many bins,
+    without such a guarantee.
     """
     floor = float(h_C.mean()) * 1e-6
     h_C = h_C.clamp_min(floor) if floor > 0 else torch.ones_like(h_C)
@@ -153,13 +155,14 @@ def _kmeans(W_RC: Tensor, h_C: Tensor, entries: int, rows: int, steps: int) -> T
 
 
 def _bins(x_GN: Tensor, h_GN: Tensor, bins: int) -> Tensor:
-    """Where bins of sorted weights begin, and their end, int64 [G, bins + 1]; none is empty.
+    """Return where bins of sorted weights begin, and the end of the last, int64 [G, bins + 1]. No bin is
+    empty.
 
-    They are as dense as the cube root of the density, as the levels of a fine quantiser are (Panter and Dite
+    Bins are as dense as the cube root of the density, as the levels of a fine quantiser are (Panter and Dite
     1951).
     """
     N, place = x_GN.shape[1], torch.arange(1, bins, device=x_GN.device)
-    density = (h_GN[:, 1:] + h_GN[:, :-1]) / 2  # times the width
+    density = (h_GN[:, 1:] + h_GN[:, :-1]) / 2  # times the width of an interval
     reach = (density.pow(1 / 3) * x_GN.diff(dim=1).double().pow(2 / 3)).cumsum(1)
     found = torch.searchsorted(reach, reach[:, -1:] * place / bins) + 1
     found = ((found - place).cummax(1).values.clamp(0, N - bins)) + place
@@ -167,13 +170,15 @@ def _bins(x_GN: Tensor, h_GN: Tensor, bins: int) -> Tensor:
 
 
 def _best_cuts(mass: Tensor, moment: Tensor, square: Tensor, entries: int) -> Tensor:
-    """Where the clusters of bins begin that lose least, and their end, int64 [G, entries + 1], from running
-    sums [G, bins + 1].
+    """Return where the clusters of bins with the least loss begin, and the end of the last, int64 [G, entries
+    + 1].
+
+    The arguments are running sums [G, bins + 1].
 
     Source: the dynamic programme for k-means in one dimension, Wang and Song 2011, Ckmeans.1d.dp.
     """
     mass, moment, square = (part[:, None] - part[:, :, None] for part in (mass, moment, square))
-    cost = (square - moment.square() / mass).clamp_min(0)  # of a cluster from one edge to another
+    cost = (square - moment.square() / mass).clamp_min(0)  # [G, first edge, last edge] of a cluster
     bins = cost.shape[1] - 1
     cost.masked_fill_(torch.ones_like(cost[0], dtype=torch.bool).tril(), torch.inf)
     cost = (cost / cost[:, :1, -1:].clamp_min(1e-300)).float()
@@ -188,7 +193,7 @@ def _best_cuts(mass: Tensor, moment: Tensor, square: Tensor, entries: int) -> Te
 
 
 def _distinct(x_GN: Tensor, levels_GL: Tensor) -> Tensor:
-    """The levels; of a group of no more sorted values than these, the values."""
+    """Return the levels; for a group with at most L distinct values, return these values instead."""
     L = levels_GL.shape[1]
     place = pad((x_GN.diff(dim=1) != 0).cumsum(1), (1, 0))
     few = place[:, -1:] < L
@@ -199,12 +204,11 @@ def _distinct(x_GN: Tensor, levels_GL: Tensor) -> Tensor:
 def fit_levels(
     W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, levels_GL: Tensor, rows: int, *, steps: int = 8
 ) -> Tensor:
-    """Levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself; they need
-    not ascend.
+    """Return levels [G, L] that minimise tr((W - Q) H (W - Q)^T) for fixed codes, each codebook by itself.
 
-    The normal equations are solved by conjugate gradients from the levels that there are, each level in units
-    of what it weighs. So a step is one product with H whatever L, none raises the objective, and levels that
-    no weight takes stay.
+    The levels returned need not ascend. The normal equations are solved by conjugate gradients from the given
+    levels, preconditioned by the total second moment of the weights that take each level. So a step costs one
+    product with H for any L, no step raises the objective, and levels that no weight takes do not change.
     """
     place_RC = index_RC + (torch.arange(len(W_RC), device=W_RC.device) // rows * levels_GL.shape[1])[:, None]
 
@@ -228,7 +232,7 @@ def fit_levels(
 
 
 def losses(W_RC: Tensor, palette: Palette, H_CC: Tensor) -> Tensor:
-    """tr(E H E^T) of the rows of each codebook, [G]."""
+    """Return tr(E H E^T) over the rows of each codebook, [G]."""
     E_RC = W_RC - palette.weight()
     lost_R = ((E_RC @ H_CC) * E_RC).sum(1)
     return pad(lost_R, (0, -len(lost_R) % palette.rows)).reshape(-1, palette.rows).sum(1).clamp_min(0)
@@ -244,15 +248,16 @@ def solve_codebook(
     rounds: int = 3,
     damp: float = 0.01,
 ) -> Palette:
-    """Codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
+    """Return codes and levels of W under the second moments H of its inputs; `snap` makes levels storable.
 
-    Each codebook is the best that was met, by tr(E H E^T) under storable levels: the nearest ones of k-means,
-    then GPTQ and each round of fitted levels and descended codes. So it never loses more than k-means, and
-    nothing where a group of rows has no more than `entries` values, all storable. Errors: ValueError.
+    Each codebook is the best one found, by tr(E H E^T) under storable levels: first the nearest levels of
+    k-means, then the result of GPTQ, then that of each round of fitted levels and descended codes. So it
+    never loses more than k-means, and loses nothing where a group of rows has at most `entries` distinct
+    values, all of them storable. Errors: ValueError.
 
     Source: SqueezeLLM's k-means (arXiv:2306.07629), GPTQ (arXiv:2210.17323), then alternating least squares.
-    Differs: the levels for GPTQ are weighed by what a column's input has that the others can't make up for, 1
-    / [H^-1]_cc.
+    Differs: the levels for GPTQ are weighted by 1 / [H^-1]_cc, the part of a column's input that the other
+    columns cannot make up for.
     """
     if entries not in ENTRIES or rows < 1:
         raise ValueError(
@@ -275,7 +280,7 @@ def solve_codebook(
 
 
 def _better(W_RC: Tensor, H_CC: Tensor, new: Palette, old: Palette, least: Tensor) -> tuple[Palette, Tensor]:
-    """Of each codebook the one that loses less, the old one of equals, and what they lose, [G]."""
+    """Return the codebooks with the lower loss, the old one if equal, and their losses [G]."""
     lost = losses(W_RC, new, H_CC)
     won = lost < least
     index = torch.where(won.repeat_interleave(new.rows)[: len(W_RC), None], new.index_RC, old.index_RC)

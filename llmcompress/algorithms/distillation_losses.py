@@ -1,13 +1,14 @@
-"""Losses that draw a student to its teacher: in what it predicts, in its hidden states, in where it attends.
+"""Distillation losses between a student and its teacher: on predictions, hidden states and attention.
 
-At a vocabulary of 128 thousand the logits of 4096 tokens take 2 GB in float32, and plain autograd holds five
-tensors of that size. Here the logits of a chunk of c tokens are made from hidden states, compared and turned
-into gradients at once: alive are 7 to 13 buffers [c, V], the gradients [T, D] and, of a head that learns, [V,
-D], never [T, V]. No product is made twice. It is in the dtype of the hidden states, as in the model; what
-follows, and every sum over chunks, is in float32 or float64.
+With a vocabulary of 128 thousand tokens, the logits of 4096 tokens take 2 GB in float32, and plain autograd
+holds five tensors of that size. Here the logits are computed from hidden states in chunks of c tokens. The
+logits of a chunk are compared and turned into gradients at once. Memory holds 7 to 13 buffers [c, V], the
+gradients [T, D] and, for a trainable head, [V, D], but never [T, V]. No product is computed twice. Products
+are in the dtype of the hidden states, as in the model; what follows, and every sum over chunks, is in float32
+or float64.
 
-Throughout p is the teacher, q the student; T tokens, V vocabulary, D hidden width, K likeliest tokens, B
-texts of L positions.
+Throughout, p is the teacher and q the student; T tokens, V vocabulary, D hidden width, K most likely tokens,
+B texts of L positions.
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ from torch.nn.functional import linear, normalize
 Skewed = Literal["jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"]
 Kind = Literal["forward_kl", "reverse_kl", "total_variation", "cross_entropy", Skewed]
 HiddenKind = Literal["mse", "cosine"]
-SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # where none is given
-IGNORED = -100  # the label of a token that does not count
-# nats: a lower log-probability counts as this one, so that logits of -inf on both sides do no harm
+SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.1}  # default of `skew`
+IGNORED = -100  # the label of a position that does not count
+# nats; lower log-probabilities are clamped to this, so that logits of -inf on both sides do no harm
 FLOOR = -1e4
-CHUNK = 128  # tokens at a time: a buffer is 64 MB at 128 thousand logits in float32
+CHUNK = 128  # tokens per chunk: a buffer is 64 MB at 128 thousand logits in float32
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -38,45 +39,45 @@ def _wide(x: Tensor) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """Logits that are not made yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) where there is a
-    soft cap."""
+    """Logits that are not computed yet: s = scale * (hidden W^T + bias), or cap * tanh(s / cap) with a soft
+    cap."""
 
-    hidden_TD: Tensor  # what the head reads, after the last norm; without a weight the product itself, [T, V]
-    weight_VD: Tensor | None = None  # of another dtype it is copied into that of the hidden states
+    hidden_TD: Tensor  # the head's input, after the final norm; without a weight the product itself, [T, V]
+    weight_VD: Tensor | None = None  # cast to the dtype of the hidden states
     bias_V: Tensor | None = None
     scale: float = 1.0
     cap: float | None = None
 
     def shape(self) -> tuple[int, int]:
-        """T and V."""
+        """Return (T, V)."""
         return len(self.hidden_TD), self.hidden_TD.shape[1] if self.weight_VD is None else len(self.weight_VD)
 
     def detached(self) -> Scores:
-        """The same without gradient and in one dtype."""
+        """Return the same scores without gradients and in one dtype."""
         weight, bias = (
             None if x is None else x.detach().to(self.hidden_TD.dtype) for x in (self.weight_VD, self.bias_V)
         )
         return replace(self, hidden_TD=self.hidden_TD.detach(), weight_VD=weight, bias_V=bias)
 
     def product(self, index_T: Tensor) -> Tensor:
-        """hidden W^T + bias of some tokens, a new tensor [T, V] in float32 or float64."""
+        """Return hidden W^T + bias of the tokens `index_T`: a new tensor [T, V] in float32 or float64."""
         rows = self.hidden_TD[index_T]
         return (rows if self.weight_VD is None else linear(rows, self.weight_VD, self.bias_V)).to(_wide(rows))
 
     def logits(self, product_TV: Tensor) -> Tensor:
-        """The logits [T, V] that a product leads to."""
+        """Return the logits [T, V] of a product: scaled, and capped if there is a soft cap."""
         s_TV = product_TV if self.scale == 1 else self.scale * product_TV
         return s_TV if self.cap is None else self.cap * torch.tanh(s_TV / self.cap)
 
 
 @dataclass(frozen=True, eq=False)
 class TopK:
-    """A teacher's K likeliest tokens, int64, and the log-probabilities of these and, as the last of K + 1, of
-    all others."""
+    """A teacher's K most likely tokens (int64) and their log-probabilities; the last of the K + 1 entries is
+    that of all other tokens together."""
 
     index_TK: Tensor
     log_p_TK1: Tensor
-    temperature: float = 1.0  # that they were taken at
+    temperature: float = 1.0  # of the softmax that they were taken from
 
 
 def _log_probs(z_TV: Tensor, temperature: float) -> Tensor:
@@ -84,14 +85,15 @@ def _log_probs(z_TV: Tensor, temperature: float) -> Tensor:
 
 
 def _classes(log_p_TV: Tensor, index_TK: Tensor) -> Tensor:
-    """Log-probabilities of K tokens and, as the last of K + 1, of all others."""
+    """Return the log-probabilities of K tokens and, as the last of K + 1 entries, of all other tokens
+    together."""
     others_T1 = log_p_TV.scatter(1, index_TK, FLOOR).logsumexp(-1, keepdim=True)
     return torch.cat([log_p_TV.gather(1, index_TK), others_T1], 1)
 
 
 def top_k(teacher: Scores | Tensor, k: int, *, temperature: float = 1.0, chunk: int = CHUNK) -> TopK:
-    """The k likeliest tokens of softmax(logits / temperature) at each position, made `chunk` positions at a
-    time."""
+    """Return the k most likely tokens of softmax(logits / temperature) at each position, computed in chunks
+    of `chunk` positions."""
     scores, parts = (teacher if isinstance(teacher, Scores) else Scores(teacher)).detached(), []
     every_T = torch.arange(scores.shape()[0], device=scores.hidden_TD.device)
     with torch.no_grad(), torch.autocast(every_T.device.type, enabled=False):
@@ -104,13 +106,13 @@ def top_k(teacher: Scores | Tensor, k: int, *, temperature: float = 1.0, chunk: 
 
 
 def _kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
-    """KL(p, q) [T]; probabilities below 1e-38 count as that."""
+    """KL(p, q) [T]; probabilities below 1e-38 count as 1e-38."""
     tiny = torch.finfo(p_TV.dtype).tiny
     return (p_TV * (p_TV.clamp_min(tiny).log() - q_TV.clamp_min(tiny).log())).sum(-1)
 
 
 def _divergence(kind: Kind, skew: float, log_p_TV: Tensor, log_q_TV: Tensor) -> Tensor:
-    """The divergence [T], exactly 0 where p and q are the same numbers."""
+    """Return the divergence [T]. It is exactly 0 where p and q are the same numbers."""
     if kind == "forward_kl":
         return (log_p_TV.exp() * (log_p_TV - log_q_TV)).sum(-1)
     if kind == "reverse_kl":
@@ -126,7 +128,7 @@ def _divergence(kind: Kind, skew: float, log_p_TV: Tensor, log_q_TV: Tensor) -> 
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """A token loss, all of it but the student."""
+    """Everything that a token loss needs besides the student."""
 
     kind: Kind
     skew: float
@@ -134,11 +136,11 @@ class _Task:
     label_share: float
     teacher: Scores | TopK | None
     labels_T: Tensor | None
-    weight_T: Tensor  # of mean 1 over the tokens that count, so that gradients fit a float16
-    chunks: Sequence[Tensor]  # ids of the tokens that count
+    weight_T: Tensor  # mean 1 over the tokens that count, so that gradients fit float16
+    chunks: Sequence[Tensor]  # indices of the tokens that count
 
     def losses(self, z_TV: Tensor, index_T: Tensor) -> Tensor:
-        """Of each of some tokens [T], given the student's logits."""
+        """Return the loss of each of the tokens `index_T`, [T], given the student's logits."""
         loss_T, known = z_TV.new_zeros(len(z_TV)), self.teacher
         if known is not None and self.label_share < 1:
             log_q = _log_probs(z_TV, self.temperature)
@@ -159,8 +161,11 @@ class _Task:
     def run(
         self, student: Scores, wanted: Collection[bool], times: Tensor | float = 1.0
     ) -> tuple[Tensor, list[Tensor | None]]:
-        """The sum of losses, and `times` its gradients by hidden [T, D], weight [V, D] and bias [V] where
-        wanted."""
+        """Return the sum of losses and its gradients multiplied by `times`.
+
+        Gradients are with respect to hidden [T, D], weight [V, D] and bias [V], in this order; one that is
+        not `wanted` is None.
+        """
         hidden_TD, weight_VD, bias_V = student.hidden_TD, student.weight_VD, student.bias_V
         total, (to_hidden, to_weight, to_bias) = self.weight_T.new_zeros(()), wanted
         dH_TD = torch.zeros_like(hidden_TD) if to_hidden else None
@@ -183,13 +188,16 @@ class _Task:
                 dW_VD += ds_TV.T @ hidden_TD[index_T]
             if db_V is not None:
                 db_V += wide_TV.sum(0)
-            del loss, s_TV, wide_TV, ds_TV  # before the next chunk's are made
+            del loss, s_TV, wide_TV, ds_TV  # free them before the next chunk allocates its own
         return total, [dH_TD, dW_VD, db_V]
 
 
 class _TokenLoss(torch.autograd.Function):
-    """The mean loss. Gradients are made with it, and scaled on the way back; that by plain logits then only:
-    it is large."""
+    """The mean loss as an autograd function.
+
+    Gradients are computed in the forward pass and scaled in the backward pass. For plain logits the gradient
+    is computed in the backward pass only, since it is large.
+    """
 
     @staticmethod
     def forward(ctx: Any, task: _Task, student: Scores, *inputs: Tensor | None) -> Any:
@@ -220,23 +228,33 @@ def token_loss(
     skew: float | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The mean over tokens of how far what the student predicts, q, is from the teacher's p, in nats: a
-    scalar with gradient.
+    """Return the mean over tokens of the loss between the student's predictions q and the teacher's p, in
+    nats: a scalar with gradient.
 
-    forward_kl        KL(p, q)                             Hinton et al. 2015, arXiv:1503.02531 reverse_kl
-    KL(q, p)                             MiniLLM, Gu et al. 2023, arXiv:2306.08543 jensen_shannon    b KL(p, b
-    p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)    GKD, Agarwal et al. 2023, arXiv:2306.13649
-    skewed_forward_kl KL(p, a p + (1 - a) q)               DistiLLM, Ko et al. 2024, arXiv:2402.03898
-    skewed_reverse_kl KL(q, (1 - a) p + a q)               DistiLLM total_variation   sum |p - q| / 2, a
-    number in [0, 1]  f-distill, Wen et al. 2023, arXiv:2307.15190 cross_entropy     -log q(label), without a
-    teacher
+        forward_kl         KL(p, q)
+                           Hinton et al. 2015, arXiv:1503.02531
+        reverse_kl         KL(q, p)
+                           MiniLLM, Gu et al. 2023, arXiv:2306.08543
+        jensen_shannon     b KL(p, b p + (1 - b) q) + (1 - b) KL(q, b p + (1 - b) q)
+                           GKD, Agarwal et al. 2023, arXiv:2306.13649
+        skewed_forward_kl  KL(p, a p + (1 - a) q)
+                           DistiLLM, Ko et al. 2024, arXiv:2402.03898
+        skewed_reverse_kl  KL(q, (1 - a) p + a q)
+                           DistiLLM
+        total_variation    sum |p - q| / 2, a number in [0, 1]
+                           f-distill, Wen et al. 2023, arXiv:2307.15190
+        cross_entropy      -log q(label), without a teacher
 
-    Scores or plain logits [T, V]; from TopK, any divergence in K + 1 classes, the last being the rest: never
-    more than in full. `skew` is b in (0, 1) or a in [0, 1). jensen_shannon goes to b KL(p, q) as b goes to 0,
-    to (1 - b) KL(q, p) as b goes to 1. Logits are divided by `temperature` t and the loss times t^2, total
-    variation times t, for gradients that keep their size. A share `label_share` of the loss is cross_entropy,
-    at temperature 1. `labels_T` are the tokens to predict at each position; those `IGNORED`, or of `weight_T`
-    0, are not even read. Without tokens the loss is 0. Raises ValueError for a misfit.
+    `student` and `teacher` are Scores or plain logits [T, V]. Under a TopK teacher every divergence is over K
+    + 1 classes, the last of which is all other tokens; it is never more than the divergence over the full
+    vocabulary. `skew` is b in (0, 1) or a in [0, 1). jensen_shannon tends to b KL(p, q) as b tends to 0, and
+    to (1 - b) KL(q, p) as b tends to 1.
+
+    Logits are divided by `temperature` t. The loss is multiplied by t^2, total variation by t, so that
+    gradients keep their size. A share `label_share` of the loss is cross_entropy, at temperature 1.
+    `labels_T` are the tokens to predict at each position. Positions that are labelled `IGNORED` or have
+    `weight_T` 0 are not read at all. Without tokens the loss is 0. Raises ValueError if arguments do not fit
+    together.
     """
     given = student if isinstance(student, Scores) else Scores(student)
     known = Scores(teacher) if isinstance(teacher, Tensor) else teacher
@@ -281,7 +299,10 @@ def token_loss(
 
 
 def _counted(weight_BL: Tensor | None, *states: Tensor) -> tuple[Tensor, ...]:
-    """Of the positions that count: their weights of sum 1 [T], and each of the states [T, ...], wide."""
+    """Select the positions that count.
+
+    Returns their weights, which sum to 1, [T], and each of the states there, [T, ...], in at least float32.
+    """
     weight_BL = states[0].new_ones(states[0].shape[:2]) if weight_BL is None else weight_BL
     here_BL, dtype = weight_BL > 0, _wide(states[0])
     weight_T, *found = (x[here_BL].to(dtype) for x in (weight_BL, *states))
@@ -295,10 +316,10 @@ def hidden_loss(
     W_ED: Tensor | None = None,
     weight_BL: Tensor | None = None,
 ) -> Tensor:
-    """The mean over positions of the mean squared difference of hidden states, or of 1 - their cosine.
+    """Return the mean over positions of the mean squared difference of hidden states, or of 1 - their cosine.
 
-    `W_ED`, the weight of a linear, takes the student's width to the teacher's. Positions of `weight_BL` 0 are
-    not read. Raises ValueError where widths differ.
+    `W_ED` is the weight of a linear that maps the student's width to the teacher's. Positions with
+    `weight_BL` 0 are not read. Raises ValueError if widths differ.
 
     Source: TinyBERT, Jiao et al. 2019, arXiv:1909.10351, equation 8; DistilBERT, Sanh et al. 2019,
     arXiv:1910.01108.
@@ -309,17 +330,18 @@ def hidden_loss(
         raise ValueError(
             f"hidden states of {student_TE.shape[1]} and {teacher_TE.shape[1]} columns: give W_ED"
         )
-    if kind == "cosine":  # |u - v|^2 = 2 - 2 cos for units, and exactly 0 where equal
+    if kind == "cosine":  # |u - v|^2 = 2 - 2 cos for unit vectors, and exactly 0 where u = v
         student_TE, teacher_TE = normalize(student_TE, dim=-1), normalize(teacher_TE, dim=-1)
     apart_T = (student_TE - teacher_TE).square().sum(-1)
     return apart_T @ weight_T / (2 if kind == "cosine" else student_TE.shape[1])
 
 
 def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor | None = None) -> Tensor:
-    """The mean over heads and positions of KL(teacher, student) between attention probabilities over K keys,
-    in nats.
+    """Return the mean over heads and positions of KL(teacher, student) between attention probabilities over K
+    keys, in nats.
 
-    Unequal numbers of heads, H and G, are averaged away first. Probabilities below 1e-38 count as that.
+    If the numbers of heads, H and G, differ, each side is first averaged over its heads. Probabilities below
+    1e-38 count as 1e-38.
 
     Source: MiniLM, Wang et al. 2020, arXiv:2002.10957.
     """
@@ -334,11 +356,12 @@ def attention_kl(student_BHLK: Tensor, teacher_BGLK: Tensor, weight_BL: Tensor |
 def layer_map(
     student_layers: int, teacher_layers: int, gone: Collection[int] | None = None
 ) -> tuple[int, ...]:
-    """The teacher's layer whose output each of the student's layers is to reach: the last of those that it
-    stands for.
+    """Return the teacher layer whose output each student layer is to match: the last of the layers that it
+    replaces.
 
-    With the teacher's layers `gone` known, a layer stands for itself and those cut behind it, else for an
-    even share. Attention is that of the kept layer itself. Raises ValueError for numbers that do not fit.
+    If the teacher's removed layers `gone` are given, a student layer replaces its own teacher layer and the
+    removed layers after it. Otherwise each replaces an equal share of the teacher's layers. Attention is
+    matched to the kept layer itself. Raises ValueError for numbers that do not fit.
     """
     ends = [i * teacher_layers // student_layers for i in range(1, student_layers + 1)]
     if gone is not None:

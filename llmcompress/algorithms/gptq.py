@@ -1,9 +1,10 @@
-"""GPTQ under static groups, and the descent over codes that goes on where it stops.
+"""GPTQ under static groups, and coordinate descent over codes that continues from its result.
 
 Both minimise tr(E H E^T), the squared output error on the calibration inputs. GPTQ fixes the columns one by
-one and lets those not yet fixed absorb the error; it never looks back. Coordinate descent looks at every
-column again with all others fixed. Both work on W^T, so that a column is contiguous, and delay the update of
-far columns into one matrix product per `width` columns: the plain forms stand in the tests as the oracle.
+one and lets the columns not yet fixed absorb the error; it does not revisit a column. Coordinate descent
+revisits every column with all others fixed. Both work on W^T, so that a column is contiguous, and delay the
+update of far columns into one matrix product per `width` columns. The plain forms are in the tests as the
+reference.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ from llmcompress.algorithms.scales import spread
 def gptq(
     W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 0.01, width: int = 64
 ) -> Tensor:
-    """Level indices [R, C] of W under fixed scales, each column's error pushed onto the columns not yet
-    rounded.
+    """Return level indices [R, C] of W under fixed scales, each column's error pushed onto the columns not
+    yet rounded.
 
-    Columns go in order of falling second moment (activation order); the scale of a column is that of its
-    group, fixed beforehand, so any order is free.
+    Columns are processed in order of falling second moment (activation order). The scale of a column is that
+    of its group and fixed beforehand, so any order is possible.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: activation order under static groups.
     """
@@ -50,10 +51,10 @@ def gptq(
 def descend(
     W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Grid, *, width: int = 64
 ) -> Tensor:
-    """Level indices [R, C] after one pass that moves each column to its best level, all other columns and the
-    scales fixed.
+    """Return level indices [R, C] after one pass that moves each column to its best level, with all else
+    fixed.
 
-    tr(E H E^T) never rises. A column with no second moment is left alone.
+    tr(E H E^T) never rises. A column whose second moment is zero is left alone.
 
     Source: the coordinate descent of QuantEase, Behdin et al. 2023, arXiv:2309.01885, Algorithm 2, on this
     grid.
@@ -62,7 +63,7 @@ def descend(
     S = spread(S_RG, C // S_RG.shape[1]).T.contiguous()
     index = index_RC.T.clone(memory_format=torch.contiguous_format)
     Q = grid.levels[index] * S
-    # half of minus the gradient, [C, R]; kept up to date for the columns still to come
+    # minus half the gradient, [C, R]; kept up to date for the columns still to come
     P = H_CC @ (W_RC.T - Q)
     curvature = H_CC.diagonal().tolist()
     for start in range(0, C, width):

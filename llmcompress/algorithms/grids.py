@@ -1,9 +1,9 @@
-"""The grids that weights are rounded to, as sorted levels: bitsandbytes' 4-bit tables, and whole numbers.
+"""The grids that weights are rounded to, as sorted levels: bitsandbytes' 4-bit tables, and integers.
 
-A code in a checkpoint is a row of bitsandbytes' own table, which for FP4 is not sorted and holds zero twice.
-Solvers want sorted levels without doubles, where the nearest one is a search and "one code up" means
-something. `Grid` keeps both. Whole numbers are levels from -1 to 1 too, so that a scale is the absolute
-maximum on every grid; their codes are the numbers.
+A code in a checkpoint is an index into bitsandbytes' own table, which for FP4 is not sorted and holds zero
+twice. Solvers need sorted, distinct levels, where the nearest one is a search and "one code up" has a
+meaning. `Grid` keeps both. Integers are levels from -1 to 1 too, so that a scale is the absolute maximum on
+every grid; their codes are the integers.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 GridFormat = Literal["nf4", "fp4", "int4", "int8"]
-LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the grids of whole numbers are symmetric
+LARGEST = {"int4": 7, "int8": 127}  # code of the level 1; the integer grids are symmetric
 
 # Quantiles of a normal distribution scaled to [-1, 1], from QLoRA (arXiv:2305.14314, appendix E), as float32
 # in bitsandbytes.
@@ -45,7 +45,7 @@ FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12,
 
 @dataclass(frozen=True)
 class Grid:
-    """Sorted distinct levels [L] of a format, the L - 1 middles between them, and the code [L] of each
+    """Sorted distinct levels [L] of a format, the L - 1 midpoints between them, and the code [L] of each
     level."""
 
     levels: Tensor
@@ -57,15 +57,16 @@ class Grid:
         return Grid(self.levels.to(device), self.middles.to(device), self.codes.to(device))
 
     def nearest(self, x: Tensor) -> Tensor:
-        """Index (int64, into `levels`) of the level nearest to each x, which is in units of the scale."""
+        """Return the index (int64, into `levels`) of the level nearest to each x, with x in units of the
+        scale."""
         return torch.bucketize(x.contiguous(), self.middles)
 
     def position(self, x: Tensor) -> Tensor:
-        """Where x stands between the levels, as a fractional index: 3.25 is a quarter of the way from level 3
-        to level 4.
+        """Return where x lies between the levels, as a fractional index: 3.25 is a quarter of the way from
+        level 3 to level 4.
 
-        Rounding a position is rounding to the nearest level, and one unit is the local spacing of the codes,
-        wherever on the grid that is. x beyond the outermost levels is clamped to them.
+        Rounding a position rounds x to the nearest level. One unit is the local spacing of the codes,
+        everywhere on the grid. x beyond the outermost levels is clamped to them.
         """
         x = x.clamp(self.levels[0], self.levels[-1])
         upper = torch.bucketize(x.contiguous(), self.levels).clamp(1, len(self.levels) - 1)
@@ -73,14 +74,14 @@ class Grid:
         return (upper - 1) + (x - below) / (above - below)
 
     def spacing(self, index: Tensor) -> Tensor:
-        """Mean distance from the level at `index` to its neighbours, in units of the scale."""
+        """Return the mean distance from the level at `index` to its neighbours, in units of the scale."""
         above, below = (index + 1).clamp(max=len(self.levels) - 1), (index - 1).clamp(min=0)
         return (self.levels[above] - self.levels[below]) / (above - below)
 
 
 @cache
 def grid(format: GridFormat) -> Grid:
-    """The grid of a format, on the CPU."""
+    """Return the grid of a format, on the CPU."""
     if format in LARGEST:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
         levels = codes.float() / LARGEST[format]
@@ -90,7 +91,7 @@ def grid(format: GridFormat) -> Grid:
     )
     levels, where = torch.unique(table, return_inverse=True)
     codes = torch.empty(len(levels), dtype=torch.uint8)
-    # of two codes with one level (0 and -0 of FP4) the lower one is written
+    # if two codes have one level (0 and -0 of FP4), the lower code is used
     for code in range(len(table) - 1, -1, -1):
         codes[where[code]] = code
     return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes)

@@ -1,9 +1,8 @@
-"""Second moments of a linear's inputs, and the triangular factor of their inverse that GPTQ walks along.
+"""Second moments of a linear's inputs, and the triangular factor of their inverse that GPTQ uses.
 
-The squared output error of a linear over its calibration inputs is tr(E H E^T) with E the weight error and H
-= X X^T: one C x C matrix says all that the data has to say, so it is accumulated once and shared by every
-linear that reads the same input. Float32 throughout; the sums of a calibration set stay far within its range
-because they are kept as means.
+The squared output error of a linear over its calibration inputs is tr(E H E^T), with E the weight error and H
+= X X^T. One C x C matrix holds all that the data says, so it is accumulated once and shared by every linear
+that reads the same input. Everything is float32; sums are kept as means, so they stay far within its range.
 """
 
 from __future__ import annotations
@@ -17,9 +16,9 @@ from llmcompress.algorithms.overflow import Overflow
 class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
-    `H_CC` is the mean of x x^T. Where the full model's inputs f are given too, `X_CC` is the mean of f x^T;
-    else None. `mean_C` and `full_C` are those of x and f (of x too, where there is no f), `top_C` is the
-    largest |x| of each column. The full model may have more columns, `full` of them.
+    `H_CC` is the mean of x x^T. `X_CC` is the mean of f x^T if the inputs f of the full model are given too,
+    else None. `mean_C` is the mean of x and `full_C` that of f (of x if there is no f). `top_C` is the
+    largest |x| of each column. The full model may have another number of columns, `full`.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
@@ -30,7 +29,7 @@ class Moments:
         self.tokens = 0
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
-        """Take in inputs x [..., C], and what the full model has in their place."""
+        """Accumulate inputs x [..., C] and, if given, the full model's inputs in their place."""
         X_TC = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + len(X_TC)
         if total == 0:
@@ -49,7 +48,7 @@ class Moments:
 
     @property
     def finite(self) -> bool:
-        """Whether no value, square or sum of what was read is NaN or infinite."""
+        """Whether all moments are finite, and with them the inputs, their squares and their sums."""
         return all(
             bool(torch.isfinite(part).all())
             for part in (self.H_CC, self.X_CC, self.full_C)
@@ -57,8 +56,10 @@ class Moments:
         )
 
     def joined(self, other: Moments) -> Moments:
-        """Those of the tokens of both; what the full model has in their place is left out, for two have two
-        such places."""
+        """Return the moments over the tokens of both.
+
+        `X_CC` is left out, since the two linears stand at different places of the full model.
+        """
         both = Moments(len(self.H_CC), self.H_CC.device)
         both.tokens = self.tokens + other.tokens
         for name in ("H_CC", "mean_C", "full_C"):
@@ -69,10 +70,13 @@ class Moments:
 
 
 def damped(H_CC: Tensor, damp: float) -> Tensor:
-    """H with `damp` times the mean of its diagonal added to the diagonal; a channel that never fires gets
-    that mean."""
+    """Return H with `damp` times the mean of its diagonal added to the diagonal.
+
+    A channel that is always zero gets the mean itself as its diagonal entry.
+    """
     mean = H_CC.diagonal().mean()
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))  # no input at all: identity, plain rounding
+    # without any input H becomes the identity, which means plain rounding
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     H = H_CC.clone()
     H.diagonal().add_(damp * mean)
     dead = H_CC.diagonal() <= 0
@@ -81,10 +85,10 @@ def damped(H_CC: Tensor, damp: float) -> Tensor:
 
 
 def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
-    """Upper triangular U with (H + damping)^-1 = U^T U.
+    """Return the upper triangular U with (H + damping)^-1 = U^T U.
 
-    The damping grows tenfold until the Cholesky factorisation succeeds, so constant channels, dead channels
-    and fewer tokens than columns all end in a finite factor.
+    The damping is raised tenfold until the Cholesky factorisation succeeds. So the factor is finite for
+    constant channels, for channels that are always zero and for fewer tokens than columns.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1.
     """
@@ -100,11 +104,10 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
 
 
 def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
-    """The weight whose outputs on x come closest to those of W on the full model's inputs f: W + W (X - H) (H
-    + damping)^-1.
+    """Return the weight whose outputs on x come closest to those of W on the full model's inputs f.
 
-    It makes good what the layers before have lost, as far as a linear map of x can; the damping keeps it near
-    W.
+    It is W + W (X - H) (H + damping)^-1. It corrects the error of the layers before, as far as a linear map
+    of x can; the damping keeps it near W.
 
     Source: Arai and Ichikawa 2025, arXiv:2504.09629, the corrected weight at full propagation.
     """
@@ -115,11 +118,11 @@ def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
 
 
 def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
-    """The weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f: least
-    squares.
+    """Return the weight on inputs x whose outputs come closest to those of W_RF on the full model's inputs f,
+    by least squares.
 
-    W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. It is `retarget` where the full
-    model's inputs are of another width.
+    It is W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. This is `retarget` for a
+    full model whose inputs have another width.
     """
     assert moments.X_CC is not None
     U_CC = inverse_factor(moments.H_CC, damp)
@@ -127,9 +130,10 @@ def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) 
 
 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
-    """Lower triangular R with R R^T = F + damping: the squared length of e R is the error e [D] weighed by F.
+    """Return the lower triangular R with R R^T = F + damping: the squared length of e R is the error e [D]
+    weighted by F.
 
-    F is scaled to a mean diagonal of one first, so that losses of different layers are of one size.
+    F is first scaled to a mean diagonal of one, so that losses of different layers have the same size.
     """
     mean, eye = F_DD.diagonal().mean(), torch.eye(len(F_DD), device=F_DD.device)
     F = eye if mean == 0 else F_DD / mean

@@ -1,10 +1,10 @@
-"""Which layers do the same work, by quick scores, and the weight that several of them can share, by gradient
+"""Which layers do the same work, by cheap scores, and the weight that several layers can share, by gradient
 descent.
 
-Two layers can be alike in their weights (cosine) or in what they put out on the same text (CKA, which does
-not mind another basis). Scores are cheap and may be wrong: what a swap really costs is for the caller to
-measure. The shared weight is not a mean: the neurons of two layers don't correspond, so it starts as one
-layer's own and is then trained on what all are to do.
+Two layers can be similar in their weights (cosine) or in their outputs on the same text (CKA, which is
+invariant to a change of basis). Scores are cheap and may be wrong; the caller measures what sharing really
+costs. The shared weight is not a mean, since the neurons of two layers do not correspond. It starts as the
+weight of one layer and is then trained on the task of all.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-RATE = 0.05  # of a step, in root mean squares of a tensor
+RATE = 0.05  # first step, relative to the root mean square of a tensor
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (tensors by name, step) -> scalar
 
 
 def cosines(weights: Sequence[Tensor]) -> Tensor:
-    """The cosine between any two of N weights of one shape, each flattened: [N, N]."""
+    """Return the cosine between every two of N weights of one shape, each flattened: [N, N]."""
     flat = torch.stack([weight.flatten().float() for weight in weights])
     flat = flat / flat.norm(dim=1, keepdim=True).clamp_min(torch.finfo(flat.dtype).tiny)
     likeness_NN: Tensor = flat @ flat.T
@@ -29,11 +29,11 @@ def cosines(weights: Sequence[Tensor]) -> Tensor:
 
 
 def cka(outputs: Sequence[Tensor]) -> Tensor:
-    """The linear centred kernel alignment between any two of N outputs [T, D] on the same tokens: [N, N], in
-    0..1.
+    """Return the linear centred kernel alignment between every two of N outputs [T, D] on the same tokens:
+    [N, N], in 0..1.
 
-    |Y_i^T Y_j|^2 / (|Y_i^T Y_i| |Y_j^T Y_j|) in Frobenius norms, of centred outputs: 1 for those that are a
-    rotation and a scale of each other.
+    It is |Y_i^T Y_j|^2 / (|Y_i^T Y_i| |Y_j^T Y_j|) in Frobenius norms, with centred outputs: 1 if they differ
+    only by a rotation and a scale.
 
     Source: Kornblith et al. 2019, arXiv:1905.00414, section 3.
     """
@@ -45,8 +45,10 @@ def cka(outputs: Sequence[Tensor]) -> Tensor:
 
 
 def agglomerate(likeness_NN: Tensor, count: int) -> list[list[int]]:
-    """N things in `count` groups, joined again and again where two groups are most alike in the mean of their
-    pairs."""
+    """Partition N items into `count` clusters by agglomerative clustering with average linkage.
+
+    The two clusters with the highest mean similarity of their pairs are merged until `count` are left.
+    """
     groups = [[index] for index in range(len(likeness_NN))]
     while len(groups) > count:
         pairs = [(a, b) for a in range(len(groups)) for b in range(a + 1, len(groups))]
@@ -56,16 +58,16 @@ def agglomerate(likeness_NN: Tensor, count: int) -> list[list[int]]:
 
 
 def adjacent(things: int, count: int) -> list[list[int]]:
-    """N things in `count` groups of neighbours, of as equal sizes as can be."""
+    """Partition N items into `count` runs of neighbours, of sizes as equal as possible."""
     bounds = [round(group * things / count) for group in range(count + 1)]
     return [list(range(start, stop)) for start, stop in pairwise(bounds)]
 
 
 def descend(start: Mapping[str, Tensor], loss: Loss, *, steps: int, rate: float = RATE) -> dict[str, Tensor]:
-    """Tensors after `steps` of Adam on `loss` from where they start, each at a rate of its own size, under a
-    cosine schedule.
+    """Return the tensors after `steps` of Adam on `loss`, from `start`, under a cosine schedule.
 
-    A tensor of zeros has the rate of those of its kind that are not (`rate` times the mean size of all).
+    The learning rate of a tensor is `rate` times its root mean square; for a tensor of zeros, times the mean
+    of all.
     """
     tensors = {name: tensor.clone().requires_grad_() for name, tensor in start.items()}
     sizes = {name: float(tensor.square().mean().sqrt()) for name, tensor in start.items()}

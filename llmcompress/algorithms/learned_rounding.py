@@ -1,10 +1,10 @@
 """Rounding learned on the output of a whole layer, by gradient descent from GPTQ's solution.
 
-GPTQ sees one linear at a time. Here the codes and scales of all linears of a layer move together, so that
-they make up for each other and for what earlier layers lost. A weight is a *position* on its grid (3.25: a
-quarter of the way from level 3 to level 4), which is rounded on the way forward and gets the gradient of its
-rounded value on the way back; steps are therefore in units of the local code spacing, the same everywhere on
-an uneven grid.
+GPTQ solves one linear at a time. Here the codes and scales of all linears of a layer are trained together, so
+that they make up for each other's errors and for those of earlier layers. A weight is a *position* on its
+grid: 3.25 is a quarter of the way from level 3 to level 4. The forward pass rounds it; the backward pass
+gives it the gradient of its rounded value. So steps are in units of the local code spacing and mean the same
+everywhere on an uneven grid.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.quantize_weight import RoundedWeight, Snap
 from llmcompress.algorithms.scales import groups_of, spread
 
-RATE = 1.25e-3  # code spacings a step, at first: eight times that undoes by noise half of what 200 steps win
-SCALE_RATE = 2e-3  # of a scale, relative to itself
+RATE = 1.25e-3  # first step in code spacings; with eight times this, noise undoes half the gain of 200 steps
+SCALE_RATE = 2e-3  # first step of a scale, relative to itself
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]  # (weights [R, C] by name, step) -> scalar
 
 
 def _round(position_RC: Tensor, scale_RG: Tensor, grid: Grid) -> Tensor:
-    """Weights [R, C] that the positions round to."""
+    """Return the weights [R, C] that the positions round to."""
     return _Round.apply(position_RC, scale_RG, grid)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _snapped(scale_RG: Tensor, snap: Snap | None) -> Tensor:
-    """Storable scales, with the gradient of the scales themselves."""
+    """Return the storable scales, with the gradient of the scales themselves (straight-through)."""
     return scale_RG if snap is None else scale_RG + (snap(scale_RG.detach()) - scale_RG.detach())
 
 
 class _Round(torch.autograd.Function):
-    """(positions [R, C], scales [R, G]) -> weights; the gradient passes the rounding as if it were the
+    """Map positions [R, C] and scales [R, G] to weights; the gradient passes the rounding as if it were the
     identity."""
 
     @staticmethod
@@ -60,7 +60,7 @@ class _Round(torch.autograd.Function):
 
 
 def start_position(W_RC: Tensor, start: RoundedWeight, grid: Grid) -> Tensor:
-    """The position nearest to W's own that still rounds to the codes of `start`."""
+    """Return the position nearest to W's own that still rounds to the codes of `start`."""
     own = grid.position(W_RC / spread(start.scale_RG, W_RC.shape[1] // start.scale_RG.shape[1]))
     return own.clamp(start.index_RC - 0.499, start.index_RC + 0.499)
 
@@ -76,11 +76,11 @@ def learn(
     rate: float = RATE,
     scale_rate: float = SCALE_RATE,
 ) -> dict[str, RoundedWeight]:
-    """Codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
+    """Return the codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
-    Each has its grid. With `snaps`, codes are trained under the storable scales nearest to those trained,
-    which are returned before snapping. `rate` is the first step's size in code spacings, `scale_rate` that of
-    a scale relative to itself.
+    Each weight has its own grid. With `snaps`, codes are trained under the storable scales nearest to the
+    trained ones; the scales are returned before snapping. `rate` is the size of the first step in code
+    spacings, `scale_rate` that of a scale relative to itself.
 
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven
     grids, in units of the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.

@@ -1,10 +1,10 @@
-"""Weights as products of low rank, the best for the outputs on given inputs; several layers can have one
-factor in common.
+"""Low-rank factors of weights with the least output error on given inputs; several layers can share one
+factor.
 
-The squared output error of W is tr(E H E^T) with H the second moments of the inputs. Multiplied by a root S
-of H it is a plain Frobenius norm, for which a truncated singular value decomposition is the best there is:
-that is what whitening is for. Layers whose whitened weights are stacked share the right singular vectors, a
-common basis of what they read, and each has its own coefficients. R rows, C columns, K the rank.
+The squared output error of W is tr(E H E^T), with H the second moments of the inputs. After multiplication by
+a root S of H it is a plain Frobenius norm, for which a truncated singular value decomposition is optimal;
+this is the purpose of whitening. Layers whose whitened weights are stacked share the right singular vectors,
+a common basis for their inputs, and each layer has its own coefficients. R rows, C columns, K the rank.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ DAMP = 1e-4
 
 
 def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
-    """Lower triangular S with S S^T = H + damping, float64; the damping grows until there is one."""
+    """Return the lower triangular S with S S^T = H + damping, float64. The damping is raised until S
+    exists."""
     for attempt in range(12):
         S_CC: Tensor
         S_CC, failed = torch.linalg.cholesky_ex(damped(H_CC.double(), damp * 10**attempt))
@@ -33,20 +34,20 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
 def shared_basis(
     weights: Sequence[Tensor], moments: Sequence[Tensor], rank: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Coefficients [R, K] of each weight [R, C] and the basis [K, C] that all have in common; of one weight,
-    its best product.
+    """Return the coefficients [R, K] of each weight [R, C] and their common basis [K, C]; for one weight, its
+    best product of rank K.
 
-    `moments` are those of the inputs of each; the basis is the best for their sum. With K = C nothing is
-    lost.
+    `moments` are those of the inputs of each weight; the basis is optimal for their sum. With K = C nothing
+    is lost.
 
-    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; of one weight SVD-LLM, Wang et al.
+    Source: Basis Sharing, Wang et al. 2024, arXiv:2410.03765, section 3; for one weight SVD-LLM, Wang et al.
     2024, arXiv:2403.07378, truncation-aware whitening. Differs: coefficients are solved for on each layer's
     own inputs.
     """
     summed = torch.stack([H_CC.double() for H_CC in moments]).mean(0)
     S_CC = root(summed)
     whitened = torch.cat([W_RC.double() @ S_CC for W_RC in weights])
-    # of fewer rows than columns too, its leading vectors are the right singular ones
+    # its leading vectors are the right singular vectors, also with fewer rows than columns
     gram = whitened.T @ whitened
     _, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     V_KC = vectors.flip(1)[:, :rank].T
@@ -58,7 +59,8 @@ def shared_basis(
 
 
 def coefficients(W_RC: Tensor, H_CC: Tensor, basis_KC: Tensor, damp: float = DAMP) -> Tensor:
-    """The left factor A [R, K] with the least tr((A B - W) H (A B - W)^T): W H B^T (B H B^T)^-1, H damped."""
+    """Return the left factor A [R, K] that minimises tr((A B - W) H (A B - W)^T): W H B^T (B H B^T)^-1, H
+    damped."""
     H = damped(H_CC.double(), damp)
     B_KC = basis_KC.double()
     BH_KC = B_KC @ H

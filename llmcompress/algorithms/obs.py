@@ -1,18 +1,18 @@
-"""Units of an axis removed one after another, each the one whose loss the others make up for best, by the
-second moments.
+"""Optimal brain surgeon for the units of an axis: removes the cheapest unit again and again, by second
+moments.
 
-`scores.obs` says what one unit costs while all others stay. As units go, those that stood in for them grow
-dear, so the costs are brought up to date after every removal: that is what sets this apart from sorting the
-scores. Neither weights nor outputs are needed for it. With J = H^-1 on the columns that stay and G = W^T W of
-the weights solved anew for them, removing the columns P costs tr(J_PP^-1 G_PP), and with the Cholesky factor
-J_PP = L L^T and
+`saliency.obs` gives the cost of one unit while all others stay. The removal of a unit makes those that
+compensated for it more expensive, so all costs are updated after every removal; sorting by the scores does
+not do this. Only weights and second moments are needed, no outputs. Let J = H^-1 on the columns that stay and
+G = W^T W of the weights solved anew for them. Then removing the columns P costs tr(J_PP^-1 G_PP). With the
+Cholesky factor J_PP = L L^T and
 
     v = L^-1 J_P:    n = L^-1 G_P: - 1/2 (L^-1 G_PP L^-T) v
 
-what is left is J - v^T v and G - v^T n - n^T v: two changes of low rank. They are made at once on the blocks
-that costs are read from, and in bunches on the matrices, by matrix products: 6 C^3 operations for all units,
-whatever their size. Float64: J shrinks by subtraction, and single precision would not live through it. The
-plain form stands in the tests as the oracle.
+J becomes J - v^T v and G becomes G - v^T n - n^T v: two low-rank updates. They are applied at once to the
+blocks that costs are read from. To the full matrices they are applied in batches, by matrix products: 6 C^3
+operations for all units, whatever their size. Everything is float64, since J shrinks by subtraction and
+float32 is too coarse for that. The plain form is in the tests as the reference.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from llmcompress.algorithms.saliency import alive, block_costs, members, on_unit
 
 @dataclass(frozen=True)
 class Removal:
-    """The order in which units go, int64 [N], and the loss after each, float64 [N], of `units` in all (N <=
-    units)."""
+    """The order in which units are removed, int64 [N], and the loss after each removal, float64 [N].
+
+    `units` is the number of units of the axis (N <= units).
+    """
 
     order: Tensor
     losses: Tensor
     units: int
 
     def kept(self, count: int) -> Tensor:
-        """The `count` units that stay, int64 in rising order; raises ValueError where the removal did not go
+        """Return the `count` units that stay, int64, ascending. Raises ValueError if the removal did not go
         that far."""
         stays = torch.ones(self.units, dtype=torch.bool, device=self.order.device)
         stays[self.order[: self._gone(count)]] = False
         return torch.nonzero(stays).flatten()
 
     def loss(self, count: int) -> float:
-        """The squared output error with `count` units kept and the rest solved for; raises ValueError as
-        `kept` does."""
+        """Return the squared output error with `count` units kept and solved for. Raises ValueError as `kept`
+        does."""
         gone = self._gone(count)
         return float(self.losses[gone - 1]) if gone else 0.0
 
@@ -69,16 +71,15 @@ def remove(
     damp: float = 0.01,
     width: int = 64,
 ) -> Removal:
-    """Remove the cheapest unit again and again until `least` are left, all other columns solved for anew each
-    time.
+    """Remove the cheapest unit until `least` are left, solving anew for all other columns each time.
 
-    W_RC reads the axis, H_CC are the second moments of what it reads, `unit_C` the unit of each column (-1:
-    never removed, but it makes up for others). Losses are tr(E (H + damping) E^T), those that `repair`
-    reaches. Of equals the first goes.
+    W_RC reads the axis, H_CC are the second moments of its inputs, and `unit_C` is the unit of each column.
+    Columns of unit -1 are never removed but can make up for others. Losses are tr(E (H + damping) E^T), which
+    `repair` attains. Of units with equal cost the first is removed.
 
     Source: ZipLM, Kurtic et al. 2023, arXiv:2302.04089, Algorithm 1; SlimGPT, Ling et al. 2024,
-    arXiv:2412.18110. Differs: W^T W is brought up to date in place of W, and both matrices in bunches of
-    `width` columns, so there is no need to cut in batches.
+    arXiv:2412.18110. Differs: W^T W is updated in place of W, and both matrices in batches of `width`
+    columns, so there is no need to remove several units at a time.
     """
     table, U_CC = members(unit_C, units), inverse_factor(H_CC.double(), damp)
     W = (W_RC * alive(H_CC)).double()
@@ -98,19 +99,19 @@ def remove(
 
 
 class _Left:
-    """J and G of the columns that are left, with their blocks on the units up to date and changes of the rest
-    delayed."""
+    """J and G of the columns that are left. Their blocks on the units are always up to date; updates of the
+    rest are delayed."""
 
     def __init__(self, J_CC: Tensor, G_CC: Tensor, table: Tensor, width: int) -> None:
         self.table, self.width = table, width
         self.J_CC, self.G_CC = J_CC, G_CC
         self.J_UKK, self.G_UKK = on_units(J_CC, table), on_units(G_CC, table)
-        self.v_NC = self.n_NC = J_CC[:0]  # the changes not yet made on J and G
+        self.v_NC = self.n_NC = J_CC[:0]  # the updates not yet applied to J and G
 
     def eliminate(self, P: Tensor) -> None:
-        """Solve all other columns for the loss of the columns P."""
+        """Remove the columns P and solve all other columns for the loss."""
         v, n = self._change(P)
-        # [P, units, K]; -1 is the zero at the end
+        # [P, units, K]; index -1 is the padded zero
         v_UK, n_UK = (pad(v, (0, 1))[:, self.table], pad(n, (0, 1))[:, self.table])
         change = torch.einsum("puk,pul->ukl", v_UK, n_UK)
         self.J_UKK = self.J_UKK - torch.einsum("puk,pul->ukl", v_UK, v_UK)
@@ -122,7 +123,7 @@ class _Left:
             self.v_NC = self.n_NC = self.v_NC[:0]
 
     def _change(self, P: Tensor) -> tuple[Tensor, Tensor]:
-        """v and n [P, C] of the columns P."""
+        """Return v and n [P, C] for the columns P."""
         v_NP, n_NP = self.v_NC[:, P], self.n_NC[:, P]
         J_PC = self.J_CC[P] - v_NP.T @ self.v_NC
         G_PC = self.G_CC[P] - v_NP.T @ self.n_NC - n_NP.T @ self.v_NC

@@ -1,4 +1,4 @@
-"""What a method says of numbers that are beyond the range of the type they are in."""
+"""The error that an algorithm raises for numbers beyond the range of their dtype."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from torch import Tensor
 
 
 class Overflow(ArithmeticError, ValueError):
-    """Weights or activations are so large that a result is NaN or infinite, or can't be stored in its
-    type."""
+    """Weights or activations are so large that a result is NaN or infinite, or cannot be stored in its
+    dtype."""
 
 
 def require_within(tensor: Tensor, dtype: torch.dtype, what: str) -> None:
-    """Refuse values that a type can't hold. Errors: Overflow, which says `what` they are."""
+    """Raise Overflow if the values of a tensor exceed the range of `dtype`; `what` names them in the
+    message."""
     top, most = float(tensor.abs().max()) if tensor.numel() else 0.0, torch.finfo(dtype).max
     if not top <= most:
         raise Overflow(

@@ -1,8 +1,8 @@
-"""One linear, from weights and second moments to codes: search, GPTQ, then scales and codes in turn.
+"""Quantise one linear from its weight and second moments: scale search, GPTQ, then scales and codes in turn.
 
-Each step minimises the same tr(E H E^T) over what the step before held fixed: scales under the nearest codes,
-codes under those scales, scales in closed form under those codes, codes by descent. Three rounds are where it
-stops paying.
+Each step minimises the same tr(E H E^T) with the result of the step before held fixed: scales under the
+nearest codes, codes under these scales, scales in closed form under these codes, codes by descent. More than
+three rounds do not pay off.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.scales import fit_scales, search_scales, spread
 
-Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the storable scales nearest to them
+Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the nearest storable scales
 
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A linear on a grid: level indices int64 [R, C] and one scale per row and group_size of columns [R,
-    G]."""
+    """A linear on a grid: level indices int64 [R, C], and one scale per row and group of columns [R, G]."""
 
     index_RC: Tensor
     scale_RG: Tensor
 
     def weight(self, grid: Grid) -> Tensor:
-        """The weight [R, C] that the codes stand for."""
+        """Return the weight [R, C] that the codes stand for."""
         return grid.levels[self.index_RC] * spread(
             self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1]
         )
@@ -46,13 +45,13 @@ def solve(
     rounds: int = 3,
     damp: float = 0.01,
 ) -> RoundedWeight:
-    """Codes and scales of W under the second moments H of its inputs; `signed` lets scales be < 0.
+    """Return codes and scales of W under the second moments H of its inputs; `signed` allows negative scales.
 
-    With `snap` the codes are those for the storable scales nearest to the ones found, which are returned
-    before snapping.
+    With `snap`, codes are for the storable scales nearest to the fitted ones; the scales are returned before
+    snapping.
 
-    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; a group of columns
-    is one scale.
+    Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; each group of
+    columns has one scale.
     """
     snap = snap or (lambda scale_RG: scale_RG)
     found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed)
@@ -66,17 +65,17 @@ def solve(
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:
-    """Root of the squared output error over the squared output, tr(E H E^T) / tr(W H W^T); 0 where the output
-    is zero."""
+    """Return the relative output error, sqrt(tr(E H E^T) / tr(W H W^T)); 0 if the output is zero."""
     E = W_RC - Q_RC
     lost, whole = torch.sum((E @ H_CC) * E), torch.sum((W_RC @ H_CC) * W_RC)
-    if not bool(torch.isfinite(lost + whole)) and W_RC.dtype is not torch.float64:  # squares of large weights
+    # squares of large weights may overflow
+    if not bool(torch.isfinite(lost + whole)) and W_RC.dtype is not torch.float64:
         return output_error(W_RC.double(), Q_RC.double(), H_CC.double())
     return float((lost.clamp_min(0) / whole).sqrt()) if whole > 0 else 0.0
 
 
 def weight_error(W_RC: Tensor, Q_RC: Tensor) -> float:
-    """Norm of the weight error over the norm of the weight."""
+    """Return the norm of the weight error over the norm of the weight; 0 if the weight is zero."""
     whole = W_RC.norm()
     if not bool(torch.isfinite(whole)) and W_RC.dtype is not torch.float64:
         return weight_error(W_RC.double(), Q_RC.double())

@@ -1,7 +1,7 @@
-"""Block scales: searched before the codes are known, and solved for once they are.
+"""Scales of groups: searched before the codes are known, and solved for once they are.
 
-A scale is the stored absmax of a group of columns, and may be negative: NF4's levels are not symmetric, so
-the sign is a free bit that says which tail gets the finer steps.
+A scale is the stored absmax of a group of columns. It may be negative: NF4's levels are not symmetric, so the
+sign is a free bit that selects which tail gets the finer steps.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from llmcompress.algorithms.grids import Grid
 
 
 def groups_of(W_RC: Tensor, group_size: int) -> Tensor:
-    """W as [R, G, group_size]."""
+    """Return W as [R, G, group_size]."""
     return W_RC.reshape(len(W_RC), -1, group_size)
 
 
 def spread(S_RG: Tensor, group_size: int) -> Tensor:
-    """One scale per weight, [R, C]."""
+    """Return one scale per weight, [R, C]."""
     return S_RG.repeat_interleave(group_size, dim=1)
 
 
 def search_scales(
     W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24
 ) -> Tensor:
-    """Scales [R, G] that minimise the rounding error of each group, weighed by the second moment h of each
-    column.
+    """Return scales [R, G] that minimise the rounding error of each group, weighted by the second moment h of
+    each column.
 
-    Tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs; the first
-    of equals stays, so a group that no input reaches keeps its absolute maximum, and a group of zeros gets
-    scale 1.
+    It tries the group's absolute maximum, then multiples of it between 0.65 and 1.15, with both signs. The
+    first of equals is kept, so a group whose inputs are all zero keeps its absolute maximum. A group of zeros
+    gets scale 1.
     """
     W, h = groups_of(W_RC, group_size), groups_of(h_C[None], group_size)
     top = W.abs().amax(-1, keepdim=True)
@@ -46,14 +46,14 @@ def search_scales(
 
 
 def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor:
-    """Scales [R, G] that minimise tr((W - QS) H (W - QS)^T) with the levels Q [R, C] held fixed: closed form,
+    """Return scales [R, G] that minimise tr((W - QS) H (W - QS)^T) for fixed levels Q [R, C], in closed form,
     row by row.
 
-    A row whose system is singular (all its levels zero in some group) or whose solution is not usable keeps
-    its old scales.
+    A row keeps its old scales if its system is singular (all levels of some group are zero) or its solution
+    is not usable.
     """
     R, G = S_RG.shape
-    rows = max(1, 2**24 // (G * G))  # the systems of so many rows at once: 64 MiB
+    rows = max(1, 2**24 // (G * G))  # rows whose systems are solved at once: 64 MiB
     if rows < R:
         parts = zip(W_RC.split(rows), Q_RC.split(rows), S_RG.split(rows), strict=True)
         return torch.cat([fit_scales(W, H_CC, Q, S) for W, Q, S in parts])
@@ -74,14 +74,15 @@ def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor
 
 
 def integer_scales(S_RG: Tensor, largest: int) -> tuple[Tensor, Tensor]:
-    """Positive scales [R, G] as a step a row [R] times whole multipliers [R, G] in 1..`largest`, as near as
-    they come.
+    """Approximate positive scales [R, G] by a step per row [R] times integer multipliers [R, G] in
+    1..`largest`.
 
-    The largest scale of a row gets a multiplier between half of `largest` and `largest`, whichever leaves the
+    The largest scale of a row gets a multiplier between half of `largest` and `largest`: the one with the
     least relative error over the row.
     """
     top = S_RG.amax(1).clamp_min(torch.finfo(torch.float32).tiny * largest)
-    S_RG = S_RG.maximum(top[:, None] / (2 * largest))  # a fit may end below zero, which no multiplier reaches
+    # a fitted scale may be negative, which no multiplier reaches
+    S_RG = S_RG.maximum(top[:, None] / (2 * largest))
     best = torch.full_like(top, float("inf"))
     step, multiplier = top / largest, torch.ones_like(S_RG)
     for count in range(largest, largest // 2, -1):

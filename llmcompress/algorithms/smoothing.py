@@ -1,10 +1,9 @@
-"""Scales that move the difficulty of rounding from the inputs of linears to their weights, or from some
-columns to others.
+"""Channel scales that move the difficulty of rounding from inputs to weights, or from some columns to others.
 
-Multiplying a column of every reader by s and what it reads by 1 / s changes nothing, but what is rounded: an
-input channel that towers over the rest costs its whole token the precision (SmoothQuant), and a column that
-much is read through deserves finer steps than its group gives it (AWQ). How far to go is one exponent, which
-is searched.
+Multiplying a column of every linear that reads a channel by s and the channel by 1 / s changes only what is
+rounded. An input channel much larger than the rest costs its whole token precision (SmoothQuant). A column
+that reads large inputs deserves finer steps than its group gives it (AWQ). The strength is one exponent,
+which is searched.
 """
 
 from __future__ import annotations
@@ -13,15 +12,16 @@ import torch
 from torch import Tensor
 
 EXPONENTS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-STEPS, RATE = 200, 0.03  # of the fit: Adam on the logarithm of the factors
-WIDEST = 2.0**12  # of a factor, either way: beyond it half precision loses the norm
+STEPS, RATE = 200, 0.03  # of the fit, by Adam on the logarithm of the factors
+WIDEST = 2.0**12  # largest factor, and its inverse the smallest; beyond it half precision loses the norm
 
 
 def smoothquant(input_top: Tensor, weight_top: Tensor, alpha: float) -> Tensor:
-    """Factor of each channel's weights: input_top^alpha / weight_top^(1 - alpha), of mean size one; dead
-    channels stay.
+    """Return the factor of each channel's weights: input_top^alpha / weight_top^(1 - alpha), with geometric
+    mean one.
 
-    input_top, weight_top: largest absolute value of each channel, float32, of any one shape.
+    Channels whose inputs or weights are all zero keep a factor of one. input_top, weight_top: largest
+    absolute value of each channel, float32, of any one shape.
 
     Source: Xiao et al. 2022, arXiv:2211.10438, equation 4.
     """
@@ -33,8 +33,9 @@ def smoothquant(input_top: Tensor, weight_top: Tensor, alpha: float) -> Tensor:
 
 
 def awq(input_size: Tensor, alpha: float) -> Tensor:
-    """Factor of each channel's weights: input_size^alpha, of mean size one; input_size is the typical size of
-    each channel.
+    """Return the factor of each channel's weights: input_size^alpha, with geometric mean one.
+
+    input_size is the typical size of each channel.
 
     Source: Lin et al. 2023, arXiv:2306.00978, equation 5.
     """
@@ -52,16 +53,18 @@ def fitted(
     weight_largest: int,
     group_size: int,
 ) -> Tensor:
-    """Factor [U] of the units' weights under which rounding is expected to cost least, by gradient descent
+    """Return the factor [U] of the units' weights with the least expected rounding error, by gradient descent
     from `start_U`.
 
-    Rounding x to multiples of a step d adds noise of variance d^2 / 12. With steps of absmax / largest, for
-    each token of the inputs X (None: they are not rounded) and for each group of a row of W, the squared
-    error of X W^T is in the mean 1 / 12 of
+    Rounding x to multiples of a step d adds noise of variance d^2 / 12. Steps are absmax / largest, for each
+    token of the inputs X (if `input_largest` is None, inputs are not rounded) and for each group of a row of
+    W. Then the expected squared error of X W^T is 1 / 12 of
+
         mean_t max_c (x_tc / s_c)^2 sum_c s_c^2 |w_c|^2 / largest_x^2
-          + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2 where c of the second term runs over
-          the columns of group b. unit_C: the unit of each column. Whoever weighs tokens unequally scales the
-          rows of X.
+          + sum_rb max_c (w_rc s_c)^2 sum_c E x_c^2 / s_c^2 / largest_w^2
+
+    where c in the second term runs over the columns of group b. unit_C: the unit of each column. To weight
+    tokens unequally, scale the rows of X.
     """
     log_U = start_U.clamp_min(1e-12).log().requires_grad_()
     X_TC, W_RC = X_TC.detach(), W_RC.detach()

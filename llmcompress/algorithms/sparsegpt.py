@@ -1,9 +1,10 @@
-"""Single weights set to zero: which, what the others become, and how zeros are stored without their bytes.
+"""SparseGPT and its masks: which single weights become zero, what the others become, and how masks are
+stored.
 
-What stays is either a share of each row or n of every m columns in a row. A share is per row as in Wanda:
-each output has an error of its own, and small rows are not emptied for the sake of large ones. Where scores
-of different rows are in the same units of error, as in SparseGPT, rows compete. Masks are bool, True where a
-weight stays. The plain form of SparseGPT is in the tests.
+What stays is either a share of each row, or n of every m columns in a row. A share is taken per row as in
+Wanda: each output has its own error, and rows of small weights are not emptied in favour of rows of large
+ones. Where the scores of all rows are in the same units of error, as in SparseGPT, rows compete. Masks are
+bool, True where a weight stays. The plain form of SparseGPT is in the tests.
 """
 
 from __future__ import annotations
@@ -19,11 +20,11 @@ Keep = float | tuple[int, int]  # a share of the weights, or n of every m column
 
 
 def keep_mask(score_RC: Tensor, keep: Keep) -> Tensor:
-    """The weights of the highest score, bool [R, C]: the share `keep` of each row, or n of every m neighbours
-    in a row.
+    """Return the mask of the weights with the highest scores, bool [R, C].
 
-    Of equals the first stays. A last group of fewer than m columns keeps up to n. To let rows compete pass
-    them as one, `score_RC.reshape(1, -1)`.
+    It keeps the share `keep` of each row, or n of every m adjacent columns in a row. Of equal scores the
+    first stays. A last group of fewer than m columns keeps up to n. To let rows compete, pass them as one
+    row, `score_RC.reshape(1, -1)`.
 
     Source: Sun et al. 2023, arXiv:2306.11695, section 3 (comparison group: the weights of one output).
     """
@@ -36,27 +37,28 @@ def keep_mask(score_RC: Tensor, keep: Keep) -> Tensor:
 
 
 def _highest(score_RN: Tensor, count: int) -> Tensor:
-    """True at the `count` highest of each row."""
+    """Return a mask that is True at the `count` highest scores of each row."""
     order = torch.argsort(score_RN, dim=1, descending=True, stable=True)
     return torch.zeros_like(score_RN, dtype=torch.bool).scatter_(1, order[:, :count], True)
 
 
 def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp: float = 0.01) -> Tensor:
-    """W with zeros, each column's error pushed onto the columns not yet passed; what stays is what is not
-    zero.
+    """Return W with zeros, each column's error pushed onto the columns not yet processed; the mask is what is
+    not zero.
 
-    Weights are chosen as they are by then, by w^2 / [H^-1]_cc of the columns still to come: a share of each
-    `block` of columns in all rows together, or n of every m columns in each row. A column whose input never
-    fires goes first.
+    Weights are chosen by w^2 / [H^-1]_cc, with the weights as updated so far and H over the columns still to
+    come. A share is taken of each `block` of columns in all rows together; n of every m columns in each row.
+    A column whose input is always zero goes first.
 
-    Source: Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1. Differs: the shares of blocks add up to
-    that of the whole to the weight; the weights that stay in columns without input are left as they are.
+    Source: Frantar and Alistarh 2023, arXiv:2301.00774, Algorithm 1. Differs: the numbers kept in the blocks
+    add up exactly to the number kept in the whole matrix; the weights that stay in columns without input are
+    not changed.
     """
     C = W_RC.shape[1]
-    group = keep[1] if isinstance(keep, tuple) else block  # columns that are chosen from together
+    group = keep[1] if isinstance(keep, tuple) else block  # columns whose weights are ranked together
     width = max(block // group, 1) * group
     U, W = inverse_factor(H_CC, damp), W_RC.T.clone(memory_format=torch.contiguous_format)
-    worth_C = alive(H_CC) / U.diagonal().square()  # of a weight of 1
+    worth_C = alive(H_CC) / U.diagonal().square()  # saliency of a weight of 1
     for start in range(0, C, width):
         stop = min(start + width, C)
         near, E = W[start:stop], torch.empty_like(W[start:stop])
@@ -73,8 +75,10 @@ def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp:
 
 
 def _chosen(score_RB: Tensor, keep: Keep, before: int) -> Tensor:
-    """The mask of a block of columns, with as many in front of it; shares of blocks are rounded so that their
-    sum is."""
+    """Return the mask of a block of columns that has `before` columns in front of it.
+
+    The numbers kept are rounded so that their sum over blocks is the rounded number of the whole.
+    """
     if isinstance(keep, tuple):
         return keep_mask(score_RB, keep)
     R, B = score_RB.shape
@@ -83,11 +87,11 @@ def _chosen(score_RB: Tensor, keep: Keep, before: int) -> Tensor:
 
 
 def pack_mask(mask_RC: Tensor) -> Tensor:
-    """The mask as bits, uint8 [R, ceil(C / 8)]: the first column in the lowest bit, each row from a byte of
-    its own.
+    """Return the mask as bits, uint8 [R, ceil(C / 8)]: the first column in the lowest bit, each row from a
+    new byte.
 
-    The values beside it are `W_RC[mask_RC]`, row by row. It is the layout of compressed-tensors' sparse
-    bitmask.
+    The values stored beside it are `W_RC[mask_RC]`, row by row. This is the layout of compressed-tensors'
+    sparse bitmask.
     """
     bits = pad(mask_RC.to(torch.uint8), (0, -mask_RC.shape[1] % 8)).unflatten(1, (-1, 8))
     bits_RB: Tensor = (bits << _places(bits)).sum(-1, dtype=torch.uint8)
@@ -95,7 +99,7 @@ def pack_mask(mask_RC: Tensor) -> Tensor:
 
 
 def unpack_mask(bits_RB: Tensor, columns: int) -> Tensor:
-    """The mask, bool [R, columns], that `pack_mask` packed."""
+    """Return the mask, bool [R, columns], that `pack_mask` packed."""
     mask_RC: Tensor = ((bits_RB[..., None] >> _places(bits_RB)) & 1).flatten(1)[:, :columns].bool()
     return mask_RC
 
@@ -105,8 +109,8 @@ def _places(like: Tensor) -> Tensor:
 
 
 def fill(mask_RC: Tensor, values: Tensor) -> Tensor:
-    """The weight [R, C] whose entries under the mask are `values`, row by row; raises ValueError where their
-    numbers differ."""
+    """Return the weight [R, C] whose entries under the mask are `values`, row by row. Raises ValueError if
+    their numbers differ."""
     if len(values) != int(mask_RC.sum()):
         raise ValueError(f"{len(values)} values do not fill a mask of {int(mask_RC.sum())}")
     W_RC = values.new_zeros(mask_RC.shape)

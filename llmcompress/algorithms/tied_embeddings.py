@@ -1,11 +1,10 @@
-"""One matrix for the input embedding and the output head of a model that has two: the best of both, row by
-row.
+"""One matrix for the input embedding and the untied lm_head of a model, fitted row by row to both.
 
-The embedding's rows are looked up, so an error e of row v costs what the model feels of it, e F e^T, as often
-as the token comes. The head's rows are multiplied by what it reads: an error costs e H e^T, as often as the
-token is predicted. One row that is to be both is their least-squares compromise. A gain g on each channel
-that the head reads is free, for a norm is there; it lets the two use the channels differently, and is solved
-for in turn with the rows. V vocabulary, D width.
+Rows of the embedding are looked up, so an error e of row v costs e F e^T, the model's sensitivity to it, as
+often as the token occurs. Rows of the head are multiplied by its input, so an error costs e H e^T, as often
+as the token is predicted. A shared row is the least-squares compromise of the two. A gain g on each channel
+of the head's input costs nothing, since the norm before the head absorbs it. It lets the two use the channels
+differently and is solved for in turn with the rows. V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -15,20 +14,20 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-DAMP = 1e-6  # of F, so that channels that nothing feels are kept as the embedding has them
+DAMP = 1e-6  # of F, so that channels without sensitivity keep the values of the embedding
 GAIN_DAMP = 1e-4  # towards the gain of 1
-PIECE = 1 << 22  # weights of which there are copies in float64 at a time
+PIECE = 1 << 22  # weights copied to float64 at a time
 
 
 def fit_rows(
     E_VD: Tensor, O_VD: Tensor, seen_V: Tensor, said_V: Tensor, F_DD: Tensor, H_DD: Tensor, gain_D: Tensor
 ) -> Tensor:
-    """M [V, D] with the least sum over rows of seen (m - e) F (m - e)^T + said (m g - o) H (m g - o)^T, in
-    the type of E.
+    """Return M [V, D] with the least sum over rows of seen (m - e) F (m - e)^T + said (m g - o) H (m g -
+    o)^T, in the dtype of E.
 
-    seen_V, said_V: positive weights of rows; F, H: positive semi-definite. Each row has a system of its own,
-    which one change of basis makes diagonal for all: with A = F + damping = L L^T and L^-1 (g H g) L^-T = U
-    diag(l) U^T, the basis Q = L^-T U.
+    seen_V, said_V: positive weights of rows; F, H: positive semi-definite. Each row has its own linear
+    system; one change of basis makes all of them diagonal. With A = F + damping = L L^T and L^-1 (g H g) L^-T
+    = U diag(l) U^T, the basis is Q = L^-T U.
     """
     F, H, gain = F_DD.double(), H_DD.double(), gain_D.double()
     A_DD = F.clone()
@@ -47,9 +46,9 @@ def fit_rows(
 
 
 def fit_gain(M_VD: Tensor, O_VD: Tensor, said_V: Tensor, H_DD: Tensor) -> Tensor:
-    """The gain g [D], float64, with the least sum over rows of said (m g - o) H (m g - o)^T.
+    """Return the gain g [D], float64, with the least sum over rows of said (m g - o) H (m g - o)^T.
 
-    ((M^T S M) * H) g = sum over rows of M * S O H, damped towards a gain of 1.
+    It solves ((M^T S M) * H) g = sum over rows of M * S O H, damped towards a gain of 1.
     """
     H = H_DD.double()
     A_DD, right_D = torch.zeros_like(H), torch.zeros_like(H[0])
@@ -76,11 +75,11 @@ def tie(
     gain: bool = True,
     rounds: int = 20,
 ) -> tuple[Tensor, Tensor]:
-    """The matrix M [V, D] for both embedding E and head O, and the gain [D] on what the head reads.
+    """Return the matrix M [V, D] for both embedding E and head O, and the gain [D] on the head's input.
 
-    `balance` is the share of the embedding's errors: at 1 both metrics give the two matrices the same mean
-    size, so which balance is best depends on how a model's predictions bear errors, and is for the caller to
-    measure. Sums are in float64.
+    `balance` is the weight of the embedding's errors. At 1 both metrics give the two matrices the same mean
+    size. The best balance depends on how sensitive the model's predictions are to errors, so the caller
+    measures it. Sums are in float64.
     """
     F, H = F_DD.double(), H_DD.double()
     F = F * balance / _size(E_VD, F)
@@ -93,12 +92,12 @@ def tie(
 
 
 def _pieces(W_VD: Tensor) -> Iterator[slice]:
-    """Rows so many at a time that float64 copies of them are small."""
+    """Yield slices of rows that are small enough to copy in float64."""
     step = max(1, PIECE // W_VD.shape[1])
     return (slice(start, start + step) for start in range(0, len(W_VD), step))
 
 
 def _size(W_VD: Tensor, metric_DD: Tensor) -> Tensor:
-    """The mean over rows of w M w^T."""
+    """Return the mean over rows of w M w^T."""
     sizes = [((W_VD[rows].double() @ metric_DD) * W_VD[rows].double()).sum() for rows in _pieces(W_VD)]
     return (torch.stack(sizes).sum() / len(W_VD)).clamp_min(torch.finfo(metric_DD.dtype).tiny)

@@ -1,1 +1,1 @@
-"""What the weights of each model family are: every parameter spelled in named axes."""
+"""The weights of each model family: every parameter spelled in named axes."""

@@ -1,10 +1,9 @@
-"""THE table: what every weight of a model family is called, and the axes it runs along. The only weight names
-in the package.
+"""The table of model families: the name of every weight, and the axes it runs along.
 
-Everything structural (cutting an axis, a scale that crosses two weights, one Hessian for the linears that
-read one input, the bytes of a plan) follows from these facts, so a family is added here and nowhere else, and
-`tests/test_anatomy.py` proves it on a tiny model: shapes, permutations of each axis, scales. Nothing here
-touches a tensor or imports transformers.
+No other module knows a weight's name. Everything structural follows from these facts: cutting an axis, moving
+a scale across two weights, one Hessian for the linears that read one input, the bytes of a plan. So a family
+is added here and nowhere else. `tests/architectures/test_families.py` proves it on a tiny model: shapes,
+permutations of each axis, scales. Nothing here touches a tensor or imports transformers.
 """
 
 from __future__ import annotations
@@ -20,9 +19,8 @@ from llmcompress.errors import ModelError
 __all__ = ["FAMILIES", "Anatomy", "anatomy_of"]
 
 # The families. In a layer: kv = key-value heads, q = query heads of each kv head, d = head_dim; models
-# without grouped heads have kv heads alone. `scale_pairs` lists only what is an identity: no norm that stands
-# after its sublayer, no scale through an activation other than relu. "x[1]" is the second part of a fused
-# weight.
+# without grouped heads have only kv heads. `scale_pairs` lists only exact identities: no norm that follows
+# its sublayer, no scale through an activation other than relu. "x[1]" is the second part of a fused weight.
 
 ATTENTION = {
     "self_attn.q_proj.weight": "(kv q d) hidden",
@@ -218,7 +216,7 @@ OPT = Anatomy(
         f"{OPT_DECODER}.embed_tokens.weight": "vocab embed if word_embed_proj_dim != hidden_size "
         "else vocab hidden",
         f"{OPT_DECODER}.project_in.weight": "hidden embed if word_embed_proj_dim != hidden_size",
-        # the first two rows stand for no position
+        # the first two rows belong to no position
         f"{OPT_DECODER}.embed_positions.weight": "(2 | position) hidden",
         f"{OPT_DECODER}.final_layer_norm.weight": "hidden if do_layer_norm_before and not "
         "_remove_final_layer_norm and layer_norm_elementwise_affine",
@@ -277,7 +275,7 @@ GPT_NEOX = Anatomy(
     scale_pairs={
         "input_layernorm": ("attention.query_key_value",),
         "attention.query_key_value[2]": ("attention.dense",),
-        # with parallel residual too: each norm has its own reader
+        # also with parallel residual, where each norm has its own reader
         "post_attention_layernorm": ("mlp.dense_h_to_4h",),
         "mlp.dense_h_to_4h if hidden_act == 'relu'": ("mlp.dense_4h_to_h",),
     },
@@ -298,11 +296,10 @@ FAMILIES: Mapping[str, Anatomy] = {
 
 
 def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Anatomy:
-    """The anatomy of a model by its config; `shapes` (parameter name -> shape) only makes the error for a
-    stranger better.
+    """Return the anatomy of a model by its config.
 
-    Raises ModelError for a family without rows, printing the rows to add, and for a config that the rows
-    don't cover.
+    `shapes` (parameter name -> shape) only improves the error for an unknown family. Raises ModelError for an
+    unknown family, with the rows to add, and for a config that the rows do not cover.
     """
     family = getattr(config, "model_type", "")
     if family not in FAMILIES:
@@ -314,7 +311,7 @@ def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None)
 
 
 def _rows_to_add(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """The table that a new family needs, as far as names and shapes tell it."""
+    """Return the table that a new family needs, as far as names and shapes tell."""
     names = {"hidden": "hidden_size", "ffn": "intermediate_size", "vocab": "vocab_size", "d": "head_dim"}
     known = {size: axis for axis in reversed(names) if (size := getattr(config, names[axis], None))}
     rows: dict[str, dict[str, str]] = {"layer": {}, "outer": {}}

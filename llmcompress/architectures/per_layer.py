@@ -1,10 +1,10 @@
-"""Layers of different widths: what a config says of each, and the model that it means.
+"""Layers of different widths: what a config says of each layer, and how to build the model that it describes.
 
-transformers can say in a config what is different in single layers (`per_layer_config`), and its caches go by
-that, but most of its families build every layer from what is said for all. So their layers are built again
-here, each from a config of its own. A layer may have nothing left of its attention or of its feed-forward
-part: no heads, or no neurons. Its weights are then empty, and stand in the checkpoint as such. Where layers
-are not built anew no shape there fits, and loading fails, as it should.
+A config of transformers can say what differs in single layers (`per_layer_config`), and the caches of
+transformers follow it. But most families build every layer from the fields of the whole model. So their
+layers are rebuilt here, each from its own config. A layer may have lost all heads of its attention or all
+neurons of its feed-forward part. Its weights are then empty, and are stored as empty tensors in the
+checkpoint. If the layers are not rebuilt, the shapes do not match and loading fails, as it should.
 """
 
 from __future__ import annotations
@@ -22,9 +22,8 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import CompressError, ModelError
 
 SCHEMA = "per_layer_config"
-ALLOW = (
-    "allow_global_per_layer_attribute_access"  # or a model can't even be built for its layers to be replaced
-)
+# without it transformers cannot build the model whose layers are to be replaced
+ALLOW = "allow_global_per_layer_attribute_access"
 
 
 def mixed(config: PretrainedConfig) -> bool:
@@ -33,20 +32,22 @@ def mixed(config: PretrainedConfig) -> bool:
 
 
 def config_of_layer(config: PretrainedConfig, index: int) -> PretrainedConfig:
-    """The config that one layer is built from."""
+    """Return the config that one layer is built from."""
     return config.per_layer_config[index] if mixed(config) else config
 
 
 def overrides(config: PretrainedConfig) -> list[dict[str, Any]]:
-    """What the config says of each layer alone."""
+    """Return, for each layer, the fields that the config sets for this layer only."""
     said: Mapping[Any, dict[str, Any]] = config.to_dict().get(SCHEMA) or {}
     by_index = {int(index): fields for index, fields in said.items()}
     return [dict(by_index.get(index, {})) for index in range(config.num_hidden_layers)]
 
 
 def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of a config whose layers have these values; those that are the same in all are said for all
-    alone."""
+    """Return the fields of a config whose layers have these values.
+
+    Fields that are the same in all layers are set once for the whole model.
+    """
     names = {name for fields in layers for name in fields}
     same = {name: layers[0].get(name) for name in names if len({fields.get(name) for fields in layers}) == 1}
     own = {
@@ -57,11 +58,11 @@ def fields_for(layers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 class Absent(nn.Module):
-    """In the place of an attention that has no head left: its weights are empty, and it puts out the bias of
+    """Replaces an attention that has no heads left: its weights are empty, and it outputs the bias of
     `reader`.
 
-    It keeps nothing in a cache. Caches tell the length of a text by the first layer of each kind, so that
-    one's must stay.
+    It stores nothing in a cache. Caches take the length of a text from the first layer of each kind, so the
+    attention of that layer must stay.
     """
 
     def __init__(self, attention: nn.Module, reader: str) -> None:
@@ -71,12 +72,15 @@ class Absent(nn.Module):
         self.reader = reader
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-        """What the layer adds for hidden states [B, L, D], and no attention map."""
+        """Return what the layer adds to hidden states [B, L, D], and no attention map."""
         return self.get_submodule(self.reader)(hidden_states.new_zeros(*hidden_states.shape[:-1], 0)), None
 
 
 def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy) -> None:
-    """Build the layers of a model anew where its config says that they differ; their weights are to come."""
+    """Rebuild the layers of a model whose config says that they differ. Their weights are not set yet.
+
+    Raises ModelError if the config does not describe a layer.
+    """
     config = model.config
     if not mixed(config):
         return
@@ -86,9 +90,7 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
             built = _built(type(layer), config, index, anatomy)
         except CompressError:
             raise
-        except (
-            Exception
-        ) as error:  # each family builds in its own way; to the user each says: this config is wrong
+        except Exception as error:  # each family fails in its own way; the config is wrong in all of them
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
             raise ModelError(
                 f"config.json's {SCHEMA} makes no layer {index} ({why}); take it again from its source"
@@ -97,26 +99,26 @@ def build_layers(model: PreTrainedModel, layers: nn.ModuleList, anatomy: Anatomy
 
 
 def _built(kind: type[nn.Module], config: PretrainedConfig, index: int, anatomy: Anatomy) -> nn.Module:
-    """One layer, with weights that are not set, as the config says that it is."""
+    """Return one layer as the config describes it, with weights that are not set."""
     own = config.per_layer_config[index]
     sizes = anatomy.axis_sizes(own)
-    if not sizes["kv"]:  # which no family builds
+    if not sizes["kv"]:  # no family builds a layer without heads, so it gets one at first
         own = copy.deepcopy(own)
         for axis in ("kv", "q"):
             setattr(own, own.attribute_map.get(anatomy.sizes[axis], anatomy.sizes[axis]), 1)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Initializing zero-element tensors")
-        built: nn.Module = kind(own, index)  # so are the layers of all families
+        built: nn.Module = kind(own, index)  # the layers of all families take these two
     for module in built.modules():
         if getattr(module, "config", None) is own:
-            module.config = config  # type: ignore[assignment]  # what is set for the model reaches its layers
+            module.config = config  # type: ignore[assignment]  # so settings of the model reach its layers
     if not sizes["kv"]:
         _empty(built, anatomy, sizes)
     return built
 
 
 def _empty(layer: nn.Module, anatomy: Anatomy, sizes: Mapping[str, int]) -> None:
-    """Leave a layer without attention, and its weights without what runs along the heads."""
+    """Remove the attention of a layer, and empty its weights that run along the heads."""
     for name, row in anatomy.layer.items():
         if "kv" in Spelling.parse(row).axes:
             owner, _, leaf = name.rpartition(".")

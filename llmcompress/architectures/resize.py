@@ -1,9 +1,9 @@
-"""The config of a model whose axes have other sizes, and proof that it is one that transformers builds.
+"""The config of a model whose axes have other sizes, and the check that transformers builds such a model.
 
-A table of axes says which field counts an axis; what else a config must then say follows from how heads are
-counted. Whether the numbers may stand together is asked of transformers itself, by building the model without
-memory. Llama alone wants its query heads to divide the hidden width; Mistral is the same model without that
-rule, so such a Llama becomes one.
+The table of axes says which field counts an axis; the other fields that must change follow from how heads are
+counted. Whether the numbers are valid together is asked of transformers itself, by building the model without
+memory. Only Llama requires its query heads to divide the hidden width. Mistral is the same model without this
+rule, so such a Llama becomes a Mistral.
 """
 
 from __future__ import annotations
@@ -21,15 +21,18 @@ from llmcompress.architectures.per_layer import build_layers, config_of_layer, f
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 
-# the same but for these fields
+# family -> model_type and architecture of a twin, and the fields that the twin lacks
 TWINS = {"llama": ("mistral", "MistralForCausalLM", ("attention_bias", "mlp_bias"))}
 
 
 def resized(
     config: PretrainedConfig, anatomy: Anatomy, widths: Mapping[str, Sequence[int]]
 ) -> dict[str, Any]:
-    """What changes in the config when each layer keeps so many units of some axes. Errors: ModelError where
-    none can."""
+    """Return the changes of the config for layers of these widths: for each axis the units that each layer
+    keeps.
+
+    Errors: ModelError if there is no such model.
+    """
     layers, different = (
         config.num_hidden_layers,
         [axis for axis, counts in widths.items() if len(set(counts)) > 1],
@@ -54,7 +57,7 @@ def resized(
         and not any(getattr(config, name, False) for name in twin[2])
     ):
         named = {"model_type": twin[0], "architectures": [twin[1]], "sliding_window": None}
-        # of old Mistrals a tokenizer is taken to be damaged
+        # transformers takes the tokenizer of an old Mistral to be damaged
         named |= {"transformers_version": transformers.__version__}
         if _refusal(config.to_dict() | changes | named) is None:
             return changes | named
@@ -71,7 +74,7 @@ def resized(
 
 
 def _fields(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int]) -> dict[str, Any]:
-    """The fields that tell how many units there are, in a config whose layers are all alike."""
+    """Return the fields that count the units, in a config whose layers are all alike."""
     names = {axis: config.attribute_map.get(name, name) for axis, name in anatomy.sizes.items()}
     fields: dict[str, Any] = {names[axis]: count for axis, count in counts.items() if axis not in ("kv", "q")}
     if not counts.keys() & {"kv", "q", "hidden"}:
@@ -86,12 +89,14 @@ def _fields(config: PretrainedConfig, anatomy: Anatomy, counts: Mapping[str, int
 
 
 def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]:
-    """What changes in the config where these layers alone are left, in this order. Errors: ModelError where
-    none can."""
+    """Return the changes of the config if only these layers are left, in this order.
+
+    Errors: ModelError if there is no such model.
+    """
     total, whole = config.num_hidden_layers, config.to_dict()
     name = config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
     fields: dict[str, Any] = {name: len(layers)}
-    for key, value in whole.items():  # those that say something of each layer
+    for key, value in whole.items():  # lists with one entry per layer
         if (
             isinstance(value, list)
             and len(value) == total
@@ -109,8 +114,11 @@ def shortened(config: PretrainedConfig, layers: Sequence[int]) -> dict[str, Any]
 
 
 def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
-    """The name of a tensor, in the model or in a file, once layers are gone from `layers`; None if it goes
-    with one."""
+    """Return the new name of a tensor, of the model or a file, once the layers `gone` are removed from
+    `layers`.
+
+    Returns None if the tensor belongs to a removed layer.
+    """
     found = re.search(rf"(?:^|\.){layers.rpartition('.')[2]}\.(\d+)\.", name)
     if found is None or not gone:
         return name
@@ -120,13 +128,13 @@ def renumbered(name: str, layers: str, gone: Collection[int]) -> str | None:
 
 
 def changed(config: PretrainedConfig, changes: Mapping[str, Any]) -> PretrainedConfig:
-    """The config with some fields changed, which may make it one of another family."""
+    """Return the config with some fields changed; it may become one of another family."""
     found: PretrainedConfig = AutoConfig.for_model(**(config.to_dict() | dict(changes)))
     return found
 
 
 def _refusal(fields: Mapping[str, Any]) -> str | None:
-    """Why transformers builds no model of these fields, or None."""
+    """Return why transformers builds no model from these fields, or None if it does."""
     try:
         with init_empty_weights():
             model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))

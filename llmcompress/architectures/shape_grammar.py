@@ -1,8 +1,8 @@
-"""The grammar in which the anatomy spells a weight: `(kv q d | kv d | kv d) hidden`.
+"""The grammar in which an anatomy spells the axes of a weight: `(kv q d | kv d | kv d) hidden`.
 
 A spelling has one term for each dimension of the tensor. A term is an axis, a number (rows that belong to no
-axis), or a group in parentheses: factors side by side are nested, the last one running fastest, and
-alternatives between bars lie one after another. Groups nest, so a fused projection laid out head by head is
+axis), or a group in parentheses. In a group, factors side by side are nested, the last one running fastest,
+and alternatives between bars are concatenated. Groups nest, so a fused projection laid out head by head is
 `(kv (d | d | d)) hidden`. Weights that share an axis are coupled, and `take` cuts or reorders any of them
 along it without knowing what the weight does. Parsing is cached; `take` costs one index_select per dimension
 that has the axis.
@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 _TOKEN = re.compile(r"\s*([A-Za-z_]\w*|\d+|[()|])")
-_BAR = "|"  # as an axis: the number of the alternative that a position lies in
+_BAR = "|"  # used as an axis: the number of the alternative of a position
 
 
 @dataclass(frozen=True)
 class Group:
-    """Alternatives that lie one after another, each a product of terms whose last factor runs fastest."""
+    """Concatenated alternatives, each a product of terms whose last factor runs fastest."""
 
     alternatives: tuple[tuple[Term, ...], ...]
 
@@ -35,23 +35,25 @@ Term = str | int | Group  # an axis, a number of rows without one, or a group
 
 @dataclass(frozen=True)
 class Spelling:
-    """A weight's dimensions, spelled in named axes."""
+    """The dimensions of a weight, spelled in named axes."""
 
     dims: tuple[Term, ...]
 
     @staticmethod
     def parse(text: str) -> Spelling:
-        """Read a spelling; raises ValueError that shows the text and what is wrong with it."""
+        """Parse a spelling. Raises ValueError that shows the text and what is wrong with it."""
         return _parse(text)
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The axes, each once, in the order in which they are first named."""
+        """The axes, each once, in the order in which they first appear."""
         return tuple(dict.fromkeys(axis for term in self.dims for axis in _axes(term)))
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
-        """The shape of a weight so spelled, with `sizes` units on each axis; raises ValueError for an axis
-        without a size."""
+        """Return the shape of a weight with this spelling, with `sizes` units on each axis.
+
+        Raises ValueError for an axis without a size.
+        """
         missing = [axis for axis in self.axes if axis not in sizes]
         if missing:
             raise ValueError(
@@ -60,8 +62,10 @@ class Spelling:
         return tuple(_size(term, sizes) for term in self.dims)
 
     def part(self, number: int) -> Spelling:
-        """The spelling of one part of a fused weight: each group of several alternatives keeps the one of
-        that number."""
+        """Return the spelling of one part of a fused weight.
+
+        Each group of several alternatives keeps only the alternative of that number.
+        """
         return Spelling(tuple(_part(term, number) for term in self.dims))
 
     def __str__(self) -> str:
@@ -75,12 +79,11 @@ def take(
     axis: str,
     index: Tensor | Sequence[int],
 ) -> Tensor:
-    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it; else the tensor
-    as it is.
+    """Keep the units `index` of `axis`, in that order, in every dimension that runs along it.
 
-    `sizes` are the sizes before the cut; `index` is 1-D and the same in every group, so along `q` of `(kv q
-    d)` each kv head keeps the same query heads. Raises ValueError for an unknown axis or a tensor that has
-    not the spelled shape.
+    A tensor without the axis is returned as it is. `sizes` are the sizes before the cut. `index` is 1-D and
+    the same in every group, so along `q` of `(kv q d)` each kv head keeps the same query heads. Raises
+    ValueError for an unknown axis or a tensor without the spelled shape.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if axis not in sizes:
@@ -102,9 +105,9 @@ def scale(
 ) -> Tensor:
     """Multiply by `factor`, whose dimensions are `axes`, wherever the tensor runs along all of them.
 
-    Other axes repeat the factor: on `hidden (kv q d)`, axes `kv d` reach every query head. `part` confines it
-    to that alternative of a fused weight. Raises ValueError for a wrong shape, or an axis that is not in
-    exactly one dimension.
+    The factor is repeated along other axes: on `hidden (kv q d)`, a factor over `kv d` reaches every query
+    head. `part` restricts it to that alternative of a fused weight. Raises ValueError for a wrong shape, or
+    for an axis that is not in exactly one dimension.
     """
     spelling = _fitting(tensor, spelling, sizes)
     if tuple(factor.shape) != tuple(sizes[axis] for axis in axes):
@@ -144,7 +147,7 @@ def _size(term: Term, sizes: Mapping[str, int]) -> int:
 
 
 def _positions(term: Term, sizes: Mapping[str, int], axis: str, kept: Tensor) -> Tensor:
-    """Where the kept units lie within a term: int64, one entry for each position of the cut term."""
+    """Return where the kept units lie within a term, int64, one entry for each position of the cut term."""
     if not isinstance(term, Group):
         return kept if term == axis else torch.arange(_size(term, sizes))
     parts, start = [], 0
@@ -159,7 +162,7 @@ def _positions(term: Term, sizes: Mapping[str, int], axis: str, kept: Tensor) ->
 
 
 def _coordinates(spelling: Spelling, sizes: Mapping[str, int], axis: str) -> Tensor:
-    """The unit of `axis` at each position, -1 where there is none, shaped to broadcast against the tensor."""
+    """Return the unit of `axis` at each position, -1 for none, shaped to broadcast against the tensor."""
     found = [dim for dim, term in enumerate(spelling.dims) if (units_along(term, sizes, axis) >= 0).any()]
     if len(found) != 1:
         raise ValueError(
@@ -171,7 +174,7 @@ def _coordinates(spelling: Spelling, sizes: Mapping[str, int], axis: str) -> Ten
 
 
 def units_along(term: Term, sizes: Mapping[str, int], axis: str) -> Tensor:
-    """The unit of `axis` at each position of a term, int64; -1 where there is none."""
+    """Return the unit of `axis` at each position of a term, int64; -1 for none."""
     if not isinstance(term, Group):
         size = _size(term, sizes)
         return torch.arange(size) if term == axis else torch.full((size,), -1)
@@ -215,7 +218,7 @@ def _parse(text: str) -> Spelling:
 
 
 def _product(tokens: list[str], text: str) -> tuple[Term, ...]:
-    """Read terms off the front of `tokens` up to a bar, a closing parenthesis or the end."""
+    """Read terms from the front of `tokens` up to a bar, a closing parenthesis or the end."""
     terms: list[Term] = []
     while tokens and tokens[0] not in ("|", ")"):
         token = tokens.pop(0)
@@ -224,7 +227,7 @@ def _product(tokens: list[str], text: str) -> tuple[Term, ...]:
 
 
 def _group(tokens: list[str], text: str) -> Group:
-    """Read a group off the front of `tokens`, after its opening parenthesis."""
+    """Read a group from the front of `tokens`, after its opening parenthesis."""
     alternatives = [_product(tokens, text)]
     while tokens and tokens[0] == "|":
         tokens.pop(0)

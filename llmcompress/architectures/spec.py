@@ -1,9 +1,9 @@
-"""What an anatomy holds, and how the conditions in its rows are decided by a config.
+"""What an anatomy holds, and how a config decides the conditions in its rows.
 
-A row that only some configs have says so: `hidden if attention_bias`, `vocab embed if word_embed_proj_dim !=
-hidden_size else vocab hidden`. Conditions are data and not code, so that a table stays a table: it can be
-read, printed and compared. A field that a condition asks for and the config lacks is an error and not a
-False, since a row may be missing only because the config says so. The tables themselves are in `anatomy.py`.
+A row that only some configs have states its condition: `hidden if attention_bias`, `vocab embed if
+word_embed_proj_dim != hidden_size else vocab hidden`. Conditions are data and not code, so that a table can
+be read, printed and compared. A field that a condition names and the config lacks is an error, not False: a
+row may be missing only because the config says so. The tables are in `families.py`.
 """
 
 from __future__ import annotations
@@ -20,38 +20,36 @@ Rows = Mapping[str, str]
 
 @dataclass(frozen=True, kw_only=True)
 class Anatomy:
-    """The facts of one model family; `anatomy_of` gives those of one config, with no condition left in
-    them."""
+    """The facts of one model family. `anatomy_of` returns those of one config, with all conditions
+    decided."""
 
     family: str  # model_type
     layers: str  # the ModuleList of layers
     layer: Rows  # parameter in a layer -> spelling
     outer: Rows  # parameter outside the layers -> spelling
-    # linears of a layer by the input they read, in order of computation
+    # linears of a layer grouped by the input that they read, in order of computation
     consumers: tuple[tuple[str, ...], ...]
-    # multiply the output of a key by s > 0, divide these readers' columns: same model
+    # multiply the output of a key by s > 0 and divide the columns of its readers by s: same model
     scale_pairs: Mapping[str, tuple[str, ...]]
-    sizes: (
-        Rows  # axis -> config field; the field of q counts all query heads, those of every kv head together
-    )
+    # axis -> config field; the field of q counts all query heads, those of every kv head together
+    sizes: Rows
     embedding: str
     norm: str | None  # the final norm; some OPT models have none
     head: str = "lm_head"
-    router: tuple[str, ...] = ()  # modules whose weight picks the experts; they read what the experts read
+    router: tuple[str, ...] = ()  # modules that choose the experts; they read the same input as the experts
     conv1d: frozenset[str] = frozenset()  # linears stored [in, out]
     norm_offset: float = 0.0  # norms multiply by norm_offset + weight
-    refuses: tuple[
-        str, ...
-    ] = ()  # conditions on the config under which these rows would not tell the whole model
+    # conditions on the config under which these rows do not describe the whole model
+    refuses: tuple[str, ...] = ()
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The 2-D linear maps of a layer by module name, in order of computation; routers left out."""
+        """The 2-D linears of a layer by module name, in order of computation, without routers."""
         return tuple(linear for group in self.consumers for linear in group)
 
     @property
     def experts(self) -> tuple[str, ...]:
-        """The 3-D parameters of a layer: one linear map [out, in] for each expert."""
+        """The 3-D parameters of a layer, with one linear map [out, in] for each expert."""
         return tuple(name for name, spelling in self.layer.items() if len(Spelling.parse(spelling).dims) == 3)
 
     @property
@@ -60,8 +58,10 @@ class Anatomy:
         return frozenset(axis for row in self.outer.values() for axis in Spelling.parse(row).axes)
 
     def rows(self, config: Any) -> dict[str, str]:
-        """Every parameter of the whole model by its full name -> spelling; tied weights stand under both
-        their names."""
+        """Return the spelling of every parameter of the whole model by its full name.
+
+        Tied weights are listed under both of their names.
+        """
         inner = {
             f"{self.layers}.{i}.{name}": row
             for i in range(config.num_hidden_layers)
@@ -70,11 +70,14 @@ class Anatomy:
         return {**self.outer, **inner}
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
-        """The units on each axis that some row runs along; raises ModelError where the config does not
-        tell."""
-        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer that lost them
+        """Return the number of units on each axis that some row runs along.
+
+        Raises ModelError if the config does not say it.
+        """
+        heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer without attention
         hidden = config.hidden_size
-        implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}  # where a field is left None
+        # sizes of axes whose field is None
+        implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}
         sizes = {}
         for axis in dict.fromkeys(
             a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes
@@ -95,14 +98,14 @@ class Anatomy:
         return sizes
 
     def consumer_of(self, axis: str) -> str | None:
-        """The linear whose columns run along an axis inside a layer; None where there is no such one, as for
-        experts."""
+        """Return the linear whose columns run along an axis inside a layer; None if there is no such linear,
+        as for experts."""
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
 
     def left(self, sizes: Mapping[str, int]) -> Anatomy:
-        """The facts of one layer in which an axis may have no units: without the linears and feeds that are
-        empty there."""
+        """Return the facts of one layer in which an axis may have no units, without the linears and scale
+        pairs that are empty there."""
         empty = {name for name, row in self.layer.items() if not all(Spelling.parse(row).shape(sizes))}
         if not empty:
             return self
@@ -116,16 +119,19 @@ class Anatomy:
         return replace(self, consumers=consumers, scale_pairs=scale_pairs)
 
     def input_of(self, linear: str) -> Term:
-        """What the columns of a linear of a layer run along."""
+        """Return the term that the columns of a linear of a layer run along."""
         return Spelling.parse(self.layer[f"{linear}.weight"]).dims[0 if linear in self.conv1d else -1]
 
     def output_of(self, linear: str) -> Term:
-        """What the rows of a linear of a layer run along."""
+        """Return the term that the rows of a linear of a layer run along."""
         return Spelling.parse(self.layer[f"{linear}.weight"]).dims[-1 if linear in self.conv1d else 0]
 
     def producer(self, key: str) -> tuple[str, int | None, tuple[str, ...]]:
-        """A key of `scale_pairs` as a layer's module or parameter, the part of it if it is fused, and the
-        axes of its output."""
+        """Resolve a key of `scale_pairs`.
+
+        Returns the module or parameter of a layer, the number of the part if it is fused (else None), and the
+        axes of its output.
+        """
         name, _, number = key.rstrip("]").partition("[")
         part = int(number) if number else None
         spelling = Spelling.parse(self.layer.get(f"{name}.weight") or self.layer[name])
@@ -136,13 +142,21 @@ class Anatomy:
     def extend(
         self, family: str, *, layer: Rows | None = None, sizes: Rows | None = None, **facts: Any
     ) -> Anatomy:
-        """The table of a sibling family: rows and sizes are added to this one's, every other fact given takes
-        its place."""
+        """Return the table of a sibling family.
+
+        Rows and sizes are added to those of this table; every other fact given replaces the one of this
+        table.
+        """
         layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
         return replace(self, family=family, layer=layer, sizes=sizes, **facts)
 
     def at(self, config: Any) -> Anatomy:
-        """The facts of one config: each condition decided, the rows it rules out left out."""
+        """Return the facts of one config, with each condition decided and the rows that it rules out left
+        out.
+
+        Raises ModelError if the config meets a condition of `refuses`, or lacks a field that a condition
+        names.
+        """
         for condition in self.refuses:
             if _holds(condition, config):
                 raise ModelError(
@@ -160,7 +174,7 @@ class Anatomy:
 
 
 def _choose(text: str, config: Any) -> str | None:
-    """Decide `X`, `X if condition` or `X if condition else Y` by the config; None where nothing is left."""
+    """Decide `X`, `X if condition` or `X if condition else Y` by the config; None if nothing is left."""
     first, _, rest = text.partition(" if ")
     condition, _, second = rest.partition(" else ")
     return (first if not condition or _holds(condition, config) else second) or None

@@ -207,7 +207,7 @@ def schema() -> None:
 
 def main() -> None:
     """The command `llmcompress`."""
-    writes = os.environ.get("RANK", "0") == "0"  # of several processes only the first one
+    writes = os.environ.get("RANK", "0") == "0"  # other ranks log errors only
     with interrupt.one_line(), logs.shown_on(err, logging.INFO if writes else logging.ERROR):
         try:
             app()

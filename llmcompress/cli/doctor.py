@@ -1,6 +1,6 @@
 """What is installed, what the machine can do, and which kernels run here: `llmcompress doctor`.
 
-It names no path, so that its output can go into a bug report as it is.
+It names no path, so its output can go into a bug report unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ PACKAGES = (
     "peft",
     "triton",
 )
-FEATURES = (  # as Linux names them
+# CPU flags, as Linux names them
+FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16"),
     *("asimd", "asimddp", "i8mm", "bf16", "sve"),
 )
@@ -38,8 +39,8 @@ Facts = dict[str, Any]
 
 
 def examine() -> Facts:
-    """Versions, CPU, compiler, GPUs and kernels, as JSON has them. The first call may compile the codebook
-    kernel."""
+    """Versions, CPU, compiler, GPUs and kernels, as JSON-compatible values. The first call may compile the
+    codebook kernel."""
     return {
         "versions": versions(),
         "platform": platform.platform(),
@@ -62,8 +63,8 @@ def versions() -> dict[str, str | None]:
 
 
 def cpu() -> Facts:
-    """The processor: its name, how many threads torch uses, memory, and the instructions that kernels ask
-    for."""
+    """The processor: its name, the number of torch threads, memory, and the instruction sets that kernels
+    need."""
     import psutil
     import torch
 
@@ -85,7 +86,7 @@ def cpu() -> Facts:
 
 
 def compiler() -> str | None:
-    """The C compiler that builds the codebook kernel, as it calls itself; None where there is none."""
+    """The version line of the C compiler that builds the codebook kernel; None if there is none."""
     from llmcompress.kernels import lut_gemm
 
     path = lut_gemm.compiler()
@@ -120,7 +121,7 @@ def gpus() -> list[Facts]:
 
 
 def kernels() -> list[Facts]:
-    """For each kind of linear on each kind of device: whether its kernel runs here, and what runs."""
+    """For each kind of linear and device: whether its kernel runs here, and what runs instead."""
     asked: tuple[tuple[str, str, Callable[[], tuple[bool, str]]], ...] = (
         ("nf4, fp4", "cpu", _four_bit),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cpu", _integer),
@@ -131,7 +132,7 @@ def kernels() -> list[Facts]:
     for formats, device, ask in asked:
         try:
             runs, what = ask()
-        except Exception as error:  # whatever a library raises is what there is to know of it
+        except Exception as error:  # whatever a library raises is reported
             runs, what = False, f"failed: {first_line(error)}"
         found.append({"formats": formats, "device": device, "kernel": runs, "runs": what})
     return found
@@ -186,7 +187,7 @@ def _triton() -> tuple[bool, str]:
 
 
 def print_facts(facts: Facts) -> None:
-    """Print what `examine` found."""
+    """Print the result of `examine`."""
     installed = [(name, version or "not installed") for name, version in facts["versions"].items()]
     print_table("versions", ("", ""), installed)
     processor = facts["cpu"]

@@ -1,9 +1,9 @@
-"""What Ctrl-C and SIGTERM do to the command `llmcompress`: one line, an exit code of 128 and the signal's
-number, no traceback.
+"""How the command `llmcompress` handles Ctrl-C and SIGTERM: one line, exit code 128 plus the signal's number,
+no traceback.
 
-Importing torch and transformers takes seconds, so the package imports this first: while nothing has begun, a
-signal ends the process at once. Later it is raised as an exception, for folders of temporary files to go. In
-a program that only imports the package nothing is changed.
+Importing torch and transformers takes seconds, so the package imports this module first: before any work has
+begun, a signal ends the process at once. Later, it is raised as an exception, so that temporary folders are
+removed. A program that only imports the package is not affected.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ MEANS = {"run": GOES_ON, "push": "the same command goes on, and what has arrived
 
 
 class Interrupted(BaseException):
-    """A signal has come, by its number; no `except Exception` takes it for an error, and no library for its
-    own business."""
+    """A signal, by its number. It is not an Exception, so no `except Exception` of ours or of a library
+    catches it."""
 
 
 def is_command() -> bool:
-    """Whether this process is the command line, and not a program that imports the package."""
+    """Whether this process is the command line, not a program that imports the package."""
     program = Path((getattr(sys, "argv", None) or [""])[0])
     started = ("-m", "llmcompress") in pairwise(sys.orig_argv) and program.name in ("-m", "__main__.py")
     return started or program.stem == "llmcompress" or program.parts[-2:] == ("llmcompress", "__main__.py")
@@ -37,7 +37,7 @@ def is_command() -> bool:
 
 @contextlib.contextmanager
 def one_line() -> Iterator[None]:
-    """A signal ends what is done in the context, in order, and then the process: SystemExit."""
+    """Make a signal end the work of the context in order and then the process, with SystemExit."""
     before = {number: signal.signal(number, _raise) for number in SIGNALS if _answers(number)}
     try:
         yield
@@ -47,7 +47,7 @@ def one_line() -> Iterator[None]:
     except Exception as error:
         if (stopped_by := _cause(error)) is None:
             raise
-        _tell(stopped_by)  # a library made another error of it
+        _tell(stopped_by)  # a library turned it into another error
         sys.exit(128 + stopped_by)
     finally:
         for number, handler in before.items():
@@ -55,9 +55,9 @@ def one_line() -> Iterator[None]:
 
 
 def _answers(number: int) -> bool:
-    """Whether a signal may be answered: nohup, and shells that start a job in the background, have it
-    ignored."""
-    ours = threading.current_thread() is threading.main_thread()  # the only one that Python lets do it
+    """Whether a signal may be handled: nohup, and shells that start a background job, have it ignored."""
+    # Python allows handlers in the main thread only
+    ours = threading.current_thread() is threading.main_thread()
     return ours and signal.getsignal(number) not in (signal.SIG_IGN, None)
 
 
@@ -71,7 +71,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 
 
 def _cause(error: BaseException | None) -> int | None:
-    """The signal that an error comes from, if it does."""
+    """The number of the signal that an error comes from, or None."""
     while error is not None:
         if isinstance(error, Interrupted):
             return int(error.args[0])
@@ -80,14 +80,14 @@ def _cause(error: BaseException | None) -> int | None:
 
 
 def _tell(number: int) -> None:
-    """Say it, once for all processes of a run."""
+    """Print the line once for all processes of a run."""
     if os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
             os.write(2, f"{_line(number, sys.argv[1:])}\n".encode())
 
 
 def _line(number: int, arguments: list[str]) -> str:
-    """What a signal means for a command."""
+    """The line that a signal prints for a command."""
     what = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
     command = arguments[0] if arguments else ""
     kept = any(argument.partition("=")[0] == "--out" for argument in arguments)

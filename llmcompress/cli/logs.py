@@ -1,6 +1,7 @@
-"""What the command line does with the records of the `llmcompress` logger: one line each on stderr.
+"""How the command line shows records of the `llmcompress` logger: one line each on stderr.
 
-The library logs and never prints. A program that imports it sees the records as it has set up logging.
+The library logs and never prints. A program that imports it sees the records according to its own logging
+setup.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ WORDS = {logging.INFO: ("note", "bold cyan"), logging.WARNING: ("warning", "bold
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints records on a console of rich, above a progress bar where there is one."""
+    """Prints records on a rich console, above a progress bar if there is one."""
 
     def __init__(self, console: Console, level: int = logging.INFO) -> None:
         super().__init__(level)
@@ -29,13 +30,13 @@ class ConsoleHandler(logging.Handler):
         try:
             message = " ".join(self.format(record).split())
             self.console.print(Text.assemble((f"{word}: ", style), message), soft_wrap=True)
-        except Exception:  # as every handler does
+        except Exception:  # as in every logging handler
             self.handleError(record)
 
 
 @contextlib.contextmanager
 def shown_on(console: Console, level: int = logging.INFO) -> Iterator[None]:
-    """Show what llmcompress logs, from `level` on, on a console within the context."""
+    """Show log records of llmcompress from `level` on, on a console within the context."""
     logger = logging.getLogger("llmcompress")
     handler, before = ConsoleHandler(console, level), (logger.level, logger.propagate)
     logger.addHandler(handler)

@@ -1,6 +1,6 @@
 """Progress on stderr: a bar on a terminal, plain lines elsewhere.
 
-A plain line says what is done, how many of how many are finished, and the elapsed and the remaining time:
+A plain line gives what is done, how many of how many are finished, and the elapsed and the remaining time:
 `quantize (nf4, gptq): 3 of 8, 41 s elapsed, about 68 s left`.
 """
 
@@ -20,7 +20,7 @@ PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}
 
 
 def track(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-    """Show on stderr how many of `count` things are finished while they go by."""
+    """Yield `things` and show on stderr how many of `count` are finished."""
     return _bar(things, what, count) if err.is_terminal else lines(things, what, count, err)
 
 
@@ -52,11 +52,11 @@ def lines(
     console: Console,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[Any]:
-    """Print a line after the first thing, after the last one, and between them at most one every INTERVAL
-    seconds.
+    """Yield `things` and print a line after the first, after the last, and between them at most every
+    INTERVAL seconds.
 
-    A thing is finished when the next one is asked for. Where things end before `count`, the last line says
-    how many there were.
+    A thing is finished when the next one is requested. If there are fewer than `count`, the last line gives
+    their number.
     """
     start = at = clock()
     done = printed = 0

@@ -12,7 +12,7 @@ from llmcompress.io.units import NONE, duration
 from llmcompress.recipe.catalogue import NATIVE, PLUGIN, TRANSFORMERS, Entry, Measured
 
 HEADER = ("recipe", "leaves", "KL", "time", "also needs")
-MODEL = "demo"  # whose numbers are shown, where a recipe has them
+MODEL = "demo"  # the model whose numbers are shown, if a recipe has them
 NEEDS = {TRANSFORMERS: NONE, NATIVE: "bitsandbytes", PLUGIN: "llmcompress"}
 NOTE = (
     f"KL(base || compressed) in nats/token and time are those of the small model {MODEL}, or of the one that "
@@ -23,7 +23,7 @@ NOTE = (
 
 
 def print_entries(entries: Sequence[Entry]) -> None:
-    """Print one table a purpose."""
+    """Print one table per purpose."""
     for purpose, group in groupby(entries, key=lambda entry: entry.purpose):
         print_table(purpose, HEADER, [_row(entry) for entry in group], right=(2, 3))
     out.print(Text(NOTE, style="dim"))

@@ -17,7 +17,8 @@ err = Console(stderr=True)
 def print_table(
     title: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, right: Sequence[int] = ()
 ) -> None:
-    """Print rows of plain text on stdout; the first column is never folded, `right` are right-aligned."""
+    """Print rows of plain text on stdout; the first column is never folded, and columns in `right` are
+    right-aligned."""
     from rich import box
     from rich.table import Table
     from rich.text import Text

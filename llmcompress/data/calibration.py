@@ -1,16 +1,16 @@
-"""Token sequences for calibration and evaluation, from any text a user can name.
+"""Token sequences for calibration and evaluation, from any text that a user can name.
 
-Text is joined, tokenised without special tokens and cut into non-overlapping sequences of one length, as the
-GPTQ papers do; so numbers compare with theirs and a sequence is a row of a plain int64 matrix. Calibration
-sequences are drawn by seed from the head of the calibration text (16 sequences for each one asked for, so a
-data set of terabytes costs no more than a small one); evaluation sequences are the first of the evaluation
-text, in order. The two texts come from different files, splits or rows, and a sequence found in both is
-refused. It costs about four seconds of one core per million tokens.
+Text is joined, tokenised without special tokens and cut into non-overlapping sequences of one length, as in
+the GPTQ papers. So numbers compare with theirs, and a sequence is a row of a plain int64 matrix. Calibration
+sequences are drawn by seed from the head of the calibration text: 16 sequences are read for each one drawn,
+so a data set of terabytes costs no more than a small one. Evaluation sequences are the first of the
+evaluation text, in order. The two texts come from different files, splits or rows, and a sequence found in
+both is an error. Tokenising takes about four seconds of one core per million tokens.
 
-Where the tokenizer puts BOS before what it encodes, the model expects it, so a sequence is BOS and length - 1
-tokens of text. The output at BOS is the same for every text: activations there calibrate, but what is
-predicted there counts neither in perplexity, KL and top-1 agreement nor in a loss. (lm-evaluation-harness
-counts it.)
+If the tokenizer puts BOS before the text it encodes, the model expects it, so a sequence is BOS and length -
+1 tokens of text. The output at BOS is the same for every text. Activations at BOS are used for calibration,
+but the prediction there counts neither in perplexity, KL and top-1 agreement nor in a loss.
+(lm-evaluation-harness counts it.)
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ from llmcompress.io.user_paths import path_of
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-DEMO = "demo"  # what a recipe calls the embedded model
+DEMO = "demo"  # the name of the embedded model in a recipe
 # the embedded model, trained on the calibration side of python-docs
 DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"
 
 POOL = 16  # sequences read for each calibration sequence drawn
-LONGEST, SHORTEST = 2048, 128  # tokens: the range in which a sequence length is chosen where none is given
+LONGEST, SHORTEST = 2048, 128  # tokens: the range of the sequence length if none is given
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,10 @@ class CalibrationData:
     """Token sequences, int64: calibration [samples, length] and evaluation [evaluation_samples, length].
 
     `sha256` is the hash of both tensors' bytes (little-endian int64), calibration first. `training` is a
-    plain stream [T] of what the calibration text has besides, where a stage trains. `bos` is the token that
-    each sequence begins with, None where it is text from the start; the stream is without it, and whoever
-    cuts sequences from it calls `with_bos`. `spec` is what was asked for; of a Hub data set with its commit
-    and the split that evaluates.
+    plain stream [T] of the rest of the calibration text, if a stage trains. `bos` is the token that each
+    sequence begins with, or None if sequences are text from the start. The stream is without BOS, so whoever
+    cuts sequences from it calls `with_bos`. `spec` is the requested spec; for a Hub data set it has the
+    commit and the evaluation split that were used.
     """
 
     calibration: Tensor
@@ -66,28 +66,27 @@ class CalibrationData:
 
     @property
     def unscored(self) -> int:
-        """How many positions at the start of each sequence are not scored: that of BOS, or none."""
+        """The number of positions at the start of each sequence that are not scored: 1 with BOS, else 0."""
         return int(self.bos is not None)
 
     @property
     def scored(self) -> Tensor:
-        """The evaluation sequences at the positions that are scored, int64 [evaluation_samples, length -
-        unscored]."""
+        """The evaluation sequences at the scored positions, int64 [evaluation_samples, length - unscored]."""
         return self.evaluation[:, self.unscored :]
 
     @property
     def training_sha256(self) -> str:
-        """The hash of what is trained on."""
+        """The hash of the training stream."""
         return _sha256(self.training)
 
     @property
     def calibration_tokens(self) -> int:
-        """How many tokens calibrate."""
+        """The number of calibration tokens."""
         return self.calibration.numel()
 
     @property
     def evaluation_tokens(self) -> int:
-        """How many tokens evaluate."""
+        """The number of evaluation tokens."""
         return self.evaluation.numel()
 
 
@@ -101,11 +100,9 @@ def load_data(
     """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions
     (None: no limit).
 
-    `training` says how many tokens to train on where sequences have a length; fewer are given where the text
-    has no more.
-
-    Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is missing, too
-    short, the same on both sides, or not what the model reads.
+    `training` maps the length of sequences to the number of tokens to train on. Fewer are returned if the
+    text has no more. Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is
+    missing, too short, the same on both sides, or not what the model reads.
     """
     if tokenizer is None:
         raise DataError(
@@ -118,8 +115,8 @@ def load_data(
             f"{max_length}"
         )
     bos = bos_of(tokenizer, spec.bos)
-    before = int(bos is not None)  # tokens of a sequence that are no text
-    # of the text in a sequence
+    before = int(bos is not None)  # tokens of a sequence that are not text
+    # lengths of the text in a sequence
     lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]
     if lengths[0] < 2:
         raise DataError(
@@ -156,15 +153,15 @@ def load_data(
 
 
 def with_bos(sequences_NL: Tensor, bos: int | None) -> Tensor:
-    """Sequences [N, L] with BOS before each, [N, L + 1]; as they are where there is no BOS."""
+    """Put BOS before each of the sequences [N, L], giving [N, L + 1]; without BOS return them as they are."""
     return sequences_NL if bos is None else F.pad(sequences_NL, (1, 0), value=bos)
 
 
 def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -> int | None:
-    """The token that sequences are to begin with; None where they are text from the start.
+    """Return the token that sequences begin with, or None if they are text from the start.
 
-    `auto` is what the tokenizer does by itself, found out by encoding. Errors: DataError for `True` without a
-    BOS token.
+    `auto` follows the tokenizer, which is tested by encoding. Errors: DataError for `True` without a BOS
+    token.
     """
     bos: int | None = tokenizer.bos_token_id
     if wanted is True and bos is None:
@@ -176,19 +173,19 @@ def bos_of(tokenizer: PreTrainedTokenizerBase, wanted: Literal["auto"] | bool) -
 
 
 def _adds(tokenizer: PreTrainedTokenizerBase, bos: int) -> bool:
-    """Whether the tokenizer puts BOS before what it encodes."""
+    """Whether the tokenizer puts BOS before the text it encodes."""
     (full,), (plain,) = (_encoded(tokenizer, ["a"], special) for special in (True, False))
     return full[: 1 + len(plain)] == [bos, *plain]
 
 
 def _encoded(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int]]:
-    """The tokens of each text, with or without special ones. Errors: DataError where the tokenizer gives
-    up."""
+    """Return the tokens of each text, with or without special tokens. Errors: DataError if the tokenizer
+    fails."""
     try:
         found = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)[
             "input_ids"
         ]
-    except Exception as error:  # tokenizers raise bare Exceptions, as for a word that they have no token for
+    except Exception as error:  # tokenizers raise bare Exceptions, as for a word without a token
         raise DataError(
             f"the tokenizer can't encode the text ({first_line(error)}); use the one of the model"
         ) from None
@@ -200,14 +197,16 @@ def _sha256(*sides: Tensor) -> str:
 
 
 def _lengths(max_length: int | None) -> list[int]:
-    """The sequence lengths to try: 2048 or the model's most, then halves of it down to 128."""
+    """Return the sequence lengths to try: 2048 or the model's maximum, then halves of it down to 128."""
     most = min(LONGEST, max_length or LONGEST)
     return [most] + [most >> k for k in range(1, 5) if most >> k >= SHORTEST]
 
 
 def _require(source: str, field: str, want: int, tokens: int, length: int, before: int) -> None:
-    """DataError where the text fills fewer sequences than asked for, of `length` tokens of text after
-    `before` others."""
+    """Raise DataError if the text fills fewer sequences than requested.
+
+    A sequence has `length` tokens of text after `before` other tokens.
+    """
     side = "calibration" if field == "samples" else "evaluation"
     sequences = tokens // length
     if not tokens:
@@ -225,7 +224,7 @@ def _require(source: str, field: str, want: int, tokens: int, length: int, befor
 
 
 def _refuse_foreign(tokens: Tensor, vocab_size: int) -> None:
-    """DataError where the model has no embedding for a token."""
+    """Raise DataError if the model has no embedding for a token."""
     largest = int(tokens.max()) if tokens.numel() else 0
     if largest >= vocab_size:
         raise DataError(
@@ -235,7 +234,7 @@ def _refuse_foreign(tokens: Tensor, vocab_size: int) -> None:
 
 
 def _refuse_overlap(source: str, pool_SL: Tensor, evaluation_SL: Tensor) -> None:
-    """DataError where a sequence of the evaluation text also stands in the calibration text."""
+    """Raise DataError if a sequence of the evaluation text is also in the calibration text."""
     calibrates = {sequence.numpy().tobytes() for sequence in pool_SL}
     for number, sequence in enumerate(evaluation_SL):
         if sequence.numpy().tobytes() in calibrates:
@@ -248,10 +247,10 @@ def _refuse_overlap(source: str, pool_SL: Tensor, evaluation_SL: Tensor) -> None
 def _tokenise(
     pieces: Iterable[Piece], tokenizer: PreTrainedTokenizerBase, enough: int, bos: int | None = None
 ) -> Tensor:
-    """The first `enough` tokens of the joined pieces, int64 [T], fewer where the text ends; reads no more
-    than it needs.
+    """Return the first `enough` tokens of the joined pieces, int64 [T], or fewer if the text ends.
 
-    Conversations are spelled by the chat template, without its own BOS where sequences begin with `bos`.
+    No more text is read than needed. Conversations are rendered by the chat template, without its own BOS if
+    sequences begin with `bos`.
     """
     without_bos = bos is not None
     lines = (
@@ -259,7 +258,7 @@ def _tokenise(
         for piece in pieces
     )
     chunks, parts, have = _chunks(chain.from_iterable(lines)), [torch.empty(0, dtype=torch.int64)], 0
-    # 4 characters a token
+    # about 4 characters per token
     while have < enough and (batch := list(islice(chunks, 1 + min(15, (enough - have) * 4 // CHUNK)))):
         ids = _encoded(tokenizer, batch, special=False)
         parts.append(torch.tensor(list(chain.from_iterable(ids)), dtype=torch.int64))
@@ -268,8 +267,8 @@ def _tokenise(
 
 
 def _chunks(pieces: Iterable[str]) -> Iterator[str]:
-    """The joined pieces in strings of about CHUNK characters, cut between pieces, or within one that is
-    longer than that."""
+    """Yield the joined pieces in strings of about CHUNK characters, cut between pieces, or within a piece
+    that is longer."""
     held: list[str] = []
     size = 0
     for piece in pieces:
@@ -284,8 +283,10 @@ def _chunks(pieces: Iterable[str]) -> Iterator[str]:
 
 
 def _texts(spec: DataSpec) -> Texts:
-    """The two sides of a source. What exists on disk is read from disk; else what is spelled like a Hub id is
-    one."""
+    """Return the two sides of a source.
+
+    A source that exists on disk is read from disk; otherwise a name spelled like a Hub id is a Hub data set.
+    """
     source, path = spec.source, path_of(spec.source, "data", DataError)
     if source != PYTHON_DOCS and not path.exists():
         if kind_of(path) or not hub.is_id(source):

@@ -1,8 +1,7 @@
-"""Text of Hub data sets: streamed at one commit, so that a huge one is not downloaded for some hundred
-sequences.
+"""Text of Hub data sets, streamed at one commit, so that only the rows that are used are downloaded.
 
-What is read is kept on a shelf of the cache. Without a network it is read from there, or from what
-`datasets.load_dataset` has left.
+Rows that were read are kept in the cache (`row_cache.py`). Without a network they are read from there, or
+from the cache of `datasets.load_dataset`.
 """
 
 from __future__ import annotations
@@ -19,10 +18,11 @@ from llmcompress.errors import DataError, first_line
 
 
 def hub_texts(spec: DataSpec) -> Texts:
-    """A Hub data set, streamed: `split` calibrates; `evaluation_split`, else validation, else test evaluates.
+    """Return the two sides of a Hub data set, streamed.
 
-    Where there is no other split, the first rows evaluate and the rows after them calibrate. A branch or tag
-    is resolved to its commit once, so that all that is read is of one commit. Errors: DataError.
+    `split` calibrates; `evaluation_split`, else validation, else test evaluates. If there is no other split,
+    the first rows evaluate and the rows after them calibrate. A branch or tag is resolved to its commit once,
+    so that everything is read from one commit. Errors: DataError.
     """
     if hub.offline():
         return _offline(spec)
@@ -36,9 +36,7 @@ def hub_texts(spec: DataSpec) -> Texts:
         )
     except DataError:
         raise
-    except (
-        Exception
-    ) as error:  # the Hub client raises a dozen kinds; to the user each says: this data set can't be had
+    except Exception as error:  # the Hub client raises a dozen kinds, all for an unreadable data set
         raise _unreadable(spec.source, error) from error
     shelf.remember(spec.revision, splits)
 
@@ -51,7 +49,8 @@ def hub_texts(spec: DataSpec) -> Texts:
 
 
 def _offline(spec: DataSpec) -> Texts:
-    """A Hub data set as `datasets.load_dataset` has left it in its cache, or as far as it was streamed."""
+    """Return a Hub data set from the cache of `datasets.load_dataset`, or the rows of it that were streamed
+    before."""
     import datasets  # type: ignore[import-untyped, unused-ignore]
 
     shelf = RowCache.find(spec.source, spec.config, spec.revision)
@@ -76,7 +75,7 @@ def _offline(spec: DataSpec) -> Texts:
 
 
 def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[Row]], commit: str) -> Texts:
-    """Which splits of a Hub data set calibrate and evaluate."""
+    """Choose the splits of a Hub data set that calibrate and evaluate. Errors: DataError."""
     for split in filter(None, (spec.split, spec.evaluation_split)):
         if split not in splits:
             raise DataError(f"{spec.source} has no split {split!r}; it has {', '.join(splits)}")
@@ -95,7 +94,7 @@ def _sides(spec: DataSpec, splits: list[str], rows_of: Callable[[str], Iterable[
 
 
 def _hub_rows(spec: DataSpec, split: str, rows_of: Callable[[str], Iterable[Row]]) -> Iterator[Piece]:
-    """What the rows of one split give, in order."""
+    """Yield the pieces of the rows of one split, in order."""
     try:
         for number, row in enumerate(rows_of(split), 1):
             yield from row_pieces(row, spec.column, spec.source, f"{spec.source} {split} row {number}")

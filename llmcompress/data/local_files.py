@@ -1,7 +1,7 @@
 """Text of local files and folders, plain or compressed with gzip, read lazily and in bounded memory.
 
-A .txt gives its lines, a .jsonl or .parquet its rows. Line ends become newlines, and a byte order mark at the
-start of a file is no part of its text.
+A .txt file gives its lines; a .jsonl or .parquet file gives its rows. Line ends become newlines. A byte order
+mark at the start of a file is not part of its text.
 """
 
 from __future__ import annotations
@@ -29,19 +29,21 @@ KINDS = {
     ".parquet": ".parquet",
 }
 READABLE = ".txt, .jsonl or .parquet file (the first two also as .gz)"
-LONGEST_ROW = 1 << 26  # characters of a line of a .jsonl
+LONGEST_ROW = 1 << 26  # characters per line of a .jsonl
 CALIBRATES = ("train", "calibration")  # first words of the names of a folder's files
-EVALUATES = (("valid", "validation", "val"), ("test",), ("heldout",))  # the first kind that is there
+EVALUATES = (("valid", "validation", "val"), ("test",), ("heldout",))  # the first kind found is used
 
 
 def kind_of(file: Path) -> str | None:
-    """Whether a file's name says that it holds .txt, .jsonl or .parquet; None for any other name."""
+    """Return the kind of a file by its name: .txt, .jsonl or .parquet; None for any other name."""
     return next((kind for ending, kind in KINDS.items() if file.name.endswith(ending)), None)
 
 
 def file_texts(file: Path, column: str) -> Texts:
-    """One file: its last tenth evaluates, what is before calibrates; in rows, or in characters of a .txt (at
-    a line's end)."""
+    """Return the two sides of one file: its last tenth evaluates and the rest calibrates.
+
+    The tenth is in rows, or for a .txt in characters, cut at the end of a line.
+    """
     if kind_of(file) == ".txt":
         cut = _cut(file)
         return Texts(_lines_between(file, 0, cut), _lines_between(file, cut, None))
@@ -52,7 +54,11 @@ def file_texts(file: Path, column: str) -> Texts:
 
 
 def folder_texts(folder: Path, column: str) -> Texts:
-    """A folder: train* (or calibration*) files calibrate; valid*, else test*, else heldout* evaluate."""
+    """Return the two sides of a folder.
+
+    train* (or calibration*) files calibrate; valid*, else test*, else heldout* files evaluate. Errors:
+    DataError.
+    """
     try:
         files = sorted(file for file in folder.iterdir() if kind_of(file))
     except OSError as error:
@@ -93,7 +99,7 @@ def _same(ours: Path, theirs: Path) -> bool:
 
 
 def _pieces(file: Path, column: str) -> Iterator[Piece]:
-    """What one local file gives: lines of a .txt, or rows of a .jsonl or .parquet."""
+    """Yield the pieces of one local file: lines of a .txt, or rows of a .jsonl or .parquet."""
     kind = kind_of(file)
     if kind == ".txt":
         yield from _lines(file, CHUNK)
@@ -109,9 +115,10 @@ def _pieces(file: Path, column: str) -> Iterator[Piece]:
 
 
 def _lines(file: Path, longest: int) -> Iterator[str]:
-    """The lines of a file with their ends, those of more than `longest` characters in parts.
+    """Yield the lines of a file with their ends; lines of more than `longest` characters come in parts.
 
-    Errors: DataError where it can't be read, is no gzip file though its name says so, or is not UTF-8.
+    Errors: DataError if the file can't be read, is not UTF-8, or is not a gzip file although its name says
+    so.
     """
     _require_file(file)
     try:
@@ -131,7 +138,7 @@ def _lines(file: Path, longest: int) -> Iterator[str]:
 
 
 def _require_file(file: Path) -> None:
-    """Refuse what is no file, which might be waited for forever. Errors: DataError."""
+    """Raise DataError unless the path is a regular file; opening anything else may block forever."""
     try:
         is_file = file.is_file()
     except OSError as error:
@@ -145,7 +152,10 @@ def _unreadable(path: Path, error: OSError, what: str = "file") -> DataError:
 
 
 def _cut(file: Path) -> int:
-    """Where the last tenth of a text begins, in characters: at a line's end that is near, if there is one."""
+    """Return where the last tenth of a text begins, in characters.
+
+    This is at the end of a nearby line if there is one.
+    """
     size = sum(map(len, _lines(file, CHUNK)))
     cut, position = size * 9 // 10, 0
     for line in _lines(file, CHUNK):
@@ -158,7 +168,7 @@ def _cut(file: Path) -> int:
 
 
 def _lines_between(file: Path, start: int, stop: int | None) -> Iterator[str]:
-    """The lines of the text between two of its characters, those that are long in parts of CHUNK
+    """Yield the lines of the text between two character positions; long lines come in parts of CHUNK
     characters."""
     position, held = 0, ""
     for part in _lines(file, CHUNK):
@@ -180,7 +190,7 @@ def _lines_between(file: Path, start: int, stop: int | None) -> Iterator[str]:
 
 
 def _json_row(line: str, where: str) -> dict[str, object]:
-    """One line of a .jsonl as a dictionary."""
+    """Parse one line of a .jsonl as a dictionary. Errors: DataError."""
     if len(line) > LONGEST_ROW:
         raise DataError(f"{where} is longer than {LONGEST_ROW} characters; write one object a line")
     try:
@@ -199,7 +209,7 @@ def _json_row(line: str, where: str) -> dict[str, object]:
 
 
 def _integer(digits: str) -> float:
-    """An integer, or infinity where it has more digits than Python converts."""
+    """Parse an integer; infinity if it has more digits than Python converts."""
     try:
         return int(digits)
     except ValueError:
@@ -207,7 +217,7 @@ def _integer(digits: str) -> float:
 
 
 def _parquet(file: Path, column: str) -> Iterator[Piece]:
-    """The rows of a Parquet file, a batch at a time; only the one column is read."""
+    """Yield the rows of a Parquet file, one batch at a time; only the one column is read."""
     import pyarrow  # type: ignore[import-untyped, unused-ignore]
     import pyarrow.parquet  # type: ignore[import-untyped, unused-ignore]
 
@@ -231,8 +241,10 @@ def _parquet(file: Path, column: str) -> Iterator[Piece]:
 
 
 def _values(column: Any, name: str, file: Path) -> list[Any]:
-    """What a column holds; DataError for values that Python has no room for, as strings that are not
-    UTF-8."""
+    """Return the values of a column.
+
+    Errors: DataError for values that Python cannot represent, such as strings that are not UTF-8.
+    """
     try:
         values: list[Any] = column.to_pylist()
     except (ValueError, OverflowError) as error:

@@ -1,9 +1,8 @@
-"""The documentation text that every Python installation carries: English and code, no network, the same
-everywhere.
+"""The documentation text that every Python installation carries: English and code, without a network.
 
-It is the `help()` topics and the docstrings of the standard library, about 2 MB to calibrate on and a tenth
-of it to evaluate on. Sources are parsed with `ast` and never imported, so nothing runs and nothing is missed
-for want of a dependency. That takes about four seconds, so the text is kept in the cache folder until one of
+It is the `help()` topics and the docstrings of the standard library: about 2 MB to calibrate on and a tenth
+of that to evaluate on. Sources are parsed with `ast` and never imported, so nothing is executed and no
+dependency is needed. Parsing takes about four seconds, so the text is kept in the cache folder until one of
 the sources changes.
 """
 
@@ -29,19 +28,19 @@ Sides = tuple[str, str]  # calibration and evaluation text
 
 @functools.cache
 def python_docs() -> Sides:
-    """The documentation that this Python carries, as (calibration, evaluation) text: about 2 MB and a tenth
-    of it.
+    """Return the documentation of this Python as (calibration, evaluation) text: about 2 MB and a tenth of
+    that.
 
     A document is a `help()` topic or all docstrings of one standard library file. Documents are ordered by
-    the hash of their name and the last tenth of the hash's range evaluates, so a document is on the same side
-    on every Python version. A docstring that occurs twice counts once. Errors: DataError where the library's
-    sources are not installed.
+    the hash of their name. The last tenth of the hash's range evaluates, so a document is on the same side on
+    every Python version. A docstring that occurs twice counts once. Errors: DataError if the sources of the
+    library are not installed.
     """
     library = Path(sysconfig.get_path("stdlib"))
     topics, sources = library / "pydoc_data" / "topics.py", _sources(library)
     try:
         kept = cache_folder() / "python-docs" / f"{_stamp([topics, *sources])}.json"
-    except OutputError:  # no folder is this user's own
+    except OutputError:  # no cache folder belongs to this user alone
         return _read(library, topics, sources)
     if (known := _known(kept)) is not None:
         return known
@@ -49,20 +48,20 @@ def python_docs() -> Sides:
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         put(kept, json.dumps({"sides": sides, "sha256": _digest(sides)}))
-    except OSError as error:  # it is parsed anew the next time
+    except OSError as error:  # then it is parsed again the next time
         logger.debug("%s is not kept: %s", kept, first_line(error))
     return sides
 
 
 def _sources(library: Path) -> list[Path]:
-    """The files of the standard library, tests and installed packages left out, in order of their names."""
+    """Return the files of the standard library by name, without tests and installed packages."""
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     files = sorted(library.rglob("*.py"))
     return [file for file in files if not left_out.intersection(file.relative_to(library).parts)]
 
 
 def _stamp(files: Sequence[Path]) -> str:
-    """A digest that changes with any of the files and with how they are read."""
+    """Return a digest that changes with any of the files and with this module."""
     stamps = [
         (str(file), found.st_size, found.st_mtime_ns)
         for file in files
@@ -76,7 +75,7 @@ def _digest(sides: Sides) -> str:
 
 
 def _known(file: Path) -> Sides | None:
-    """What was kept; None where nothing was, or it is damaged."""
+    """Return the text kept in a file; None if there is none or it is damaged."""
     try:
         found = json.loads(file.read_bytes())
         calibration, evaluation = found["sides"]
@@ -86,7 +85,7 @@ def _known(file: Path) -> Sides | None:
 
 
 def _read(library: Path, topics: Path, sources: Sequence[Path]) -> Sides:
-    """The text of both sides. Errors: DataError."""
+    """Parse the text of both sides. Errors: DataError."""
     documents = dict(_topics(topics))
     documents.update(_docstrings(library, sources))
     sides: tuple[list[str], list[str]] = ([], [])
@@ -104,7 +103,7 @@ def _read(library: Path, topics: Path, sources: Sequence[Path]) -> Sides:
 
 
 def _topics(file: Path) -> Iterator[tuple[str, list[str]]]:
-    """The topics of `help()`: one literal dictionary, name -> text."""
+    """Yield the topics of `help()` from a module of one literal dictionary, name -> text."""
     if not file.is_file():
         return
     for node in ast.parse(file.read_bytes()).body:
@@ -114,7 +113,7 @@ def _topics(file: Path) -> Iterator[tuple[str, list[str]]]:
 
 
 def _docstrings(library: Path, sources: Sequence[Path]) -> Iterator[tuple[str, list[str]]]:
-    """The docstrings of each file of the standard library, outer before inner."""
+    """Yield the docstrings of each file of the standard library, outer before inner."""
     for file in sources:
         try:
             with warnings.catch_warnings():
@@ -138,7 +137,8 @@ def _docstrings(library: Path, sources: Sequence[Path]) -> Iterator[tuple[str, l
 
 
 def _statements(node: ast.AST) -> Iterator[ast.AST]:
-    """The statements right below a node: expressions hold no docstring and are most of the tree."""
+    """Return the statements directly below a node. Expressions hold no docstrings and are most of the
+    tree."""
     return (
         child
         for child in ast.iter_child_nodes(node)

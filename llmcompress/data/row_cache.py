@@ -1,10 +1,10 @@
-"""What has been read of Hub data sets, kept: nobody streams the same rows twice, and without a network they
-are there.
+"""A cache of the rows of Hub data sets, so that no row is streamed twice and rows that were read work
+offline.
 
-A data set at a commit is a folder of the cache, with the names of its splits and, for each column of a split
-that was read, a file of one JSON value a row, a text or a conversation: as many rows as anyone has read, and
-after the last of the split an end. A row never changes at its commit, so what is kept is never wrong, only
-short. What a branch or tag stands for is remembered as of the last time.
+A data set at a commit is a folder of the cache. It holds the names of its splits and one file per column of a
+split that was read. The file has one JSON value per row, a text or a conversation, for as many rows as were
+ever read, and an end mark after the last row of the split. A row never changes at its commit, so the cache
+can be incomplete but never stale. The commit of a branch or tag is the one seen last.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from llmcompress.io.safetensors_writer import put
 
 logger = logging.getLogger(__name__)
 Row = dict[str, Any]
-END: dict[str, str] = {}  # a row is a string, a list of messages or null
+END: dict[str, str] = {}  # the end mark; a row is a string, a list of messages or null
 
 
 @dataclass(frozen=True)
 class RowCache:
-    """One configuration of a data set at a commit."""
+    """The rows of one configuration of a data set at a commit."""
 
     source: str
     config: str | None
@@ -37,28 +37,29 @@ class RowCache:
 
     @classmethod
     def find(cls, source: str, config: str | None, revision: str | None) -> RowCache | None:
-        """The one that a branch, tag or commit stood for when it was last put there; None where none was."""
+        """Return the cache of the commit that a branch, tag or commit stood for when it was last seen; None
+        if it never was."""
         file = _place(source, config, revision) / "commit"
         return cls(source, config, _read(file)) if file.is_file() else None
 
     @property
     def splits(self) -> list[str]:
-        """The names of its splits; none where they are not known yet. Errors: DataError."""
+        """The names of the splits; empty if they are not known yet. Errors: DataError."""
         file = _place(self.source, self.config, self.commit) / "splits"
         return _read(file).split() if file.is_file() else []
 
     def remember(self, revision: str | None, splits: Sequence[str]) -> None:
-        """Keep the names of its splits, and that `revision` stands for it."""
+        """Store the names of the splits, and that `revision` stands for this commit."""
         _keep(_place(self.source, self.config, self.commit) / "splits", "\n".join(splits))
         for name in {revision, self.commit}:
             _keep(_place(self.source, self.config, name) / "commit", self.commit)
 
     def rows(self, split: str, column: str, more: Callable[[int], Iterable[Row]] | None) -> Iterator[Row]:
-        """The rows of a split in order, with this column: those that are kept, then `more(n)`, those that
-        follow the first n.
+        """Yield the rows of a split in order, with this column: first the rows kept, then `more(n)`, the rows
+        after the first n.
 
-        The latter are kept as far as they are read. Without `more` there is no network; DataError where the
-        kept don't suffice.
+        New rows are kept as far as they are read. Without `more` there is no network; raises DataError if the
+        kept rows do not suffice.
         """
         file = _place(self.source, self.config, self.commit) / f"{_digest(split, column)}.jsonl"
         values = _values(file)
@@ -77,14 +78,14 @@ class RowCache:
             for row in more(kept):
                 name = column_among(row, column)
                 value = 0 if name is None else row[name]
-                if not isinstance(value, str | list | None):  # is no text, which whoever reads it will say
+                if not isinstance(value, str | list | None):  # not text; the reader raises the error
                     yield row
                     return
-                values.append(json.loads(json.dumps(value, default=str)))  # as it will be read again
+                values.append(json.loads(json.dumps(value, default=str)))  # the value as it will be read back
                 yield {column: values[-1]}
             values.append(END)
         finally:
-            if len(values) > max(kept, _length(file)):  # others may have read on meanwhile
+            if len(values) > max(kept, _length(file)):  # another process may have kept more meanwhile
                 _keep(file, "".join(json.dumps(value) + "\n" for value in values))
 
 
@@ -104,7 +105,7 @@ def _read(file: Path) -> str:
 
 
 def _values(file: Path) -> list[Any]:
-    """What the lines of a file hold; nothing where there is none."""
+    """Return the values of the lines of a file; an empty list if there is no file."""
     try:
         return [json.loads(line) for line in _read(file).splitlines()] if file.is_file() else []
     except ValueError as error:
@@ -112,7 +113,7 @@ def _values(file: Path) -> list[Any]:
 
 
 def _length(file: Path) -> int:
-    """How many lines a file holds now; 0 where it can't be read."""
+    """Return how many lines a file holds now; 0 if it cannot be read."""
     try:
         return len(_values(file))
     except DataError:
@@ -120,7 +121,7 @@ def _length(file: Path) -> int:
 
 
 def _keep(file: Path, text: str) -> None:
-    """Write a file, whole or not at all; a cache that can't be written is no reason to stop."""
+    """Write a file, whole or not at all. A cache that cannot be written only logs a warning."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         put(file, text)

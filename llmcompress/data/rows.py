@@ -1,8 +1,8 @@
-"""A row of a table of text: its text, or a conversation, which the tokenizer's chat template spells.
+"""Rows of a table of text: plain texts, or conversations that the tokenizer's chat template renders.
 
-Which of the two a column holds is seen by its values. A conversation is a list of messages, {role, content}
-or ShareGPT's {from, value}. A text becomes itself and an empty line, as the GPTQ papers join WikiText-2; a
-conversation becomes what the template makes of it, and nothing more, for the template itself ends a turn.
+The values of a column tell which of the two it holds. A conversation is a list of messages, {role, content}
+or ShareGPT's {from, value}. A text is followed by an empty line, as the GPTQ papers join WikiText-2. A
+conversation is only what the template renders, since the template itself ends a turn.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from llmcompress.errors import DataError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-TEXT = "text"  # the column where none is named ...
-CHATS = ("messages", "conversations")  # ... and those that are looked for where that is missing
-SPEAKERS = {"human": "user", "gpt": "assistant"}  # as ShareGPT calls them
+TEXT = "text"  # the default column
+CHATS = ("messages", "conversations")  # columns that are read if the default column is missing
+SPEAKERS = {"human": "user", "gpt": "assistant"}  # ShareGPT's names -> roles
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation: messages, each with a role and a content that are strings; `where` says in which row it
-    stands."""
+    """A conversation: messages, each with a role and a content that are strings.
+
+    `where` names the row it comes from.
+    """
 
     messages: Sequence[Mapping[str, Any]]
     where: str
@@ -34,18 +36,18 @@ Piece = str | Chat
 
 
 def column_among(names: Collection[str], column: str) -> str | None:
-    """The column to read of those that there are; None where the one that was named is missing.
+    """Return the column to read from `names`, or None if the requested column is missing.
 
-    In place of `text`, which is also what stands for no name, it may be a column of conversations.
+    `text` is also the default, so a column of conversations may stand in for it.
     """
     wanted = (column, *CHATS) if column == TEXT else (column,)
     return next((name for name in wanted if name in names), None)
 
 
 def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> Iterator[Piece]:
-    """What one row gives: a text with an empty line, a conversation, or nothing for a null.
+    """Yield the pieces of one row: a text with an empty line, a conversation, or nothing for a null.
 
-    `where` names the row. Errors: DataError for a column that is missing, and for what is neither text nor
+    `where` names the row. Errors: DataError for a missing column, and for a value that is neither text nor a
     conversation.
     """
     name = column_among(row, column)
@@ -69,20 +71,20 @@ def row_pieces(row: Mapping[str, Any], column: str, source: str, where: str) -> 
 
 
 def no_column(column: str, names: Sequence[str], source: str) -> DataError:
-    """What is wrong with a column that a table does not have."""
+    """Return the error for a column that a table does not have."""
     return DataError(
         f"{source} has no column {column!r}; it has {', '.join(names) or 'none'}: set column to one of them"
     )
 
 
 def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool) -> list[str]:
-    """A conversation as the tokenizer's chat template spells it, in lines: where a long one is cut, no
-    special token is.
+    """Render a conversation with the tokenizer's chat template, in lines, so that a long one is not cut
+    within a special token.
 
-    `without_bos` leaves out the BOS that the template begins with, for sequences that begin with their own.
+    `without_bos` removes the BOS at the start of the template, for sequences that begin with their own.
     Errors: DataError.
     """
-    # those that spell conversations without one have no such attribute
+    # tokenizers that render conversations without a template have no such attribute
     if not getattr(tokenizer, "chat_template", True):
         raise DataError(
             f"{chat.where} is a conversation and the tokenizer has no chat template; name a column of plain "
@@ -92,7 +94,7 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
         text = str(
             tokenizer.apply_chat_template([dict(message) for message in chat.messages], tokenize=False)
         )
-    # templates are programs and raise what they like; to the user each says: this row does not fit
+    # templates are programs and may raise anything; all of it means that this row does not fit
     except Exception as error:
         raise DataError(
             f"{chat.where} does not fit the tokenizer's chat template ({first_line(error)[:200]}); mend or "
@@ -104,8 +106,10 @@ def spelled(chat: Chat, tokenizer: PreTrainedTokenizerBase, *, without_bos: bool
 
 
 def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """A message with a role and a content that are strings; what else it says is for the template, nulls left
-    out."""
+    """Return a message whose role and content are strings.
+
+    Its other fields are kept for the template; nulls are left out. Errors: DataError.
+    """
     message = {key: value for key, value in given.items() if value is not None}
     if "role" not in message and isinstance(speaker := message.pop("from", None), str):
         message["role"] = SPEAKERS.get(speaker, speaker)
@@ -122,7 +126,7 @@ def _message(given: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def _content(content: Any, where: str) -> str:
-    """The text of a message, of one of several parts all their texts."""
+    """Return the text of a message; for a message of several parts, the texts of all parts joined."""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
@@ -140,7 +144,7 @@ def _content(content: Any, where: str) -> str:
 
 
 def _require_unicode(text: str, where: str) -> None:
-    """Refuse half a surrogate pair, which JSON can spell and no tokenizer reads."""
+    """Raise DataError for half a surrogate pair, which JSON can spell and no tokenizer reads."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

@@ -1,7 +1,7 @@
-"""Which text a user can name, and what there is of it: one side to calibrate on and one to evaluate on.
+"""What text a user can name, and its two sides: one to calibrate on and one to evaluate on.
 
-A side is a stream of pieces, texts and conversations, that are joined as they are, read lazily, so that no
-more is read than is used.
+A side is a stream of pieces, texts and conversations, which are joined as they are. It is read lazily, so
+that no more is read than used.
 """
 
 from __future__ import annotations
@@ -18,15 +18,12 @@ from llmcompress.io.safe_parsing import Unreadable, yaml_of
 from llmcompress.io.user_paths import path_of
 
 PYTHON_DOCS = "python-docs"
-CHUNK = (
-    1 << 16
-    # characters tokenised as one string: long enough that its seams do not matter, short enough to run in
-    # parallel
-)
-# what a DataSpec says beside which text it is
+# characters tokenised as one string: long enough that the cuts do not matter, short enough to run in parallel
+CHUNK = 1 << 16
+# the fields of DataSpec that describe the sequences and not the text
 SEQUENCES = ("samples", "length", "seed", "evaluation_samples", "bos")
 LARGEST = 1 << 12  # bytes of a mapping on the command line
-MOST = 10_000_000  # sequences of text, and tokens of one
+MOST = 10_000_000  # largest number of sequences, and of tokens per sequence
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
 
 
@@ -73,15 +70,15 @@ class DataSpec(BaseModel):
 
     @model_serializer(mode="wrap")
     def _older_keys_alone_unless_bos_is_set(self, handler: Any) -> Any:
-        """Without `bos: auto`, so that recipes keep the digests that they had before there was that key."""
+        """Leave out `bos: auto`, so that recipes keep the digests that they had before this key existed."""
         return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
 
     def with_text(self, text: str) -> DataSpec:
-        """As many sequences of another text: a source, `user/name@revision` too, or a mapping as in a recipe,
-        of more than that.
+        """Return a spec for another text, with the sequences of this one.
 
-        What a mapping does not say of the text is at its default; what it does not say of the sequences
-        stays. Errors: DataError.
+        `text` is a source, with `user/name@revision` allowed, or a mapping of fields as in a recipe. Fields
+        of the text that the mapping leaves out have their defaults; fields of the sequences keep their
+        values. Errors: DataError.
         """
         given: Any = {"source": text}
         if text.lstrip().startswith("{"):
@@ -94,7 +91,8 @@ class DataSpec(BaseModel):
         return self.with_place(given)
 
     def with_place(self, given: Mapping[str, Any]) -> DataSpec:
-        """The same of the fields `given`, by name. Errors: DataError."""
+        """Return a spec with the fields `given`, by name, and the sequences of this one. Errors:
+        DataError."""
         try:
             return DataSpec.model_validate({name: getattr(self, name) for name in SEQUENCES} | dict(given))
         except ValidationError as error:
@@ -105,10 +103,12 @@ class DataSpec(BaseModel):
 
 
 class Texts(NamedTuple):
-    """Pieces that are joined as they are. Both sides may be one iterator: evaluation is read first and
-    calibration goes on."""
+    """The two sides of a source: pieces that are joined as they are.
+
+    Both sides may be one iterator: evaluation is read first and calibration continues from there.
+    """
 
     calibration: Iterable[Piece]
     evaluation: Iterable[Piece]
     revision: str | None = None  # the commit of a Hub data set
-    evaluation_split: str | None = None  # and what evaluates, where that is not the split that calibrates
+    evaluation_split: str | None = None  # of a Hub data set, if it is not the split that calibrates

@@ -1,1 +1,1 @@
-"""One weight format a file: what lies on the disk, and the module that runs it."""
+"""Weight formats, one per file: the layout on disk, and the module that runs it."""

@@ -1,5 +1,4 @@
-"""What all formats have in common: the modules whose parameters are the tensors of the disk, and how inputs
-are rounded."""
+"""What all formats share: modules whose parameters are the stored tensors, and how inputs are rounded."""
 
 from __future__ import annotations
 
@@ -14,34 +13,36 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
-Inputs = Callable[[Tensor], Tensor]  # what a linear reads -> the same rounded as its kernel will
+# the input of a linear -> the same input, rounded as the kernel rounds it
+Inputs = Callable[[Tensor], Tensor]
 Derived = TypeVar("Derived", bound=Tensor | nn.Module)
-# of values that are stored as floats
+# types of values that are stored as floats
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-# weight -> what it was when something was made of it, and that thing for as long as it is
+# weight -> its device, address and version when a tensor or module was derived from it, and a weak reference
+# to what was derived
 DERIVED: Any = WeakTensorKeyDictionary()
 
 
 class StoredLayout(Protocol):
-    """What lies on the disk for a linear: shape and type of every tensor by name, and what must hold of their
+    """The tensors on disk of a linear: the shape and type of each by name, and what must hold of their
     values."""
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Those of a linear [rows, columns], bias apart."""
+        """The shape and type of each tensor of a linear [rows, columns], without its bias."""
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of these tensors, bias apart."""
+        """The checks of these tensors, without the bias."""
 
 
 class StoredModule(nn.Module):
-    """A module for a matrix [rows, columns] whose parameters are the tensors of the disk; their memory is not
+    """A module for a matrix [rows, columns] whose parameters are the tensors on disk; their memory is not
     initialised.
 
-    `scheme.shapes` says which tensors these are; a bias comes on top.
+    `scheme.shapes` lists these tensors; a bias is added to them.
     """
 
     scheme: StoredLayout
-    # whether its tensors have types of their own; else they have that of the model, and are cast with it
+    # True: the tensors keep the types of the layout. False: they have the model's type and are cast with it.
     exact = True
 
     def _store(
@@ -59,23 +60,23 @@ class StoredModule(nn.Module):
             self.register_parameter(name, nn.Parameter(empty, requires_grad=False))
 
     def prepare(self) -> None:
-        """Make and keep what the forward needs beside the stored tensors; nothing where these aren't in
+        """Make and keep what the forward needs beside the stored tensors. Does nothing while these are not in
         memory (meta)."""
         raise NotImplementedError
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [rows, columns]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [rows, columns]. Errors: ModelError if the stored tensors are damaged."""
         raise NotImplementedError
 
     def stored(self) -> dict[str, Tensor]:
-        """The tensors of the disk by name, without the bias."""
+        """The tensors on disk by name, without the bias."""
         return {
             name: parameter.data for name, parameter in self.named_parameters(recurse=False) if name != "bias"
         }
 
     def require_sound(self, name: str) -> None:
-        """Refuse damaged values; nothing where they aren't in memory (meta). Errors: ModelError, which calls
-        it `name`."""
+        """Raise ModelError if values are damaged; the message calls the module `name`. Does nothing while
+        they are not in memory (meta)."""
         if not any(parameter.is_meta for parameter in self.parameters(recurse=False)):
             bias = getattr(self, "bias", None)
             require_sound(
@@ -84,7 +85,7 @@ class StoredModule(nn.Module):
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> StoredModule:
-        """The stored tensors keep their types where a model is cast: scales stay float32, as codes stay
+        """Keep the types of the stored tensors when a model is cast: scales stay float32, codes stay
         integers."""
         exact = self.stored() if self.exact else {}
         cast(Any, super())._apply(fn, recurse)
@@ -96,10 +97,10 @@ class StoredModule(nn.Module):
 
 
 class StoredLinear(StoredModule, nn.Linear):
-    """A linear [in_features -> out_features] of a StoredModule's parameters; `dtype` is that of the model,
-    and of the bias."""
+    """A linear [in_features -> out_features] whose parameters are those of a StoredModule; `dtype` is the
+    type of the model and of the bias."""
 
-    transposed = False  # whether it stands for transformers' Conv1D, which stores [C, R]
+    transposed = False  # whether it replaces transformers' Conv1D, which stores [C, R]
     beside: str | None = None  # the buffer that `prepare` fills, if it has one
 
     def __init__(
@@ -112,7 +113,7 @@ class StoredLinear(StoredModule, nn.Linear):
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # past nn.Linear's, which allocates a float weight
+        nn.Module.__init__(self)  # skips nn.Linear's, which allocates a float weight
         self.in_features, self.out_features, self.dtype = in_features, out_features, dtype or torch.float32
         self._store(scheme, out_features, in_features, device, dtype)
         empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
@@ -122,7 +123,8 @@ class StoredLinear(StoredModule, nn.Linear):
         cast(Any, self).register_load_state_dict_post_hook(_prepare_anew)
 
     def beside_weight(self, make: Callable[[], Derived]) -> Derived:
-        """What `make` makes of the weight, once for all linears that have this very weight."""
+        """Return what `make` derives from the weight, computed once for all linears that share this
+        weight."""
         weight = self.weight
         now = weight.device, weight.data_ptr(), weight._version
         before, held = DERIVED.get(weight, (None, lambda: None))
@@ -143,7 +145,7 @@ Module = TypeVar("Module", bound=StoredLinear)
 def hold(
     module: Module, tensors: Mapping[str, Tensor], bias: Tensor | None, device: torch.device | str
 ) -> Module:
-    """Let an empty module hold copies of the tensors of the disk, prepared and in eval mode."""
+    """Register copies of the stored tensors in an empty module, prepare it, and return it in eval mode."""
     for name, tensor in tensors.items():
         module.register_parameter(name, nn.Parameter(tensor.to(device, copy=True), requires_grad=False))
     if bias is not None:
@@ -154,19 +156,20 @@ def hold(
 
 @dataclass(frozen=True)
 class Format:
-    """What the rest of the package asks of a weight format of ours; each format file defines one as FORMAT.
+    """What the rest of the package needs to know of one of our weight formats; each format file defines one
+    as FORMAT.
 
     A layout is the entry of config.json that describes a linear. A weight is such a linear [R, C] in memory:
-    codes, scales and whatever else its tensors hold.
+    its codes, scales and other tensors.
     """
 
-    names: tuple[str, ...]  # values of `format` in config.json; none: every name that no other format has
+    names: tuple[str, ...]  # values of `format` in config.json; empty: every name that no other format has
     layout: type[Any]
     weight: type[Any]
-    mark: str  # a tensor that only linears of this format have beside `weight`
-    module: type[StoredLinear]  # what runs it
+    mark: str  # name of a tensor that only linears of this format have beside `weight`
+    module: type[StoredLinear]  # the module that runs it
     # tensors, layout, rows R, columns C -> weight
     read: Callable[[Mapping[str, Tensor], Any, int, int], Any]
-    # weight -> the tensors of the disk, by their names in the linear
+    # weight -> the tensors on disk, by their names in the linear
     tensors: Callable[[Any], dict[str, Tensor]]
     linear: Callable[..., StoredLinear]  # weight, bias, device= -> a live module that holds copies

@@ -1,11 +1,11 @@
-"""The bitsandbytes border: our own 4-bit codes in the layout that plain transformers loads and the stock
-kernels run.
+"""The bitsandbytes border: our 4-bit codes in the layout that plain transformers loads and the stock kernels
+run.
 
-The layout is one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each
-`group_size` consecutive weights of a row; double quantisation stores those scales in 8 bits. bitsandbytes'
-own functions write the tensors, so the names and bytes are theirs; decoding is spelled in plain torch,
-bit-equal to theirs wherever theirs is right (see `refusal`). R rows (out), C columns (in), G = C / group_size
-groups a row. Codes cost a byte a weight until `tensors` packs them.
+The layout has one byte for two codes, row by row, and one float32 scale (`absmax`, of any sign) for each
+`group_size` consecutive weights of a row; double quantisation stores those scales in 8 bits. The tensors are
+written by bitsandbytes' own functions, so names and bytes are theirs. Decoding is plain torch, bit-equal to
+bitsandbytes wherever bitsandbytes is correct (see `refusal`). R rows (out), C columns (in), G = C /
+group_size groups per row. Codes take one byte per weight until `tensors` packs them.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from transformers.quantizers.quantizers_utils import should_convert_module
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.value_checks import finite, require_sound
 
-# at import it warns of an absent optional package
+# bitsandbytes warns of an absent optional package when it is imported
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-# and at each int8 product of a cast to float16
+# and of the cast to float16 at each int8 product
 logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
 import bitsandbytes.functional  # noqa: E402
 from bitsandbytes.cextension import ErrorHandlerMockBNBNativeLibrary as NoLibrary  # noqa: E402
@@ -37,12 +37,12 @@ from bitsandbytes.nn.modules import Linear8bitLt as Linear8bitLt  # noqa: E402
 from bitsandbytes.nn.modules import Params4bit  # noqa: E402
 
 stock: Any = bitsandbytes.functional  # typed in part only
-LINEARS = (StockLinear4bit, Linear8bitLt)  # what transformers makes of its layouts
+LINEARS = (StockLinear4bit, Linear8bitLt)  # the modules that transformers builds for bitsandbytes' layouts
 FourBitFormat = Literal["nf4", "fp4"]
 GROUP_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # what the kernels accept
-NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels know no other number
-ROWS = 32  # the AVX512-BF16 kernel takes rows by 32
-# what transformers calls the heads of other tasks
+NESTED_GROUP = 256  # scales that share one nested scale; bitsandbytes' kernels support no other number
+ROWS = 32  # the AVX512-BF16 kernel needs a multiple of 32 rows
+# transformers' names for the heads of other tasks
 NEW_HEADS = ("score", "classifier", "qa_outputs", "multiple_choice_head")
 
 
@@ -52,8 +52,8 @@ def has_native_library() -> bool:
 
 
 def multiplies_packed() -> bool:
-    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU, and need not dequantise them in
-    each forward."""
+    """Whether bitsandbytes multiplies packed 4-bit weights on this CPU instead of dequantising them in each
+    forward."""
     return bool(stock.has_avx512bf16())
 
 
@@ -64,8 +64,8 @@ def grid(format: FourBitFormat) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class DoubleQuantized:
-    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`, nested_absmax shared by 256 consecutive
-    scales.
+    """Scales in 8 bits: `levels[codes] * nested_absmax + offset`. Each nested_absmax is shared by 256
+    consecutive scales.
 
     codes uint8 [R, G] (any shape), nested_absmax float32 [ceil(R G / 256)] >= 0, levels float32 [256]
     ascending, offset [].
@@ -83,8 +83,8 @@ class DoubleQuantized:
 
 
 def double_quantize(absmax: Tensor) -> DoubleQuantized:
-    """Scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same scales in
-    row-major order."""
+    """Quantise scales of any shape to 8 bits, bit-equal to bitsandbytes' double quantisation of the same
+    scales in row-major order."""
     flat = absmax.float().cpu().reshape(-1)  # on the CPU, so that every device gives the same bytes
     offset = flat.mean()
     codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
@@ -94,10 +94,10 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], dtype of
-    the weight.
+    """One quantised linear: codes_RC uint8 [R, C] in 0..15, absmax_RG float32 [R, C / group_size], and the
+    dtype of the weight.
 
-    With double quantisation `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors:
+    With double quantisation, `nested` stores the scales and absmax_RG is exactly what it decodes to. Errors:
     ValueError.
     """
 
@@ -134,14 +134,14 @@ def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:
     dequantize_4bit."""
     levels = grid(packed.format).to(packed.codes_RC.device)[packed.codes_RC.int()]
     R, G = packed.absmax_RG.shape
-    # float32, rounded once below
+    # float32 here, rounded once below
     weight = levels.reshape(R, G, packed.group_size) * packed.absmax_RG[..., None]
     return weight.reshape(R, -1).to(dtype or packed.dtype)
 
 
 def quantize_nearest(weight: Tensor, format: FourBitFormat, group_size: int, double_quant: bool) -> Packed:
-    """Stock bitsandbytes: each group's largest magnitude is its scale, codes are the nearest levels; weight
-    [R, C] float."""
+    """Quantise weight [R, C] float as stock bitsandbytes does: the scale is a group's largest magnitude,
+    codes are the nearest levels."""
     data, state = stock.quantize_4bit(
         weight, blocksize=group_size, compress_statistics=double_quant, quant_type=format
     )
@@ -157,7 +157,8 @@ def tensors(packed: Packed) -> dict[str, Tensor]:
 
 
 def unpack(tensors: Mapping[str, Tensor]) -> Packed:
-    """The inverse of `tensors`, bit for bit; ModelError where the scales are not the stored ones."""
+    """The inverse of `tensors`, bit for bit. Raises ModelError if the tensors are not a 4-bit weight, or if
+    its scales are damaged or were rounded by a forward."""
     data = tensors["weight"]
     stats = {name.removeprefix("weight."): tensor for name, tensor in tensors.items() if name != "weight"}
     try:
@@ -165,7 +166,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
     except (
         ValueError,
         KeyError,
-    ) as error:  # as of tensors of another format, for which config.json has no scheme
+    ) as error:  # for example tensors of another format for which config.json has no scheme
         raise ModelError(
             f"a quantised linear has {', '.join(sorted(tensors))}, which is no 4-bit weight of bitsandbytes "
             f"({first_line(error)}), and config.json names no other format for it; take the model again "
@@ -175,7 +176,7 @@ def unpack(tensors: Mapping[str, Tensor]) -> Packed:
 
 
 def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of one linear among those of a checkpoint, named as `unpack` takes them."""
+    """The tensors of one linear in a checkpoint, named as `unpack` expects them."""
     weight = f"{linear}.weight"
     return {
         name.removeprefix(f"{linear}."): t
@@ -185,7 +186,7 @@ def parts_of(linear: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _stats(packed: Packed) -> dict[str, Tensor]:
-    """All tensors of a linear but its codes, written by bitsandbytes itself."""
+    """All tensors of a linear except its codes, written by bitsandbytes itself."""
     state = stock.QuantState(
         absmax=packed.absmax_RG.reshape(-1).contiguous(),
         shape=packed.codes_RC.shape,
@@ -204,8 +205,8 @@ def _stats(packed: Packed) -> dict[str, Tensor]:
 
 
 def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
-    """The codes of packed bytes of any shape, uint8 [rows, columns]: the high half of a byte is the first of
-    two.
+    """The codes of packed bytes of any shape, uint8 [rows, columns]; the high half of a byte is the first of
+    its two codes.
 
     The bytes may be stored as a tensor of another type (`bnb_4bit_quant_storage`).
     """
@@ -214,7 +215,7 @@ def codes_of(data: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def _read(data: Tensor, state: Any) -> Packed:
-    """A Packed from bitsandbytes' own objects, in the layout of the disk."""
+    """Return a Packed from bitsandbytes' own objects, in the layout on disk."""
     (R, C), group_size = state.shape, state.blocksize
     if not state.nested and state.absmax.dtype != torch.float32:
         raise ModelError(
@@ -231,17 +232,16 @@ def _read(data: Tensor, state: Any) -> Packed:
 
 
 def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str | None:
-    """Why the kernels can't take a linear [R, C] in this format, or None.
+    """Return why the kernels can't run a linear [R, C] in this format, or None.
 
-    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, both formats, C from 32 to 4096, every
+    Measured with bitsandbytes 0.50.2 on an AVX512-BF16 CPU, for both formats, C from 32 to 4096 and every
     group_size:
-    - whole groups in rows and R % 32 == 0: the no-grad kernel runs, relative error 2.6e-3 to 3.8e-3 (it
-      computes in bfloat16);
+    - rows of whole groups and R % 32 == 0: the no-grad kernel runs with a relative error of 2.6e-3 to 3.8e-3
+      (it computes in bfloat16);
     - R of 1, 7, 8, 16, 24, 31, 33, 48, 63: AssertionError in the repacking before the kernel;
-    - C % group_size != 0 (group_size > C too): RuntimeError there; and with groups across rows its
-      dequantisation itself is wrong where
-      the vector path takes it (C = 96 or 160 at 64, 384 at 256, 768 at 512: most weights), right where not (C
-      = 100, 172, 200).
+    - C % group_size != 0 (group_size > C included): RuntimeError in the repacking. Groups then run across
+      rows, and bitsandbytes' dequantisation itself is wrong for most weights where it takes its vector path
+      (C = 96 or 160 at group_size 64, 384 at 256, 768 at 512). It is correct elsewhere (C = 100, 172, 200).
     """
     R, C = shape
     if C % group_size:
@@ -257,13 +257,13 @@ def refusal(shape: Sequence[int], format: FourBitFormat, group_size: int) -> str
 
 
 class Linear4bit(StockLinear4bit):
-    """bitsandbytes' linear that keeps its exact scales.
+    """bitsandbytes' linear, but it keeps its exact scales and passes gradients to its input.
 
-    On CPUs with AVX512-BF16 the first forward without gradients repacks a stock module in place and rounds
-    its scales to bfloat16; a `state_dict()` after it returns those and leaves the module computing with
-    scrambled ones (measured: relative error 1.5). Here all tensors of the layout but the codes lie in `kept`,
-    and the state dict is made of them. Nor has the kernel for what was repacked a gradient: a stock module
-    passes back none, without an error; here it is that of the weight.
+    On CPUs with AVX512-BF16, the first forward without gradients repacks a stock module in place and rounds
+    its scales to bfloat16. A later `state_dict()` returns the rounded scales and leaves the module computing
+    with scrambled ones (measured: relative error 1.5). Here `kept` holds all tensors of the layout except the
+    codes, and the state dict is built from them. The kernel for repacked weights also has no gradient, and a
+    stock module silently passes none back. Here a forward that needs one uses the dequantised weight.
     """
 
     kept: dict[str, Tensor]
@@ -291,8 +291,8 @@ def linear(
     compute_dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> Linear4bit:
-    """A live module, in eval mode, that holds our codes and runs on the kernels; computes in packed.dtype
-    unless told."""
+    """Return a live module, in eval mode, that holds our codes and runs on the kernels. It computes in
+    packed.dtype unless `compute_dtype` is given."""
     R, C = packed.codes_RC.shape
     module: Linear4bit = cast(Any, Linear4bit)(
         C,
@@ -301,7 +301,7 @@ def linear(
         compute_dtype=compute_dtype or packed.dtype,
         compress_statistics=packed.double_quant,
         quant_type=packed.format,
-        device="meta",  # no float weight is ever allocated
+        device="meta",  # no float weight is allocated
     )
     stored = {name: tensor.to(device, copy=True) for name, tensor in tensors(packed).items()}
     data = stored.pop("weight")
@@ -313,9 +313,9 @@ def linear(
 
 
 def packed_of(module: StockLinear4bit) -> Packed:
-    """The codes and exact scales of a live 4-bit linear, also after a forward on a CPU repacked it.
+    """The codes and exact scales of a live 4-bit linear, even after a forward on a CPU repacked it.
 
-    Errors: ModelError for a repacked module that `linear` didn't make: its exact scales are gone.
+    Errors: ModelError for a repacked module that `linear` didn't make: its exact scales are lost.
     """
     data, state = module.weight.data, cast(Any, module.weight).quant_state
     kept: dict[str, Tensor] | None = getattr(module, "kept", None)
@@ -324,8 +324,9 @@ def packed_of(module: StockLinear4bit) -> Packed:
             "a forward on a CPU rounded the scales of this 4-bit model; load it again to read or save it"
         )
     if getattr(state, "packing_format_for_cpu", False):
-        state = copy.copy(state)  # the inverse writes into it
-        state.original_nested = False  # keeps it from quantising the rounded scales again; they are not used
+        state = copy.copy(state)  # the inverse modifies it
+        # else the inverse quantises the rounded scales again; they are not used
+        state.original_nested = False
         data, state = stock._convert_weight_packed_for_cpu_inverse(data, state)
     return unpack({"weight": data, **kept}) if kept is not None else _read(data, state)
 
@@ -333,8 +334,8 @@ def packed_of(module: StockLinear4bit) -> Packed:
 def scales_lost(module: nn.Module) -> bool:
     """Whether a module is a stock 4-bit linear whose scales a forward on a CPU rounded.
 
-    That stays so when `state_dict()` or `cuda()` turns the codes back: the scales are then bfloat16 and
-    transposed, or, where they were in 8 bits, quantised anew, which no dtype gives away.
+    This stays true after `state_dict()` or `cuda()` turns the codes back. The scales are then bfloat16 and
+    transposed or, if they were stored in 8 bits, quantised again, which no dtype shows.
     """
     if not isinstance(module, StockLinear4bit) or hasattr(module, "kept"):
         return False
@@ -343,12 +344,13 @@ def scales_lost(module: nn.Module) -> bool:
 
 
 def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> list[str]:
-    """What `llm_int8_skip_modules` must name, given the full names of the linears that stay plain and of
-    those that don't.
+    """Return the entries of `llm_int8_skip_modules`, given the full names of the linears that stay plain and
+    of those that are quantised.
 
-    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks put in
-    place of the causal one: they are new, and must be plain to be initialised and trained. Names go without
-    the `prefix` of the base model too, for the classes that lack it. No entry matches a quantised linear.
+    A list replaces transformers' own rule, so it also names the heads that the classes of other tasks have in
+    place of the causal one. Those heads are new and must be plain to be initialised and trained. Names are
+    also listed without the `prefix` of the base model, for the classes that lack it. No entry matches a
+    quantised linear.
     """
     shorter = [name.removeprefix(f"{prefix}.") for name in kept]
     beside = [
@@ -362,18 +364,18 @@ def skip_list(kept: Sequence[str], quantised: Collection[str], prefix: str) -> l
 def quantization_config(
     format: FourBitFormat, double_quant: bool, compute_dtype: torch.dtype, skip: Sequence[str]
 ) -> dict[str, Any]:
-    """config.json's `quantization_config`; `skip` names every linear that is not quantised, as `skip_list`
-    does.
+    """Return config.json's `quantization_config`; `skip` names every linear that is not quantised, as
+    `skip_list` returns them.
 
-    transformers leaves a module alone if an entry matches its name from the start up to a dot (as a regular
-    expression) or is its suffix. A full name from `named_modules()` therefore skips that module and what lies
-    in it, and nothing else.
+    transformers skips a module if an entry matches its name from the start up to a dot (as a regular
+    expression) or is its suffix. A full name from `named_modules()` therefore skips that module and its
+    submodules, and nothing else.
     """
     config = cast(Any, transformers.BitsAndBytesConfig)(
         load_in_4bit=True,
         bnb_4bit_quant_type=format,
         bnb_4bit_use_double_quant=double_quant,
         bnb_4bit_compute_dtype=compute_dtype,
-        llm_int8_skip_modules=sorted(set(skip)),  # replaces the default list, which would hold the head
+        llm_int8_skip_modules=sorted(set(skip)),  # replaces the default list, which would include the head
     )
     return cast(dict[str, Any], json.loads(json.dumps(config.to_dict())))  # plain JSON values, no enums

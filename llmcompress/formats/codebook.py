@@ -1,11 +1,11 @@
-"""A linear whose weights are indices into a small codebook that its rows share, or each row's own, run by
-look-up.
+"""A linear whose weights are indices into a small codebook, shared by some or all of its rows or one per row,
+run by look-up.
 
-`entries` levels, float16 say, for `rows` adjacent rows, and 2, 3, 4 or 8 bits a weight that say which.
-`weight` has a first axis of one that no plain linear has, so that a stock loader refuses it. On a CPU the
-product reads the packed indices themselves (lut_gemm.py), so that memory holds what the disk does; with
-gradients, on other devices and without a C compiler the weight is looked up by torch at each forward and
-dropped again. R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
+A codebook has `entries` levels, for example in float16, and serves `rows` adjacent rows; each weight is an
+index of 2, 3, 4 or 8 bits. `weight` has a first axis of size 1, which no plain linear has, so a stock loader
+refuses it. On a CPU the kernel multiplies by the packed indices (kernels/lut_gemm.py), so memory holds what
+the disk does. With gradients, on other devices and without a C compiler, torch looks up the weight at each
+forward and drops it again. R rows (out), C columns (in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llmcompress.kernels import lut_gemm
 
 @dataclass(frozen=True)
 class CodebookLayout:
-    """How many levels a codebook has, how many adjacent rows share it (None: all of a linear), and the type
-    of a level.
+    """The number of levels of a codebook, how many adjacent rows share it (None: all rows of a linear), and
+    the type of a level.
 
     Errors: ValueError.
     """
@@ -54,7 +54,7 @@ class CodebookLayout:
 
     @property
     def name(self) -> str:
-        """What a report calls it: `codebook of 16 a row`."""
+        """The name in reports: `codebook of 16 a row`."""
         shared = "a linear" if self.rows is None else "a row" if self.rows == 1 else f"for {self.rows} rows"
         return f"codebook of {self.entries} {shared}"
 
@@ -64,23 +64,23 @@ class CodebookLayout:
         return self.entries.bit_length() - 1
 
     def sharing(self, rows: int) -> int:
-        """Rows that share a codebook in a linear of so many."""
+        """The number of rows that share a codebook in a linear of `rows` rows."""
         return min(self.rows or rows, rows)
 
     def snap(self, levels_GL: Tensor) -> Tensor:
-        """The storable levels nearest to these, in their type: what `methods.codebook` is asked to stay
-        on."""
+        """The storable levels nearest to these, in the type of `levels_GL`; `algorithms.codebook` restricts
+        its levels to them."""
         dtype = DTYPES[self.dtype]
         largest = torch.finfo(dtype).max
         return levels_GL.clamp(-largest, largest).to(dtype).to(levels_GL.dtype)
 
     def bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight on disk of a linear [R, C], codebooks included."""
+        """Bits per weight on disk of a linear [R, C], codebooks included."""
         stored = sum(torch.Size(of).numel() * dtype.itemsize for of, dtype in self.shapes(*shape).values())
         return 8 * stored / (shape[0] * shape[1])
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] is not stored so, or None."""
+        """Return why a linear [R, C] is not stored in this format, or None."""
         bits, plain = self.bits(shape), 8 * DTYPES[self.dtype].itemsize
         small = (
             f"{shape[0]} x {shape[1]} weights take {bits:.3g} bits each in a {self.name}, and {plain} as "
@@ -89,14 +89,15 @@ class CodebookLayout:
         return small if bits >= plain else None
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
+        """Shape and type on disk of every tensor of a linear [rows, columns], without its bias, by name."""
         return {
             "weight": ((1, rows, lut_gemm.row_bytes(columns, self.index_bits)), torch.uint8),
             "weight_levels": ((-(-rows // self.sharing(rows)), self.entries), DTYPES[self.dtype]),
         }
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of the stored tensors of a linear; every index has a level."""
+        """The checks of a linear's stored tensors. Every index has a level, so only the levels are
+        checked."""
         return [finite(tensors["weight_levels"], "levels")]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> CodebookWeight:
@@ -104,18 +105,18 @@ class CodebookLayout:
         return read(tensors, self, tensors["weight"].shape[1] if tensors["weight"].dim() == 3 else 0, columns)
 
     def inputs(self, input_scale: float | Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-        """How the kernel rounds what a linear reads: not at all."""
+        """How the kernel rounds the inputs of a linear: it does not round them."""
         return None
 
 
 def unit(bits: int) -> tuple[int, int]:
-    """The fewest indices of so many bits that fill whole bytes, and these bytes."""
+    """The fewest indices of `bits` bits that fill whole bytes, and the number of these bytes."""
     return (8, 3) if bits == 3 else (8 // bits, 1)
 
 
 def pack(codes_RC: Tensor, bits: int) -> Tensor:
-    """Indices as bytes, uint8 [R, B]: the first column in the highest bits, each row from a byte of its
-    own."""
+    """Pack indices into bytes, uint8 [R, B]. The first column is in the highest bits, and each row starts at
+    a new byte."""
     count, size = unit(bits)
     codes = pad(codes_RC.to(torch.uint8), (0, -codes_RC.shape[1] % count)).unflatten(1, (-1, count)).int()
     shift = torch.arange(count - 1, -1, -1, dtype=torch.int32, device=codes.device) * bits
@@ -125,7 +126,7 @@ def pack(codes_RC: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed_RB: Tensor, columns: int, bits: int) -> Tensor:
-    """The indices, uint8 [R, columns], that `pack` packed."""
+    """The inverse of `pack`: indices, uint8 [R, columns]."""
     count, size = unit(bits)
     shift = range((count - 1) * bits, -1, -bits)
     if size == 1:
@@ -139,7 +140,8 @@ def unpack(packed_RB: Tensor, columns: int, bits: int) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class CodebookWeight:
-    """One linear: codes_RC uint8 [R, C] into levels_GL [G, L], which are in the type of the layout."""
+    """One linear: codes_RC uint8 [R, C] are indices into levels_GL [G, L], which have the type of the
+    layout."""
 
     codes_RC: Tensor
     levels_GL: Tensor
@@ -147,8 +149,8 @@ class CodebookWeight:
 
     @classmethod
     def of(cls, palette: Palette, layout: CodebookLayout) -> CodebookWeight:
-        """A solved linear. Errors: ValueError where its codebooks are of another layout, or its levels are
-        not storable."""
+        """Return the weight of a solved linear. Errors: ValueError if its codebooks do not match the layout
+        or its levels are not storable."""
         (R, C), levels = palette.index_RC.shape, palette.levels_GL
         G = layout.shapes(R, C)["weight_levels"][0]
         if tuple(levels.shape) != G or layout.sharing(R) != min(palette.rows, R):
@@ -158,8 +160,8 @@ class CodebookWeight:
         return cls(palette.index_RC.to(torch.uint8).cpu(), levels.to(DTYPES[layout.dtype]).cpu(), layout)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a CodebookLinear names
-        them."""
+        """The tensors of one linear as they are stored on disk and named in the state dict of a
+        CodebookLinear."""
         return {"weight": pack(self.codes_RC, self.layout.index_bits)[None], "weight_levels": self.levels_GL}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -168,8 +170,8 @@ class CodebookWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, columns: int) -> CodebookWeight:
-    """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
-    [rows, columns]."""
+    """The inverse of `CodebookWeight.tensors`, bit for bit. Errors: ModelError if the tensors can't be a
+    linear [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if rows < 1 or seen != layout.shapes(rows, columns):
         wanted = layout.shapes(max(rows, 1), columns)
@@ -182,7 +184,7 @@ def read(tensors: Mapping[str, Tensor], layout: CodebookLayout, rows: int, colum
 def _weight(
     packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int], dtype: torch.dtype
 ) -> Tensor:
-    """The weight [R, C] by torch."""
+    """The weight [R, C], looked up by torch."""
     codes_RC = unpack(packed[0], shape[1], layout.index_bits)
     return look_up(codes_RC.int(), levels_GL.to(dtype), layout.sharing(shape[0]))
 
@@ -190,7 +192,7 @@ def _weight(
 def _product(
     input: Tensor, packed: Tensor, levels_GL: Tensor, layout: CodebookLayout, shape: tuple[int, int]
 ) -> Tensor:
-    """Of an input [..., C], [..., R] in its type, by the kernel where there is one."""
+    """Multiply an input [..., C] to [..., R] in its type, with the kernel where it can run."""
     if not _usable(input, packed, levels_GL):
         return nn.functional.linear(input, _weight(packed, levels_GL, layout, shape, input.dtype))
     x_TC = input.reshape(-1, shape[1])
@@ -199,8 +201,7 @@ def _product(
 
 
 class _LookUp(torch.autograd.Function):
-    """The product forwards; backwards the weight is looked up again, so that none is kept from one to the
-    other."""
+    """The product. The backward pass looks up the weight again, so none is kept between the passes."""
 
     @staticmethod
     def forward(
@@ -228,7 +229,7 @@ class _LookUp(torch.autograd.Function):
 
 
 def _usable(input: Tensor, *stored: Tensor) -> bool:
-    """Whether the kernel takes what a linear reads and has."""
+    """Whether the kernel supports this input and these stored tensors."""
     here = input.is_cpu and input.numel() > 0 and input.dtype in DTYPES.values()
     return (
         here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
@@ -236,7 +237,8 @@ def _usable(input: Tensor, *stored: Tensor) -> bool:
 
 
 class CodebookLinear(StoredLinear):
-    """A linear [in_features -> out_features] of shared values; `dtype` is that of the model.
+    """A linear [in_features -> out_features] whose weights share codebook levels; `dtype` is that of the
+    model.
 
     Gradients go to the input and the bias; the weight has none.
     """
@@ -245,11 +247,12 @@ class CodebookLinear(StoredLinear):
     weight_levels: Tensor
 
     def prepare(self) -> None:
-        """The forward needs what is stored alone. Errors: ModelError where it is nonsense."""
+        """Check the stored tensors, which are all that the forward needs. Errors: ModelError if they are
+        damaged."""
         self.require_sound(f"a linear of {self.out_features} x {self.in_features}")
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
         return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -265,14 +268,14 @@ class CodebookLinear(StoredLinear):
         return out if bias is None else out + bias
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return f"{super().extra_repr()}, {self.scheme.name}, {self.scheme.dtype}"
 
 
 def linear(
     weight: CodebookWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
 ) -> CodebookLinear:
-    """A live module, in eval mode, that holds copies of our indices and levels."""
+    """Return a live module, in eval mode, that holds copies of our indices and levels."""
     (R, C), dtype = weight.codes_RC.shape, DTYPES[weight.layout.dtype]
     module = CodebookLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)

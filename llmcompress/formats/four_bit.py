@@ -1,11 +1,11 @@
-"""nf4 and fp4 linears in models that mix formats, where the stock layout can't stand beside another one.
+"""nf4 and fp4 linears in models that mix formats, which bitsandbytes' stock layout does not allow.
 
-The codes and scales are bitsandbytes_layout.py's, under flat names (`weight_absmax` for `weight.absmax`),
-because the dotted ones need the stock loader; the format, group_size and type that bitsandbytes keeps in a
-tensor of JSON are in config.json. Each forward is that of a stock module made of them (`prepare`), and so on
-the stock kernels. That module holds a second copy of the codes, for the CPU kernel reorders its own in place:
-1 byte a weight in memory for 0.5 on the disk. Without it, as when weights are offloaded, the weight is
-dequantised in every forward. R rows (out), C columns (in), G = C / group_size.
+Codes and scales are those of bitsandbytes_layout.py under flat names (`weight_absmax` for `weight.absmax`),
+because the dotted names need the stock loader. bitsandbytes keeps format, group_size and type in a tensor of
+JSON; here they are in config.json. Each forward runs a stock module made from the stored tensors (`prepare`),
+and thus the stock kernels. That module holds a second copy of the codes, because the CPU kernel reorders its
+own in place: 1 byte per weight in memory for 0.5 on disk. Without that module, for example when weights are
+offloaded, every forward dequantises the weight. R rows (out), C columns (in), G = C / group_size.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ NESTED = ("weight_nested_absmax", "weight_nested_levels", "weight_offset")
 
 @dataclass(frozen=True)
 class FourBitLayout:
-    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, itself in 8 bits with
-    `double_quant`.
+    """A linear in bitsandbytes' 4-bit format: `group_size` weights share a scale, which `double_quant` stores
+    in 8 bits.
 
     Errors: ValueError.
     """
@@ -51,7 +51,7 @@ class FourBitLayout:
             raise ValueError(f"double_quant is true or false, not {self.double_quant!r}")
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart. Errors:
+        """Shape and type on disk of every tensor of a linear [rows, columns], without its bias. Errors:
         ModelError."""
         if columns % self.group_size or rows * columns % 2:
             raise ModelError(
@@ -70,7 +70,7 @@ class FourBitLayout:
         return found
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of the stored tensors of a linear; a scale may have any sign, and be zero."""
+        """The checks of a linear's stored tensors. A scale may have any sign and may be zero."""
         if not self.double_quant:
             return [finite(tensors["weight_absmax"], "scales")]
         nested_absmax, levels, offset = (tensors[name] for name in NESTED)
@@ -79,7 +79,7 @@ class FourBitLayout:
 
 
 def tensors(packed: bitsandbytes_layout.Packed) -> dict[str, Tensor]:
-    """The tensors of one linear as they lie on the disk beside other formats, and in the state dict of a
+    """The tensors of one linear as they are stored on disk beside other formats, and in the state dict of a
     FourBitLinear."""
     found = {
         "weight": bitsandbytes_layout.tensors(packed)["weight"],
@@ -99,7 +99,7 @@ def read(
     columns: int,
     dtype: torch.dtype = torch.float32,
 ) -> bitsandbytes_layout.Packed:
-    """The inverse of `tensors`, bit for bit, of a weight of type `dtype`. Errors: ModelError."""
+    """The inverse of `tensors`, bit for bit; `dtype` is the type of the weight. Errors: ModelError."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != scheme.shapes(rows, columns):
         raise ModelError(
@@ -116,17 +116,16 @@ def read(
 
 
 class FourBitLinear(StoredLinear):
-    """A linear in nf4 or fp4 under flat names, on the stock kernels; `dtype` is that of the model."""
+    """A linear in nf4 or fp4 under flat names, run by the stock kernels; `dtype` is that of the model."""
 
     scheme: FourBitLayout
-    kernel: tuple[
-        bitsandbytes_layout.Linear4bit, ...
-    ] = ()  # in a tuple, so that it is no submodule and not saved
+    # in a tuple, so that it is not a submodule and is not saved
+    kernel: tuple[bitsandbytes_layout.Linear4bit, ...] = ()
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Make the stock module, unless the weight isn't there (meta) or of a shape that its kernels
-        refuse."""
+        """Make the stock module, unless the weight is not in memory (meta) or its kernels refuse the
+        shape."""
         self.kernel = ()
         refused = bitsandbytes_layout.refusal(
             (self.out_features, self.in_features), self.scheme.format, self.scheme.group_size
@@ -139,7 +138,7 @@ class FourBitLinear(StoredLinear):
             )
 
     def packed(self) -> bitsandbytes_layout.Packed:
-        """The codes and scales. Errors: ModelError where the stored tensors are nonsense."""
+        """The codes and scales. Errors: ModelError if the stored tensors are damaged."""
         return read(self.stored(), self.scheme, self.out_features, self.in_features, self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
@@ -149,7 +148,8 @@ class FourBitLinear(StoredLinear):
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
         bias = None if self.bias is None else self.bias.to(input.dtype)
-        if not self.kernel or input.dtype not in DTYPES.values():  # of which the kernels make nonsense
+        # for other types the kernels compute nonsense
+        if not self.kernel or input.dtype not in DTYPES.values():
             return nn.functional.linear(input, self.dequantized(input.dtype), bias)
         self.kernel[0].compute_dtype = input.dtype
         out = cast(Tensor, self.kernel[0](input))
@@ -158,11 +158,11 @@ class FourBitLinear(StoredLinear):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FourBitLinear:
         super()._apply(fn, recurse)
         if self.kernel:
-            self.prepare()  # on the device where the codes are now
+            self.prepare()  # anew, on the device where the codes are now
         return self
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return (
             f"{super().extra_repr()}, {self.scheme.format}, group_size={self.scheme.group_size}, "
             f"double_quant={self.scheme.double_quant}"
@@ -172,7 +172,7 @@ class FourBitLinear(StoredLinear):
 def linear(
     packed: bitsandbytes_layout.Packed, bias: Tensor | None, *, device: torch.device | str = "cpu"
 ) -> FourBitLinear:
-    """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
+    """Return a live module, prepared and in eval mode, that holds copies of our codes and scales."""
     R, C = packed.codes_RC.shape
     scheme = FourBitLayout(packed.format, packed.group_size, packed.double_quant)
     module = FourBitLinear(C, R, scheme, bias=bias is not None, dtype=packed.dtype, device="meta")

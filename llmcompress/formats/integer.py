@@ -1,13 +1,13 @@
-"""Weights and activations as integers: what lies on the disk, what it means, and the rounding of tokens.
+"""Weights and activations as integers: the layout on disk, what it means, and the rounding of tokens.
 
-Two layouts. LLM.int8's (`Int8Weight`) is bitsandbytes' own, and plain transformers loads it. Ours
-(`IntegerWeight`) is for products whose two factors are integers: int8 codes with one scale a row, or int4
-codes in groups of columns with an integer multiplier a group, so that code times multiplier still fits int8
-and ONE float scale a row is left; then the sum over all columns stays in integers and bitsandbytes' int8
-kernel computes it. No kernel here knows int4: such a weight is 0.5 byte on the disk and is expanded to 1 byte
-to be multiplied. A stock loader must not take our tensors for a float weight: it would load codes as numbers
-and say nothing. So every `weight` has a shape that no plain linear has, which it refuses. R rows (out), C
-columns (in), G = ceil(C / group_size) groups of columns, T tokens.
+There are two layouts. LLM.int8's (`Int8Weight`) is bitsandbytes' own, and plain transformers loads it. Ours
+(`IntegerWeight`) is for products of two integer factors. It has int8 codes with a per-channel scale, or int4
+codes in groups of columns with an integer multiplier per group. Code times multiplier still fits int8, so ONE
+float scale per row remains, the sum over all columns stays in integers, and bitsandbytes' int8 kernel
+computes it. No kernel here supports int4: such a weight takes 0.5 byte on disk and is expanded to 1 byte to
+be multiplied. A stock loader must not take our tensors for a float weight, because it would silently load
+codes as numbers. So every `weight` has a shape that no plain linear has, and the stock loader refuses it. R
+rows (out), C columns (in), G = ceil(C / group_size) groups of columns, T tokens.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ FORMATS: tuple[IntegerFormat, ...] = ("w8a8", "w4a8", "w4a4", "w8a16", "w4a16")
 ACTIVATIONS: tuple[Activations, ...] = ("dynamic", "static", "none")
 LARGEST = activation_quantization.LARGEST
 HIGH = 256  # a 16-bit code is 256 times one int8 code plus another
-MULTIPLIER = 18  # 7 * 18 = 126, the last that fits int8
-WIDEST = (2**31 - 1) // 127**2  # columns whose products of codes still sum to an int32
+MULTIPLIER = 18  # 7 * 18 = 126, the largest that fits int8
+WIDEST = (2**31 - 1) // 127**2  # columns for which the sum of products of codes still fits int32
 
 
 @dataclass(frozen=True)
 class IntegerLayout:
-    """How a linear is stored and multiplied: bits of weights and activations, scales of activations, columns
-    a multiplier.
+    """How a linear is stored and multiplied: bits of weights and activations, scales of activations, and
+    columns per multiplier.
 
-    Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not
-    ("none": the weight is dequantised). `group_size` is for 4-bit weights alone; the last group of a row may
-    be shorter. Errors: ValueError.
+    Activations are rounded by each token's absmax ("dynamic"), by one stored scale ("static"), or not at all
+    ("none": the weight is dequantised). `group_size` applies to 4-bit weights only; the last group of a row
+    may be shorter. Errors: ValueError.
     """
 
     format: IntegerFormat
@@ -76,7 +76,7 @@ class IntegerLayout:
         return int(self.format[3:])
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
+        """Shape and type on disk of every tensor of a linear [rows, columns], without its bias, by name."""
         shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
         if self.group_size is None:
             shapes["weight"] = (1, rows, columns), torch.int8
@@ -89,12 +89,12 @@ class IntegerLayout:
         return shapes
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of the stored tensors of a linear, by their names in it."""
+        """The checks of a linear's stored tensors, given by their names in the linear."""
         weight, scale_R = tensors["weight"], tensors["weight_scale"]
         largest, codes = LARGEST[self.weight_bits], f"codes of {self.format}"
         if self.group_size is None:
             found = [within(weight, -largest, largest, codes), scaled_rows(scale_R, weight[0], 0)]
-        else:  # the code -8 is a half byte of zero
+        else:  # the code -8 is stored as a half byte of zero
             lowest = (weight < 16).any() | ((weight & 15) == 0).any()
             found = [
                 (lowest, f"{codes} must lie in -{largest}..{largest}"),
@@ -108,7 +108,7 @@ class IntegerLayout:
     def flaws_of_scales(
         self, scale_R: Tensor, multiplier_RG: Tensor | None, input_scale: Tensor | None
     ) -> list[Flaw]:
-        """What must hold of what is stored beside the codes."""
+        """The checks of the tensors that are stored beside the codes."""
         found = [finite(scale_R, "weight scales")]
         if multiplier_RG is not None:
             found.append(within(multiplier_RG, 1, MULTIPLIER, "multipliers"))
@@ -120,11 +120,11 @@ class IntegerLayout:
 
 @dataclass(frozen=True, eq=False)
 class IntegerWeight:
-    """One linear in integers: W [R, C] = scale_R * codes_RC * multiplier_RG, and x = input_scale * code where
-    that is stored.
+    """One linear in integers: W [R, C] = scale_R * codes_RC * multiplier_RG, and x = input_scale * code if
+    input_scale is stored.
 
     codes_RC int8 [R, C] in -127..127 (4 bits: -7..7), scale_R float32 [R], multiplier_RG uint8 [R, G] in
-    1..18 (4 bits alone), input_scale float32 [] > 0 (static activations alone). Errors: ValueError.
+    1..18 (4 bits only), input_scale float32 [] > 0 (static activations only). Errors: ValueError.
     """
 
     codes_RC: Tensor
@@ -160,14 +160,14 @@ class IntegerWeight:
             raise (ValueError if bool(self.scale_R.isfinite().all()) else Overflow)(why)
 
     def _flaws(self) -> list[Flaw]:
-        """As `IntegerLayout.flaws`, of codes that are not packed."""
+        """The checks of `IntegerLayout.flaws`, for codes that are not packed."""
         largest = LARGEST[self.scheme.weight_bits]
         codes = within(self.codes_RC, -largest, largest, f"codes of {self.scheme.format}")
         scales = self.scheme.flaws_of_scales(self.scale_R, self.multiplier_RG, self.input_scale)
         return [codes, scaled_rows(self.scale_R, self.codes_RC, 0), *scales]
 
     def expanded(self) -> Tensor:
-        """The integers that are multiplied, codes times multipliers: int8 [R, C]."""
+        """The integers that the kernel multiplies, codes times multipliers: int8 [R, C]."""
         return expand(self.codes_RC, self.multiplier_RG, self.scheme.group_size)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -175,12 +175,12 @@ class IntegerWeight:
         return (self.expanded().float() * self.scale_R[:, None]).to(dtype)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of an IntegerLinear names
-        them.
+        """The tensors of one linear as they are stored on disk and named in the state dict of an
+        IntegerLinear.
 
         int8: `weight` int8 [1, R, C], three axes ON PURPOSE: a loader that has not imported llmcompress must
-        hit an error of shapes, not load codes as floats. int4: `weight` uint8 [R, ceil(C / 2)], code + 8,
-        even columns in the high nibble, and `weight_multiplier` uint8 [R, G]. All: `weight_scale` float32
+        fail at the shapes instead of loading codes as floats. int4: `weight` uint8 [R, ceil(C / 2)], code +
+        8, even columns in the high nibble, and `weight_multiplier` uint8 [R, G]. Both: `weight_scale` float32
         [R]; static: `input_scale` float32 [1].
         """
         found = {"weight": self.codes_RC[None] if self.multiplier_RG is None else pack(self.codes_RC)}
@@ -193,9 +193,10 @@ class IntegerWeight:
 
 
 def read(tensors: Mapping[str, Tensor], scheme: IntegerLayout, columns: int | None = None) -> IntegerWeight:
-    """The inverse of `IntegerWeight.tensors`, bit for bit; an odd number of `columns` of 4 bits must be told.
+    """The inverse of `IntegerWeight.tensors`, bit for bit. For 4 bits, an odd number of `columns` must be
+    given.
 
-    Errors: ModelError where the tensors are not those of a linear in this scheme.
+    Errors: ModelError if the tensors are not those of a linear in this scheme.
     """
     weight = tensors.get("weight", torch.empty(0, 0))
     rows = weight.shape[-2] if weight.dim() > 1 else 0
@@ -213,8 +214,8 @@ def read(tensors: Mapping[str, Tensor], scheme: IntegerLayout, columns: int | No
 
 
 def pack(codes_RC: Tensor) -> Tensor:
-    """Codes in -8..7, int8 [R, C], to two a byte, uint8 [R, ceil(C / 2)]; an odd row ends with a code of
-    zero."""
+    """Pack codes in -8..7, int8 [R, C], two per byte, uint8 [R, ceil(C / 2)]. A row of odd length is padded
+    with a code of zero."""
     biased = (codes_RC + 8).to(torch.uint8)
     if biased.shape[1] % 2:
         biased = torch.nn.functional.pad(biased, (0, 1), value=8)
@@ -228,7 +229,8 @@ def unpack(packed: Tensor, columns: int) -> Tensor:
 
 
 def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, group_size: int | None) -> Tensor:
-    """Codes times the multipliers of their groups, int8 [R, C]; the codes themselves where there are none."""
+    """Return codes times the multipliers of their groups, int8 [R, C], or the codes themselves without
+    multipliers."""
     if multiplier_RG is None or group_size is None:
         return codes_RC
     C = codes_RC.shape[1]
@@ -238,30 +240,30 @@ def expand(codes_RC: Tensor, multiplier_RG: Tensor | None, group_size: int | Non
 def quantize_tokens(
     x: Tensor, bits: int, scale: Tensor | None = None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Activations [..., C] to codes [T, C] int8 (16 bits: int16; or `dtype`) and scales float32 [T, 1], or
-    the given [] or [1].
+    """Quantise activations [..., C] to codes [T, C] int8 (16 bits: int16; or `dtype`) and scales float32 [T,
+    1], or the given [] or [1].
 
-    Symmetric, round half to even; dynamic scales are absmax / largest code, a row of zeros gets zeros and a
-    finite scale, and a row that is not finite gets a scale that is not. A given scale clips. Computed in
-    float32, so bfloat16 keeps its range.
+    Symmetric, round half to even. A dynamic scale is absmax / largest code; a row of zeros gets codes of zero
+    and a finite scale, and a row that is not finite gets a scale that is not finite. With a given scale,
+    codes are clipped. Computed in float32, so bfloat16 keeps its range.
     """
     largest, whole = LARGEST[bits], dtype or (torch.int16 if bits > 8 else torch.int8)
     x_TC = x.reshape(-1, x.shape[-1])
     if scale is not None:
         return (x_TC.float() / scale.float()).round_().clamp_(-largest, largest).to(whole), scale
-    if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # the kernel takes nothing else
+    if x.is_cuda and x.dtype == torch.float16 and bits == 8 and x.numel():  # all that the kernel supports
         codes, absmax, _ = bitsandbytes_layout.stock.int8_vectorwise_quant(x_TC.contiguous())
         return codes.to(whole), (absmax / largest)[:, None]
     x_TC = x_TC.float()
-    tiny = torch.finfo(
-        torch.float32
-    ).tiny  # below it, divisions are no longer exact enough to stay within the codes
+    # below it, divisions are not exact enough to stay within the codes
+    tiny = torch.finfo(torch.float32).tiny
     scale = x_TC.abs().amax(dim=1, keepdim=True).div_(largest).clamp_min_(tiny)
     return (x_TC / scale).round_().to(whole), scale
 
 
 def split(codes_TC: Tensor) -> Tensor:
-    """16-bit codes as two int8 codes, int8 [2 T, C]: above those to multiply by HIGH, below those to add."""
+    """Split 16-bit codes into two int8 codes, int8 [2 T, C]: first those to multiply by HIGH, then those to
+    add."""
     high = (codes_TC + HIGH // 2) >> 8
     return torch.cat((high, codes_TC - HIGH * high)).to(torch.int8)
 
@@ -291,16 +293,16 @@ class Int8Weight:
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight [R, C], bit-equal to bitsandbytes' int8_vectorwise_dequant, rounded once to `dtype`."""
-        return (self.codes_RC * self.absmax_R[:, None] * 7.874015748698502e-3).to(dtype)  # its 1 / 127
+        # bitsandbytes' 1 / 127
+        return (self.codes_RC * self.absmax_R[:, None] * 7.874015748698502e-3).to(dtype)
 
     def as_integer(self) -> IntegerWeight:
-        """The same codes in our layout, for models that mix formats; it multiplies without LLM.int8's columns
-        in floats."""
+        """The same codes in our layout, for models that mix formats; it has no float path for LLM.int8's
+        outlier columns."""
         return IntegerWeight(self.codes_RC, self.absmax_R / 127, IntegerLayout("w8a8"))
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as bitsandbytes names them on the disk: `weight`, `SCB`,
-        `weight_format`."""
+        """The tensors of one linear as bitsandbytes names them on disk: `weight`, `SCB`, `weight_format`."""
         return {
             "weight": self.codes_RC,
             "SCB": self.absmax_R,
@@ -309,8 +311,7 @@ class Int8Weight:
 
     @classmethod
     def read(cls, tensors: Mapping[str, Tensor]) -> Int8Weight:
-        """The inverse of `tensors`, bit for bit. Errors: ModelError where they are not those of one
-        linear."""
+        """The inverse of `tensors`, bit for bit. Errors: ModelError if they are not those of one linear."""
         form = tensors.get("weight_format", torch.tensor(0))  # absent in old files
         if not {"weight", "SCB"} <= tensors.keys() or form.numel() != 1 or int(form):
             raise ModelError(
@@ -323,11 +324,11 @@ class Int8Weight:
 
 
 def quantize_nearest(weight: Tensor) -> Int8Weight:
-    """Stock LLM.int8: a row's largest magnitude is its scale; weight [R, C] of any float type goes through
-    float16, as there.
+    """Quantise as stock LLM.int8: the scale of a row is its largest magnitude. weight [R, C] of any float
+    type is first cast to float16, as there.
 
-    Bit-equal to what bitsandbytes stores of the same weight on a CPU, but for a row of zeros in files of
-    other devices, whose codes here are zeros. Errors: Overflow for weights beyond float16.
+    Bit-equal to what bitsandbytes stores for the same weight on a CPU. Files from other devices differ in
+    rows of zeros, whose codes are zeros here. Errors: Overflow for weights beyond float16.
     """
     half = weight.detach().to(torch.float16)
     absmax = half.abs().amax(dim=1).float()
@@ -338,10 +339,11 @@ def quantize_nearest(weight: Tensor) -> Int8Weight:
 
 
 def int8_config(threshold: float, skip: Sequence[str]) -> dict[str, Any]:
-    """config.json's `quantization_config` of LLM.int8; `skip` as in bitsandbytes_layout.quantization_config.
+    """Return config.json's `quantization_config` of LLM.int8; `skip` is as in
+    bitsandbytes_layout.quantization_config.
 
-    Columns of the activations with a magnitude from `threshold` on are multiplied in floats; 0 leaves none of
-    them.
+    Columns of the activations with a magnitude of at least `threshold` are multiplied in floats; with 0 none
+    are.
     """
     config = cast(Any, transformers.BitsAndBytesConfig)(
         load_in_8bit=True, llm_int8_threshold=float(threshold), llm_int8_skip_modules=sorted(set(skip))

@@ -1,10 +1,10 @@
-"""An input embedding in int8, and an output head that is the same matrix.
+"""An int8 input embedding, and an output head tied to it.
 
-An embedding is looked up and not multiplied: a forward takes the rows of the codes, times the scale of each.
-Its tensors are those of an int8 linear [V, D], so that a tied head can be an IntegerLinear that multiplies by
-the very same ones: one matrix in memory and on the disk. As there, `weight` has three axes that no plain
-embedding has, for a stock loader to refuse. Families that scale what they look up do so in a class of their
-own; those known here are done alike, others are refused. V vocabulary, D width.
+A forward looks up rows of the codes and multiplies each by its scale. The tensors are those of an int8 linear
+[V, D], so a tied head can be an IntegerLinear on the same tensors: one matrix in memory and on disk. As
+there, `weight` has three axes, which no plain embedding has, so a stock loader refuses it. Model families
+that scale the looked-up rows do so in embedding classes of their own: the classes known here are reproduced,
+others are refused. V vocabulary, D width.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from llmcompress.formats.base import StoredModule
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_linear import IntegerLinear
 
-# rows * embed_scale, in the type of the rows
+# these compute rows * embed_scale, in the type of the rows
 SCALED = ("Gemma2TextScaledWordEmbedding", "Gemma3TextScaledWordEmbedding")
 
 
 def factor_of(name: str, plain: nn.Module) -> float | None:
-    """What an embedding multiplies its rows by, None for a plain one. Errors: ModelError for one that does
-    anything else."""
+    """The factor by which an embedding multiplies its rows, None for a plain one. Errors: ModelError if it
+    does anything else."""
     kind = type(plain)
     if not isinstance(plain, nn.Embedding) or (kind is not nn.Embedding and kind.__name__ not in SCALED):
         raise ModelError(
@@ -41,10 +41,10 @@ def factor_of(name: str, plain: nn.Module) -> float | None:
 
 
 class IntegerEmbedding(StoredModule, nn.Embedding):
-    """An embedding [num_embeddings, embedding_dim] of a StoredModule's parameters.
+    """An embedding [num_embeddings, embedding_dim] whose parameters are those of a StoredModule.
 
-    It takes the place of `plain` (called `name` in errors) and gives rows in `dtype`, which follows the casts
-    of the model. Errors: ModelError for an embedding that does what is not known here.
+    It replaces `plain` (called `name` in errors) and returns rows in `dtype`, which follows the casts of the
+    model. Errors: ModelError for an embedding class that is not known here.
     """
 
     scheme: IntegerLayout
@@ -60,7 +60,7 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
-        nn.Module.__init__(self)  # past nn.Embedding's, which allocates a float weight
+        nn.Module.__init__(self)  # skips nn.Embedding's, which allocates a float weight
         self.factor, self.kind = factor_of(name, plain), cast("type[nn.Embedding]", type(plain))
         known = cast(nn.Embedding, plain)
         self.num_embeddings, self.embedding_dim, self.padding_idx = (
@@ -70,7 +70,7 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         )
         self.max_norm, self.norm_type, self.scale_grad_by_freq, self.sparse = None, 2.0, False, False
         self._store(scheme, self.num_embeddings, self.embedding_dim, device)
-        # the type of the rows
+        # its type is the type of the rows
         self.register_buffer("like", torch.empty(0, dtype=dtype, device=device), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -81,14 +81,14 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         return rows if self.factor is None else rows * torch.tensor(self.factor, dtype=rows.dtype)
 
     def prepare(self) -> None:
-        """Nothing is kept beside the stored tensors."""
+        """Do nothing: the forward needs the stored tensors alone."""
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [V, D]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [V, D]. Errors: ModelError if the stored tensors are damaged."""
         return integer.read(self.stored(), self.scheme, self.embedding_dim).dequantize(dtype)
 
     def plain(self, dtype: torch.dtype) -> nn.Embedding:
-        """The float embedding that this one stands for."""
+        """The float embedding with the same weight."""
         scaled: dict[str, Any] = {} if self.factor is None else {"embed_scale": self.factor}
         with torch.device("meta"):
             plain = self.kind(self.num_embeddings, self.embedding_dim, self.padding_idx, **scaled)
@@ -98,12 +98,12 @@ class IntegerEmbedding(StoredModule, nn.Embedding):
         return plain.train(self.training)
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return f"{super().extra_repr()}, {self.scheme.format}"
 
 
 def embedding(name: str, plain: nn.Embedding, weight: IntegerWeight) -> IntegerEmbedding:
-    """A live module, in eval mode, that holds copies of our codes and scales, in the place and the type of
+    """Return a live module, in eval mode, that holds copies of our codes and scales and has the type of
     `plain`."""
     dtype, device = plain.weight.dtype, plain.weight.device
     module = IntegerEmbedding(name, plain, weight.scheme, dtype=dtype, device=device)
@@ -113,6 +113,6 @@ def embedding(name: str, plain: nn.Embedding, weight: IntegerWeight) -> IntegerE
 
 
 def share(head: IntegerLinear, embedding: IntegerEmbedding) -> None:
-    """Have a head multiply by the embedding's own codes and scales."""
+    """Make a head multiply by the embedding's own codes and scales."""
     for part in embedding.stored():
         setattr(head, part, getattr(embedding, part))

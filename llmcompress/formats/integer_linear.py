@@ -1,14 +1,14 @@
-"""A linear that multiplies integers: the module under our own quantised models.
+"""A linear that multiplies integers: the module of our integer formats.
 
-Its parameters have the names, shapes and bytes of the disk, so loading and saving need no conversion. A
-forward rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32: what it computes
-is the product of the dequantised factors, up to float32's rounding. It never goes through float16, unlike
-Linear8bitLt. The kernel is torch's on a CPU with AVX512, bitsandbytes' on a GPU, where few tokens take one of
-ours (int8_dispatch.py). Elsewhere the same integers are summed in float32, which is exact below 2^24: on
-other CPUs piece by piece, about as fast as a float weight (bitsandbytes makes one of the whole in each
-forward), on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the packed
-ones: 1.5 bytes a weight in memory for 0.5 on the disk. A module that was not prepared, as when its weights
-are offloaded, expands them in every forward and keeps nothing.
+Its parameters have the names, shapes and bytes on disk, so loading and saving need no conversion. A forward
+rounds the tokens, multiplies int8 by int8 into int32 and scales the sums in float32. The result is the
+product of the dequantised factors, up to float32 rounding. Unlike Linear8bitLt, it never goes through
+float16. The kernel is torch's on a CPU with AVX512 and bitsandbytes' on a GPU, where a kernel of ours takes
+few tokens (int8_dispatch.py). Elsewhere the same integers are summed in float32, which is exact below 2^24:
+on other CPUs piece by piece, about as fast as a float weight (bitsandbytes converts the whole weight in each
+forward), and on a GPU where C % 4. int4 weights are expanded to int8 once (`prepare`) and kept beside the
+packed ones: 1.5 bytes per weight in memory for 0.5 on disk. A module that was not prepared, for example
+because its weights are offloaded, expands them in every forward and keeps nothing.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.kernels import int8_dispatch
 
 logger = logging.getLogger(__name__)
-# other CPUs multiply int8 one by one, slower than floats
+# other CPUs multiply int8 one by one, which is slower than floats
 KERNEL = torch.backends.cpu.get_cpu_capability() == "AVX512"
-FEW = 16  # tokens for which a weight that is only dequantised is not worth making
-PIECE = 2**20  # weights that are floats at a time where there is no kernel: 4 MB, which stay in a cache
+FEW = 16  # up to this many tokens, the weight is not dequantised as a whole
+PIECE = 2**20  # weights converted to float at a time where there is no kernel: 4 MB, which stay in a cache
 
 
 class IntegerLinear(StoredLinear):
-    """A linear that multiplies integers, as `scheme` says.
+    """A linear that multiplies integers as `scheme` says.
 
-    Gradients go straight through the rounding of the activations, to the input and the bias; the weight has
+    Gradients pass straight through the rounding of the activations to the input and the bias; the weight has
     none.
     """
 
@@ -49,7 +49,7 @@ class IntegerLinear(StoredLinear):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Expand a 4-bit weight now and keep it; nothing to do for 8 bits, or where the weight isn't there
+        """Expand a 4-bit weight and keep it. Does nothing for 8 bits, or while the weight is not in memory
         (meta)."""
         self.expanded = None
         if self.scheme.group_size is not None and self.weight.device.type != "meta":
@@ -60,13 +60,13 @@ class IntegerLinear(StoredLinear):
         return integer.expand(codes, self.weight_multiplier, self.scheme.group_size)
 
     def matrix(self) -> Tensor:
-        """The integers that are multiplied, int8 [R, C]; not to be written to."""
+        """The integers that are multiplied, int8 [R, C]; do not write to it."""
         if self.scheme.group_size is None:
             return self.weight[0]
         return self.expanded if self.expanded is not None else self._expand()
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
         return weight_of(self).dequantize(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -82,12 +82,12 @@ class IntegerLinear(StoredLinear):
         return (out if self.bias is None else out + self.bias).to(input.dtype)
 
     def _unrounded(self, input: Tensor, matrix: Tensor) -> Tensor:
-        """The product with inputs as they are. For few tokens on a CPU the weight is not made, which takes 25
-        times as long."""
+        """The product with unrounded inputs. For few tokens on a CPU the weight is not dequantised as a
+        whole, which takes 25 times as long."""
         few = 0 < input[..., 0].numel() <= FEW and input.is_cpu
         if few and not (torch.is_grad_enabled() and input.requires_grad):
             x_TC = input.reshape(-1, self.in_features)
-            # a compiler makes no floats of the whole weight where it needs none
+            # under torch.compile, the compiler avoids converting the whole weight to float
             whole = torch.compiler.is_compiling()
             out = (x_TC.float() @ matrix.float().t() if whole else float_sums(x_TC, matrix)).mul_(
                 self.weight_scale
@@ -100,7 +100,7 @@ class IntegerLinear(StoredLinear):
         )
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return (
             f"{super().extra_repr()}, {self.scheme.format}, activations={self.scheme.activations}, "
             f"group_size={self.scheme.group_size}"
@@ -110,7 +110,7 @@ class IntegerLinear(StoredLinear):
 def scaled(
     sums_TR: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
-    """The outputs [T, R], computed in float32, from the sums of products of codes."""
+    """Return the outputs [T, R], computed in float32 from the sums of products of codes."""
     out = (sums_TR * scale).mul_(scale_R)
     if bias is not None:
         out = out + bias
@@ -126,7 +126,7 @@ def _product(
     bias: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Round the tokens of x [..., C], multiply integers, scale: [..., R]."""
+    """Round the tokens of x [..., C], multiply integers and scale; returns [..., R]."""
     shape = (*x.shape[:-1], matrix_RC.shape[0])
     if x.numel() == 0:  # the CUDA kernels refuse it
         return x.new_zeros(shape, dtype=dtype)
@@ -147,7 +147,7 @@ def _product(
         if not KERNEL:
             _warn_of_float_sums()
     codes_TC, scale = integer.quantize_tokens(x, bits, step, whole)
-    if bits == 16:  # two products in one, for twice the tokens
+    if bits == 16:  # one product of the split codes, with twice the tokens
         high_TR, low_TR = multiply(integer.split(codes_TC), matrix_RC).float().chunk(2)
         sums_TR = high_TR.mul_(integer.HIGH).add_(low_TR)
     else:
@@ -157,22 +157,22 @@ def _product(
 
 @functools.cache
 def _warn_of_float_sums() -> None:
-    """Say once that there is no kernel for products of int8 here."""
+    """Log once that this CPU has no kernel for int8 products."""
     logger.warning(
         "integer linears are summed in float32, about as fast as float ones: this CPU has no AVX512"
     )
 
 
 def integer_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
-    """The sums of products of int8 codes, int32 [T, R]: what bitsandbytes calls on a CPU with AVX512, without
-    its way there."""
+    """Sums of products of int8 codes, int32 [T, R]. bitsandbytes calls the same function on a CPU with
+    AVX512; this skips its overhead."""
     return torch._int_mm(codes_TC, matrix_RC.t())
 
 
 def float_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
-    """The same sums in float32, exact below 2^24, of codes of any type, or of inputs as they are.
+    """The same sums in float32, exact below 2^24, for codes of any type or for unrounded inputs.
 
-    A piece of the weight at a time becomes floats.
+    The weight is converted to float one piece at a time.
     """
     codes_TC, (R, C) = codes_TC.float(), matrix_RC.shape
     rows = max(1, PIECE // C)
@@ -186,7 +186,7 @@ def float_sums(codes_TC: Tensor, matrix_RC: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The product forwards; backwards as if the activations had not been rounded."""
+    """The product; the backward pass treats the activations as not rounded."""
 
     @staticmethod
     def forward(
@@ -207,7 +207,7 @@ class _StraightThrough(torch.autograd.Function):
 def linear(
     weight: IntegerWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
 ) -> IntegerLinear:
-    """A live module, in eval mode and prepared, that holds copies of our codes and scales."""
+    """Return a live module, prepared and in eval mode, that holds copies of our codes and scales."""
     R, C = weight.codes_RC.shape
     return hold(
         IntegerLinear(C, R, weight.scheme, bias=bias is not None, device="meta"),
@@ -218,15 +218,15 @@ def linear(
 
 
 def weight_of(module: IntegerLinear) -> IntegerWeight:
-    """The codes and scales of a live module. Errors: ModelError where they are nonsense."""
+    """The codes and scales of a live module. Errors: ModelError if they are damaged."""
     return integer.read(module.stored(), module.scheme, module.in_features)
 
 
 def stock(
     weight: integer.Int8Weight, bias: Tensor | None, *, threshold: float, device: torch.device | str = "cpu"
 ) -> nn.Module:
-    """A live Linear8bitLt, in eval mode, that holds copies of our codes: what transformers makes of the
-    native layout."""
+    """Return a live Linear8bitLt, in eval mode, that holds copies of our codes, as transformers builds it for
+    the native layout."""
     R, C = weight.codes_RC.shape
     module: Any = bitsandbytes_layout.Linear8bitLt(
         C, R, bias=bias is not None, has_fp16_weights=False, threshold=threshold, device="meta"

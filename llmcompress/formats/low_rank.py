@@ -1,11 +1,11 @@
-"""A linear whose weight is made of parts: one that layers share, a product of low rank, or both, and the
+"""A linear whose weight is a matrix that layers share, a product of low rank, or the sum of both, and the
 module that runs it.
 
-`shared`: the weight is one matrix for several layers, to which each may add a difference of low rank of its
-own, left @ right. `basis`: the weight is left @ right, and `right`, the basis, may be one for several layers.
-Which tensors are one is not said here but in config.json's `ties`, by their names; what is shared is one
-tensor on the disk and one in memory, and is multiplied once for each layer that uses it. `weight` has a first
-axis of one that no plain linear has, for a stock loader to refuse. R rows (out), C columns (in), K the rank.
+`shared`: the weight is one matrix for several layers, to which each may add its own low-rank difference, left
+@ right. `basis`: the weight is left @ right, and several layers may share `right`, the basis. Which tensors
+are the same is recorded in config.json's `ties`, by name. A shared tensor exists once on disk and once in
+memory, and is multiplied once for each layer that uses it. `weight` has a first axis of size 1, which no
+plain linear has, so a stock loader refuses it. R rows (out), C columns (in), K the rank.
 """
 
 from __future__ import annotations
@@ -24,10 +24,9 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 @dataclass(frozen=True)
 class FactoredLayout:
-    """How a linear is made up: `shared` with a difference of rank `rank` (0: none), or a `basis` of that
-    rank.
+    """The parts of a linear: `shared` with a difference of rank `rank` (0: none), or a `basis` of that rank.
 
-    The parts are weights like any others, in the type of the model. Errors: ValueError.
+    The parts are float weights in the type of the model. Errors: ValueError.
     """
 
     format: Literal["shared", "basis"]
@@ -42,21 +41,22 @@ class FactoredLayout:
 
     @property
     def name(self) -> str:
-        """What a report calls it: `basis of rank 64`."""
+        """The name in reports: `basis of rank 64`."""
         return f"{self.format} of rank {self.rank}" if self.rank else self.format
 
     @property
     def common(self) -> str:
-        """The tensor that layers can have in common."""
+        """The name of the tensor that layers can share."""
         return "weight" if self.format == "shared" else "weight_right"
 
     def parameters(self, shape: tuple[int, int], *, common: bool = True) -> int:
-        """What is stored for a linear [R, C], with or without what it may have in common with others."""
+        """The number of parameters stored for a linear [R, C], with or without the tensor that layers can
+        share."""
         parts = self.shapes(*shape)
         return sum(torch.Size(of).numel() for name, (of, _) in parts.items() if common or name != self.common)
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] is not stored so, or None."""
+        """Return why a linear [R, C] is not stored in this format, or None."""
         full = min(shape)
         return (
             f"a rank of {self.rank} is no less than that of {shape[0]} x {shape[1]} weights"
@@ -65,8 +65,8 @@ class FactoredLayout:
         )
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape of every tensor of a linear [rows, columns], bias apart, by name; the type is any of
-        floats."""
+        """Shape of every tensor of a linear [rows, columns], without its bias, by name; any float type is
+        allowed."""
         dtype = torch.float32
         if self.format == "basis":
             return {"weight": ((1, rows, self.rank), dtype), "weight_right": ((self.rank, columns), dtype)}
@@ -79,7 +79,7 @@ class FactoredLayout:
         return found
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of the stored tensors of a linear."""
+        """The checks of a linear's stored tensors."""
         return [
             finite(tensors[name], f"`{name}`")
             for name in ("weight", "weight_left", "weight_right")
@@ -91,7 +91,7 @@ class FactoredLayout:
         return read(tensors, self, tensors["weight"].shape[1] if tensors["weight"].dim() == 3 else 0, columns)
 
     def inputs(self, input_scale: float | Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-        """How the kernel rounds what a linear reads: not at all."""
+        """How the kernel rounds the inputs of a linear: it does not round them."""
         return None
 
 
@@ -106,7 +106,7 @@ class FactoredWeight:
     right_KC: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> FactoredWeight:
-        """The same with its parts rounded to a type, on the CPU."""
+        """The same linear with its parts rounded to a type, on the CPU."""
         parts = (self.whole_RC, self.left_RK, self.right_KC)
         return FactoredWeight(
             self.layout,
@@ -114,8 +114,8 @@ class FactoredWeight:
         )
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a FactoredLinear names
-        them."""
+        """The tensors of one linear as they are stored on disk and named in the state dict of a
+        FactoredLinear."""
         if self.layout.format == "basis":
             parts = {"weight": self.left_RK, "weight_right": self.right_KC}
         else:
@@ -124,7 +124,7 @@ class FactoredWeight:
         return found | {"weight": found["weight"][None]}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight [R, C], multiplied out in float32."""
+        """The weight [R, C], multiplied in float32."""
         made = torch.zeros(()) if self.whole_RC is None else self.whole_RC.float()
         if self.left_RK is not None and self.right_KC is not None:
             made = made + self.left_RK.float() @ self.right_KC.float()
@@ -132,8 +132,8 @@ class FactoredWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, columns: int) -> FactoredWeight:
-    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
-    [rows, columns]."""
+    """The inverse of `FactoredWeight.tensors`, bit for bit. Errors: ModelError if the tensors can't be a
+    linear [rows, columns]."""
     seen = {name: tuple(tensor.shape) for name, tensor in tensors.items() if name != "bias"}
     expected = {name: shape for name, (shape, _) in layout.shapes(rows, columns).items()}
     if seen != expected or not all(tensor.is_floating_point() for tensor in tensors.values()):
@@ -146,9 +146,9 @@ def read(tensors: Mapping[str, Tensor], layout: FactoredLayout, rows: int, colum
 
 
 class FactoredLinear(StoredLinear):
-    """A linear [in_features -> out_features] made of parts; `dtype` is that of the model, and of the bias.
+    """A linear [in_features -> out_features] made of parts; `dtype` is that of the model and of the bias.
 
-    The parts are cast with the model, as the weights of a plain linear are, and learn if they are told to
+    The parts are cast with the model, as the weights of a plain linear are, and can be trained
     (`requires_grad_`).
     """
 
@@ -158,12 +158,12 @@ class FactoredLinear(StoredLinear):
     weight_right: Tensor
 
     def prepare(self) -> None:
-        """Nothing: the forward reads the stored tensors as they are."""
+        """Do nothing: the forward reads the stored tensors as they are."""
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
         weight = read(self.stored(), self.scheme, self.out_features, self.in_features)
-        return weight.dequantize(dtype).clone()  # not what others share
+        return weight.dequantize(dtype).clone()  # a copy, because other layers share the original
 
     def forward(self, input: Tensor) -> Tensor:
         """input [..., C] to [..., R] in the type of `input`."""
@@ -177,14 +177,14 @@ class FactoredLinear(StoredLinear):
         return out + linear(linear(input, self.weight_right.to(dtype)), self.weight_left.to(dtype))
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return f"{super().extra_repr()}, {self.scheme.name}"
 
 
 def linear(
     weight: FactoredWeight, bias: Tensor | None, *, device: torch.device | str = "cpu"
 ) -> FactoredLinear:
-    """A live module, in eval mode, that holds copies of our parts."""
+    """Return a live module, in eval mode, that holds copies of our parts."""
     tensors = weight.tensors()
     R, C = (
         tensors["weight"].shape[1],

@@ -1,5 +1,5 @@
-"""What config.json's `quantization_config` says of a model of ours: the scheme of each linear, and which
-tensors are one."""
+"""config.json's `quantization_config` of our models: the scheme of each linear, and which tensors are
+tied."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ METHOD = "llmcompress"
 def quantization_config(
     schemes: Sequence[tuple[AnyLayout, Sequence[str]]], ties: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
-    """config.json's `quantization_config`: each scheme with the full names of its linears, and ties. Errors:
-    ModelError."""
+    """Return config.json's `quantization_config`: each scheme with the full names of its linears, and the
+    ties. Errors: ModelError."""
     entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
     return CompressedConfig(entries, ties).to_dict()
 
 
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of a model of ours: `schemes`, each with its `linears`, and `ties`. Errors:
+    """The `quantization_config` of one of our models: `schemes`, each with its `linears`, and `ties`. Errors:
     ModelError."""
 
-    ties: Mapping[str, str] = {}  # tensor -> the one that it is
+    ties: Mapping[str, str] = {}  # tensor -> the tensor that it is tied to
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class CompressedConfig(QuantizationConfigMixin):
         return layouts_of(self.schemes)
 
     def without(self, linears: Collection[str]) -> CompressedConfig:
-        """The same, of a model in which these are plain."""
+        """The same config for a model in which these linears are plain."""
         left = [
             {**entry, "linears": [name for name in entry["linears"] if name not in linears]}
             for entry in self.schemes
@@ -66,8 +66,8 @@ class CompressedConfig(QuantizationConfigMixin):
 
 
 def read_config(quantization: Any) -> CompressedConfig:
-    """What config.json's `quantization_config` says of our linears and ties: nothing, where there is none or
-    another's.
+    """Return our linears and ties from config.json's `quantization_config`; empty if there is none or it
+    belongs to another method.
 
     Errors: ModelError.
     """

@@ -1,8 +1,8 @@
-"""Every weight format: found, read, written, put into a model, whatever it is.
+"""Every weight format: detected, read, written and put into a model through one interface.
 
-`FORMATS` are those of ours, which config.json describes; a new one is a file with a `FORMAT` and a line
-there. Beside them are the two native layouts of bitsandbytes, which need no plug-in. Whoever reads a
-checkpoint or a journal asks here.
+`FORMATS` lists our own formats, which config.json describes; a new one is a file with a `FORMAT` and a line
+in that list. The two native layouts of bitsandbytes stand beside them and need no plug-in. Code that reads a
+checkpoint or a journal goes through this module.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ FORMATS: tuple[Format, ...] = (
 StoredWeight = (
     bitsandbytes_layout.Packed | Int8Weight | IntegerWeight | SparseWeight | FactoredWeight | CodebookWeight
 )
-# the layouts that are not of quantised linears
+# layouts of linears that are not quantised
 RewrittenLayout = SparseLayout | FactoredLayout | CodebookLayout
 AnyLayout = IntegerLayout | FourBitLayout | RewrittenLayout  # of a linear in a model that needs our plug-in
 NATIVE_MARKS = ("weight.absmax", "SCB")
-RENAMED = {"block": "group_size"}  # fields of schemes, as config.json had them before 0.1
+RENAMED = {"block": "group_size"}  # old names of scheme fields in config.json, from before 0.1
 
 
 def format_of(layout: AnyLayout) -> Format:
-    """The format that a layout belongs to."""
+    """Return the format that a layout belongs to."""
     return next(each for each in FORMATS if isinstance(layout, each.layout))
 
 
 def quantized_linears(names: Mapping[str, Any]) -> list[str]:
-    """The linears that are no plain ones among tensors, by full name, in their order; one that is only shared
-    has no mark."""
+    """The full names of the linears that are not plain, in the order of the tensors. A linear that is only
+    shared has no mark."""
     marks = [f".{mark}" for mark in (*NATIVE_MARKS, *(each.mark for each in FORMATS))]
     return [name.removesuffix(mark) for name in names for mark in marks if name.endswith(mark)]
 
 
 def parts_of(linear: str, tensors: Mapping[str, Any]) -> dict[str, Any]:
-    """What belongs to the weight of one linear, bias apart, under the names that it has in the linear."""
+    """The tensors of one linear's weight, without its bias, by their names in the linear."""
     if f"{linear}.weight.absmax" in tensors:
         return bitsandbytes_layout.parts_of(linear, tensors)
     inside = {
@@ -76,9 +76,9 @@ def read(parts: Mapping[str, Tensor], layout: AnyLayout | None, shape: tuple[int
 def read(
     parts: Mapping[str, Tensor], layout: AnyLayout | None = None, shape: tuple[int, int] = (0, 0)
 ) -> StoredWeight:
-    """The linear that the tensors of `parts_of` are.
+    """Return the linear that the tensors of `parts_of` store.
 
-    `layout` is None for the native ones of bitsandbytes, which say their shape themselves; another layout
+    `layout` is None for the native layouts of bitsandbytes, which store their own shape; any other layout
     needs the shape [R, C]. Errors: ModelError for damaged tensors.
     """
     if layout is None:
@@ -88,7 +88,7 @@ def read(
 
 
 def tensors_of(weight: StoredWeight, *, native: bool = True) -> dict[str, Tensor]:
-    """The tensors of a linear as they are written, by their names in it; 4-bit codes in the stock layout if
+    """The tensors of a linear as they are written, by their names in it; 4-bit codes use the stock layout if
     `native`."""
     if not isinstance(weight, bitsandbytes_layout.Packed):
         return weight.tensors()
@@ -98,7 +98,8 @@ def tensors_of(weight: StoredWeight, *, native: bool = True) -> dict[str, Tensor
 def linear_of(
     weight: StoredWeight, bias: Tensor | None, *, native: bool, threshold: float, device: torch.device | str
 ) -> nn.Module:
-    """A live module that holds copies of a weight, on its kernels; `threshold` is LLM.int8's."""
+    """Return a live module that holds copies of a weight and runs on its kernels; `threshold` is
+    LLM.int8's."""
     if isinstance(weight, Int8Weight):
         return integer_linear.stock(weight, bias, threshold=threshold, device=device)
     if native and isinstance(weight, bitsandbytes_layout.Packed):
@@ -108,7 +109,7 @@ def linear_of(
 
 
 def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [R, C] that the codes stand for."""
+    """The weight [R, C] that the codes represent."""
     return (
         bitsandbytes_layout.dequantize(stored, dtype)
         if isinstance(stored, bitsandbytes_layout.Packed)
@@ -154,7 +155,7 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
 
 
 def _layout(name: str) -> type[AnyLayout]:
-    """What describes a linear whose format is called so; that of integers takes what no other does."""
+    """The layout class of a format name. Names that no other format has belong to the integer format."""
     return next(each.layout for each in FORMATS if name in each.names or not each.names)
 
 
@@ -163,18 +164,19 @@ def _shown(value: Any) -> str:
 
 
 def int8_inputs(threshold: float) -> Inputs:
-    """How LLM.int8's kernel rounds what a linear reads, through float16; columns that reach `threshold` are
-    left, if not 0."""
+    """Return how LLM.int8's kernel rounds the inputs of a linear, through float16. Columns that reach
+    `threshold` are not rounded, unless it is 0."""
 
     def rounded(x: Tensor) -> Tensor:
-        half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())  # the gradient is that of x
+        # gradients pass straight through to x
+        half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())
         return round_but_outliers(half, threshold)
 
     return rounded
 
 
 def layout_inputs(layout: AnyLayout, input_scale: Tensor | float | None) -> Inputs | None:
-    """How the product of a linear that needs our plug-in rounds what it reads; None where it doesn't."""
+    """Return how a linear that needs our plug-in rounds its inputs, or None if it does not."""
     if not isinstance(layout, IntegerLayout) or layout.activations == "none":
         return None
     bits = layout.activation_bits

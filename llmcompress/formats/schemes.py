@@ -1,8 +1,8 @@
 """The formats as a solver sees them: a grid, how many columns share a scale, which scales can be stored, and
 the result.
 
-One class for each kind of layout, with one face: what they say of weights, and how their kernels round what a
-linear reads.
+There is one class for each kind of layout, all with the same interface: what they store of weights, and how
+their kernels round the inputs of a linear.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from llmcompress.formats.integer import Int8Weight, IntegerLayout, IntegerWeight
 
 @dataclass(frozen=True)
 class FourBitScheme:
-    """NF4 or FP4 in bitsandbytes' layout: a scale a group, in float32 or in 8 bits."""
+    """NF4 or FP4 in bitsandbytes' layout: a scale per group, in float32 or in 8 bits."""
 
     format: Literal["nf4", "fp4"]
     group_size: int
     double_quant: bool
-    dtype: torch.dtype  # in which the base stores its weights, and in which the kernels are to compute
+    dtype: torch.dtype  # the type of the stored base weights, and the compute type of the kernels
 
     @property
     def grid(self) -> Grid:
@@ -40,28 +40,28 @@ class FourBitScheme:
 
     @property
     def signs(self) -> tuple[bool, ...]:
-        """Whether scales may be negative. They use the uneven grid better, but span a range that 8 bits
-        resolve less finely."""
+        """Whether scales may be negative. Negative scales use the uneven grid better, but span a range that 8
+        bits resolve less finely."""
         return (True, False) if self.double_quant else (True,)
 
     @property
     def layout(self) -> FourBitLayout:
-        """What config.json says of such a linear in a model that needs our plug-in."""
+        """The config.json entry of such a linear in a model that needs our plug-in."""
         return FourBitLayout(self.format, self.group_size, self.double_quant)
 
     @property
     def bits(self) -> float:
-        """Bits a weight on disk, scales included."""
+        """Bits per weight on disk, scales included."""
         return 4 + (8 + 32 / bitsandbytes_layout.NESTED_GROUP if self.double_quant else 32) / self.group_size
 
     @property
     def input_largest(self) -> int | None:
-        """Steps from zero to the largest of the inputs: they are not rounded."""
+        """Steps from zero to the largest input code; None, as inputs are not rounded."""
         return None
 
     @property
     def weight_largest(self) -> int:
-        """Steps from zero to the largest of the weights under one scale, if they were even."""
+        """Steps from zero to the largest weight under one scale, as if the grid were even."""
         return 7
 
     def columns(self, shape: tuple[int, ...]) -> int:
@@ -69,15 +69,15 @@ class FourBitScheme:
         return self.group_size
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] can't be stored so, or None."""
+        """Return why a linear [R, C] can't be stored in this format, or None."""
         return bitsandbytes_layout.refusal(shape, self.format, self.group_size)
 
     def snap(self, scale_RG: Tensor) -> Tensor:
-        """The scales as they will be read back."""
+        """The scales as they will be read back from disk."""
         return bitsandbytes_layout.double_quantize(scale_RG).decode() if self.double_quant else scale_RG
 
     def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
-        """Codes, with scales that are yet to be snapped."""
+        """Return the stored weight, from codes and scales that are not snapped yet."""
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
         codes_RC = self.grid.codes[result.index_RC.cpu()]
         scale_RG = nested.decode() if nested else result.scale_RG.cpu()
@@ -86,11 +86,12 @@ class FourBitScheme:
         )
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds what a linear reads: not at all."""
+        """How the kernel rounds the inputs of a linear: it does not round them."""
         return None
 
     def static_scale(self, top: float) -> float | None:
-        """The one scale of inputs that reach `top`, where there is such a scale."""
+        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
+        scale."""
         return None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
@@ -101,14 +102,14 @@ class FourBitScheme:
         )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
-        """The inverse of what is written."""
+        """Read the weight back from its tensors on disk."""
         return registry.read(parts)
 
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """LLM.int8's layout: one scale a row, and activations that the kernel rounds to 8 bits a token, outliers
-    apart."""
+    """LLM.int8's layout: a per-channel scale, and activations that the kernel rounds to 8 bits per token,
+    except outliers."""
 
     threshold: float
     format: Literal["int8"] = "int8"
@@ -127,41 +128,42 @@ class Int8Scheme:
         return shape[1]
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] can't be stored so, or None."""
+        """Return why a linear [R, C] can't be stored in this format, or None."""
         return None
 
     def snap(self, scale_RG: Tensor) -> Tensor:
-        """The scales as they will be read back."""
+        """The scales as they will be read back from disk."""
         return scale_RG
 
     def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
-        """Codes and scales."""
+        """Return the stored weight, from codes and scales."""
         return Int8Weight(self.grid.codes[result.index_RC.cpu()], result.scale_RG[:, 0].cpu())
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds what a linear reads."""
+        """How the kernel rounds the inputs of a linear."""
         return registry.int8_inputs(self.threshold)
 
     def static_scale(self, top: float) -> float | None:
-        """The one scale of inputs that reach `top`, where there is such a scale."""
+        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
+        scale."""
         return None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
-        """Stock bitsandbytes."""
+        """Quantise as stock bitsandbytes."""
         return integer.quantize_nearest(W_RC.cpu())
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
-        """The inverse of what is written."""
+        """Read the weight back from its tensors on disk."""
         return registry.read(parts)
 
 
 @dataclass(frozen=True)
 class IntegerScheme:
-    """W8A8, W4A8 and W4A4 in our own layout: one scale a row; 4-bit codes have a whole multiplier a group
-    besides."""
+    """W8A8, W4A8 and W4A4 in our own layout: a per-channel scale; 4-bit codes also have an integer multiplier
+    per group."""
 
     scheme: IntegerLayout
-    range: str = "mse"  # what a static scale of inputs is chosen by
+    range: str = "mse"  # how a static scale of inputs is chosen
     signs = (False,)
 
     @property
@@ -176,22 +178,22 @@ class IntegerScheme:
 
     @property
     def layout(self) -> IntegerLayout:
-        """What config.json says of such a linear in a model that needs our plug-in."""
+        """The config.json entry of such a linear in a model that needs our plug-in."""
         return self.scheme
 
     @property
     def bits(self) -> float:
-        """Bits a weight on disk, multipliers included; the scale of a row is left out."""
+        """Bits per weight on disk, multipliers included, per-channel scales excluded."""
         return self.scheme.weight_bits + (8 / self.scheme.group_size if self.scheme.group_size else 0)
 
     @property
     def input_largest(self) -> int | None:
-        """Steps from zero to the largest of the inputs; None where they are not rounded."""
+        """Steps from zero to the largest input code; None if inputs are not rounded."""
         return None if self.scheme.activations == "none" else integer.LARGEST[self.scheme.activation_bits]
 
     @property
     def weight_largest(self) -> int:
-        """Steps from zero to the largest of the weights under one scale."""
+        """Steps from zero to the largest weight under one scale."""
         return integer.LARGEST[self.scheme.weight_bits]
 
     def columns(self, shape: tuple[int, ...]) -> int:
@@ -199,7 +201,7 @@ class IntegerScheme:
         return self.scheme.group_size or shape[1]
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] can't be stored so, or None."""
+        """Return why a linear [R, C] can't be stored in this format, or None."""
         C, group_size = shape[1], self.scheme.group_size
         return (
             f"{self.format} rows of {C} weights don't divide into groups of {group_size}"
@@ -208,21 +210,21 @@ class IntegerScheme:
         )
 
     def snap(self, scale_RG: Tensor) -> Tensor:
-        """The scales as they will be read back."""
+        """The scales as they will be read back from disk."""
         if self.scheme.group_size is None:
             return scale_RG
         step_R, multiplier_RG = integer_scales(scale_RG, integer.MULTIPLIER)
         return step_R[:, None] * multiplier_RG
 
     def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
-        """Codes, with scales that are yet to be snapped."""
+        """Return the stored weight, from codes and scales that are not snapped yet."""
         largest, multiplier = integer.LARGEST[self.scheme.weight_bits], None
         step_R = result.scale_RG[:, 0]
         if self.scheme.group_size is not None:
             step_R, found_RG = integer_scales(result.scale_RG, integer.MULTIPLIER)
             multiplier = found_RG.to(torch.uint8).cpu()
         scale_R = (step_R / largest).cpu()
-        # a fit may end below zero, or so near that it is zero: the same weights under a scale that is not
+        # a fitted scale may be negative, or so small that it is zero: the sign moves into the codes
         codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
         scale = (
             None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
@@ -230,7 +232,7 @@ class IntegerScheme:
         return IntegerWeight(codes_RC, scale_R.abs(), self.scheme, multiplier, scale)
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
-        """How the kernel rounds what a linear reads; None where only weights are rounded."""
+        """How the kernel rounds the inputs of a linear; None if only weights are rounded."""
         return registry.layout_inputs(self.scheme, input_scale)
 
     @property
@@ -239,11 +241,12 @@ class IntegerScheme:
         return self.scheme.activations == "static"
 
     def static_scale(self, top: float) -> float | None:
-        """The one scale of inputs that reach `top`, where there is such a scale."""
+        """The static scale for inputs whose largest magnitude is `top`, or None if the scheme has no static
+        scale."""
         return top / integer.LARGEST[self.scheme.activation_bits] if self.static else None
 
     def nearest(self, W_RC: Tensor, input_scale: float | None = None) -> registry.StoredWeight:
-        """Absmax scales, nearest codes."""
+        """Quantise to the nearest codes under absmax scales."""
         scale_RG = groups_of(W_RC, self.columns(tuple(W_RC.shape))).abs().amax(-1)
         scale_RG = torch.where(scale_RG > 0, scale_RG, torch.ones_like(scale_RG))
         snapped = self.snap(scale_RG).repeat_interleave(self.columns(tuple(W_RC.shape)), dim=1)
@@ -252,7 +255,7 @@ class IntegerScheme:
         )
 
     def read(self, parts: Mapping[str, Tensor], columns: int) -> registry.StoredWeight:
-        """The inverse of what is written."""
+        """Read the weight back from its tensors on disk."""
         return integer.read(parts, self.scheme, columns)
 
 

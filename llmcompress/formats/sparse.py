@@ -1,15 +1,15 @@
-"""A linear most of whose weights may be zero: the values that stay and a bit for every place, and the module
-that runs it.
+"""A linear with many weights set to zero: the values that stay and a mask of one bit per weight, and the
+module that runs it.
 
-A share of the weights stays (`unstructured`), or n of every m neighbours in a row (`2:4`). How many there are
-follows from that and from the shape, whatever the rows have each, so a loader knows the shapes before it
-reads. On the disk a weight of 16 bits at half its values takes 9. `weight` is one row of values, which no
-plain linear has, so that a stock loader refuses it.
+The layout keeps a share of the weights (`unstructured`) or n of every m neighbours in a row (`2:4`). The
+number of values follows from the layout and the shape, whatever each row keeps, so a loader knows the shapes
+before it reads. On disk, a 16-bit weight with half of its values takes 9 bits per weight. `weight` is one row
+of values, which no plain linear has, so a stock loader refuses it.
 
-There is no speed in it: the zeros are filled in once (`prepare`) and multiplied like any others, and the
-dense weight is kept beside the values, which is MORE memory than a plain linear takes. What torch has for 2:4
-on a GPU, cuSPARSELt's product, was slower than the dense one for every shape that evaluation/speed.py tried
-on an H100, so it is not taken. R rows (out), C columns (in).
+It is not faster than a dense linear: the zeros are filled in once (`prepare`) and multiplied like any other
+weight. The dense weight is kept beside the values, which takes MORE memory than a plain linear. torch's 2:4
+product on a GPU (cuSPARSELt) was slower than the dense product for every shape that evaluation/speed.py tried
+on an H100, so it is not used. R rows (out), C columns (in).
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from llmcompress.formats.value_checks import Flaw, finite, require_sound
 
 @dataclass(frozen=True)
 class SparseLayout:
-    """What stays of a linear, and the type of its values: `keep` of the weights, or n of every m in a row
-    (`pattern` "n:m").
+    """Which weights of a linear are kept, and the type of their values: a share `keep`, or n of every m in a
+    row (`pattern` "n:m").
 
     A last group of fewer than m columns keeps up to n. Errors: ValueError.
     """
@@ -56,26 +56,26 @@ class SparseLayout:
 
     @property
     def name(self) -> str:
-        """What a report calls it: `sparse 2:4`."""
+        """The name in reports: `sparse 2:4`."""
         return f"sparse {self.pattern}"
 
     def kept(self, columns: int) -> int:
-        """Weights that stay in a row of so many, in the mean of the rows."""
+        """The mean number of weights that stay in a row of `columns`."""
         if self.keep is not None:
             return round(self.keep * columns)
         n, m = map(int, self.pattern.split(":"))
         return columns // m * n + min(n, columns % m)
 
     def choice(self, columns: int) -> Keep:
-        """What `methods.sparse` is asked to keep of rows of so many: n of m, or a share that is a whole
-        number of each row."""
+        """The `keep` argument of `algorithms.sparsegpt`: n of m, or a share that is a whole number of weights
+        per row in the mean."""
         if self.keep is not None:
             return self.kept(columns) / columns
         n, m = map(int, self.pattern.split(":"))
         return n, m
 
     def allows(self, mask_RC: Tensor) -> bool:
-        """Whether a mask has as many ones as it must, and n of m nowhere more than n."""
+        """Whether a mask keeps the required number of weights, and at most n in each m."""
         R, C = mask_RC.shape
         if int(mask_RC.sum()) != R * self.kept(C):
             return False
@@ -85,23 +85,23 @@ class SparseLayout:
         return int(nn.functional.pad(mask_RC, (0, -C % m)).unflatten(1, (-1, m)).sum(-1).max()) <= n
 
     def bits(self, shape: tuple[int, int]) -> float:
-        """Bits a weight on disk of a linear [R, C], zeros and their mask included."""
+        """Bits per weight on disk of a linear [R, C], zeros and mask included."""
         return 8 * (DTYPES[self.dtype].itemsize * self.kept(shape[1]) + -(-shape[1] // 8)) / shape[1]
 
     def refusal(self, shape: tuple[int, int]) -> str | None:
-        """Why a linear [R, C] is not stored so, or None."""
+        """Return why a linear [R, C] is not stored in this format, or None."""
         whole = self.kept(shape[1]) in (0, shape[1])
         return f"all or nothing of a row of {shape[1]} weights would stay" if whole else None
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-        """Shape and type on the disk of every tensor of a linear [rows, columns], bias apart, by name."""
+        """Shape and type on disk of every tensor of a linear [rows, columns], without its bias, by name."""
         return {
             "weight": ((rows * self.kept(columns),), DTYPES[self.dtype]),
             "weight_mask": ((rows, -(-columns // 8)), torch.uint8),
         }
 
     def flaws(self, tensors: Mapping[str, Tensor]) -> list[Flaw]:
-        """What must hold of the stored tensors of a linear; the mask apart, which `read` counts."""
+        """The checks of a linear's stored tensors, except the mask, which `read` checks by counting."""
         return [finite(tensors["weight"], "values")]
 
     def read(self, tensors: Mapping[str, Tensor], columns: int) -> SparseWeight:
@@ -109,14 +109,13 @@ class SparseLayout:
         return read(tensors, self, len(tensors["weight_mask"]), columns)
 
     def inputs(self, input_scale: float | Tensor | None = None) -> Callable[[Tensor], Tensor] | None:
-        """How the kernel rounds what a linear reads: not at all."""
+        """How the kernel rounds the inputs of a linear: it does not round them."""
         return None
 
 
 @dataclass(frozen=True, eq=False)
 class SparseWeight:
-    """One linear: the values that stay, row by row, and where: mask_RC bool [R, C], True where a weight
-    stays."""
+    """One linear: the values that stay, row by row, and mask_RC bool [R, C], True where a weight stays."""
 
     values: Tensor
     mask_RC: Tensor
@@ -124,8 +123,8 @@ class SparseWeight:
 
     @classmethod
     def of(cls, W_RC: Tensor, mask_RC: Tensor, layout: SparseLayout) -> SparseWeight:
-        """What the mask leaves of W [R, C], rounded to the layout's type. Errors: ValueError for a mask of
-        another kind."""
+        """Keep the weights of W [R, C] under the mask, rounded to the layout's type. Errors: ValueError if
+        the mask does not fit the layout."""
         if not layout.allows(mask_RC):
             raise ValueError(
                 f"a mask of {int(mask_RC.sum())} in {tuple(mask_RC.shape)} is not what {layout} leaves"
@@ -134,12 +133,12 @@ class SparseWeight:
 
     @property
     def zeros(self) -> int:
-        """How many weights went."""
+        """The number of weights that are zero."""
         return self.mask_RC.numel() - self.values.numel()
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors of one linear as they lie on the disk, and as the state dict of a SparseLinear names
-        them."""
+        """The tensors of one linear as they are stored on disk and named in the state dict of a
+        SparseLinear."""
         return {"weight": self.values, "weight_mask": pack_mask(self.mask_RC)}
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -148,7 +147,7 @@ class SparseWeight:
 
 
 def read(tensors: Mapping[str, Tensor], layout: SparseLayout, rows: int, columns: int) -> SparseWeight:
-    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError for what can't be a linear
+    """The inverse of `SparseWeight.tensors`, bit for bit. Errors: ModelError if the tensors can't be a linear
     [rows, columns]."""
     seen = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items() if name != "bias"}
     if seen != layout.shapes(rows, columns):
@@ -166,11 +165,11 @@ def read(tensors: Mapping[str, Tensor], layout: SparseLayout, rows: int, columns
 
 
 class SparseLinear(StoredLinear):
-    """A linear [in_features -> out_features] whose zeros are not stored; `dtype` is that of the model, and of
+    """A linear [in_features -> out_features] whose zeros are not stored; `dtype` is that of the model and of
     the dense weight.
 
-    Gradients go to the input and the bias; the weight has none. Without the dense weight, as when weights are
-    offloaded, it is filled in at every forward.
+    Gradients go to the input and the bias; the weight has none. Without the dense weight, for example when
+    weights are offloaded, every forward fills it in.
     """
 
     scheme: SparseLayout
@@ -180,11 +179,11 @@ class SparseLinear(StoredLinear):
 
     @torch.no_grad()
     def prepare(self) -> None:
-        """Fill in the dense weight and keep it, unless the values aren't there (meta)."""
+        """Fill in the dense weight and keep it, unless the values are not in memory (meta)."""
         self.dense = None if self.weight.device.type == "meta" else self.dequantized(self.dtype)
 
     def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The weight [R, C]. Errors: ModelError where the stored tensors are nonsense."""
+        """The weight [R, C]. Errors: ModelError if the stored tensors are damaged."""
         return read(self.stored(), self.scheme, self.out_features, self.in_features).dequantize(dtype)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -197,19 +196,19 @@ class SparseLinear(StoredLinear):
         before = self.dense
         super()._apply(fn, recurse)
         if before is not None and self.dense is not None:
-            cast = self.dense.dtype != before.dtype  # filled in anew, for the values did not lose what it did
+            cast = self.dense.dtype != before.dtype  # refill from the values, which keep their precision
             self.dtype = self.dense.dtype
             if cast or self.dense.device != before.device:
                 self.prepare()
         return self
 
     def extra_repr(self) -> str:
-        """What the scheme is, for `print(model)`."""
+        """The scheme, for `print(model)`."""
         return f"{super().extra_repr()}, {self.scheme.name}, keep={self.scheme.keep}"
 
 
 def linear(weight: SparseWeight, bias: Tensor | None, *, device: torch.device | str = "cpu") -> SparseLinear:
-    """A live module, in eval mode and prepared, that holds copies of our values and mask."""
+    """Return a live module, prepared and in eval mode, that holds copies of our values and mask."""
     (R, C), dtype = weight.mask_RC.shape, DTYPES[weight.layout.dtype]
     module = SparseLinear(C, R, weight.layout, bias=bias is not None, dtype=dtype, device="meta")
     return hold(module, weight.tensors(), bias, device)

@@ -1,16 +1,16 @@
 """Saving a live model in a native bitsandbytes layout, which transformers 5.23 refuses or gets wrong.
 
-Three things are in the way. Transformers can't reverse the loading of such a checkpoint
-(NotImplementedError). On a CPU with AVX512-BF16 the first forward without gradients has bitsandbytes repack
-4-bit weights in place and round their scales to bfloat16: the exact ones are nowhere in the model any more,
-and `state_dict()` transposes what is left. And a forward leaves the biases of linears in the type that it
-computes in. So `save_native` mends the live model first. Lost scales come from the checkpoint that it was
-loaded from, if bitsandbytes' own repacking makes of them the very bytes that the model holds; where that
-can't be had, saving is refused.
+There are three obstacles. transformers can't reverse the loading of such a checkpoint (NotImplementedError).
+On a CPU with AVX512-BF16, the first forward without gradients makes bitsandbytes repack 4-bit weights in
+place and round their scales to bfloat16: the model no longer holds the exact scales, and `state_dict()`
+transposes what is left. And a forward leaves the biases of linears in the type that it computes in. So
+`save_native` first mends the live model. Lost scales are read from the checkpoint that the model was loaded
+from, if bitsandbytes' own repacking turns them into exactly the bytes that the model holds. If that is not
+possible, saving is refused.
 
-Importing this module has plain `save_pretrained` mend or refuse in the same way, through the hook that
-transformers' quantizers have for it. `state_dict()` and moving a repacked model to a GPU go past it and are
-as wrong as they were.
+Importing this module makes plain `save_pretrained` mend or refuse in the same way, through the hook that
+transformers' quantizers have for it. `state_dict()` and moving a repacked model to a GPU bypass it and stay
+as wrong as before.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from llmcompress.integrations.transformers_compat import Bnb4bitDeserialize, Bnb
 from llmcompress.io.destination import Seen, appear, seen
 from llmcompress.io.safetensors_writer import same, sync, sync_folder, writing
 
-TURNS = 4  # how often a weight was repacked and turned back, at most, for its origin to be known again
+TURNS = 4  # the number of repack-and-unpack cycles, at most, after which the origin of a weight is recognised
 MODEL_FILES = ("config.json", "generation_config.json", "model*.safetensors", "model.safetensors.index.json")
 
 
@@ -43,20 +43,20 @@ def save_native(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
 ) -> Path:
-    """Save a model of bitsandbytes' own layouts as `save_pretrained` would, so that plain `from_pretrained`
-    loads it bit-equal.
+    """Save a model in one of bitsandbytes' own layouts as `save_pretrained` would, so that plain
+    `from_pretrained` loads it bit-equal.
 
-    Written are config.json, generation_config.json and safetensors, all or nothing; the folder's path is
-    returned. Codes and scales are those that were loaded or quantised, every other parameter is as it is now.
-    Where a forward on a CPU has rounded scales, the checkpoint in `model.config._name_or_path` is loaded
-    beside the model, from this machine alone (of a Hub id what the cache has as `main`; a model keeps no
-    revision), and stands in once it is proved to be what the model was made of: the codes are the same, and
-    so are its scales, rounded. The model is mended by that as well. A bias that a forward rounded is taken
-    from there too, and saved as it is where it can't be.
+    Writes config.json, generation_config.json and safetensors, all or nothing, and returns the path of the
+    folder. Codes and scales are those that were loaded or quantised; every other parameter is saved as it is
+    now. If a forward on a CPU has rounded scales, the checkpoint in `model.config._name_or_path` is loaded
+    beside the model, from this machine only (for a Hub id, what the cache has as `main`, because a model does
+    not record its revision). Its scales are used once it is proved to be the origin of the model: the codes
+    are equal, and so are its scales once they are rounded. This mends the live model too. A bias that a
+    forward rounded is also taken from there, or saved as it is if there is no exact value for it.
 
-    With `overwrite` the model in a folder that isn't empty is replaced and its other files stay. Errors:
-    ModelError for a model without such linears, with adapters or offloaded weights, or of which lost scales
-    can't be had; OutputError where the folder isn't empty or can't be written.
+    With `overwrite`, the model in a folder that is not empty is replaced, and its other files stay. Errors:
+    ModelError for a model without such linears, with adapters or offloaded weights, or whose lost scales
+    can't be recovered; OutputError if the folder is not empty or can't be written.
     """
     _require_native(model)
     folder = Path(save_directory).resolve()
@@ -72,7 +72,7 @@ def save_native(
 
 
 def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: int | str) -> None:
-    """Let the model appear in a folder by one rename, beside what else was seen there before. Errors:
+    """Publish the model in a folder by one rename, together with the other files seen there before. Errors:
     OutputError."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
@@ -99,7 +99,7 @@ def _write(model: PreTrainedModel, folder: Path, before: Seen, max_shard_size: i
 
 
 def _flush(folder: Path) -> None:
-    """Have everything in a folder on the disk."""
+    """Flush everything in a folder to the disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:
@@ -109,7 +109,7 @@ def _flush(folder: Path) -> None:
 
 
 def _linears(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """The linears in one of bitsandbytes' layouts, by full name."""
+    """Yield the linears in one of bitsandbytes' layouts, by full name."""
     return (
         (name, module)
         for name, module in model.named_modules()
@@ -141,7 +141,7 @@ def _require_native(model: PreTrainedModel) -> None:
 
 
 def mend(model: PreTrainedModel) -> None:
-    """Give the live model what forwards took from it, and let transformers save it. Errors: ModelError."""
+    """Restore in the live model what forwards changed, and let transformers save it. Errors: ModelError."""
     linears = dict(_linears(model))
     lost = [name for name, module in linears.items() if bitsandbytes_layout.scales_lost(module)]
     rounded = [name for name, module in linears.items() if _is_rounded(module.bias, model.dtype)]
@@ -166,7 +166,7 @@ def mend(model: PreTrainedModel) -> None:
         if module.bias is not None:
             _settle(module.bias, model.dtype, getattr(found.get(name), "bias", None))
     loading = getattr(model, "_weight_conversions", None) or []
-    if loading:  # these alone have no way back, and need none: a state dict has the names of the checkpoint
+    if loading:  # only these can't be reversed, and need not be: a state dict has the checkpoint's names
         model._weight_conversions = [entry for entry in loading if not _reads_codes(entry)]  # type: ignore[assignment]
 
 
@@ -184,23 +184,24 @@ def _refusal(model: PreTrainedModel, lost: list[str], why: str) -> ModelError:
 
 
 def _loaded_again(model: PreTrainedModel) -> PreTrainedModel:
-    """The model as it was loaded, from this machine alone. Errors: OSError, ValueError or RuntimeError where
-    it can't be."""
+    """Load the model again, from this machine only. Errors: OSError, ValueError or RuntimeError if that
+    fails."""
     where = str(model.config._name_or_path)
     if not where:
         raise ValueError("the model was not loaded from anywhere")
     options: dict[str, Any] = {"dtype": model.dtype, "device_map": {"": "cpu"}, "local_files_only": True}
     config = type(model.config).from_pretrained(where, local_files_only=True)
-    if getattr(config, "quantization_config", None) is None:  # it was quantised as it was loaded
+    if getattr(config, "quantization_config", None) is None:  # it was quantised while it was loaded
         options["quantization_config"] = copy.deepcopy(cast(Any, model.config).quantization_config)
     return type(model).from_pretrained(where, **options)
 
 
 def _came_from(module: Any, origin: Any) -> bool:
-    """Whether a linear whose scales are lost was `origin`, the linear of that name as it was loaded.
+    """Whether a linear whose scales are lost was loaded as `origin`, the linear of that name in a fresh copy
+    of the model.
 
-    It was if bitsandbytes' repacking, or some turns there and back, makes of origin's tensors what the linear
-    holds, bit for bit: all codes, and scales as far as the linear still has them.
+    It was if bitsandbytes' repacking, or a few cycles of repacking and unpacking, turns origin's tensors into
+    those of the linear, bit for bit: all codes, and the scales as far as the linear still has them.
     """
     if type(origin) is not type(module):
         return False
@@ -222,7 +223,7 @@ def _came_from(module: Any, origin: Any) -> bool:
 
 
 def _same(data: Tensor, state: Any, other_data: Tensor, other: Any) -> bool:
-    """Whether two weights in bitsandbytes' memory are the same bytes, wherever they are."""
+    """Whether two weights in bitsandbytes' memory layout have the same bytes, on whatever devices."""
     if state.nested != other.nested:
         return False
     pairs = [(data, other_data), (state.code, other.code), (state.absmax, other.absmax)]
@@ -241,8 +242,8 @@ def _is_rounded(bias: Tensor | None, dtype: torch.dtype) -> bool:
 
 
 def _settle(bias: nn.Parameter, dtype: torch.dtype, origin: Tensor | None) -> None:
-    """Turn a bias back to its type, to the exact value if it is still origin's rounded; what neither fits
-    stays as it is."""
+    """Cast a bias back to its type: to origin's exact value if the bias is still that value rounded, else to
+    its own value. A bias that neither fits stays as it is."""
     if bias.dtype == dtype:
         return
     for exact in ([] if origin is None else [origin.data.to(bias.device)]) + [bias.data.to(dtype)]:

@@ -1,9 +1,9 @@
-"""Adapters of PEFT on modules of ours: merging one changes weights, which codes can't follow, so they become
-plain first.
+"""PEFT adapters on our modules: they become plain before merging, because codes can't take the merged
+weights.
 
-PEFT merges by adding to `weight.data`, and takes any subclass of nn.Linear for a float one: it would end in
-an error of torch, or add to codes, or to what layers share. It has no registry for modules of others, so its
-check before merging is extended (`registration`).
+PEFT merges by adding to `weight.data`, and takes any subclass of nn.Linear for a float linear. It would end
+in an error of torch, or add to codes, or to tensors that layers share. It has no registry for modules of
+other packages, so its check before merging is extended (`integrations.registration`).
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ from llmcompress.integrations.plain_modules import WRAPPED, make_plain
 
 
 def ready_to_merge(model: Any) -> None:
-    """Turn the modules of ours that are under an adapter plain, in the type of the model. Errors:
-    ModelError."""
+    """Make our modules under an adapter plain, in the type of the model. Errors: ModelError."""
     under = {
         name: m
         for name, m in model.named_modules()
@@ -39,5 +38,5 @@ def ready_to_merge(model: Any) -> None:
                     f"{name} is a Conv1D, which {type(adapter).__name__} can't merge into; use "
                     "model.dequantize() first"
                 )
-            adapter.fan_in_fan_out = True  # as for the Conv1D that it becomes
+            adapter.fan_in_fan_out = True  # as for the Conv1D that replaces it
     make_plain(model, [f"{name}{WRAPPED}" for name in under], model.dtype)

@@ -1,7 +1,7 @@
-"""Modules of ours turned back into plain float ones, all of a model or some, as its config then says.
+"""Our modules turned back into plain float ones, all or some of a model's, with the config updated to match.
 
-`model.dequantize()` is all of them. `resize_token_embeddings` turns the embedding and the head, which have no
-codes for new rows, and merging an adapter the linears that it changes.
+`model.dequantize()` turns all of them. `resize_token_embeddings` turns the embedding and the head, which have
+no codes for new rows. Merging an adapter turns the linears that it changes.
 """
 
 from __future__ import annotations
@@ -20,17 +20,16 @@ from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.quantization_config import CompressedConfig, read_config
 from llmcompress.integrations.transformers_compat import Conv1D
 
-WRAPPED = ".base_layer"  # what PEFT adds to the name of a linear under an adapter
+WRAPPED = ".base_layer"  # PEFT's suffix for the name of a linear under an adapter
 
 
 def ours(model: PreTrainedModel) -> Iterator[tuple[str, StoredModule]]:
-    """The modules of ours in a model, by full name."""
+    """Yield our modules in a model, by full name."""
     return ((name, module) for name, module in model.named_modules() if isinstance(module, StoredModule))
 
 
 def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str]:
-    """The ties by the names that the tensors have in this model, which lacks a prefix where it has no
-    head."""
+    """The ties by the names of the tensors in this model, which lack a prefix if it has no head."""
     prefix = f"{model.base_model_prefix}."
     shorter = model.base_model is model and all(name.startswith(prefix) for name in ties)
     return (
@@ -41,10 +40,10 @@ def known_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> dict[str, str
 
 
 def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtype) -> None:
-    """Put float modules in place of those of ours that are called so, and have the config say so.
+    """Replace those of our modules that are named by float modules, and update the config.
 
-    Errors: ModelError for offloaded weights, and for what shares tensors with modules that are not among
-    them.
+    Errors: ModelError for offloaded weights, and for modules that share tensors with others that are not
+    named.
     """
     modules = {name: module for name, module in ours(model) if name in names}
     config = getattr(model.config, "quantization_config", None)
@@ -56,7 +55,7 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
                 f"the weights of {name} are offloaded; load the model in memory to dequantise it"
             )
     bare = {name.replace(WRAPPED, "") for name in modules}
-    # then nothing can be said to share: a plain model has no word for it
+    # if all become plain, no ties remain: the config of a plain model has no field for them
     whole = len(modules) == sum(1 for _ in ours(model))
     if not whole:
         _require_apart(bare, {**own, **model.all_tied_weights_keys})
@@ -72,7 +71,7 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
 
 
 def _require_apart(names: Collection[str], ties: Mapping[str, str]) -> None:
-    """Refuse to turn one of two modules whose tensors are one."""
+    """Raise ModelError if only one of two modules with a shared tensor is to become plain."""
     for target, source in ties.items():
         owners = [name.rpartition(".")[0] for name in (target, source)]
         if sum(owner in names for owner in owners) == 1:
@@ -83,7 +82,7 @@ def _require_apart(names: Collection[str], ties: Mapping[str, str]) -> None:
 
 
 def _say(model: PreTrainedModel, said: CompressedConfig) -> None:
-    """Have the model's config tell what is left, and nothing where nothing is."""
+    """Update the quantisation config of the model, or remove it if no layouts are left."""
     config, quantizer = cast(Any, model.config), getattr(model, "hf_quantizer", None)
     if said.schemes or said.ties or mixed(model.config):
         config.quantization_config = said
@@ -96,7 +95,7 @@ def _say(model: PreTrainedModel, said: CompressedConfig) -> None:
 
 
 def plain_of(module: StoredModule, dtype: torch.dtype) -> nn.Module:
-    """The float linear of one of ours, a Conv1D where it was one, or the float embedding."""
+    """The float module that replaces one of ours: a linear, a Conv1D where it was one, or an embedding."""
     if isinstance(module, IntegerEmbedding):
         return module.plain(dtype)
     assert isinstance(module, StoredLinear)
@@ -114,10 +113,10 @@ def plain_of(module: StoredModule, dtype: torch.dtype) -> nn.Module:
 
 
 def let_resize(model: PreTrainedModel) -> None:
-    """Have `resize_token_embeddings` of a model turn an embedding and a head of ours plain first: codes have
+    """Make `resize_token_embeddings` of a model first turn our embedding and head plain, because codes have
     no new rows."""
     kind: Any = type(model)
-    # of the class: a model that held itself would stay
+    # set on the class: a model that references itself would not be freed
     if kind.resize_token_embeddings is PreTrainedModel.resize_token_embeddings:
         kind.resize_token_embeddings = _resized
 

@@ -1,14 +1,13 @@
-"""What `import llmcompress` changes in other packages: everything is listed here, done once, and only when it
-is wanted.
+"""Everything that `import llmcompress` changes in other packages: done once, and only when it is needed.
 
 - transformers learns the quantization method `llmcompress`, so that `from_pretrained` loads our formats;
-- `save_pretrained` of a model in a native bitsandbytes layout first mends what a forward did to it, or
+- `save_pretrained` of a model in a native bitsandbytes layout first restores what a forward changed in it, or
   refuses;
 - PEFT turns our modules into plain ones before it merges an adapter into them.
 
-Each change is made when the package in question is imported, or at once where it has been. The modules that
-do the work are imported when they are first needed: importing llmcompress takes milliseconds and imports
-neither torch nor transformers.
+Each change is made when the package in question is imported, or at once if it already is. The modules that do
+the work are imported when they are first needed: importing llmcompress takes milliseconds and imports neither
+torch nor transformers.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
-METHOD = "llmcompress"  # as quantization_config.METHOD
+METHOD = "llmcompress"  # the same as quantization_config.METHOD
 
 
 def register() -> None:
@@ -32,8 +31,8 @@ def register() -> None:
 
 
 def _teach_transformers(auto: ModuleType) -> None:
-    """Have transformers know our quantization method, and ask us before it saves native bitsandbytes
-    models."""
+    """Register our quantization method with transformers, and make it call us before it saves native
+    bitsandbytes models."""
     auto.AUTO_QUANTIZATION_CONFIG_MAPPING.setdefault(METHOD, _Config)
     auto.AUTO_QUANTIZER_MAPPING.setdefault(METHOD, _quantizer)
     for kind in (auto.Bnb4BitHfQuantizer, auto.Bnb8BitHfQuantizer):
@@ -41,7 +40,7 @@ def _teach_transformers(auto: ModuleType) -> None:
 
 
 class _Config:
-    """Stands for our config class until one is read."""
+    """Stands in for our config class until a config is read."""
 
     @staticmethod
     def from_dict(*args: Any, **options: Any) -> Any:
@@ -53,16 +52,16 @@ class _Config:
 
 
 def _quantizer(*args: Any, **options: Any) -> Any:
-    """Make our quantizer, as its class would."""
+    """Return our quantizer, as a call of its class would."""
     from llmcompress.integrations.transformers_quantizer import Quantizer
 
     return Quantizer(*args, **options)
 
 
 def _before_saving(quantizer: Any, model: Any) -> tuple[None, dict[str, str]]:
-    """What `save_pretrained` asks a quantizer for: no other state dict than the model's, once that is
-    right."""
-    if not getattr(model, "_hf_peft_config_loaded", False):  # then adapters alone are saved
+    """The hook that `save_pretrained` calls on a quantizer: mends the model and leaves its state dict as it
+    is."""
+    if not getattr(model, "_hf_peft_config_loaded", False):  # PEFT: then only adapters are saved
         from llmcompress.integrations.bitsandbytes_saving import mend
 
         mend(model)
@@ -70,7 +69,7 @@ def _before_saving(quantizer: Any, model: Any) -> tuple[None, dict[str, str]]:
 
 
 def _prepare_merging(tuners: ModuleType) -> None:
-    """Have the check that PEFT makes before merging prepare our modules for it."""
+    """Make PEFT's check before merging prepare our modules for it."""
     kind: Any = vars(tuners)["BaseTuner"]
     check = kind._check_merge_allowed
     if getattr(check, "prepares", False):
@@ -88,7 +87,7 @@ def _prepare_merging(tuners: ModuleType) -> None:
 
 
 def _when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
-    """Call `act` with a module once it is imported: now, if it has been."""
+    """Call `act` with a module when it is imported, or now if it already is."""
     if name in sys.modules:
         act(sys.modules[name])
     elif not any(isinstance(finder, _WhenImported) and finder.name == name for finder in sys.meta_path):
@@ -96,7 +95,7 @@ def _when_imported(name: str, act: Callable[[ModuleType], None]) -> None:
 
 
 class _WhenImported(importlib.abc.MetaPathFinder):
-    """Finds one module as Python would, and acts on it once it is there."""
+    """An import finder that finds one module as Python would, and acts on it once it is imported."""
 
     def __init__(self, name: str, act: Callable[[ModuleType], None]) -> None:
         self.name, self.act = name, act
@@ -104,7 +103,7 @@ class _WhenImported(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
-        """The spec of that module, whose execution `act` follows; None for any other."""
+        """The spec of that module, whose execution is followed by `act`; None for any other module."""
         if fullname != self.name:
             return None
         sys.meta_path.remove(self)

@@ -1,9 +1,9 @@
-"""Every name of transformers that is not one of its top level, for the rooms from `integrations` on.
+"""Every name of transformers outside its top level, for the rooms from `integrations` on.
 
-transformers may move or change these in any release, so its version has an upper bound in pyproject.toml. Two
-lower rooms import theirs themselves: `io.tokenizer` and `formats`.
-tests/integrations/test_transformers_compat.py lists all of them, and what is used of private attributes, and
-finds each in the installed version.
+transformers may move or change these in any release, so pyproject.toml has an upper bound on its version. Two
+lower rooms import such names themselves: `io.tokenizer` and `formats`.
+tests/integrations/test_transformers_compat.py lists all of these names and the private attributes that are
+used, and checks that the installed version has them.
 """
 
 import llmcompress.formats.bitsandbytes_layout  # noqa: F401  # first: it has bitsandbytes imported quietly
@@ -29,13 +29,14 @@ from transformers.utils.import_utils import is_peft_available as is_peft_availab
 
 def trackers() -> list[str]:
     """The experiment trackers that the Trainer reports to, by name."""
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # imports the Trainer's
+    # imported here, because it imports the Trainer's modules
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
     return sorted(INTEGRATION_TO_CALLBACK)
 
 
 def available_trackers() -> list[str]:
-    """Those of them whose package is installed here."""
+    """The trackers whose package is installed here."""
     from transformers.integrations.integration_utils import get_available_reporting_integrations
 
     return list(get_available_reporting_integrations())

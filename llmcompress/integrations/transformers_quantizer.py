@@ -1,13 +1,13 @@
-"""The transformers border: `from_pretrained` learns to load the linears that we quantised or thinned, once
-this is imported.
+"""The transformers border: once this is imported, `from_pretrained` loads the linears in our formats.
 
-config.json says which linear has which scheme, by full name, so that one model can mix them, and which
-tensors are one (`ties`); nothing is guessed from patterns. Before the weights are read each named linear is
-replaced by the module that stores and runs its scheme, whose parameters are the tensors of the file: loading,
-saving, offloading and sharding are transformers' own. An embedding can be among them, and a head tied to it,
-which is then the same matrix. What transformers would do quietly is refused here: a name that is no linear,
-one of two tied weights, a tensor that the checkpoint lacks. Without the import, transformers warns of an
-unknown method and loads a plain model, which fails at the shapes that `IntegerLayout.shapes` chose for that.
+config.json lists the linears of each scheme by full name, so one model can mix them, and the tensors that are
+tied (`ties`); nothing is matched by pattern. Before the weights are read, each listed linear is replaced by
+the module that stores and runs its scheme and whose parameters are the tensors of the file. Loading, saving,
+offloading and sharding are transformers' own. An embedding can be among them, with a head tied to it, which
+is then the same matrix. Cases that transformers would pass over silently are refused here: a name that is not
+a linear, one of two tied weights, a tensor missing from the checkpoint. Without the import, transformers
+warns of an unknown method and loads a plain model, which fails at the shapes that `IntegerLayout.shapes`
+chose for that purpose.
 """
 
 from __future__ import annotations
@@ -40,8 +40,7 @@ from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, Mo
 
 
 class Quantizer(HfQuantizer):
-    """Loads, saves and dequantises what llmcompress wrote; it quantises nothing itself, which takes a
-    recipe."""
+    """Loads, saves and dequantises models that llmcompress wrote; to quantise one takes a recipe."""
 
     requires_calibration = True
     quantization_config: CompressedConfig
@@ -64,7 +63,7 @@ class Quantizer(HfQuantizer):
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
         for name, module in ours(model):
             parts = dict(module.named_parameters(recurse=False))
-            # what the checkpoint lacks was made anew, without the mark
+            # parameters that the checkpoint lacks were initialised again and have no mark
             missing = [
                 f"{name}.{part}"
                 for part, tensor in parts.items()
@@ -79,26 +78,26 @@ class Quantizer(HfQuantizer):
                 )
             _check_types(name, module)
             module.require_sound(name)
-            for part, tensor in parts.items():  # the loader turns gradients on for scales
+            for part, tensor in parts.items():  # the loader sets requires_grad on scales
                 tensor.requires_grad_(part == "bias" and tensor.requires_grad)
             module.prepare()
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
-        # saving a model makes its config's a name
+        # saving a model turns its config's dtype into a name
         target = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         make_plain(model, [name for name, _ in ours(model)], target or torch.float32)
         return model
 
     def get_new_dtype(self, converter: Any, param: Any, dtype: torch.dtype | None) -> torch.dtype | None:
-        """The type that a tensor of the checkpoint is cast to; floats where codes belong are left, to be
-        refused."""
+        """The type that a tensor of the checkpoint is cast to; floats in place of codes are not cast, so that
+        they are refused."""
         wanted = super().get_new_dtype(converter, param, dtype)
         return wanted if wanted is None or wanted.is_floating_point else None
 
     def param_element_size(self, model: PreTrainedModel, param_name: str, param: Tensor) -> float:
-        """Bytes an element in memory: two codes beside their expansion to two bytes, or a copy; values beside
-        all weights."""
+        """Bytes per element in memory: packed codes with their expansion to two bytes or with a copy, and
+        sparse values with the dense weight."""
         owner, _, part = param_name.rpartition(".")
         module = model.get_submodule(owner)
         if part == "weight" and isinstance(module, SparseLinear):
@@ -123,10 +122,9 @@ class Quantizer(HfQuantizer):
 
 
 def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
-    """Have loading, saving, moving and `tie_weights()` take tensors for the ones that they are, by their
-    names in the model.
+    """Make loading, saving, moving and `tie_weights()` respect ties, given by the names in the model.
 
-    Errors: ModelError where the model has no such tensors, or not of one shape.
+    Errors: ModelError if the model lacks one of the tensors, or if tied tensors differ in shape.
     """
     if not ties:
         return
@@ -142,14 +140,14 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
                 f"config.json ties {target} {tuple(known[target].shape)} to {source} "
                 f"{tuple(known[source].shape)}; they can't be one"
             )
-    # the model's own, the class keeps its
+    # set on the model; its class keeps its own
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}
     model.all_tied_weights_keys.update(ties)
     cast(Any, model)._adjust_bias = partial(_adjust_bias, model)
 
 
 def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> None:
-    """Refuse a device_map that tears apart what is one tensor. Errors: ModelError."""
+    """Raise ModelError if a device_map puts tied tensors on different devices."""
 
     def place(name: str) -> Any:
         return next(
@@ -166,7 +164,7 @@ def require_together(ties: Mapping[str, str], device_map: Mapping[str, Any]) -> 
 
 
 def unite(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
-    """Have tied tensors of a model in memory be one, with what modules keep beside them."""
+    """Make tied tensors of a model in memory one tensor, along with what modules keep beside them."""
     for target, source in ties.items():
         owner, _, part = target.rpartition(".")
         setattr(model.get_submodule(owner), part, model.get_parameter(source))
@@ -177,8 +175,8 @@ def unite(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
 
 
 def _adjust_bias(model: PreTrainedModel, module: nn.Module, source: Tensor) -> None:
-    """What transformers does to the bias of a tied head, but not of linears whose weight has the shape of the
-    disk."""
+    """Adjust the bias of a tied head as transformers does, but skip our modules, whose weight has its shape
+    on disk."""
     if not isinstance(module, StoredModule):
         cast(Any, type(model))._adjust_bias(model, module, source)
 
@@ -186,11 +184,12 @@ def _adjust_bias(model: PreTrainedModel, module: nn.Module, source: Tensor) -> N
 def set_embedding(
     model: PreTrainedModel, name: str, embedding: IntegerEmbedding, head: str | None = None
 ) -> None:
-    """Put an int8 embedding in its place, and where a head is tied to it, one that multiplies by the same
+    """Put an int8 embedding in its place and, if a head is tied to it, a head that multiplies by the same
     tensors.
 
-    Their scales are tied as the weights are, which loading, saving, moving and `tie_weights()` go by. Errors:
-    ModelError for a tied head with a bias, which transformers would cut to the first axis of our weight.
+    Their scales are tied as the weights are, and loading, saving, moving and `tie_weights()` respect that.
+    Errors: ModelError for a tied head with a bias, which transformers would cut to the first axis of our
+    weight.
     """
     if head is not None:
         if getattr(model.get_submodule(head), "bias", None) is not None:
@@ -201,24 +200,24 @@ def set_embedding(
         )
         share(twin, embedding)
         model.set_submodule(head, _marked(twin))
+        # set on the model; its class keeps its own
         ties = {f"{head}.{part}": f"{name}.{part}" for part in embedding.stored()}
         model._tied_weights_keys = {
             **(model._tied_weights_keys or {}),
             **ties,
-        }  # the model's own, the class keeps its
+        }
         model.all_tied_weights_keys.update(ties)
     model.set_submodule(name, embedding)
     for kind in {type(owner) for owner in model.modules() if isinstance(owner, PreTrainedModel)}:
         if kind.dtype is ModuleUtilsMixin.dtype:
-            # a save writes it to config.json, masks of a static cache are of it
+            # saving writes it to config.json, and masks of a static cache have this type
             cast(Any, kind).dtype = property(_dtype)
 
 
 def _put_embeddings(
     model: PreTrainedModel, assigned: Mapping[str, AnyLayout], dtype: torch.dtype
 ) -> set[str]:
-    """Replace the embeddings among the names of the config, with the heads that are tied to them; all names
-    replaced."""
+    """Replace the embeddings that the config names and the heads tied to them; returns all names replaced."""
     modules, ties, done = dict(model.named_modules()), dict[str, str](model.all_tied_weights_keys), set[str]()
     for name, scheme in assigned.items():
         if not isinstance(plain := modules.get(name), nn.Embedding):
@@ -246,7 +245,8 @@ def _put_embeddings(
 
 
 def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
-    """The layers of a model. Errors: ModelError for a class that has them elsewhere than the checkpoint."""
+    """The layers of a model. Errors: ModelError for a class that has them at another path than the
+    checkpoint."""
     path = (
         anatomy.layers.removeprefix(f"{model.base_model_prefix}.")
         if model.base_model is model
@@ -262,16 +262,17 @@ def _layers(model: PreTrainedModel, anatomy: Anatomy) -> nn.ModuleList:
 
 
 def _marked(module: Any) -> Any:
-    """As it was, but transformers won't draw random numbers into what will stay on the disk."""
+    """Mark a module as initialised, so that transformers does not write random numbers into its
+    parameters."""
     for marked in (module, *module.parameters()):
         marked._is_hf_initialized = True
     return module
 
 
 def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict[str, AnyLayout]:
-    """The names as they are in this model; without its head, a model has shorter names and lacks those
-    outside it."""
-    if model.get_output_embeddings() is None:  # whose head is of another kind, or none
+    """The layouts by the names in this model. A model without its head has shorter names and lacks modules
+    outside its base model."""
+    if model.get_output_embeddings() is None:  # its head is of another kind, or it has none
         assigned = {name: scheme for name, scheme in assigned.items() if name != "lm_head"}
     prefix = f"{model.base_model_prefix}."
     if model.base_model is not model or not all(
@@ -282,8 +283,8 @@ def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict
 
 
 def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: torch.dtype) -> StoredLinear:
-    """The module that takes the place of a plain linear, without memory. Errors: ModelError where it
-    can't."""
+    """Return the module that replaces a plain linear, without memory. Errors: ModelError if it can't be
+    replaced."""
     modules = dict(model.named_modules())
     module = modules.get(name)
     if type(module) is not nn.Linear and not isinstance(module, Conv1D):
@@ -298,7 +299,7 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: tor
             "(tie_word_embeddings)"
         )
     C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
-    # a basis of several layers can have more than the rank of one
+    # a basis shared by several layers can have a higher rank than one of them
     if isinstance(scheme, FactoredLayout) and scheme.rank > R * C:
         raise ModelError(
             f"config.json gives {name} a rank of {scheme.rank} for {R} x {C} weights; the config is of "
@@ -308,12 +309,12 @@ def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: tor
     twin: StoredLinear = format_of(scheme).module(
         C, R, scheme, bias=bias is not None, dtype=dtype, device="meta"
     )
-    twin.transposed = isinstance(module, Conv1D)  # what it goes back to
+    twin.transposed = isinstance(module, Conv1D)  # to become a Conv1D again
     return cast(StoredLinear, _marked(twin))
 
 
 def _check_types(name: str, module: StoredModule) -> None:
-    """The loader compares shapes alone. Errors: ModelError."""
+    """Raise ModelError if a loaded tensor has the wrong type; the loader compares shapes only."""
     expected = module.scheme.shapes(module.rows, module.columns)
     for part, tensor in module.stored().items():
         if tensor.dtype != expected[part][1] and (module.exact or not tensor.is_floating_point()):
@@ -324,8 +325,8 @@ def _check_types(name: str, module: StoredModule) -> None:
 
 
 def _dtype(model: PreTrainedModel) -> torch.dtype:
-    """The type of a model's activations; transformers takes that of the first float parameter, which of ours
-    is a scale."""
+    """The type of a model's activations. transformers uses the type of the first float parameter, which may
+    be a scale here."""
     try:
         embedding = model.get_input_embeddings()
     except (NotImplementedError, AttributeError):

@@ -1,4 +1,4 @@
-"""Where what other runs may read too is kept."""
+"""The folder of caches that several runs share."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ ADVICE = "set LLMCOMPRESS_CACHE to a folder"
 
 
 def cache_folder() -> Path:
-    """$LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the temporary
-    files.
+    """Return $LLMCOMPRESS_CACHE, else ~/.cache/llmcompress, else a folder of this user's own among the
+    temporary files.
 
-    The last is for a user without a home, as containers have. Raises OutputError where somebody else has made
-    that folder: compiled code is loaded from it.
+    The last is for a user without a home, as in containers. Raises OutputError if another user has made that
+    folder, because compiled code is loaded from it.
     """
     if named := os.environ.get("LLMCOMPRESS_CACHE"):
         return Path(named)
     try:
         return Path.home() / ".cache" / "llmcompress"
-    except RuntimeError:  # no $HOME, and the user is not in the list of users
+    except RuntimeError:  # no $HOME, and the user is not in the user database
         return _temporary()
 
 

@@ -1,5 +1,6 @@
-"""Safetensors read lazily: headers only, and one tensor at a time with `pread`, so that no file page counts
-as ours and peak memory is the largest tensor.
+"""Safetensors read lazily: headers only, then one tensor at a time with `pread`.
+
+No file page counts as memory of this process, and peak memory is the largest tensor.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ from torch import Tensor
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
-LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; a tokenizer.json has 35 MB
+LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; some tokenizer.json take 35 MB
 INDEX = "model.safetensors.index.json"
-# how the names of a text model in a multimodal one begin
+# prefixes of a text model's names inside a multimodal model
 WRAPPED = ("language_model.", "model.language_model.")
-FACTORS = ("weight_left", "weight_right")  # of a weight that is a product, or has one added
-PACKED = (".quant_map", "_multiplier", "_absmax")  # what a weight has beside it whose bytes are two codes
+# last names of the factors of a weight that is a product, or that has a product added to it
+FACTORS = ("weight_left", "weight_right")
+PACKED = (".quant_map", "_multiplier", "_absmax")  # suffixes beside a weight whose bytes hold two codes each
 DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
@@ -38,17 +40,17 @@ def is_beside(part: str) -> bool:
 
 
 def is_scale(part: str) -> bool:
-    """Whether such a tensor is no weight itself, as a factor is."""
+    """Whether a tensor with this last name belongs to the `weight` beside it and is not a factor of it."""
     return is_beside(part) and part not in FACTORS
 
 
-FRESH = 2_000_000_000  # nanoseconds: some file systems count seconds, or two
+FRESH = 2_000_000_000  # nanoseconds: the timestamps of some file systems have steps of one or two seconds
 Stamp = tuple[tuple[tuple[str, int, int, int, int, int], ...], tuple[tuple[str, str], ...]]
-_DIGESTS: dict[Stamp, str] = {}  # of what this process has read whole
+_DIGESTS: dict[Stamp, str] = {}  # of the checkpoints that this process has read completely
 
 
 class Entry(NamedTuple):
-    """Where a stored tensor lies and what it is; `file` is a name inside the checkpoint's folder."""
+    """The shape and dtype of a stored tensor, and its `file` by its name inside the checkpoint's folder."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -62,26 +64,26 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, in order of
-    files and names.
+    """A folder of safetensors: config.json as a dictionary and every tensor's entry by name, sorted by file
+    and name.
 
-    Tensors that config.json ties to others of ours are there too, after the rest: `aliases` says which is
-    whose.
+    Tensors that config.json ties to other tensors of one of our models are listed too, after the rest:
+    `aliases` maps each to the stored tensor.
     """
 
     folder: Path
     config: dict[str, Any]
     tensors: dict[str, Entry]
     aliases: dict[str, str] = field(default_factory=dict)
-    files: frozenset[str] = frozenset()  # of the weights, by their names in the folder
+    files: frozenset[str] = frozenset()  # the weight files, by their names in the folder
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:
-        """Read the headers of a (sharded) checkpoint; `base=False` also takes what can't be compressed, as
-        our artefacts.
+        """Read the headers of a (sharded) checkpoint; `base=False` also accepts what can't be compressed,
+        such as our artefacts.
 
         Errors: ModelError for a missing folder or config, an adapter, pickles, missing, truncated or damaged
-        files, and (as a base) a model that is quantised already or no causal language model.
+        files, and (as a base) for a model that is already quantised or is not a causal language model.
         """
         folder = Path(folder)
         if not folder.is_dir():
@@ -114,7 +116,7 @@ class Checkpoint:
 
     @staticmethod
     def is_whole(folder: Path) -> bool:
-        """Whether the folder has all files of its weights, and not only the small ones beside them."""
+        """Whether the folder has all weight files, not just the small files beside them."""
         if (folder / "model.safetensors").is_file():
             return True
         return (folder / INDEX).is_file() and all(
@@ -122,7 +124,8 @@ class Checkpoint:
         )
 
     def only(self, names: Collection[str], aliases: Mapping[str, str] | None = None) -> Checkpoint:
-        """The same with these tensors alone, and with more `aliases`: new names for some of them."""
+        """The same checkpoint with only these tensors, and with more `aliases`: new names for some of
+        them."""
         tensors = {name: entry for name, entry in self.tensors.items() if name in names}
         every = {name: source for name, source in self.aliases.items() if name in tensors} | dict(
             aliases or {}
@@ -146,13 +149,13 @@ class Checkpoint:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the weight files on disk, all that lies in them: what a loader passes over too."""
+        """Bytes of the weight files on disk, including tensors that a loader ignores."""
         return sum((self.folder / file).stat().st_size for file in self.files)
 
     @property
     def parameters(self) -> int:
-        """Stored weights, tied ones once; packed codes are as many as they are, what belongs to scales none,
-        nor are zeros."""
+        """The number of stored weights. Tied weights count once and each packed code counts as one; scales,
+        their parts and zeros do not count."""
         packed = {
             name.removesuffix(mark)
             for name in self.tensors
@@ -168,23 +171,23 @@ class Checkpoint:
                 and not is_scale(name.rpartition(".")[2])
             ):
                 number = torch.Size(entry.shape).numel()
-                if (
-                    levels := self.tensors.get(f"{name}_levels")
-                ) is not None:  # an index of so many bits a weight
+                # a codebook index takes log2(levels) bits per weight
+                if (levels := self.tensors.get(f"{name}_levels")) is not None:
                     number = number * 8 // (levels.shape[-1] - 1).bit_length()
                 # bytes may be stored as another type
                 count += number * (2 * entry.dtype.itemsize if name in packed else 1)
         return count
 
     def fingerprint(self) -> str:
-        """A digest over config, names, shapes and every byte of the tensors, whatever files they are in."""
+        """Return a digest of the config and of the names, shapes and bytes of all tensors, however they are
+        spread over files."""
         return hashlib.sha256(
             f"{json.dumps(self.config, sort_keys=True)} {self.digest()}".encode()
         ).hexdigest()
 
     def digest(self) -> str:
-        """The same without the config. Reads all tensors, but those of files that are known to be as they
-        were then."""
+        """The same digest without the config. Reads all tensors, unless this process has read them and their
+        files have not changed since."""
         stamp = self._stamp()
         known = None if stamp is None else _DIGESTS.get(stamp)
         if known is None:
@@ -195,11 +198,11 @@ class Checkpoint:
         return known
 
     def _stamp(self) -> Stamp | None:
-        """Which files these are, and when they changed; None where that is so fresh that a clock may not show
+        """Which files these are, and when they changed; None if that is so recent that the clock may not show
         the next change.
 
-        The time of change (ctime) is set by the system alone, so neither a copy's old date nor `touch` hides
-        another content.
+        The time of change (ctime) is set by the system only, so neither the preserved date of a copy nor
+        `touch` hides a change of content.
         """
         found, now = [], time.time_ns()
         for name in sorted({entry.file for entry in self.tensors.values()}):
@@ -213,7 +216,7 @@ class Checkpoint:
 
 
 def check_finite(tensor: Tensor, name: str) -> None:
-    """Refuse a weight with NaN or infinite values. Errors: ModelError."""
+    """Raise ModelError if a weight has NaN or infinite values."""
     if tensor.is_floating_point() and not (finite := torch.isfinite(tensor)).all():
         bad = int((~finite).sum())
         raise ModelError(
@@ -223,7 +226,8 @@ def check_finite(tensor: Tensor, name: str) -> None:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most LARGEST bytes and DEEPEST levels. Errors: ModelError for anything else."""
+    """Read a JSON object of at most LARGEST bytes and DEEPEST levels. Errors: ModelError for anything
+    else."""
     try:
         with file.open("rb") as stream:
             text = stream.read(LARGEST + 1)
@@ -247,8 +251,7 @@ def read_json(file: Path) -> dict[str, Any]:
 
 
 def require_no_adapter(folder: Path) -> None:
-    """Refuse weights beside which lies a PEFT adapter: `from_pretrained` adds it to them. Errors:
-    ModelError."""
+    """Raise ModelError if a PEFT adapter lies beside the weights: `from_pretrained` would add it to them."""
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
             f"{folder} holds a PEFT adapter (adapter_config.json), which from_pretrained adds to the "
@@ -258,12 +261,12 @@ def require_no_adapter(folder: Path) -> None:
 
 
 def require_base(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse what can't be compressed: a quantised model, or none that predicts the next token."""
+    """Raise ModelError for a model that is quantised, or that is not a causal language model."""
     if not config.get("quantization_config", True) and config["quantization_config"] is not None:
         raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
-        # a pruned model of ours with nothing quantised
+        # empty schemes: one of our pruned models, with nothing quantised
         if not isinstance(codes, dict) or codes.get("schemes") != []:
             raise ModelError(
                 f"{folder} is quantised already ({method}); give the model that it was made from"
@@ -289,7 +292,7 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
 
 
 def _wrapper(folder: Path, how: str) -> ModelError:
-    """What to say of a model of images or sound that has a text model inside."""
+    """The error for a multimodal model that contains a text model."""
     return ModelError(
         f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model "
         "with the head as a model of text_config in another folder: "
@@ -298,9 +301,9 @@ def _wrapper(folder: Path, how: str) -> ModelError:
 
 
 def _files(folder: Path) -> dict[str, str]:
-    """Tensor name -> file as the index lists them; the one file of an unsharded model goes under the empty
-    name."""
-    if (folder / "model.safetensors").is_file():  # from_pretrained too looks for it before the index
+    """Tensor name -> file as the index lists them. The one file of an unsharded model is listed under the
+    empty name."""
+    if (folder / "model.safetensors").is_file():  # from_pretrained also looks for it before the index
         return {"": "model.safetensors"}
     if (folder / INDEX).is_file():
         listed = _listed(folder)
@@ -325,7 +328,7 @@ def _files(folder: Path) -> dict[str, str]:
 
 
 def _listed(folder: Path) -> dict[str, str]:
-    """Tensor name -> file, as the index says. Errors: ModelError."""
+    """Tensor name -> file, from the index. Errors: ModelError."""
     index = read_json(folder / INDEX)
     listed = index.get("weight_map")
     plain = isinstance(listed, dict) and listed and all(map(_is_shard, listed.values()))
@@ -339,14 +342,14 @@ def _listed(folder: Path) -> dict[str, str]:
 
 
 def _is_shard(file: Any) -> bool:
-    """Whether a word is the name of a safetensors file in the same folder."""
+    """Whether `file` is the name of a safetensors file in the same folder."""
     named = isinstance(file, str) and len(file) < 256 and "\0" not in file
     return named and file.endswith(".safetensors") and Path(file).name == file
 
 
 def named_ties(ties: Any) -> dict[str, str]:
-    """What config.json says is tied: tensor -> the one that it is. Errors: ModelError for what are no names,
-    or a circle."""
+    """The ties of config.json: tensor -> the tensor that it is tied to. Errors: ModelError for values that
+    are not names, or for a cycle."""
     if ties is None:
         return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
@@ -364,12 +367,12 @@ def named_ties(ties: Any) -> dict[str, str]:
 
 
 def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entry]) -> dict[str, str]:
-    """Tensors that are not stored, as our plug-in ties them to others, by the names that the files have for
-    both."""
+    """Tensor -> stored tensor for the ties of our plug-in whose targets are not stored, both by their names
+    in the files."""
     codes, found = config.get("quantization_config"), dict[str, str]()
     ties = named_ties(codes.get("ties")) if isinstance(codes, dict) else {}
     for target, source in ties.items():
-        stored = source in tensors  # else the files may leave out the first part of what the model calls it
+        stored = source in tensors  # if not, the files may omit the first part of the model's names
         own, other = (name if stored else name.partition(".")[2] for name in (target, source))
         if other not in tensors:
             raise ModelError(
@@ -381,7 +384,7 @@ def _aliases(folder: Path, config: Mapping[str, Any], tensors: Mapping[str, Entr
 
 
 def opened(file: Path) -> Any:
-    """A safetensors file of which nothing is read yet but the header. Errors: ModelError."""
+    """Open a safetensors file; only its header is read. Errors: ModelError."""
     try:
         return safe_open(file, framework="pt", backend="pread")
     except (SafetensorError, OSError) as error:

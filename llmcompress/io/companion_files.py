@@ -1,14 +1,15 @@
-"""The small files beside a model's weights: which of them travel into an artefact and on to the Hub, and how
-much of each.
+"""The small files beside a model's weights: which of them are copied into an artefact and to the Hub, and
+what is removed from them.
 
-A folder may hold anything beside a model: notes, keys, links to other places. So what travels is a list of
-names: those by which transformers finds a tokenizer, a processor, a chat template and the settings of
-generation, and those of licences. Whatever has another name stays. A link is followed inside its folder, and
-in the Hub's cache, where every file is one, but nowhere else.
+A folder may hold anything beside a model: notes, keys, links to other places. So only files with known names
+are copied: those by which transformers finds a tokenizer, a processor, a chat template and the generation
+settings, and those of licences. Links are followed inside their folder and, in the Hub's cache, where every
+file is a link, to its blobs; nowhere else.
 
-Two things of a config stay here as well. A folder of the machine that wrote it is of no use elsewhere. And
-`auto_map` names code of the repository that a model came from: the code is never copied, and none is needed,
-as only architectures that transformers has itself are compressed.
+Two kinds of config entries are not copied either. One is a folder of the machine that wrote the config, which
+is of no use elsewhere. The other is `auto_map`, which names code of the repository that a model came from.
+That code is never copied, and none is needed, because only architectures that transformers itself implements
+are compressed.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ TOKENIZER = (
     *("vocab.json", "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
     *("sentencepiece.model", "spm.model", "tiktoken.model", "tekken.json"),
 )
-RARE = (  # that some class of tokenizers reads; elsewhere such a name may mean anything
+# files that some tokenizer classes read; beside other tokenizers such a name may mean anything
+RARE = (
     *(
         "bpe.codes",
         "byte_maps.json",
@@ -63,13 +65,13 @@ FILES = (
     "added_tokens_file",
     "chat_template_file",
 )
-# keys of what is no path, however it is spelled; so are tokens
+# keys whose values are never paths, however they are spelled; so are keys that end in _token or _tokens
 WORDS = ("added_tokens_decoder", "chat_template")
 
 
 def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
-    """What travels of a folder, by name, without what `shareable` leaves out; `also` are further names of its
-    tokenizer."""
+    """The files of a folder that are copied, by name, with the content that `shareable` leaves; `also` are
+    further names of its tokenizer."""
     return {
         str(file.relative_to(folder)): _content(file)
         for file in _named(folder, also)
@@ -78,36 +80,36 @@ def kept(folder: Path, also: Collection[str] = ()) -> dict[str, bytes]:
 
 
 def links_out(folder: Path, also: Collection[str] = ()) -> list[str]:
-    """Names that would travel, but for being links that leave the folder."""
+    """Names of files that would be copied if they were not links that leave the folder."""
     return [str(file.relative_to(folder)) for file in _named(folder, also) if not is_inside(file, folder)]
 
 
 def _named(folder: Path, also: Collection[str]) -> Iterator[Path]:
-    """The files of a folder that have such a name."""
+    """The files of a folder whose names are on the list."""
     for pattern in (*TRAVELS, *sorted(set(also) - set(TRAVELS))):
         yield from (file for file in sorted(folder.glob(pattern)) if file.is_file())
 
 
 def is_inside(file: Path, folder: Path) -> bool:
-    """Whether a file lies in its folder once links are followed; of a folder in the Hub's cache, also among
-    the blobs there."""
+    """Whether a file lies in its folder once links are followed; for a folder in the Hub's cache, the blobs
+    there count too."""
     real, home = file.resolve(), folder.resolve()
     if real.is_relative_to(home):
         return True
-    # CACHE/models--user--name/snapshots/COMMIT; blobs may be shared by all of the cache
+    # CACHE/models--user--name/snapshots/COMMIT; the whole cache may share blobs
     repository = home.parent.parent
     cached = home.parent.name == "snapshots" and "--" in repository.name
     return cached and any(real.is_relative_to(place / "blobs") for place in (repository, repository.parent))
 
 
 def _content(file: Path) -> bytes:
-    """A file as it travels: as it is, but for a config that names what stays here."""
+    """The content of a file as it is copied: unchanged, except for configs, which `shareable` filters."""
     raw = file.read_bytes()
     if file.name not in CONFIGS:
         return raw
     try:
         fields = json.loads(raw)
-    except ValueError:  # whoever loads the model says so
+    except ValueError:  # whoever loads the model will report it
         return raw
     if not isinstance(fields, dict) or (left := shareable(fields)) == fields:
         return raw
@@ -115,8 +117,8 @@ def _content(file: Path) -> bytes:
 
 
 def shareable(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config without what names code of its repository, or folders of the machine that wrote it; nested
-    ones too."""
+    """A config without entries that name code of its repository or folders of the machine that wrote it;
+    nested entries included."""
     return {key: _shareable(key, value) for key, value in fields.items() if not _stays(key, value)}
 
 
@@ -131,7 +133,7 @@ def _shareable(key: str, value: Any) -> Any:
 
 
 def _stays(key: str, value: Any) -> bool:
-    """Whether an entry of a config is not passed on."""
+    """Whether an entry of a config is left out."""
     if key in CODE or key in ORIGINS:
         return True
     return isinstance(value, str) and not _is_words(key) and (key in FILES or is_path(value))

@@ -1,4 +1,4 @@
-"""The place where a result is to appear: what is there, and one rename that loses nothing which came
+"""The place where a result appears: what is there now, and one rename that loses nothing written there
 meanwhile."""
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from llmcompress.errors import OutputError, argument
 from llmcompress.io.safetensors_writer import put
 from llmcompress.io.user_paths import path_of, shortened
 
-# of each entry: name, device, inode, mode, bytes, nanoseconds of change
+# per entry: name, device, inode, mode, bytes, nanoseconds of change
 Seen = tuple[tuple[str, int, int, int, int, int], ...]
-# what a rename says of a place that is not empty
+# errors of a rename onto a place that is not empty
 TAKEN = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 
 
 def resolved(out: str | Path) -> Path:
-    """The real folder that a user means by `out`, which need not exist. Errors: OutputError where there can
-    be none."""
+    """The real folder that a user means by `out`, which need not exist. Errors: OutputError if there can be
+    none."""
     path = path_of(out, argument("out"), OutputError)
     if path.is_symlink() and not path.exists():
         raise OutputError(
@@ -35,8 +35,8 @@ def resolved(out: str | Path) -> Path:
 
 
 def seen(folder: Path) -> Seen:
-    """What is at a place, to be known again; empty for nothing and for an empty folder, which is as good as
-    none."""
+    """A snapshot of what is at a place, to compare with later; empty if there is nothing or an empty
+    folder."""
     if not os.path.lexists(folder):
         return ()
     inside = sorted(folder.rglob("*")) if folder.is_dir() and not folder.is_symlink() else []
@@ -52,10 +52,10 @@ def seen(folder: Path) -> Seen:
 
 
 def appear(fresh: Path, out: Path, before: Seen, aside: Path) -> None:
-    """Let the folder `fresh` appear at `out`, where `before` was seen; what was there is moved `aside` first,
-    and then goes.
+    """Rename the folder `fresh` to `out`, where `before` was seen. What was there is first moved `aside`, and
+    deleted at the end.
 
-    Errors: FileExistsError where something else is there now; it stays, and so does `fresh`.
+    Errors: FileExistsError if something else is there now; it stays, and so does `fresh`.
     """
     other = FileExistsError(errno.EEXIST, "is not what it was", str(out))
     now = seen(out)
@@ -63,11 +63,11 @@ def appear(fresh: Path, out: Path, before: Seen, aside: Path) -> None:
         raise other
     if now:
         out.rename(aside)
-        if seen(aside) != now:  # it changed in the last moment
+        if seen(aside) != now:  # it changed after it was seen
             aside.rename(out)
             raise other
     try:
-        fresh.rename(out)  # which replaces nothing but an empty folder
+        fresh.rename(out)  # rename replaces nothing but an empty folder
     except OSError as error:
         if error.errno in TAKEN:
             raise other from None
@@ -78,7 +78,7 @@ def appear(fresh: Path, out: Path, before: Seen, aside: Path) -> None:
 
 
 def require_file(file: Path, option: str) -> None:
-    """Refuse now a place where `write_file` could not write. Errors: OutputError, which names the option."""
+    """Raise OutputError, which names the option, if `write_file` could not write to this place."""
     try:
         if file.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -90,13 +90,13 @@ def require_file(file: Path, option: str) -> None:
 
 
 def write_file(file: Path, text: str, option: str) -> None:
-    """Write a text file, whole or not at all; what is no file (/dev/stdout, a pipe) is written to. Errors:
-    OutputError."""
+    """Write a text file completely or not at all; anything that is not a file (/dev/stdout, a pipe) is
+    written to directly. Errors: OutputError."""
     try:
         if _is_stream(file):
             file.write_text(text, "utf-8")
         else:
-            put(file.resolve(), text)  # what a link points to, and not the link
+            put(file.resolve(), text)  # replaces the target of a link, not the link
     except (OSError, RuntimeError, ValueError) as error:
         raise _unwritable(file, option, error) from None
 

@@ -1,4 +1,4 @@
-"""The journal of a run: what it has finished, a file a layer, to go on from after it was killed."""
+"""The journal of a run: one file per finished layer, from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from llmcompress.errors import ModelError
 from llmcompress.io.checkpoint import opened
 from llmcompress.io.safetensors_writer import Shard, discard, put, sync_folder, tensors_digest, writing
 
-KEY = "key"  # the file that holds it
+KEY = "key"  # the file that holds the key
 Stamp = tuple[int, int, int]  # of a file: size, time of the last change in nanoseconds, inode
 
 
 class JournalFacts(BaseModel):
-    """What an entry holds beside its tensors; each kind of entry declares its own fields."""
+    """The facts of an entry beside its tensors; each kind of entry declares its own fields."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
@@ -32,15 +32,16 @@ Kind = TypeVar("Kind", bound=JournalFacts)
 
 
 class Journal:
-    """What a run has finished, one file a layer, under the digest of everything that decides the result.
+    """The finished layers of a run, one file per layer, under the digest of everything that decides the
+    result.
 
-    Another key discards what is there. A file that is cut short, damaged or of another key counts as not
-    done; `damaged` are the names of those that were found so. Only one process at a time may write there,
-    unless it is `shared`: then nothing is discarded, and several that finish the same layer leave what the
-    last one wrote.
+    A journal with another key is discarded. A file that is truncated, damaged or of another key counts as not
+    done; `damaged` holds the names of those files. Only one process at a time may write to a journal, unless
+    it is `shared`: then nothing is discarded, and if several processes finish the same layer, the last write
+    stays.
 
-    A file is hashed once: when it is first read, or never where this process wrote it. After that `has` only
-    asks whether it is still the same file, by size, time and inode.
+    A file is hashed once, when it is first read, or never if this process wrote it. After that, `has` only
+    checks that it is still the same file, by size, time and inode.
     """
 
     def __init__(self, folder: Path, key: str, *, shared: bool = False) -> None:
@@ -53,14 +54,15 @@ class Journal:
             stored = folder / KEY
             found = stored.read_bytes() if stored.is_file() else b""
             if found != key.encode():
-                if folder.exists() and not found.isalnum():  # which every key is
+                # every key is alphanumeric, so this file is damaged
+                if folder.exists() and not found.isalnum():
                     self.damaged.add(KEY)
                 discard(folder)
                 folder.mkdir(parents=True, exist_ok=True)
                 put(stored, key)
 
     def get(self, stage: str, layer: int) -> dict[str, Tensor] | None:
-        """A finished layer's tensors; None where it isn't finished or not sound."""
+        """A finished layer's tensors; None if the layer is not finished or its file is damaged."""
         file = self.file(stage, layer)
         if not os.path.lexists(file):
             return None
@@ -76,31 +78,32 @@ class Journal:
                 self._sound[file.name] = _stamp(file)
                 return tensors
         except (ModelError, SafetensorError, OSError, KeyError, TypeError, ValueError, RecursionError):
-            pass  # in whatever way it is damaged
+            pass  # damaged, in whatever way
         self.damaged.add(file.name)
         return None
 
     def has(self, stage: str, layer: int) -> bool:
-        """Whether a layer of a stage is finished and sound; a file is read once a process for that."""
+        """Whether a layer of a stage is finished and its file is sound; the file is read once per process for
+        that."""
         return self._is_known(self.file(stage, layer)) or self.get(stage, layer) is not None
 
     def _is_known(self, file: Path) -> bool:
-        """Whether a file is one that was found sound, or written, by this process."""
+        """Whether this process wrote the file or has found it sound."""
         try:
             return self._sound.get(file.name) == _stamp(file)
         except OSError:
             return False
 
     def load(self, stage: str, layer: int) -> dict[str, Tensor]:
-        """A finished layer's tensors. Errors: KeyError where `has` is False."""
+        """A finished layer's tensors. Errors: KeyError if `has` is False."""
         if (found := self.get(stage, layer)) is None:
             raise KeyError(f"{stage} {layer}")
         return found
 
     def facts(self, stage: str, layer: int, kind: type[Kind]) -> Kind:
-        """A finished layer's facts, which were saved as such a `kind`; its tensors are not read again.
+        """A finished layer's facts, of the `kind` that was saved; its tensors are not read again.
 
-        Errors: KeyError where `has` is False.
+        Errors: KeyError if `has` is False.
         """
         if not self.has(stage, layer):
             raise KeyError(f"{stage} {layer}")
@@ -109,7 +112,7 @@ class Journal:
     def save(
         self, stage: str, layer: int, tensors: Mapping[str, Tensor], facts: JournalFacts = NO_FACTS
     ) -> None:
-        """Write a finished layer, whole or not at all."""
+        """Write a finished layer, completely or not at all."""
         with (
             writing(self.folder),
             tempfile.TemporaryDirectory(dir=self.folder, prefix=".writing-") as scratch,
@@ -127,7 +130,7 @@ class Journal:
             sync_folder(self.folder)
 
     def file(self, stage: str, layer: int) -> Path:
-        """Where a finished layer is."""
+        """The path of a finished layer."""
         return self.folder / f"{stage}.{layer:05}.safetensors"
 
 

@@ -1,8 +1,8 @@
-"""Names of folders and files of this machine, which stay here: how they are recognised and what is told in
-their place.
+"""Local names, which must not be shared: how file and folder names of this machine are recognised, and what
+replaces them.
 
-What is shared tells the last name of a path alone. A path that is known (a base, a text, a teacher) may have
-any spelling; in free text only paths that begin at the root of a disk or in a home folder are recognised.
+Shared text gives only the last name of a path. A known path (a base, a text, a teacher) may have any
+spelling. In free text, only paths that begin at the root of a disk or in a home folder are recognised.
 """
 
 from __future__ import annotations
@@ -20,28 +20,28 @@ _WHOLE = re.compile(
 
 
 def short_name(name: str) -> str:
-    """The last name of a Hub id or a path, of either kind of slash."""
+    """The last name of a Hub id or a path, with either kind of slash."""
     last = re.split(r"[/\\]", name.rstrip("/\\"))[-1]
     return last if last.strip(".") else "model"
 
 
 def is_path(text: str) -> bool:
-    """Whether a whole text is a path: from the root of a disk, a home folder or a folder, or a name inside
-    the user's home."""
+    """Whether a whole text is a path: it begins at the root of a disk, at a home folder or at a folder, or it
+    contains the user's home."""
     return "\n" not in text and (_WHOLE.match(text) is not None or _in_home(text))
 
 
 def _in_home(text: str) -> bool:
     try:
         home = str(Path.home())
-    except RuntimeError:  # the user has none
+    except RuntimeError:  # the user has no home
         return False
     return len(home) > 1 and f"{home}/" in text
 
 
 def without(text: str, known: Iterable[str]) -> str:
-    """A text with the last name of each path that is `known` in place of the path, and without the folders
-    that hold one."""
+    """Return a text in which each `known` path is replaced by its last name, and the folders that hold one
+    are removed."""
     names = {
         name for name in known if short_name(name) != name and name.rstrip("/\\").endswith(short_name(name))
     }
@@ -57,5 +57,5 @@ def without(text: str, known: Iterable[str]) -> str:
 
 
 def without_paths(text: str, known: Iterable[str] = ()) -> str:
-    """The same of absolute paths too, which are recognised by how they begin."""
+    """The same for absolute paths too, which are recognised by their beginning."""
     return _PATHS.sub(lambda found: short_name(found[0]), without(text, known))

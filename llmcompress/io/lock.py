@@ -1,12 +1,12 @@
-"""A lock on a file that one process holds while it lives, and that a crash releases.
+"""A lock on a file that one process holds while it lives; a crash releases it.
 
-The lock is flock's, on a file that stays open: the kernel drops it when the process ends, however that comes
-about. Nothing is told by the age of a file. Beside the lock the file says who holds it, for whoever is
-refused. On a network disk flock holds between machines where the server does the locking: NFS since Linux
-2.6.12 (not mounted with `local_lock`), CephFS, GPFS, Lustre mounted with `flock`. Where a file system refuses
-flock, what the file says decides, with a warning: a process of this machine that has ended holds nothing, and
-one of another machine holds until its file is deleted. Two processes that start there in the same moment are
-not kept apart.
+The lock is flock's, on a file that stays open: the kernel drops it when the process ends, for whatever
+reason. The age of the file has no meaning. The file also says who holds the lock, to name that process to
+whoever is refused. On a network disk, flock works between machines if the server does the locking: NFS since
+Linux 2.6.12 (not mounted with `local_lock`), CephFS, GPFS, Lustre mounted with `flock`. If a file system
+refuses flock, the content of the file decides, with a warning: a process of this machine that has ended holds
+nothing, and one of another machine holds the lock until its file is deleted. Two processes that start at the
+same moment there are not kept apart.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ except ImportError:  # not a POSIX system
 
 logger = logging.getLogger(__name__)
 LONGEST = 1000  # bytes of what a lock file says
-TRIES = 50  # to get hold of a file that others delete
-MOMENT = 0.02  # seconds until whoever has just got a lock has said so
+TRIES = 50  # attempts to lock a file that other processes delete
+MOMENT = 0.02  # seconds between attempts to read who has just got a lock
 
 
 class Holder(NamedTuple):
-    """The process that holds a lock; `started` is when it began, in seconds since 1970."""
+    """The process that holds a lock; `started` is its start time, in seconds since 1970."""
 
     pid: int
     host: str
@@ -50,7 +50,7 @@ class Holder(NamedTuple):
 
     @classmethod
     def read(cls, text: bytes) -> Holder | None:
-        """Who a lock file says it is; None where it says nothing that can be read."""
+        """The holder that a lock file names; None if its content can't be read."""
         try:
             said = json.loads(text)
             return cls(int(said["pid"]), str(said["host"]), float(said["started"]))
@@ -59,7 +59,7 @@ class Holder(NamedTuple):
 
     @property
     def lives(self) -> bool:
-        """Whether it may still be there: one of another machine always may."""
+        """Whether the process may still be running; a process of another machine always may."""
         if self.host != socket.gethostname():
             return True
         try:
@@ -72,10 +72,10 @@ class Holder(NamedTuple):
 
 
 class Lock:
-    """Held from the moment it is made until `release`, or until the process ends.
+    """A lock that is held from its creation until `release`, or until the process ends.
 
-    Errors: OutputError where another one holds it, which names that process; OSError where there can be no
-    such file.
+    Errors: OutputError if another process holds it, which names that process; OSError if there can be no such
+    file.
     """
 
     def __init__(self, file: Path, what: str, advice: str) -> None:
@@ -86,19 +86,19 @@ class Lock:
         os.pwrite(handle, json.dumps(Holder.here()._asdict()).encode(), 0)
 
     def release(self) -> None:
-        """Let it go; the file goes before another process can hold it."""
+        """Release the lock; the file is deleted before another process can hold it."""
         if self._close.alive:
             with contextlib.suppress(OSError):
                 self.file.unlink()
             self._close()
 
     def _open(self) -> int:
-        """The file open and locked, by the name that others will find it under."""
+        """Open and lock the file, and make sure that its name still leads to it."""
         for _ in range(TRIES):
             try:
                 flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0)
                 handle = os.open(self.file, flags, 0o644)
-            except FileNotFoundError:  # whoever held it has just removed the folder
+            except FileNotFoundError:  # the previous holder has just removed the folder
                 self.file.parent.mkdir(parents=True, exist_ok=True)
                 continue
             try:
@@ -122,7 +122,7 @@ class Lock:
             self._believe(handle, error.strerror or str(error))
 
     def _believe(self, handle: int, why: str) -> None:
-        """Without flock: who the file says holds it does, unless that process has ended."""
+        """Without flock: the process that the file names holds the lock, unless it has ended."""
         holder = self._said(handle)
         if holder is not None and holder.lives:
             raise self._refusal(holder, f" (if that is no run any more, delete {self.file})")
@@ -130,7 +130,7 @@ class Lock:
         logger.warning("%s can't be locked (%s): start nothing else that works in %s", self.file, why, place)
 
     def _said(self, handle: int, *, patient: bool = False) -> Holder | None:
-        """Who holds the file, by its own words, which come a moment after the lock."""
+        """The holder that the file names, which is written a moment after it is locked."""
         for _ in range(10 if patient else 1):
             if (holder := Holder.read(os.pread(handle, LONGEST, 0))) is not None or not patient:
                 return holder
@@ -141,7 +141,7 @@ class Lock:
         return OutputError(f"{self.what} is in use by {holder or 'another process'}{more}; {self.advice}")
 
     def _is(self, handle: int) -> bool:
-        """Whether the open file is the one of that name."""
+        """Whether the name still leads to the open file."""
         with contextlib.suppress(OSError):
             ours, named = os.fstat(handle), self.file.lstat()
             return (ours.st_dev, ours.st_ino) == (named.st_dev, named.st_ino)

@@ -1,10 +1,10 @@
-"""The artefact in the making: shards in a hidden folder beside the target, which appears by one rename, whole
-or not at all.
+"""The artefact in the making: shards in a hidden folder beside the target, published by one rename,
+completely or not at all.
 
 Everything happens in `.NAME.partial` beside the target: `artifact/` becomes the target, `journal/` holds the
-finished blocks of the first stage, `journal-1/` those of the second, and so on; who holds the `lock` works
-there, and nobody else. A shard is complete on disk before the next begins, so memory is one tensor whatever
-the model's size.
+finished layers of the first stage, `journal-1/` those of the second, and so on. Only the process that holds
+the `lock` works there. A shard is complete on disk before the next begins, so memory is one tensor, whatever
+the size of the model.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ SHARD_BYTES = 5_000_000_000
 
 
 def require_space(folder: Path, need: int) -> None:
-    """Refuse to start what can't be finished: `need` bytes must be free where `folder` is or will be. Errors:
-    OutputError."""
+    """Raise OutputError unless `need` bytes are free where `folder` is or will be."""
     there = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(there).free
     if free < need:
@@ -45,24 +44,24 @@ def require_space(folder: Path, need: int) -> None:
 def partial_folder(out: str | Path) -> Path:
     """The hidden folder beside `out` in which a run works, the same for every run with this `out`. Errors:
     OutputError."""
-    out = resolved(out)  # beside the real folder, so that both are on one disk
+    out = resolved(out)  # the real folder, so that both are on one disk
     return resolved(out.with_name(f".{out.name}.partial"))
 
 
 def journal_folder(partial: Path, stage: int) -> Path:
-    """Where in that folder the journal of a stage is, by its number in the recipe."""
+    """The journal folder of a stage inside `partial`, by the stage's number in the recipe."""
     return partial / (f"journal-{stage}" if stage else "journal")
 
 
 class Writer:
-    """An artefact in the making: `add` tensors, `close` for a loadable folder under way, `publish` for the
-    one rename.
+    """An artefact in the making: `add` tensors, `close` for a loadable folder, `publish` for the final
+    rename.
 
-    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, the journals
-    are the run's. It is held by a lock from the start until the end. As a context it drops what an error
-    leaves behind; only a journal that holds a finished layer stays, to go on from, and a result that could
-    not be published. Errors: OutputError where another process works there, where `out` exists (unless
-    overwrite), is or holds the base, or lacks `size_bytes` of space.
+    Everything happens in `partial_folder(out)`, on the disk of `out`: `artifact/` becomes `out`, and the
+    journals belong to the run. A lock protects the folder from start to end. As a context manager, it deletes
+    what an error leaves behind, except a journal with a finished layer, from which a run can resume, and a
+    result that could not be published. Errors: OutputError if another process works there, if `out` exists
+    (unless overwrite), if it is or holds the base, or if `size_bytes` of space are not free.
     """
 
     def __init__(
@@ -77,15 +76,14 @@ class Writer:
         self.partial, self.out = partial_folder(out), resolved(out)
         self.base, self.overwrite = Path(base), overwrite
         self.artifact, self._replaced = self.partial / "artifact", self.partial / "replaced"
-        self.ties: dict[
-            str, str
-        ] = {}  # tensor -> the one that it is tied to; known before the first is added
+        # tensor -> the tensor that it is tied to; known before the first is added
+        self.ties: dict[str, str] = {}
         self.shard_bytes = shard_bytes
         self._shards: list[Shard] = []
         self._weights: dict[str, int] = {}  # name -> number of its shard
-        self._whole = False  # a result that could not be published
+        self._whole = False  # whether a result is complete but could not be published
         with writing(self.out):
-            # the innermost first
+            # innermost first
             self._made = [folder for folder in self.partial.parents if not folder.exists()]
             earlier = self.partial.exists()
             try:
@@ -101,15 +99,15 @@ class Writer:
                 if self._replaced.exists() and not self.out.exists():
                     self._replaced.rename(self.out)  # a run died between the two renames of `publish`
                 self._refuse()
-                # which goes
+                # bytes of an earlier attempt, which is deleted below
                 left = sum(file.stat().st_size for file in self.artifact.rglob("*") if file.is_file())
-                # artefact, one shard's spools
+                # space for the artefact and for one shard's spools
                 require_space(self.partial, size_bytes + min(size_bytes, shard_bytes) - left)
                 self._before = seen(self.out)
                 discard(self.artifact)
                 self.artifact.mkdir()
             except BaseException:
-                self._leave(kept=earlier)  # what a run before has left is not ours to take
+                self._leave(kept=earlier)  # keeps what an earlier run left
                 raise
 
     def __enter__(self) -> Writer:
@@ -120,7 +118,7 @@ class Writer:
             self._leave(kept=self._whole or self._replaced.exists())
 
     def _leave(self, *, kept: bool) -> None:
-        """Drop what can't be gone on from, and the folders that were made for it."""
+        """Delete what can't be resumed from, and the folders that were made for it."""
         if not kept:
             discard(self.artifact)
         if not kept and not any(self.partial.glob("journal*/**/*.safetensors")):
@@ -129,14 +127,13 @@ class Writer:
         self._tidy()
 
     def _tidy(self) -> None:
-        """Have the folders gone that were made to work in, as far as nothing is in them."""
+        """Remove the folders that were made for the work, if they are empty."""
         for folder in (self.partial, *self._made):
             with contextlib.suppress(OSError):
                 folder.rmdir()
 
     def _empty(self) -> None:
-        """Have all that is in the partial folder gone but the lock, which goes when nothing of ours is left
-        there."""
+        """Delete everything in the partial folder except the lock, which is deleted when it is released."""
         for inside in list(self.partial.iterdir()):
             if inside != self._lock.file:
                 discard(inside)
@@ -164,7 +161,7 @@ class Writer:
             )
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
-        """Write tensors by name, tied ones left out; a new shard begins where one would pass
+        """Write tensors by name, except tied ones; a new shard begins where the current one would exceed
         `shard_bytes`."""
         with writing(self.out):
             for name, tensor in sorted(tensors.items()):
@@ -175,7 +172,7 @@ class Writer:
                     self._weights[name] = len(self._shards) - 1
 
     def _room_for(self, size: int) -> Shard:
-        """The shard that takes the next `size` bytes."""
+        """Return the shard that takes the next `size` bytes."""
         if not self._shards or self._shards[-1].size_bytes + size > self.shard_bytes:
             if self._shards:
                 self._shards[-1].close({"format": "pt"})
@@ -183,8 +180,8 @@ class Writer:
         return self._shards[-1]
 
     def close(self, config: Mapping[str, Any]) -> Path:
-        """Finish the weights, write config.json and the base's small files; the folder returned loads with
-        from_pretrained."""
+        """Finish the weights and write config.json and the base's small files; returns a folder that
+        from_pretrained loads."""
         untied = sorted(source for source in self.ties.values() if source not in self._weights)
         if untied or not self._shards:
             raise ValueError(
@@ -199,7 +196,7 @@ class Writer:
         return self.artifact
 
     def _name_shards(self, total: int) -> None:
-        """Give the shards their names, now that their number is known, and write the index."""
+        """Rename the shards, now that their number is known, and write the index."""
         if total == 1:
             self._shards[0].file.replace(self.artifact / "model.safetensors")
             return
@@ -218,8 +215,8 @@ class Writer:
             sync(file)
 
     def publish(self, files: Mapping[str, str | bytes]) -> Path:
-        """Add files (report, card, recipe) and let the artefact appear at `out`; only then the old one
-        goes."""
+        """Add files (report, card, recipe) and rename the artefact to `out`; only then is the old one
+        deleted."""
         with writing(self.out):
             for name, content in sorted(files.items()):
                 self._put(name, content)
@@ -236,7 +233,7 @@ class Writer:
                     "command again, or take the result from there"
                 ) from None
             sync_folder(self.out.parent)
-            self._empty()  # the journal too: it has served
+            self._empty()  # the journal is not needed any more either
             self._made = []
             self._leave(kept=True)
         return self.out

@@ -1,8 +1,8 @@
-"""YAML and JSON that someone else wrote, such as a recipe from the Hub, read in bounded time and memory.
+"""Read YAML and JSON from others, such as a recipe from the Hub, in bounded time and memory.
 
-YAML is read with the safe loader, which makes plain values and runs nothing, and three things more are
-refused: a key that is given twice (plain YAML silently takes the last), more depth than any recipe has, and
-more values than `MOST` once aliases are written out, so that the few lines which spell a billion values are
+YAML is read with the safe loader, which makes plain values and runs nothing. Three more things are refused: a
+key that is given twice (plain YAML silently takes the last), deeper nesting than any recipe has, and more
+than `MOST` values after aliases are expanded. A few lines that expand to a billion values are therefore
 refused before anything walks through them.
 """
 
@@ -15,27 +15,28 @@ from typing import Any, NoReturn
 
 import yaml
 
-DEEPEST = 32  # lists and mappings inside one another
-# but tab and newline
+DEEPEST = 32  # levels of nested lists and mappings
+# control characters except tab and newline
 CONTROLS = re.compile(r"\\u00(?:0[0-8bcef]|1[0-9a-f]|7f|[89][0-9a-f])|[\x7f-\x9f]", re.IGNORECASE)
-LONGEST = 4096  # bits of a whole number in YAML
+LONGEST = 4096  # bits of an integer in YAML
 SURROGATES = re.compile("[\ud800-\udfff]")
-MOST = 20_000  # values of a YAML text, aliases written out
+MOST = 20_000  # values of a YAML text, aliases expanded
 MOST_COUNTED = 10**9  # the largest number of steps, ranks, rows and the like that a recipe may ask for
 MOST_STORED = 10**15  # the most parameters or bytes
 
 
 class Unreadable(ValueError):
-    """The text can't be read; the message says why, in one line."""
+    """The text can't be read; the message gives the reason in one line."""
 
 
 class _Loader(yaml.SafeLoader):
-    """The safe loader with bounds, counted while the nodes are composed: before any value is made."""
+    """The safe loader with bounds, which are counted while nodes are composed, before any value is made."""
 
     def __init__(self, text: str | bytes) -> None:
         super().__init__(text)
         self._depth = self._count = 0
-        self._sizes: dict[int, int] = {}  # of the composed nodes by id; one that is missing is not finished
+        # values in each composed node, by its id; a missing one is not finished
+        self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         event: yaml.Event = self.peek_event()  # type: ignore[no-untyped-call]
@@ -73,7 +74,7 @@ class _Loader(yaml.SafeLoader):
 
     def construct_yaml_int(self, node: yaml.ScalarNode) -> int:
         number = int(super().construct_yaml_int(node))
-        if number.bit_length() > LONGEST:  # Python prints none of more than 4300 digits
+        if number.bit_length() > LONGEST:  # Python refuses to print integers of more than 4300 digits
             raise yaml.constructor.ConstructorError(
                 None, None, "it spells a number that is too long", node.start_mark
             )
@@ -84,7 +85,8 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _Loader.construct_yaml_int)
 
 
 def yaml_of(text: str | bytes, *, largest: int) -> Any:
-    """The value of a YAML text of at most `largest` bytes; Unreadable for what is none, or passes a bound."""
+    """Return the value of a YAML text of at most `largest` bytes. Raises Unreadable if it is not valid YAML
+    or exceeds a bound."""
     _require_size(text, largest)
     try:
         return yaml.load(text, _Loader)
@@ -103,8 +105,8 @@ def yaml_of(text: str | bytes, *, largest: int) -> Any:
 
 
 def json_of(text: str | bytes, *, largest: int) -> Any:
-    """The value of a JSON text of at most `largest` bytes, all numbers finite; Unreadable for what is none,
-    or is larger."""
+    """Return the value of a JSON text of at most `largest` bytes with finite numbers only. Raises Unreadable
+    if it is not valid or too large."""
     _require_size(text, largest)
     if CONTROLS.search(text if isinstance(text, str) else text.decode("utf-8", "replace")):
         raise Unreadable("is no JSON for people: it spells control characters, which could steer a terminal")

@@ -1,7 +1,7 @@
 """A safetensors file written tensor by tensor, and the bytes of tensors.
 
-Writing spools each tensor to disk at once and puts the header in front when the file is complete: memory is
-one tensor whatever the file's size, and the price is that its bytes are written twice.
+Each tensor is spooled to disk at once, and the header is put in front when the file is complete. Memory is
+one tensor, whatever the size of the file; the price is that its bytes are written twice.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ CODES = {
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are equal bit by bit, and in shape and type, wherever they are."""
+    """Whether two tensors are equal in shape, type and every bit, on whatever devices."""
     return (one.dtype, one.shape) == (other.dtype, other.shape) and torch.equal(_flat(one), _flat(other))
 
 
@@ -58,7 +58,7 @@ def content(tensor: Tensor) -> memoryview:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A failure of the file system is the user's to mend: one line, no traceback."""
+    """Turn file system errors inside the context into an OutputError with one line that says what to do."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -67,7 +67,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def elsewhere(path: Path) -> str:
-    """What to do for a path to be somewhere else."""
+    """The advice how to use another place than `path`."""
     if path.is_relative_to(cache_folder()):
         return "set LLMCOMPRESS_CACHE to another folder"
     return "set TMPDIR to another folder" if is_scratch(path) else f"choose another {argument('out')}"
@@ -86,7 +86,7 @@ class Shard:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the tensors so far."""
+        """Bytes of the tensors added so far."""
         return sum(self._sizes.values())
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -104,7 +104,7 @@ class Shard:
         self._entries.setdefault(width, {})[name] = span
 
     def close(self, metadata: Mapping[str, str]) -> None:
-        """Write the file, flushed to the disk, and drop the spools."""
+        """Write the file, flush it to the disk, and delete the spools."""
         header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
         widths, start = sorted(self._sizes, reverse=True), 0
         for width in widths:
@@ -132,8 +132,9 @@ def sync(file: BinaryIO) -> None:
 
 
 def put(file: Path, content: str) -> None:
-    """Write a text file, whole or not at all."""
-    half = file.with_name(f".{secrets.token_hex(8)}.half")  # of several that write it, the last one's stays
+    """Write a text file, completely or not at all."""
+    # a name per writer: of several writers, the last one's file stays
+    half = file.with_name(f".{secrets.token_hex(8)}.half")
     try:
         with half.open("xb") as opened:
             opened.write(content.encode())
@@ -145,7 +146,7 @@ def put(file: Path, content: str) -> None:
 
 
 def discard(path: Path) -> None:
-    """Have a file, a link or a folder with all that is in it gone, if it is there."""
+    """Delete a file, a link, or a folder with its content, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
@@ -153,7 +154,7 @@ def discard(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush the names in a folder, where the system can."""
+    """Flush the names in a folder to the disk, where the system can."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -163,7 +164,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def tensors_digest(tensors: Mapping[str, Tensor], about: str = "") -> str:
-    """sha256 of names, dtypes, shapes and bytes of tensors, after that of a text."""
+    """Return the sha256 of `about`, followed by the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256(about.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""Temporary folders: where they can't be made or written, that is one line which names TMPDIR."""
+"""Temporary folders, with a one-line error that names TMPDIR if they can't be made or written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PREFIX = "llmcompress-"
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder that goes with the context, in TMPDIR or where the system has them. Errors:
+    """Yield a temporary folder in TMPDIR or the system's default place; it is deleted at the end. Errors:
     OutputError."""
     try:
         made = tempfile.TemporaryDirectory(prefix=PREFIX, ignore_cleanup_errors=True)
@@ -31,7 +31,7 @@ def is_scratch(path: Path) -> bool:
 
 
 def no_scratch(error: OSError) -> OutputError:
-    """What to say where there can be no temporary file."""
+    """The error for a temporary file that can't be made."""
     asked = os.environ.get("TMPDIR")
     where = (
         f"TMPDIR, which is {asked},"

@@ -1,12 +1,12 @@
-"""The tokenizer beside a model: which files it is read from, and proof that an artefact's gives the tokens of
-its base's.
+"""The tokenizer beside a model: which files it is read from, and proof that an artefact's tokenizer gives the
+same tokens as its base's.
 
-AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, by
-which files are there. For a Llama that became a Mistral, though the model is the same, it builds another
-class, which splits text after a special token otherwise. So the copied files are loaded beside the config
-that was written, and compared with the base's tokenizer on text that tells such classes apart. Where they
-differ, what the base's tokenizer saves takes their place, under the name of the class that reads
-tokenizer.json as it is.
+AutoTokenizer chooses the class by more than the tokenizer's own files: by `model_type`, by `auto_map`, and by
+which files exist. For a Llama whose config becomes Mistral's, though the model is the same, it builds another
+class, which splits text after a special token differently. So the copied files are loaded beside the written
+config and compared with the base's tokenizer on text that tells such classes apart. Where they differ, they
+are replaced by what the base's tokenizer saves, under the name of the class that reads tokenizer.json
+unchanged.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from llmcompress.io.companion_files import CONFIG, RIGHTS, kept, links_out, shar
 from llmcompress.io.safetensors_writer import sync, writing
 
 SETTINGS = "tokenizer_config.json"
-LEGACY = ("special_tokens_map.json", "added_tokens.json")  # that a saved tokenizer holds in its other files
-# the class that reads tokenizer.json as it is, whatever the model, since transformers 4
+LEGACY = ("special_tokens_map.json", "added_tokens.json")  # a saved tokenizer has these in its other files
+# the class that reads tokenizer.json unchanged, whatever the model, since transformers 4
 AS_IT_IS = "PreTrainedTokenizerFast"
 TRAITS = (
     "special_tokens_map",
@@ -86,15 +86,16 @@ TEXTS = (
         "https://user@example.org/a_b?c=d#e",
     ),
 )
-AROUND = (  # a token among text
+# a token surrounded by text
+AROUND = (
     *("{0}", "{0}hello", "hello{0}", "hello{0}hello", "hello {0} hello", " {0}", "{0} ", "{0}\n", "\n{0}"),
     *("{0}{0}", "{0} {0}", "{0}{0}hello", "{0} hello"),
 )
 
 
 def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; ModelError where there is none, or it needs code of its own. No code from
-    there is run."""
+    """Load the tokenizer beside a model, without running code from there. Raises ModelError if there is none,
+    or if it needs code of its own."""
     if (name := _own_class(folder)) is not None:
         raise ModelError(
             f"{folder} has no tokenizer that loads (it needs code of its own, {name}, which is never run "
@@ -109,7 +110,8 @@ def tokenizer_of(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def vocabulary_files(folder: Path) -> list[str]:
-    """Names of the files that the classes read which may be a folder's tokenizer's."""
+    """Names of the files that the folder's tokenizer may consist of, according to the classes that may read
+    it."""
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     names = [fields.get("tokenizer_class") for fields in (settings, config)]
     names.append(TOKENIZER_MAPPING_NAMES.get(str(config.get("model_type"))))
@@ -129,8 +131,8 @@ def vocabulary_files(folder: Path) -> list[str]:
 def require_portable(
     folder: Path, config: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, *, within: Path
 ) -> None:
-    """Refuse now a base whose tokenizer would not be the same beside a model of this config; tried in a
-    folder in `within`.
+    """Raise ModelError if the tokenizer of a base would differ beside a model of this config; tried in a
+    folder inside `within`.
 
     Errors: ModelError, OutputError.
     """
@@ -142,11 +144,11 @@ def require_portable(
 
 
 def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -> None:
-    """Have the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; most often
-    they do.
+    """Make the files in `written`, copied from `base`, give the tokens of the base's `tokenizer`; usually
+    they already do.
 
-    Else they are written anew from the tokenizer itself. Errors: ModelError where those give other tokens
-    too, or where a link was not followed, as what it leads to is not to be published.
+    Otherwise they are written again from the tokenizer itself. Errors: ModelError if those give other tokens
+    too, or if a link was not followed, because its target must not be published.
     """
     if (wrong := _difference(written, tokenizer)) is None:
         return
@@ -163,10 +165,10 @@ def keep_tokens(written: Path, tokenizer: PreTrainedTokenizerBase, base: Path) -
 
 
 def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """The first thing that two tokenizers do differently, in words, or None.
+    """Return the first difference between two tokenizers in words, or None.
 
-    Compared are vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added
-    token among text.
+    Compares vocabularies, traits such as the chat template, and the tokens of `TEXTS` and of every added
+    token surrounded by text.
     """
     if ours.get_vocab() != theirs.get_vocab():
         return "the vocabularies differ"
@@ -191,8 +193,7 @@ def difference(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, texts: list[str], special: bool) -> list[list[int] | str]:
-    """The tokens of each text, or why it has none: some vocabularies have no token for what they don't
-    know."""
+    """The tokens of each text, or the error instead: some vocabularies have no token for unknown text."""
     found: list[list[int] | str]
     try:
         found = tokenizer(texts, add_special_tokens=special, verbose=False).input_ids
@@ -211,7 +212,7 @@ def _difference(written: Path, tokenizer: PreTrainedTokenizerBase) -> str | None
 
 
 def _save(written: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write a tokenizer as it is loaded, with what its class would add."""
+    """Write a loaded tokenizer, including what its class would add."""
     fast = isinstance(tokenizer, PreTrainedTokenizerFast)
     with writing(written.parent), tempfile.TemporaryDirectory(dir=written.parent) as scratch:
         tokenizer.save_pretrained(scratch)
@@ -238,8 +239,8 @@ def _put(file: Path, content: bytes) -> None:
 
 
 def _own_class(folder: Path) -> str | None:
-    """The class outside transformers that alone can be the tokenizer in a folder, as `file.Class`, or
-    None."""
+    """The class outside transformers, as `file.Class`, that a folder's tokenizer needs, or None if
+    transformers has its class."""
     settings, config = (_fields(folder / name) for name in (SETTINGS, CONFIG))
     listed = settings.get("auto_map")
     named = listed.get("AutoTokenizer") if isinstance(listed, dict) else listed
@@ -250,13 +251,13 @@ def _own_class(folder: Path) -> str | None:
 
 
 def _each(named: Any) -> Iterator[str]:
-    """The classes of an entry of auto_map: one, or the slow and the fast one."""
+    """The classes in an entry of auto_map: one, or the slow and the fast one."""
     yield from (str(name) for name in (named if isinstance(named, list) else [named]) if name)
 
 
 def _class_of(name: Any) -> type[PreTrainedTokenizerBase] | None:
-    """The class of transformers by its name; None where it has none that is a tokenizer, or not what that one
-    needs."""
+    """The transformers class of this name; None if it does not exist, is not a tokenizer, or lacks a
+    dependency."""
     if not isinstance(name, str) or not name.isidentifier():
         return None
     try:

@@ -1,10 +1,10 @@
-"""Quantities as people read them: 16.8 MB, 3 min 05 s, 97.80 %."""
+"""Quantities in human-readable form: 16.8 MB, 3 min 05 s, 97.80 %."""
 
-NONE = "-"  # what was not measured
+NONE = "-"  # a value that was not measured
 
 
 def amount(value: float | None, unit: str = "") -> str:
-    """Three significant digits with a decimal prefix: 16.8 M, 8.39 kB."""
+    """Format with three significant digits and a decimal prefix: 16.8 M, 8.39 kB."""
     if value is None:
         return NONE
     for size, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
@@ -14,12 +14,12 @@ def amount(value: float | None, unit: str = "") -> str:
 
 
 def _significant(value: float) -> str:
-    """Three significant digits without an exponent, for 0 and 0.0005 <= |value| < 1000."""
+    """Format with three significant digits and no exponent, for 0 and 0.0005 <= |value| < 1000."""
     return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
 
 
 def duration(seconds: float | None) -> str:
-    """0.8 s, 41 s, 3 min 05 s, 2 h 07 min."""
+    """Format seconds: 0.8 s, 41 s, 3 min 05 s, 2 h 07 min."""
     if seconds is None:
         return NONE
     if seconds < 9.95:
@@ -35,17 +35,17 @@ def duration(seconds: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Four significant digits, and all of those before the point: 0.002010, 33.00, 31,416."""
+    """Format with four significant digits, or with all digits before the point: 0.002010, 33.00, 31,416."""
     if value is None:
         return NONE
     return f"{value:,.0f}" if abs(value) >= 999.95 else f"{value:#.4g}"
 
 
 def measured_percent(value: float | None) -> str:
-    """A measured share of one, to two decimals: 97.80 %."""
+    """Format a measured fraction with two decimals: 97.80 %."""
     return NONE if value is None else f"{100 * value:.2f} %"
 
 
 def asked_percent(share: float) -> str:
-    """A share of one that somebody asked for, as briefly as it is: 75 %, 12.5 %."""
+    """Format a requested fraction as briefly as possible: 75 %, 12.5 %."""
     return f"{100 * share:.3g} %"

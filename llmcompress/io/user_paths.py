@@ -1,8 +1,8 @@
-"""What a user's words name on this disk: the path, or one line that says why there can be no such path.
+"""User input turned into paths: the path, or a one-line error that says why there can be no such path.
 
-Python and the system refuse a name in many ways: a name that is too long or holds a null byte, `~nobody`, a
-`~` where no home folder is known, bytes that are no text, a folder that may not be read. Each is the user's
-to mend, whatever the name was for.
+Python and the system refuse a name for many reasons: it is too long or holds a null byte, `~nobody`, a `~`
+where no home folder is known, bytes that are not text, a folder that may not be read. The user can fix each
+of them, whatever the name was for.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from pathlib import Path
 
 from llmcompress.errors import CompressError, first_line
 
-SHOWN = 80  # characters of a name that are put into an error
+SHOWN = 80  # characters of a name that are shown in an error
 
 
 def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError] = CompressError) -> Path:
-    """The path that `words` name, a leading `~` expanded; nothing need lie there.
+    """Return the path that `words` name, with a leading `~` expanded; it need not exist.
 
-    `what` is what the user gave: `base`, `--out`. Raises `error` for words that can name no path here.
-    Afterwards `exists`, `is_dir` and `is_file` of the path answer.
+    `what` is what the user gave: `base`, `--out`. Raises `error` if `words` can't name a path here. `exists`,
+    `is_dir` and `is_file` of the returned path do not raise.
     """
     text = os.fspath(words)
     require_text(text, what, error)
@@ -44,10 +44,10 @@ def path_of(words: str | os.PathLike[str], what: str, error: type[CompressError]
 
 
 def require_text(text: str, what: str, error: type[CompressError] = CompressError) -> None:
-    """Refuse a string that can't be written as UTF-8, as bytes of a command line that are no text or half a
-    code point.
+    """Raise `error` for a string that can't be written as UTF-8, such as command-line bytes that are not text
+    or half a code point.
 
-    Reports, recipes and configs are UTF-8, so such a string could be read and never be written.
+    Reports, recipes and configs are UTF-8, so such a string could be read but never written.
     """
     try:
         text.encode()
@@ -58,5 +58,5 @@ def require_text(text: str, what: str, error: type[CompressError] = CompressErro
 
 
 def shortened(text: str) -> str:
-    """A name as it stands in an error: whole if it is short, else its beginning and its length."""
+    """A name as it is shown in an error: complete if it is short, else its beginning and its length."""
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -1,12 +1,13 @@
-"""Steps of an integer linear in few GPU kernels (int8_triton.py); integer.py and integer_linear.py have the
-plain forms.
+"""Steps of an integer linear in few GPU kernels.
 
-A product of int8 by int8 for many tokens is bitsandbytes'. What is around it (absmax, division, rounding; the
-scales of the sums) is one kernel here and one there, where plain torch launches six and three. The product of
-few tokens, as in decoding, is one kernel with the scaling: two in all. Codes are those of the plain forms bit
-for bit; outputs differ in the last bits of float32. Tried on a GPU and left out, being slower: rounding the
-tokens in the kernel of the product, and reading int4 weights from their packed bytes there. T tokens, C
-columns (in), R rows (out).
+The kernels are in `int8_triton.py`; the plain forms are in `formats/integer.py` and
+`formats/integer_linear.py`. For many tokens the product of int8 by int8 is bitsandbytes' kernel. The steps
+before it (absmax, division, rounding) are one kernel here and those after it (scaling of the sums) are
+another, where plain torch launches six and three. For few tokens, as in decoding, the product and the scaling
+are one kernel: two in all. Codes equal those of the plain forms bit for bit; outputs differ in the last bits
+of float32. Two things were tried on a GPU and left out because they were slower: rounding the tokens in the
+kernel of the product, and reading int4 weights from their packed bytes there. T tokens, C columns (in), R
+rows (out).
 """
 
 from __future__ import annotations
@@ -22,24 +23,24 @@ from llmcompress.algorithms.activation_quantization import LARGEST
 
 try:
     from llmcompress.kernels import int8_triton as int8_triton
-except ImportError:  # Triton comes with torch for GPUs, and is not made for every platform
+except ImportError:  # Triton comes with torch for GPUs and does not exist for every platform
     int8_triton = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
-FEW = 32  # tokens up to which a kernel here reads the weight, not bitsandbytes'
+FEW = 32  # tokens up to which `few_tokens` is used and not bitsandbytes' product
 TINY = float(torch.finfo(torch.float32).tiny)
-WIDE = 1024  # columns, or rows, that a program takes at a time where it has no weights to read
+WIDE = 1024  # columns or rows that a program takes at a time in kernels that read no weights
 
 
 def usable(x: Tensor) -> bool:
-    """Whether these kernels take `x`: on a GPU that Triton compiles for, outside a graph that is being
-    compiled anyway."""
+    """Whether these kernels take `x`: it is on a GPU that Triton compiles for, and torch.compile is not
+    tracing."""
     return x.is_cuda and not torch.compiler.is_compiling() and compiles(x.device)
 
 
 @functools.cache
 def compiles(device: torch.device) -> bool:
-    """Whether Triton compiles the kernels for a GPU; where it does not, a warning says why, once."""
+    """Whether Triton compiles the kernels for a GPU. If it does not, a warning says why, once."""
     if int8_triton is None:
         logger.warning("integer linears run in more and slower steps on %s: Triton is not installed", device)
         return False
@@ -48,7 +49,7 @@ def compiles(device: torch.device) -> bool:
         for rows in (16, 2**14):
             scale_R = torch.ones(rows, device=device)
             few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
-    except Exception as error:  # of a compiler, of whatever kind
+    except Exception as error:  # a compiler may raise anything
         logger.warning(
             "Triton compiles nothing for %s, so integer linears run in more and slower steps: %s",
             device,
@@ -59,8 +60,8 @@ def compiles(device: torch.device) -> bool:
 
 
 def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """As integer.quantize_tokens, but codes of 16 bits come as the two int8 codes of integer.split, [2 T,
-    C]."""
+    """Return the same as integer.quantize_tokens, but 16-bit codes as the two int8 codes of integer.split, [2
+    T, C]."""
     (T, C), x_TC = x_TC.shape, x_TC.contiguous()
     codes = torch.empty(2 * T if bits == 16 else T, C, dtype=torch.int8, device=x_TC.device)
     scale_T = torch.empty(T, 1, dtype=torch.float32, device=x_TC.device) if step is None else step
@@ -86,7 +87,10 @@ def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tupl
 def scaled(
     sums: Tensor, scale: Tensor, scale_R: Tensor, bias: Tensor | None, dtype: torch.dtype, bits: int
 ) -> Tensor:
-    """As integer_linear.scaled; sums int32 [T, R], with 16 bits [2 T, R], those of the higher codes first."""
+    """Return the same as integer_linear.scaled.
+
+    sums are int32 [T, R]; with 16 bits [2 T, R], those of the higher codes first.
+    """
     T, R = len(sums) // (2 if bits == 16 else 1), sums.shape[1]
     out_TR = torch.empty(T, R, dtype=dtype, device=sums.device)
     wide = min(WIDE, _power(R))
@@ -118,8 +122,8 @@ def few_tokens(
     dtype: torch.dtype,
     bits: int,
 ) -> Tensor:
-    """The product of at most FEW tokens' codes, as `quantize_tokens` gives them, and the weight's, scaled:
-    [T, R]."""
+    """Return the scaled product [T, R] of the weight's codes and the codes of at most FEW tokens, as from
+    `quantize_tokens`."""
     (R, C), T = matrix_RC.shape, len(codes) // (2 if bits == 16 else 1)
     out_TR = torch.empty(T, R, dtype=dtype, device=codes.device)
     tile, add = tiles(R), scale_R if bias is None else bias
@@ -145,8 +149,8 @@ def few_tokens(
 
 
 def tiles(rows: int) -> dict[str, int]:
-    """Rows and columns that a program of `few_tokens` reads at a time, its warps, and how many reads it is
-    ahead."""
+    """Return the launch settings of `few_tokens`: rows and columns of a tile, warps, and the number of
+    prefetched tiles."""
     return {
         "ROWS": 16 if rows <= 8192 else 32,
         "COLUMNS": 256,
@@ -156,12 +160,12 @@ def tiles(rows: int) -> dict[str, int]:
 
 
 def _power(size: int) -> int:
-    """The power of two from `size` on."""
+    """Return the smallest power of two that is at least `size`."""
     return 1 << (size - 1).bit_length()
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **settings: Any) -> None:
-    """Run a kernel on the device of its first tensor, which need not be the current one."""
+    """Run a kernel on the device of its first tensor, which need not be the current device."""
     if first.is_cuda and first.device.index != torch.cuda.current_device():
         with torch.cuda.device(first.device):
             kernel[grid](first, *arguments, **settings)

@@ -1,6 +1,5 @@
 # mypy: ignore-errors
-"""What a GPU runs for kernels.py, in Triton's own Python; that module says what each kernel computes, and
-starts it."""
+"""The Triton kernels of `int8_dispatch.py`, which documents and launches them."""
 
 import triton
 import triton.language as tl
@@ -8,9 +7,9 @@ import triton.language as tl
 
 @triton.jit
 def code_of(x, scale, largest):
-    """x / scale to the nearest whole number, half to even, in -largest..largest, as float32."""
+    """Return x / scale rounded to the nearest integer, half to even, in -largest..largest, as float32."""
     code = tl.minimum(tl.maximum(tl.div_rn(x, scale), -largest), largest)
-    return (code + 12582912.0) - 12582912.0  # 1.5 * 2^23: what comes after the point is rounded away
+    return (code + 12582912.0) - 12582912.0  # adding 1.5 * 2^23 rounds the fraction away
 
 
 @triton.jit
@@ -27,13 +26,13 @@ def quantize_tokens(
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One token a program."""
+    """Each program quantises one token."""
     t = tl.program_id(0).to(tl.int64)
     if STATIC:
         scale = tl.load(step)
     else:
         absmax = tl.zeros([WIDE], tl.float32)
-        broken = tl.zeros([WIDE], tl.float32)  # not finite where an x is not, which a maximum may hide
+        broken = tl.zeros([WIDE], tl.float32)  # becomes NaN if an x is not finite, which a maximum may hide
         for c in range(0, C, WIDE):
             at = c + tl.arange(0, WIDE)
             x = tl.load(x_TC + t * C + at, mask=at < C, other=0.0).to(tl.float32)
@@ -66,7 +65,7 @@ def scaled(
     BIAS: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    """One token and WIDE rows a program."""
+    """Each program scales WIDE rows of one token."""
     t, r = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDE + tl.arange(0, WIDE)
     total = tl.load(sums + t * R + r, mask=r < R, other=0).to(tl.float32)
     if SPLIT:
@@ -95,7 +94,7 @@ def few_tokens(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """All tokens and ROWS rows a program, which reads the weights of these."""
+    """Each program computes ROWS rows of all tokens, and reads the weights of these rows."""
     t, r = tl.arange(0, TOKENS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     high = tl.zeros([TOKENS, ROWS], tl.int32)
     low = tl.zeros([TOKENS, ROWS], tl.int32)

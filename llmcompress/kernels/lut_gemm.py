@@ -1,14 +1,13 @@
-"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled when it is first
-wanted.
+"""Products of inputs and packed indices on a CPU, by a small C kernel that is compiled on first use.
 
-It (lookup.c, lookup_wide.h) is built by the system's C compiler for this very processor, against the libgomp
-that torch brought along, so that there is one pool of threads, and kept in $LLMCOMPRESS_CACHE/kernels or
-~/.cache/llmcompress/kernels for other processes to load. The file's name holds the sha256 of its content: one
-that was damaged is compiled again. As loading it runs what is in it, both file and folder must belong to this
-user (or root) and be writable by nobody else; where they are not, the kernel is compiled into a private
-temporary folder, by each process anew. Where anything of that fails, or LLMCOMPRESS_KERNELS is 0, there is no
-kernel, and the caller has another way. A failure is logged once, as a warning. R rows (out), C columns (in),
-G codebooks, L levels, B bytes of a row, T tokens.
+The kernel (csrc/lookup.c, csrc/lookup_wide.h) is built by the system's C compiler for this processor. It is
+linked against the libgomp that torch ships, so that there is one thread pool. It is kept in
+$LLMCOMPRESS_CACHE/kernels or ~/.cache/llmcompress/kernels for other processes to load. The name of the file
+holds the sha256 of its content, so a damaged file is compiled again. Loading the file runs its code, so both
+file and folder must belong to this user (or root) and be writable by nobody else. Otherwise each process
+compiles the kernel into a private temporary folder. If any of this fails, or LLMCOMPRESS_KERNELS is 0, there
+is no kernel and the caller uses another way. A failure is logged once, as a warning. R rows (out), C columns
+(in), G codebooks, L levels, B bytes of a row, T tokens.
 """
 
 from __future__ import annotations
@@ -38,19 +37,22 @@ logger = logging.getLogger(__name__)
 SOURCE, HEADER = (Path(__file__).parent / "csrc" / name for name in ("lookup.c", "lookup_wide.h"))
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
-SMALL = 2**16  # weights that are not worth a second thread
-# tokens at a time; on a CPU without AVX-512 more are about as fast by looking the weights up for a product of
-# torch's
+SMALL = 2**16  # up to this many weights a second thread does not pay off
+# tokens at a time; for more, a CPU without AVX-512 is about as fast with expanded weights and a product of
+# torch
 FEW = 16
-# weights that are looked up at a time: 16 MB; smaller pieces are no faster, and threads meet more often
+# weights expanded at a time: 16 MB; smaller pieces are no faster, and threads synchronise more often
 PIECE = 2**22
-BFLOAT16 = torch.cpu._is_avx512_bf16_supported()  # others multiply it several times as slowly as float32
+# other CPUs multiply bfloat16 several times as slowly as float32
+BFLOAT16 = torch.cpu._is_avx512_bf16_supported()
 
 
 @functools.cache
 def available() -> bool:
-    """Whether there is a kernel; the first call may compile it, which takes seconds, and warns where that
-    fails."""
+    """Whether there is a kernel.
+
+    The first call may compile it, which takes seconds. A warning is logged if that fails.
+    """
     if (why := why_not()) is not None and not _switched_off():
         logger.warning(
             "torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why
@@ -59,27 +61,27 @@ def available() -> bool:
 
 
 def why_not() -> str | None:
-    """Why there is no kernel; None where there is one. The first call may compile it."""
+    """Return why there is no kernel, or None if there is one. The first call may compile it."""
     return _attempt()[1]
 
 
 def form() -> str | None:
-    """What the kernel was compiled for: avx512, avx2, or plain; None where there is none."""
+    """Return the instruction set of the kernel: avx512, avx2, or plain; None if there is no kernel."""
     kernel = _kernel()
     return None if kernel is None else str(kernel.lookup_form().decode())
 
 
 def halves(bits: int) -> bool:
-    """Whether `matmul` takes inputs in bfloat16, as they are."""
+    """Whether `matmul` takes inputs in bfloat16 without a conversion."""
     kernel = _kernel()
     return kernel is not None and bits != 8 and bool(kernel.lookup_halves())
 
 
 def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T [T, R] in the type of x, of any floats: by `matmul`, or from many tokens on by a piece of the
-    weight at a time.
+    """Return x W^T [T, R] in the dtype of x, which may be any float dtype.
 
-    Sums are float32's; where x is bfloat16 and the processor multiplies it, levels are rounded to that.
+    Few tokens use `matmul`; for many tokens the weight is expanded a piece at a time. Sums are float32. If x
+    is bfloat16 and the processor multiplies bfloat16, levels are rounded to bfloat16.
     """
     (T, C), R, half = x_TC.shape, len(packed_RB), x_TC.dtype == torch.bfloat16 and halves(bits)
     few = 2 * FEW if half else FEW
@@ -99,11 +101,12 @@ def product(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits:
 
 
 def matmul(x_TC: Tensor, packed_RB: Tensor, levels_GL: Tensor, rows: int, bits: int) -> Tensor:
-    """x W^T, float32 [T, R], of x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32 [G,
-    2^bits].
+    """Return x W^T, float32 [T, R], from x float32 [T, C], indices of 2, 3, 4 or 8 bits and levels float32
+    [G, 2^bits].
 
-    All contiguous on the CPU; `rows` adjacent rows share a codebook. It is for few tokens. With `halves`, x
-    may be bfloat16, and levels are rounded to it. Errors: ValueError, MemoryError.
+    All tensors are contiguous and on the CPU; `rows` adjacent rows share a codebook. It is meant for few
+    tokens. With `halves`, x may be bfloat16, and levels are then rounded to bfloat16. Errors: ValueError,
+    MemoryError.
     """
     T, C = x_TC.shape
     R = _checked(packed_RB, levels_GL, C, rows, bits)
@@ -142,10 +145,10 @@ def expand(
     start: int = 0,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The weight [R, columns] in the type of the levels, of 2 or 4 bytes; `out` takes as many rows as it has
-    from `start` on.
+    """Return the weight [R, columns] in the dtype of the levels, of 2 or 4 bytes.
 
-    Errors: ValueError, MemoryError.
+    `out`, if given, receives as many rows as it has, beginning with row `start`. Errors: ValueError,
+    MemoryError.
     """
     R = _checked(packed_RB, levels_GL, columns, rows, bits)
     out_RC = torch.empty(R - start, columns, dtype=levels_GL.dtype) if out is None else out
@@ -176,12 +179,14 @@ def expand(
 
 
 def row_bytes(columns: int, bits: int) -> int:
-    """Bytes of a row of indices: each begins with a byte of its own, and eight of 3 bits fill three."""
+    """Return the bytes of a row of indices. Each row begins at a new byte; eight 3-bit indices fill three
+    bytes."""
     return -(-columns // 8) * 3 if bits == 3 else -(-columns * bits // 8)
 
 
 def _checked(packed_RB: Tensor, levels_GL: Tensor, columns: int, rows: int, bits: int) -> int:
-    """The rows. Errors: ValueError for what the kernel would read past the end of."""
+    """Return the number of rows. Errors: ValueError for arguments with which the kernel would read out of
+    bounds."""
     R = len(packed_RB)
     fits = bits in (2, 3, 4, 8) and rows > 0 and packed_RB.dtype == torch.uint8 and min(R, columns) > 0
     if (
@@ -212,7 +217,7 @@ def _loaded() -> ctypes.CDLL:
 
 
 def _kernel() -> ctypes.CDLL | None:
-    """The compiled kernel, from the cache or new; None where it can't be had."""
+    """Return the compiled kernel, cached or new; None if there is none."""
     return _attempt()[0]
 
 
@@ -222,23 +227,23 @@ def _switched_off() -> bool:
 
 @functools.cache
 def _attempt() -> tuple[ctypes.CDLL | None, str | None]:
-    """The compiled kernel and None, or None and why there is none."""
+    """Return the compiled kernel and None, or None and why there is no kernel."""
     if _switched_off():
         return None, "LLMCOMPRESS_KERNELS is 0"
     try:
         kernel = _load(cache_folder() / "kernels")
     except (OSError, RuntimeError, AttributeError, subprocess.SubprocessError, CompressError) as error:
-        return None, first_line(error)  # no room, no symbol
+        return None, first_line(error)  # such as a full disk or a missing symbol
     return (None, _lacking()) if kernel is None else (kernel, None)
 
 
 def compiler() -> str | None:
-    """The path of the C compiler that is tried first; None where there is none."""
+    """Return the path of the first C compiler that is tried, or None if there is none."""
     return next(filter(None, map(shutil.which, COMPILERS)), None)
 
 
 def _lacking() -> str:
-    """Why nothing was compiled."""
+    """Return why nothing was compiled."""
     if compiler() is None:
         return f"there is no C compiler ({', '.join(COMPILERS)}) on the PATH; install one"
     if not _libgomp():
@@ -247,13 +252,15 @@ def _lacking() -> str:
 
 
 def _libgomp() -> list[Path]:
-    """The thread libraries that torch brought along."""
+    """Return the libgomp files that torch ships."""
     return sorted((Path(torch.__file__).parent / "lib").glob("libgomp*.so*"))
 
 
 def _load(folder: Path) -> ctypes.CDLL | None:
-    """The kernel in a folder, compiled into it where it isn't there, or into one that goes where others may
-    write there."""
+    """Return the kernel of a folder, compiling it if it is not there.
+
+    If others may write to the folder, it is compiled into a temporary folder instead.
+    """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if _is_private(folder) and not any(map(_is_open, folder.parents)):
         return _made(folder)
@@ -262,7 +269,7 @@ def _load(folder: Path) -> ctypes.CDLL | None:
 
 
 def _made(folder: Path) -> ctypes.CDLL | None:
-    """The kernel in a folder of ours, compiled into it where it isn't there."""
+    """Return the kernel of a folder that only this user can write, compiling it if it is not there."""
     kernel = _found(folder)
     if kernel is None:
         if not any(_compile(compiler, folder) for compiler in filter(None, map(shutil.which, COMPILERS))):
@@ -272,8 +279,10 @@ def _made(folder: Path) -> ctypes.CDLL | None:
 
 
 def _found(folder: Path) -> ctypes.CDLL | None:
-    """What was compiled for this processor into a folder, if it is what was compiled; anything else of that
-    name goes."""
+    """Return the kernel that was compiled for this processor into a folder, or None.
+
+    Files of that name are deleted if they were changed, if others can write to them, or if they fail to load.
+    """
     for file in sorted(folder.glob(f"lookup-{_digest()}-*.so")):
         with contextlib.suppress(OSError), file.open("rb") as opened:
             if file.name == _name(opened.read()) and _is_private(file):
@@ -283,26 +292,26 @@ def _found(folder: Path) -> ctypes.CDLL | None:
 
 
 def _is_private(path: Path) -> bool:
-    """Whether a file or folder is this user's or root's, and nobody else may write to it."""
-    if not hasattr(os, "geteuid"):  # not a POSIX system, where a home is its owner's alone
+    """Whether a file or folder belongs to this user or root and nobody else may write to it."""
+    if not hasattr(os, "geteuid"):  # not POSIX; only the owner can write to a home there
         return True
     about = path.lstat()
     return about.st_uid in (0, os.geteuid()) and not about.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _is_open(folder: Path) -> bool:
-    """Whether anyone may put other folders in the place of those in it."""
+    """Whether anyone may replace the folders inside a folder."""
     mode = folder.stat().st_mode
     return bool(mode & stat.S_IWOTH) and not mode & stat.S_ISVTX
 
 
 def _name(content: bytes) -> str:
-    """What a compiled kernel is called."""
+    """Return the file name of a compiled kernel."""
     return f"lookup-{_digest()}-{hashlib.sha256(content).hexdigest()[:32]}.so"
 
 
 def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
-    """The kernel, with the types of what its functions take and return."""
+    """Declare the argument and return types of the functions of the kernel."""
     pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
     kernel.lookup_form.restype, kernel.lookup_form.argtypes = ctypes.c_char_p, ()
     kernel.lookup_halves.restype, kernel.lookup_halves.argtypes = small, ()
@@ -312,7 +321,7 @@ def _declared(kernel: ctypes.CDLL) -> ctypes.CDLL:
 
 
 def _digest() -> str:
-    """What the compiled file depends on: source, flags, torch and the processor."""
+    """Return a digest of what the compiled file depends on: source, flags, torch and the processor."""
     parts = [
         SOURCE.read_text(),
         HEADER.read_text(),
@@ -331,8 +340,10 @@ def _digest() -> str:
 
 
 def _compile(compiler: str, target: Path) -> bool:
-    """Whether a compiler makes the file in a folder, where it appears whole or not at all, however many
-    processes try."""
+    """Compile the kernel into a folder and return whether that succeeded.
+
+    The file appears whole or not at all, however many processes try.
+    """
     threads = _libgomp()
     if not threads:
         return False

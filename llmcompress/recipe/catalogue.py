@@ -1,8 +1,8 @@
 """What each shipped recipe is for, read from its file: the comment at its head and its stages.
 
-The head says what the recipe does and what was measured of it. What is left of a model and what loads the
-result follow from the stages alone. No model is read, so what depends on one is said as it is for most: a
-linear that a format cannot take keeps its dtype.
+The head says what the recipe does and what was measured. What is left of a model and what loads the result
+follow from the stages alone. No model is read, so facts that depend on a model are given for the usual case:
+a linear that a format can't store keeps its dtype.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ MEASURED = re.compile(
 
 @dataclass(frozen=True)
 class Measured:
-    """What a recipe cost on one model, as its head says: KL in nats/token, perplexities, seconds."""
+    """The measured cost of a recipe on one model, from its head: KL in nats/token, perplexities, seconds."""
 
     model: str
     kl_nats: float
@@ -60,18 +60,18 @@ class Entry:
     measured: tuple[Measured, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """The entry as JSON has it."""
+        """The entry as JSON-compatible values."""
         return asdict(self)
 
 
 def entries() -> list[Entry]:
-    """All shipped recipes, by purpose and then by name. Errors: RecipeError."""
+    """All shipped recipes, sorted by purpose and then by name. Errors: RecipeError."""
     found = [entry(name, shipped.path_of(name).read_text("utf-8")) for name in shipped.names()]
     return sorted(found, key=lambda one: (PURPOSES.index(one.purpose), one.name))
 
 
 def entry(name: str, text: str) -> Entry:
-    """What the text of a recipe says of it. Errors: RecipeError."""
+    """Return the entry for the text of a recipe. Errors: RecipeError."""
     try:
         recipe = Recipe.parse(text)
     except RecipeError as error:
@@ -91,7 +91,7 @@ def entry(name: str, text: str) -> Entry:
 
 
 def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
-    """What the comment at the head says: in words, and measured."""
+    """Split the comment at the head into its description and its measurements."""
     words, measured = list[str](), list[Measured]()
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -107,7 +107,7 @@ def _head(text: str) -> tuple[str, tuple[Measured, ...]]:
 
 
 def _purpose(stages: Sequence[Stage]) -> str:
-    """The section of the list that a recipe stands in."""
+    """The section of the list in which a recipe appears."""
     coded = [stage.bits[0] for stage in stages if stage.bits is not None]
     sections = [stage.section for stage in stages if stage.bits is None and stage.section != TRAINED]
     if coded and sections:
@@ -118,7 +118,7 @@ def _purpose(stages: Sequence[Stage]) -> str:
 
 
 def _loads_with(stages: Sequence[Stage]) -> str:
-    """What must be imported to load the result."""
+    """The packages that must be imported to load the result."""
     if any(stage.needs_plugin for stage in stages):
         return PLUGIN
     return NATIVE if any(stage.quantizes for stage in stages) else TRANSFORMERS

@@ -1,4 +1,4 @@
-"""The entries of a recipe's `stages`: which stage an entry is, and whether it may stand where it stands."""
+"""The entries of a recipe's `stages`: which stage an entry names, and whether it may stand at its place."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ class _Entry(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _with_settings(cls, entry: Any) -> Any:
-        """`- quantize` and `- quantize:` are the stage with all defaults; a stage object is itself."""
+        """Expand short forms: `- quantize` and `- quantize:` mean the stage with all defaults; a stage object
+        means itself."""
         if isinstance(entry, Stage):
             return {entry.name: entry}
         if isinstance(entry, str):
@@ -69,7 +70,8 @@ class _Entry(BaseModel):
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
-        """One stage and no more, also by its bare name: what the two validators above do."""
+        """The schema of the two validators above: exactly one stage, which may also be given by its bare
+        name."""
         found = handler.resolve_ref_schema(handler(core))
         bare = [name for name in cls.model_fields if cls._needs_nothing(name)]
         settings = {
@@ -92,7 +94,7 @@ class _Entry(BaseModel):
 
     @classmethod
     def _needs_nothing(cls, name: str) -> bool:
-        """Whether a stage has a default for each of its settings."""
+        """Whether each setting of a stage has a default."""
         try:
             cls.model_validate(name)
         except ValidationError:
@@ -116,7 +118,7 @@ class _FromEntry:
 
     @classmethod
     def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """The schema of an entry, with the stage itself for its value."""
+        """The schema of an entry, with the stage object as its value."""
 
         def stage_of(entry: _Entry) -> Stage:
             return entry.stage
@@ -134,6 +136,6 @@ AnyStage = Annotated[Stage, _FromEntry]
 
 
 def require_order(stages: Sequence[Stage]) -> None:
-    """Refuse stages that can't follow each other. Errors: ValueError, which says why."""
+    """Raise ValueError, which says why, if the stages can't follow each other."""
     for number, stage in enumerate(stages):
         stage.require_place(stages[:number], stages[number + 1 :])

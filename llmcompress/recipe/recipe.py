@@ -1,8 +1,8 @@
-"""A recipe: base, data, stages, accept, as one frozen value that YAML spells and a digest names.
+"""A recipe: base, data, stages and accept as one frozen value, with a YAML form and a digest.
 
-Equal text gives an equal digest, and on the same machine and versions equal bytes out. Whatever is wrong with
-a recipe is said in one line before anything is read: the key and where it stands, why it can't be, and the
-nearest right word. A recipe from the Hub is data like any other: nothing of it is run, and it can't name a
+Equal text gives an equal digest and, on the same machine and versions, equal output bytes. An error in a
+recipe is reported in one line before anything else is read: the key and its place, what is wrong with it, and
+the nearest valid word. A recipe from the Hub is treated as data: nothing in it is run, and it can't name a
 file of this machine.
 """
 
@@ -46,10 +46,10 @@ from llmcompress.stages.quantize.stage import Quantize
 if TYPE_CHECKING:
     from llmcompress.report.schema import Report
 
-SCHEMA = 1  # of recipes: llmcompress 0.N reads up to schema N, so that a newer recipe tells what to install
-FILE = "recipe.yaml"  # what it is called in an artefact, and in a repository on the Hub
-LARGEST = 1 << 15  # bytes of a recipe file: more is no recipe
-SHORT = reprlib.Repr()  # of a wrong value, which may be long
+SCHEMA = 1  # of recipes: llmcompress 0.N reads schemas up to N, so a newer recipe can say what to install
+FILE = "recipe.yaml"  # its name in an artefact and in a repository on the Hub
+LARGEST = 1 << 15  # bytes of a recipe file
+SHORT = reprlib.Repr()  # shortens wrong values in errors
 SHORT.maxlevel = 2
 
 
@@ -105,22 +105,23 @@ class Recipe(BaseModel):
         return {key: value for key, value in handler(self).items() if value not in (None, {})}
 
     def training_tokens(self, length: int) -> int:
-        """How many tokens the stages that train ask for, where sequences of the data have `length`."""
+        """The number of tokens that the training stages ask for, if sequences of the data have `length`
+        tokens."""
         return max(stage.training_tokens(length) for stage in self.stages)
 
     @property
     def student(self) -> str | None:
-        """The model that takes the place of the base, if one does."""
+        """The model that replaces the base, or None."""
         return self.stages[0].models.get("student")
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """The models that teach besides the base."""
+        """The teacher models other than the base."""
         return tuple(stage.models["teacher"] for stage in self.stages if "teacher" in stage.models)
 
     def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
-        """The recipe with other names for its teachers and students: `name_of` is given the stage's number,
-        role and name."""
+        """The recipe with other names for its teachers and students: `name_of` receives the stage's number,
+        the role and the name."""
         stages = tuple(
             stage.with_models({role: name_of(number, role, name) for role, name in stage.models.items()})
             for number, stage in enumerate(self.stages)
@@ -129,12 +130,12 @@ class Recipe(BaseModel):
 
     @property
     def digest(self) -> str:
-        """sha256 of the recipe with every default filled in."""
+        """Return the sha256 of the recipe with every default filled in."""
         text = json.dumps(self.model_dump(mode="json", exclude={"version"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_yaml(self) -> str:
-        """The recipe as YAML, without what is left at its default; reads back to an equal recipe."""
+        """The recipe as YAML, without settings at their defaults; parses back to an equal recipe."""
         entries = {"schema": SCHEMA} | self.model_dump(mode="json", exclude_unset=True, exclude={"version"})
         return yaml.safe_dump(entries, sort_keys=False, allow_unicode=True)
 
@@ -146,12 +147,12 @@ class Recipe(BaseModel):
 
     @property
     def origin(self) -> RecipeFacts | None:
-        """Where on the Hub it comes from; None for one that was written here."""
+        """The Hub repository and commit that the recipe comes from; None for a local recipe."""
         return self._origin
 
     @classmethod
     def parse(cls, text: str | bytes, where: str = "recipe") -> Recipe:
-        """A recipe from YAML; raises RecipeError with one line that begins with `where`."""
+        """Parse a recipe from YAML. Raises RecipeError with one line that begins with `where`."""
         try:
             entries = yaml_of(text, largest=LARGEST)
         except Unreadable as error:
@@ -169,7 +170,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def of_entries(cls, entries: dict[str, Any], where: str = "recipe") -> Recipe:
-        """A recipe from what YAML gives; stages may be objects. Raises RecipeError with one line that begins
+        """Make a recipe from parsed YAML; stages may be objects. Raises RecipeError with one line that begins
         with `where`."""
         try:
             return cls.model_validate(entries)
@@ -178,7 +179,7 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_file(cls, file: str | Path) -> Recipe:
-        """A recipe from a YAML file; raises RecipeError where there is none or it is wrong."""
+        """Read a recipe from a YAML file. Raises RecipeError if there is none or it is wrong."""
         path = path_of(file, "recipe", RecipeError)
         if not path.is_file():
             raise RecipeError(
@@ -190,11 +191,11 @@ class Recipe(BaseModel):
 
     @classmethod
     def from_pretrained(cls, name: str | Path, revision: str | None = None) -> Recipe:
-        """A recipe by its file, by a folder or by an id on the Hub that holds recipe.yaml, as every artefact
-        does.
+        """Load a recipe from a file, or from a folder or Hub repository that holds recipe.yaml, as every
+        artefact does.
 
-        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`; it is
-        resolved to a commit, which the recipe and the reports of its runs remember. Errors: RecipeError.
+        `revision` is a branch, tag or commit, which may also follow the id as `user/name@revision`. It is
+        resolved to a commit, which the recipe and the reports of its runs record. Errors: RecipeError.
         """
         path = path_of(name, "recipe", RecipeError)
         if path.is_dir():
@@ -210,7 +211,7 @@ class Recipe(BaseModel):
         return recipe
 
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write recipe.yaml into a folder, which is made if need be; returns the file. Errors:
+        """Write recipe.yaml into a folder, which is created if needed, and return the file. Errors:
         OutputError."""
         with writing(Path(folder)):
             Path(folder).mkdir(parents=True, exist_ok=True)
@@ -218,21 +219,20 @@ class Recipe(BaseModel):
         return Path(folder) / FILE
 
     def push_to_hub(self, repo: str, *, private: bool = False, message: str | None = None) -> str:
-        """Make `repo` on the Hub a repository of what `for_others` gives; returns the commit. Errors:
+        """Upload the result of `for_others` to `repo` on the Hub and return the commit. Errors:
         OutputError."""
         text = self.for_others().to_yaml()
         files = {FILE: text.encode(), CARD: recipe_card(text, repo).encode()}
         return hub.push(repo, files, private=private, message=message or "Recipe of llmcompress").commit
 
     def local_names(self, reported: Report | None = None) -> set[str]:
-        """The names of the recipe that are files and folders of this machine.
+        """The names in the recipe that are files and folders of this machine.
 
-        `reported`, the report of its run, knows which. Another name is one if it exists, or if it can't be an
-        id of the Hub.
+        `reported`, the report of the recipe's run, tells which names are. Any other name is local if it
+        exists or can't be an id on the Hub.
         """
-        asked: list[
-            tuple[str, str | None, bool]
-        ] = []  # a name, what the report tells of it, whether that is of the Hub
+        # a name, the name in the report, whether that one is on the Hub
+        asked: list[tuple[str, str | None, bool]] = []
         base, data = (reported.base, reported.data) if reported else (None, None)
         if self.base is not None:
             asked.append(
@@ -262,8 +262,8 @@ class Recipe(BaseModel):
         }
 
     def for_others(self, reported: Report | None = None) -> Recipe:
-        """The recipe as it is shared: local names as `./` and their last one, which nobody takes for an id of
-        the Hub.
+        """The recipe in the form that is shared: a local name becomes `./` and its last part, which can't be
+        taken for a Hub id.
 
         `reported` is as in `local_names`.
         """
@@ -280,10 +280,10 @@ class Recipe(BaseModel):
         return self.renamed(lambda number, role, name: told(name)).model_copy(update=changed)
 
     def require_own_names(self, *, base: str | None = None, data: str | DataSpec | None = None) -> None:
-        """Refuse a recipe from the Hub that names files here, but for what the user gave in their place.
-        Errors: RecipeError.
+        """Raise RecipeError if a recipe from the Hub names files of this machine, unless the user gave other
+        names in their place.
 
-        Its author has no business with the files of this machine, whose words might end up in what is shared
+        Its author must not be able to read files of this machine, whose text might end up in what is shared
         later.
         """
         if self.origin is None:
@@ -312,12 +312,12 @@ def _kind(value: Any) -> str:
 
 
 def _explain(error: ValidationError) -> str:
-    """The first thing wrong, as `stages.0.quantize.formt: unknown key; did you mean format?`."""
+    """Return the first error, such as `stages.0.quantize.formt: unknown key; did you mean format?`."""
     errors = error.errors(include_url=False)
     beside = [
         one for one in errors if one["type"] == "extra_forbidden" and one["loc"][:-1] == errors[0]["loc"][:-1]
     ]
-    # what is missing may be misspelt
+    # a missing key may be misspelt: then the unknown key beside it is reported
     first = beside[0] if errors[0]["type"] == "missing" and beside else errors[0]
     path, kind, given = first["loc"], first["type"], first.get("input")
     place = ".".join(str(part) for part in path if not str(part).startswith(KINDS))
@@ -338,12 +338,12 @@ def _explain(error: ValidationError) -> str:
     return f"{place + ': ' if place else ''}{message}{shown}"
 
 
-KINDS = ("literal[", "constrained-")  # what pydantic puts into a place beside the keys
+KINDS = ("literal[", "constrained-")  # what pydantic adds to a location besides keys
 KEYS: dict[str, type[BaseModel]] = {"data": DataSpec, "accept": Accept, "smooth": Smooth, **STAGES}
 
 
 def _known(path: tuple[int | str, ...]) -> list[str]:
-    """The keys that may stand at a place of the recipe."""
+    """The valid keys at a place of the recipe."""
     model: Any = Recipe
     for part in path:
         if part == "stages":

@@ -1,4 +1,4 @@
-"""The recipes that come with llmcompress, by name, and how a user's word for a recipe is read.
+"""The recipes that ship with llmcompress, by name, and how a user's name for a recipe is resolved.
 
 The files are `recipes/*.yaml` of a checkout. A wheel has copies of them in
 `llmcompress/recipe/shipped_recipes`.
@@ -40,22 +40,22 @@ def names() -> tuple[str, ...]:
 
 
 def path_of(name: str) -> Path:
-    """The file of a shipped recipe. Errors: RecipeError, with the nearest name."""
+    """The file of a shipped recipe. Errors: RecipeError, which suggests the nearest name."""
     if name not in names():
         raise RecipeError(f"no shipped recipe is called {name}; {_advice(name)}")
     return folder() / f"{name}.yaml"
 
 
 def load(name: str) -> Recipe:
-    """A shipped recipe. Errors: RecipeError."""
+    """Load a shipped recipe. Errors: RecipeError."""
     return Recipe.from_file(path_of(name))
 
 
 def resolve(text: str | Path) -> Recipe:
-    """The recipe that a user names: a file or a folder, else a shipped recipe, else an id on the Hub.
+    """Load the recipe that a user names: a file or a folder, else a shipped recipe, else an id on the Hub.
 
-    A file wins over the shipped recipe of its name, and so does a folder that holds recipe.yaml. Both are
-    logged. Errors: RecipeError.
+    A file takes precedence over the shipped recipe of the same name, and so does a folder that holds
+    recipe.yaml. Both cases are logged. Errors: RecipeError.
     """
     word, path = str(text), user_path(text, "recipe", RecipeError)
     if word in names():
@@ -73,7 +73,7 @@ def resolve(text: str | Path) -> Recipe:
 
 
 def _advice(word: str) -> str:
-    """The shipped recipe that a word may stand for, and where all are listed."""
+    """The shipped recipe that a word may mean, and where all are listed."""
     path = Path(word)
     stem = path.stem if path.suffix in SUFFIXES else path.name
     near = difflib.get_close_matches(stem, names(), n=1)

@@ -1,9 +1,9 @@
-"""Reports as tables on a terminal, for a person who asks: how much smaller, how much worse, what took the
-time, what was kept?
+"""Reports as tables on a terminal: how much smaller and how much worse the model is, what took the time, what
+was kept.
 
-Each table is built as rows of plain text first and turned into a rich table last, so that the words are the
+Each table is first built as rows of plain text and only then turned into a rich table, so the words are the
 same at every width and names with brackets are never read as markup. The formatters are public: the model
-card and the pictures use the same units.
+card and the plots use the same units.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,32 +18,32 @@ from llmcompress.io.units import NONE, amount, duration, measured_percent, numbe
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
 WORST = 5
-KEPT_SHOWN = 12  # rows; the rest of a long list is counted
+KEPT_SHOWN = 12  # rows; the rest of a long list is only counted
 
 Rows = Sequence[tuple[str, ...]]
 
 
 def nats(value: float | None) -> str:
-    """0.002010 nats/token."""
+    """Format a KL divergence: 0.002010 nats/token."""
     return NONE if value is None else f"{number(value)} nats/token"
 
 
 def with_interval(value: float | None, interval: Interval | None) -> str:
-    """12.34 [12.10, 12.60]."""
+    """Format a value and its interval: 12.34 [12.10, 12.60]."""
     return number(value) + (
         f" [{number(interval[0])}, {number(interval[1])}]" if interval is not None else ""
     )
 
 
 def change(before: float | None, after: float | None) -> str:
-    """After against before, in percent: -53.6 %, +0.3 %, =."""
+    """Format the change from `before` to `after` in percent: -53.6 %, +0.3 %, =."""
     if before is None or after is None or before == 0:
         return NONE
     return "=" if before == after else f"{100 * (after / before - 1):+.3g} %"
 
 
 def before_after(report: Report) -> Rows:
-    """(what, base, compressed, change): also the table of the model card."""
+    """Rows (what, base, compressed, change), which are also the table of the model card."""
     base, small = report.base, report.compressed
     bits = [
         8 * m.size_bytes / m.parameters if m.size_bytes is not None and m.parameters else None
@@ -81,7 +81,7 @@ def _pair(before: float | None, after: float | None) -> tuple[str, str, str]:
 
 
 def fidelity_rows(report: Report) -> Rows:
-    """(what, value) of the distance between the two models."""
+    """Rows (what, value) of the distance between the two models."""
     facts = report.fidelity
     return [
         ("KL(base || compressed), mean", nats(facts.kl_nats_mean)),
@@ -92,14 +92,14 @@ def fidelity_rows(report: Report) -> Rows:
 
 
 def kept_rows(report: Report, shown: int = KEPT_SHOWN) -> Rows:
-    """(linear, why it was kept); what goes beyond `shown` is counted in a last row."""
+    """Rows (linear, why it was kept); a last row counts those beyond `shown`."""
     kept = report.kept
     more = [(f"... and {len(kept) - shown} more", "")] if len(kept) > shown else []
     return [(linear.name, linear.why) for linear in kept[:shown]] + more
 
 
 def worst_rows(report: Report, shown: int = WORST) -> Rows:
-    """(linear, format, bits, relative error), largest error first."""
+    """Rows (linear, format, bits, relative error), largest error first."""
     worst = sorted(report.linears, key=lambda linear: -linear.relative_error)[:shown]
     return [
         (linear.name, linear.format, number(linear.bits), measured_percent(linear.relative_error))
@@ -108,7 +108,8 @@ def worst_rows(report: Report, shown: int = WORST) -> Rows:
 
 
 def training_rows(report: Report) -> Rows:
-    """(loss, steps, KL on held-out text before and after, share recovered) of each stage that trained."""
+    """Rows (loss, steps, KL on held-out text before and after, share recovered) for each stage that
+    trained."""
     return [
         (
             training.loss,
@@ -122,13 +123,13 @@ def training_rows(report: Report) -> Rows:
 
 
 def steps(training: TrainingFacts) -> str:
-    """1,000, or 300 of 1,000 where a training ended early."""
+    """Format the number of steps: 1,000, or 300 of 1,000 if the training ended early."""
     asked, done = training.steps, training.steps_done
     return f"{asked:,}" if done == asked else f"{done:,} of {asked:,}"
 
 
 def time_rows(report: Report) -> Rows:
-    """(stage, seconds, share of the run); what no stage took is loading, measuring and writing."""
+    """Rows (stage, seconds, share of the run); the time outside stages is loading, measuring and writing."""
     whole = report.cost.seconds
     times = [(stage.name, stage.seconds) for stage in report.stages]
     times.append(("load, measure, write", max(0.0, whole - sum(seconds for _, seconds in times))))
@@ -139,8 +140,8 @@ def time_rows(report: Report) -> Rows:
 
 
 def print_report(report: Report, console: Console) -> None:
-    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst, notes, and
-    where it ran."""
+    """Print the whole report: before and after, fidelity, training, time, kept linears, the worst linears,
+    notes, and the machine."""
     revision = f" @ {report.base.revision[:12]}" if report.base.revision else ""
     console.print(Text(f"{report.base.model}{revision} -> {report.compressed.model}", style="bold"))
     _print(console, "before and after", ("", "base", "compressed", "change"), before_after(report))
@@ -188,7 +189,7 @@ def print_evaluation(evaluation: Mapping[str, Any], console: Console) -> None:
 def print_reproduction(
     verdict: str, differences: Iterable[str], reported: Report, again: Report, console: Console
 ) -> None:
-    """Print what a second run came to beside what the report says."""
+    """Print the comparison of a second run with the report of the first."""
     rows = [
         ("perplexity", number(reported.compressed.perplexity), number(again.compressed.perplexity)),
         ("KL, mean", nats(reported.fidelity.kl_nats_mean), nats(again.fidelity.kl_nats_mean)),
@@ -209,7 +210,7 @@ def print_reproduction(
 
 
 class PlanRow(Protocol):
-    """A row of a plan: None is what can't be foretold."""
+    """A row of a plan; None is a value that can't be predicted."""
 
     @property
     def stage(self) -> str: ...
@@ -228,7 +229,7 @@ class PlanRow(Protocol):
 
 
 def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) -> None:
-    """Print `plan`: per stage the parameters, bytes, peak memory and seconds to expect."""
+    """Print `plan`: the expected parameters, bytes, peak memory and seconds per stage."""
     cells = [
         (
             row.stage,

@@ -1,14 +1,12 @@
-"""What a model is worth and what it costs: perplexity, divergence from its base, bytes, tokens per second,
-memory.
+"""Quality and cost of a model: perplexity, divergence from its base, bytes, tokens per second, memory.
 
-Fidelity reads batches of logits rather than a model, so that whoever runs the forward passes (a model in
-memory, or one walked layer by layer from disk) is measured by the same code. A batch is gone through once, a
-few tokens at a time and in float32: that copy stays in the processor's cache, and memory stays bounded at a
-vocabulary of 150 thousand. Perplexity costs 2 to 6 us a token at a vocabulary of 4096 on one core (the fused
-cross entropy is twice as fast there as a hand-written logsumexp), a few hundredths of the forward pass of a
-model of 8 M parameters; divergence costs five to ten times that. Nothing here changes a weight, but a kernel
-may: bitsandbytes repacks 4-bit weights on some CPUs at the first forward, so measure a model that is not
-saved afterwards.
+Fidelity reads batches of logits rather than a model, so the same code measures a model in memory and one that
+is walked layer by layer from disk. A batch is processed once, a few tokens at a time and in float32: that
+copy stays in the processor's cache, and memory stays bounded at a vocabulary of 150 thousand. Perplexity
+costs 2 to 6 us per token at a vocabulary of 4096 on one core (the fused cross entropy is twice as fast there
+as a hand-written logsumexp), a few hundredths of the forward pass of a model with 8 M parameters. Divergence
+costs five to ten times that. Nothing here changes a weight, but a kernel may: bitsandbytes repacks 4-bit
+weights on some CPUs at the first forward, so do not save a model after measuring it.
 """
 
 import importlib
@@ -29,17 +27,17 @@ from torch import Tensor
 from llmcompress.errors import DataError, ModelError
 from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
 
-# of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width from seed to seed
+# resamples of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width between seeds
 RESAMPLES = 2000
-CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a core's cache ...
-CHUNK_ELEMENTS_GPU = 1 << 25  # ... and 128 MB keeps a GPU busy
+CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a core's cache
+CHUNK_ELEMENTS_GPU = 1 << 25  # the same on a GPU: 128 MB keeps it busy
 
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
 
 
 @dataclass(frozen=True, eq=False)
 class Fidelity:
-    """Perplexity over S sequences and, where a base was given, the distance from it.
+    """Perplexity over S sequences and, if a base was given, the distance from it.
 
     Intervals are 95 % by bootstrap over sequences; with a single sequence an interval has no width.
     `nll_nats` is the mean negative log-likelihood of each sequence, float64 [S].
@@ -47,7 +45,7 @@ class Fidelity:
 
     perplexity: float
     perplexity_ci95: Interval
-    tokens: int  # predicted ones: S * (L - 1)
+    tokens: int  # predicted tokens: S * (L - 1)
     nll_nats: Tensor
     kl_nats_mean: float | None = None  # KL(base || model) per token, over all S * L positions
     kl_nats_p99: float | None = None
@@ -76,14 +74,14 @@ def fidelity(
     *,
     progress: Progress | None = None,
 ) -> Fidelity:
-    """Measure a model by its `logits`, float batches [B, L, V] on any device, on `sequences`, int64 [S, L]
+    """Measure a model from its `logits`, float batches [B, L, V] on any device, on `sequences`, int64 [S, L]
     with L >= 2.
 
     `against` yields the base's logits in batches of the same sizes. Position t predicts token t + 1, so
-    perplexity is over the first L - 1 positions; KL and top-1 agreement count all L, for the last one has a
-    distribution too. KL is computed in float32, exact to about 1e-6 nats, and what rounding leaves below zero
-    counts as zero. p99 is the smallest KL that 99 % of the tokens do not exceed. Raises ModelError for
-    non-finite logits or unequal vocabularies, DataError for tokens outside the vocabulary.
+    perplexity is over the first L - 1 positions. KL and top-1 agreement use all L, because the last position
+    has a distribution too. KL is computed in float32, exact to about 1e-6 nats; values that rounding leaves
+    below zero count as zero. p99 is the smallest KL that 99 % of the tokens do not exceed. Raises ModelError
+    for non-finite logits or unequal vocabularies, DataError for tokens outside the vocabulary.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise ValueError(f"sequences are [S >= 1, L >= 2], not {list(sequences.shape)}")
@@ -95,8 +93,8 @@ def fidelity(
 def _columns(
     pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None
 ) -> Iterator[tuple[Tensor, ...]]:
-    """Per batch: (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B *
-    L])."""
+    """Yield per batch (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B
+    * L])."""
     done, largest = 0, int(sequences.max())
     for batch, base in pairs:
         B, L, V = batch.shape
@@ -136,8 +134,8 @@ def _columns(
 
 
 def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of the B * L positions, each with its next tokens [C]; a sequence's last position has none and
-    gets `ignored`."""
+    """Yield slices of the B * L positions, each with its next tokens [C]; a sequence's last position has none
+    and gets `ignored`."""
     following = F.pad(target[:, 1:], (0, 1), value=ignored).flatten()
     elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_GPU
     step = max(1, elements // logits.shape[-1])
@@ -158,15 +156,15 @@ def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll, base's nll, KL(base || model), same first token), each [B * L]; both nll are 0 at a sequence's
-    last position."""
+    """(nll, base nll, KL(base || model), top-1 agreement), each [B * L]; both nll are 0 at a sequence's last
+    position."""
     flat, base_flat, parts = logits.flatten(0, 1), base.flatten(0, 1), []
     for here, y in _chunks(logits, target, -1):
         z, z_base = flat[here].float(), base_flat[here].float()  # [C, V]
         same = z.argmax(-1) == z_base.argmax(-1)
         q, p = z.log_softmax(-1), z_base.log_softmax(-1)
         own, other = (-log.gather(-1, y.clamp(min=0)[:, None])[:, 0].masked_fill(y < 0, 0) for log in (q, p))
-        # sum_v p (log p - log q), in place: p and q are ours
+        # sum_v p (log p - log q), in place: p and q are not used again
         parts.append((own, other, p.exp().mul_(p.sub_(q)).sum(-1), same))
     own, other, kl, same = (torch.cat(column) for column in zip(*parts, strict=True))
     return own, other, kl, same
@@ -213,8 +211,8 @@ def _summary(columns: list[tuple[Tensor, ...]], L: int) -> Fidelity:
 
 
 def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
-    """exp of the mean of each row of float64 [K, S] with its 95 % percentile interval; all rows share their
-    resamples.
+    """Return exp of the mean of each row of float64 [K, S] with its 95 % percentile interval; all rows share
+    their resamples.
 
     Sequences rather than tokens are drawn, because the tokens of one text depend on each other.
     Source: Efron and Tibshirani 1993, chapter 13.
@@ -233,7 +231,7 @@ def _bootstrap(rows: Tensor) -> list[tuple[float, Interval]]:
             raise ModelError(
                 "the perplexity is beyond 1e308: the model is broken; check the checkpoint it was loaded from"
             )
-        # one sequence: the interval is the value, without rounding apart
+        # with one sequence, the interval is the value up to rounding
         out.append((mean, (min(low, mean), max(high, mean))))
     return out
 
@@ -242,8 +240,8 @@ def size_bytes(folder: Path) -> int:
     """Bytes of the safetensors files in `folder` that transformers loads: the single file, else those of the
     index, else all.
 
-    A repository may carry its weights twice (`consolidated.safetensors`); counting both would flatter the
-    compressed model. Raises ModelError where there is none.
+    A repository may hold its weights twice (`consolidated.safetensors`); counting both would make the
+    compressed model look smaller than it is. Raises ModelError if there is none.
     """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if single.is_file():
@@ -261,11 +259,10 @@ def size_bytes(folder: Path) -> int:
 
 
 def parameters(model: torch.nn.Module) -> int:
-    """Logical number of parameters: shared ones count once, packed 4-bit ones as the numbers that they stand
-    for."""
+    """Logical number of parameters: shared ones count once, and each packed 4-bit code counts as one."""
     count = 0
-    for parameter in model.parameters():  # each object once
-        # bitsandbytes' 4-bit weights know the shape that they were packed from
+    for parameter in model.parameters():  # yields each object once
+        # bitsandbytes' 4-bit weights record the shape before packing
         state = getattr(parameter, "quant_state", None)
         count += math.prod(state.shape) if state is not None else parameter.numel()
     return count
@@ -273,8 +270,8 @@ def parameters(model: torch.nn.Module) -> int:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens per second at batch size 1: reading a prompt, and writing greedily with the cache; and bytes of
-    the model."""
+    """Tokens per second at batch size 1 (prefill of a prompt, and greedy decoding with the cache), and bytes
+    of the model."""
 
     prefill_tokens_per_s: float
     decode_tokens_per_s: float
@@ -290,12 +287,12 @@ def speed(
     repeats: int = 5,
     budget_s: float = 3.0,
 ) -> Speed:
-    """The best of up to `repeats` runs after one to warm up, on the first of `sequences`, int64 [S, L] with L
-    >= 2.
+    """Return the best of up to `repeats` runs after one warm-up run, on the first of `sequences`, int64 [S,
+    L] with L >= 2.
 
-    Prefill reads the whole sequence; decode writes `decode_tokens` (fewer where L is short) after at most 128
-    tokens of it. Each gets `budget_s` seconds, then no new run starts; a model slower than that is timed by
-    its only run, warm-up and all. Gradients are off through `no_grad`, as in `generate`: `inference_mode`
+    Prefill reads the whole sequence; decode writes `decode_tokens` (fewer if L is short) after at most 128
+    tokens of it. Each has `budget_s` seconds, after which no new run starts; a model slower than that is
+    timed by its warm-up run alone. Gradients are off through `no_grad`, as in `generate`: `inference_mode`
     could leave buffers in the model that training refuses later.
     """
     sequence, memory = sequences[:1].to(next(model.parameters()).device), _tensor_bytes(model)
@@ -312,8 +309,8 @@ def speed(
 
 
 def _tensor_bytes(model: torch.nn.Module) -> int:
-    """Bytes of the tensors that a model holds, what is shared once; scales that bitsandbytes keeps beside its
-    codes too."""
+    """Bytes of the tensors that a model holds, shared ones once, including the scales that bitsandbytes keeps
+    beside its codes."""
     seen: dict[tuple[str, int], int] = {}
     for module in model.modules():
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
@@ -339,7 +336,7 @@ def _prefill_s(model: torch.nn.Module, sequence: Tensor) -> float:
 
 
 def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
-    """Seconds for `steps` greedy tokens; reading the prompt is not counted."""
+    """Seconds for `steps` greedy tokens, without the time to read the prompt."""
     out = model(prompt, use_cache=True)
     start = _now(prompt.device)
     for _ in range(steps):
@@ -349,15 +346,14 @@ def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
 
 def _now(device: torch.device) -> float:
     if device.type != "cpu":
-        getattr(
-            torch, device.type
-        ).synchronize()  # kernels are queued, so wait for them before looking at the clock
+        # kernels are queued, so wait for them before reading the clock
+        getattr(torch, device.type).synchronize()
     return time.perf_counter()
 
 
 def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
-    """The most memory held so far: by torch on a CUDA `device`, else by this process (resident set, since its
-    start)."""
+    """Peak memory so far: torch's on a CUDA `device`, else the resident set of this process since its
+    start."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     status = Path("/proc/self/status")
@@ -368,15 +364,16 @@ def peak_memory_bytes(device: torch.device | str = "cpu") -> int:
             if line.startswith("VmHWM")
         )
     if sys.platform == "win32":
-        # psutil comes with accelerate
+        # psutil is a dependency of accelerate
         return int(importlib.import_module("psutil").Process().memory_info().peak_wset)
-    import resource  # not on Windows
+    import resource  # not available on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def environment(device: torch.device | str | None = None) -> EnvironmentFacts:
-    """What a number in a report depends on besides the recipe: versions of packages, and the device in words.
+    """What a number in a report depends on besides the recipe: versions of packages, and a description of the
+    device.
 
     `device` is where the work was done; without it, the first GPU if torch sees one.
     """

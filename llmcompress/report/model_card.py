@@ -1,11 +1,10 @@
-"""The model card: README.md of an artefact, for whoever finds the model and asks what it is, how to load it
-and how good it is.
+"""The model card, README.md of an artefact: what the model is, how to load it and how good it is.
 
-Every number comes from the report and none is typed here. The front matter carries the results as a
-`model-index`, in full precision, so that the Hub shows them and a script reads them back; the text below it
-is the same report in words and tables. It is a card for others: what lies in a folder or file here is named
-by its last name alone, by `sharing.for_others`; the Hub refuses paths as `base_model`, and nobody needs them.
-A recipe that is shared alone has a card of its own.
+Every number comes from the report; none is typed here. The front matter carries the results as a
+`model-index` in full precision, so that the Hub shows them and scripts can read them. The text below it is
+the same report in words and tables. The card is written for others: `redaction.for_others` reduces names of
+local files and folders to their last part. The Hub refuses paths as `base_model`, and nobody else needs them.
+A recipe that is shared alone has its own card.
 """
 
 import re
@@ -35,14 +34,14 @@ from llmcompress.report.redaction import for_others, is_local_text, others_in
 from llmcompress.report.schema import CHANGE_PICTURE, ERROR_PICTURE, TRAINING_PICTURE, Report, TrainingFacts
 
 LARGEST = 1 << 16  # bytes of front matter
-# what a compressed model takes over from its base's card
+# entries copied from the card of the base
 INHERITED = ("license", "license_name", "license_link", "language")
 FOUR_BIT = {"nf4", "fp4"}
-NATIVE = FOUR_BIT | {"int8"}  # that plain transformers loads, unless they are mixed with others
+NATIVE = FOUR_BIT | {"int8"}  # formats that plain transformers loads, unless they are mixed with others
 SPARSE = "sparse"
-PLAIN = {SPARSE, "shared", "basis", "codebook"}  # that no kernel of bitsandbytes runs
-CODES = {"quantize", "codebook"}  # stages after which the Hub calls a model quantised
-SHARE = "share"  # the stage after which a model needs our plug-in, whatever the formats
+PLAIN = {SPARSE, "shared", "basis", "codebook"}  # formats that no kernel of bitsandbytes runs
+CODES = {"quantize", "codebook"}  # stages whose result the Hub calls quantised
+SHARE = "share"  # a stage whose result always needs our plug-in, whatever the formats
 SHARED = (
     "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by "
     "them anew."
@@ -58,11 +57,11 @@ NO_SPEED = (
 
 
 def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: str | None = None) -> str:
-    """The text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may be
-    empty).
+    """Return the text of README.md; `recipe_yaml` is quoted in full, `base_card` is the base's card data (may
+    be empty).
 
-    `report.base.revision` tells a Hub model from a folder: without it the card names no `base_model`. `repo`
-    is the id that the artefact has on the Hub, once it is there. The recipe is to be one for others too, by
+    `report.base.revision` tells a Hub model from a folder: without it, the card names no `base_model`. `repo`
+    is the id of the artefact on the Hub, once it is there. Pass the recipe in its shared form too, from
     `Recipe.for_others`.
     """
     report = for_others(report, repo)
@@ -79,7 +78,7 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: s
 
 
 def recipe_card(recipe_yaml: str, repo: str) -> str:
-    """The text of the README.md of a recipe that is shared alone under the id `repo`."""
+    """Return the README.md of a recipe that is shared alone under the id `repo`."""
     front = _front_of({"library_name": "llmcompress", "tags": ["llmcompress", "recipe"]})
     use = (
         f"## Use it\n\n```\npip install llmcompress\nllmcompress run {repo} --base user/model --out "
@@ -93,8 +92,8 @@ def recipe_card(recipe_yaml: str, repo: str) -> str:
 
 
 def front_matter(text: str) -> dict[str, Any]:
-    """The card data at the head of a README.md; empty where there is none that can be read, within the bounds
-    of a recipe."""
+    """Return the card data at the head of a README.md; empty if there is none or it exceeds the bounds of a
+    recipe."""
     parts = text.split("---", 2)
     if len(parts) < 3 or parts[0].strip():
         return {}
@@ -106,8 +105,8 @@ def front_matter(text: str) -> dict[str, Any]:
 
 
 def evaluations(report: Report) -> list[dict[str, Any]]:
-    """What was measured on a data set of the Hub, as entries for .eval_results; none where the text is
-    another."""
+    """Return the measurements on a Hub data set as entries for .eval_results; empty if the text is not a Hub
+    data set."""
     data, base = report.data, for_others(report).base
     if data.revision is None:
         return []
@@ -142,23 +141,24 @@ def _front_matter(report: Report, base_card: Mapping[str, Any], repo: str | None
 
 
 def _others(report: Report) -> bool:
-    """Whether the weights are those of another model than the base: of a student."""
+    """Whether the weights come from a student instead of the base."""
     return any(training.model_dump().get("student") for training in report.trainings)
 
 
 def _formats(report: Report) -> set[str]:
-    """The formats without what they say in detail, as `sparse` of `sparse 2:4`."""
+    """The formats without their details, such as `sparse` for `sparse 2:4`."""
     return {linear.format.partition(" ")[0] for linear in report.linears}
 
 
 def _is_words(value: Any) -> bool:
-    """Whether an entry of a base's card is a string or several, and no path of whoever wrote it."""
+    """Whether an entry of a base's card is a string or a list of strings, none of them a path of its author's
+    machine."""
     each = value if isinstance(value, list) else [value]
     return all(isinstance(item, str) and not is_path(item) for item in each)
 
 
 def _results(report: Report) -> list[dict[str, Any]]:
-    """The Hub's model-index: one result, all metrics on the evaluation text."""
+    """The Hub's model-index: one result with all metrics on the evaluation text."""
     facts = report.fidelity
     metrics = (
         ("perplexity", "perplexity", report.compressed.perplexity),
@@ -234,13 +234,13 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 
 
 def _uneven(widths: Mapping[str, Sequence[int]] | None) -> bool:
-    """Whether layers have widths of their own."""
+    """Whether layers differ in width."""
     return any(len(set(counts)) > 1 for counts in (widths or {}).values())
 
 
 def _recipe(recipe_yaml: str) -> str:
     longest = max((len(run) for run in re.findall("`+", recipe_yaml)), default=0)
-    fence = "`" * max(3, longest + 1)  # a fence that the recipe can't close
+    fence = "`" * max(3, longest + 1)  # longer than any run of backticks in the recipe
     return f"## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}"
 
 
@@ -330,7 +330,7 @@ Made with {versions} on {report.environment.device}; peak memory {amount(report.
 
 
 def _table(header: Sequence[str], rows: Rows) -> str:
-    """A Markdown table: the first column and words to the left, numbers to the right."""
+    """A Markdown table: the first column and words are left-aligned, numbers right-aligned."""
     rule = [":--" if place == 0 or name == "why" else "--:" for place, name in enumerate(header)]
     lines = [header, rule, *([" ".join(cell.replace("|", "\\|").split()) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

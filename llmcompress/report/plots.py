@@ -1,8 +1,8 @@
-"""Pictures for the model card: where the error sits, what the compression changed, and how a training went.
+"""Plots for the model card: where the error is, what the compression changed, and how a training went.
 
-Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are left
-alone and no display is needed; the files carry no date or version, so equal reports give equal bytes. Half a
-second each, most of it text layout.
+Drawn with matplotlib's object interface on its Agg canvas, so a caller's pyplot state and backend are not
+touched and no display is needed. The files carry no date or version, so equal reports give equal bytes. Each
+takes half a second, most of it text layout.
 """
 
 import re
@@ -19,21 +19,21 @@ from llmcompress.io.units import amount, number
 from llmcompress.report.console import change
 from llmcompress.report.schema import Interval, Report, TrainingFacts
 
-# safe for the colour-blind
+# distinguishable with colour blindness
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F3C8D", "#444444")
 MARKERS = "os^Dv<>P"
 BEFORE, AFTER, BEST, INK, RULE = "#9AA5B1", "#0072B2", "#D55E00", "#222222", "#E3E3E3"
-WIDE = 20  # times the least value, from which on an axis is logarithmic
+WIDE = 20  # ratio of the largest to the least value from which an axis is logarithmic
 
 Points = dict[str, dict[int, float]]  # kind of linear -> layer -> value
 
 
 def error_per_layer(report: Report, path: Path) -> None:
-    """Draw the relative error of each linear over depth to a PNG at `path`, a line a kind; a strip below
-    marks the kept ones.
+    """Draw the relative error of each linear over depth to a PNG at `path`, one line per kind of linear; a
+    strip below marks kept ones.
 
-    Several linears of one kind in one layer (experts) are drawn as their mean. Those outside the layers, such
-    as the head, stand right of the last layer. Without any linear the picture says so.
+    Several linears of one kind in one layer (experts) are drawn as their mean. Linears outside the layers,
+    such as the head, stand right of the last layer. Without any linear, the picture says so.
     """
     placed = [
         _place(name)
@@ -58,8 +58,8 @@ def error_per_layer(report: Report, path: Path) -> None:
 
 
 def _depth_ticks(axes: Axes, depth: int, outside: list[str]) -> None:
-    """At most 13 layers by number, and one tick more for what is outside them, by name where it is one
-    linear."""
+    """Label at most 13 layers by number, and one more tick for linears outside them, by name if there is only
+    one."""
     step = max(1, -(-depth // 12))
     ticks = [(x, str(x)) for x in range(0, depth, step) if not outside or depth - x >= step]
     if outside:
@@ -88,7 +88,7 @@ def _lines(axes: Axes, errors: Points, kinds: dict[str, int]) -> None:
 
 
 def _strip(axes: Axes, kept: Points, kinds: dict[str, int]) -> None:
-    """One row a kind, a cross at each layer whose linear was kept."""
+    """Draw one row per kind of linear, with a cross at each layer whose linear was kept."""
     for row, (kind, points) in enumerate(kept.items()):
         axes.plot(
             list(points),
@@ -103,8 +103,8 @@ def _strip(axes: Axes, kept: Points, kinds: dict[str, int]) -> None:
 
 
 def before_after(report: Report, path: Path) -> None:
-    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second before and after to a PNG
-    at `path`."""
+    """Draw bytes on disk, perplexity with its 95 % interval, and tokens per second, before and after, to a
+    PNG at `path`."""
     base, small = report.base, report.compressed
     figure = Figure(figsize=(10.0, 3.6), dpi=150, layout="constrained")
     size, perplexity, reading, writing = figure.subplots(1, 4)
@@ -143,7 +143,8 @@ def _bars(
 
 
 def _intervals(axes: Axes, title: str, values: list[tuple[float | None, Interval | None]]) -> None:
-    """Points rather than bars: a difference of one percent is invisible on an axis that starts at zero."""
+    """Draw points rather than bars: a difference of one percent is invisible on an axis that starts at
+    zero."""
     if not _panel(axes, title, *(value for value, _ in values)):
         return
     for place, ((value, interval), colour) in enumerate(zip(values, (BEFORE, AFTER), strict=True)):
@@ -173,7 +174,7 @@ def _intervals(axes: Axes, title: str, values: list[tuple[float | None, Interval
 
 
 def _panel(axes: Axes, title: str, before: float | None, after: float | None) -> bool:
-    """Title and ticks of one before-and-after panel; False where there is nothing to draw."""
+    """Set the title and ticks of one before-and-after panel; returns False if there is nothing to draw."""
     _plain(axes)
     difference = change(before, after)
     axes.set_title(title, fontsize=10, color=INK)
@@ -191,11 +192,11 @@ def _panel(axes: Axes, title: str, before: float | None, after: float | None) ->
 
 
 def training_curves(report: Report, path: Path) -> None:
-    """Draw KL on held-out text over steps to a PNG at `path`, a panel for each stage that trained; ValueError
-    without any.
+    """Draw KL on held-out text over steps to a PNG at `path`, one panel per stage that trained. Raises
+    ValueError if none did.
 
-    A line begins at step 0 with the student as it came, and leaves out evaluations that gave no number. All
-    panels share one axis of nats a token, logarithmic where values are far apart.
+    A line begins at step 0 with the untrained student and leaves out evaluations that gave no number. All
+    panels share one axis in nats/token, which is logarithmic if values are far apart.
     """
     trainings = report.trainings
     figure = Figure(figsize=(max(9.0, 3.2 * len(trainings)), 3.8), dpi=150, layout="constrained")
@@ -216,8 +217,8 @@ def training_curves(report: Report, path: Path) -> None:
 
 
 def _curve(axes: Axes, training: TrainingFacts) -> None:
-    """One line; the start and, where it is another, the step whose weights stayed are marked and told in the
-    legend."""
+    """Draw one line; the start and, if it differs, the step whose weights were kept are marked and named in
+    the legend."""
     points, best = training.points, training.best
     axes.plot(*zip(*points, strict=True), color=AFTER, marker="o", markersize=4.5, linewidth=1.4)
     start = "before" if best[0] else "before, which stays"
@@ -242,14 +243,14 @@ def _plain(axes: Axes) -> None:
 
 
 def _place(name: str) -> tuple[int | None, str]:
-    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); else
-    None."""
+    """(layer, kind) of a linear: model.layers.3.mlp.experts.7.up_proj -> (3, mlp.experts.up_proj); layer is
+    None outside the layers."""
     match = re.search(r"(?:^|\.)(\d+)\.(.+)", name)
     return (int(match[1]), re.sub(r"\.\d+(?=\.|$)|\[\d+\]", "", match[2])) if match else (None, name)
 
 
 def _by_kind(named: Iterable[tuple[str, float]], depth: int) -> Points:
-    """Mean value per kind and layer, layers in order; what is outside the layers stands at `depth`."""
+    """Mean value per kind and layer, layers in order; linears outside the layers are placed at `depth`."""
     found: dict[str, dict[int, list[float]]] = {}
     for name, value in named:
         layer, kind = _place(name)

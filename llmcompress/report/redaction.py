@@ -1,9 +1,9 @@
-"""The report as it is shared: without what only the machine knows that it was made on.
+"""The report in the form that is shared, without names that have meaning only on the machine it was made on.
 
-In the folder of an artefact report.json keeps the paths of base, text, teacher and student, under those keys
-alone, so that `reproduce` finds them again. Whatever is sent to others, and the card, also the one in that
-folder, is made from `for_others`: it names files and folders by their last names, and what comes from the Hub
-by its id.
+In the folder of an artefact, report.json keeps the paths of base, text, teacher and student, under those keys
+only, so that `reproduce` finds them again. Everything that is shared, and the model card even in that folder,
+is made from `for_others`: it gives files and folders by their last names, and what comes from the Hub by its
+id.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def is_local_text(report: Report) -> bool:
 
 
 def local_names(report: Report) -> list[str]:
-    """What a report calls files and folders of the machine that it was made on, as they are spelled there."""
+    """The names in a report of files and folders of the machine that it was made on, as spelled there."""
     names = [report.compressed.model]
     names += [report.base.model] if report.base.revision is None else []
     names += [report.data.source] if is_local_text(report) else []
@@ -38,8 +38,8 @@ def local_names(report: Report) -> list[str]:
 
 
 def for_others(report: Report, repo: str | None = None) -> Report:
-    """The report as it is shared, under the id `repo` if it has one: files and folders of this machine by
-    their last names."""
+    """The report in the form that is shared, under the id `repo` if given; local files and folders have their
+    last names."""
     names = local_names(report)
     base, data = report.base, report.data
     text = short_name(data.source) if is_local_text(report) else data.source
@@ -56,7 +56,7 @@ def for_others(report: Report, repo: str | None = None) -> Report:
 
 
 def _on_hub(name: str) -> bool:
-    """Whether a teacher or student is told of by its id and its commit there."""
+    """Whether the name of a teacher or student is a Hub id with a commit."""
     return hub.is_commit(hub.split(name)[1])
 
 
@@ -66,7 +66,7 @@ def _stage(stage: StageFacts, names: list[str]) -> StageFacts:
 
 
 def _told(value: Any, names: list[str]) -> Any:
-    """A value of a stage's facts, with no path in any text of it."""
+    """A value of a stage's facts, without paths in any of its strings."""
     if isinstance(value, dict):
         return {key: _told(inner, names) for key, inner in value.items()}
     if isinstance(value, list):

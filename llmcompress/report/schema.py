@@ -1,9 +1,9 @@
-"""The report of a compression: what was measured before and after, written into the artefact as report.json.
+"""The report of a compression: measurements before and after, written into the artefact as report.json.
 
-The keys below are a contract with everyone who parses the file, so they are spelled once, as frozen pydantic
-models that refuse what they don't know; only a stage and a linear may carry facts of their own. A number that
-was not measured is null, never 0. The rooms beside this one: `measure` gets the numbers, `render` prints
-them, `card` and `pictures` show them on the Hub.
+The keys below are a contract with everyone who parses the file, so they are defined once, as frozen pydantic
+models that refuse unknown keys; only a stage and a linear may carry further facts. A number that was not
+measured is null, never 0. `metrics` computes the numbers, `console` prints them, `model_card` and `plots`
+show them on the Hub.
 """
 
 import json
@@ -26,17 +26,16 @@ from llmcompress.errors import AcceptError, CompressError
 from llmcompress.io.safe_parsing import Unreadable, json_of
 from llmcompress.io.user_paths import path_of
 
-SCHEMA = (
-    1  # raised when a key changes its meaning or goes; a new key does not raise it before a reader needs it
-)
+# raised when a key changes its meaning or is removed; for a new key, only once a reader needs it
+SCHEMA = 1
 FILE = "report.json"
 LARGEST = 1 << 25  # bytes: a linear takes 200 of them
-# the second is where the Hub looks for them
+# the Hub looks for evaluations under the second name
 CARD, EVALUATIONS = ("README.md", ".eval_results/llmcompress.yaml")
 ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE = "error_per_layer.png", "before_after.png", "training.png"
-# keys of data, of a Hub data set or a table
+# keys of data for a Hub data set or a table
 DATA_PLACE = ("revision", "config", "split", "evaluation_split", "column")
-TRAINS = "distill"  # the stage whose facts are those of a training
+TRAINS = "distill"  # the stage whose facts are TrainingFacts
 
 Interval = Annotated[tuple[FiniteFloat, FiniteFloat], Field(strict=False)]  # (low, high); JSON has no tuples
 Amount = Annotated[FiniteFloat, Field(ge=0)]
@@ -47,15 +46,15 @@ class _Facts(BaseModel):
 
 
 class _OpenFacts(BaseModel):
-    """Facts that may carry more than the contract names, as long as JSON can hold it."""
+    """Facts that may carry more keys than the contract names, as long as JSON can hold them."""
 
     model_config = ConfigDict(frozen=True, extra="allow", strict=True)
     __pydantic_extra__: dict[str, JsonValue] = Field(init=False)
 
 
 class ModelFacts(_Facts):
-    """One model as measured: `revision` is the commit on the Hub, null for a folder; tokens_per_s reads,
-    decode_ writes.
+    """One model as measured: `revision` is the commit on the Hub, null for a folder. tokens_per_s is for
+    prefill, decode_tokens_per_s for decoding.
 
     `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
     """
@@ -72,7 +71,7 @@ class ModelFacts(_Facts):
 
 
 class FidelityFacts(_Facts):
-    """How far the compressed model is from its base, per token of the evaluation text; KL is KL(base ||
+    """The distance of the compressed model from its base, per token of the evaluation text; KL is KL(base ||
     compressed)."""
 
     kl_nats_mean: Amount | None = None
@@ -85,9 +84,9 @@ class FidelityFacts(_Facts):
 class DataFacts(_Facts):
     """The text: `sha256` is over the calibration and evaluation tokens.
 
-    Of a Hub data set `revision` is the commit; `split` calibrates, `evaluation_split` or the first rows of
-    `split` evaluate. `bos` is there, and true, where each sequence begins with the BOS token, and what is
-    predicted there is not scored.
+    For a Hub data set, `revision` is the commit; `split` is the calibration text, and `evaluation_split` or
+    the first rows of `split` are the evaluation text. `bos` is present, and true, if each sequence begins
+    with the BOS token; what is predicted there is not scored.
     """
 
     source: str
@@ -110,7 +109,7 @@ class RecipeFacts(_Facts):
 
 
 class LinearFacts(_OpenFacts):
-    """One linear after its stage: `name` in the model, format, bits a weight, |Y - Y'| / |Y| of its
+    """One linear after its stage: `name` in the model, format, bits per weight, |Y - Y'| / |Y| of its
     calibration outputs Y."""
 
     name: str
@@ -120,14 +119,14 @@ class LinearFacts(_OpenFacts):
 
 
 class KeptFacts(_Facts):
-    """A linear that a stage left in its dtype, and why."""
+    """A linear that a stage left in its dtype, and the reason."""
 
     name: str
     why: str
 
 
 class StageFacts(_OpenFacts):
-    """What one stage did, and whatever else it wants known."""
+    """What one stage did, with further facts of its own."""
 
     name: str
     seconds: Amount
@@ -143,11 +142,11 @@ class StageFacts(_OpenFacts):
 
 
 class TrainingFacts(_OpenFacts):
-    """How a stage trained: settings, and KL(teacher || student) on held-out text, nats a token, before, at
+    """How a stage trained: settings, and KL(teacher || student) on held-out text in nats/token, before, at
     best and by step.
 
-    `steps` were asked for, of `batch` sequences of `length` tokens; `curve` ends where the training did, null
-    is no number.
+    `steps` is the requested number, of `batch` sequences with `length` tokens; `curve` ends where the
+    training did, and null marks an evaluation that gave no number.
     """
 
     loss: str
@@ -164,12 +163,12 @@ class TrainingFacts(_OpenFacts):
 
     @classmethod
     def of(cls, stage: StageFacts) -> "TrainingFacts":
-        """Read them among the facts of a stage that trained."""
+        """Read the training facts of a stage that trained."""
         return cls.model_validate(stage.model_extra)
 
     @property
     def steps_done(self) -> int:
-        """Steps until the last evaluation, fewer than `steps` where the training ended early."""
+        """Steps until the last evaluation; fewer than `steps` if the training ended early."""
         return self.curve[-1][0] if self.curve else 0
 
     @property
@@ -179,24 +178,24 @@ class TrainingFacts(_OpenFacts):
 
     @property
     def best(self) -> tuple[int, float]:
-        """(step, KL) of the student that stayed: step 0 where training made nothing better."""
+        """(step, KL) of the student that was kept: step 0 if training improved nothing."""
         return min(self.points, key=lambda point: point[1])
 
     @property
     def recovered(self) -> float | None:
-        """The share of the KL that training took away; None where there was nothing to win."""
+        """The share of the KL that training recovered; None if the KL before it was zero or less."""
         return 1 - self.kl_after / self.kl_before if self.kl_before > 0 else None
 
 
 class CostFacts(_Facts):
-    """Of the whole run."""
+    """The cost of the whole run."""
 
     seconds: Amount
     peak_memory_bytes: NonNegativeInt | None
 
 
 class EnvironmentFacts(_Facts):
-    """As `measure.environment` gives it."""
+    """The result of `metrics.environment`."""
 
     versions: dict[str, str]
     device: str
@@ -223,20 +222,20 @@ class Report(_Facts):
 
     @property
     def kept(self) -> tuple[KeptFacts, ...]:
-        """Every linear that a stage kept, with the reason of the last."""
+        """Every linear that a stage kept, with the reason given last."""
         return tuple({kept.name: kept for stage in self.stages for kept in stage.kept}.values())
 
     @property
     def trainings(self) -> tuple[TrainingFacts, ...]:
-        """What each stage that trained tells of it, in the order of the run."""
+        """The training facts of each stage that trained, in the order of the run."""
         return tuple(TrainingFacts.of(stage) for stage in self.stages if stage.name == TRAINS)
 
     def to_json(self) -> str:
-        """The text of report.json: keys in the order of the contract, floats in full; ValueError for NaN in a
-        stage's facts."""
+        """The text of report.json: keys in the order of the contract, floats in full precision. Raises
+        ValueError for NaN in a stage's facts."""
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
-        # there only where they are said
+        # present only if they are set
         optional = [(facts, "recipe"), *((facts["data"], key) for key in (*DATA_PLACE, "bos"))]
         for holder, key in optional:
             if holder[key] is None:
@@ -245,7 +244,7 @@ class Report(_Facts):
 
     @classmethod
     def from_json(cls, text: str | bytes, where: str | Path = FILE) -> "Report":
-        """Parse report.json; `where` names it in the CompressError that anything malformed raises."""
+        """Parse report.json. Raises CompressError, which names the file `where`, if anything is malformed."""
         try:
             raw = json_of(text, largest=LARGEST)
         except Unreadable as error:
@@ -271,7 +270,7 @@ class Report(_Facts):
 
     @classmethod
     def of(cls, folder: str | Path) -> "Report":
-        """Read the report inside an artefact; CompressError where there is none."""
+        """Read the report inside an artefact. Raises CompressError if there is none."""
         file = path_of(folder, "folder") / FILE
         try:
             with file.open("rb") as opened:
@@ -289,10 +288,10 @@ class Report(_Facts):
         perplexity_ratio: float | None = None,
         top1_agreement: float | None = None,
     ) -> None:
-        """Raise AcceptError, one line for all bounds that are missed: the first two are upper bounds,
-        agreement a lower one.
+        """Raise AcceptError, with one line for all bounds that are missed. The first two are upper bounds,
+        the agreement is a lower bound.
 
-        A bound on what was not measured is missed. None asks nothing.
+        A value that was not measured misses its bound. A bound of None is not checked.
         """
         measured = self.fidelity
         misses = [
@@ -308,7 +307,8 @@ class Report(_Facts):
             )
 
 
-_GENTLER = {  # what asks less of a stage, in the words of a recipe
+# for each stage, the change to a recipe that compresses less
+_GENTLER = {
     "prune": "a larger keep",
     "sparsify": "a larger keep",
     "tie": "no tie",
@@ -331,7 +331,7 @@ def _miss(name: str, measured: float | None, bound: float | None, *, at_most: bo
 
 
 def _writer(raw: dict[str, Any]) -> str:
-    """The version that wrote a report of another schema, as what to install."""
+    """The release that wrote a report of another schema, as a hint what to install."""
     environment = raw.get("environment")
     versions = environment.get("versions") if isinstance(environment, dict) else None
     version = versions.get("llmcompress") if isinstance(versions, dict) else None
