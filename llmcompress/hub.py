@@ -208,7 +208,7 @@ def _asked(
     except HfHubHTTPError as error:
         status = error.response.status_code
         if status in (401, 403):
-            refuse(f"is not yours to read or write (HTTP {status})", LOGIN)
+            refuse(f"denies access (HTTP {status})", LOGIN)
         said = f": {error.server_message[:200]}" if error.server_message else ""
         refuse(f"can't be had (HTTP {status}{said})", advice)
     except Exception as error:  # the network, the disk and the client raise a dozen kinds

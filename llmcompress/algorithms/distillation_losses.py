@@ -269,7 +269,7 @@ def token_loss(
         (labels_T is None and label_share > 0, "cross entropy needs labels"),
         (
             not 0 <= skew < 1 or (skew == 0 and kind == "jensen_shannon"),
-            f"{kind} does not go with a skew of {skew}",
+            f"{kind} does not take a skew of {skew}",
         ),
         (
             isinstance(known, Scores) and known.shape() != given.shape(),

@@ -304,8 +304,8 @@ def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None)
     family = getattr(config, "model_type", "")
     if family not in FAMILIES:
         raise ModelError(
-            f'"{family}" is no model family that llmcompress knows ({", ".join(sorted(FAMILIES))}); '
-            f"add its rows to llmcompress/anatomy.py: {_rows_to_add(config, shapes or {})}"
+            f'"{family}" is not a model family that llmcompress supports ({", ".join(sorted(FAMILIES))}); '
+            f"add its rows to llmcompress/architectures/families.py: {_rows_to_add(config, shapes or {})}"
         )
     return FAMILIES[family].at(config)
 

@@ -208,12 +208,11 @@ def _text(term: Term) -> str:
 def _parse(text: str) -> Spelling:
     tokens = _TOKEN.findall(text)
     if "".join(tokens) != "".join(text.split()):
-        raise ValueError(f'"{text}" is no spelling; write axes, numbers, ( | ) and spaces')
+        raise ValueError(f'"{text}" is not a valid spelling; write axes, numbers, ( | ) and spaces')
     dims = _product(tokens, text)
     if tokens or not dims:
-        raise ValueError(
-            f'"{text}" is no spelling: {"nothing is named" if not tokens else f"unexpected {tokens[0]}"}'
-        )
+        why = f"unexpected {tokens[0]}" if tokens else "nothing is named"
+        raise ValueError(f'"{text}" is not a valid spelling: {why}')
     return Spelling(dims)
 
 
@@ -233,13 +232,13 @@ def _group(tokens: list[str], text: str) -> Group:
         tokens.pop(0)
         alternatives.append(_product(tokens, text))
     if not tokens:
-        raise ValueError(f'"{text}" is no spelling: a parenthesis is not closed')
+        raise ValueError(f'"{text}" is not a valid spelling: a parenthesis is not closed')
     tokens.pop(0)
     for product in alternatives:
         named = [axis for term in product for axis in set(_axes(term))]
         if not product or len(named) != len(set(named)):
             raise ValueError(
-                f'"{text}" is no spelling: '
+                f'"{text}" is not a valid spelling: '
                 f"{'an empty alternative' if not product else 'an axis inside itself'}"
             )
     return Group(tuple(alternatives))

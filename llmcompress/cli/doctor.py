@@ -182,7 +182,7 @@ def _triton() -> tuple[bool, str]:
         return True, "Triton kernels, and bitsandbytes' int8 product for many tokens"
     return (
         False,
-        "bitsandbytes' int8 product, with more and slower steps around it: Triton compiles nothing here",
+        "bitsandbytes' int8 product and slower torch operations around it: Triton cannot compile here",
     )
 
 

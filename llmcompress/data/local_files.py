@@ -144,7 +144,7 @@ def _require_file(file: Path) -> None:
     except OSError as error:
         raise _unreadable(file, error) from None
     if not is_file:
-        raise DataError(f"{file} is no regular file, and no other is read; give a {READABLE}")
+        raise DataError(f"{file} is not a regular file; give a {READABLE}")
 
 
 def _unreadable(path: Path, error: OSError, what: str = "file") -> DataError:

@@ -122,13 +122,14 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
     Errors: ModelError."""
     if not isinstance(schemes, list | tuple):
         raise ModelError(
-            f"config.json has schemes that are no list: {_shown(schemes)}; take it again from its source"
+            f"config.json has schemes that are not a list: {_shown(schemes)}; take it again from its source"
         )
     found: dict[str, AnyLayout] = {}
     for entry in schemes:
         if not isinstance(entry, Mapping):
             raise ModelError(
-                f"config.json has a scheme that is no object: {_shown(entry)}; take it again from its source"
+                f"config.json has a scheme that is not an object: {_shown(entry)}; take it again from its "
+                "source"
             )
         fields = {
             RENAMED.get(str(name), str(name)): value for name, value in entry.items() if name != "linears"
@@ -144,8 +145,8 @@ def layouts_of(schemes: Any) -> dict[str, AnyLayout]:
         linears = entry.get("linears", ())
         if not isinstance(linears, list | tuple) or not all(isinstance(linear, str) for linear in linears):
             raise ModelError(
-                f"config.json has linears that are no list of names: {_shown(linears)}; take it again from "
-                "its source"
+                f"config.json has linears that are not a list of names: {_shown(linears)}; take it again "
+                "from its source"
             )
         for linear in linears:
             if linear in found:

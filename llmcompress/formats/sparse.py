@@ -91,7 +91,7 @@ class SparseLayout:
     def refusal(self, shape: tuple[int, int]) -> str | None:
         """Return why a linear [R, C] is not stored in this format, or None."""
         whole = self.kept(shape[1]) in (0, shape[1])
-        return f"all or nothing of a row of {shape[1]} weights would stay" if whole else None
+        return f"all or none of the {shape[1]} weights of a row would stay" if whole else None
 
     def shapes(self, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and type on disk of every tensor of a linear [rows, columns], without its bias, by name."""

@@ -138,7 +138,7 @@ def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:
         if known[target].shape != known[source].shape:
             raise ModelError(
                 f"config.json ties {target} {tuple(known[target].shape)} to {source} "
-                f"{tuple(known[source].shape)}; they can't be one"
+                f"{tuple(known[source].shape)}; tied tensors have one shape"
             )
     # set on the model; its class keeps its own
     model._tied_weights_keys = {**(model._tied_weights_keys or {}), **ties}

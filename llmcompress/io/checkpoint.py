@@ -263,7 +263,7 @@ def require_no_adapter(folder: Path) -> None:
 def require_base(folder: Path, config: dict[str, Any]) -> None:
     """Raise ModelError for a model that is quantised, or that is not a causal language model."""
     if not config.get("quantization_config", True) and config["quantization_config"] is not None:
-        raise ModelError(f"{folder} has a config.json whose quantization_config says nothing; take it out")
+        raise ModelError(f"{folder} has a config.json whose quantization_config is empty; remove it")
     if codes := config.get("quantization_config") or config.get("compression_config"):
         method = codes.get("quant_method", "unknown method") if isinstance(codes, dict) else codes
         # empty schemes: one of our pruned models, with nothing quantised
@@ -354,7 +354,7 @@ def named_ties(ties: Any) -> dict[str, str]:
         return {}
     if not isinstance(ties, Mapping) or not all(isinstance(source, str) for source in ties.values()):
         raise ModelError(
-            f"config.json has ties that are no names of tensors: {str(ties)[:80]}; take it again from its "
+            f"config.json has ties that are not names of tensors: {str(ties)[:80]}; take it again from its "
             "source"
         )
     try:

@@ -42,7 +42,7 @@ def usable(x: Tensor) -> bool:
 def compiles(device: torch.device) -> bool:
     """Whether Triton compiles the kernels for a GPU. If it does not, a warning says why, once."""
     if int8_triton is None:
-        logger.warning("integer linears run in more and slower steps on %s: Triton is not installed", device)
+        logger.warning("integer linears use slower torch operations on %s: Triton is not installed", device)
         return False
     try:
         codes, scale = quantize_tokens(torch.ones(FEW, 256, device=device), 8)
@@ -51,7 +51,7 @@ def compiles(device: torch.device) -> bool:
             few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
     except Exception as error:  # a compiler may raise anything
         logger.warning(
-            "Triton compiles nothing for %s, so integer linears run in more and slower steps: %s",
+            "Triton cannot compile for %s, so integer linears use slower torch operations: %s",
             device,
             error,
         )

@@ -43,7 +43,7 @@ PLAIN = {SPARSE, "shared", "basis", "codebook"}  # formats that no kernel of bit
 CODES = {"quantize", "codebook"}  # stages whose result the Hub calls quantised
 SHARE = "share"  # a stage whose result always needs our plug-in, whatever the formats
 SHARED = (
-    "Layers share weights, which saves bytes on disk and in memory and no time: each layer multiplies by "
+    "Layers share weights, which saves bytes on disk and in memory but not time: each layer multiplies by "
     "them anew."
 )
 BOS = (
@@ -281,7 +281,7 @@ def _trained(training: TrainingFacts) -> str:
     if training.best[0] == 0:
         return (
             f"{settings}: nothing was better than the start, KL {nats(training.kl_before)} on held-out "
-            "text, which stays."
+            "text, which is kept."
         )
     return (
         f"{settings}: KL(teacher || student) on held-out text went from {number(training.kl_before)} to "

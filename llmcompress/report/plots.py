@@ -221,11 +221,15 @@ def _curve(axes: Axes, training: TrainingFacts) -> None:
     the legend."""
     points, best = training.points, training.best
     axes.plot(*zip(*points, strict=True), color=AFTER, marker="o", markersize=4.5, linewidth=1.4)
-    start = "before" if best[0] else "before, which stays"
+    start = "before" if best[0] else "before, which is kept"
     axes.plot(*points[0], "o", color=BEFORE, markersize=9, label=f"{start}: {number(points[0][1])}")
     if best[0]:
         axes.plot(
-            *best, "D", color=BEST, markersize=7.5, label=f"step {best[0]:,}, which stays: {number(best[1])}"
+            *best,
+            "D",
+            color=BEST,
+            markersize=7.5,
+            label=f"step {best[0]:,}, which is kept: {number(best[1])}",
         )
     _plain(axes)
     axes.set_title(training.loss, fontsize=10, color=INK)

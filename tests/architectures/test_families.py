@@ -342,7 +342,7 @@ def test_an_unknown_family_is_an_error_that_prints_the_rows_to_add() -> None:
     with pytest.raises(ModelError) as caught:
         anatomy_of(config, {name: tuple(p.shape) for name, p in model.named_parameters()})
     message = str(caught.value)
-    assert "\n" not in message and '"lama" is no model family' in message and "qwen3_moe" in message
+    assert "\n" not in message and '"lama" is not a model family' in message and "qwen3_moe" in message
     assert "Anatomy(layers=\"model.layers\", layer={'self_attn.q_proj.weight': '128 hidden'" in message
     assert (
         "'mlp.gate_proj.weight': 'ffn hidden'" in message
@@ -353,7 +353,8 @@ def test_an_unknown_family_is_an_error_that_prints_the_rows_to_add() -> None:
 def test_an_unknown_family_without_weights_at_hand_says_what_to_write() -> None:
     with pytest.raises(
         ModelError,
-        match=r"add its rows to llmcompress/anatomy\.py: .*'each parameter of a layer': 'its axes'",
+        match=r"add its rows to llmcompress/architectures/families\.py: "
+        r".*'each parameter of a layer': 'its axes'",
     ):
         anatomy_of(SimpleNamespace(model_type="lama"))
 

@@ -132,7 +132,7 @@ def test_a_part_is_spelled_like_the_weight_that_it_would_be_alone() -> None:
     "text", ["", "hidden)", "(kv d", "(kv | ) d", "() d", "kv | d", "kv*d", "(kv kv)", "(kv (kv d | d))"]
 )
 def test_a_wrong_spelling_is_shown_with_what_is_wrong(text: str) -> None:
-    with pytest.raises(ValueError, match="is no spelling"):
+    with pytest.raises(ValueError, match="is not a valid spelling"):
         Spelling.parse(text)
 
 

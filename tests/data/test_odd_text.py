@@ -128,15 +128,15 @@ def test_columns_of_other_types_are_refused(tmp_path: Path) -> None:
 
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     os.mkfifo(tmp_path / "pipe.txt")
-    refused(tmp_path / "pipe.txt", "pipe.txt is no regular file, and no other is read; give a .txt")
+    refused(tmp_path / "pipe.txt", "pipe.txt is not a regular file; give a .txt")
     folder = tmp_path / "folder"
     folder.mkdir()
     os.mkfifo(folder / "train.jsonl")
     write_text(folder / "valid.txt")
-    refused(folder, "train.jsonl is no regular file")
+    refused(folder, "train.jsonl is not a regular file")
     (folder / "train.jsonl").unlink()
     (folder / "train.txt").mkdir()
-    refused(folder, "train.txt is no regular file")
+    refused(folder, "train.txt is not a regular file")
     (tmp_path / "words.txt").mkdir()
     refused(tmp_path / "words.txt", r"words.txt holds no .txt, .jsonl or .parquet file and no train\* file")
     (tmp_path / "loop.txt").symlink_to(tmp_path / "loop.txt")

@@ -231,7 +231,7 @@ def test_a_tie_to_a_tensor_that_is_not_there_is_refused_in_one_line(short: bool,
 )
 def test_ties_that_are_no_names_are_refused_in_one_line(ties: Any, tmp_path: Path) -> None:
     artefact(tmp_path)
-    with pytest.raises(ModelError, match="has ties that are no names of tensors") as told:
+    with pytest.raises(ModelError, match="has ties that are not names of tensors") as told:
         opened(retied(tmp_path, ties))
     assert "\n" not in str(told.value)
 
@@ -404,7 +404,10 @@ def test_dequantised_it_is_a_plain_model_whose_layers_share_nothing(
             ("model.layers.7.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight"),
             "the model has no model.layers.7",
         ),
-        (("model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"), "they can't be one"),
+        (
+            ("model.layers.1.mlp.up_proj.weight", "model.layers.0.mlp.down_proj.weight"),
+            "tied tensors have one shape",
+        ),
     ],
 )
 def test_ties_that_the_model_can_not_have_are_refused(tie: tuple[str, str], why: str, tmp_path: Path) -> None:

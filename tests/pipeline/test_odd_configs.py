@@ -153,7 +153,7 @@ def outcome(base: Path, recipe: Recipe, fields: dict[str, Any]) -> str:
         except CompressError as error:
             said = str(error)
             # that one prints a table
-            assert said.isprintable() and (len(said) < 700 or "is no model family" in said), said
+            assert said.isprintable() and (len(said) < 700 or "is not a model family" in said), said
     assert time.monotonic() - begin < SECONDS
     return said
 

@@ -600,7 +600,7 @@ def test_the_card_tells_each_training_in_a_sentence_with_a_picture() -> None:
         "text went from 0.4000 to 0.1000 nats/token at step 100, 75.00 % recovered.\n\n"
         "`reverse_kl`, 20 of 90 steps of 16 x 512 tokens (164 k in all), learning rate 0.0001: nothing was "
         "better than "
-        "the start, KL 0.1250 nats/token on held-out text, which stays.\n\n"
+        "the start, KL 0.1250 nats/token on held-out text, which is kept.\n\n"
         "![KL on held-out text over the steps of training](training.png)\n\n## Limits" in text
     )
 
