@@ -86,10 +86,10 @@ def cpu() -> Facts:
 
 
 def compiler() -> str | None:
-    """The version line of the C compiler that builds the codebook kernel; None if there is none."""
-    from llmcompress.kernels import lut_gemm
+    """The version line of the C compiler that builds the kernels; None if there is none."""
+    from llmcompress.kernels import compiled
 
-    path = lut_gemm.compiler()
+    path = compiled.compiler()
     if path is None:
         return None
     name = Path(path).name

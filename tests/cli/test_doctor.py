@@ -11,7 +11,7 @@ import torch
 
 from llmcompress.cli import doctor
 from llmcompress.formats import bitsandbytes_layout, integer_linear
-from llmcompress.kernels import lut_gemm
+from llmcompress.kernels import compiled, lut_gemm
 
 
 def what_runs(formats: str, device: str = "cpu") -> tuple[bool, str]:
@@ -49,7 +49,7 @@ def test_what_is_printed_holds_all_of_it_and_no_path(capsys: pytest.CaptureFixtu
 
 def test_where_things_are_missing_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
-    monkeypatch.setattr(lut_gemm, "COMPILERS", ("no-such-compiler",))
+    monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setattr(lut_gemm, "why_not", lambda: "there is no C compiler")
     monkeypatch.setattr(integer_linear, "KERNEL", False)
     monkeypatch.setattr(bitsandbytes_layout, "multiplies_packed", lambda: False)

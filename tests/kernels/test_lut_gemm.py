@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +14,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.codebook import look_up
 from llmcompress.formats.codebook import pack
-from llmcompress.kernels import lut_gemm
+from llmcompress.kernels import compiled, lut_gemm
 
 needs_kernel = pytest.mark.skipif(
     not lut_gemm.available(),
@@ -43,7 +39,7 @@ def fresh() -> Iterator[None]:
 
 
 def _forget() -> None:
-    lut_gemm._attempt.cache_clear()
+    lut_gemm.KERNEL.forget()
     lut_gemm.available.cache_clear()
 
 
@@ -156,64 +152,6 @@ def test_what_is_not_a_weight_is_refused_and_not_read() -> None:
             lut_gemm.expand(packed, levels, 2, 4, 40, start=start, out=out)
 
 
-def test_a_switch_turns_the_kernel_off(
-    fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_KERNELS", "0")
-    assert not lut_gemm.available() and lut_gemm.form() is None
-    assert lut_gemm.why_not() == "LLMCOMPRESS_KERNELS is 0"
-    assert not caplog.records, "who switches it off knows"
-    with pytest.raises(ValueError, match="no kernel here"):
-        lut_gemm.matmul(torch.ones(1, 4), torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 16), 1, 4)
-
-
-WHY = {
-    "no compiler": "there is no C compiler (no-such-compiler) on the PATH",
-    "no such flag": "lookup.c is compiled by none of",
-    "no folder": "Not a directory",
-    "no libgomp": "without libgomp",
-}
-
-
-@pytest.mark.parametrize("broken", WHY)
-def test_without_what_it_takes_there_is_no_kernel_and_one_warning(
-    broken: str,
-    fresh: None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path / "cache"))
-    if broken == "no compiler":
-        monkeypatch.setattr(lut_gemm, "COMPILERS", ("no-such-compiler",))
-    elif broken == "no such flag":
-        monkeypatch.setattr(lut_gemm, "FLAGS", ("-march=no-such-processor",))
-    elif broken == "no folder":
-        (tmp_path / "cache").write_text("a file where the folder would be")
-    else:
-        monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
-    assert not lut_gemm.available()
-    assert not lut_gemm.available()
-    assert not list(tmp_path.glob("cache/kernels/*"))
-    (record,) = caplog.records  # once a process
-    assert record.levelname == "WARNING" and str(lut_gemm.why_not()) in record.getMessage()
-    assert WHY[broken] in record.getMessage()
-
-
-@pytest.mark.slow
-@needs_kernel
-def test_many_that_compile_at_once_make_one_file(tmp_path: Path) -> None:
-    with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lut_gemm._load, [tmp_path / "kernels"] * 4))
-    assert all(kernel is not None for kernel in found)
-    (made,) = (tmp_path / "kernels").iterdir()
-    assert made.name.startswith("lookup-") and made.suffix == ".so"
-    stamp = made.stat().st_mtime_ns
-    assert lut_gemm._load(tmp_path / "kernels") is not None and made.stat().st_mtime_ns == stamp, (
-        "it is compiled once"
-    )
-
-
 @needs_kernel
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux says what a process has loaded")
 def test_the_kernel_runs_on_the_threads_of_torch() -> None:
@@ -224,7 +162,7 @@ def test_the_kernel_runs_on_the_threads_of_torch() -> None:
         for line in Path("/proc/self/maps").read_text().splitlines()
         if "torch/lib/libgomp" in line
     }
-    kernel = Path(str(lut_gemm._loaded()._name))
+    kernel = Path(str(lut_gemm.KERNEL.required._name))
     assert len(loaded) == 1 and Path(loaded.pop()).name.encode() in kernel.read_bytes()
 
 
@@ -239,8 +177,8 @@ def test_the_forms_for_other_processors_compute_the_same(
     if forms.index(form) > forms.index(str(lut_gemm.form())):
         pytest.skip(f"this processor has no {form.upper()}")
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
-    others = (flag for flag in lut_gemm.FLAGS if flag != "-march=native")
-    monkeypatch.setattr(lut_gemm, "FLAGS", (*others, *(f"-march={name}" for name in march)))
+    others = (flag for flag in compiled.FLAGS if flag != "-march=native")
+    monkeypatch.setattr(compiled, "FLAGS", (*others, *(f"-march={name}" for name in march)))
     _forget()
     assert lut_gemm.form() == form and not lut_gemm.halves(4)
     for bits in (2, 3, 4, 8):
@@ -250,70 +188,3 @@ def test_the_forms_for_other_processors_compute_the_same(
             lut_gemm.matmul(x_TC, packed, levels, 2, bits), x_TC @ W_RC.T, rtol=1e-4, atol=1e-4
         )
         assert torch.equal(lut_gemm.expand(packed, levels, 2, bits, 333), W_RC)
-
-
-KILLED = """
-import sys, torch
-from llmcompress.kernels import lut_gemm
-kernel = lut_gemm._load(lut_gemm.Path(sys.argv[1]))
-print(kernel.lookup_form().decode())
-"""
-
-
-def loads(folder: Path) -> str:
-    """The form of the kernel that another process loads from a folder."""
-    command = [sys.executable, "-c", KILLED, str(folder)]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stdout.strip()
-
-
-@needs_kernel
-@pytest.mark.slow
-def test_a_kernel_that_was_cut_short_is_compiled_again(tmp_path: Path) -> None:
-    folder = tmp_path / "kernels"
-    assert lut_gemm._load(folder) is not None
-    (made,) = folder.iterdir()
-    sound = made.read_bytes()
-    for damaged in (sound[: len(sound) // 2], b"", sound[:-1] + bytes([sound[-1] ^ 1])):
-        made.unlink()  # the file that this process has loaded stays as it is
-        made.write_bytes(damaged)
-        made.chmod(0o600)
-        assert loads(folder) == lut_gemm.form()
-        assert [file.read_bytes() for file in folder.iterdir()] == [sound]
-
-
-@pytest.mark.slow(keep=1)
-@needs_kernel
-@pytest.mark.skipif(os.name != "posix", reason="owners and modes are POSIX's")
-@pytest.mark.parametrize("open_to", ["the folder", "the one above", "another owner", "a link"])
-def test_what_others_may_write_is_never_loaded(
-    open_to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = tmp_path / "temporary"  # what other processes make in the system's is theirs
-    own.mkdir(mode=0o700)
-    monkeypatch.setattr(tempfile, "tempdir", str(own))
-    folder = tmp_path / "above" / "kernels"
-    folder.mkdir(mode=0o700, parents=True)
-    if open_to == "the folder":
-        folder.chmod(0o770)
-    elif open_to == "the one above":
-        folder.parent.chmod(0o777)
-    elif open_to == "a link":
-        folder.rename(tmp_path / "elsewhere")
-        folder.symlink_to(tmp_path / "elsewhere")
-    elif os.geteuid() == 0:
-        os.chown(folder, 12345, 12345)
-    else:
-        pytest.skip("only root may give a folder away")
-    assert lut_gemm._load(folder) is not None, "it is compiled elsewhere"
-    assert not any(folder.iterdir()) and not any(own.iterdir())
-
-
-@needs_kernel
-def test_a_kernel_that_others_may_write_is_compiled_again(tmp_path: Path) -> None:
-    folder = tmp_path / "kernels"
-    assert lut_gemm._load(folder) is not None
-    (made,) = folder.iterdir()
-    assert not made.stat().st_mode & 0o077
-    made.chmod(0o666)
-    assert lut_gemm._load(folder) is not None
-    assert [file.stat().st_mode & 0o777 for file in folder.iterdir()] == [0o600]
