@@ -1,8 +1,8 @@
-"""One decoder layer in memory, with the activations that enter it, and what its linears read of them.
+"""One decoder layer in memory, with the hidden states that enter it and the inputs of its linears.
 
 Two streams of hidden states may reach a layer: `inputs`, as the compressed layers before it left them, and
-`reference`, as the full model has them. What a stage does to a weight, or to what a linear reads, changes the
-one and never the other; a scale that crosses from a producer to its readers changes neither.
+`reference`, as the full model has them. A stage that changes a weight or the input of a linear changes only
+the first stream. A scale that crosses from a producer to its readers changes neither.
 """
 
 from __future__ import annotations
@@ -34,21 +34,21 @@ class DecoderLayer:
     module: nn.Module
     anatomy: Anatomy
     device: torch.device
-    sizes: Mapping[str, int]  # of the axes
+    sizes: Mapping[str, int]  # units on each axis
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
-    reference: list[Tensor] = field(default_factory=list)  # the same as the full model has it
+    reference: list[Tensor] = field(default_factory=list)  # as the full model has them
     # expert -> tokens routed to it, counted by `moments`
     expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
     # parameters that a stage has replaced, by name in the layer
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
-    _whole: nn.Module | None = None  # what the layer was, where a stage has put a narrower one in its place
+    _whole: nn.Module | None = None  # the layer before a stage replaced it by a narrower one
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
-        """The layer's output [B, L, D], with `parameters` (by name in the layer, as stored) in place of its
-        own."""
+        """Return the layer's output [B, L, D]. `parameters` (by name in the layer, as stored) take the place
+        of its own."""
         hooks = [
             self.module.get_submodule(linear).register_forward_pre_hook(
                 partial(_round_input, rounded), prepend=True
@@ -70,7 +70,7 @@ class DecoderLayer:
         return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
 
     def _full(self, hidden: Tensor) -> Tensor:
-        """What the layer as it was makes of the full model's states."""
+        """The output of the original layer for hidden states of the full model."""
         return self._run(self._whole or self.module, hidden, self._originals)
 
     @torch.no_grad()
@@ -79,7 +79,7 @@ class DecoderLayer:
         return self._sound([self.run(hidden).cpu() for hidden in batches])
 
     def _sound(self, batches: list[Tensor]) -> list[Tensor]:
-        """The states that leave the layer, if they are numbers. Errors: ModelError."""
+        """Return the hidden states that leave the layer if all of them are finite. Errors: ModelError."""
         if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
             raise ModelError(
                 f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for "
@@ -89,15 +89,18 @@ class DecoderLayer:
 
     @property
     def targets(self) -> list[Tensor]:
-        """What the layer as it was makes of `reference`, on the CPU: found once, by `moments` where it goes
-        that far."""
+        """The outputs of the original layer for `reference`, on the CPU.
+
+        They are computed once. A pass of `moments` through the whole layer computes them too.
+        """
         if not self._targets:
             with torch.no_grad():
                 self._targets = [self._full(hidden).cpu() for hidden in self.reference]
         return self._sound(self._targets)
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
-        """Between [R, C] and the way a linear is stored (Conv1D: [C, R]); its own inverse."""
+        """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
+        inverse."""
         return weight.T if linear in self.anatomy.conv1d else weight
 
     def weight(self, linear: str) -> Tensor:
@@ -105,33 +108,33 @@ class DecoderLayer:
         return self.oriented(linear, self.module.get_parameter(f"{linear}.weight").data).contiguous()
 
     def set_weight(self, linear: str, W_RC: Tensor) -> None:
-        """Put W [R, C] in place of the weight of a linear; `reference` goes on through the one that it
-        replaces."""
+        """Replace the weight of a linear by W [R, C]. `reference` still goes through the original weight."""
         parameter = self.module.get_parameter(f"{linear}.weight")
         if self.reference and not self._whole:
             self._originals.setdefault(f"{linear}.weight", parameter.data)
         parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
 
     def own(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
-        """What there is for linears of this layer, by their full names, by their names in it."""
+        """Select the values of this layer's linears, given by their full names; returned by their names in
+        the layer."""
         names = {linear: f"{self.name}.{linear}" for linear in self.anatomy.linears}
         return {linear: by_name[name] for linear, name in names.items() if name in by_name}
 
     def shift_bias(self, linear: str, shift_R: Tensor, dtype: torch.dtype) -> None:
-        """Add to a linear's bias, rounded to the `dtype` in which it is stored; `reference` goes on with what
-        it was."""
+        """Add to a linear's bias and round it to the `dtype` in which it is stored. `reference` still uses
+        the original bias."""
         self.set_bias(linear, (self.module.get_parameter(f"{linear}.bias").data + shift_R).to(dtype))
 
     def set_bias(self, linear: str, bias_R: Tensor) -> None:
-        """Put another bias in place of a linear's; `reference` goes on with the one that it replaces."""
+        """Replace a linear's bias. `reference` still uses the original bias."""
         parameter = self.module.get_parameter(f"{linear}.bias")
         if self.reference and not self._whole:
             self._originals.setdefault(f"{linear}.bias", parameter.data)
         parameter.data = bias_R.to(parameter.device, parameter.dtype)
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Go on as a module of other widths, these parameters and else its own; `reference` goes on through
-        what it was."""
+        """Replace the module by one of other widths, with `parameters` and otherwise its own. `reference`
+        still goes through the original module."""
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
@@ -139,12 +142,12 @@ class DecoderLayer:
         self._whole, self.module = self._whole or self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
-        """Divide what a key of `scale_pairs` puts out by `factor` and multiply its readers' columns by it;
-        the parameters changed.
+        """Divide the output of a key of `scale_pairs` by `factor` and multiply its readers' columns by it.
+        Returns the names of the changed parameters.
 
-        factor: positive, shaped as the axes of the producer's output. A norm is rounded to `dtype`, in which
-        it is stored, and its readers are multiplied by what it is then really divided by: so nothing is lost
-        by it.
+        factor: positive, shaped as the axes of the producer's output. A norm's gain is rounded to `dtype`, in
+        which it is stored. Its readers are multiplied by the factor that the rounded gain was really divided
+        by, so nothing is lost by the rounding.
         """
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
@@ -152,13 +155,13 @@ class DecoderLayer:
             gain = self.module.get_parameter(f"{name}.weight")
             before = gain.data + offset
             crossed = (before / factor - offset).to(dtype).to(gain.dtype)
-            # or the channel were lost
+            # a gain that would become zero stays, or its channel would be lost
             gain.data = torch.where((crossed + offset == 0) & (before != 0), before - offset, crossed)
             after = gain.data + offset
             factor = torch.where((before != 0) & (after != 0), before / after, factor)
             produced = [f"{name}.bias"]
         else:
-            # experts have a bare name
+            # the parameters of experts have no `.weight`
             produced = [name if name in rows else f"{name}.weight", f"{name}.bias"]
         consumers = [
             reader if reader in rows else f"{reader}.weight" for reader in self.anatomy.scale_pairs[key]
@@ -176,11 +179,11 @@ class DecoderLayer:
 
     @torch.no_grad()
     def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:
-        """Second moments of what the linears of `groups` read, by linear; linears that read the same input
-        share one object.
+        """Return the second moments of the inputs of the linears of `groups`, by linear. Linears that read
+        the same input share one object.
 
-        A group is an entry of `anatomy.consumers`; none given means all. Where there is a reference, what the
-        full model reads there is taken against what is read here.
+        A group is an entry of `anatomy.consumers`; the default is all of them. With a reference, the full
+        model's inputs are taken against these inputs too. Raises ModelError if the inputs are too large.
         """
         wanted = groups or self.anatomy.consumers
         found = {}
@@ -201,11 +204,11 @@ class DecoderLayer:
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
     def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-        """What the first linear of each group reads, batch by batch, here and in the full model (empty
-        without a reference).
+        """Yield the input of the first linear of each group, batch by batch, here and in the full model
+        (empty without a reference).
 
-        A pass goes no further through the layer than the groups need; one through all of it leaves `targets`
-        behind, and the tokens of each expert.
+        A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
+        counts the tokens of each expert.
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
@@ -224,9 +227,10 @@ class DecoderLayer:
 
     @contextmanager
     def _listening(self, linears: set[str], whole: bool) -> Iterator[dict[str, Tensor]]:
-        """What the last pass had the linears read; unless `whole`, a pass ends when all of them have read.
+        """Yield the inputs of the linears in the last pass. Unless `whole`, a pass ends once all of them have
+        been read.
 
-        Under the name of a module of experts: the expert of each token and rank, its second argument.
+        The entry of a module of experts is its second argument: the expert of each token and rank.
         """
         read: dict[str, Tensor] = {}
 
@@ -250,13 +254,13 @@ class DecoderLayer:
 
     @property
     def _experts(self) -> str:
-        """The module that holds the experts, if there is one."""
+        """The name of the module that holds the experts; empty if there is none."""
         return self.anatomy.experts[0].rpartition(".")[0] if self.anatomy.experts else ""
 
     def _count_routed(self, expert_of: Tensor, *, first: bool) -> None:
         count = len(next(self.module.get_submodule(self._experts).parameters()))
         routed = torch.bincount(expert_of.flatten(), minlength=count).tolist()
-        for expert in range(count):  # one more stands for no expert
+        for expert in range(count):  # one index more stands for no expert
             self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
 
 
@@ -265,7 +269,7 @@ def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -
 
 
 def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:
-    """The output, or None if the pass ended before."""
+    """Return the output, or None if the pass ended early."""
     try:
         return run(*args)
     except _Enough:
@@ -273,4 +277,4 @@ def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:
 
 
 class _Enough(Exception):
-    """A pass has read all that is wanted of it."""
+    """Ends a pass once all wanted inputs have been read."""

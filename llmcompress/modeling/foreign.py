@@ -1,8 +1,8 @@
 """A model that others quantised, in a format that only transformers reads: loaded whole, run by its own
 forward.
 
-Formats of llmcompress and bitsandbytes are read layer by layer (`ondisk`). For every other transformers
-decides whether it can be loaded here: it names the package that is missing, or asks for a GPU.
+Formats of llmcompress and bitsandbytes are read layer by layer (`from_disk`). For every other format
+transformers decides whether it can be loaded here: it names a missing package, or asks for a GPU.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.report.metrics import size_bytes
 
-OWN = (METHOD, "bitsandbytes")  # what is read layer by layer
+OWN = (METHOD, "bitsandbytes")  # methods that are read layer by layer
 
 
 def foreign_method(folder: Path) -> str | None:
-    """By what method others quantised a model; None for one that is read layer by layer. Errors:
+    """The method by which others quantised a model; None for a model that is read layer by layer. Errors:
     ModelError."""
     said = read_json(folder / "config.json").get("quantization_config")
     # an old bitsandbytes config
@@ -48,7 +48,7 @@ class WholeModel:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device, method: str) -> WholeModel:
-        """As from_pretrained loads it from a folder. Errors: ModelError where it can't be loaded here."""
+        """Load a model from a folder with from_pretrained. Errors: ModelError if it can't be loaded here."""
         if method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
             raise ModelError(
                 f"{folder} is quantised by {method!r}, which transformers {transformers.__version__} does "
@@ -62,7 +62,7 @@ class WholeModel:
                 model, info = cast(Any, AutoModelForCausalLM.from_pretrained)(
                     folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
                 )
-        except Exception as error:  # each method has its own; to the user each says: not here
+        except Exception as error:  # each method raises its own errors; all say that it can't be loaded here
             why = " ".join(str(error).split())[:300] or type(error).__name__
             raise ModelError(
                 f"{folder} is quantised by {method}, and transformers can't load it here: {why}"
@@ -76,12 +76,12 @@ class WholeModel:
 
     @property
     def config(self) -> PretrainedConfig:
-        """The model's."""
+        """The model's config."""
         return self.model.config
 
     def logits(self, sequences: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
-        """Logits [B, L - unscored, V] of token sequences [S, L], batch after batch, without those of the
-        first positions."""
+        """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
+        `unscored` positions."""
         batches = batches_of(sequences)
         for tokens in track(batches, "evaluate", len(batches)):
             # closed before the yield: a generator dropped half way must not leave it open

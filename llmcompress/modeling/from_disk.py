@@ -1,7 +1,6 @@
-"""A model that lies on disk, plain or quantised: a checkpoint folder of which one layer at a time is in
-memory.
+"""A model on disk, plain or quantised: a checkpoint folder of which one layer at a time is in memory.
 
-The reading goes through transformers' own loader, which knows every renamed key and merged expert of every
+Tensors are loaded with transformers' own loader, which knows every renamed key and merged expert of every
 family.
 """
 
@@ -37,7 +36,7 @@ from llmcompress.modeling.model_config import load_config, require_stored
 
 
 class DiskModel(LayerwiseModel):
-    """A checkpoint folder; codes are read as the weights they stand for, and inputs are rounded as the
+    """A checkpoint folder. Codes are read as the weights that they stand for, and inputs are rounded as the
     kernels round them."""
 
     def __init__(
@@ -70,14 +69,15 @@ class DiskModel(LayerwiseModel):
         elif (
             config.tie_word_embeddings and head in self.sources and not self.checkpoint.aliases.get(embedding)
         ):
-            # stored twice, it counts once
+            # a tied matrix that is stored twice counts once
             twice = {part for key in self.sources.pop(head) for part in self.with_codes(key)}
             self.checkpoint = self.checkpoint.only(self.checkpoint.tensors.keys() - twice)
         self._bring_outer()
         self._round_all_inputs()
 
     def _check_layouts(self) -> None:
-        """Refuse a scheme for what is no linear of this model, nor its embedding. Errors: ModelError."""
+        """Refuse a scheme for a module that is no linear and not the embedding of this model. Errors:
+        ModelError."""
         modules = dict(self.model.named_modules())
         for name in self.layouts:
             if not isinstance(modules.get(name), nn.Linear | Conv1D | nn.Embedding):
@@ -91,27 +91,28 @@ class DiskModel(LayerwiseModel):
         return str(self.folder)
 
     def fingerprint(self) -> str:
-        """A digest over config, names, shapes and every byte of the tensors."""
+        """A digest of config, names, shapes and every byte of the tensors."""
         return self.checkpoint.fingerprint()
 
     @property
     def has_codes(self) -> bool:
-        """Whether any matrix is no plain one; a model that was only pruned can ask for our plug-in too."""
+        """Whether any matrix is stored as codes. A model that was only pruned can need the plug-in without
+        having any."""
         return bool(self.layouts or registry.quantized_linears(self.checkpoint.tensors))
 
     def with_codes(self, key: str) -> list[str]:
-        """A weight's key in the checkpoint, with those of the scales beside it."""
+        """The key of a weight in the checkpoint, with the keys of the scales beside it."""
         return _with_codes(key, self.checkpoint)
 
     def codes(self, name: str) -> registry.StoredWeight | None:
-        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        """The stored form of a quantised matrix, by the full name of its module; None for a plain matrix."""
         target = f"{name}.weight"
         key = self.sources.get(target, [""])[0]
         names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
         return self._stored(key, target, names) if len(names) > 1 or name in self.layouts else None
 
     def _round_all_inputs(self) -> None:
-        """Have the linears read what their kernels will, where these round it."""
+        """Round the inputs of the linears whose kernels round them."""
         quantization = self.quantization or {}
         linears = {
             keys[0].removesuffix(".weight"): target.removesuffix(".weight")
@@ -129,20 +130,21 @@ class DiskModel(LayerwiseModel):
                 self.round_inputs(reader, inputs)
 
     def _read(self, key: str, target: str) -> Tensor:
-        """One tensor of the checkpoint as parameter `target` is stored, codes turned back into weights."""
+        """Read one tensor of the checkpoint as parameter `target` is stored, with codes turned back into
+        weights."""
         names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
         if len(names) < 2 and target.removesuffix(".weight") not in self.layouts:
             tensor = self.checkpoint.read(key)
         else:
             tensor = registry.dequantize(self._stored(key, target, names), self.dtype)
             conv1d = isinstance(self.model.get_submodule(target.removesuffix(".weight")), Conv1D)
-            # codes are rows of outputs, whatever way the module is stored
+            # codes are [R, C], whatever way the module is stored
             tensor = tensor.T if conv1d else tensor
         check_finite(tensor, key)
         return tensor
 
     def _stored(self, key: str, target: str, names: Iterable[str]) -> registry.StoredWeight:
-        """The codes of parameter `target`, whose parts are called so beside `key`."""
+        """Read the codes of parameter `target` from the parts `names` beside `key`."""
         linear = target.removesuffix(".weight")
         parts = {part: self.checkpoint.read(f"{key.removesuffix('weight')}{part}") for part in names}
         conv1d = isinstance(self.model.get_submodule(linear), Conv1D)
@@ -167,10 +169,10 @@ class DiskModel(LayerwiseModel):
 
 
 def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:
-    """The outline of a plain model; if its files are here, with the dtypes of its weights and the head that
-    they hold.
+    """Return the outline of a plain model. If its files are here, it has the dtypes of their weights and the
+    head that they hold.
 
-    Raises ModelError where weights lack.
+    Raises ModelError if weights are missing.
     """
     outline = MetaModel(config, device, torch.float32)
     outline.model.tie_weights()  # so that a tied head counts once
@@ -185,10 +187,12 @@ def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> 
 
 
 def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint, dict[str, list[str]]]:
-    """What a loader takes of a checkpoint, and for each tensor of the model the keys that it is made of.
+    """Return the part of a checkpoint that a loader takes, and for each tensor of the model the keys that it
+    is made of.
 
-    All else is no part of the model: masks that old checkpoints store, layers that this class does not have.
-    A tied model may store its one matrix under the head's name; it then has the embedding's too.
+    Other tensors are no part of the model, such as masks that old checkpoints store, or layers that this
+    class does not have. A tied model may store its one matrix under the head's name; it is then listed under
+    the embedding's name too.
     """
     model, sources = resident.model, defaultdict[str, list[str]](list)
     mapping, known = get_model_conversion_mapping(model), model.state_dict()
@@ -215,7 +219,7 @@ def taken(checkpoint: Checkpoint, resident: LayerwiseModel) -> tuple[Checkpoint,
 
 
 def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> dict[str, torch.dtype]:
-    """The dtype in which each tensor of the model is stored that is no codes."""
+    """The stored dtype of each tensor of the model that is not codes."""
     found = {target: checkpoint.tensors[keys[0]].dtype for target, keys in sources.items()}
     return {target: dtype for target, dtype in found.items() if dtype.is_floating_point}
 
@@ -223,8 +227,8 @@ def dtypes_of(checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]]) -> d
 def has_own_head(
     checkpoint: Checkpoint, sources: Mapping[str, Sequence[str]], resident: LayerwiseModel
 ) -> bool:
-    """Whether the files hold a head that is not the embedding, compared as a loader does, in the dtype that
-    it loads."""
+    """Whether the files hold a head that differs from the embedding. The two are compared as a loader does,
+    in the dtype that it loads."""
     head, embedding = (
         sources.get(f"{name}.weight") for name in (resident.anatomy.head, resident.anatomy.embedding)
     )
@@ -252,7 +256,8 @@ def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
 
 @contextmanager
 def no_progress_bar() -> Iterator[None]:
-    """Transformers draws a bar at each load; here one load is one layer."""
+    """Turn off transformers' progress bar within the context: it draws one at each load, and here one load is
+    one layer."""
     was = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

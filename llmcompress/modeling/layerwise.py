@@ -1,9 +1,9 @@
-"""Where a model's weights are while it is worked on: one decoder layer here, the rest on disk or in the live
-model.
+"""Where a model's weights are while it is worked on: one decoder layer in memory, the rest on disk or in the
+live model.
 
 A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are
-asked for. The weights outside the layers are loaded once; those of a layer while it is visited, always as a
-copy in the working precision on the working device. So a stage may change what it is given, memory does not
+needed. The weights outside the layers are loaded once. Those of a layer are loaded for each visit, always as
+a copy in the working precision on the working device. So a stage may change what it is given, memory does not
 grow with the number of layers, and a folder and a model in memory give the same numbers. The price is that
 each visit to a layer reads it again.
 """
@@ -39,7 +39,7 @@ from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
 
-# the heap is given back each time so much of it was freed: after each layer, or after several small ones
+# freed bytes after which the heap is given back: after each layer, or after several small ones
 TRIM_BYTES = 1 << 24
 
 
@@ -56,10 +56,10 @@ class LayerwiseModel(ABC):
         dtypes: Mapping[str, torch.dtype] | None = None,
     ) -> None:
         self.config, self.device, self.dtype = config, device, dtype
-        # in which weights are stored that are no codes, by their names in the model
+        # stored dtypes of the weights that are not codes, by their names in the model
         self.dtypes = dict(dtypes or {})
-        self.layouts = dict(layouts or {})  # of linears that our plug-in loads, by full name
-        # stored tensors that are others, by name; what config.json ties itself is not in it
+        self.layouts = dict(layouts or {})  # of linears that the plug-in loads, by full name
+        # tensors stored as other tensors, by name, without those that config.json ties
         self.ties = dict(ties or {})
         self.model: PreTrainedModel = skeleton(config, dtype)
         self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
@@ -70,10 +70,10 @@ class LayerwiseModel(ABC):
         self.layers = layers
         self.sizes = self.sizes_of(0)
         self.rotation: Rotation | None = None
-        self._freed = 0  # bytes since the heap was last given back
+        self._freed = 0  # bytes freed since the heap was last given back
 
     def untie(self) -> None:
-        """Take the head for a matrix of its own, whatever the config says: the weights decide, as in
+        """Give the head its own matrix, whatever the config says. The weights decide, as in
         `from_pretrained`."""
         self.config = copy.deepcopy(self.config)
         head = self.model.get_submodule(self.anatomy.head)
@@ -98,12 +98,13 @@ class LayerwiseModel(ABC):
 
     @property
     def plain(self) -> bool:
-        """Whether transformers loads the model without our plug-in, but for codes in a native layout."""
+        """Whether transformers loads the model without the plug-in, as it does codes in a native layout."""
         return not (mixed(self.config) or self.layouts or self.ties)
 
     @property
     def shared_linears(self) -> dict[str, str]:
-        """The linears that are wholly another's weight, by full name: shared, and nothing added."""
+        """The linears whose weight is another linear's with nothing added, by full name, with the other's
+        name."""
         linears = {
             name.removesuffix(".weight"): source.removesuffix(".weight") for name, source in self.ties.items()
         }
@@ -114,25 +115,26 @@ class LayerwiseModel(ABC):
         }
 
     def layer_name(self, index: int) -> str:
-        """`model.layers.3`."""
+        """The full name of a layer, such as `model.layers.3`."""
         return f"{self.anatomy.layers}.{index}"
 
     def anatomy_of_block(self, index: int) -> Anatomy:
-        """The table as it is for one layer, without linears that are empty there."""
+        """The anatomy of one layer, without the linears that are empty there."""
         return self.anatomy.left(self.sizes_of(index))
 
     def sizes_of(self, index: int) -> dict[str, int]:
-        """The units on each axis in one layer; only the widths inside layers can differ between them."""
+        """The number of units on each axis in one layer. Only the widths inside layers can differ between
+        layers."""
         return self.anatomy.axis_sizes(config_of_layer(self.config, index))
 
     def widths_of(self, axis: str) -> tuple[int, ...]:
-        """The units on one axis in each layer."""
+        """The number of units on one axis in each layer."""
         return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
 
     @cached_property
     def weight_dtype(self) -> torch.dtype:
-        """The dtype in which most bytes of the weights are stored: that of whatever takes the place of no
-        stored weight."""
+        """The dtype in which most bytes of the weights are stored. New tensors that replace no stored weight
+        have it too."""
         sizes: dict[torch.dtype, int] = {}
         for name, parameter in self.model.named_parameters():
             if (dtype := self.dtypes.get(name)) is not None:
@@ -142,12 +144,11 @@ class LayerwiseModel(ABC):
         return getattr(torch, str(self.config.dtype or "float32").removeprefix("torch."))  # type: ignore[no-any-return]
 
     def dtype_of(self, name: str) -> torch.dtype:
-        """The dtype in which a parameter is stored, by its name in the model; of codes, that of most
-        weights."""
+        """The stored dtype of a parameter, by its name in the model; for codes, that of most weights."""
         return self.dtypes.get(name, self.weight_dtype)
 
     def as_stored(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-        """Tensors by their names in the model, after `prefix`, each on the CPU in the dtype in which it is
+        """Return tensors under `prefix` and their names, each on the CPU in the dtype in which it is
         stored."""
         return {
             f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
@@ -155,16 +156,16 @@ class LayerwiseModel(ABC):
         }
 
     def inner_parameters(self) -> int:
-        """Parameters inside the layers, as they are in memory."""
+        """Number of parameters inside the layers, as they are in memory."""
         return sum(parameter.numel() for layer in self.layers for parameter in layer.parameters())
 
     def bits_of(self, linear: str) -> int:
-        """Bits in which a weight of a plain linear is stored, by its full name."""
+        """Bits per weight of a plain linear as it is stored, by its full name."""
         return 8 * self.dtype_of(f"{linear}.weight").itemsize
 
     def parameters(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """Parameters that the whole model stores, tied ones once; with so many units of some axes in each
-        layer, if given."""
+        """Number of parameters that the whole model stores, tied ones once. `widths` are other numbers of
+        units of some axes in each layer."""
         return self._sum(widths or {}, lambda name: 1)
 
     def stored_bytes(self, widths: Mapping[str, Sequence[int]] | None = None) -> int:
@@ -172,8 +173,8 @@ class LayerwiseModel(ABC):
         return self._sum(widths or {}, lambda name: self.dtype_of(name).itemsize)
 
     def _sum(self, counts: Mapping[str, Sequence[int]], each: Callable[[str], int]) -> int:
-        """Sum over all stored parameters, by their names in the model, of what `each` of their elements
-        counts."""
+        """Sum over the elements of all stored parameters, each counted as `each` says for the parameter's
+        name in the model."""
         tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
         sizes = self.sizes | {axis: of[0] for axis, of in counts.items()}
         outer = {name: row for name, row in self.anatomy.outer.items() if name != tied}
@@ -190,8 +191,7 @@ class LayerwiseModel(ABC):
         return total - (self._unstored(each) if self.layouts or self.ties else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
-        """By how much what is stored is less than the whole weights: what is shared, and what is a
-        product."""
+        """How much less is stored than the whole weights, because some are shared and some are products."""
         found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
@@ -203,7 +203,7 @@ class LayerwiseModel(ABC):
 
     @contextmanager
     def layer(self, index: int) -> Iterator[nn.Module]:
-        """Layer `index` with its weights, for as long as the context lasts."""
+        """Yield layer `index` with its weights, which are freed when the context exits."""
         prefix, module = self.layer_name(index) + ".", self.layers[index]
         try:
             self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
@@ -218,14 +218,14 @@ class LayerwiseModel(ABC):
                 for name, parameter in owner._parameters.items():
                     if parameter is not None:
                         owner._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
-            parameter = None  # the last one, or its memory could not be given back
+            parameter = None  # a reference to the last one would keep its memory
             self._freed += sum(p.numel() for p in module.parameters()) * self.dtype.itemsize
             if self._freed >= TRIM_BYTES:
                 _trim()
                 self._freed = 0
 
     def turn(self, rotation: Rotation) -> None:
-        """From now on all weights are those of the rotated model, which computes the same."""
+        """Rotate all weights from now on. The rotated model computes the same function."""
         self.rotation = rotation
         tied = {f"{self.anatomy.head}.weight"} if self.config.tie_word_embeddings else set()
         self._rewrite(rotation.outer, self.model, [name for name in self.anatomy.outer if name not in tied])
@@ -240,23 +240,22 @@ class LayerwiseModel(ABC):
             owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
 
     def round_inputs(self, linear: str, inputs: Inputs) -> None:
-        """From now on a linear, by its full name, reads what `inputs` makes of its input, as its kernel
-        does."""
+        """Round the inputs of a linear, by its full name, with `inputs` from now on, as its kernel does."""
         self.model.get_submodule(linear).register_forward_pre_hook(
             lambda module, args: (inputs(args[0]), *args[1:])
         )
 
     def reader(self, name: str) -> str | None:
-        """The linear that multiplies by the matrix of a module: itself; of the embedding, the head tied to
-        it, if one is."""
+        """The linear that multiplies by a module's matrix: the module itself; for the embedding, the head
+        tied to it, or None."""
         if name != self.anatomy.embedding:
             return name
         return self.anatomy.head if self.config.tie_word_embeddings else None
 
     def set_embedding(self, W_VD: Tensor, inputs: Inputs | None) -> None:
-        """Put another matrix in place of the embedding's, for good; a head tied to it multiplies by it, and
-        reads `inputs`."""
-        # the very parameter of a tied head
+        """Replace the embedding's matrix for good. A head tied to it uses the new matrix too, and `inputs`
+        rounds the head's inputs."""
+        # a tied head has the same parameter
         weight = self.model.get_parameter(f"{self.anatomy.embedding}.weight")
         weight.data = W_VD.to(self.device, self.dtype)
         if (head := self.reader(self.anatomy.embedding)) and inputs:
@@ -266,7 +265,7 @@ class LayerwiseModel(ABC):
         """The shape (outputs, inputs) of every matrix that can be quantised, by full name: linears and the
         embedding.
 
-        A tied head is left out, as it is the embedding's.
+        A tied head is left out, as its matrix is the embedding's.
         """
         shapes = dict(self.linear_maps())
         if (shared := self.reader(self.anatomy.embedding)) is not None:
@@ -275,8 +274,8 @@ class LayerwiseModel(ABC):
         return shapes | {self.anatomy.embedding: (V, D)}
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Every nn.Linear or Conv1D of the whole model that is not empty, by full name, with its shape
-        (outputs, inputs)."""
+        """Yield the full name and the shape (outputs, inputs) of every nn.Linear or Conv1D of the model that
+        is not empty."""
         for name, module in self.model.named_modules():
             if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
                 continue
@@ -286,7 +285,7 @@ class LayerwiseModel(ABC):
                 yield name, (module.out_features, module.in_features)
 
     def require_all(self, absent: Iterable[str]) -> None:
-        """Refuse a model that lacks these tensors, if there are any. Errors: ModelError."""
+        """Refuse the model if any tensors are `absent`. Errors: ModelError."""
         names = sorted(absent)
         if names == [f"{self.anatomy.head}.weight"]:
             raise ModelError(
@@ -303,24 +302,24 @@ class LayerwiseModel(ABC):
     @property
     @abstractmethod
     def where(self) -> str:
-        """What to call the model in an error."""
+        """The name of the model in an error."""
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A digest of the weights, which no other training shares."""
+        """A digest of the weights; a model trained in another way has another one."""
 
     def codes(self, name: str) -> StoredWeight | None:
-        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        """The stored form of a quantised matrix, by the full name of its module; None for a plain matrix."""
         return None
 
     @abstractmethod
     def _bring(self, names: Iterable[str]) -> None:
-        """Put the weights `names` of the skeleton in place, in the working dtype, on the working device."""
+        """Load the weights `names` of the skeleton, in the working dtype on the working device."""
 
 
 class MetaModel(LayerwiseModel):
-    """A model known by its config alone, or by the headers of its files too: shapes, names, what is shared,
-    no weights."""
+    """A model without weights, known by its config alone or also by the headers of its files: shapes, names,
+    what is shared."""
 
     place = "the config"  # or the folder
 
@@ -329,7 +328,7 @@ class MetaModel(LayerwiseModel):
         return self.place
 
     def fingerprint(self) -> str:
-        """That of the config: there are no weights."""
+        """The digest of the config, as there are no weights."""
         return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
 
     def _bring(self, names: Iterable[str]) -> None:
@@ -337,10 +336,10 @@ class MetaModel(LayerwiseModel):
 
 
 class InMemoryModel(LayerwiseModel):
-    """Weights in memory by their names in the model, as its state dict has them; they are read and never
-    changed.
+    """Weights in memory by their names in the model's state dict. They are read and never changed.
 
-    `quantized` says how those that are quantised are stored; their weights are what the codes stand for.
+    `quantized` holds the stored form of the quantised weights; in `source` they are the weights that the
+    codes stand for.
     """
 
     def __init__(
@@ -375,7 +374,7 @@ class InMemoryModel(LayerwiseModel):
         return tensors_digest(self.source)
 
     def codes(self, name: str) -> StoredWeight | None:
-        """How a quantised matrix is stored, by the full name of its module; None where it is a plain one."""
+        """The stored form of a quantised matrix, by the full name of its module; None for a plain matrix."""
         return self.quantized.get(name)
 
     def _bring(self, names: Iterable[str]) -> None:
@@ -396,7 +395,7 @@ class InMemoryModel(LayerwiseModel):
 
 
 def _trim() -> None:
-    """Have glibc give back what is free on its heap; other C libraries are left alone.
+    """Make glibc give back the free memory of its heap; other C libraries are left alone.
 
     Layers that come and go fragment the heap, and without this peak memory grows with depth
     (evaluation/results/cost.json).

@@ -1,9 +1,9 @@
-"""The config.json of a model: read in bounds, its flags at their defaults, and the skeleton that transformers
-builds of it.
+"""The config.json of a model: read within bounds, its flags at their defaults, and the skeleton that
+transformers builds of it.
 
-A config is anyone's words. What it asks for is compared with bounds, and with what the weight files hold,
-before anything of that size is made. Whatever transformers then says of it, in as many kinds of error as it
-has families, is one line here.
+A config is untrusted input. What it asks for is compared with bounds, and with what the weight files hold,
+before anything of that size is made. transformers raises a different kind of error in each family; here each
+of them becomes a ModelError of one line.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from llmcompress.io.checkpoint import Entry, read_json
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # 126 layers are the most so far
 MOST: Mapping[str, int] = {**dict.fromkeys(LAYERS, 1 << 12), "num_labels": 1 << 16}
-LARGEST = (1 << 31) - 1  # of any other whole number
+LARGEST = (1 << 31) - 1  # bound of any other whole number
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights are computed in
 FLAGS: Mapping[
     str, Any
-] = {  # what changes what a forward returns or which code computes it, with its default
+] = {  # flags that change what a forward returns or which code computes it, with their defaults
     "return_dict": True,
     "output_hidden_states": False,
     "output_attentions": False,
@@ -52,15 +52,12 @@ SMALL = (
 
 
 def load_config(folder: Path) -> PretrainedConfig:
-    """The config of a model, with every flag at its default. Errors: ModelError, which names the field where
-    it is known."""
+    """Load the config of a model within bounds. Errors: ModelError, which names the field if it is known."""
     fields = read_json(folder / "config.json")
     require_bounded(folder, fields)
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except (
-        Exception
-    ) as error:  # each family checks its fields in its own way; to the user each says: this config is wrong
+    except Exception as error:  # each family raises its own errors; all of them say that the config is wrong
         why = " ".join(str(error).split())[:120] or type(error).__name__
         raise ModelError(
             f"{folder} has a config.json that does not load ({why}{_field(fields, why)}); take another base"
@@ -78,8 +75,8 @@ def require_readable(folder: Path) -> None:
 
 
 def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
-    """Refuse, before transformers reads them, fields that ask for more than any model has, or for other code
-    or files."""
+    """Refuse fields that ask for more than any model has, or for other code or files, before transformers
+    reads them."""
     for name, value in fields.items():
         if callable(getattr(PretrainedConfig, name, None)):
             raise ModelError(
@@ -120,7 +117,7 @@ def require_bounded(folder: Path, fields: Mapping[str, Any]) -> None:
 
 
 def require_sizes(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse sizes that are no counts. Errors: ModelError."""
+    """Refuse sizes that are not counts. Errors: ModelError."""
     for name, value in _sizes(config).items():
         least = 1 if name in ("num_hidden_layers", "hidden_size", "vocab_size") else 0
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
@@ -134,7 +131,7 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
     ModelError."""
     widest = max((size for entry in tensors.values() for size in entry.shape), default=0)
     for name, value in _sizes(config).items():
-        many = name == "num_hidden_layers" or "experts" in name  # tensors, of which each has some
+        many = name == "num_hidden_layers" or "experts" in name  # each layer or expert has tensors of its own
         most = max(len(tensors), 0 if name == "num_hidden_layers" else widest) if many else widest
         if isinstance(value, int) and value > most:
             held = f"{len(tensors)} tensors" if many else f"no tensor with more than {widest} rows or columns"
@@ -145,24 +142,24 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
 
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields that count something, by name, as far as the family is known."""
+    """The fields that count something, by name, if the family is known."""
     anatomy = FAMILIES.get(getattr(config, "model_type", ""))
     names = ["num_hidden_layers", *anatomy.sizes.values()] if anatomy and not mixed(config) else []
     return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a config without weights: parameters on the meta device, buffers real, every flag at its
-    default.
+    """Build the model of a config without weights: parameters on the meta device, real buffers, every flag at
+    its default.
 
-    Errors: ModelError for a config of which transformers builds none.
+    Errors: ModelError if transformers can't build a model of the config.
     """
     try:
         with init_empty_weights(include_buffers=False):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(defaults(config), dtype=dtype).eval()
     except CompressError:
         raise
-    except Exception as error:  # a family raises whatever its code comes across
+    except Exception as error:  # families raise errors of any kind
         why = " ".join(f"{type(error).__name__}: {error}".split())[:160]
         named = _field(config.to_dict(), why)
         raise ModelError(
@@ -172,7 +169,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def defaults(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a config that says nothing of what a forward returns, nor by which code it is computed."""
+    """Return a copy of a config with every flag at its default: what a forward returns, and which code
+    computes it."""
     found = copy.deepcopy(config)
     for name, value in FLAGS.items():
         if name in ("attn_implementation", "experts_implementation"):
@@ -183,12 +181,12 @@ def defaults(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def without_flags(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a config.json without the flags that are not at their defaults."""
+    """The fields of a config.json without the flags that differ from their defaults."""
     return {name: value for name, value in fields.items() if name not in FLAGS or value == FLAGS[name]}
 
 
 def _field(fields: Mapping[str, Any], why: str) -> str:
-    """The field that an error is about, where it names the field's value and not the field."""
+    """Name the field that an error is about, if the error shows the field's value but not its name."""
     if any(len(name) > 3 and name in why for name in fields):
         return ""
     asked, found = list(fields.items()), list[str]()
@@ -201,7 +199,7 @@ def _field(fields: Mapping[str, Any], why: str) -> str:
 
 
 def _short(value: object) -> str:
-    """A value of any size in a few characters."""
+    """Show a value of any size in a few characters."""
     if isinstance(value, int) and abs(value) > LARGEST:
         return f"of {value.bit_length()} bits"
     return repr(value)[:40]

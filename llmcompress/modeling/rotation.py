@@ -1,16 +1,16 @@
-"""A model's weights turned so that its activations lose their outliers and its function stays.
+"""Rotate a model's weights so that its activations lose their outliers and its function stays.
 
-Nothing between the layers of a pre-norm model singles out a channel but the gains of the norms: once these
-are folded into the linears that read them, an RMS norm commutes with a rotation, and one matrix R1 may turn
-the hidden state everywhere if every weight that writes it is turned and every weight that reads it turned
-back. Between values and output projection attention mixes tokens and not channels, so a second matrix R2 may
-turn the channels of each head. As an orthogonal matrix is the inverse of its transpose, reading and writing
-need the same product along the axis, and the table of spellings says where that is: `hidden` for R1; for R2
-`d` on both sides of an entry of `scale_pairs` whose scale runs along it. The result is a plain model of the
-same config that costs nothing more at run time.
+Between the layers of a pre-norm model, only the gains of the norms single out a channel. Once these are
+folded into the linears that read them, an RMS norm commutes with a rotation. One matrix R1 may then rotate
+the hidden state everywhere, if every weight that writes it is rotated and every weight that reads it is
+rotated back. Between values and output projection, attention mixes tokens and not channels, so a second
+matrix R2 may rotate the channels of each head. The inverse of an orthogonal matrix is its transpose, so
+weights that read and weights that write need the same product along the axis. The table of spellings says
+where that axis is: `hidden` for R1; for R2, `d` on both sides of an entry of `scale_pairs` whose scale runs
+along it. The result is a plain model of the same config that costs nothing more at run time.
 
-Weights come and go one set at a time, all outside the layers or all of one layer, so the memory is that of
-one set twice, and a float64 copy of a value or output projection. The time is D multiplications a weight for
+Weights are rotated one set at a time: all outside the layers, or all of one layer. So the memory is twice
+that set, and a float64 copy of a value or output projection. The time is D multiplications per weight for
 width D.
 """
 
@@ -33,12 +33,12 @@ Turn = tuple[str, Tensor, int | None]  # the axis, the matrix, the part of a fus
 
 
 class Rotation:
-    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), as `seed`
-    draws them.
+    """A rotation of the hidden state (`r1`) and one of the channels of each value head (`r2`), drawn by
+    `seed`.
 
     Source: R1 and R2 of arXiv:2405.16406, with random Hadamard matrices as in arXiv:2404.00456; neither is
     learned here, and R2 is the same in all layers. `r1` may be an orthogonal matrix to use. Raises ModelError
-    where `refusal` says why not.
+    with the reason that `refusal` gives, if it gives one.
     """
 
     def __init__(
@@ -59,11 +59,10 @@ class Rotation:
         self._tied = bool(config.tie_word_embeddings)
 
     def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """All weights outside the layers (embedding, final norm, head) after the rotation: new, float32, by
-        their full names.
+        """Return all weights outside the layers (embedding, final norm, head) after the rotation: new,
+        float32, by full name.
 
-        Raises ValueError unless the names are those of the anatomy; only the head may be missing, where it is
-        tied.
+        Raises ValueError unless the names are those of the anatomy; only a tied head may be missing.
         """
         anatomy = self.anatomy
         _require(tensors, anatomy.outer, {f"{anatomy.head}.weight"} if self._tied else set())
@@ -75,8 +74,8 @@ class Rotation:
     def inner(
         self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
     ) -> dict[str, Tensor]:
-        """All weights of one layer, any of them, after the rotation: new, float32, by their names in the
-        layer.
+        """Return all weights of one layer after the rotation: new, float32, by name in the layer. Any layer
+        can be given.
 
         `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are
         those of the anatomy.
@@ -93,8 +92,8 @@ class Rotation:
         values: Mapping[str, int | None],
         sizes: Mapping[str, int] | None = None,
     ) -> dict[str, Tensor]:
-        """The tensors after the rotation: `norms` go into the linears they name, R2 meets the modules (and
-        parts) `values`."""
+        """Return the rotated tensors. The gains of `norms` go into the linears that read them, and R2 applies
+        to the modules (and parts) of `values`."""
         if self.R1_DD is None:
             norms = {}
         offset = self.anatomy.norm_offset
@@ -102,7 +101,7 @@ class Rotation:
             f"{reader}{end}": offset + tensors[f"{norm}.weight"].double()
             for norm, consumers in norms.items()
             for reader in consumers
-            for end in ("", ".weight")  # experts are parameters of their own
+            for end in ("", ".weight")  # the parameters of experts have no `.weight`
         }
         rewritten = {}
         for name, tensor in tensors.items():
@@ -119,7 +118,8 @@ class Rotation:
     def _turns(
         self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]
     ) -> list[Turn]:
-        """What a weight is multiplied by, and where; the gain of the norm that it reads comes before R1."""
+        """The matrices that multiply a weight, and their axes. The gain of the norm that the weight reads
+        comes before R1."""
         axes, turns = Spelling.parse(row).axes, list[Turn]()
         if self.R1_DD is not None and HIDDEN in axes:
             turns.append(
@@ -145,7 +145,7 @@ def rotate(
     """Multiply by M [size, size], float64, from the right along `axis`, in every dimension and group that
     runs along it.
 
-    Each unit of the other axes is turned by itself: along `d` of `(kv q d)`, every head. `part` confines it
+    Each unit of the other axes is rotated by itself: along `d` of `(kv q d)`, every head. `part` confines it
     to that alternative of a fused weight. The dtype stays. Raises ValueError for a wrong shape or an axis
     that the spelling lacks.
     """
@@ -168,7 +168,7 @@ def rotate(
 def _turn_term(
     tensor: Tensor, dim: int, term: Term, sizes: Mapping[str, int], axis: str, M_DD: Tensor, part: int | None
 ) -> Tensor:
-    """A tensor turned along `axis` inside one term, which dimension `dim` runs along."""
+    """Rotate a tensor along `axis` inside one term, which dimension `dim` runs along."""
     if term == axis:
         return turn(tensor.movedim(dim, -1), M_DD).movedim(-1, dim)
     if not isinstance(term, Group) or axis not in Spelling((term,)).axes:
@@ -179,15 +179,15 @@ def _turn_term(
         if part is None or len(pieces) == 1 or number == part:
             piece = pieces[number].unflatten(dim, shapes[number])
             for place, factor in enumerate(product):
-                inside = part if len(pieces) == 1 else None  # a part is found once
+                inside = part if len(pieces) == 1 else None  # inside a part nothing else is selected
                 piece = _turn_term(piece, dim + place, factor, sizes, axis, M_DD, inside)
             pieces[number] = piece.flatten(dim, dim + len(product) - 1)
     return torch.cat(pieces, dim)
 
 
 def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) -> str | None:
-    """Why a model of this config can't be rotated and what to do instead, in one clause; None where it
-    can."""
+    """Why a model of this config can't be rotated and what to do instead, in one clause; None if it can
+    be."""
     if r1 and (why := _layer_norm(anatomy, config) or _unplaced(anatomy)):
         return f"{why}; leave R1 out"
     if r1 and config.tie_word_embeddings:
@@ -201,8 +201,8 @@ def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) 
 
 
 def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
-    """Why the norms don't commute with a rotation; RMS norms do: without bias, their epsilon is
-    rms_norm_eps."""
+    """Why the norms don't commute with a rotation, or None. RMS norms do: they have no bias, and their
+    epsilon is rms_norm_eps."""
     rows = {**anatomy.layer, **anatomy.outer}
     if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
@@ -212,7 +212,7 @@ def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
 
 
 def _unplaced(anatomy: Anatomy) -> str | None:
-    """Why R1 can't be passed through the rows along the hidden axis, if some gain or reader there is not in
+    """Why R1 can't be passed along the hidden axis, or None: a gain or a reader there is not in
     `scale_pairs`."""
     norms = _norms(anatomy)
     followed = {reader for consumers in norms.values() for reader in consumers}
@@ -252,13 +252,13 @@ def _gains(rows: Mapping[str, str]) -> list[str]:
 
 
 def _norms(anatomy: Anatomy) -> dict[str, tuple[str, ...]]:
-    """Each norm of a layer over the hidden axis that linears follow, with these."""
+    """Each norm of a layer over the hidden axis that linears follow, with these linears."""
     return {norm: anatomy.scale_pairs[norm] for norm in _gains(anatomy.layer) if norm in anatomy.scale_pairs}
 
 
 def _values(anatomy: Anatomy) -> dict[str, int | None]:
-    """The modules that R2 meets, with the part of the fused ones: what a scale along `d` leaves, and what
-    reads it."""
+    """The modules that R2 applies to, with the part of fused ones: producers and readers of a scale along
+    `d`."""
     found: dict[str, int | None] = {}
     for key, consumers in anatomy.scale_pairs.items():
         name, part, axes = anatomy.producer(key)

@@ -1,13 +1,13 @@
-"""The model layer by layer, with the activations that enter and leave each layer.
+"""Walk a model layer by layer, with the hidden states that enter and leave each layer.
 
 A stage sees one decoder layer at a time, in memory on the working device and in the working precision, with
-the hidden states that reach it: `inputs`, as the compressed layers before it left them, and, where asked for,
+the hidden states that reach it: `inputs`, as the compressed layers before it left them, and on request
 `reference`, as the full model has them. What lies outside the layers (embedding, final norm, head, masks,
 rotary tables, soft caps) is run by the model's own code with its layers stubbed out, so no family needs a
 line here.
 
-It costs one forward pass of each layer to advance each stream, and the memory of one layer and of the
-streams: the number of layers does not matter. Where the layers come from is the business of `residency.py`.
+Advancing a stream costs one forward pass of each layer. The memory is that of one layer and of the streams,
+whatever the number of layers. `layerwise.py` decides where the layers come from.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 
-TOKENS_AT_ONCE = 2048  # in one forward pass of a layer
+TOKENS_AT_ONCE = 2048  # tokens in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
-# (things, what is done to them, how many) -> the same things
+# (items, description, count) -> the same items
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
-# a layer in memory -> the parameters that it is to run with in place of its own
+# a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
-Edits = Mapping[int, Edit | None]  # by layer; None: it is passed over
+Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
 # batch size -> layer -> its keyword arguments: masks, rotary tables
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
 
@@ -50,13 +50,13 @@ def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
 
 
 def batches_of(sequences: Tensor) -> list[Tensor]:
-    """Token sequences [S, L] in batches of at most TOKENS_AT_ONCE tokens."""
+    """Split token sequences [S, L] into batches of at most TOKENS_AT_ONCE tokens."""
     return list(sequences.split(max(1, TOKENS_AT_ONCE // sequences.shape[1])))
 
 
 @contextmanager
 def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[None]:
-    """For a while, every layer of the skeleton is `stub(index, hidden, *args, **kwargs)`."""
+    """Replace every layer of the skeleton by `stub(index, hidden, *args, **kwargs)` within the context."""
     for index, layer in enumerate(resident.layers):
         layer.forward = partial(stub, index)
     try:
@@ -68,8 +68,8 @@ def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[
 
 @torch.no_grad()
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
-    """The hidden states [B, L, D] that enter the first layer, and the arguments that each layer is called
-    with."""
+    """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
+    called with."""
     arguments: dict[int, list[dict[str, Any]]] = {}
     signature = inspect.signature(type(resident.layers[0]).forward)
 
@@ -98,9 +98,9 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
 
 
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
-    """Logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and all that
-    goes with them."""
-    anything = 1 if resident.config.pad_token_id == 0 else 0  # not padding: transformers warns of that
+    """Return the logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and
+    all that goes with them."""
+    anything = 1 if resident.config.pad_token_id == 0 else 0  # transformers warns of padding
     tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
     hidden = hidden.to(resident.device)
     with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
@@ -110,11 +110,11 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
 def walk(
     resident: LayerwiseModel, sequences: Tensor, *, reference: bool = False, through: bool = False
 ) -> Iterator[DecoderLayer]:
-    """Each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
+    """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
-    What the caller does to a layer's weights is what later layers see. With `reference`, the stream of the
-    unchanged model runs beside it. The last layer is run only if the caller wants the states that leave it
-    (`through`): it then gets one more Layer, without a module, whose inputs they are.
+    Later layers see what the caller does to a layer's weights. With `reference`, the stream of the unchanged
+    model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
+    DecoderLayer then follows, whose module is an identity and whose `inputs` are these states.
     """
     inputs, arguments = enter(resident, batches_of(sequences))
     full = list(inputs) if reference else []
@@ -147,7 +147,7 @@ def _layer(
     inputs: list[Tensor],
     reference: list[Tensor],
 ) -> DecoderLayer:
-    """Layer `index`, which is in memory, with the states that enter it."""
+    """Return the DecoderLayer of layer `index`, which is in memory, with the states that enter it."""
     own = {size: per_block[index] for size, per_block in arguments.items()}
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
     return DecoderLayer(
@@ -159,7 +159,7 @@ def _layer(
 def together(
     resident: LayerwiseModel, sequences: Tensor, entering: Mapping[int, list[Tensor]]
 ) -> Iterator[list[DecoderLayer]]:
-    """Several layers in memory at once, with the states of `sequences` that enter each of them."""
+    """Yield several layers in memory at once, each with the states of `sequences` that enter it."""
     _, arguments = enter(resident, batches_of(sequences))
     with ExitStack() as stack:
         modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
@@ -173,10 +173,10 @@ def together(
 def variants(
     resident: LayerwiseModel, sequences: Tensor, edits: Mapping[Key, Edits], base: Edits | None = None
 ) -> dict[Key | None, list[Tensor]]:
-    """The states that leave the last layer under each set of edits on top of those of `base`, and under None
-    with these alone.
+    """Return the states that leave the last layer under each set of edits on top of those of `base`, and
+    under None with those of `base` alone.
 
-    One pass: each layer runs once for every set that began before it or begins there.
+    It takes one pass: each layer runs once for every set that began before it or begins there.
     """
     inputs, arguments = enter(resident, batches_of(sequences))
     base = base or {}
@@ -207,10 +207,11 @@ def _as_it_is(layer: DecoderLayer) -> dict[str, Tensor]:
 def without_each(
     resident: LayerwiseModel, sequences: Tensor, candidates: Collection[Part], gone: Collection[Part] = ()
 ) -> dict[Part | None, list[Tensor]]:
-    """The states that leave the last layer without each of the candidates, and under None with all of them.
+    """Return the states that leave the last layer without each of the candidates, and under None with all of
+    them.
 
-    A part is a layer, which is then passed over, or one of its linears, whose weight is then zeros. Those in
-    `gone` are left out by all.
+    A part is a layer, which is then skipped, or one of its linears, whose weight is then zero. The parts in
+    `gone` are left out everywhere.
     """
 
     def without(index: int, linears: Collection[str | None]) -> Edit | None:
@@ -229,7 +230,7 @@ def without_each(
 
 
 def divergence(expected: Tensor, found: Tensor) -> float:
-    """KL in nats a token of scores [B, L, V] from the log-probabilities expected, in the mean."""
+    """Mean KL in nats/token of scores [B, L, V] from the expected log-probabilities."""
     return float((expected.exp() * (expected - found.float().log_softmax(-1))).sum(-1).mean())
 
 
@@ -237,9 +238,9 @@ def divergence(expected: Tensor, found: Tensor) -> float:
 def divergences(
     model: LayerwiseModel, full: list[Tensor], streams: Mapping[Key, list[Tensor]], unscored: int = 0
 ) -> dict[Key, float]:
-    """KL in nats a token of the predictions from each stream's last states, from those of the full model.
+    """KL in nats/token of each stream's predictions, from its last states, against those of the full model.
 
-    What is predicted at the first `unscored` positions of a sequence does not count.
+    Predictions at the first `unscored` positions of a sequence do not count.
     """
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
@@ -252,10 +253,10 @@ def divergences(
 def logits(
     resident: LayerwiseModel, sequences: Tensor, track: Track = untracked, unscored: int = 0
 ) -> Iterator[Tensor]:
-    """Logits [B, L - unscored, V] of token sequences [S, L], batch after batch, without those of the first
+    """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
     `unscored` positions.
 
-    All layers are gone through once, before the first one.
+    All layers are run once, before the first logits.
     """
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
@@ -267,7 +268,7 @@ def logits(
 
 @contextmanager
 def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
-    """A list that the head adds to what it reads, [B, L, D], each time states leave."""
+    """Yield a list to which the head's input [B, L, D] is added each time the head runs."""
     read: list[Tensor] = []
     head = resident.model.get_submodule(resident.anatomy.head)
     hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
@@ -279,8 +280,8 @@ def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
-    """The head's weight [V, D], and the second moments of what it reads when the states of the Layer after
-    the last leave."""
+    """Return the head's weight [V, D] and the second moments of its inputs; `layer` is the one that `walk`
+    yields after the last."""
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
     with head_reads(resident) as read:
@@ -301,14 +302,14 @@ def output_fisher(
     first: bool = False,
     unscored: int = 0,
 ) -> Iterator[tuple[int, Tensor]]:
-    """For each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave it: mean
-    of g g^T.
+    """Yield for each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave
+    it: the mean of g g^T.
 
-    With `first`, at last -1 and that of the states that enter the first layer.
+    With `first`, -1 and the matrix of the states that enter the first layer come last.
 
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
     order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
-    layer the model feels. What is predicted at the first `unscored` positions of a sequence does not count.
+    layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
 
@@ -325,12 +326,12 @@ def output_fisher(
 
 
 def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
-    """After each token [B, L] the next; after the first `unscored` and after the last none that counts."""
+    """Next-token labels of tokens [B, L]; the first `unscored` positions and the last one are IGNORED."""
     return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
 
 
 def following(scores: Tensor, tokens: Tensor) -> Tensor:
-    """The labels that a text has, whatever the scores."""
+    """The next-token labels of the text, whatever the scores."""
     return next_tokens(tokens)
 
 
@@ -344,16 +345,16 @@ def gradients(
     first: bool = False,
     unscored: int = 0,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
-    """For each layer, last to first: its index, the gradients of the states [B, L, D] that leave it, and of
-    some parameters.
+    """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
+    and those of some parameters.
 
-    They are those of the log-likelihood, summed over tokens, of `labels` (scores [B, L, V], tokens [B, L] ->
-    [B, L]), with a change of sign; labels at the first `unscored` positions do not count. `watched` are
-    parameters by their names in the layer. With `first`, at last -1 and the gradients of the states that
-    enter the first layer.
+    They are the gradients of the negative log-likelihood of `labels` (scores [B, L, V], tokens [B, L] -> [B,
+    L]), summed over tokens. Labels at the first `unscored` positions do not count. `watched` are parameters
+    by their names in the layer. With `first`, -1 and the gradients of the states that enter the first layer
+    come last.
 
-    The pass back goes layer by layer as the pass forward does; the states in between wait in the folder
-    `scratch`.
+    The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
+    folder `scratch`.
     """
     batches, grads = batches_of(sequences), list[Tensor]()
     for layer in walk(resident, sequences, through=True):
@@ -395,8 +396,8 @@ def _back(
     watched: Sequence[str],
     found: dict[str, Tensor],
 ) -> list[Tensor]:
-    """Gradients of the states that enter layer `index`, from those of the states that leave it; those watched
-    into `found`."""
+    """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
+    The gradients of watched parameters go into `found`."""
     states = load_file(scratch / f"states-{index}.safetensors")
     out = []
     with resident.layer(index) as module:

@@ -1,5 +1,4 @@
-"""The Python API: `compress` and `plan`, for models by name or in memory, and recipes in whatever form a user
-has them."""
+"""The Python API: `compress` and `plan`, for models by name or in memory and recipes in any accepted form."""
 
 from __future__ import annotations
 
@@ -75,19 +74,19 @@ def compress(
 
     Args:
         model: Hub id, folder, `demo`, a `PreTrainedModel`, or None for the base that the recipe names. A
-            model in memory is changed in place where its shapes stay, and returned; where they don't, a new
-            model is returned.
+            model in memory is changed in place and returned if its shapes stay; otherwise a new model is
+            returned.
         recipe: name of a shipped recipe, file, folder, Hub id, `Recipe`, a stage or a list of stages, or a
             mapping as YAML would give it.
         out: folder for the result. It must not exist, unless `overwrite` is True and it holds a finished
             result.
-        tokenizer: of a `PreTrainedModel`; one that is given by name brings its own.
+        tokenizer: the tokenizer of a `PreTrainedModel`; a model given by name brings its own.
         data: calibration and evaluation text in place of the recipe's, as a `DataSpec` or as `--data` takes
             it.
         device: `cpu` or `cuda`; the first GPU where there is one.
         overwrite: replace a finished result in `out`.
-        track: shows progress: takes an iterable, what is done, and how many there are, and yields what the
-            iterable yields.
+        track: callable that shows progress; it takes an iterable, a description and the number of items,
+            and yields the items.
 
     Raises:
         CompressError: the input is wrong; the message says what was given, why not, and what to do.
@@ -121,10 +120,11 @@ def plan(
     data: str | DataSpec | None = None,
     device: str | None = None,
 ) -> Plan:
-    """What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
+    """Estimate what a run would give and cost from the model's config alone; no weight is read and nothing is
+    run.
 
-    Arguments and errors are those of `compress`. Sizes are exact but for file headers; times are right to a
-    factor of about two.
+    Arguments and errors are those of `compress`. Sizes are exact except for file headers; times are right to
+    a factor of about two.
     """
     return plan_recipe(
         recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device
@@ -132,7 +132,7 @@ def plan(
 
 
 def recipe_of(recipe: AnyRecipe) -> Recipe:
-    """A recipe in any of the forms that `compress` takes. Errors: RecipeError."""
+    """Return the `Recipe` for any form that `compress` takes. Errors: RecipeError."""
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, str | os.PathLike):
@@ -152,7 +152,7 @@ def recipe_of(recipe: AnyRecipe) -> Recipe:
 def _in_memory(
     model: AnyModel, recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The model in memory, with its tokenizer."""
+    """Return the model in memory and its tokenizer; a model given by name is loaded."""
     if isinstance(model, PreTrainedModel):
         return model, require_tokenizer(tokenizer)
     name = recipe.base if model is None else os.fspath(model)

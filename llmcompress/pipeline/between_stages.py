@@ -1,5 +1,5 @@
-"""The model between two stages: a checkpoint in the journal of the first, verified before a later run goes on
-from it."""
+"""The model between two stages: a checkpoint in the first stage's journal, verified before a later run reuses
+it."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ REMADE = (
 
 
 def joint_folder(journal: Journal) -> Path:
-    """Where the model lies that a stage with this journal left."""
+    """Return the folder of the model that the stage with this journal left."""
     return journal.folder / "joint"
 
 
 def write_joint(journal: Journal, model: DiskModel, outcome: Outcome, base: Path) -> str | None:
-    """Have the model that a stage left on the disk, as it was written: it goes when the journal does.
+    """Write the model that a stage left to the stage's journal folder, where it lives as long as the journal.
 
-    One that an earlier run has left is read whole, and written anew where it isn't what was written; then
-    that is said.
+    A model from an earlier run is read whole and compared with its manifest. If it is damaged, it is written
+    again and a note for the report is returned; otherwise the result is None.
     """
     folder, damaged = joint_folder(journal), False
     with writing(folder):

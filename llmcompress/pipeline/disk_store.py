@@ -1,5 +1,5 @@
-"""A model on disk between two stages: a checkpoint in the journal of the first, opened by the next like
-any base."""
+"""A run's model on disk: between two stages it is a checkpoint in the first stage's journal, which the next
+stage opens like any base."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from llmcompress.pipeline.resolve import source_of
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.base import ModelSource
 
-SOURCES = ("*.py", "*.c", "*.h")  # of this package
+SOURCES = ("*.py", "*.c", "*.h")  # files of this package that its digest covers
 
 
 class DiskStore:
     """The model of a run on disk.
 
-    `model` is what the next stage is done to, and after the last one still what that was done to: what it
-    left, `left`, is yet to be written. Of several processes the first writes, and the others read what it
+    `model` is the input of the next stage. After the last stage it is still that stage's input, and `left` is
+    the outcome, which is yet to be written. With several processes, rank 0 writes and the others read what it
     wrote.
     """
 
@@ -41,16 +41,17 @@ class DiskStore:
     ) -> None:
         self.recipe, self.model, self.base, self.text, self.place = recipe, model, base, text, place
         self._left: Outcome | None = None
-        others = (None, *recipe.teachers) if recipe.student else recipe.teachers  # else the base is the model
+        # None is the base, which without a student is `model`
+        others = (None, *recipe.teachers) if recipe.student else recipe.teachers
         self._fingerprints = [model.fingerprint(), *(self.teacher(name).fingerprint() for name in others)]
 
     def teacher(self, name: str | None) -> ModelSource:
-        """A model by its name; without one, the base."""
+        """Return a model by its name, or the base if no name is given."""
         return source_of(name or str(self.base), self.model.device)
 
     @contextmanager
     def working(self, number: int) -> Iterator[tuple[Journal, Path]]:
-        """The journal of a stage, which keeps what an earlier run has finished, and a folder for temporary
+        """Yield the journal of a stage, with what an earlier run finished, and a folder for temporary
         files."""
         folder = journal_folder(self.place, number)
         key = _key(self.recipe, number, self._fingerprints, self.text)
@@ -60,7 +61,10 @@ class DiskStore:
             yield journal or Journal(folder, key), Path(scratch)
 
     def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
-        """Write what a stage left, unless it is the last; what is there from an earlier run is checked."""
+        """Write what a stage left, unless it is the last stage. Returns a note for the report, or None.
+
+        A model that an earlier run wrote is checked, and written again if it is damaged.
+        """
         self._left, note = outcome, None
         if last:
             return None
@@ -79,8 +83,8 @@ class DiskStore:
 
 
 def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], text: CalibrationData) -> str:
-    """Digest of all that decides what a stage makes of a layer: what is done, to which weights, on which
-    tokens, by what."""
+    """Digest of everything that decides what a stage makes of a layer: the stages, the weights, the tokens,
+    and the versions and source of the code."""
     versions = {package: metadata.version(package) for package in ("torch", "transformers", "bitsandbytes")}
     stages = recipe.model_dump(mode="json")["stages"][: number + 1]
     made_of = [
@@ -96,7 +100,7 @@ def _key(recipe: Recipe, number: int, fingerprints: Sequence[str], text: Calibra
 
 @functools.cache
 def source_digest(folder: Path) -> str:
-    """Digest of the source of a package, in which its version is too: an editable one changes under the same
+    """Digest of a package's source, which includes its version. An editable install changes under one
     version."""
     digest = hashlib.sha256()
     for file in sorted(file for pattern in SOURCES for file in folder.rglob(pattern)):

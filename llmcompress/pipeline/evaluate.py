@@ -1,10 +1,10 @@
-"""What a model is worth, and how far it is from its base: `llmcompress evaluate`.
+"""Measure a model, and how far it is from its base: `llmcompress evaluate`.
 
-Both models are read from disk one layer at a time and computed in float32, 4-bit codes as the weights that
-they stand for, so that two numbers differ by the weights and by nothing else. A plain model in memory is
-computed in the same way from its state dict. What others quantised, in formats that only transformers reads,
-is loaded whole and runs by its own forward, as does a quantised model in memory. Speed is measured on the
-model as from_pretrained loads it, with the kernels that it will run on.
+Both models are read from disk one layer at a time and computed in float32. 4-bit codes are turned into the
+weights that they stand for, so two results differ by the weights and by nothing else. A plain model in memory
+is computed in the same way from its state dict. A model that others quantised, in a format that only
+transformers reads, is loaded whole and runs its own forward, as does a quantised model in memory. Speed is
+measured on the model as from_pretrained loads it, with the kernels that it will run on.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from llmcompress.pipeline.resolve import (
 )
 from llmcompress.report.metrics import Speed, fidelity, speed
 
-SHARE = 0.5  # of the free memory: a larger model is not loaded whole only to be timed
+SHARE = 0.5  # share of the free memory; a larger model is not loaded whole only to be timed
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured of a model. Losses are per token, KL is KL(base || model) in nats; None is what was
-    not measured."""
+    """The measurements of a model. Losses are per token; KL is KL(base || model) in nats; None means not
+    measured."""
 
     model: str
     perplexity: float
@@ -60,8 +60,8 @@ class Evaluation:
     bos: bool = False  # whether each sequence begins with the BOS token, which is not scored
 
     def to_dict(self) -> dict[str, Any]:
-        """The keys of `evaluate --json`: those of a comparison are there where a base was given, `bos` where
-        it is true."""
+        """Return the keys of `evaluate --json`. Those of a comparison are present if a base was given, `bos`
+        if it is true."""
         found = {
             key: value for key, value in asdict(self).items() if value is not None or key == "tokens_per_s"
         }
@@ -71,7 +71,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class _Subject:
-    """A model that is measured."""
+    """A model to be measured."""
 
     name: str
     config: PretrainedConfig
@@ -96,7 +96,7 @@ def evaluate(
     Args:
         model: Hub id, folder, or a `PreTrainedModel` in memory, quantised or not.
         against: the base to compare with, given in the same ways.
-        tokenizer: of a model in memory; one that is given by name brings its own.
+        tokenizer: the tokenizer of a model in memory; a model given by name brings its own.
         data: the text, as a `DataSpec` or as `--data` takes it.
         device: `cpu` or `cuda`; a quantised model in memory runs where it is.
         track: shows progress, as for `compress`.
@@ -129,7 +129,7 @@ def evaluate(
 
 
 def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.device) -> _Subject:
-    """A model by name or in memory, ready to be measured. Errors: ModelError."""
+    """Open a model by name or in memory for measuring. Errors: ModelError."""
     if isinstance(model, PreTrainedModel):
         return _of_live(model, device)
     name = os.fspath(model)
@@ -147,7 +147,7 @@ def _opened(model: str | os.PathLike[str] | PreTrainedModel, device: torch.devic
 
 
 def _of_live(model: PreTrainedModel, device: torch.device) -> _Subject:
-    """A model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
+    """Wrap a model in memory: a plain one is computed layer by layer as from disk, a quantised one by its own
     forward."""
     name = name_of(model)
     stored = {(t.data_ptr(), t.shape): t.nbytes for t in model.state_dict().values()}
@@ -172,7 +172,7 @@ def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Te
 
 
 def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | None:
-    """Tokens per second of the model as from_pretrained loads it; None for one too large to load whole."""
+    """Time the model as from_pretrained loads it; None if it is too large to load whole."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None

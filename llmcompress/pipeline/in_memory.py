@@ -1,4 +1,4 @@
-"""apply_recipe(): a recipe on a model in memory. Nothing is read from or written to disk but a journal in a
+"""apply_recipe(): a recipe on a model in memory; nothing is read from or written to disk but a journal in a
 temporary folder."""
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def apply_recipe(
     device: str | None = None,
     track: Track = untracked,
 ) -> tuple[PreTrainedModel, Report]:
-    """Compress a model in memory: changed in place and returned with its report.
+    """Compress a model in memory. The model is changed in place and returned with its report.
 
-    One whose widths change is a new model, and the one given stays as it is. The recipe's `base` is not
-    looked at. Raises CompressError as `run_recipe` does; the model is then as it was.
+    If its widths change, a new model is returned and the given one stays as it is. The recipe's `base` is
+    ignored. Raises CompressError as `run_recipe` does; the model is then unchanged.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
@@ -70,7 +70,7 @@ def apply_recipe(
     store = MemoryStore(pinned, base)
     facts = run_stages(pinned, store, store.teacher, text, track)
     source = store.model
-    base_model = InMemoryModel(model.config, state, where)  # as it was, whatever a stage did to the other
+    base_model = InMemoryModel(model.config, state, where)  # unchanged, whatever a stage did to `base`
     ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (source, base_model))
     measured = fidelity(ours, text.scored, theirs)
     name = name_of(model)
@@ -95,7 +95,7 @@ def apply_recipe(
 
 
 def _made(model: PreTrainedModel, base: InMemoryModel, store: MemoryStore) -> PreTrainedModel:
-    """The model as the stages left it. All is built before anything of the model given is touched."""
+    """Return the model as the stages left it. Everything is built before the given model is changed."""
     config = store.model.config
     built = model if config is base.config else _rebuilt(config, store.left, model)
     dense = [(built.get_parameter(name), tensor) for name, tensor in store.dense.items()]
@@ -111,7 +111,7 @@ def _made(model: PreTrainedModel, base: InMemoryModel, store: MemoryStore) -> Pr
 
 
 def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
-    """Have config and module agree with the weights on whether the head is the embedding."""
+    """Make config and module agree with the weights on whether the head is tied to the embedding."""
     if tied:
         model.tie_weights()
     elif model.config.tie_word_embeddings:
@@ -122,7 +122,7 @@ def _tell_tied(model: PreTrainedModel, tied: bool, head: str) -> None:
 def _rebuilt(
     config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel
 ) -> PreTrainedModel:
-    """A new model of `config` with the weights of `state`, in the dtype and on the device of another."""
+    """Return a new model of `config` with the weights of `state` in their dtypes, on the device of `like`."""
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
     anatomy = anatomy_of(config)
     build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy.layers)), anatomy)
@@ -134,7 +134,7 @@ def _rebuilt(
 
 
 def _modules(model: PreTrainedModel, store: MemoryStore) -> dict[str, nn.Module]:
-    """The modules that run on the kernels, by the names of the plain ones that they replace."""
+    """Return the modules that run on the kernels, by the names of the plain modules that they replace."""
     found: dict[str, nn.Module] = {}
     for name, codes in store.packed.items():
         plain, scheme = model.get_submodule(name), store.chosen[name]
@@ -153,7 +153,7 @@ def _modules(model: PreTrainedModel, store: MemoryStore) -> dict[str, nn.Module]
 
 
 def _install(model: PreTrainedModel, modules: Mapping[str, nn.Module], store: MemoryStore) -> None:
-    """Put modules in place of the plain ones; what is shared is one tensor."""
+    """Put modules in place of the plain ones. Shared weights become one tensor."""
     for name, module in modules.items():
         if isinstance(module, IntegerEmbedding):
             shared = [linear for linear in store.chosen if linear not in store.packed]  # a tied head
@@ -166,7 +166,7 @@ def _install(model: PreTrainedModel, modules: Mapping[str, nn.Module], store: Me
 
 
 def _zeros(store: MemoryStore) -> int:
-    """Weights that are zero and not stored, which are no parameters."""
+    """Number of weights that are zero and not stored; they do not count as parameters."""
     return sum(weight.zeros for weight in store.packed.values() if isinstance(weight, SparseWeight))
 
 

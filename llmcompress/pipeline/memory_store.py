@@ -1,4 +1,5 @@
-"""A model in memory between two stages: its state dict, and the codes of the linears that have some."""
+"""A run's model in memory: between two stages it is a state dict, and the codes of the linears that have
+some."""
 
 from __future__ import annotations
 
@@ -26,8 +27,8 @@ from llmcompress.stages.base import LinearScheme, ModelSource
 
 
 class MemoryStore:
-    """The model of a run in memory; journals are in temporary folders, and nothing of the base is written
-    to."""
+    """The model of a run in memory. Journals are in temporary folders, and the base's weights are never
+    written to."""
 
     shared = False
 
@@ -38,12 +39,12 @@ class MemoryStore:
         )
         self.left = dict(self.model.source)  # dense weights by name
         self.packed: dict[str, StoredWeight] = {}
-        self.chosen: dict[str, LinearScheme] = {}  # how linears are written
-        self.quantization: dict[str, Any] | None = None  # of config.json
-        self.dense: dict[str, torch.Tensor] = {}  # what changed of the dense weights since the shapes did
+        self.chosen: dict[str, LinearScheme] = {}  # schemes by linear
+        self.quantization: dict[str, Any] | None = None  # `quantization_config` of config.json
+        self.dense: dict[str, torch.Tensor] = {}  # dense weights changed since the last change of shapes
 
     def teacher(self, name: str | None) -> ModelSource:
-        """A model by its name; without one, the model as it was given."""
+        """Return a model by its name, or the model as it was given if no name is given."""
         if name is not None:
             return source_of(name, self.base.device)
         opened = partial(InMemoryModel, self.base.config, self.base.source, self.base.device)
@@ -51,12 +52,12 @@ class MemoryStore:
 
     @contextmanager
     def working(self, number: int) -> Iterator[tuple[Journal, Path]]:
-        """A journal in a temporary folder."""
+        """Yield a journal in a temporary folder, and that folder."""
         with scratch_folder() as folder:
             yield Journal(folder / "journal", "in memory"), folder
 
     def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
-        """Make what a stage left the model."""
+        """Make what a stage left the current model."""
         source, changes = self.model, outcome.changes()
         self.chosen = {**self.chosen, **outcome.schemes}
         self.quantization = changes.pop("quantization_config", self.quantization)
@@ -91,7 +92,7 @@ class MemoryStore:
 
 
 def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
-    """The model that takes the place of the base."""
+    """Load the model that takes the place of the base."""
     with scratch_folder() as folder, no_progress_bar():
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student_folder(name, folder, seed))
     return InMemoryModel(model.config, dict(model.state_dict()), device)

@@ -1,4 +1,4 @@
-"""What the artefact holds: weights and config that from_pretrained loads, report, recipe, card and
+"""The contents of an artefact: weights and config that from_pretrained loads, report, recipe, card and
 pictures."""
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ class Outcome:
 
     @property
     def layouts(self) -> dict[str, AnyLayout]:
-        """How the linears that need our plug-in are written, by full name."""
+        """The layouts of the linears that need the plug-in, by full name."""
         return layouts_after(self.result, self.model)
 
     @property
     def ties(self) -> dict[str, str]:
-        """Tensors that are others, by their names in the model; those of a tied head apart, which its config
-        tells of."""
+        """Tensors that are stored as other tensors, by their names in the model. A tied head is left out, as
+        its config says that it is tied."""
         found, shapes = dict(self.result.ties), self.model.matrices()
         for target, source in self.model.ties.items():
             linear, other = target.rpartition(".")[0], source.rpartition(".")[0]
-            if linear in self.schemes:  # which is written anew, and is still the other
+            if linear in self.schemes:  # written anew, and still the other's weight
                 parts = layout_of(self.schemes[linear]).shapes(*shapes[linear])
                 found |= {f"{linear}.{part}": f"{other}.{part}" for part in parts if part != "input_scale"}
             else:
@@ -72,7 +72,10 @@ class Outcome:
         return found
 
     def entries(self) -> Iterator[Entry]:
-        """A journal's entry at a time: layer by layer, the head, and what changed outside."""
+        """Yield the journal's entries: layer by layer, the head, and what changed outside the layers.
+
+        Raises ModelError if a tensor is NaN or infinite.
+        """
         names = [(self.stage.name, index) for index in range(len(self.model.layers) + 1)]
         for name, index in [*names, (OUTER, 0)]:
             if (entry := self.journal.get(name, index)) is not None and entry:
@@ -92,7 +95,7 @@ class Outcome:
             found = registry.parts_of(name, tensors)
             if name in self.schemes:
                 linears[name] = self.schemes[name].read(found, shapes[name][1])
-            else:  # has learned: 4-bit codes come in the native layout, whatever the model's
+            else:  # trained: 4-bit codes come in the native layout, whatever the model's
                 layout = layouts.get(name)
                 linears[name] = registry.read(
                     found, layout if isinstance(layout, RewrittenLayout) else None, shapes[name]
@@ -101,39 +104,40 @@ class Outcome:
         return linears, {name: tensor for name, tensor in tensors.items() if name not in parts}
 
     def changes(self) -> dict[str, Any]:
-        """What changes in config.json."""
+        """The fields of config.json that change."""
         found = dict(self.result.config)
         if self.schemes:
             found["quantization_config"] = quantization_of(self)
-        elif SCHEMA in found:  # loading it is to ask for our plug-in
+        elif SCHEMA in found:  # so that loading asks for the plug-in
             found["quantization_config"] = transformers_quantizer.quantization_config([])
         if self.model.anatomy.embedding in self.schemes and self.model.config.dtype is None:
-            found |= _dtype_of(self.model)  # or a loader takes that of a scale
+            found |= _dtype_of(self.model)  # otherwise a loader takes the dtype of a scale
         return found
 
     def left_of(self, layers: Sequence[int]) -> list[int]:
-        """Of something that each layer has, what the layers have that stay."""
+        """Given one item for each layer, return the items of the layers that stay."""
         return [layer for index, layer in enumerate(layers) if index not in self.result.removed_layers]
 
     def renamed(self, name: str) -> str | None:
-        """The name of a tensor, in the model or in its files, once the stage is done; None where it goes."""
+        """The name of a tensor, in the model or in its files, after the stage; None if the stage removes
+        it."""
         if any(name == removed or name in names_of(removed, self.model) for removed in self.result.removed):
             return None
         return renumbered(name, self.model.anatomy.layers, self.result.removed_layers)
 
 
 def _dtype_of(model: LayerwiseModel) -> dict[str, str]:
-    """What config.json says of the dtype in which most weights are stored."""
+    """The `dtype` field of config.json: the dtype in which most weights are stored."""
     return {"dtype": str(model.weight_dtype).removeprefix("torch.")}
 
 
 def names_of(tensor: str, model: LayerwiseModel) -> list[str]:
-    """What the files of a model call one of its tensors; nothing where it has no files."""
+    """The names of a model's tensor in its files; empty if the model has no files."""
     return model.sources.get(tensor, []) if isinstance(model, DiskModel) else []
 
 
 def outline_after(result: StageResult, model: LayerwiseModel) -> MetaModel:
-    """The outline of the model that a stage with such a `result` leaves of `model`."""
+    """The outline of the model that a stage with this `result` makes of `model`."""
     config = changed(model.config, result.config) if result.config else model.config
     numbered = {
         renumbered(name, model.anatomy.layers, result.removed_layers): dtype
@@ -145,8 +149,8 @@ def outline_after(result: StageResult, model: LayerwiseModel) -> MetaModel:
 
 
 def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:
-    """How the linears that need our plug-in are written after a stage, by full name; a native model has
-    none."""
+    """The layouts of the linears that need the plug-in after a stage, by full name; empty for a native
+    model."""
     if native_kind(result.schemes, model) is not None:
         return {}
     return model.layouts | {name: layout_of(how) for name, how in result.schemes.items()}
@@ -155,8 +159,8 @@ def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLa
 def native_kind(
     chosen: Mapping[str, LinearScheme], model: LayerwiseModel
 ) -> type[FourBitScheme] | type[Int8Scheme] | None:
-    """Which native layout the whole model has, if one; none where something else in it needs our plug-in
-    anyway."""
+    """The native layout of the whole model; None if it has none, or if something else in it needs the
+    plug-in."""
     if not model.plain:
         return None
     kinds = {type(coding) for coding in chosen.values()}
@@ -167,12 +171,12 @@ def native_kind(
 
 
 def quantization_of(outcome: Outcome) -> dict[str, Any]:
-    """config.json's `quantization_config` for what a stage left."""
+    """Return config.json's `quantization_config` for what a stage left."""
     kind, first = native_kind(outcome.schemes, outcome.model), next(iter(outcome.schemes.values()), None)
     skip = bitsandbytes_layout.skip_list(
         list(outcome.result.kept), outcome.schemes, outcome.model.model.base_model_prefix
     )
-    # each linear says for itself which 4 bits in which layers
+    # each linear stores its own 4-bit format and group size
     if kind is FourBitScheme and isinstance(first, FourBitScheme):
         return bitsandbytes_layout.quantization_config(first.format, first.double_quant, first.dtype, skip)
     if kind is Int8Scheme and isinstance(first, Int8Scheme):
@@ -184,22 +188,22 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
 
 
 def layout_of(how: LinearScheme) -> AnyLayout:
-    """What config.json says of a linear in a model that needs our plug-in."""
+    """What config.json says of a linear in a model that needs the plug-in."""
     assert not isinstance(how, Int8Scheme), "`together` leaves none beside others"
     return how.layout if isinstance(how, FourBitScheme | IntegerScheme) else how
 
 
 def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
-    """Weights, config and the base's small files; the folder returned loads with from_pretrained.
+    """Write weights, config and the base's small files. The returned folder loads with from_pretrained.
 
-    What a stage made is written under the names that the base has for it, everything else as the base stores
-    it: each tensor in its own dtype. But of a model in a format of bitsandbytes a loader casts biases alone,
-    and what stays dense has to be of one dtype for it to run; so it is written in the one that most weights
-    have, and config.json says that.
+    Tensors that the stage made are written under the base's names for them, and all others as the base stores
+    them, each in its own dtype. Models in a bitsandbytes format are an exception: a loader casts only their
+    biases, and they run only if their dense weights have one dtype. Their dense weights are written in the
+    dtype that most weights have, and config.json names it.
     """
     layouts, native_kinds = outcome.layouts, native_kind(outcome.schemes, model) is not None
     native_layout = native_kinds or (model.has_codes and not layouts)
-    # several keys that become one parameter, as experts do, are written as that parameter
+    # several keys that make one parameter, as those of experts do, are written as that parameter
     keys = {target: sources[0] if len(sources) == 1 else target for target, sources in model.sources.items()}
     writer.ties = ties_of(model) | {
         _key(keys, name): _key(keys, source) for name, source in outcome.ties.items()
@@ -226,21 +230,20 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
             writer.add({name: cast(model.checkpoint.read(key))})
     config = without_flags(model.checkpoint.config) | outcome.changes()
     said, dtypes = model.config.dtype, {*model.dtypes.values()}
-    # or a loader takes the first one's
+    # otherwise a loader takes the dtype of the first tensor
     if (casts and (said or torch.float32) is not model.weight_dtype) or (said is None and len(dtypes) > 1):
         config = {name: value for name, value in config.items() if name != "torch_dtype"} | _dtype_of(model)
     return writer.close(config)
 
 
 def _key(keys: Mapping[str, str], name: str) -> str:
-    """What the files call a tensor of a linear."""
+    """The name of a linear's tensor in the files."""
     linear, _, part = name.rpartition(".")
     return f"{keys[f'{linear}.weight'].removesuffix('.weight')}.{part}"
 
 
 def ties_of(model: DiskModel) -> dict[str, str]:
-    """The head's tensor, where a tied base stores it beside the embedding's: stored twice, it is written
-    once."""
+    """The head's tensor and the embedding's, if a tied base stores both; the matrix is then written once."""
     head, embedding = (
         model.sources.get(f"{name}.weight") for name in (model.anatomy.head, model.anatomy.embedding)
     )
@@ -248,7 +251,7 @@ def ties_of(model: DiskModel) -> dict[str, str]:
 
 
 def require_pictures() -> None:
-    """Refuse now a place where no picture can be drawn: matplotlib asks for a folder of its own. Errors:
+    """Refuse early if no picture can be drawn, as matplotlib needs a folder of its own. Errors:
     OutputError."""
     try:
         _draws()
@@ -257,8 +260,8 @@ def require_pictures() -> None:
 
 
 def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]]:
-    """What draws each picture; only here is matplotlib imported, which may fail where nothing can be
-    written."""
+    """The functions that draw the pictures, by file name. matplotlib is imported only here, as that may fail
+    where nothing can be written."""
     from llmcompress.report import plots
 
     found: dict[str, Callable[[Report, Path], None]] = {
@@ -269,9 +272,9 @@ def _draws(*, trained: bool = False) -> dict[str, Callable[[Report, Path], None]
 
 
 def companions(report: Report, recipe: Recipe, base: Path, scratch: Path) -> dict[str, str | bytes]:
-    """What goes beside the weights: report.json, recipe.yaml, README.md and the pictures, by file name.
+    """Return the files beside the weights, by name: report.json, recipe.yaml, README.md and the pictures.
 
-    The pictures are drawn in a folder within `scratch`. Errors: OutputError where it can't be written.
+    The pictures are drawn in a folder within `scratch`. Errors: OutputError if it can't be written.
     """
     readme = base / CARD
     inherited = (

@@ -1,8 +1,9 @@
-"""What a run would give and cost, from the model's config alone: no weight is read and nothing is run.
+"""Estimate what a run would give and cost from the model's config alone; no weight is read and nothing is
+run.
 
-Sizes follow from shapes and formats and are exact, headers apart. Memory is the sum of what is held at once.
-Time is work over speed: the multiplications that a stage does, at the rate at which this machine multiplies
-matrices now (timed for a moment), so it is right to a factor of about two.
+Sizes follow from shapes and formats and are exact except for headers. Memory is the sum of what is held at
+once. Time is the number of multiplications of a stage over the rate at which this machine multiplies matrices
+now, timed for a moment, so it is right to a factor of about two.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from llmcompress.stages.base import Estimate, StageResult, Workload
 
 @dataclass(frozen=True)
 class PlanRow:
-    """The model after a stage: what it stores, what a token costs, and what the stage costs; of the base no
-    stage's cost."""
+    """The model after a stage: what it stores, its cost per token, and the cost of the stage. The base's row
+    has no stage cost."""
 
     stage: str
     parameters: int
@@ -40,7 +41,7 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would give and cost: a row for the base and for each stage, and notes in words."""
+    """What a run would give and cost: one row for the base and for each stage, and notes in words."""
 
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...]
@@ -49,7 +50,8 @@ class Plan:
 def plan_recipe(
     recipe: Recipe, *, base: str | None = None, data: str | DataSpec | None = None, device: str | None = None
 ) -> Plan:
-    """Rows for the base and for each stage; raises CompressError as `run_recipe` would for the same input.
+    """Return rows for the base and for each stage. Raises CompressError as `run_recipe` would for the same
+    input.
 
     `base` and `data` take the place of the recipe's. No text is read.
     """
@@ -93,9 +95,9 @@ def _row(model: MetaModel, estimate: Estimate, *, cost: bool = True) -> PlanRow:
 
 
 def per_token(model: MetaModel) -> tuple[int, int]:
-    """Operations of the matrices for one token, and the bytes that it adds to the cache of keys and values.
+    """Return the operations of the matrices per token, and the bytes per token in the key-value cache.
 
-    Operations of attention among tokens are not in it: they grow with the text.
+    The operations of attention between tokens are left out, as they grow with the text.
     """
     weights = sum(_multiplied(model.layouts.get(name), shape) for name, shape in model.linear_maps())
     for index, layer in enumerate(model.layers):
@@ -108,7 +110,7 @@ def per_token(model: MetaModel) -> tuple[int, int]:
 
 
 def _multiplied(layout: AnyLayout | None, shape: tuple[int, int]) -> int:
-    """Weights that one token is multiplied by; those of a product are two matrices."""
+    """Number of weights that multiply one token. A product counts both of its matrices."""
     whole = math.prod(shape)
     if not isinstance(layout, FactoredLayout):
         return whole
@@ -123,5 +125,5 @@ def _rate(device: torch.device) -> float:
     while time.perf_counter() - start < 0.2:
         (X @ X).sum().item()
         count += 1
-    # layers run at about 0.6 of a bare product
+    # layers run at about 0.6 of the rate of a bare product
     return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)

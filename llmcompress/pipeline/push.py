@@ -1,10 +1,11 @@
-"""push(): an artefact goes to the Hub, whole, in one commit, with a card that says how to load it from there.
+"""push(): upload an artefact to the Hub, whole, in one commit, with a card that says how to load it from
+there.
 
-What goes there is a list of files by name, so that nothing which happens to lie in the folder is published by
-accident: what llmcompress wrote, the weights, and what travels beside weights (`companions`). None of it
-names a path of this machine: report, recipe and card are made `for_others`. The report and the recipe in the
-folder keep such paths, so that `reproduce` finds base and text again. A card that its owner has edited stays
-as it is, but for such paths.
+The files are listed by name, so that nothing which happens to lie in the folder is published by accident. The
+list holds what llmcompress wrote, the weights, and the files that travel beside weights
+(`io.companion_files`). None of them names a path of this machine: report, recipe and card are made
+`for_others`. The report and the recipe in the folder keep such paths, so that `reproduce` finds base and text
+again. A card that its owner has edited stays as it is, except for such paths.
 """
 
 from __future__ import annotations
@@ -32,17 +33,16 @@ from llmcompress.report.schema import (
 )
 
 PICTURES = (ERROR_PICTURE, CHANGE_PICTURE, TRAINING_PICTURE)
-# of an earlier artefact, where this one has none
+# files of an earlier artefact that go if this one has none
 REPLACED = ("model*.safetensors*", *PICTURES, EVALUATIONS, *LEGACY)
 
 
 def push(folder: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> hub.Pushed:
-    """Put the artefact in `folder` under the id `repo` on the Hub, which is made if there is none; one
-    commit.
+    """Upload the artefact in `folder` to the Hub repository `repo`, creating it if necessary, in one commit.
 
-    After a broken upload the same call goes on: what has arrived is not sent again. Files of an earlier
-    artefact there that this one has no more, such as other shards, go in the same commit. Errors:
-    CompressError where the folder is no whole artefact, OutputError where the Hub refuses.
+    After a broken upload the same call resumes: what has arrived is not sent again. Files of an earlier
+    artefact that this one no longer has, such as other shards, are removed in the same commit. Errors:
+    CompressError if the folder is no whole artefact, OutputError if the Hub refuses.
     """
     if not hub.is_repository(repo):
         raise OutputError(f"{repo} is no id of a repository; give one like user/name")
@@ -51,9 +51,9 @@ def push(folder: str | Path, repo: str, *, private: bool = False, message: str |
 
 
 def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
-    """All that goes to the Hub, by the names that it has there, and the message of the commit.
+    """Return all files to upload, by their names on the Hub, and the commit message.
 
-    Errors: CompressError where the folder is no whole artefact.
+    Errors: CompressError if the folder is no whole artefact.
     """
     report, recipe = Report.of(folder), Recipe.from_file(folder / RECIPE)
     require_own_recipe(report, recipe, folder)
@@ -69,7 +69,7 @@ def outgoing(folder: Path, repo: str) -> tuple[dict[str, Path | bytes], str]:
 
 
 def require_own_recipe(report: Report, recipe: Recipe, folder: Path) -> None:
-    """Refuse a folder whose recipe is not the one that its report tells of. Errors: OutputError."""
+    """Refuse a folder whose recipe is not the one that its report names. Errors: OutputError."""
     if recipe.digest != report.recipe_digest:
         raise OutputError(
             f"{folder / RECIPE} is not the recipe that {FILE} beside it tells of; take both as they were "
@@ -82,7 +82,8 @@ def _is_there(folder: Path, name: str) -> bool:
 
 
 def _weights(folder: Path) -> dict[str, Path]:
-    """The files of the weights, and their index where there are several; refuses what is not whole here."""
+    """Return the weight files, and their index if there are several. Refuses weights that are not whole in
+    the folder."""
     names = sorted({entry.file for entry in Checkpoint.open(folder, base=False).tensors.values()})
     if names != ["model.safetensors"]:
         names.append(INDEX)
@@ -95,8 +96,8 @@ def _weights(folder: Path) -> dict[str, Path]:
 
 
 def _card(folder: Path, report: Report, recipe: Recipe, shared: Report, repo: str) -> bytes:
-    """The card with the id of the repository in it; as it is, where it is no more the one that was written
-    with the model."""
+    """Return the card with the id of the repository. A card that was edited since the run is kept, without
+    local names."""
     there = (folder / CARD).read_text("utf-8", "replace") if _is_there(folder, CARD) else ""
     told, inherited = recipe.for_others(report), front_matter(there)
     written = (card(report, each.to_yaml(), inherited) for each in (told, recipe))

@@ -1,4 +1,4 @@
-"""The report of a run, put together from what was measured."""
+"""Build the report of a run from what was measured."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def report_of(
     cost: CostFacts,
     device: torch.device,
 ) -> Report:
-    """The report of a run."""
+    """Build the report of a run."""
     return Report(
         recipe_digest=recipe.digest,
         recipe=recipe.origin,
@@ -61,7 +61,7 @@ def model_facts(
     revision: str | None = None,
     speed: Speed | None = None,
 ) -> ModelFacts:
-    """One model as measured; without `speed` where it was not timed."""
+    """The measurements of one model; without `speed` if it was not timed."""
     return ModelFacts(
         model=name,
         revision=revision,
@@ -76,7 +76,7 @@ def model_facts(
 
 
 def _place(spec: DataSpec) -> dict[str, str]:
-    """Which part of its source a text is: what there is to say of a Hub data set, and the column of any
+    """The fields that say which part of its source a text is: those of a Hub data set, and the column of any
     table."""
     said = spec.model_dump(include=set(DATA_PLACE), exclude_none=True)
     if spec.revision is None:

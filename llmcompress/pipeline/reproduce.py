@@ -1,9 +1,8 @@
-"""reproduce(): the recipe of an artefact run again from its own report, and what came out beside what it
-says.
+"""reproduce(): run the recipe of an artefact again from its report, and compare the two artefacts.
 
-The base at its commit, the text and its hash, the number of threads: all that decides the bytes is in the
-report. What can differ without anyone's fault is said first (versions, device), and text that is not the same
-is refused before the run.
+The report holds everything that decides the bytes: the base at its commit, the text and its hash, the number
+of threads. Versions and device can differ without anyone's fault; such differences are listed first. A text
+that is not the same is refused before the run.
 """
 
 from __future__ import annotations
@@ -34,16 +33,16 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import DATA_PLACE, Report
 
-PERPLEXITY, KL = 1e-3, 0.05  # relative: how far numbers may be apart that are equal within tolerance
-KL_NATS = 1e-5  # and this much in any case: nothing is to be seen below it
-SHOWN = 5  # tensors that are named
+PERPLEXITY, KL = 1e-3, 0.05  # relative tolerances of "equal within tolerance"
+KL_NATS = 1e-5  # absolute tolerance of KL, in nats/token; smaller differences can't be seen
+SHOWN = 5  # differing tensors that are named
 
 Verdict = Literal["bit-equal", "equal within tolerance", "different"]
 
 
 @dataclass(frozen=True)
 class Reproduction:
-    """What a second run came to: the verdict, what differs in words, and the two reports."""
+    """The result of a second run: the verdict, the differences in words, and the two reports."""
 
     verdict: Verdict
     differences: tuple[str, ...]
@@ -61,12 +60,11 @@ def reproduce(
     device: str | None = None,
     track: Track = untracked,
 ) -> Reproduction:
-    """Run the recipe of an artefact again, by folder or `user/name@revision`, and compare weights, config and
-    numbers.
+    """Run the recipe of an artefact again and compare weights, config and numbers.
 
-    `base` and `data` take the place of those in the report, as they must where it names what only its author
-    has. The second artefact is kept in `out` if that is given. Raises CompressError for what can't be run, or
-    is not the same text.
+    `name` is a folder or `user/name@revision`. `base` and `data` take the place of those in the report; they
+    are required if the report names what only its author has. The second artefact is kept in `out` if that is
+    given. Raises CompressError if the recipe can't be run or the text is not the same.
     """
     folder, recipe = _artefact(name)
     if out is not None:
@@ -103,7 +101,7 @@ def reproduce(
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """So many threads, and then as many as before."""
+    """Use `count` threads within the context, and as many as before after it. With None the number stays."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -113,14 +111,15 @@ def _threads(count: int | None) -> Iterator[None]:
 
 
 def threads_of(device: str) -> int | None:
-    """How many threads the words of `measure.environment` speak of: the last bits of sums depend on it. None
-    without them."""
+    """The number of threads in the device text of `report.metrics.environment`; None if it names none. The
+    last bits of sums depend on it."""
     found = re.search(r"(\d+) threads$", device)
     return int(found[1]) if found else None
 
 
 def _require_apart(out: Path, folder: Path) -> None:
-    """Refuse to write the second artefact over the first, or over what it lies in. Errors: OutputError."""
+    """Refuse to write the second artefact over the first, or over a folder that holds it. Errors:
+    OutputError."""
     if folder.resolve().is_relative_to(out):
         raise OutputError(
             f"{argument('out')} {out} is or holds the artefact {folder} that is compared with; "
@@ -129,7 +128,7 @@ def _require_apart(out: Path, folder: Path) -> None:
 
 
 def _artefact(name: str) -> tuple[Path, Recipe]:
-    """The folder of an artefact, fetched if need be, and its recipe."""
+    """Return the folder of an artefact, fetched if necessary, and its recipe."""
     folder, repo = path_of(name, "artefact", ModelError), hub.split(name)[0]
     if folder.is_dir():
         return folder, Recipe.from_pretrained(name)
@@ -143,7 +142,7 @@ def _artefact(name: str) -> tuple[Path, Recipe]:
 
 
 def _base(reported: Report, recipe: Recipe) -> str:
-    """The base by its id and commit, or by its folder where the artefact is a folder too."""
+    """The base by its id and commit, or by its folder if the artefact is a folder too."""
     base = reported.base
     if base.revision is not None:
         return f"{base.model}@{base.revision}"
@@ -158,7 +157,7 @@ def _base(reported: Report, recipe: Recipe) -> str:
 
 
 def _text(reported: Report, recipe: Recipe) -> DataSpec:
-    """The text that the report tells of; a file or folder only where the artefact is a folder too."""
+    """The text that the report names. A file or folder is accepted only if the artefact is a folder too."""
     facts = reported.data
     path = path_of(facts.source, "text", DataError).exists()
     here = path and recipe.origin is None
@@ -172,7 +171,7 @@ def _text(reported: Report, recipe: Recipe) -> DataSpec:
 
 
 def _as_reported(recipe: Recipe, reported: Report) -> Recipe:
-    """The recipe with teachers and students from the Hub at the commits that the report tells of."""
+    """The recipe with teachers and students from the Hub at the commits in the report."""
 
     def at_commit(number: int, role: str, name: str) -> str:
         told = reported.stages[number].model_dump().get(role) if number < len(reported.stages) else None
@@ -182,7 +181,7 @@ def _as_reported(recipe: Recipe, reported: Report) -> Recipe:
 
 
 def _surroundings(reported: Report, again: Report) -> list[str]:
-    """What differs in the base, the versions and the machine."""
+    """The differences in the base, the versions and the machine."""
     found = []
     if reported.base.revision != again.base.revision:
         found.append(f"base: made from {reported.base.revision}, here {again.base.revision}")
@@ -197,9 +196,9 @@ def _surroundings(reported: Report, again: Report) -> list[str]:
 
 
 def _structure(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """What differs in config.json, and in the names, shapes and dtypes of tensors."""
+    """The differences in config.json, and in the names, shapes and dtypes of tensors."""
     before, after = shareable(one.config), shareable(other.config)
-    told = (before.keys() | after.keys()) - {"transformers_version"}  # which `_surroundings` tells of
+    told = (before.keys() | after.keys()) - {"transformers_version"}  # compared by `_surroundings`
     differ = sorted(key for key in told if before.get(key) != after.get(key))
     found = [f"config.json: {key} was {before.get(key)!r:.60}, now {after.get(key)!r:.60}" for key in differ]
     for name in sorted(one.tensors.keys() | other.tensors.keys()):
@@ -212,7 +211,7 @@ def _structure(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def _values(one: Checkpoint, other: Checkpoint) -> list[str]:
-    """Which tensors of the same shape hold other values, those that differ most first."""
+    """The tensors of the same shape whose values differ, largest share of differing values first."""
     found = []
     for name in sorted(one.tensors.keys() & other.tensors.keys()):
         was, now = one.read(name), other.read(name)
@@ -226,7 +225,7 @@ def _values(one: Checkpoint, other: Checkpoint) -> list[str]:
 
 
 def _close(reported: Report, again: Report) -> bool:
-    """Whether perplexity and KL are those of the report, within the tolerances above."""
+    """Whether perplexity and KL agree with the report within the tolerances above."""
     kl, kl_now = reported.fidelity.kl_nats_mean, again.fidelity.kl_nats_mean
     perplexity, perplexity_now = reported.compressed.perplexity, again.compressed.perplexity
     if kl is None or kl_now is None or perplexity is None or perplexity_now is None:

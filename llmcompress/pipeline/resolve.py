@@ -1,4 +1,4 @@
-"""What a run needs before it starts: the base on this machine, its tokenizer, the text in sequences, the
+"""Find what a run needs before it starts: the base on this machine, its tokenizer, the text in sequences, the
 device."""
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ from llmcompress.stages.base import ModelSource
 
 @dataclass(frozen=True)
 class Base:
-    """A model on this machine: what the user called it, where it lies, and at which commit if it came from
-    the Hub."""
+    """A model on this machine: the user's name for it, its folder, and its commit if it came from the Hub."""
 
     name: str
     folder: Path
@@ -47,10 +46,10 @@ class Base:
 def find_base(
     name: str | None, revision: str | None = None, *, weights: bool = True, wanted: str = "base"
 ) -> Base:
-    """A base by folder, Hub id or `demo`, fetched if need be; RecipeError without a name, ModelError where
-    there is none.
+    """Find a base by folder, Hub id or `demo`, and fetch it if necessary.
 
-    With `weights=False` only its small files are fetched. `wanted` is what the model is to the user.
+    With `weights=False` only its small files are fetched. `wanted` is the role of the model in messages to
+    the user. Raises RecipeError if no name is given, ModelError if there is no such model.
     """
     if name is None:
         raise RecipeError(
@@ -71,12 +70,12 @@ def find_base(
 
 
 def name_of(model: PreTrainedModel) -> str:
-    """What a report calls a model in memory: where it came from, else its class."""
+    """The name of a model in memory in a report: where it came from, otherwise its class."""
     return str(model.config._name_or_path or type(model).__name__)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """The tokenizer given with a model in memory. Errors: ModelError where there is none."""
+    """Return the tokenizer given with a model in memory. Errors: ModelError if there is none."""
     if tokenizer is None:
         raise ModelError(
             "a model in memory comes without its tokenizer; give tokenizer=AutoTokenizer.from_pretrained(...)"
@@ -85,11 +84,10 @@ def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTo
 
 
 def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
-    """The config of a model; raises ModelError where there is none, it is of no kind that transformers knows,
-    or an adapter is beside it.
+    """Return the config of a model. No weight is read and no code from the folder is run.
 
-    With `base=True` also for what `run_recipe` refuses as a base. No weight is read and no code from the
-    folder is run.
+    Raises ModelError if there is no config, if transformers does not know its kind, or if an adapter is
+    beside it; with `base=True` also for what `run_recipe` refuses as a base.
     """
     require_no_adapter(folder)
     if not (folder / "config.json").is_file():
@@ -102,8 +100,8 @@ def config_of(folder: Path, *, base: bool = False) -> PretrainedConfig:
 
 
 def require_loadable(folder: Path, config: PretrainedConfig) -> None:
-    """Refuse a model that from_pretrained can't load, which is what times it at last; no weight is read.
-    Errors: ModelError."""
+    """Refuse a model that from_pretrained can't load, as the run would fail at its end when the model is
+    timed. No weight is read. Errors: ModelError."""
     level = logging.get_verbosity()
     try:
         with no_progress_bar():
@@ -111,7 +109,7 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
             AutoModelForCausalLM.from_pretrained(
                 folder, config=defaults(config), device_map="meta", local_files_only=True
             )
-    except Exception as error:  # of its many parts each raises in its own way
+    except Exception as error:  # each part of transformers raises errors of its own
         raise ModelError(
             f"{folder} is not loaded by transformers ({_why(error)}); mend its small files, or fetch it again"
         ) from None
@@ -120,10 +118,9 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
 
 
 def require_computable(model: LayerwiseModel) -> None:
-    """Refuse lost, misshapen or non-finite weights, and a config that nothing can be computed by; costs one
-    read of the base.
+    """Refuse missing, misshapen or non-finite weights, and a config that nothing can be computed with.
 
-    Two tokens go through every layer. Errors: ModelError.
+    Two tokens go through every layer, which costs one read of the base. Errors: ModelError.
     """
     try:
         for _ in logits(model, torch.zeros(1, 2, dtype=torch.int64)):
@@ -137,8 +134,8 @@ def require_computable(model: LayerwiseModel) -> None:
 
 
 def pick_device(device: str | None) -> torch.device:
-    """The device for the work: as asked, else the first GPU, else the CPU; raises CompressError where there
-    is none such."""
+    """Return the device for the work: the one asked for, else the first GPU, else the CPU. Raises
+    CompressError if there is no such device."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if not device:
         return torch.device("cuda" if count else "cpu")
@@ -158,23 +155,25 @@ def _why(error: Exception) -> str:
 
 
 def data_of(recipe: Recipe, data: str | DataSpec | None) -> DataSpec:
-    """The text of a recipe, or what takes its place: a string as DataSpec.with_text takes it."""
+    """The text of a recipe, or `data` in its place; a string is taken as DataSpec.with_text takes it."""
     return recipe.data.with_text(data) if isinstance(data, str) else data or recipe.data
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """What a recipe and the arguments of a run stand for, found out once, before anything is done."""
+    """What a recipe and the arguments of a run stand for, resolved once before any work."""
 
-    recipe: Recipe  # whose teachers and students are at the commits that their names stood for
+    recipe: Recipe  # with teachers and students pinned to commits
     data: DataSpec
     device: torch.device
-    models: Mapping[str, Base]  # teachers and students by these names; their small files are here
+    models: Mapping[str, Base]  # teachers and students by their pinned names; their small files are here
 
 
 def resolve(recipe: Recipe, data: str | DataSpec | None, device: str | None) -> Resolved:
-    """Pin teachers and students to commits, so that all that is read of one is of one commit, whatever is
-    pushed meanwhile, and the facts of the stage say which. Errors: CompressError.
+    """Resolve the text, the device, and the teachers and students, which are pinned to commits.
+
+    So everything that is read of one model is from one commit, whatever is pushed meanwhile, and the facts of
+    the stage name that commit. Errors: CompressError.
     """
     found: dict[str, Base] = {}
 
@@ -189,7 +188,7 @@ def resolve(recipe: Recipe, data: str | DataSpec | None, device: str | None) -> 
 
 
 def source_of(name: str, device: torch.device) -> ModelSource:
-    """A model by folder, Hub id or `demo`, not read yet."""
+    """Return a model by folder, Hub id or `demo` that is not read yet."""
     folder = find_base(name, wanted="teacher").folder
     checkpoint = Checkpoint.open(folder)
     return ModelSource(partial(DiskModel, folder, device), checkpoint.fingerprint, checkpoint.digest)
@@ -198,7 +197,7 @@ def source_of(name: str, device: torch.device) -> ModelSource:
 def require_same_vocabulary(
     resolved: Resolved, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse a teacher or student that does not speak the base's tokens. Errors: ModelError."""
+    """Refuse a teacher or student whose tokens are not those of the base. Errors: ModelError."""
     for stage in resolved.recipe.stages:
         for role, name in stage.models.items():
             folder = resolved.models[name].folder
@@ -215,7 +214,7 @@ def require_same_vocabulary(
 
 
 def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase) -> str | None:
-    """A token that stands for something else in another tokenizer, if one does."""
+    """Describe a token that has another id in the other tokenizer; None if there is none."""
     mine, yours = ours.get_vocab(), theirs.get_vocab()
     for word in sorted(mine.keys() | yours.keys(), key=lambda word: mine.get(word, len(mine))):
         if mine.get(word) != yours.get(word):
@@ -224,9 +223,10 @@ def _other_words(ours: PreTrainedTokenizerBase, theirs: PreTrainedTokenizerBase)
 
 
 def student_folder(name: str, folder: Path, seed: int, *, write: bool = True) -> Path:
-    """The folder of a student; where it holds a config and no weights, `folder`, with weights drawn by seed.
+    """Return the folder of a student. If it holds a config but no weights, write weights drawn by `seed` to
+    `folder`.
 
-    With `write=False` another process is taken to write them.
+    With `write=False` another process is expected to write them.
     """
     found = find_base(name, wanted="student").folder
     if any(found.glob("*.safetensors")):
@@ -248,7 +248,7 @@ class Configured(Protocol):
 
     @property
     def config(self) -> PretrainedConfig:
-        """What it is built from."""
+        """The config that the model is built from."""
 
 
 def calibration_data(
@@ -257,7 +257,9 @@ def calibration_data(
     tokenizer: PreTrainedTokenizerBase,
     training: Callable[[int], int] = lambda length: 0,
 ) -> CalibrationData:
-    """The token sequences of a recipe's data for this model, and so many tokens to train on where sequences
-    have a length."""
+    """Return the token sequences of a recipe's data for this model.
+
+    `training` gives the number of tokens to train on, for sequences of a length.
+    """
     positions = getattr(model.config, "max_position_embeddings", None)
     return load_data(spec, tokenizer, model.config.vocab_size, positions, training)

@@ -1,9 +1,9 @@
-"""compress(): the whole flow, from a recipe to an artefact on disk that carries its own report.
+"""run_recipe(): the whole flow, from a recipe to an artefact on disk that carries its own report.
 
-Order is what this file is about: everything that can be refused is refused before the first hour is spent,
-each finished layer is in the journal, the artefact is measured from the disk it was written to, and it
-appears under its name only when it is whole and within what the recipe accepts. A run that died is started
-again with the same arguments and goes on.
+This file decides the order. Everything that can be refused is refused before the first hour is spent. Each
+finished layer is in the journal. The artefact is measured from the disk that it was written to. It appears
+under its name only when it is whole and within what the recipe accepts. A run that died resumes when it is
+started again with the same arguments.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ def run_recipe(
     tokens_sha256: str | None = None,
     track: Track = untracked,
 ) -> Report:
-    """Run a recipe on a base and write the artefact to the folder `out`; run again after a crash, it goes on.
+    """Run a recipe on a base and write the artefact to the folder `out`. The same call resumes after a crash.
 
-    `base` and `data` take the place of the recipe's, a string of `data` as DataSpec.with_text takes it;
-    `tokens_sha256` is the hash that the text must have. Raises CompressError for whatever is wrong with the
-    input, AcceptError where the result misses the recipe's bounds: then nothing is published, and the
-    finished layers are kept.
+    `base` and `data` take the place of the recipe's; a string of `data` is taken as DataSpec.with_text takes
+    it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError for wrong input, and
+    AcceptError if the result misses the recipe's bounds; then nothing is published, and the finished layers
+    are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -118,19 +118,19 @@ def run_recipe(
 
 
 def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
-    """The folder of the model that takes the place of the base, if one does."""
+    """Return the folder of the student that takes the place of the base, or None without a student."""
     if recipe.student is None:
         return None
     with distributed.first_alone() as writes:
         if writes:
-            discard(place / "student")  # whatever is there
+            discard(place / "student")  # whatever an earlier run left there
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
 def _measure(
     base: Base, folder: Path, out: str, device: torch.device, text: CalibrationData, track: Track
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
-    """Base and artefact as they lie on the disk, and how far they are apart."""
+    """Measure the base and the artefact from disk, and how far they are apart."""
     written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
     ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
     measured = fidelity(ours, text.scored, theirs)
@@ -155,10 +155,9 @@ def _measure(
 
 
 def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:
-    """The speed of the base; None where it can't be timed here, for the work of hours does not depend on
-    it."""
+    """The speed of the base, or None if it can't be timed here, so that hours of work are not lost."""
     try:
         return speed_of(folder, text.evaluation, device)
-    except Exception as error:  # the model was read whole and computed before; what fails now is no weight's
+    except Exception as error:  # the weights were read and computed before, so they are sound
         logger.warning("%s can't be timed (%s), so the report has no speed of it", folder, first_line(error))
         return None

@@ -1,4 +1,4 @@
-"""The run loop: the stages of a recipe one after another, on a model wherever it is between two of them."""
+"""The run loop: run the stages of a recipe one after another on the model of a store."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ class Store(Protocol):
 
     @property
     def shared(self) -> bool:
-        """Whether several processes work on the one model: then the first does what does not train."""
+        """Whether several processes work on one model. Then rank 0 alone runs the stages that do not
+        train."""
 
     def working(self, number: int) -> AbstractContextManager[tuple[Journal, Path]]:
-        """The journal of a stage, by its number, and a folder for its temporary files."""
+        """Return a context with the journal of stage `number` and a folder for its temporary files."""
 
     def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
-        """Make what a stage left the model; a note for the report, if there is one to make."""
+        """Make what a stage left the current model. Returns a note for the report, or None."""
 
 
 def run_stages(
@@ -45,8 +46,8 @@ def run_stages(
     text: CalibrationData,
     track: Track,
 ) -> list[StageFacts]:
-    """Run all stages of a recipe on the model of a store; their facts. Raises CompressError as the stages
-    do."""
+    """Run all stages of a recipe on the model of a store and return their facts. Raises CompressError as the
+    stages do."""
     origin, facts = [] if recipe.student else list(range(len(store.model.layers))), list[StageFacts]()
     for number, stage in enumerate(recipe.stages):
         with store.working(number) as (journal, scratch):
@@ -65,7 +66,7 @@ def run_stages(
 
 
 def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
-    """Refuse now a stage that can't be done to the model as the stages before it leave it. Errors:
+    """Refuse, before any work, a stage that can't run on the model as the stages before it leave it. Errors:
     ModelError."""
     before: list[StageResult] = []
     for stage in recipe.stages:
@@ -75,7 +76,7 @@ def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
 
 
 def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFacts:
-    """Do a stage, or what its journal lacks of it; raises CompressError as the stage does."""
+    """Run one stage, resuming from its journal. Raises CompressError as the stage does."""
     start = time.monotonic()
     earlier = sum(context.journal.has(stage.name, index) for index in range(len(model.layers) + 1))
     with naming_layer(f"stage {stage.name}"):

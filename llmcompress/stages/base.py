@@ -1,8 +1,8 @@
-"""What every stage of a recipe is: its settings, what it says before it runs, what it does, and what it
-leaves.
+"""The interface of every stage: its settings, its checks and estimates before the run, its work, and its
+result.
 
-The pipeline asks a stage and never what kind of stage it has. A new stage is a subclass of `Stage` in a
-folder of its own and a line in `recipe.entries.STAGES`.
+The pipeline calls this interface and never asks which kind of stage it has. A new stage is a subclass of
+`Stage` in a folder of its own and a line in `recipe.entries.STAGES`.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
 
 LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
-OUTER = "outer"  # what the journal calls what lies outside the layers
+OUTER = "outer"  # journal entry of the tensors outside the layers
 
 
 @contextmanager
 def naming_layer(layer: str) -> Iterator[None]:
-    """Say of which layer a method says that its numbers are too large. Errors: ModelError."""
+    """Turn a method's error about numbers that are too large into one that names the layer. Errors:
+    ModelError."""
     try:
         yield
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
@@ -43,7 +44,7 @@ def naming_layer(layer: str) -> Iterator[None]:
 
 
 def require_numbers(value: Any, layer: str) -> None:
-    """Refuse facts that hold NaN or infinite numbers, which no report can. Errors: ModelError."""
+    """Refuse facts with NaN or infinite numbers, which a report can't hold. Errors: ModelError."""
     if isinstance(value, Mapping):
         for name, entry in value.items():
             require_numbers(entry, f"{value['name']}: {name}" if "name" in value else f"{layer}, {name}")
@@ -63,16 +64,17 @@ class ModelSource:
 
     open: Callable[[], LayerwiseModel]
     fingerprint: Callable[[], str]  # a digest of its config and every weight
-    digest: Callable[[], str]  # one of the weights alone
+    digest: Callable[[], str]  # a digest of the weights alone
 
 
 @dataclass(frozen=True)
 class Context:
-    """Frozen, every field required: no stage finds anything by any other way."""
+    """Everything that a stage works with. It is frozen and every field is required, so a stage finds nothing
+    by any other way."""
 
-    # a model by its name; without one, that which the run began with
+    # model name -> the model; None -> the model that the run began with
     teacher: Callable[[str | None], ModelSource]
-    origin: Sequence[int]  # which layers of that one the model's own were
+    origin: Sequence[int]  # for each layer, its index in that model
     data: CalibrationData
     journal: Journal
     scratch: Path  # a folder for files that only this run reads
@@ -82,7 +84,7 @@ class Context:
 
 
 class LinearRecord(JournalFacts):
-    """What became of one linear: its format, bits per weight, and what that cost.
+    """What became of one linear: its format, bits per weight, and its errors.
 
     `relative_error` is |Y - Y'| / |Y| of the outputs Y on the calibration text, `weight_error` the same of
     the weights.
@@ -96,7 +98,7 @@ class LinearRecord(JournalFacts):
 
 
 class LayerRecord(JournalFacts):
-    """What became of one layer, as journal and report have it; a stage adds fields of its own."""
+    """What became of one layer, as in the journal and the report. A stage adds fields of its own."""
 
     name: str
     linears: tuple[LinearRecord, ...] = ()
@@ -104,7 +106,7 @@ class LayerRecord(JournalFacts):
 
 @dataclass
 class Facts:
-    """What a stage did, as it goes into the report."""
+    """What a stage did, as the report shows it."""
 
     name: str
     linears: list[LinearRecord] = field(default_factory=list)
@@ -114,13 +116,13 @@ class Facts:
     details: Mapping[str, JsonValue] = field(default_factory=dict)  # how the stage was set
 
     def add(self, layers: Iterable[LayerRecord]) -> None:
-        """Take in what the journal says of layers, and of the linears in each."""
+        """Add the journal's records of layers, and of the linears in each."""
         for layer in layers:
             self.linears += layer.linears
             self.per_layer.append(layer)
 
     def report(self) -> dict[str, JsonValue]:
-        """The keys of the stage in report.json, but for its seconds."""
+        """The keys of the stage in report.json, except for its seconds."""
         return {
             **self.details,
             "name": self.name,
@@ -140,7 +142,7 @@ class StageResult:
 
     schemes: Mapping[str, LinearScheme] = field(default_factory=dict)  # how linears are written, by full name
     kept: Mapping[str, str] = field(default_factory=dict)  # linears that stay as they are, with the reason
-    # tensor -> the tensor that it is, in the model's names
+    # tensor -> the tensor that it is stored as, by their names in the model
     ties: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)  # fields of config.json that change
     removed_layers: tuple[int, ...] = ()
@@ -149,19 +151,19 @@ class StageResult:
 
 @dataclass(frozen=True)
 class Workload:
-    """What a stage would work on, for an estimate."""
+    """The work of a stage, for an estimate."""
 
-    tokens: int  # of calibration text
-    length: int  # of a sequence
+    tokens: int  # tokens of calibration text
+    length: int  # tokens of a sequence
     rate: float  # operations per second of this machine
-    size_bytes: int  # of the model as the stage finds it
+    size_bytes: int  # size of the model as the stage finds it
 
 
 @dataclass(frozen=True)
 class Estimate:
     """What a stage would leave and cost."""
 
-    stage: str  # in words
+    stage: str  # the stage in words
     parameters: int
     size_bytes: int
     peak_memory_bytes: int
@@ -194,10 +196,10 @@ class Stage(Settings):
     """
 
     name: ClassVar[str]  # in recipes, journals and reports
-    section: ClassVar[str] = "other"  # of the list of shipped recipes
+    section: ClassVar[str] = "other"  # heading in the list of shipped recipes
     trains: ClassVar[bool] = False  # whether it runs in every process of a distributed run
     quantizes: ClassVar[bool] = False  # whether nothing but training may follow it
-    rewrites: ClassVar[bool] = False  # whether linears are no plain matrices after it, which can't be pruned
+    rewrites: ClassVar[bool] = False  # whether it leaves linears that can't be pruned: no plain matrices
     has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
     combines: ClassVar[bool] = False  # whether it costs so much that training belongs after it
 
@@ -207,17 +209,17 @@ class Stage(Settings):
         return {}
 
     def with_models(self, names: Mapping[str, str]) -> Stage:
-        """The stage with other names for these roles."""
+        """Return the stage with other names for these roles."""
         return self.model_copy(update=dict(names)) if names else self
 
     @property
     def takes_all(self) -> bool:
-        """Whether it leaves no linear of the layers to another code."""
+        """Whether it codes every linear of the layers, so that another code finds none."""
         return False
 
     @property
     def leaves(self) -> str:
-        """What is left of the model, in a few words for lists of recipes; nothing where no size changes."""
+        """What is left of the model, in a few words for lists of recipes; empty if no size changes."""
         return ""
 
     @property
@@ -231,7 +233,7 @@ class Stage(Settings):
         return False
 
     def training_tokens(self, length: int) -> int:
-        """Tokens of text that the stage trains on, where sequences of the data have `length`."""
+        """Tokens of text that the stage trains on, for sequences of `length` tokens."""
         return 0
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
@@ -252,23 +254,25 @@ class Stage(Settings):
             )
 
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
-        """Refuse, before any work, what can't be done to this model; `before` is what earlier stages leave.
+        """Refuse, before any work, what can't be done to this model. `before` holds the results of earlier
+        stages.
 
         Errors: CompressError.
         """
 
     @abstractmethod
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
-        """What the stage leaves of `model`.
+        """Return what the stage leaves of `model`.
 
-        Without a journal of what the stage has found, as far as that is known before: layers alike, the last
-        ones removed. Errors: ModelError where the model can't take the stage.
+        Without a journal, the result is what is known before the stage has run: all layers alike, the last
+        ones removed. Errors: ModelError if the model can't take the stage.
         """
 
     @abstractmethod
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """What the stage would cost on `model`, which leaves `left`."""
+        """Return what the stage would cost on `model`, of which it leaves `left`."""
 
     @abstractmethod
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do what the journal does not hold yet, and leave tensors and facts there. Errors: CompressError."""
+        """Run the stage, resuming from the journal, and leave tensors and facts there. Errors:
+        CompressError."""

@@ -1,5 +1,5 @@
-"""Which errors of a layer the model's predictions feel: the output Fisher matrices, found once and kept in
-the journal."""
+"""Which errors of a layer change the model's predictions: the output Fisher matrices, computed once and kept
+in the journal."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import output_fisher
 from llmcompress.stages.base import Context
 
-FISHER = "fisher"  # in the journal
-TOKENS = 32768  # more than these change what is made of them by less than its noise
-DAMP = 0.01  # of a matrix, when it is factored
+FISHER = "fisher"  # entry of the journal
+TOKENS = 32768  # more tokens change the results by less than their noise
+DAMP = 0.01  # damping of a matrix when it is factored
 
 
 def tokens_for(width: int) -> int:
-    """Tokens that matrices of hidden width `width` are taken over."""
+    """Number of tokens from which the matrices of hidden width `width` are computed."""
     return max(TOKENS, 8 * width)
 
 
 def find_fisher(model: LayerwiseModel, context: Context) -> None:
-    """Have the journal hold the matrix of each layer, for the model as it is now."""
+    """Compute the matrix of each layer for the model as it is now, unless the journal holds it."""
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
@@ -33,15 +33,16 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
 
 
 def fisher(context: Context, index: int) -> Tensor:
-    """The matrix [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats a token."""
+    """The matrix F [D, D] of a layer: an error e of the states that leave it costs e F e^T / 2 nats/token."""
     return context.journal.load(FISHER, index)["F_DD"]
 
 
 def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None:
-    """M [D, D], such that an error e of what a sublayer adds in a layer costs |e M|^2 nats a token; None
-    where none is known.
+    """Return M [D, D] such that an error e of a sublayer's output costs |e M|^2 nats/token, or None if none
+    is known.
 
-    That is where a norm follows the sublayer, which the matrix of the layer does not reach through.
+    None is known if the journal has no matrix of the layer, or if a norm follows the sublayer: the matrix
+    does not reach through that norm.
     """
     rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
     gains = {
@@ -49,12 +50,13 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
         for name, row in rows.items()
         if row == "hidden" and name.endswith(".weight")
     }
-    if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):  # norms that no linear follows
+    # a norm that no linear follows, or no matrix of the layer
+    if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):
         return None
     return nats_factor(fisher(context, index).to(model.device))
 
 
 def nats_factor(F_DD: Tensor) -> Tensor:
-    """M [D, D], such that an error e costs |e M|^2 nats a token where F is the Fisher matrix of what it is an
-    error of."""
+    """Return M [D, D] such that an error e costs |e M|^2 nats/token, where F is the Fisher matrix of the
+    quantity in error."""
     return metric_factor(F_DD, DAMP) * (F_DD.diagonal().mean() / 2).sqrt()

@@ -1,9 +1,9 @@
-"""What stages that rewrite linears have in common: which ones a recipe can mean, their bits, putting them in
-place, the order.
+"""What stages that rewrite linears have in common: which linears a recipe selects, their bits, their order,
+and their installation.
 
-The order is that of the computation: each layer with the inputs that the layers before it give as they have
-become, and in it the linears that read one input after another, so that each makes good what those before it
-lost against the full model.
+The order is that of the computation. Each layer gets the inputs that the rewritten layers before it give.
+Within a layer, the linears that read one input are rewritten before those that read the next, so that each
+corrects what those before it lost against the full model.
 """
 
 from __future__ import annotations
@@ -38,18 +38,18 @@ from llmcompress.stages.base import (
     naming_layer,
 )
 
-Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that look at the shape of a linear alone
+Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that depend only on the shape of a linear
 
 
 def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
-    """The full names that parts of a layer have in all layers, in order."""
+    """The full names of parts of a layer in all layers, in order."""
     return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
 
 
 def require_known(
     what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()
 ) -> None:
-    """Refuse a pattern that matches no linear, and is no axis where those may stand. Errors: ModelError."""
+    """Refuse a pattern that matches no linear, and is no axis where axes are allowed. Errors: ModelError."""
     for pattern in patterns:
         if pattern not in axes and not any(fnmatchcase(name, pattern) for name in names):
             also = f", and axes {', '.join(axes)}" if axes else ""
@@ -60,14 +60,13 @@ def require_known(
 
 
 def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) -> float:
-    """Bits a weight on disk in the mean of the linears in `shapes`."""
+    """Mean bits per weight on disk of the linears in `shapes`."""
     sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     return sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
 
 
 def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
-    """What the journal holds in place of the layer's weights and biases, with what kernels do to the
-    inputs."""
+    """Put the journal's weights and biases into the layer, and round inputs as the kernels do."""
     for linear, how in written.items():
         parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
         packed = how.read(parts, layer.weight(linear).shape[1])
@@ -80,7 +79,7 @@ def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: M
 
 
 def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
-    """Why a stage that rewrites the linears of layers leaves this one as it is, or None."""
+    """Why a stage that rewrites the linears of layers keeps this one as it is, or None."""
     if name == model.anatomy.head:
         return "the head stays"
     if name not in ours:
@@ -93,10 +92,11 @@ def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Itera
 def rewritable(
     model: LayerwiseModel, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
-    """The linears of layers that their layouts take, by full name, and those to keep with the reason.
+    """Return the linears of layers that their layouts accept, by full name, and those to keep with the
+    reason.
 
-    `layout_of` is asked with the full name of each linear. Raises ModelError for a pattern of `skip` that
-    matches none, and where none is left; it says what no linear `becomes`.
+    `layout_of` is called with the full name of each linear. Raises ModelError if a pattern of `skip` matches
+    none, and if no linear is left; `becomes` completes the message "no linear of this model can ...".
     """
     ours = inner(model, model.anatomy.linears)
     require_known("skip", skip, ours)
@@ -115,11 +115,11 @@ def rewritable(
 
 @dataclass(frozen=True)
 class Rewriting:
-    """Linears written anew one after another: the stage's name in the journal, what to call the work, who
-    does one linear.
+    """Rewrites linears one after another.
 
-    `solve` is given the full name, the weight [R, C], the moments of what it reads, and the layout.
-    Uncalibrated, it only looks at the weight, and no full model runs beside.
+    `stage` is the stage's name in the journal, `what` names the work, and `solve` rewrites one linear.
+    `solve` is given the full name, the weight [R, C], the moments of the inputs, and the layout. If not
+    `calibrated`, it only uses the weight, and no full model runs beside.
     """
 
     stage: str
@@ -134,7 +134,7 @@ class Rewriting:
         chosen: Mapping[str, RewrittenLayout],
         kept: Mapping[str, str],
     ) -> Facts:
-        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(self.stage, index) for index in range(layers)):
             visited = walk(model, context.data.calibration, reference=self.calibrated)
@@ -156,8 +156,8 @@ class Rewriting:
         layouts: Mapping[str, RewrittenLayout],
         dtype_of: Callable[[str], torch.dtype],
     ) -> tuple[dict[str, Tensor], LayerRecord]:
-        """The tensors of the layer that change, by their full names, and what that cost; they are put in
-        place."""
+        """Rewrite the linears of a layer and put them in place. Returns the changed tensors by full name, and
+        their errors."""
         tensors: dict[str, Tensor] = {}
         linears = list[LinearRecord]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
@@ -188,7 +188,7 @@ class Rewriting:
 
 
 def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[str, ...]:
-    """How many linears are rewritten and how many stay, for a plan; nothing where none stays."""
+    """A note for a plan: how many linears are rewritten and how many are kept. Empty if none is kept."""
     if not kept:
         return ()
     return (
@@ -197,8 +197,8 @@ def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[st
 
 
 def rewriting_memory(model: MetaModel, work: Workload) -> int:
-    """Bytes that rewriting linears holds at once: a layer four times, two streams of states twice, the widest
-    solver."""
+    """Bytes that rewriting linears holds at once: four copies of a layer, two streams of states twice, the
+    widest solver."""
     widest = max(C for _, (_, C) in model.linear_maps())
     states: int = 4 * work.tokens * model.config.hidden_size
     return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

@@ -1,9 +1,9 @@
 """Let the weights of a linear share a few values: a codebook for each row, for some rows or for the whole
 linear.
 
-Which values, and which of them a weight takes, is solved for as codes of a quantisation are
-(`methods.codebook`), under the second moments of the inputs and against the full model. Stored are packed
-indices and the codebooks; a product looks them up.
+The values, and the value that each weight takes, are solved for as the codes of a quantisation are
+(`algorithms.codebook`), under the second moments of the inputs and against the full model. The indices are
+stored packed, beside the codebooks; a product looks the values up.
 """
 
 from __future__ import annotations
@@ -64,20 +64,20 @@ class Codebook(Stage):
         return self
 
     def layout(self, model: LayerwiseModel, linear: str) -> CodebookLayout:
-        """How a linear of a model, by its full name, is written."""
+        """The layout of a linear of a model, by its full name."""
         dtype = "bfloat16" if model.dtype_of(f"{linear}.weight") is torch.bfloat16 else "float16"
         return CodebookLayout(self.entries, {"row": 1, "group": self.rows, "linear": None}[self.per], dtype)
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, CodebookLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
-        where none is left."""
+        """Return the layout of each linear, by full name, and those to keep with the reason. Raises
+        ModelError if none is left."""
         return rewritable(
             model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
         )
 
     @property
     def bits(self) -> tuple[float, float]:
-        """The bits of an index; levels are few."""
+        """The bits of an index; the few levels are not counted."""
         index = math.ceil(math.log2(self.entries))
         return index, index
 
@@ -88,12 +88,12 @@ class Codebook(Stage):
 
     @property
     def needs_plugin(self) -> bool:
-        """Indices and levels are in a layout of ours."""
+        """True: indices and levels are in a layout of the plug-in."""
         return True
 
     @property
     def takes_all(self) -> bool:
-        """Whether no linear is left to another code."""
+        """Whether it codes every linear, so that another code finds none."""
         return self.skip == ()
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -101,7 +101,7 @@ class Codebook(Stage):
         return StageResult(*self.choose(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of moments, codes and levels."""
+        """Estimate the cost of moments, codes and levels."""
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         bits = {name: model.bits_of(name) - chosen[name].bits(shapes[name]) for name in shapes}
@@ -118,7 +118,7 @@ class Codebook(Stage):
         )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         facts = Rewriting(STAGE, f"codebook ({self.entries} entries)", _solve).done(
             model, context, chosen, kept
@@ -128,8 +128,8 @@ class Codebook(Stage):
 
 
 def _solve(name: str, W_RC: Tensor, moments: Moments, layout: CodebookLayout) -> CodebookWeight:
-    """Codes and levels of a linear against the full model's outputs. Errors: Overflow for weights beyond the
-    levels' type."""
+    """Solve for the codes and levels of a linear against the full model's outputs. Errors: Overflow for
+    weights beyond the levels' dtype."""
     require_within(W_RC, DTYPES[layout.dtype], "weights")
     rows = layout.sharing(len(W_RC))
     palette = solve_codebook(

@@ -1,4 +1,4 @@
-"""What a recipe says of a distillation."""
+"""The settings of a distillation in a recipe."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ AT_ONCE = 4096  # tokens of a micro-batch, unless the recipe says otherwise
 WITHIN = ("hidden", "attention")  # losses that need a teacher in memory
 
 
-# What a tracker's package is called, where it is not the tracker's name.
+# package of a tracker, if its name is not the tracker's
 PACKAGES = {"azure_ml": "azureml-core", "flyte": "flytekit"}
 
 
@@ -141,7 +141,8 @@ class DistillConfig(Settings):
         return self
 
     def require_packages(self) -> None:
-        """Refuse what needs a package that is not installed here. Errors: CompressError, which names it."""
+        """Refuse settings that need a package that is not installed here. Errors: CompressError, which names
+        it."""
         if self.train == "lora" and not is_peft_available():
             raise CompressError("train: lora needs the package peft; pip install peft, or use train: all")
         for tracker in self.trackers:
@@ -152,12 +153,12 @@ class DistillConfig(Settings):
                 )
 
     def tokens(self, length: int) -> int:
-        """How many tokens of text the stage trains on where sequences of the data have `length`."""
+        """Number of tokens of text that the stage trains on, if sequences of the data have `length`
+        tokens."""
         return self.steps * self.batch * (self.length or length)
 
     def micro(self, length: int) -> int:
-        """Sequences that one process takes at once. Errors: CompressError where they don't divide the
-        batch."""
+        """Sequences that one process takes at once. Errors: CompressError if they don't divide the batch."""
         share, rest = divmod(self.batch, distributed.count())
         if rest or (self.micro_batch and share % self.micro_batch):
             at_once = f", {self.micro_batch} at once" if self.micro_batch else ""

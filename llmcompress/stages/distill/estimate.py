@@ -1,4 +1,4 @@
-"""What a distillation costs, about."""
+"""Estimate the cost of a distillation, approximately."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ if TYPE_CHECKING:
 
 
 def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
-    """The cost of training, with a teacher as large as the student."""
+    """Estimate the cost of training, with a teacher as large as the student."""
     parameters, length = model.parameters(), stage.length or work.length
     what = stage.loss if stage.train == "all" else f"{stage.train}, {stage.loss}"
-    # a gradient and two moments of every weight, or of next to none
+    # a gradient and two moments of every weight, or of next to none of them
     learning = 3 if stage.train == "all" else 0
     floats = parameters * ((1 if stage.cache else 2) + learning)
     floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)

@@ -1,9 +1,9 @@
-"""What a student is to match of its teacher besides predictions: hidden states, and where attention goes.
+"""What a student matches of its teacher besides predictions: hidden states, and attention maps.
 
-A layer of the student is held against the last of the teacher's layers that it stands for. Where widths
-differ, one linear takes the student's hidden states to the teacher's width: it begins at the least squares of
-some sequences, learns with the student and is dropped when training is over. D the student's width, E the
-teacher's.
+Each layer of the student is compared with the last of the teacher's layers that it stands for. If widths
+differ, one linear maps the student's hidden states to the teacher's width. It starts at the least-squares
+solution for some sequences, learns with the student and is dropped after training. D is the student's width,
+E the teacher's.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from llmcompress.algorithms.distillation_losses import HiddenKind, attention_kl,
 from llmcompress.errors import ModelError
 from llmcompress.stages.distill.teacher import TeacherOutput
 
-RCOND = 1e-5  # of the largest singular value: less is what float32 makes of nothing
-PROJECTION = "distill_projection"  # what it is called in the student, so that it is saved and resumed with it
+RCOND = 1e-5  # relative to the largest singular value; smaller ones are noise of float32
+PROJECTION = "distill_projection"  # its name in the student, with which it is saved and resumed
 
 
 @dataclass(frozen=True)
 class Matching:
-    """`layers`: for each of the student's, the teacher's layer that it is to match; `heads`: the one that it
-    was itself."""
+    """`layers`: for each of the student's layers, the teacher's layer that it is to match; `heads`: the
+    teacher's layer that it was itself."""
 
     layers: Sequence[int]
     heads: Sequence[int]
@@ -45,8 +45,8 @@ class Matching:
         attention: float,
         unscored: int = 0,
     ) -> Matching:
-        """For so many layers of each; `origin` says which ones the student's were, where they are the
-        teacher's own."""
+        """Match `student` layers to `teacher` layers. If the student's layers are the teacher's own, `origin`
+        says which ones they were."""
         known = len(origin) == student and max(origin) < teacher
         if not known and student > teacher:
             raise ModelError(
@@ -59,11 +59,11 @@ class Matching:
 
     @property
     def asked(self) -> dict[str, bool]:
-        """What a forward pass must say."""
+        """The extra arguments of a forward pass."""
         return {"output_attentions": True} if self.attention else {}
 
     def loss(self, student: TeacherOutput, teacher: TeacherOutput, projection: nn.Linear | None) -> Tensor:
-        """The weighted sum of both losses, each the mean over layers; mse is a share of the teacher's mean
+        """The weighted sum of both losses, each the mean over layers. `mse` is relative to the teacher's mean
         square."""
         parts, skip = [], self.unscored
         if self.hidden:
@@ -83,8 +83,8 @@ class Matching:
 
 
 def projection_of(student: Tensor, teacher: Tensor) -> nn.Linear | None:
-    """The linear that takes hidden states [..., D] to others [..., E] with the least squared error; None
-    where D is E."""
+    """Return the linear that maps hidden states [..., D] to [..., E] with the least squared error; None if D
+    is E."""
     D, E = student.shape[-1], teacher.shape[-1]
     if D == E:
         return None

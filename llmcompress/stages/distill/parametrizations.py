@@ -1,10 +1,10 @@
-"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, parts of a
+"""What the weight of a linear is made of while it learns: scales and codes, levels and indices, or parts of a
 product.
 
 Each is a parametrisation of torch's: parameters that learn, and the weight that they make. Scales, levels and
-norms are rounded in every step to what will be stored, so that what is measured is what is written; parts of
-products learn in float32, as plain matrices do, and are rounded once at the end. R rows (out), C columns
-(in), G layers of a row or codebooks, L levels.
+norms are rounded in every step to what will be stored, so that what is measured is what is written. Parts of
+products learn in float32, as plain matrices do, and are rounded once at the end. R rows (outputs), C columns
+(inputs), G groups of a row or codebooks, L levels.
 """
 
 from __future__ import annotations
@@ -25,10 +25,13 @@ from llmcompress.formats.low_rank import FactoredWeight
 
 
 class WeightParametrization(nn.Module):
-    """How a weight is made of parameters; `codes`: beside codes that stay. `transposed`: stored [C, R]."""
+    """How a weight is made of parameters.
+
+    `codes`: whether it also has codes that stay. `transposed`: whether it is stored as [C, R].
+    """
 
     codes: ClassVar[bool]
-    parts: tuple[str, ...]  # the stored tensors that the parameters are, in their order
+    parts: tuple[str, ...]  # names of the stored tensors, in the order of the parameters
 
     def __init__(self, transposed: bool) -> None:
         super().__init__()
@@ -45,16 +48,16 @@ class WeightParametrization(nn.Module):
 
     @abstractmethod
     def right_inverse(self, weight: Tensor) -> Tensor | Sequence[Tensor]:
-        """What the weight is made of to begin with."""
+        """The parameters at the start."""
 
     @abstractmethod
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
-        """What is written of a weight made of these, in a model of that type."""
+        """The stored form of the weight that these parameters make, in a model of that dtype."""
 
 
 class ScaledCodes(WeightParametrization):
-    """Levels of 4 bits that stay: each layer's are multiplied by a scale, a factor [R, G] times what it
-    was."""
+    """4-bit codes that stay, with scales that learn: the scale of each group is a factor [R, G] times its
+    initial value."""
 
     codes = True
     parts = ("weight_absmax",)
@@ -73,7 +76,7 @@ class ScaledCodes(WeightParametrization):
         """The scales [R, G] as they will be read back, with the gradient of the factor."""
         absmax_RG = cast(Tensor, self.absmax_RG)
         scale_RG = absmax_RG * factor_RG
-        # in 8 bits already: rounded again they would move
+        # these scales are in 8 bits already and would move if rounded again
         if not self.packed.double_quant or torch.equal(scale_RG, absmax_RG):
             return scale_RG
         return as_stored(scale_RG, lambda x: bitsandbytes_layout.double_quantize(x).decode())
@@ -95,8 +98,8 @@ class ScaledCodes(WeightParametrization):
 
 
 class CodebookLevels(WeightParametrization):
-    """Indices that stay, and levels that move: by so many root mean squares of their codebook, [G, L], at
-    first by none."""
+    """Indices that stay, with levels that learn: each moves by a multiple [G, L] of its codebook's root mean
+    square, at first by none."""
 
     codes = True
     parts = ("weight_levels",)
@@ -114,7 +117,7 @@ class CodebookLevels(WeightParametrization):
             self.register_buffer(name, tensor, persistent=False)
 
     def moved(self, by_GL: Tensor) -> Tensor:
-        """The levels as they will be read back, with the gradient of what moves them."""
+        """The levels as they will be read back, with the gradient of `by_GL`."""
         levels_GL = cast(Tensor, self.levels_GL) + by_GL * cast(Tensor, self.size_G1)
         return as_stored(levels_GL, self.weight.layout.snap)
 
@@ -133,7 +136,8 @@ class CodebookLevels(WeightParametrization):
 
 
 class FactoredParts(WeightParametrization):
-    """A matrix that layers share, with or without a difference left @ right; or left @ right alone."""
+    """A matrix that layers share, with or without a low-rank difference left @ right; or a product left @
+    right alone."""
 
     codes = False
 
@@ -149,7 +153,7 @@ class FactoredParts(WeightParametrization):
 
     def right_inverse(self, weight: Tensor) -> Tensor | Sequence[Tensor]:
         parts = self._split(self.weight.tensors())
-        own = [part.to(weight, copy=True) for part in parts]  # what is stored stays as it is
+        own = [part.to(weight, copy=True) for part in parts]  # the stored tensors stay as they are
         return own if len(own) > 1 else own[0]
 
     def stored(self, parameters: Sequence[Tensor], dtype: torch.dtype) -> registry.StoredWeight:
@@ -166,7 +170,7 @@ class FactoredParts(WeightParametrization):
 
 
 class StoredRounding(nn.Module):
-    """A parameter that is rounded to the type in which it will be stored."""
+    """Rounds a parameter to the dtype in which it will be stored."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -178,12 +182,13 @@ class StoredRounding(nn.Module):
 
 
 def as_stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of one, the gradient of the other."""
+    """Return the value of `rounded(x)` with the gradient of `x`."""
     return rounded(x.detach()) + (x - x.detach())  # in this order the value is exact
 
 
 def parametrization_of(weight: registry.StoredWeight, transposed: bool) -> WeightParametrization | None:
-    """How a weight can learn beside its codes, or None where there is nothing that could."""
+    """The parametrisation with which a weight can learn beside its codes, or None if nothing in it can
+    learn."""
     if isinstance(weight, bitsandbytes_layout.Packed):
         return ScaledCodes(weight, transposed)
     if isinstance(weight, CodebookWeight):
@@ -192,12 +197,12 @@ def parametrization_of(weight: registry.StoredWeight, transposed: bool) -> Weigh
 
 
 def attach(linear: nn.Module, making: WeightParametrization, device: torch.device) -> None:
-    """Have the weight of a linear be made of parameters from now on."""
+    """Make the weight of a linear from parameters from now on."""
     parametrize.register_parametrization(linear, "weight", making.to(device), unsafe=True)
 
 
 def parameters_of(name: str, making: WeightParametrization) -> dict[str, str]:
-    """The names of the parameters that the weight of a linear of that name is made of, by the tensors that
-    are stored."""
+    """The names of the parameters that make the weight of the linear `name`, by the tensors that are
+    stored."""
     place = f"{name}.parametrizations.weight.original"
     return {part: f"{place}{i if len(making.parts) > 1 else ''}" for i, part in enumerate(making.parts)}

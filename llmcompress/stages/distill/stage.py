@@ -1,4 +1,4 @@
-"""Train what is left of a model to predict as the model did that the run began with, or as another one does.
+"""Train the compressed model to predict as the model did that the run began with, or as another teacher does.
 
 The student is what the stages before made of the base. `training` trains it; the result is in the journal.
 """
@@ -29,13 +29,13 @@ class Distill(DistillConfig, Stage):
 
     @property
     def models(self) -> dict[str, str]:
-        """The teacher and the student, where the recipe names them."""
+        """The teacher and the student, if the recipe names them."""
         named = {"teacher": self.teacher, "student": self.student}
         return {role: name for role, name in named.items() if name}
 
     @property
     def leaves(self) -> str:
-        """The student takes the place of the base, if one is named."""
+        """What is left: another model if a student is named, which takes the place of the base."""
         return "another model" if self.student else ""
 
     def training_tokens(self, length: int) -> int:
@@ -43,7 +43,7 @@ class Distill(DistillConfig, Stage):
         return self.tokens(length)
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
-        """Refuse to train what can't learn there. Errors: ValueError."""
+        """Refuse a place where the weights to train can't learn. Errors: ValueError."""
         if self.train == "lora":
             super().require_place(before, after)
         if self.train == "scales" and not any(stage.quantizes or stage.has_levels for stage in before):
@@ -56,7 +56,7 @@ class Distill(DistillConfig, Stage):
             )
 
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
-        """Refuse what needs a missing package, batches that don't divide, and weights that can't learn so."""
+        """Refuse missing packages, batches that don't divide, and weights that can't learn in this way."""
         self.require_packages()
         self.micro(self.length or 1)
         schemes = [scheme for result in before for scheme in result.schemes.values()]
@@ -73,15 +73,15 @@ class Distill(DistillConfig, Stage):
             )
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
-        """Nothing but other numbers."""
+        """An empty result, as only values change."""
         return StageResult()
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of training, with a teacher as large as the student."""
+        """Estimate the cost of training, with a teacher as large as the student."""
         return estimate.of(self, model, work)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Train, unless the journal holds the result; leave the weights that learned there, layer by
+        """Train, unless the journal holds the result, and leave the weights that learned there, layer by
         layer."""
         journal = context.journal
         entries = [(DONE, 0), (OUTER, 0), *((STAGE, index) for index in range(len(model.layers)))]

@@ -1,12 +1,12 @@
-"""The student of a distillation: a model whole in memory, which of its weights learn, and what they are once
-they have.
+"""The student of a distillation: a model whole in memory, which of its weights learn, and their values after
+training.
 
-`all` and `norms` learn as they are. `lora` adds a low-rank difference to each linear (PEFT), which is merged
-when training is over. `scales` is for a model in 4 bits or with codebooks: the codes stay, the scale of each
-layer learns as a factor of what it was, the levels of a codebook as they are, and so do norms and biases;
-`all` is that and the weights that were kept. Scales that are stored in 8 bits, levels, and norms in half
-precision are rounded in every step as they will be stored. What layers share is one parameter for them all.
-How weights are made of parameters is told in `making`.
+`all` and `norms` train the weights as they are. `lora` adds a low-rank difference to each linear (PEFT),
+which is merged after training. `scales` is for a model in 4 bits or with codebooks, whose codes stay. The
+scale of each group learns as a factor of its initial value; the levels of a codebook, norms and biases learn
+as they are. For such a model, `all` trains these and the weights that were kept. Scales that are stored in 8
+bits, levels, and norms in half precision are rounded in every step as they will be stored. A weight that
+layers share is one parameter for all of them. `parametrizations` says how weights are made of parameters.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ Train = Literal["all", "norms", "scales", "lora"]
 def whole(
     resident: LayerwiseModel, ready: Callable[[nn.Module], None] = lambda layer: None
 ) -> PreTrainedModel:
-    """The model with all its weights at once, in the working precision: another one, whose changes `resident`
-    does not see.
+    """Return the model with all its weights at once, in the working precision. It is a copy: `resident` does
+    not see its changes.
 
     `ready` is given each layer before the next one is read.
     """
@@ -58,7 +58,7 @@ def whole(
 
 
 def freeze(model: nn.Module) -> None:
-    """Turn off what makes a model in training another function than in use: all dropout."""
+    """Turn off all dropout, so that a model computes the same function in training as in use."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -68,13 +68,13 @@ def freeze(model: nn.Module) -> None:
 
 
 class Student:
-    """A model in training: `model` itself, and `trained`, what a Trainer is to be given of it."""
+    """A model in training: `model` itself, and `trained`, the form of it that a Trainer is given."""
 
     def __init__(self, resident: LayerwiseModel, train: Train, rank: int, seed: int) -> None:
         self.model, self.train, self.dtype_of = whole(resident), train, resident.dtype_of
         self.trained: nn.Module = self.model
-        self.makings: dict[str, WeightParametrization] = {}  # of linears that are no plain weights
-        self.same: dict[str, str] = {}  # a parameter that is another one -> that one
+        self.makings: dict[str, WeightParametrization] = {}  # by linear, for weights that are not plain
+        self.same: dict[str, str] = {}  # shared parameter -> the parameter that it is
         freeze(self.model)
         if train == "lora":
             self._adapt(resident, rank, seed)
@@ -97,7 +97,7 @@ class Student:
         if not self.learning:
             raise ModelError(f"train: {train} finds nothing in this model that could learn; use all or lora")
         tied = {f"{resident.anatomy.head}.weight"} if self.model.config.tie_word_embeddings else set[str]()
-        if tied | self.same.keys():  # or transformers warns that a checkpoint lacks them
+        if tied | self.same.keys():  # otherwise transformers warns that a checkpoint lacks them
             self.model._keys_to_ignore_on_save = sorted(tied | self.same.keys())
 
     def _adapt(self, resident: LayerwiseModel, rank: int, seed: int) -> None:
@@ -115,13 +115,14 @@ class Student:
             r=rank, lora_alpha=2 * rank, target_modules=inside, fan_in_fan_out=transposed
         )
         with torch.random.fork_rng(), warnings.catch_warnings():
-            # peft asks by the old name
+            # peft uses the old name
             warnings.filterwarnings("ignore", ".*gradient_checkpointing.*", FutureWarning)
             torch.manual_seed(seed)
             self.trained = peft.get_peft_model(self.model, settings)
 
     def _make(self, coded: Mapping[str, registry.StoredWeight], resident: LayerwiseModel) -> None:
-        """Let what weights are made of learn, where it is to; what layers share is one parameter."""
+        """Parametrise coded weights, and let their parameters learn where `train` says so. A weight that
+        layers share is one parameter."""
         for name, codes in coded.items():
             module = self.model.get_submodule(name)
             if (making := parametrization_of(codes, isinstance(module, Conv1D))) is not None:
@@ -142,7 +143,7 @@ class Student:
                 )
 
     def _round(self) -> None:
-        """Have the gains and biases that learn be rounded in every step as they will be stored."""
+        """Round the gains and biases that learn in every step, as they will be stored."""
         for name, parameter in list(self.model.named_parameters()):
             dtype = self.dtype_of(name)
             if parameter.requires_grad and parameter.dim() == 1 and dtype.itemsize < 4:
@@ -152,8 +153,8 @@ class Student:
                 )
 
     def learned(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The tensors that training changed, under the names that they have in a checkpoint, given all
-        trained ones by name."""
+        """Return the tensors that training changed, by their names in a checkpoint. `state` holds all trained
+        tensors by name."""
         if self.train == "lora":
             return self._merged()
         made_of = {name: parameters_of(name, making) for name, making in self.makings.items()}
@@ -173,7 +174,7 @@ class Student:
         return found
 
     def _merged(self) -> dict[str, Tensor]:
-        """The weights of the linears with their differences."""
+        """The weights of the linears with their differences merged."""
         adapted = {name for name, module in self.model.named_modules() if hasattr(module, "lora_A")}
         cast(Any, self.trained).merge_and_unload()
         merged = {f"{name}.weight": self.model.get_parameter(f"{name}.weight").data for name in adapted}

@@ -1,9 +1,9 @@
-"""The teacher of a distillation: a model whole in memory, or what it said of each sequence, kept on disk.
+"""The teacher of a distillation: a model whole in memory, or its predictions for each sequence, kept on disk.
 
-What is kept of a token are the K likeliest next tokens and the log-probability of all others together: 2
-bytes a number in half precision, and 2 or 4 an index. It is found again by the teacher's weights and the
-sequence's tokens, so another recipe on the same text reads it too, and nothing that was said by another
-teacher or of other text is ever taken for it.
+For each token, the K likeliest next tokens and the log-probability of all others together are kept: 2 bytes
+per number in half precision, and 2 or 4 per index. They are found again by the teacher's weights and the
+sequence's tokens. So another recipe on the same text reads them too, and predictions of another teacher or of
+other text are never taken for them.
 """
 
 from __future__ import annotations
@@ -29,40 +29,39 @@ from llmcompress.modeling.sequential import Track, batches_of
 from llmcompress.stages.distill.student import whole
 
 SHARD = 64  # sequences in a file
-SEQUENCE = "sequence"  # the number of a sequence among all that a teacher was asked, in a batch
+SEQUENCE = "sequence"  # key of a batch: numbers of its sequences among all that a teacher is asked
 
 
 @dataclass(frozen=True, eq=False)
 class CachedOutput:
-    """What was kept of what a model said of B sequences."""
+    """The kept predictions of a model for B sequences."""
 
     scores: TopK
 
 
 @dataclass(frozen=True, eq=False)
 class TeacherOutput:
-    """What a model says of B sequences of L tokens: of each next token, and, where asked for, on the way
-    there."""
+    """The output of a model for B sequences of L tokens: scores of each next token and, if asked for, hidden
+    states and attention maps."""
 
     scores: Scores
-    hidden_BLD: tuple[
-        Tensor, ...
-    ] = ()  # what enters the first layer, what leaves each; the last after the norm
-    attention_BHLL: tuple[Tensor, ...] = ()  # of each layer
+    # states that enter the first layer, and that leave each layer; the last after the norm
+    hidden_BLD: tuple[Tensor, ...] = ()
+    attention_BHLL: tuple[Tensor, ...] = ()  # attention map of each layer
 
 
 class Teacher(Protocol):
-    """Whoever answers for a batch {input_ids [B, L], sequence [B]}."""
+    """A teacher of batches {input_ids [B, L], sequence [B]}."""
 
     def __call__(
         self, batch: Mapping[str, Tensor], **forward_arguments: bool
     ) -> TeacherOutput | CachedOutput:
-        """What it says of the batch."""
+        """Return the teacher's output for the batch."""
 
 
 def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None) -> TeacherOutput:
-    """What a forward pass found, the logits not made; those of the first `vocabulary` tokens alone, if
-    given."""
+    """Return the output of a forward pass, without computing the logits. `vocabulary` limits the scores to
+    the first tokens."""
     head: Any = model.get_output_embeddings()
     bias = getattr(head, "bias", None)
     cap = getattr(model.config, "final_logit_softcapping", None)
@@ -76,7 +75,7 @@ def output_of(model: PreTrainedModel, found: Any, vocabulary: int | None = None)
 
 
 def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
-    """The arguments of a forward pass that is to be read by `output_of`."""
+    """The arguments of a forward pass whose result goes to `output_of`."""
     return {
         "input_ids": ids_BL,
         "output_hidden_states": True,
@@ -87,22 +86,22 @@ def forward_arguments(ids_BL: Tensor, **more: bool) -> dict[str, Any]:
 
 
 class LiveTeacher:
-    """A model in memory that answers as it is asked."""
+    """A model in memory that answers when it is asked."""
 
     def __init__(self, model: PreTrainedModel, vocabulary: int) -> None:
         self.model, self.vocabulary = model.requires_grad_(False).eval(), vocabulary
 
     @torch.no_grad()
     def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> TeacherOutput:
-        """What it says of the batch."""
+        """Return the model's output for the batch."""
         return output_of(
             self.model, self.model(**forward_arguments(batch["input_ids"], **more)), self.vocabulary
         )
 
 
 def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
-    """A teacher whole in memory; the linears of its layers in `format`, if given, where the kernels take
-    them."""
+    """Load a teacher whole into memory. With `format`, the linears of its layers are held in it if the
+    kernels take them."""
 
     def quantized(layer: nn.Module) -> None:
         for name, module in list(layer.named_modules()):
@@ -126,14 +125,14 @@ def loaded(resident: LayerwiseModel, format: str | None) -> PreTrainedModel:
 
 
 class ShardFacts(JournalFacts):
-    """Which sequences a file of the cache is about, as its name says too."""
+    """Which sequences a file of the cache is about; its name says the same."""
 
     name: str
 
 
 class CachedTeacher:
-    """What a teacher said of N sequences of L tokens, read from disk; what lacks there is asked of `teacher`
-    first, once."""
+    """A teacher's predictions for N sequences of L tokens, read from disk. Missing ones are asked of
+    `teacher` first, once."""
 
     def __init__(
         self,
@@ -161,10 +160,10 @@ class CachedTeacher:
         if lacking:
             self._ask(teacher(), k, lacking, track)
             gc.collect()
-        self.shards = [load_file(self.journal.file(name, 0)) for name in names]  # mapped, not read
+        self.shards = [load_file(self.journal.file(name, 0)) for name in names]  # memory-mapped, not read
 
     def _has(self, name: str) -> bool:
-        """Whether what was said of a shard is there, under its own name."""
+        """Whether the predictions for a shard are there, under its own name."""
         return self.journal.has(name, 0) and self.journal.facts(name, 0, ShardFacts).name == name
 
     def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
@@ -187,18 +186,18 @@ class CachedTeacher:
 
     @property
     def token_bytes(self) -> int:
-        """What is kept of a token."""
+        """Bytes that are kept per token."""
         return sum(tensor.shape[-1] * tensor.dtype.itemsize for tensor in self.shards[0].values())
 
     def __call__(self, batch: Mapping[str, Tensor], **more: bool) -> CachedOutput:
-        """What it said of the sequences of the batch."""
+        """Return the kept predictions for the sequences of the batch."""
         where, device = [divmod(int(n), SHARD) for n in batch[SEQUENCE]], batch["input_ids"].device
         index, log_p = (
             torch.cat([self.shards[shard][part][row] for shard, row in where]).to(device)
             for part in ("index", "log_p")
         )
         index = index.view(torch.uint16) if index.dtype == torch.int16 else index
-        # rounded, they sum to one no more
+        # rounded probabilities no longer sum to one
         return CachedOutput(TopK(index.long(), log_p.float().log_softmax(-1), self.temperature))
 
 

@@ -1,9 +1,10 @@
-"""A student that learns to predict as its teacher does, by transformers' Trainer: what is lent to it, and
-what it is asked.
+"""Train a student to predict as its teacher does with transformers' Trainer: its data, its loss and its
+evaluation.
 
-Sequences are drawn by seed, so that an interrupted training goes on with the very sequences that come next.
-The logits of neither model are ever made whole: the loss takes hidden states and head (`methods.losses`),
-inside the student's own forward pass, where a model whose weights are spread over devices has its head.
+Sequences are drawn by seed, so that an interrupted training resumes with the very sequences that come next.
+The logits of neither model are ever made whole: the loss takes hidden states and head
+(`algorithms.distillation_losses`). It is computed inside the student's own forward pass, where a model whose
+weights are spread over devices has its head.
 """
 
 from __future__ import annotations
@@ -46,15 +47,15 @@ from llmcompress.stages.distill.teacher import (
     output_of,
 )
 
-OWN = "own"  # in a batch: which sequences the student is to go on with by itself
+OWN = "own"  # key of a batch: which sequences the student is to continue by itself
 
 
 class SequenceDataset(Dataset[dict[str, Tensor]]):
-    """`count` sequences of `length` tokens of a text, each once in an order drawn by seed, then each once
-    more in another.
+    """`count` sequences of `length` tokens of a text: each once in an order drawn by seed, then each once
+    more in another order, and so on.
 
-    Where there is a `bos`, it is the first token of each. So large a share `own` of them, drawn too, is
-    marked for the student to write.
+    If there is a `bos`, it is the first token of each. A share `own` of them, drawn too, is marked for the
+    student to write.
     """
 
     def __init__(
@@ -81,16 +82,16 @@ class SequenceDataset(Dataset[dict[str, Tensor]]):
 
 @dataclass(frozen=True, eq=False)
 class Objective:
-    """What is to come near, to whom, and how that is told."""
+    """What the student is to learn, from which teacher, and how that is measured."""
 
     kind: Kind
     label_share: float
     temperature: float
     skew: float | None
-    teacher: Teacher | None  # of what is trained on; None where the text alone teaches
-    examiner: Teacher  # of what is held out
+    teacher: Teacher | None  # for the training text; None if the text alone teaches
+    examiner: Teacher  # for the held-out text
     matching: Matching | None = None
-    generator: int | None = None  # the seed of what the student writes itself, if it does
+    generator: int | None = None  # seed of the text that the student writes itself, if it does
     unscored: int = 0  # positions at the start of a sequence whose predictions do not count
 
     def loss(
@@ -100,7 +101,7 @@ class Objective:
         taught: TeacherOutput | CachedOutput | None,
         found: Any,
     ) -> Tensor:
-        """The loss of a batch, given what a forward pass of the student found."""
+        """The loss of a batch, given the output of the student's forward pass."""
         own, labels_T = output_of(student, found), next_tokens(ids_BL, self.unscored).flatten()
         loss = token_loss(
             self.kind, own.scores, taught.scores if taught else None, labels_T=labels_T,
@@ -114,10 +115,10 @@ class Objective:
 def measured(
     student: PreTrainedModel, ids_BL: Tensor, taught: TeacherOutput | CachedOutput, unscored: int, found: Any
 ) -> tuple[Tensor, Tensor]:
-    """KL(teacher, student) and -log q(next token) in nats a token, given what a forward pass of the student
-    found.
+    """KL(teacher, student) and -log q(next token) in nats/token, given the output of the student's forward
+    pass.
 
-    What is predicted at the first `unscored` positions of a sequence counts in neither.
+    Predictions at the first `unscored` positions of a sequence count in neither.
     """
     scores = output_of(student, found).scores
     nll = token_loss("cross_entropy", scores, None, labels_T=next_tokens(ids_BL, unscored).flatten())
@@ -127,7 +128,7 @@ def measured(
 
 
 def answering(model: PreTrainedModel) -> None:
-    """Have the model's forward pass take `then`, and return what that makes of what it finds."""
+    """Make the model's forward take `then`, and return what `then` makes of its output."""
     plain: Callable[..., Any] = model.forward
 
     @functools.wraps(plain)
@@ -140,8 +141,7 @@ def answering(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
-    """The first half of each sequence, and the other half as the model goes on by itself, drawn from what it
-    predicts.
+    """The first half of each sequence, and a second half that the model samples from its own predictions.
 
     Source: Agarwal et al. 2023, arXiv:2306.13649 (GKD), Algorithm 1.
     """
@@ -166,8 +166,8 @@ def continued(model: PreTrainedModel, ids_BL: Tensor, seed: int) -> Tensor:
 
 
 class DistillTrainer(Trainer):
-    """Trains `student`, of which `model` is the trained form, to an objective; evaluates by the KL divergence
-    in any case."""
+    """Trains `student` to an objective; `model` is its trained form. Evaluation is always by the KL
+    divergence."""
 
     student: PreTrainedModel
     objective: Objective
@@ -181,7 +181,8 @@ class DistillTrainer(Trainer):
         self.student, self.objective, self.nll = student, objective, list[Tensor]()
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))  # they are drawn already
+        # the dataset has drawn the order already
+        return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
 
     def compute_loss(
         self,
@@ -200,7 +201,7 @@ class DistillTrainer(Trainer):
         return (loss, {}) if return_outputs else loss
 
     def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """The tokens of a batch, with what the student is to write itself."""
+        """The tokens of a batch, in which the student has written those that it is to write itself."""
         ids, own, seed = inputs["input_ids"], inputs[OWN], self.objective.generator
         if seed is None or not own.any():
             return ids
@@ -210,7 +211,8 @@ class DistillTrainer(Trainer):
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, None, None]:
-        """KL(teacher, student) in nats a token of a batch; how well it is predicted is kept aside."""
+        """Return KL(teacher, student) of a batch in nats/token. The loss on the next tokens is kept in
+        `nll`."""
         batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
         with torch.no_grad():
             ids, taught = batch["input_ids"], self.objective.examiner(batch)
@@ -220,7 +222,7 @@ class DistillTrainer(Trainer):
         return kl.detach(), None, None
 
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
-        """As the Trainer does it, and the perplexity of the held-out text besides."""
+        """Evaluate as the Trainer does, and add the perplexity of the held-out text."""
         self.nll = []
         output = super().evaluation_loop(*given, **named)
         mean = cast(Tensor, self.accelerator.gather(torch.stack(self.nll).mean()[None])).mean()
@@ -229,7 +231,7 @@ class DistillTrainer(Trainer):
 
 
 class Watch(TrainerCallback):
-    """Shows progress, ends a training whose loss is NaN or Inf, and marks checkpoints that are complete."""
+    """Shows progress, stops a training whose loss is NaN or Inf, and marks checkpoints that are complete."""
 
     def __init__(self, progress: Iterator[Any]) -> None:
         self.progress = progress
@@ -239,13 +241,13 @@ class Watch(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """One step more."""
+        """Advance the progress by one step."""
         next(self.progress, None)
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
     ) -> None:
-        """A checkpoint is complete: its manifest says so."""
+        """Write the manifest of a checkpoint, which marks it as complete."""
         folder = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         distributed.wait()
         if distributed.first():
@@ -259,7 +261,7 @@ class Watch(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        """Stop at a loss that is no number."""
+        """Stop at a loss that is NaN or Inf."""
         numbers = [
             float(value) for name, value in (logs or {}).items() if name in ("loss", "grad_norm", "eval_loss")
         ]
@@ -268,8 +270,8 @@ class Watch(TrainerCallback):
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The last checkpoint of a training that is as it was written, and so is the best one until then; others
-    are deleted.
+    """Return the last intact checkpoint of a training whose best checkpoint until then is intact too. Damaged
+    ones and those after it are deleted.
 
     `Watch` writes a manifest into each when it is complete.
     """
@@ -284,12 +286,12 @@ def last_checkpoint(folder: Path) -> Path | None:
 
 
 def _step(checkpoint: Path) -> int:
-    """The step of a checkpoint, by its name; -1 for what is none."""
+    """The step of a checkpoint, by its name; -1 if it is not a checkpoint."""
     step = checkpoint.name.rpartition("-")[2]
     return int(step) if step.isdecimal() and step.isascii() else -1
 
 
 def _best(checkpoint: Path) -> str | None:
-    """The name of the best checkpoint until then."""
+    """The name of the best checkpoint up to this one."""
     best = json.loads((checkpoint / "trainer_state.json").read_text()).get("best_model_checkpoint")
     return Path(best).name if best else None

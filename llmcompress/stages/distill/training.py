@@ -1,8 +1,8 @@
-"""One training: student, teacher, text, the Trainer, and what it leaves in the journal.
+"""One training: student, teacher, text, the Trainer, and its result in the journal.
 
-Teacher and student are whole in memory, in the working precision. Held-out sequences, those that calibrate
-and are not trained on, tell when the student was best, and that is what stays, or the student as it came if
-it never was better. An interrupted training goes on from its last checkpoint in the journal's folder.
+Teacher and student are whole in memory, in the working precision. Held-out sequences, which calibrate and are
+not trained on, tell when the student was best. That student is kept, or the initial one if it never got
+better. An interrupted training resumes from its last checkpoint in the journal's folder.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from llmcompress.stages.distill.trainer import (
 if TYPE_CHECKING:
     from llmcompress.stages.distill.stage import Distill
 
-HELD = 32  # sequences that measure
-POINTS = 200  # of a curve in the report
+HELD = 32  # held-out sequences
+POINTS = 200  # most points of a curve in the report
 
 
 class Training:
-    """Trains the model of a run as the settings of a stage say."""
+    """Trains the model of a run with the settings of a stage."""
 
     def __init__(self, stage: Distill, model: LayerwiseModel, context: Context) -> None:
         self.stage, self.model, self.context = stage, model, context
@@ -60,7 +60,7 @@ class Training:
         self.notes = list[str]()
 
     def run(self) -> None:
-        """Train, and leave the weights that learned in the journal, layer by layer. Errors: DataError,
+        """Train, and write the weights that learned to the journal, layer by layer. Errors: DataError,
         ModelError."""
         self._require_text()
         stage, model, context = self.stage, self.model, self.context
@@ -101,7 +101,8 @@ class Training:
                 shutil.rmtree(folder, ignore_errors=True)
 
     def _require_text(self) -> None:
-        """Refuse sequences without a token to predict, and text that fills no batch. Errors: DataError."""
+        """Refuse sequences without a token to predict, and text that does not fill a batch. Errors:
+        DataError."""
         data, stage, length = self.context.data, self.stage, self.length
         if length < 2 + data.unscored:
             raise DataError(
@@ -115,7 +116,8 @@ class Training:
             )
 
     def _arguments(self, folder: Path, *, begins: bool) -> TrainingArguments:
-        """For the Trainer, which writes its checkpoints to `folder`; one that begins is measured first."""
+        """The arguments of the Trainer, which writes its checkpoints to `folder`. A training that begins is
+        measured first."""
         stage, cuda = self.stage, self.model.device.type == "cuda"
         micro = stage.micro(self.length)
         every = min(stage.evaluate_every or max(1, stage.steps // 10), stage.steps)
@@ -154,7 +156,7 @@ class Training:
         )
 
     def _facts(self, trainer: DistillTrainer, watch: Watch) -> TrainedFacts:
-        """What the Trainer logged, and what is to be known of it."""
+        """Return what the Trainer logged, and add notes on it."""
         measured = _logged(trainer, "eval_loss")
         before = measured.pop(0)
         best = min((kl for kl in measured.values() if math.isfinite(kl)), default=before)
@@ -180,7 +182,7 @@ class Training:
         )
 
     def _objective(self, student: Student, sequences: SequenceDataset) -> Objective:
-        """What the student is to come near; the teacher is read only if something is to be asked of it."""
+        """Return the objective of the student. The teacher is read only if something is to be asked of it."""
         stage, context = self.stage, self.context
         source = context.teacher(stage.teacher)
 
@@ -211,7 +213,7 @@ class Training:
     def _cached(
         self, source: ModelSource, live: Callable[[], LiveTeacher], sequences: SequenceDataset
     ) -> tuple[Teacher, Teacher]:
-        """What the teacher says of the text that trains and of the text that is held out, on disk."""
+        """Return the teacher's predictions on disk, for the training text and for the held-out text."""
         stage, model, context = self.stage, self.model, self.context
 
         def cached() -> list[CachedTeacher]:
@@ -222,14 +224,14 @@ class Training:
                 for asked_NL, temperature in wanted
             ]
 
-        with distributed.first_alone() as writes:  # or all would ask for all of it
+        with distributed.first_alone() as writes:  # otherwise each process would ask for all of it
             known = cached() if writes else []
         teacher, examiner = known or cached()
         self.notes.append(_said_of([teacher, examiner]))
         return teacher, examiner
 
     def _matching(self, student: Student, teacher: LiveTeacher) -> Matching:
-        """How layers are held against each other; gives the student the linear between unequal widths."""
+        """Return which layers are compared. Gives the student the linear between unequal widths."""
         stage, unscored = self.stage, self.context.data.unscored
         ids_BL = self.held_NL[:4].to(self.model.device)
         if stage.attention:
@@ -255,7 +257,8 @@ class Training:
         )
 
     def _leave(self, learned: Mapping[str, Tensor]) -> None:
-        """Have the journal hold what has learned: a layer an entry, and what lies outside them."""
+        """Write what has learned to the journal: one entry for each layer, and one for what lies outside the
+        layers."""
         model, journal = self.model, self.context.journal
         for index in range(len(model.layers)):
             prefix = f"{model.layer_name(index)}."
@@ -266,7 +269,7 @@ class Training:
 
 
 def _said_of(cached: Sequence[CachedTeacher]) -> str:
-    """How much was asked now and how much was there, in words."""
+    """A note on how many sequences the teacher was asked for now, and how many were there."""
     sequences, size = sum(len(one.sequences_NL) for one in cached), cached[0].token_bytes
     asked_now = sum(one.asked for one in cached)
     return (
@@ -277,12 +280,12 @@ def _said_of(cached: Sequence[CachedTeacher]) -> str:
 
 
 def _logged(trainer: DistillTrainer, what: str) -> dict[int, float]:
-    """What was logged of a quantity, by step."""
+    """The logged values of a quantity, by step."""
     return {int(row["step"]): float(row[what]) for row in trainer.state.log_history if what in row}
 
 
 def _thinned(values: Mapping[int, float]) -> Curve:
-    """A curve; of more than POINTS, the means between as many steps."""
+    """A curve of at most POINTS points; a longer one is averaged over equal numbers of steps."""
     pairs, every = list(values.items()), max(1, -(-len(values) // POINTS))
     groups = [pairs[i : i + every] for i in range(0, len(pairs), every)]
     means = [(group[-1][0], sum(value for _, value in group) / len(group)) for group in groups]
@@ -290,7 +293,7 @@ def _thinned(values: Mapping[int, float]) -> Curve:
 
 
 def _state(trainer: DistillTrainer, student: Student) -> Mapping[str, Tensor]:
-    """The trained tensors by name, whole."""
+    """All trained tensors by name, whole."""
     if trainer.is_fsdp_enabled:
         return cast(Mapping[str, Tensor], trainer.accelerator.get_state_dict(trainer.model_wrapped))
     return {name: parameter.data for name, parameter in student.model.named_parameters()}

@@ -1,11 +1,10 @@
-"""Write linears as products of low rank, whose second factor, the basis of what they read, layers have in
-common.
+"""Write linears as products of low rank; layers can share the second factor, the basis of the inputs.
 
-The basis of a group of adjacent layers is the best for the outputs of all, on the inputs that the full model
-gives them. The coefficients, each layer's own, are then solved for layer after layer, on the inputs as they
-have become and against the full model. With one layer a group there is nothing shared: it is plain low-rank
-compression, whose basis too is that of the inputs as they have become. A product of low rank has fewer
-operations as well as fewer bytes.
+The basis of a group of adjacent layers is the best for the outputs of all of them, on the inputs that the
+full model gives them. The coefficients are each layer's own. They are then solved for layer by layer, on the
+inputs as they have become and against the full model. With one layer per group nothing is shared: this is
+plain low-rank compression, in which the basis too is that of the inputs as they have become. A product of low
+rank has fewer operations as well as fewer bytes.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from llmcompress.stages.linear_rewriting import (
     rewriting_note,
 )
 
-STAGE, FOUND = "low_rank", "found"  # in the journal
+STAGE, FOUND = "low_rank", "found"  # entries of the journal
 
 
 class LowRank(Stage):
@@ -71,7 +70,7 @@ class LowRank(Stage):
         return self
 
     def groups(self, model: LayerwiseModel) -> list[list[int]]:
-        """The layers that have a basis in common: neighbours of the same widths."""
+        """The groups of layers that share a basis: neighbours of the same widths."""
         groups: list[list[int]] = []
         for index in range(len(model.layers)):
             last = groups[-1] if groups else []
@@ -83,8 +82,8 @@ class LowRank(Stage):
         return groups
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """How each linear is written, by full name, and those to keep with the reason. Raises ModelError
-        where none is left."""
+        """Return the layout of each linear, by full name, and those to keep with the reason. Raises
+        ModelError if none is left."""
         if self.layers_per_basis > len(model.layers):
             raise ModelError(
                 f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of "
@@ -124,7 +123,7 @@ class LowRank(Stage):
 
     @property
     def leaves(self) -> str:
-        """The rank of linears, or their parameters."""
+        """The rank of linears, or the share of their parameters that stays."""
         return (
             f"linears of rank {self.rank}"
             if self.rank
@@ -133,15 +132,15 @@ class LowRank(Stage):
 
     @property
     def needs_plugin(self) -> bool:
-        """Products are in a layout of ours."""
+        """True: products are in a layout of the plug-in."""
         return True
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
-        """How linears are written, and which bases are one."""
+        """How linears are written, and which bases are shared."""
         return StageResult(*self.choose(model), self.ties(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of moments, bases and coefficients."""
+        """Estimate the cost of moments, bases and coefficients."""
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         operations = 2.0 * model.inner_parameters() * work.tokens * (7 if self.layers_per_basis > 1 else 5)
@@ -156,7 +155,7 @@ class LowRank(Stage):
         )
 
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
-        """Which stored tensors are others, by name: the bases."""
+        """The stored tensors that are other tensors, by name: the shared bases."""
         chosen, _ = self.choose(model)
         pairs = [
             (f"{model.layer_name(index)}.{linear}", f"{model.layer_name(group[0])}.{linear}")
@@ -167,7 +166,7 @@ class LowRank(Stage):
         return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         (chosen, kept), groups = self.choose(model), self.groups(model)
         if self.layers_per_basis > 1:
             self._find(model, context, groups, chosen)
@@ -187,7 +186,7 @@ class LowRank(Stage):
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
             first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
-            # one for the group, as the basis is
+            # one dtype for the group, which shares the basis
             dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
@@ -213,7 +212,7 @@ class LowRank(Stage):
         groups: Sequence[Sequence[int]],
         chosen: dict[str, FactoredLayout],
     ) -> None:
-        """Journal the bases of every group, by linear: what its layers read in the full model decides."""
+        """Journal the bases of every group, by linear, from the inputs of its layers in the full model."""
         journal = context.journal
         if all(journal.has(FOUND, number) for number in range(len(groups))):
             return

@@ -1,10 +1,11 @@
-"""How many units each layer keeps, so that one budget of parameters loses least.
+"""How many units each layer keeps, so that the loss within one budget of parameters is least.
 
-Every layer is asked, in the full model, what it would lose at every width: the squared error of the linear
-that reads the axis as its units go one after another, all others solved for, weighed by the output Fisher
-matrix of the layer, which makes nats of it. That is right for small losses; so at one width it is measured,
-with that layer alone cut. The widths are then a knapsack. It costs one pass back for the Fisher matrices, one
-forward, the removal of all units, and half a pass a layer on a few tokens.
+The loss of every layer at every width is computed in the full model. It is the squared error of the linear
+that consumes the axis as its units are removed one after another, with the others solved for. It is weighted
+by the output Fisher matrix of the layer, which turns it into nats. That is right for small losses, so at one
+width the loss is measured, with that layer alone cut. The widths are then a knapsack. The cost is one
+backward pass for the Fisher matrices, one forward pass, the removal of all units, and half a pass per layer
+on a few tokens.
 """
 
 from __future__ import annotations
@@ -28,22 +29,23 @@ from llmcompress.stages.prune.structured import Reading, Score, cut
 if TYPE_CHECKING:
     from llmcompress.stages.prune.stage import Prune
 
-SAMPLE = 4096  # tokens that are measured on
+SAMPLE = 4096  # tokens on which losses are measured
 
-# axis -> for each layer, the loss where it keeps 0, 1, 2 ... units
+# axis -> for each layer, the loss if it keeps 0, 1, 2 ... units
 Curves = Mapping[str, Sequence[Sequence[float]]]
 Widths = dict[str, tuple[int, ...]]  # axis -> units that each layer keeps
 
 
 class FoundWidths(JournalFacts):
-    """The units that each layer keeps, by axis, and the nats/token that each is expected to lose by it."""
+    """The units that each layer keeps, by axis, and its expected loss in nats/token."""
 
     widths: dict[str, tuple[int, ...]]
     expected_nats: dict[str, tuple[float, ...]]
 
 
 def find(model: LayerwiseModel, context: Context, stage: Prune) -> FoundWidths:
-    """The widths of all layers within the budget of a stage. Errors: ModelError where it can't be reached."""
+    """Find the widths of all layers within the budget of a stage. Errors: ModelError if it can't be
+    reached."""
     spent, axes = partial(stage.spent, model), stage.axes
     unit = {axis: of_a_unit(model, axis, spent) for axis in axes}
     none = spent({axis: [0] * len(model.layers) for axis in axes})
@@ -67,11 +69,11 @@ def find(model: LayerwiseModel, context: Context, stage: Prune) -> FoundWidths:
 
 
 def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict[str, list[list[float]]]:
-    """The nats a token that each layer loses by what it keeps of each axis, as far as they add up.
+    """The loss of each layer in nats/token by the units that it keeps of each axis, as far as losses add up.
 
-    A layer alone is cut to three quarters, and what the model loses by that is measured: its curve is
-    multiplied so that it goes through there. Where there is no metric, because a norm follows the sublayer,
-    it is one of relative errors before.
+    Each layer alone is cut to three quarters, and the loss of the model is measured; the layer's curve is
+    scaled to go through that point. If there is no metric, because a norm follows the sublayer, the curve is
+    one of relative errors before it is scaled.
     """
     layers, sample = len(model.layers), context.data.calibration[:1].shape[1]
     few = max(1, -(-SAMPLE // (sample * len(batches_of(context.data.calibration)[0]))))  # batches
@@ -110,8 +112,8 @@ def _measured_at(units: int) -> int:
 def without(
     layer: DecoderLayer, axis: str, count: int, metric_RR: Tensor | None, batches: int
 ) -> list[Tensor]:
-    """What leaves a layer for its first inputs where `count` units of an axis stay; the layer is then as it
-    was."""
+    """The outputs of a layer for its first `batches` if `count` units of an axis stay. The layer is left
+    unchanged."""
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     cut(layer, axis, count, Score("obs", metric_RR), mend=True)
     out = layer.outputs(layer.inputs[:batches])
@@ -121,7 +123,7 @@ def without(
 
 
 def of_a_unit(model: LayerwiseModel, axis: str, spent: Callable[[Widths], int]) -> list[int]:
-    """What one unit of an axis takes in each layer, in the parameters or bytes that `spent` says of
+    """The size of one unit of an axis in each layer, in the parameters or bytes that `spent` gives for
     widths."""
     layers = len(model.layers)
     none = spent({axis: (0,) * layers})
@@ -133,11 +135,11 @@ def of_a_unit(model: LayerwiseModel, axis: str, spent: Callable[[Widths], int]) 
 def widths(
     curves: Curves, unit: Mapping[str, Sequence[int]], budget: int, multiples: Mapping[str, int]
 ) -> Widths:
-    """Units that each layer keeps: multiples, or all it has; the least loss in all with at most `budget`
-    parameters or bytes.
+    """Units that each layer keeps: multiples, or all that it has, with the least total loss in at most
+    `budget` parameters or bytes.
 
-    `unit` is what one unit takes of these, by axis and layer. Raises ValueError where one multiple everywhere
-    is too much.
+    `unit` is the size of one unit, by axis and layer. Raises ValueError if one multiple everywhere is too
+    much.
     """
     options = []
     for axis, layers in curves.items():

@@ -1,7 +1,7 @@
-"""How much of a model stays: a share or a number of units, or the parameters or bytes that are to be reached.
+"""How much of a model stays: a share or number of units, or a number of parameters or bytes to reach.
 
-A budget is never exceeded. It is for the whole model as the stage finds it, what the stage can't cut
-included.
+A budget is never exceeded. It is for the whole model as the stage finds it, including what the stage can't
+cut.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import Settings
 
 SCALES = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 2**20, "GI": 2**30}
-HEADER = 160  # bytes that a file's header spends on a tensor, at most, and on itself
-NEAR = 0.01  # a budget is to be reached to this share
-STEPS = (64, 32, 16, 8, 4, 2, 1)  # of a width: kernels like the first ones
+HEADER = 160  # most bytes of a file's header for a tensor, and for the header itself
+NEAR = 0.01  # relative tolerance within which a budget is to be reached
+STEPS = (64, 32, 16, 8, 4, 2, 1)  # multiples of a width; kernels prefer the first ones
 
 
 class Budget(Settings):
@@ -63,7 +63,7 @@ class Budget(Settings):
         return self
 
     def spent(self, model: LayerwiseModel, widths: Mapping[str, Sequence[int]] | None = None) -> int:
-        """What the model takes of the budget, if it has these widths: bytes where it is a size, else
+        """What the model takes of the budget with these widths: bytes if the budget is a size, otherwise
         parameters."""
         return model.parameters(widths) if self.size is None else model.stored_bytes(widths)
 
@@ -77,7 +77,7 @@ class Budget(Settings):
         return int(self.parameters * whole) if isinstance(self.parameters, float) else self.parameters
 
     def layers(self, model: LayerwiseModel) -> int:
-        """How many layers stay. Errors: ModelError where none would go, or too many had to."""
+        """Number of layers that stay. Errors: ModelError if none would go, or if too many would have to."""
         total = len(model.layers)
         if self.keep is not None:
             return self.count("layer", total, 1)
@@ -89,7 +89,7 @@ class Budget(Settings):
         raise self.refuse(model, whole - sum(own[:-1]))
 
     def _of_layer(self, model: LayerwiseModel, index: int) -> int:
-        """What one layer takes of the budget."""
+        """The parameters or bytes of one layer that count towards the budget."""
         sizes = {
             f"{model.layer_name(index)}.{name}": p.numel()
             for name, p in model.layers[index].named_parameters()
@@ -101,14 +101,14 @@ class Budget(Settings):
     def uniform(
         self, model: LayerwiseModel, axis: str, sizes: Sequence[int], multiple: int
     ) -> tuple[int, ...]:
-        """Units of an axis that stay in layers that have `sizes`, where all lose alike. Errors: ModelError as
+        """Units of an axis that stay in layers of `sizes` units, if all lose alike. Errors: ModelError as
         `layers`."""
         if self.keep is not None:
             return tuple(self.count(axis, size, multiple) for size in sizes)
         allowed = self.allowed(model)
 
         def at(step: int) -> tuple[int, ...]:
-            """The widest multiples of a step that are few enough, or of one step."""
+            """The widest multiples of a step within the budget, or one step."""
             low, high = 1, -(-max(sizes) // step)  # steps
             while low < high:
                 middle = (low + high + 1) // 2
@@ -130,8 +130,8 @@ class Budget(Settings):
         return counts
 
     def count(self, axis: str, size: int, multiple: int) -> int:
-        """Units of `size` that stay by `keep`. Errors: ModelError where more would stay than there are, or
-        all by rounding."""
+        """Units of `size` that stay by `keep`. Errors: ModelError if more would stay than there are, or all
+        of them by rounding."""
         assert self.keep is not None
         if isinstance(self.keep, int):
             if self.multiple and self.keep % self.multiple:
@@ -149,7 +149,7 @@ class Budget(Settings):
         return count
 
     def refuse(self, model: LayerwiseModel, least: int) -> ModelError:
-        """The error where the budget is less than the `least` that the model can take of it."""
+        """The error for a budget below the `least` that the model can take of it."""
         said, unit = (
             (f"parameters: {self.parameters:g}", "parameters")
             if self.size is None

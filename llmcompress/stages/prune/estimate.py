@@ -1,4 +1,4 @@
-"""What a cut costs: parameters and bytes exactly, memory and operations about."""
+"""Estimate a cut: parameters and bytes exactly, memory and operations approximately."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def of(stage: Prune, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-    """The cost of finding what goes and of solving for what stays."""
+    """Estimate the cost of finding what goes and of solving for what stays."""
     inner, layers = model.inner_parameters(), len(model.layers)
     if stage.of_layers or stage.of_parts:
         spoken, operations, states, notes = _dropping(stage, model, inner)
@@ -36,7 +36,7 @@ def of(stage: Prune, model: MetaModel, left: MetaModel, work: Workload) -> Estim
 
 
 def _dropping(stage: Prune, model: MetaModel, inner: int) -> tuple[str, float, int, tuple[str, ...]]:
-    """Of layers or sublayers: what goes in words, the operations, the floats of the states, and notes."""
+    """For layers or sublayers: what goes in words, the operations, the floats of the states, and notes."""
     layers, D = len(model.layers), model.config.hidden_size
     if stage.of_layers:
         gone = stage.cut(model).gone
@@ -56,7 +56,7 @@ def _dropping(stage: Prune, model: MetaModel, inner: int) -> tuple[str, float, i
 def _cutting(
     stage: Prune, model: MetaModel, inner: int, work: Workload
 ) -> tuple[str, float, int, tuple[str, ...]]:
-    """Of units of axes: what stays in words, the operations, the widest input that is solved for, and
+    """For units of axes: what stays in words, the operations, the widest input that is solved for, and
     notes."""
     cut, maps, sizes = stage.cut(model), dict(model.linear_maps()), stage.sizes(model)
     consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes]

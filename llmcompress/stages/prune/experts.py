@@ -1,5 +1,5 @@
-"""Experts of a mixture: how much each says to the tokens that are routed to it, and the layer without those
-that say least."""
+"""Experts of a mixture: how much each contributes to the tokens routed to it, and the layer without the least
+of them."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def require_enough(model: LayerwiseModel, count: int) -> None:
 
 @torch.no_grad()
 def worth(layer: DecoderLayer) -> Tensor:
-    """What each expert is worth [experts]: the mean, over all tokens, of its weight for a token times the
-    length of its answer.
+    """The saliency of each expert [experts]: the mean, over all tokens, of its weight for a token times the
+    norm of its output.
 
     Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and
-    not over those routed to the expert, so one that is rarely asked is worth little.
+    not over those routed to the expert, so a rarely used expert has little saliency.
     """
     place = layer.anatomy.experts[0].rpartition(".")[0]
     experts = layer.module.get_submodule(place)
@@ -41,7 +41,7 @@ def worth(layer: DecoderLayer) -> Tensor:
         x_TD, expert_TK, weight_TK = seen[0]
         tokens += len(x_TD)
         for expert in expert_TK.unique().tolist():
-            if expert < len(worth_E):  # one more stands for none
+            if expert < len(worth_E):  # one index more stands for no expert
                 token, rank = torch.nonzero(expert_TK == expert, as_tuple=True)
                 alone = torch.full((len(token), 1), expert, device=expert_TK.device)
                 hook.remove()
@@ -53,8 +53,8 @@ def worth(layer: DecoderLayer) -> Tensor:
 
 
 def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` experts stay, by name in the layer, and the share of the worth
-    that goes."""
+    """Return the parameters that change if `count` experts stay, by name in the layer, and the share of the
+    saliency that goes."""
     worth_E = worth(layer)
     kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values
     tensors = {

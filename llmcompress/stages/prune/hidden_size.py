@@ -1,10 +1,10 @@
-"""A narrower hidden state: the directions of it that say least are cut out of every weight that has the axis.
+"""A narrower hidden state: its least important directions are cut out of every weight that has the axis.
 
-With `pca` the hidden state is first turned onto its principal axes, one rotation for the whole model that is
-folded into the weights, so that what is cut is the directions with the least variance; with `activation` it
-is single channels, those that the norms put out smallest. A norm over fewer channels divides by another root
-mean square, which its gain makes up for. Linears that read the state are then solved for anew: their outputs
-on the narrow state come closest to what they made of the whole one.
+With `pca` the hidden state is first rotated onto its principal axes, by one rotation for the whole model that
+is folded into the weights; the directions with the least variance are cut. With `activation`, the single
+channels are cut that are smallest after the norms. A norm over fewer channels divides by another root mean
+square, which its gain makes up for. Linears that read the state are then solved again, so that their outputs
+on the narrow state come closest to those on the whole one.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import OUTER, Context
 from llmcompress.stages.prune.layer_cutter import STAGE, CutLayer, LayerCuts
 
-AXIS, DIRECTIONS = "hidden", "directions"  # the last in the journal
-SAMPLE = 2  # batches that tell the error
+AXIS, DIRECTIONS = "hidden", "directions"  # the second is an entry of the journal
+SAMPLE = 2  # batches on which the error is measured
 
 
 def why_not(model: LayerwiseModel, score: str) -> str | None:
-    """Why the hidden state of a model can't be cut so, if it can't."""
+    """Why the hidden state of a model can't be cut by this score, or None."""
     if model.anatomy.norm_offset:
         return "its embedding is scaled by the hidden width"
     return refusal(model.anatomy, model.config, r1=True, r2=False) if score == "pca" else None
 
 
 def find_directions(model: LayerwiseModel, context: Context, score: str) -> None:
-    """Have the journal hold the directions [D, D], those first that stay longest: columns, or for
-    `activation` an order [D].
+    """Write the directions [D, D] to the journal, those that stay longest first: columns, or for `activation`
+    an order [D].
 
     Source: pca: SliceGPT, Ashkboos et al. 2024, arXiv:2401.15024, section 3.3. Differs: one rotation for the
     whole model, so that no matrix is left on the residual path and the result is a plain model. activation:
@@ -62,7 +62,7 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
 
 
 def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str, mend: bool) -> None:
-    """Cut every layer that the journal does not hold yet, and what lies outside them."""
+    """Cut every layer that the journal does not hold yet, and the weights outside the layers."""
     journal, layers, count = context.journal, len(model.layers), outline.sizes[AXIS]
     order = journal.load(DIRECTIONS, 0)["directions"]
     kept = torch.arange(count) if score == "pca" else order[:count].sort().values
@@ -82,13 +82,14 @@ def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str,
                 named = model.as_stored(changed, f"{layer.name}.")
                 record = CutLayer(name=layer.name, axis=AXIS, kept_units=count, relative_error=lost)
                 journal.save(STAGE, layer.index, named, LayerCuts(cuts=(record,)))
-            tensors = journal.load(STAGE, layer.index)  # what goes on is what is written
+            tensors = journal.load(STAGE, layer.index)  # the next layers see what is written
             inner = {name.removeprefix(f"{layer.name}."): tensor for name, tensor in tensors.items()}
             layer.become(copy.deepcopy(outline.layers[layer.index]), inner)
 
 
 def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> float:
-    """Make a layer narrow, and solve its linears anew; the relative error of the states that leave it."""
+    """Make a layer narrow, and solve its linears again. Returns the relative error of the states that leave
+    it."""
     anatomy, whole = layer.anatomy, {linear: layer.weight(linear) for linear in layer.anatomy.linears}
     tensors = _narrow(
         {name: layer.module.get_parameter(name).data for name in anatomy.layer},
@@ -116,7 +117,7 @@ def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> 
 def _outer(
     model: LayerwiseModel, outline: MetaModel, layer: DecoderLayer, kept: Tensor, mend: bool
 ) -> dict[str, Tensor]:
-    """What lies outside the layers, narrow; `layer` is the one after the last."""
+    """The narrow weights outside the layers; `layer` is the one after the last."""
     anatomy, tied = model.anatomy, model.config.tie_word_embeddings
     rows = {
         name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")
@@ -141,19 +142,19 @@ def _outer(
 def _narrow(
     tensors: dict[str, Tensor], rows: Mapping[str, str], sizes: Mapping[str, int], kept: Tensor
 ) -> dict[str, Tensor]:
-    """The tensors without the channels that go."""
+    """The tensors without the channels that are cut."""
     along = {name: AXIS in Spelling.parse(rows[name]).axes for name in tensors}
     return {name: take(t, rows[name], sizes, AXIS, kept) if along[name] else t for name, t in tensors.items()}
 
 
 def _with_gains(tensors: dict[str, Tensor], rows: Mapping[str, str], share: float) -> dict[str, Tensor]:
-    """The tensors with the gains of norms multiplied."""
+    """The tensors with the gains of norms multiplied by `share`."""
     gains = {name for name in tensors if rows[name] == AXIS and name.endswith(".weight")}
     return {name: tensor * share if name in gains else tensor for name, tensor in tensors.items()}
 
 
 def _share(layer: DecoderLayer) -> float:
-    """The root mean square of the narrow states over that of the whole ones, in the mean."""
+    """Mean ratio of the root mean square of the narrow states to that of the whole ones."""
     pairs = zip(layer.inputs, layer.reference, strict=True)
     ratios = [
         (x.pow(2).mean(-1) / full.pow(2).mean(-1).clamp_min(1e-30)).sqrt().flatten() for x, full in pairs

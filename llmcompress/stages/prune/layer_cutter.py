@@ -1,7 +1,7 @@
 """Cut one decoder layer after another, each with the inputs that the cut layers before it give.
 
-The linear that reads the axis is then solved for anew (`repair`), so that its outputs on the inputs as they
-have become come closest to those of the model as it was. A layer that the journal holds is not cut again.
+The linear that consumes the axis is then solved again (`repair`), so that its outputs on the changed inputs
+come closest to those of the original model. A layer that the journal holds is not cut again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.prune.allocation import Widths
     from llmcompress.stages.prune.stage import Prune
 
-STAGE, TAYLOR = "prune", "taylor"  # in the journal
+STAGE, TAYLOR = "prune", "taylor"  # entries of the journal
 
 
 class CutLayer(LayerRecord):
@@ -36,19 +36,19 @@ class CutLayer(LayerRecord):
 
 
 class LayerCuts(JournalFacts):
-    """The cuts in one layer, an axis each."""
+    """The cuts in one layer, one for each axis."""
 
     cuts: tuple[CutLayer, ...]
 
 
 class LayerCutter:
-    """Cuts the layers of one model as the settings of a stage say."""
+    """Cuts the layers of one model with the settings of a stage."""
 
     def __init__(self, stage: Prune, model: LayerwiseModel, context: Context) -> None:
         self.stage, self.model, self.context = stage, model, context
 
     def find_scores(self) -> None:
-        """Have the journal hold what the score asks of the whole model, as it is now."""
+        """Compute what the score needs of the whole model, as it is now, and write it to the journal."""
         journal, model, context = self.context.journal, self.model, self.context
         layers = len(model.layers)
         if self.stage.worth == "obs":
@@ -74,7 +74,7 @@ class LayerCutter:
             journal.save(TAYLOR, index, worth)
 
     def cut(self, outline: MetaModel, widths: Widths) -> None:
-        """Cut every layer that the journal does not hold yet to what it has in `outline`."""
+        """Cut every layer that the journal does not hold yet to its widths in `outline`."""
         journal, layers, stage = self.context.journal, len(self.model.layers), self.stage
         if all(journal.has(STAGE, index) for index in range(layers)):
             return
@@ -90,7 +90,7 @@ class LayerCutter:
     def _cut_layer(
         self, layer: DecoderLayer, counts: Mapping[str, int]
     ) -> tuple[dict[str, Tensor], LayerCuts]:
-        """What changes in a layer that is cut along each axis in turn, by full names."""
+        """Cut a layer along each axis in turn. Returns the changed tensors by full name, and the facts."""
         if self.stage.of_parts:
             tensors = sublayer_dropping.cut(layer, counts)
             return self.model.as_stored(tensors, f"{layer.name}."), LayerCuts(cuts=())
@@ -107,7 +107,7 @@ class LayerCutter:
         return named, LayerCuts(cuts=tuple(cuts))
 
     def _score(self, index: int, axis: str) -> structured.Score:
-        """The score, with what was found out about a layer."""
+        """The score, with what was computed for a layer."""
         worth, journal = self.stage.worth, self.context.journal
         M_DD = metric(self.model, self.context, index) if worth == "obs" else None
         return structured.Score(worth, M_DD, journal.load(TAYLOR, index)[axis] if worth == "taylor" else None)

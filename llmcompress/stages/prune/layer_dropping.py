@@ -1,9 +1,9 @@
-"""Whole layers taken out: those without which the model's predictions change least.
+"""Remove whole layers: those without which the model's predictions change least.
 
-With `kl`, one layer after another goes, each time the one whose loss, measured on the model without it, is
-the least; what was taken out before counts. One pass through the model carries a stream of hidden states for
-every layer that could go, so each layer is read once for each that goes. `influence` asks in a single pass
-how far each layer turns the hidden states, and takes out those that turn them least.
+With `kl`, one layer after another is removed, each time the one with the least loss, measured on the model
+without it and without those removed before. One pass through the model carries a stream of hidden states for
+every layer that could go, so each removal reads each layer once. `influence` measures in a single pass how
+far each layer turns the hidden states, and removes those that turn them least.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from llmcompress.stages.base import Context
 
 
 class DroppedLayers(JournalFacts):
-    """The layers that go, in order, and KL in nats/token after each, or how far each turned the hidden
+    """The removed layers in order, and KL in nats/token after each, or how far each turned the hidden
     states."""
 
     gone: tuple[int, ...]
@@ -30,7 +30,7 @@ class DroppedLayers(JournalFacts):
 
 
 def find(model: LayerwiseModel, context: Context, count: int, score: str) -> DroppedLayers:
-    """Which layers go so that `count` stay.
+    """Find which layers to remove so that `count` stay.
 
     Source: kl: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with the KL divergence from the full
     model in place of the perplexity. influence: ShortGPT, Men et al. 2024, arXiv:2403.03853.
@@ -62,10 +62,10 @@ def greedy(
     steps: int,
     cost: Callable[[Part], float] = lambda part: 1.0,
 ) -> tuple[list[Part], list[float]]:
-    """Parts that go while `more` of them are wanted, in about so many steps, and the KL in nats a token after
-    each.
+    """Remove parts while `more` of them are wanted, in about `steps` steps. Returns the parts, and KL in
+    nats/token after each.
 
-    Each time it is the one that adds least to the loss for its `cost`, in whatever unit.
+    Each step removes the part that adds least to the loss for its `cost`, in whatever unit.
     """
     sequences = _sample(context)
     gone: list[Part] = []
@@ -84,7 +84,7 @@ def greedy(
 
 
 def _sample(context: Context) -> Tensor:
-    """The sequences that decide."""
+    """The sequences on which the removal is decided."""
     sequences = context.data.calibration
     return sequences[: -(-SAMPLE // sequences.shape[1])]
 

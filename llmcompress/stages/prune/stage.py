@@ -1,10 +1,10 @@
-"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and what
-else there is.
+"""Cut units of an axis: feed-forward neurons, key-value heads with their query heads, query heads, and
+others.
 
-`layer_cutter` cuts the layers, `structured` says which units go. Where all layers keep the same number of
-units, the result is a plain checkpoint that transformers loads by itself; where `allocation` gives each layer
-a width of its own, it loads once llmcompress is imported. `experts`, `hidden_size`, `layer_dropping` and
-`sublayer_dropping` know what is special about experts, the hidden state, layers and their parts.
+`layer_cutter` cuts the layers, and `structured` decides which units go. If all layers keep the same number of
+units, the result is a plain checkpoint that transformers loads by itself. If `allocation` gives each layer a
+width of its own, the result loads once llmcompress is imported. `experts`, `hidden_size`, `layer_dropping`
+and `sublayer_dropping` handle experts, the hidden state, layers and their parts.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from llmcompress.stages.prune.layer_cutter import STAGE, LayerCuts, LayerCutter
 from llmcompress.stages.prune.layer_dropping import DroppedLayers
 from llmcompress.stages.prune.sublayer_dropping import DroppedSublayers
 
-WIDTHS = "widths"  # in the journal
-# what the width of ffn is a multiple of, unless the recipe says otherwise: 4-bit groups after it need that
+WIDTHS = "widths"  # entry of the journal
+# default multiple of the widths of ffn and hidden, which 4-bit groups in a later stage need
 KERNEL = 64
 INNER = ("kv", "q", "ffn")  # axes that a linear of the layer reads, in order of computation
 Axis = Literal["ffn", "kv", "q", "expert", "hidden", "layer", "sublayer"]
@@ -49,7 +49,7 @@ UNITS = {
     "layer": "layers",
     "sublayer": "attentions and feed-forward parts",
 }
-SCORES = {  # of an axis, the default first
+SCORES = {  # scores of an axis, the default first
     **dict.fromkeys(INNER, ("obs", "taylor", "wanda", "activation", "magnitude")),
     "expert": ("activation",),
     "hidden": ("pca", "activation"),
@@ -60,7 +60,7 @@ SCORES = {  # of an axis, the default first
 
 @dataclass(frozen=True)
 class Cut:
-    """What is left of a model: the units of each axis in each layer, or all layers but some."""
+    """What is left of a model: the units of each axis in each layer, or which layers are gone."""
 
     widths: Widths = field(default_factory=dict)
     gone: tuple[int, ...] = ()
@@ -125,17 +125,17 @@ class Prune(Budget, Stage):
 
     @property
     def of_layers(self) -> bool:
-        """Whether whole layers go."""
+        """Whether whole layers are removed."""
         return self.axes == ("layer",)
 
     @property
     def of_parts(self) -> bool:
-        """Whether the attention or ffn of layers goes."""
+        """Whether the attention or ffn of layers is removed."""
         return self.axes == ("sublayer",)
 
     @property
     def worth(self) -> str:
-        """The score, also where none was given."""
+        """The score, or its default if none was given."""
         return self.score or SCORES[self.axes[0]][0]
 
     @property
@@ -146,7 +146,7 @@ class Prune(Budget, Stage):
         )
 
     def sizes(self, model: LayerwiseModel) -> Widths:
-        """How many units there are in each layer. Errors: ModelError where an axis can't be cut."""
+        """The number of units in each layer. Errors: ModelError if an axis can't be cut."""
         if self.of_parts:
             return sublayer_dropping.sizes(model)
         for axis in self.axes:
@@ -167,10 +167,10 @@ class Prune(Budget, Stage):
         return found
 
     def cut(self, model: LayerwiseModel, journal: Journal | None = None) -> Cut:
-        """What the stage leaves; without the journal of what it has found, as if layers were alike and the
-        last layers went.
+        """What the stage leaves. Without the journal of what it has found, layers count as alike and the last
+        layers as removed.
 
-        Raises ModelError where the axis can't be cut, or not so far.
+        Raises ModelError if the axis can't be cut, or not so far.
         """
         if self.of_layers:
             total = len(model.layers)
@@ -186,7 +186,7 @@ class Prune(Budget, Stage):
         return Cut(self.uniform_widths(model))
 
     def changes(self, model: LayerwiseModel, cut: Cut | None = None) -> dict[str, Any]:
-        """What changes in the config. Errors: ModelError where transformers has no such model."""
+        """The fields of the config that change. Errors: ModelError if transformers has no such model."""
         cut = cut or self.cut(model)
         if self.of_layers:
             return shortened(
@@ -196,7 +196,7 @@ class Prune(Budget, Stage):
 
     @property
     def leaves(self) -> str:
-        """What is left of the units, or of the parameters."""
+        """The units or the parameters that are left."""
         if self.parameters is not None:
             share = self.parameters <= 1
             return (
@@ -216,7 +216,7 @@ class Prune(Budget, Stage):
         return self.sensitive or self.of_parts
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
-        """Refuse to prune what is no plain matrix any more. Errors: ValueError."""
+        """Refuse to prune weights that are no longer plain matrices. Errors: ValueError."""
         if other := next((stage.name for stage in before if stage.rewrites), None):
             raise ValueError(
                 f"prune comes before {other}: weights that are shared, products or codes can't be cut any "
@@ -230,11 +230,11 @@ class Prune(Budget, Stage):
         return StageResult(config=self.changes(model, cut), removed_layers=cut.gone)
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of finding what goes and of solving for what stays."""
+        """Estimate the cost of finding what goes and of solving for what stays."""
         return estimate.of(self, model, left, work)
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Cut every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Cut every layer that the journal does not hold yet, and leave its tensors and facts there."""
         if self.of_layers:
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
@@ -282,7 +282,7 @@ class Prune(Budget, Stage):
         return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
 
     def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
-        """How the stage was set and what it left, for the report."""
+        """The settings of the stage and what it left, for the report."""
         details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.worth}
         if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
             return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
@@ -292,13 +292,13 @@ class Prune(Budget, Stage):
         }
 
     def multiple_of(self, model: LayerwiseModel, axis: str) -> int:
-        """What the number of units of an axis is to be a multiple of."""
+        """The number of which the units of an axis are to be a multiple."""
         return self.multiple or (
             KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1
         )
 
     def uniform_widths(self, model: LayerwiseModel) -> Widths:
-        """Widths as if all layers were to lose alike. Errors: ModelError."""
+        """Widths if all layers lose alike. Errors: ModelError."""
         sizes = self.sizes(model)
         if self.keep is None and len(self.axes) > 1:
             return self._alike(model, sizes)

@@ -1,8 +1,8 @@
 """Units of an axis in one layer: which of them stay, and the layer without the others.
 
-What a unit is worth is read off the linear that reads the axis, or off all that has it. With `obs` units go
-one after another, each the one whose loss the others make up for best and the model's predictions feel least;
-the other scores sort them once.
+Saliency comes from the linear that consumes the axis, or from all linears on it. With `obs` units are removed
+one after another, each time the one with the least loss once the others make up for it, weighted by its
+effect on the model's predictions. The other scores sort the units once.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from llmcompress.modeling.layerwise import LayerwiseModel
 
 @dataclass(frozen=True)
 class Reading:
-    """The linear that reads an axis, with what it reads here: W_RC, its moments, and the unit of each of its
-    columns."""
+    """The linear that consumes an axis: its weight W_RC, the moments of its inputs here, and the unit of each
+    of its columns."""
 
     linear: str
     W_RC: Tensor
@@ -35,7 +35,7 @@ class Reading:
 
     @classmethod
     def of(cls, layer: DecoderLayer, axis: str) -> Reading:
-        """Runs the calibration text through the layer as far as the linear."""
+        """Run the calibration text through the layer as far as the linear that consumes `axis`."""
         linear = layer.anatomy.consumer_of(axis)
         assert linear is not None
         moments = layer.moments(next(group for group in layer.anatomy.consumers if linear in group))[linear]
@@ -43,9 +43,9 @@ class Reading:
         return cls(linear, layer.weight(linear), moments, unit_C, layer.sizes[axis])
 
     def removal(self, aim_RC: Tensor, metric_RR: Tensor | None, least: int) -> Removal:
-        """The units one after another until `least` are left, `aim_RC` being what the columns are to say.
+        """Remove the units one after another until `least` are left; `aim_RC` is the target weight.
 
-        The losses are squares of e M, e the error of an output and M the metric, where there is one.
+        The losses are squares of e M, e the error of an output and M the metric, if there is one.
         """
         weighed_RC = aim_RC if metric_RR is None else metric_RR.T @ aim_RC
         return remove(weighed_RC, self.moments.H_CC, self.unit_C, self.units, least=least)
@@ -53,8 +53,8 @@ class Reading:
 
 @dataclass(frozen=True)
 class Score:
-    """What a unit is worth: a name, and what was found out in the whole model: a metric of the layer's
-    errors, or a worth."""
+    """How saliency is computed: the name of the score, and what was computed in the whole model: a metric of
+    the layer's errors, or a saliency."""
 
     name: str
     metric_RR: Tensor | None = None
@@ -62,7 +62,7 @@ class Score:
 
 
 def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
-    """The `count` units that stay, int64 in rising order."""
+    """The `count` units that stay, int64 in ascending order."""
     W_RC, unit_C, units = aim_RC, read.unit_C, read.units
     norm_C = read.moments.H_CC.diagonal().sqrt()
     if count == units:
@@ -77,7 +77,7 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
         worth_U = saliency.activation(norm_C, unit_C, units)
     else:
         worth_U = saliency.magnitude(W_RC, unit_C, units)
-        for linear in layer.anatomy.linears:  # what writes the axis is part of the unit
+        for linear in layer.anatomy.linears:  # the linears that write the axis are part of the unit
             unit_R = units_along(layer.anatomy.output_of(linear), layer.sizes, axis)
             if bool((unit_R >= 0).any()):
                 worth_U = worth_U + saliency.magnitude(layer.weight(linear).T, unit_R.to(layer.device), units)
@@ -85,7 +85,7 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
 
 
 def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
-    """What each unit of an axis in a layer is worth to first order, by the gradient of the linear that reads
+    """First-order saliency of each unit of an axis in a layer, by the gradient of the linear that consumes
     it, as stored."""
     reader = model.anatomy.consumer_of(axis)
     assert reader is not None
@@ -101,12 +101,12 @@ def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Te
 def cut(
     layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool
 ) -> tuple[dict[str, Tensor], float]:
-    """The parameters that change where `count` units stay, by their names in the layer, and the relative
+    """Return the parameters that change if `count` units stay, by their names in the layer, and the relative
     output error.
 
-    With `mend` the linear that reads the axis is solved anew for what is left, and for what layers before
-    have lost. The layer itself goes on as wide as it was, with zeros where units are gone, so that another
-    axis can be cut after this one.
+    With `mend` the linear that consumes the axis is solved again for what is left, and for what the layers
+    before lost. The layer itself stays as wide as it was, with zeros in place of removed units, so that
+    another axis can be cut after this one.
     """
     anatomy, read = layer.anatomy, Reading.of(layer, axis)
     reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)

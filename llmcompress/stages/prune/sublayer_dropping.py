@@ -1,10 +1,10 @@
-"""The attention or the feed-forward part of a layer taken out alone: those without which predictions change
+"""Remove the attention or the feed-forward part of a layer alone: those without which predictions change
 least.
 
-What is left of such a part is a width of zero: no heads, no neurons. So the model is one of layers that
-differ in width, and loads once llmcompress is imported. The attention of the first layer of each kind stays,
-for caches tell the length of a text by it, and so does the first ffn: a model without any is not one that can
-be built. A layer that loses both parts passes its input on, and may as well be cut by `axis: layer`.
+A removed part has a width of zero: no heads, or no neurons. So the layers of the model differ in width, and
+it loads once llmcompress is imported. The attention of the first layer of each kind stays, because caches
+read the length of a text from it. The first ffn stays too, because a model without any can't be built. A
+layer that loses both parts passes its input on, and may as well be cut by `axis: layer`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from llmcompress.stages.prune.allocation import Widths
 from llmcompress.stages.prune.budget import Budget
 from llmcompress.stages.prune.layer_dropping import greedy
 
-PARTS = {"kv": "attention", "ffn": "ffn"}  # the axis that a part has no units of where it is gone
+PARTS = {"kv": "attention", "ffn": "ffn"}  # axis on which a removed part has no units
 
 
 class DroppedSublayers(JournalFacts):
-    """The parts that go, as a layer and an axis, in order, and KL in nats/token after each."""
+    """The removed parts in order, as a layer and an axis, and KL in nats/token after each."""
 
     gone: tuple[tuple[int, str], ...]
     kl_nats: tuple[float, ...]
 
 
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
-    """The parts that can go, as a layer and an axis. Errors: ModelError where there are none."""
-    anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()  # else they share out the hidden width
-    # transformers' Conv1D takes no empty input
+    """The parts that can be removed, as a layer and an axis. Errors: ModelError if there are none."""
+    # without the axes q and d, heads divide up the hidden width
+    anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()
+    # Conv1D of transformers takes no empty input
     consumers = {axis: anatomy.consumer_of(axis) for axis in PARTS}
     axes = [
         axis
@@ -60,13 +61,13 @@ def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
 
 
 def sizes(model: LayerwiseModel) -> Widths:
-    """How many units each layer has of the axes of parts."""
+    """The units that each layer has on the axes of parts."""
     axes = dict.fromkeys(axis for _, axis in candidates(model))
     return {axis: model.widths_of(axis) for axis in axes}
 
 
 def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
-    """The same without some parts."""
+    """The sizes without the parts in `gone`."""
     return {
         axis: tuple(0 if (index, axis) in gone else size for index, size in enumerate(counts))
         for axis, counts in sizes(model).items()
@@ -74,7 +75,7 @@ def widths(model: LayerwiseModel, gone: Sequence[tuple[int, str]]) -> Widths:
 
 
 def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]]) -> bool:
-    """Whether so many parts have gone as the stage asks for. Errors: ModelError where more had to than
+    """Whether as many parts are gone as the stage asks for. Errors: ModelError if more would have to go than
     can."""
     every = candidates(model)
     if budget.keep is not None:
@@ -87,7 +88,7 @@ def enough(model: LayerwiseModel, budget: Budget, gone: Sequence[tuple[int, str]
 
 
 def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
-    """The last parts, as many as the stage asks for: what a plan goes by."""
+    """The last parts, as many as the stage asks for, for a plan."""
     gone: list[tuple[int, str]] = []
     for part in reversed(candidates(model)):
         if enough(model, budget, gone):
@@ -98,10 +99,10 @@ def guess(model: LayerwiseModel, budget: Budget) -> list[tuple[int, str]]:
 
 
 def find(model: LayerwiseModel, context: Context, budget: Budget) -> DroppedSublayers:
-    """Which parts go: each time the one that costs least, or for a budget, least per parameter.
+    """Find which parts to remove: each time the one that costs least, or for a budget, least per parameter.
 
-    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts for layers and the KL divergence
-    from the full model for the perplexity.
+    Source: SLEB, Song et al. 2024, arXiv:2402.09025, Algorithm 1, with parts in place of layers and the KL
+    divergence from the full model in place of the perplexity.
     """
     axis_of = {model.anatomy.consumer_of(axis): axis for axis in PARTS}
     parts: list[Part] = [(index, model.anatomy.consumer_of(axis)) for index, axis in candidates(model)]
@@ -122,7 +123,7 @@ def find(model: LayerwiseModel, context: Context, budget: Budget) -> DroppedSubl
 
 
 def cut(layer: DecoderLayer, counts: Mapping[str, int]) -> dict[str, Tensor]:
-    """The empty tensors of the parts that go, by their names in the layer."""
+    """The empty tensors of the removed parts, by their names in the layer."""
     return {
         name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, [])
         for axis, count in counts.items()
@@ -132,7 +133,7 @@ def cut(layer: DecoderLayer, counts: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def spoken(gone: Sequence[tuple[int, str]], model: LayerwiseModel) -> str:
-    """What goes, in words."""
+    """The removed parts, in words."""
     said = [
         f"{PARTS[axis]} of layer{'s' if len(of) > 1 else ''} {', '.join(map(str, of))}"
         for axis in PARTS

@@ -1,10 +1,9 @@
-"""How one linear is to be written: the settings that a recipe gives for all, and the overrides that it gives
-for some.
+"""How one linear is written: the settings that a recipe gives for all linears, and its overrides for some.
 
-An override changes the stage's own settings for the linears it names; one that names another format starts
-from that format's defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever their
-groups; every other mixture, and any model whose embedding is int8, needs our plug-in, and there LLM.int8
-becomes the same codes in our layout (`alone`).
+An override changes the stage's own settings for the linears that it names. An override with another format
+starts from that format's defaults. Models whose linears are all 4-bit, or all LLM.int8, are native, whatever
+their groups. Every other mixture, and any model whose embedding is int8, needs the plug-in. There LLM.int8
+becomes the same codes in the plug-in's layout (`together`).
 """
 
 from __future__ import annotations
@@ -69,7 +68,7 @@ class FormatConfig(Settings):
         return self
 
     def coding(self, dtype: torch.dtype) -> QuantScheme:
-        """How a linear of a model stored in `dtype` is written."""
+        """The scheme of a linear in a model stored in `dtype`."""
         if self.format == "nf4" or self.format == "fp4":
             return FourBitScheme(self.format, self.group_size, self.double_quant, dtype)
         if self.format == "int8":
@@ -82,7 +81,7 @@ class FormatConfig(Settings):
         )
 
     def settings(self) -> dict[str, Any]:
-        """The fields of a format that were given."""
+        """The fields of the format that were set explicitly."""
         return {
             name: getattr(self, name) for name in FormatConfig.model_fields if name in self.model_fields_set
         }
@@ -92,20 +91,21 @@ class Override(FormatConfig):
     """Settings for some linears. Those not given are the stage's, unless the format is another."""
 
     def over(self, own: FormatConfig) -> FormatConfig:
-        """The settings that hold for these linears, where the stage's are `own`. Errors: ValueError as for
-        any Format."""
+        """The settings that hold for these linears if the stage's are `own`. Errors: ValueError as for any
+        FormatConfig."""
         same = self.format == own.format or "format" not in self.model_fields_set
         return FormatConfig(**((own.settings() if same else {}) | self.settings()))
 
     @model_validator(mode="after")
     def _only_where_it_means_something(self) -> Override:
-        return self  # what an override lacks the stage has: `over` checks the two together
+        return self  # the stage has what an override lacks: `over` checks the two together
 
 
 def together(codings: Mapping[str, QuantScheme], *, native: bool = True) -> dict[str, QuantScheme]:
-    """The codings of one model as they can stand beside each other, and without `native` beside our plug-in.
+    """Return the schemes of one model in a form in which they can stand beside each other. Without `native`
+    they also stand beside other linears of the plug-in.
 
-    Errors: ModelError where one can't.
+    Errors: ModelError if one can't.
     """
     alike = native and len(set(codings.values())) == 1
     if alike or all(isinstance(coding, FourBitScheme) for coding in codings.values()):

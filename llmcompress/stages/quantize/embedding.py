@@ -1,10 +1,10 @@
-"""The input embedding in int8, rounded before anything else, so that every layer is calibrated on what it
-really gives.
+"""Round the input embedding to int8 before anything else, so that every layer is calibrated on its rounded
+output.
 
-Each row has its nearest codes under the scale that leaves the least squared error; there is nothing to
-calibrate, as a row is read alone. Where the head is tied to the embedding it is the same matrix and
-multiplies by the same codes, and what it reads is rounded as the format of the other linears has it. What
-stays dense outside the layers is journalled beside it, if a rotation changed it.
+Each row gets the nearest codes under the scale with the least squared error. There is nothing to calibrate,
+as each row is read alone. A head tied to the embedding is the same matrix and multiplies by the same codes.
+Its inputs are rounded as the format of the other linears says. Weights outside the layers that stay dense are
+journalled beside it, if a rotation changed them.
 """
 
 from __future__ import annotations
@@ -24,11 +24,12 @@ from llmcompress.modeling.sequential import batches_of, enter
 from llmcompress.stages.base import OUTER, Context, LayerRecord, LinearRecord
 from llmcompress.stages.quantize.config import FormatConfig
 
-PIECE = 1 << 20  # weights at a time, where errors are summed
+PIECE = 1 << 20  # weights at a time when errors are summed
 
 
 def embedding_codings(model: LayerwiseModel, head: FormatConfig) -> dict[str, QuantScheme]:
-    """How the embedding is written, and a head tied to it, whose settings would be `head`; by full name.
+    """The schemes of the embedding and of a head tied to it, by full name; `head` has the settings of such a
+    head.
 
     Raises ModelError for an embedding of a kind that can't be rounded.
     """
@@ -45,18 +46,17 @@ def embedding_codings(model: LayerwiseModel, head: FormatConfig) -> dict[str, Qu
 
 
 def apart(model: LayerwiseModel) -> set[str]:
-    """The embedding, and the head that is the same matrix: what no walk solves for."""
+    """The embedding, and a head tied to it: no walk solves for them."""
     return {model.anatomy.embedding, model.reader(model.anatomy.embedding) or model.anatomy.embedding}
 
 
 def settle_outer(
     model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
 ) -> tuple[list[Tensor], LayerRecord | None]:
-    """Journal what lies outside the layers and changes, and let the model embed, and a tied head predict, by
-    int8 codes.
+    """Journal what changes outside the layers, and let the embedding and a tied head use their int8 codes.
 
-    Returns the states that the embedding gave before, and what the report says of it; no states and None
-    where it is kept.
+    Returns the states that the embedding gave before, and its record for the report; no states and None if it
+    is kept.
     """
     name, journal = model.anatomy.embedding, context.journal
     if (model.rotation or name in chosen) and not journal.has(OUTER, 0):
@@ -74,9 +74,10 @@ def settle_outer(
 def _entry(
     model: LayerwiseModel, chosen: Mapping[str, QuantScheme], sequences: Tensor
 ) -> tuple[dict[str, Tensor], LayerRecord]:
-    """What a rotation changed, in the type of the base, and the embedding's codes, with its errors."""
+    """Return the journal's entry: the tensors that a rotation changed, in the dtype of the base, and the
+    embedding's codes with their errors."""
     name, outer = model.anatomy.embedding, dict[str, Tensor]()
-    if model.rotation:  # a tied parameter once
+    if model.rotation:  # named_parameters has a tied one once
         outer = {part: p.data for part, p in model.model.named_parameters() if part in model.anatomy.outer}
     tensors = model.as_stored(outer)
     coding = chosen.get(name)
@@ -99,7 +100,7 @@ def _entry(
 
 
 def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> tuple[float, float]:
-    """Relative errors of the rows as the text looks them up, and of the whole matrix."""
+    """Relative errors of the rows as often as the text looks them up, and of the whole matrix."""
     counts_V, rows = torch.bincount(sequences.flatten(), minlength=len(W_VD)), max(1, PIECE // W_VD.shape[1])
     squares = []
     for start in range(0, len(W_VD), rows):
@@ -111,5 +112,5 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> tuple[flo
 
 
 def _relative(lost: Tensor, whole: Tensor) -> float:
-    """The root of a share of squares, 0 where there is nothing to lose."""
+    """The root of lost / whole, 0 if `whole` is 0."""
     return float((lost / whole).sqrt()) if whole > 0 else 0.0

@@ -1,4 +1,4 @@
-"""What a quantisation costs: bytes of the codes exactly, memory and operations about."""
+"""Estimate a quantisation: the bytes of the codes exactly, memory and operations approximately."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
-    """The cost of moments and solvers, and the bytes of the codes."""
+    """Estimate the cost of moments and solvers, and the bytes of the codes."""
     chosen, kept = stage.choose(model)
     stored = {name: scheme for name, scheme in chosen.items() if name not in model.shared_linears}
     shapes = {name: shape for name, shape in model.matrices().items() if name in stored}
@@ -28,7 +28,7 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
     for name, shape in shapes.items():
         spares = stage.protect if name in solved and spared(stored[name]) is None else 0.0
         scales = 0 if isinstance(stored[name], FourBitScheme) else 32 * shape[0]
-        # bits, over those of the base
+        # bits more than in the base
         more = math.prod(shape) * (stored[name].bits - model.bits_of(name)) + scales
         saved -= more * (1 - spares) / 8
     formats = ", ".join(dict.fromkeys(scheme.format for scheme in stored.values()))
@@ -44,15 +44,15 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
 
 
 def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
-    """Bytes held at once: the largest layer with its solver's matrices, what lies outside the layers, the
+    """Bytes held at once: the largest layer with its solver's matrices, the weights outside the layers, the
     hidden states."""
     inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
     outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
     # inputs and outputs, here and in the full model
     states = tokens * model.config.hidden_size * (2 if stage.rounding == "nearest" else 4)
     widest = max(columns for _, (_, columns) in model.linear_maps())
-    # a layer in float32, before and after, its codes as int64; gradients, positions and moments of Adam
-    # if trained
+    # a layer in float32, before and after, and its codes as int64; if trained, also gradients, positions and
+    # moments of Adam
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + states + 4 * widest * widest
     return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
@@ -68,7 +68,7 @@ def _operations(
     """Multiplications and additions of the stage."""
     inner = model.inner_parameters()
     forward = 2.0 * inner * tokens
-    total = 2 * forward  # one pass for the moments, one to go on
+    total = 2 * forward  # one pass for the moments, one to advance the states
     if stage.rounding != "nearest":
         # the moments of one group of linears after another, in two streams; most passes end early
         total += 3 * forward

@@ -1,5 +1,4 @@
-"""A layer as it would be with some linears rounded to nearest: what the searches before the real rounding
-decide by."""
+"""A layer with some linears rounded to nearest, on which the searches before the real rounding decide."""
 
 from __future__ import annotations
 
@@ -20,10 +19,10 @@ def trial(
     tops: Mapping[str, float],
     batches: Sequence[Tensor],
 ) -> list[Tensor]:
-    """The layer's outputs for `batches` with the linears of `codings` rounded, and what they read as their
-    kernels round it.
+    """Return the layer's outputs for `batches` with the linears of `codings` rounded, and their inputs
+    rounded as the kernels do.
 
-    tops: the largest input of each linear, for static scales. The layer stays as it was.
+    tops: the largest input of each linear, for static scales. The layer is left unchanged.
     """
     rounded, before = {}, dict(layer.rounds)
     for linear, coding in codings.items():

@@ -1,4 +1,4 @@
-"""From weights to codes: the roundings of `quantize`, with what they need of one linear or of one layer."""
+"""From weights to codes: the roundings of `quantize` for one linear or one layer."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.base import naming_layer
 
-METRIC_DAMP = 0.05  # of the output Fisher matrix: how much every error counts, felt by the model or not
+METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
 
 
 def half_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are worth it there: on GPUs that have them, and on CPUs with
+    """Whether matrix products in bfloat16 are fast on a device: on GPUs that have them, and on CPUs with
     AVX512-BF16 or AMX."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
@@ -35,7 +35,7 @@ def half_is_fast(device: torch.device) -> bool:
 
 @dataclass(frozen=True)
 class Solution:
-    """Codes with scales as they are read back, and the same as it is stored."""
+    """Codes with scales as they are read back, and their stored form."""
 
     rounded: RoundedWeight
     stored: StoredWeight
@@ -43,22 +43,22 @@ class Solution:
 
 @dataclass(frozen=True)
 class Rounding:
-    """How each linear of a layer is written, by its name in it, and the device of the weights."""
+    """The scheme of each linear of a layer, by its name in it, and the device of the weights."""
 
     codings: Mapping[str, QuantScheme]
     device: torch.device
-    # in which the base stores one, by name in the layer
+    # stored dtype of a parameter, by its name in the layer
     dtype_of: Callable[[str], torch.dtype] = lambda name: torch.float32
-    # of a weight that layers share, what all of them read
+    # for a weight that layers share: moments of the inputs of all of them
     pooled: Mapping[str, Moments] = field(default_factory=dict)
-    # of one that an earlier layer has, its codes
+    # for a weight that an earlier layer has: its codes
     known: Mapping[str, StoredWeight] = field(default_factory=dict)
 
     def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
-        """Codes and scales solved for under the second moments of the inputs, against the full model's
-        outputs if they know it.
+        """Solve for codes and scales under the second moments of the inputs, against the full model's outputs
+        if the moments know them.
 
-        Where scales may have one sign or both, both are solved for and the smaller error is kept.
+        If scales may be of one sign or of both, both are solved for and the smaller error is kept.
         """
         W_RC = retarget(W_RC.float(), moments)
         coding, grid = self.codings[linear], self.grid(linear)
@@ -81,8 +81,8 @@ class Rounding:
     def in_turn(
         self, layer: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
-        """Solve for the linears that read one input, put them in place, biases corrected, and go on to what
-        the next ones read.
+        """Solve for the linears that read one input, put them in place with corrected biases, and go on to
+        the next input.
 
         Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of
         inputs.
@@ -110,7 +110,7 @@ class Rounding:
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
 
     def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
-        """What is stored of the linears whose codes are known, each with the static scale of its own
+        """The stored form of the linears whose codes are known, each with the static scale of its own
         inputs."""
         found = dict(self.known)
         for linear in found.keys() & scales.keys():
@@ -122,8 +122,8 @@ class Rounding:
     def round_inputs(
         self, layer: DecoderLayer, groups: Sequence[tuple[str, ...]], weights: Mapping[str, Tensor]
     ) -> dict[str, float]:
-        """From here on the linears of `groups` among `weights` read what their kernels will; their static
-        scales, if any."""
+        """Round the inputs of the linears of `groups` that are in `weights` from here on, as their kernels
+        do. Returns their static scales, if any."""
         static = {
             linear: coding
             for linear, coding in self.codings.items()
@@ -158,11 +158,11 @@ class Rounding:
         steps: int,
         seed: int,
     ) -> tuple[dict[str, Solution], tuple[float, float]]:
-        """All linears of a layer, trained together from the solutions of `gptq`; with the layer's loss before
-        and after.
+        """Train all linears of a layer together from the solutions of `gptq`. Returns solutions, and the
+        layer's loss before and after.
 
-        The loss is the error of the layer's output against the full model's, weighed by the output Fisher
-        matrix. Where training ends no better than it began, the start is kept.
+        The loss is the error of the layer's output against the full model's, weighted by the output Fisher
+        matrix. If training does not lower it, the start is kept.
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)

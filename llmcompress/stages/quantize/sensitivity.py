@@ -1,10 +1,10 @@
 """Which linears suffer most from their rounding, so that a small share of the weights can be spared it.
 
-Each linear is rounded alone, in the full model. If e is what that changes in the output of its layer and F
-the output Fisher matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are
-spared in the order of nats a weight, as long as they fit in the share: the best choice there is but for what
-is left over at the end. Where our own layout rounds what a linear reads, it is spared that alone, as two int8
-codes hold 16 bits, and keeps its bytes; else it stays as it is.
+Each linear is rounded alone, in the full model. If e is the change in the output of its layer and F the
+output Fisher matrix there, e F e^T / 2 is to second order the KL in nats that it costs. Linears are spared in
+the order of nats per weight, as long as they fit in the share. This is the best choice except for what is
+left over at the end. If the plug-in's layout rounds the inputs of a linear, only these are spared, as two
+int8 codes hold 16 bits, and the linear keeps its bytes. Otherwise the linear stays as it is.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # batches that decide
+SAMPLE = 2  # batches on which the costs are measured
 
 
 def spared(coding: QuantScheme) -> QuantScheme | None:
-    """How a linear that is spared is written; None: not at all."""
+    """The scheme of a linear that is spared; None if it is not quantised at all."""
     if not isinstance(coding, IntegerScheme) or coding.scheme.activations == "none":
         return None
     wide = cast(IntegerFormat, f"w{coding.scheme.weight_bits}a16")
@@ -34,7 +34,7 @@ def spared(coding: QuantScheme) -> QuantScheme | None:
 
 @torch.no_grad()
 def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
-    """KL in nats a token that sparing each linear would save, by its name in the layer."""
+    """KL in nats/token that sparing each linear would save, by its name in the layer."""
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
     moments, sample = layer.moments() if static else {}, layer.inputs[:SAMPLE]
     aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
@@ -57,8 +57,8 @@ def _nats(outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float
 
 
 def most_hurt(costs: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:
-    """The linears to spare: at most `share` of all weights (sizes, by linear), those first that cost most
-    nats a weight."""
+    """The linears to spare: at most `share` of all weights (`sizes`, by linear), the highest cost in nats per
+    weight first."""
     room, found = share * sum(sizes.values()), []
     for linear in sorted(costs, key=lambda linear: costs[linear] / sizes[linear], reverse=True):
         if costs[linear] > 0 and sizes[linear] <= room:

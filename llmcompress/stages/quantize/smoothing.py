@@ -1,11 +1,11 @@
-"""Smoothing before the rounding: a scale for each channel crosses from a producer to its readers, as far as a
-search says.
+"""Smoothing before the rounding: a scale per channel crosses from a producer to its readers, as a search
+decides.
 
-It is decided for one entry of `scale_pairs` after another, by the error that the readers' rounding (nearest
-codes, and the kernel's rounding of what they read) makes in the output of the whole layer, as a share of each
-token's output, which the next norm will divide by. Candidates are the exponents of the papers, a fit of all
-factors to the noise to expect, and no scale at all: a layer is never made worse on the sample that decides.
-The function of the model stays the same: see `DecoderLayer.cross`.
+The search decides one entry of `scale_pairs` after another. It measures the error in the output of the whole
+layer that the readers' rounding makes: nearest codes, and the kernel's rounding of their inputs. The error is
+relative to each token's output, by which the next norm will divide. Candidates are the exponents of the
+papers, a fit of all factors to the expected noise, and no scale at all, so a layer is never made worse on the
+sample that decides. The function of the model stays the same: see `DecoderLayer.cross`.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # batches that decide
-TOKENS, ROWS = 1024, 256  # that a fit looks at, of the inputs and of each weight
+SAMPLE = 2  # batches on which the search decides
+TOKENS, ROWS = 1024, 256  # tokens of the inputs and rows of each weight that a fit uses
 
 
 class Smooth(Settings):
@@ -45,16 +45,16 @@ class Smooth(Settings):
     def search(
         self, layer: DecoderLayer, codings: Mapping[str, QuantScheme], dtype_of: Callable[[str], torch.dtype]
     ) -> dict[str, Tensor]:
-        """The factor of each entry of `scale_pairs` with a reader among `codings`; they have crossed when
-        this returns.
+        """Find the factor of each entry of `scale_pairs` with a reader among `codings`. The factors have
+        crossed when this returns.
 
-        `dtype_of` says in which dtype a parameter is stored, by its name in the layer.
+        `dtype_of` gives the stored dtype of a parameter, by its name in the layer.
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
         aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]
         with closing(layer.reads(*layer.anatomy.consumers)) as reads:
-            read = dict(next(reads)[0])  # of the first batch
+            read = dict(next(reads)[0])  # the inputs of the first batch
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
@@ -77,8 +77,8 @@ class Smooth(Settings):
         X_TC: Tensor,
         coding: QuantScheme,
     ) -> list[Tensor]:
-        """Factors to try, shaped as the axes of the producer's output; `auto` begins with one that changes
-        nothing."""
+        """Return the factors to try, shaped as the axes of the producer's output. With `auto` the first one
+        changes nothing."""
         unit_C, shape = _units(layer, key, consumers[0])
         weights = [layer.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
@@ -114,8 +114,8 @@ class Smooth(Settings):
         dtype: torch.dtype,
         aims: Sequence[Tensor],
     ) -> float:
-        """Squared error of the layer's output over its size, readers rounded once the factor has crossed; the
-        layer stays."""
+        """Squared error of the layer's output relative to its size, with the readers rounded once the factor
+        has crossed. The layer is left unchanged."""
         before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
@@ -131,14 +131,14 @@ class Smooth(Settings):
 
 
 def norm_of(layer: DecoderLayer, key: str) -> str:
-    """The parameter, by its name in the layer, that takes a factor in if the producer of a key of
+    """The parameter, by its name in the layer, that takes in a factor if the producer of a key of
     `scale_pairs` is a norm."""
     return f"{layer.anatomy.producer(key)[0]}.weight"
 
 
 def _units(layer: DecoderLayer, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
-    """For each column of a reader the unit of the producer's output that it reads, int64 [C], and the shape
-    of those units."""
+    """Return the unit of the producer's output that each column of a reader reads, int64 [C], and the shape
+    of the units."""
     _, _, axes = layer.anatomy.producer(key)
     term = Spelling((layer.anatomy.input_of(reader),))
     shape = tuple(layer.sizes[axis] for axis in axes)

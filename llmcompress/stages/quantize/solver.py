@@ -1,5 +1,4 @@
-"""Quantize one decoder layer after another: what `Quantize` has decided is done here, and goes to the
-journal."""
+"""Quantise one decoder layer after another as `Quantize` has decided, and write the result to the journal."""
 
 from __future__ import annotations
 
@@ -28,14 +27,14 @@ from llmcompress.stages.quantize.smoothing import norm_of
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
-STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # what is done and found out, in the journal
+STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # entries of the journal
 
 
 class QuantizedLayer(LayerRecord):
     """What became of a layer, or of the head.
 
-    `loss_gptq` and `loss_learned` are those of the layer's output before and after training, in nats/token to
-    second order; `expert_tokens` are the calibration tokens that each expert saw.
+    `loss_gptq` and `loss_learned` are the losses of the layer's output before and after training, in
+    nats/token to second order; `expert_tokens` are the calibration tokens that each expert saw.
     """
 
     loss_gptq: float | None = None
@@ -50,11 +49,11 @@ class ProtectedLinears(JournalFacts):
     nats: dict[str, float]
 
 
-Entry = tuple[dict[str, Tensor], QuantizedLayer]  # of the journal: tensors by their names in the checkpoint
+Entry = tuple[dict[str, Tensor], QuantizedLayer]  # a journal entry: tensors by name in the checkpoint
 
 
 class LayerQuantizer:
-    """Does the layers, and the head, as the settings of a stage say."""
+    """Quantises the layers and the head with the settings of a stage."""
 
     def __init__(self, stage: Quantize) -> None:
         self.stage = stage
@@ -67,8 +66,9 @@ class LayerQuantizer:
         steps: int,
         full: Sequence[Tensor],
     ) -> None:
-        """Quantize every layer that the journal does not hold yet; `full`: the states that the full model's
-        embedding gives, where it is not the one that is used.
+        """Quantise every layer that the journal does not hold yet.
+
+        `full` holds the states that the full model's embedding gives, if the embedding in use is another one.
         """
         journal = context.journal
         calibrated, through = self.stage.rounding != "nearest", steps > len(model.layers)
@@ -92,8 +92,8 @@ class LayerQuantizer:
                 install(layer, codings, journal.load(STAGE, layer.index))
 
     def _pooled(self, model: LayerwiseModel, context: Context, chosen: Collection[str]) -> dict[str, Moments]:
-        """Of weights that layers share, the second moments of what all of them read, by the full name of the
-        first."""
+        """For weights that layers share, the second moments of the inputs of all of them, by the full name of
+        the first."""
         shared_linears, found = model.shared_linears, dict[str, Moments]()
         wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
         for layer in context.track(
@@ -110,7 +110,7 @@ class LayerQuantizer:
     def _known(
         self, model: LayerwiseModel, layer: DecoderLayer, chosen: Mapping[str, QuantScheme], journal: Journal
     ) -> dict[str, registry.StoredWeight]:
-        """The codes of a layer's linears that are those of earlier layers, by full name."""
+        """The codes of a layer's linears that have those of earlier layers, by full name."""
         here = {
             name: source
             for name, source in model.shared_linears.items()
@@ -134,7 +134,7 @@ class LayerQuantizer:
         context: Context,
         dtype_of: Callable[[str], torch.dtype],
     ) -> list[str]:
-        """Let the scales cross that the journal holds or a search finds; the parameters changed by it that
+        """Let the scales cross that the journal holds or a search finds. Returns the changed parameters that
         stay dense."""
         if self.stage.smooth is None:
             return self._turned(layer, codings)
@@ -154,12 +154,12 @@ class LayerQuantizer:
         )
 
     def _turned(self, layer: DecoderLayer, linears: Iterable[str]) -> list[str]:
-        """All parameters that stay dense, where a rotation changed them."""
+        """All parameters that stay dense if a rotation changed them, otherwise none."""
         inside = {f"{linear}.weight" for linear in linears}
         return [name for name in layer.anatomy.layer if name not in inside] if self.stage.rotate else []
 
     def find_hurt(self, model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]) -> None:
-        """Journal the linears that `protect` spares; scales cross first, and are journalled too."""
+        """Journal the linears that `protect` spares. Scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for layer in context.track(
@@ -231,12 +231,12 @@ class LayerQuantizer:
 
 
 def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], torch.dtype]:
-    """The dtype in which a parameter of a layer is stored, by its name there."""
+    """Return a function from a parameter's name in the layer to its stored dtype."""
     return lambda name: model.dtype_of(f"{layer.name}.{name}")
 
 
 def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
-    """The tensors of a linear under the names they have in a checkpoint."""
+    """The tensors of a linear under their names in a checkpoint."""
     return {f"{name}.{part}": tensor.cpu() for part, tensor in registry.tensors_of(packed).items()}
 
 

@@ -1,11 +1,11 @@
 """Quantise the linears, each layer with the inputs that the layers before it give.
 
 `nearest` is stock bitsandbytes: absmax scales and nearest codes, the baseline. `gptq` solves each linear for
-its codes and scales under the second moments of its inputs, one after another, so that each makes good what
-those before it lost against the full model. `learned` goes on from there and trains the codes and scales of a
-whole layer at once, so that its output comes closest to the full model's where the full model's predictions
-feel it. All three write the same bytes. A layer that the journal holds is not done again: its codes are read,
-and the walk goes on through them.
+its codes and scales under the second moments of its inputs, one linear after another, so that each corrects
+what those before it lost against the full model. `learned` starts from there and trains the codes and scales
+of a whole layer at once. It brings the layer's output closest to the full model's where the full model's
+predictions depend on it most. All three store the same number of bytes. A layer that the journal holds is not
+quantised again: its codes are read, and the walk goes on through them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from llmcompress.stages.quantize.solver import (
 )
 
 NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
-# what one weight for several layers does not go with, but for gptq
+# settings that weights shared by layers allow only if they are off, `gptq` or `nearest`
 ALONE = ("smooth", "rotate", "protect", "rounding")
 
 
@@ -105,17 +105,16 @@ class Quantize(FormatConfig, Stage):
         return self
 
     def rotation(self, model: LayerwiseModel, seed: int) -> Rotation | None:
-        """The rotation that is to come first, if one is; raises ModelError where the model can't be
-        rotated."""
+        """The rotation to apply first, or None. Raises ModelError if the model can't be rotated."""
         if not self.rotate:
             return None
         return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-        """How each linear to quantise is written, by full name, and those to keep with the reason; `protect`
-        left out.
+        """Return the scheme of each linear to quantise, by full name, and those to keep with the reason,
+        without `protect`.
 
-        Raises ModelError where none is left, or an override can't stand beside the rest.
+        Raises ModelError if no linear is left, or if an override can't stand beside the rest.
         """
         chosen: dict[str, QuantScheme] = {}
         kept: dict[str, str] = {}
@@ -165,13 +164,13 @@ class Quantize(FormatConfig, Stage):
 
     @property
     def bits(self) -> tuple[float, float]:
-        """Bits per weight, scales included, the least and the most."""
+        """The least and the most bits per weight, scales included."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
 
     @property
     def leaves(self) -> str:
-        """The bits of a weight, and what is spared or coded besides."""
+        """The bits per weight, and what else is spared or coded."""
         least, most = (f"{bits:.3f}".rstrip("0").rstrip(".") for bits in self.bits)
         words = f"{least} bits per weight" if least == most else f"{least} to {most} bits per weight"
         if self.protect and NATIVE.get(self.format):
@@ -180,7 +179,7 @@ class Quantize(FormatConfig, Stage):
 
     @property
     def needs_plugin(self) -> bool:
-        """Whether formats are mixed, or of ours, or the embedding is coded too."""
+        """Whether formats are mixed or the plug-in's own, or the embedding is coded too."""
         kinds = {NATIVE.get(each.format) for each in self.formats}
         return self.embedding != "keep" or len(kinds) > 1 or None in kinds
 
@@ -202,13 +201,13 @@ class Quantize(FormatConfig, Stage):
         return StageResult(*(self.choose(model) if journal is None else self.settled(model, journal)))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of moments and solvers, and the bytes of the codes."""
+        """Estimate the cost of moments and solvers, and the bytes of the codes."""
         return estimate.of(self, model, work)
 
     def settled(
         self, model: LayerwiseModel, journal: Journal
     ) -> tuple[dict[str, QuantScheme], dict[str, str]]:
-        """As `choose`, once `apply` has found which linears to protect."""
+        """The result of `choose` once `apply` has found which linears to protect."""
         chosen, kept = self.choose(model)
         for name in journal.facts(PROTECTED, 0, ProtectedLinears).linears if self.protect else ():
             coding = chosen.pop(name)
@@ -219,7 +218,7 @@ class Quantize(FormatConfig, Stage):
         return chosen, kept
 
     def _settings(self, name: str, spelling: str) -> FormatConfig:
-        """What holds for one linear: of several overrides that match, the last."""
+        """The settings of one linear: the last override that matches, else the stage's own."""
         found: FormatConfig = self
         for pattern, override in self.overrides.items():
             if fnmatchcase(name, pattern) or (spelling and pattern in Spelling.parse(spelling).axes):
@@ -244,7 +243,7 @@ class Quantize(FormatConfig, Stage):
         return None
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Quantise every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Quantise every layer that the journal does not hold yet, and leave its tensors and facts there."""
         if rotation := self.rotation(model, context.seed):
             model.turn(rotation)
         chosen, _ = self.choose(model)
@@ -287,11 +286,11 @@ class Quantize(FormatConfig, Stage):
 
 
 def starved_experts(layers: Sequence[QuantizedLayer], few: int) -> list[str]:
-    """A line for each layer some of whose experts saw fewer calibration tokens than `few`, with those
+    """Return a line for each layer with experts that saw fewer than `few` calibration tokens, with those
     experts.
 
-    No calibrated format can be better than its data: such an expert's second moments are singular. Experts
-    are kept in their dtype by the formats that there are, so this is said and nothing more is done.
+    No calibrated format can be better than its data: the second moments of such an expert are singular. The
+    formats that exist keep experts in their dtype, so this is only reported.
     """
     lines = []
     for layer in layers:

@@ -1,4 +1,4 @@
-"""What sharing costs: parameters and bytes exactly, memory and operations about."""
+"""Estimate sharing: parameters and bytes exactly, memory and operations approximately."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def of(stage: Share, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-    """The cost of finding the groups and of fitting what each shares."""
+    """Estimate the cost of finding the groups and of fitting what each shares."""
     groups, layers, inner = stage.groups_of(model), len(model.layers), model.inner_parameters()
     sharing = sum(map(len, groups))
     searched = stage.layers in ("auto", "kl")

@@ -1,8 +1,8 @@
 """Fit what a group of layers shares.
 
-It starts as the weights of the layer that serves all best and is trained on what each layer makes of its own
-inputs, weighed by what the model feels of it. Norms, biases and differences of low rank stay each layer's
-own and are trained with it.
+It starts as the weights of the layer that serve all best. It is trained on the output that each layer gives
+for its own inputs; errors of that output are weighted by the layer's output Fisher matrix. Norms, biases and
+low-rank differences stay each layer's own and are trained with it.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 if TYPE_CHECKING:
     from llmcompress.stages.share.stage import Share
 
-STAGE, FIT = "share", "fit"  # in the journal
-TOKENS = 32768  # that are fitted on
+STAGE, FIT = "share", "fit"  # entries of the journal
+TOKENS = 32768  # tokens to fit on
 
 
 class SharedLayer(LayerRecord):
-    """What became of a layer: nats/token that it loses by sharing, to second order; None where it shares with
-    no other."""
+    """What became of a layer: the nats/token that it loses by sharing, to second order; None if it shares
+    with no other."""
 
     nats: float | None = None
 
 
 class FittedGroup(JournalFacts):
-    """Nats/token that each layer of a group loses, by its index, with what is shared as it is and as it
-    began."""
+    """Nats/token that each layer of a group loses, by its index: with the shared weights as fitted, and as
+    they began."""
 
     nats: dict[int, float]
     nats_before: dict[int, float]
 
 
 class GroupFitter:
-    """Fits groups of layers of one model, a group at a time; what is done is in the journal."""
+    """Fits groups of layers of one model, one group at a time. What is done is in the journal."""
 
     def __init__(self, stage: Share, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> None:
         self.stage, self.model, self.context, self.linears = stage, model, context, linears
@@ -60,7 +60,7 @@ class GroupFitter:
         self.layout = FactoredLayout("shared", stage.residual_rank)
 
     def fit(self, groups: Sequence[Sequence[int]]) -> None:
-        """Journal what every layer becomes, also those that share with no other."""
+        """Fit all groups, and journal what every layer becomes, also those that share with no other."""
         journal, model = self.context.journal, self.model
         if not all(journal.has(FIT, number) for number in range(len(groups))):
             find_fisher(model, self.context)
@@ -89,12 +89,13 @@ class GroupFitter:
                     save_file(states, self.context.scratch / f"entering-{layer.index}.safetensors")
 
     def _inputs(self, index: int) -> list[Tensor]:
-        """The states that `_keep_inputs` wrote, batch by batch."""
+        """Read the states that `_keep_inputs` wrote, batch by batch."""
         states = load_file(self.context.scratch / f"entering-{index}.safetensors")
         return [states[str(i)] for i in range(len(states))]
 
     def _fitted(self, group: Sequence[int]) -> tuple[dict[str, Tensor], FittedGroup]:
-        """What a group shares, by linear, and what each layer has of its own, as `3:name`."""
+        """Fit one group. Returns what it shares, by linear, and what each layer has of its own, as
+        `3:name`."""
         entering = {index: self._inputs(index) for index in group}
         with together(self.model, self.sequences, entering) as layers:
             members = [_Member(layer, self.linears, fisher(self.context, layer.index)) for layer in layers]
@@ -115,8 +116,8 @@ class GroupFitter:
         return tensors, FittedGroup(nats=after, nats_before=before)
 
     def _start(self, members: Sequence[_Member], source: _Member) -> dict[str, Tensor]:
-        """The weights of one layer for all, the other layers' differences from it as far as their rank
-        allows."""
+        """Return the start: the weights of one layer for all, and the other layers' differences from it as
+        far as their rank allows."""
         rank = self.stage.residual_rank
         tensors = {linear: W_RC.clone() for linear, W_RC in source.weights.items()}
         for member in members:
@@ -128,8 +129,8 @@ class GroupFitter:
         return tensors
 
     def _stored(self, index: int, first: int, fitted: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """What a layer is written as, by full names; `first` is the layer of its group that stores, in whose
-        dtypes all is."""
+        """The tensors of a layer as they are written, by full name. `first` is the layer of its group that
+        stores the weights, in its dtypes."""
         model, name = self.model, self.model.layer_name(index)
         mine = f"{index}:"
         own = {key.removeprefix(mine): tensor for key, tensor in fitted.items() if key.startswith(mine)}
@@ -144,8 +145,7 @@ class GroupFitter:
 
 
 class _Member:
-    """A layer of a group: its layer in memory, what it is to put out, and how much each error of that is
-    felt."""
+    """A layer of a group: the layer in memory, its target outputs, and the metric of their errors."""
 
     def __init__(self, layer: DecoderLayer, linears: Sequence[str], F_DD: Tensor) -> None:
         self.layer, self.index = layer, layer.index
@@ -157,11 +157,11 @@ class _Member:
 
     @functools.cached_property
     def moments(self) -> dict[str, Moments]:
-        """Of what its linears read."""
+        """The second moments of its linears' inputs."""
         return self.layer.moments()
 
     def loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
-        """Nats a token of one batch, to second order, with the shared weights and its own of `tensors`."""
+        """Nats/token lost on one batch, to second order, with the shared weights and its own of `tensors`."""
         parameters = {name: tensors[f"{self.index}:{name}"] for name in self.own}
         for linear in self.weights:
             W_RC = tensors[linear]
@@ -175,7 +175,7 @@ class _Member:
 
     @torch.no_grad()
     def loss_of_all(self, tensors: Mapping[str, Tensor]) -> float:
-        """The same of all batches, in the mean."""
+        """The mean loss over all batches."""
         sizes = [len(hidden) for hidden in self.layer.inputs]
         lost = [float(self.loss(tensors, batch)) * size for batch, size in enumerate(sizes)]
         return sum(lost) / sum(sizes)

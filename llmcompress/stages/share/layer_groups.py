@@ -1,10 +1,9 @@
-"""Which layers are to share a part: those whose swapping for one another changes the model's predictions
-least.
+"""Find which layers are to share a part: those whose swapping changes the model's predictions least.
 
 Quick scores (cosine of weights, CKA of outputs) only choose what is tried. Then one layer after another is
-given up for another one's weights, each time the one whose loss, measured on the model with all swaps so far,
-is the least. Those that were given up for the same layer are a group. `cka`, `cosine` and `adjacent` decide
-without measuring, and are there to be compared with.
+given up for another layer's weights, each time the one with the least loss, measured on the model with all
+swaps so far. Layers that were given up for the same layer are a group. `cka`, `cosine` and `adjacent` decide
+without measuring; they are there for comparison.
 """
 
 from __future__ import annotations
@@ -23,13 +22,13 @@ from llmcompress.modeling.sequential import SAMPLE, Edit, divergences, variants,
 from llmcompress.stages.base import Context
 
 Likeness = Literal["kl", "cka", "cosine", "adjacent"]
-NEAR = 4  # layers, the likest by each score, that a layer is tried to be given up for
-TOKENS = 2048  # that outputs are compared on
+NEAR = 4  # most similar layers, by each score, that are tried in place of a layer
+TOKENS = 2048  # tokens on which outputs are compared
 AT_ONCE = 24  # swaps in one pass: each has a stream of hidden states of its own
 
 
 class FoundGroups(JournalFacts):
-    """The layers in groups, and where swaps were measured, KL in nats/token after each."""
+    """The groups of layers and, if swaps were measured, KL in nats/token after each."""
 
     groups: tuple[tuple[int, ...], ...]
     kl_nats: tuple[float, ...] | None = None
@@ -38,8 +37,8 @@ class FoundGroups(JournalFacts):
 def find(
     model: LayerwiseModel, context: Context, linears: Sequence[str], count: int, by: Likeness
 ) -> FoundGroups:
-    """The layers in `count` groups that are to share `linears`, the first of each the one whose weights it
-    starts from."""
+    """Find `count` groups of layers that are to share `linears`. A group starts from the weights of its first
+    layer."""
     layers = len(model.layers)
     if by == "adjacent" or count == layers:
         return _found(adjacent(layers, count))
@@ -80,8 +79,8 @@ def _found(groups: Sequence[Sequence[int]], kl_nats: Sequence[float] | None = No
 def _swaps(
     likeness: Mapping[str, Tensor], layers: int, given_up: Mapping[int, int]
 ) -> dict[tuple[int, int], dict[int, int]]:
-    """What may be given up next, as a layer and the one in its place: all swaps with it, what had that layer
-    going along."""
+    """What may be given up next, as a layer and its replacement: all swaps with it. Layers that had that
+    layer's weights get the replacement's."""
     left = [index for index in range(layers) if index not in given_up]
     found = {}
     for index in left:
@@ -111,7 +110,7 @@ def _with_weights_of(model: LayerwiseModel, linears: Sequence[str], source: int)
 
 @torch.no_grad()
 def _likeness(model: LayerwiseModel, context: Context, linears: Sequence[str]) -> dict[str, Tensor]:
-    """Between any two layers: the cosine of their weights, and the CKA of what the part puts out."""
+    """The similarity of any two layers: the cosine of their weights, and the CKA of the part's outputs."""
     sequences = context.data.calibration
     weights: list[Tensor] = []
     outputs: list[Tensor] = []

@@ -1,8 +1,9 @@
 """Let layers that do the same work share the weights of their feed-forward part, their attention, or both.
 
-`layer_groups` finds the groups, `group_fitting` fits what each shares. Norms and biases, which cost next to
-nothing, stay each layer's own; so does the difference of low rank that each may have (residual_rank). What is
-shared is one tensor on disk and in memory. It is multiplied once for each layer, so there is no speed in it.
+`layer_groups` finds the groups, and `group_fitting` fits what each shares. Norms and biases, which cost next
+to nothing, stay each layer's own, and so does the low-rank difference that each may have (residual_rank). A
+shared weight is one tensor on disk and in memory. It is multiplied once for each layer, so sharing saves no
+time.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ from llmcompress.stages.share import estimate, layer_groups
 from llmcompress.stages.share.group_fitting import STAGE, GroupFitter, SharedLayer
 from llmcompress.stages.share.layer_groups import FoundGroups
 
-GROUPS = "groups"  # in the journal
-AXES = {"attention": "kv", "ffn": "ffn"}  # what the linears of a part run along
+GROUPS = "groups"  # entry of the journal
+AXES = {"attention": "kv", "ffn": "ffn"}  # axis of the linears of a part
 SPOKEN = {"attention": "attention", "ffn": "feed-forward"}
 Part = Literal["attention", "ffn"]
 Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=2, strict=False)]
@@ -79,8 +80,8 @@ class Share(Stage):
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a layer that are shared, in order of computation. Errors: ModelError where a part
-        has none."""
+        """The linears of a layer that are shared, in order of computation. Errors: ModelError if a part has
+        none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
             of = [
@@ -97,10 +98,10 @@ class Share(Stage):
         return [name for name in anatomy.linears if name in found]
 
     def groups_of(self, model: LayerwiseModel, journal: Journal | None = None) -> list[list[int]]:
-        """The layers that share, the first of each group the one that stores; without a journal of what was
-        found, a guess.
+        """The groups of layers that share; the first layer of each stores the weights. Without a journal of
+        what was found, they are a guess.
 
-        Raises ModelError where there are no such layers, or layers of a group differ in width.
+        Raises ModelError if there are no such layers, or if layers of a group differ in width.
         """
         layers = len(model.layers)
         if self.pairs is not None:
@@ -131,7 +132,7 @@ class Share(Stage):
     def choose(
         self, model: LayerwiseModel, journal: Journal | None = None
     ) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
-        """How each linear that is shared is written, by full name, and those to keep with the reason."""
+        """Return the layout of each shared linear, by full name, and those to keep with the reason."""
         linears, layout = self.linears(model), FactoredLayout("shared", self.residual_rank)
         chosen = {
             f"{model.layer_name(index)}.{linear}": layout
@@ -161,7 +162,7 @@ class Share(Stage):
 
     @property
     def needs_plugin(self) -> bool:
-        """Linears that are one tensor are in a layout of ours."""
+        """True: shared linears are in a layout of the plug-in."""
         return True
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -170,11 +171,11 @@ class Share(Stage):
         return StageResult(chosen, kept, self.ties(model, journal))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of finding the groups and of fitting what each shares."""
+        """Estimate the cost of finding the groups and of fitting what each shares."""
         return estimate.of(self, model, left, work)
 
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
-        """Which stored tensors are others, by name."""
+        """The stored tensors that are other tensors, by name."""
         return {
             f"{model.layer_name(index)}.{linear}.weight": f"{model.layer_name(group[0])}.{linear}.weight"
             for group in self.groups_of(model, journal)
@@ -183,7 +184,7 @@ class Share(Stage):
         }
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Find the groups, fit what each shares, and leave in the journal what becomes of every layer."""
+        """Find the groups, fit what each shares, and journal what becomes of every layer."""
         journal, linears = context.journal, self.linears(model)
         if not journal.has(GROUPS, 0):
             journal.save(GROUPS, 0, {}, self._found(model, context, linears))
@@ -208,7 +209,7 @@ class Share(Stage):
         return facts
 
     def _found(self, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> FoundGroups:
-        """The groups as the recipe gives them, or as they are found."""
+        """The groups that the recipe gives, or that a search finds."""
         if self.layers is None or self.groups is None:
             return FoundGroups(groups=tuple(tuple(group) for group in self.groups_of(model)))
         self.choose(model)  # refuses layers that can't share before they are compared

@@ -1,12 +1,12 @@
-"""Set single weights to zero: a share of them, or two of every four in a row, and store the rest without the
+"""Set single weights to zero, a share of them or two of every four in a row, and store the rest without the
 zeros' bytes.
 
-Each layer is done with the inputs that the layers before it give, and within it the linears that read one
-input after another, as in `quantize`. `magnitude` takes the smallest weights away and is the classical
-baseline, nothing more: no inputs are looked at. `wanda` asks how large the inputs are that a weight meets;
-what stays is as it was. `sparsegpt` also has what stays make up for what went, against the full model's
-outputs. The last two put the mean output right through the bias, where there is one. A layer that the journal
-holds is not done again.
+Each layer gets the inputs that the layers before it give. Within it, the linears that read one input come
+before those that read the next, as in `quantize`. `magnitude` removes the smallest weights without looking at
+the inputs; it is the classical baseline, nothing more. `wanda` also takes into account how large the inputs
+of a weight are; the weights that stay are unchanged. `sparsegpt` also adjusts the weights that stay to make
+up for those removed, against the full model's outputs. The last two correct the mean output through the bias,
+if there is one. A layer that the journal holds is not done again.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
 STAGE = "sparsify"
-BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML takes 2:4 and 4:8 for, where they are not quoted
+BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML reads 2:4 and 4:8 as if they are not quoted
 
 
 class Sparsify(Stage):
@@ -69,9 +69,10 @@ class Sparsify(Stage):
         return self
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, SparseLayout], dict[str, str]]:
-        """How each linear that loses weights is written, by full name, and those to keep with the reason.
+        """Return the layout of each linear that loses weights, by full name, and those to keep with the
+        reason.
 
-        Raises ModelError where none is left.
+        Raises ModelError if none is left.
         """
 
         def layout(name: str) -> SparseLayout:
@@ -91,7 +92,7 @@ class Sparsify(Stage):
 
     @property
     def needs_plugin(self) -> bool:
-        """Masks and values are in a layout of ours."""
+        """True: masks and values are in a layout of the plug-in."""
         return True
 
     def require_place(self, before: Sequence[Stage], after: Sequence[Stage]) -> None:
@@ -113,7 +114,7 @@ class Sparsify(Stage):
         return StageResult(*self.choose(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of moments and of the solver."""
+        """Estimate the cost of moments and of the solver."""
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         parameters, inner, layers = model.parameters(), model.inner_parameters(), len(model.layers)
@@ -122,7 +123,7 @@ class Sparsify(Stage):
             for name, shape in shapes.items()
         )
         calibrated = self.score != "magnitude"
-        # passes, partly in two streams: moments, and on
+        # passes, partly in two streams: for the moments, and to advance the states
         operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)
         operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
         if self.score == "sparsegpt":
@@ -140,7 +141,7 @@ class Sparsify(Stage):
         )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Do every layer that the journal does not hold yet; leave its tensors and facts there."""
+        """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         chosen, kept = self.choose(model)
         rewriting = Rewriting(
             STAGE, f"sparsify ({self.pattern}, {self.score})", self._solve, self.score != "magnitude"
@@ -150,7 +151,7 @@ class Sparsify(Stage):
         return facts
 
     def _solve(self, name: str, W_RC: Tensor, moments: Moments, layout: SparseLayout) -> SparseWeight:
-        """What stays of a linear."""
+        """Return the weights of a linear that stay."""
         keep = layout.choice(W_RC.shape[1])
         if self.score == "sparsegpt":
             W_RC = sparsegpt(retarget(W_RC, moments), moments.H_CC, keep)
@@ -162,8 +163,8 @@ class Sparsify(Stage):
 
 
 def stays(W_RC: Tensor, layout: SparseLayout) -> Tensor:
-    """The mask of a weight that has its zeros already; where it has more, as the base may, the first of them
-    stay too."""
+    """The mask of a weight that has its zeros already. If it has more than the layout, as the base may, the
+    first zeros count as staying."""
     if layout.allows(mask_RC := W_RC != 0):
         return mask_RC
     keep = layout.choice(W_RC.shape[1])

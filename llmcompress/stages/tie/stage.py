@@ -1,9 +1,10 @@
-"""Tie the embedding and the output head of a model that has two: one matrix, fitted to do the work of both.
+"""Tie the embedding and the output head of a model with an untied lm_head: one matrix, fitted to do the work
+of both.
 
-The fit (`methods.tying`) weighs errors of the embedding by what the model feels of them and those of the head
-by what it reads; how the two are balanced is measured, by the predictions on calibration text. A gain on the
-channels that the head reads goes into the final norm. The result is an ordinary tied model,
-`tie_word_embeddings: true`, which needs no plug-in.
+The fit (`algorithms.tied_embeddings`) weights errors of the embedding by their effect on the predictions, and
+errors of the head by the head's inputs. The balance of the two is decided by the predictions on calibration
+text. A gain on the channels that the head reads goes into the final norm. The result is an ordinary tied
+model, `tie_word_embeddings: true`, which needs no plug-in.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ START = 0.25
 
 
 class TiedFacts(JournalFacts):
-    """KL in nats/token of the tied model on the text that decides, and the balance that was chosen by it."""
+    """KL in nats/token of the tied model on the text that decides, and the balance chosen by it."""
 
     kl_nats: float
     balance: float | None = None
@@ -62,7 +63,7 @@ class Tie(Stage):
 
     @property
     def leaves(self) -> str:
-        """What becomes one."""
+        """What the two matrices become."""
         return "one matrix for embedding and head"
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
@@ -73,7 +74,7 @@ class Tie(Stage):
         )
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
-        """The cost of statistics and of the search for the balance."""
+        """Estimate the cost of statistics and of the search for the balance."""
         inner, D = model.inner_parameters(), model.config.hidden_size
         outer = model.config.vocab_size * D
         floats = 4 * outer + inner // len(model.layers) + 2 * work.tokens * D
@@ -86,7 +87,7 @@ class Tie(Stage):
         )
 
     def require_two_matrices(self, model: LayerwiseModel) -> None:
-        """Refuse a model whose two matrices can't be one. Errors: ModelError."""
+        """Refuse a model whose embedding and head can't be one matrix. Errors: ModelError."""
         anatomy, rows = model.anatomy, model.anatomy.outer
         head, embedding = f"{anatomy.head}.weight", f"{anatomy.embedding}.weight"
         if model.config.tie_word_embeddings:
@@ -98,7 +99,8 @@ class Tie(Stage):
             )
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
-        """Leave the matrix in the journal, and with it what makes the channels that the head reads."""
+        """Write the matrix to the journal, and with it the weights that make the channels that the head
+        reads."""
         self.require_two_matrices(model)
         journal = context.journal
         if not journal.has(OUTER, 0):
@@ -112,7 +114,7 @@ class Tie(Stage):
 
     @torch.no_grad()
     def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], TiedFacts]:
-        """The tensors that change, in the type of the base, and what is known of their loss."""
+        """Return the tensors that change, in the dtype of the base, and their loss."""
         anatomy = model.anatomy
         E = model.model.get_parameter(f"{anatomy.embedding}.weight").data
         O = model.model.get_parameter(f"{anatomy.head}.weight").data  # noqa: E741
@@ -147,8 +149,8 @@ class Tie(Stage):
 
 
 class _Trial:
-    """What the model's predictions lose with other weights outside its layers, on some sequences of the
-    calibration text."""
+    """Measures what the model's predictions lose with other weights outside its layers, on some sequences of
+    the calibration text."""
 
     def __init__(self, model: LayerwiseModel, context: Context) -> None:
         sequences = context.data.calibration
@@ -161,8 +163,8 @@ class _Trial:
         return [hidden[:, self.unscored :] for hidden in last.inputs]
 
     def kl_nats(self, made: Mapping[str, Tensor]) -> float:
-        """KL a token with these in place, the matrix for embedding and head; infinite where it is no
-        number."""
+        """KL in nats/token with these weights in place, the matrix for embedding and head; infinite if it is
+        NaN."""
         with _placed(self.model, made):
             states = self._states()
         lost = 0.0
@@ -176,8 +178,8 @@ class _Trial:
 
 @contextmanager
 def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]:
-    """For a while, these in place of the model's own outside its layers, the embedding's matrix for the head
-    too."""
+    """Put these weights in place of the model's own outside its layers within the context. The embedding's
+    matrix is the head's too."""
     anatomy = model.anatomy
     stored = model.as_stored(made)  # as it will be read back
     both = stored | {f"{anatomy.head}.weight": stored[f"{anatomy.embedding}.weight"]}
@@ -193,7 +195,8 @@ def _placed(model: LayerwiseModel, made: Mapping[str, Tensor]) -> Iterator[None]
 
 
 def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
-    """What makes the channels that the head reads, each multiplied by a gain; nothing where nothing does."""
+    """The weights that make the channels that the head reads, multiplied by a gain for each channel; empty if
+    there are none."""
     anatomy, sizes = model.anatomy, model.sizes
     read = Spelling.parse(anatomy.outer[f"{anatomy.head}.weight"]).dims[-1]
     if read == "hidden":
@@ -211,8 +214,8 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """How often each token is seen or said (twice), what the model feels of its embedding, and what its head
-    reads."""
+    """Return how often each token is seen or predicted (twice), the Fisher matrix of the embedding's output,
+    and the second moments of the head's inputs."""
     anatomy, sequences = model.anatomy, context.data.calibration
     V, D = model.model.get_parameter(f"{anatomy.head}.weight").shape
     seen_V = torch.bincount(sequences.flatten(), minlength=V).to(model.device, torch.float32)
@@ -231,11 +234,11 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
             model, sample, context.scratch, context.seed, first=True, unscored=unscored
         )
     F_DD = F_DD.to(model.device)
-    for name, row in anatomy.outer.items():  # an embedding of another width, which a linear widens
+    for name, row in anatomy.outer.items():  # an embedding of another width that a linear widens
         if row == "hidden embed":
             P_DE = model.model.get_parameter(name).data
             F_DD = P_DE.T @ F_DD @ P_DE
-    # one weight of a row for both: with two, rare tokens lose the one row or the other, and the model with
-    # them. And no row is without any: what the calibration text lacks comes in other texts
+    # Both matrices weight a row alike: with two weights, rare tokens lose one row or the other, and the model
+    # loses with them. No row has weight zero: tokens that the calibration text lacks come in other texts.
     rows_V = seen_V + said_V + sequences.numel() / V
     return rows_V, rows_V, F_DD, moments.H_CC
