@@ -58,7 +58,7 @@ def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp:
     group = keep[1] if isinstance(keep, tuple) else block  # columns whose weights are ranked together
     width = max(block // group, 1) * group
     U, W = inverse_factor(H_CC, damp), W_RC.T.clone(memory_format=torch.contiguous_format)
-    worth_C = alive(H_CC) / U.diagonal().square()  # saliency of a weight of 1
+    saliency_C = alive(H_CC) / U.diagonal().square()  # saliency of a weight of 1
     for start in range(0, C, width):
         stop = min(start + width, C)
         near, E = W[start:stop], torch.empty_like(W[start:stop])
@@ -66,7 +66,7 @@ def sparsegpt(W_RC: Tensor, H_CC: Tensor, keep: Keep, *, block: int = 128, damp:
             column, place = start + c, c % group
             if place == 0:
                 end = min(column + group, C)
-                cut = ~_chosen(W[column:end].T.square() * worth_C[column:end], keep, column).T
+                cut = ~_chosen(W[column:end].T.square() * saliency_C[column:end], keep, column).T
             E[c] = torch.where(cut[place], near[c] / U[column, column], 0)
             near[c].masked_fill_(cut[place], 0)
             near[c + 1 :].addr_(U[column, column + 1 : stop], E[c], alpha=-1)

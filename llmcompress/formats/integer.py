@@ -60,7 +60,7 @@ class IntegerLayout:
             )
         if self.weight_bits == 8 and self.group_size is not None:
             raise ValueError(
-                f"{self.format} has one scale a row and no group, got group_size {self.group_size}"
+                f"{self.format} has one scale per row and no group, got group_size {self.group_size}"
             )
         if self.weight_bits == 4 and (type(self.group_size) is not int or not 1 <= self.group_size <= WIDEST):
             raise ValueError(f"{self.format} needs a group of 1 to {WIDEST} columns, got {self.group_size!r}")

@@ -189,7 +189,7 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
 
 def layout_of(how: LinearScheme) -> AnyLayout:
     """What config.json says of a linear in a model that needs the plug-in."""
-    assert not isinstance(how, Int8Scheme), "`together` leaves none beside others"
+    assert not isinstance(how, Int8Scheme), "LLM.int8 is never mixed with other formats"
     return how.layout if isinstance(how, FourBitScheme | IntegerScheme) else how
 
 

@@ -46,8 +46,6 @@ from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import Fidelity, Speed, fidelity, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
-SOURCES = ("*.py", "*.c", "*.h")  # of this package
-
 logger = logging.getLogger(__name__)
 
 

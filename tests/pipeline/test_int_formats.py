@@ -425,8 +425,8 @@ def test_a_base_in_half_precision_keeps_its_dtype(
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ("format: int8, group_size: 64", "group_size is for 4-bit formats; int8 has one scale a row"),
-        ("format: w8a8, group_size: 64", "group_size is for 4-bit formats; w8a8 has one scale a row"),
+        ("format: int8, group_size: 64", "group_size is for 4-bit formats; int8 has one scale per row"),
+        ("format: w8a8, group_size: 64", "group_size is for 4-bit formats; w8a8 has one scale per row"),
         ("format: nf4, threshold: 6.0", "threshold is for int8, not nf4"),
         ("format: w8a8, threshold: 6.0", "threshold is for int8, not w8a8"),
         ("format: int8, threshold: -1.0", "threshold: .*greater than or equal to 0, not -1.0"),

@@ -224,7 +224,7 @@ def test_an_override_that_can_not_be_is_refused_before_anything_is_read(
     [
         (
             "overrides: {ffn: {format: int8, group_size: 64}}",
-            "overrides.ffn: group_size is for 4-bit formats; int8 has one scale a row",
+            "overrides.ffn: group_size is for 4-bit formats; int8 has one scale per row",
         ),
         (
             "format: int8, overrides: {ffn: {group_size: 64}}",

@@ -106,7 +106,7 @@ def test_a_student_that_is_its_teacher_stays_as_it_is(text: Path, tmp_path: Path
     save_base(tmp_path / "base")
     report = run_recipe(staged_recipe(text, tmp_path / "base", {"distill": TRAINED}), tmp_path / "out")
     found = facts(report)
-    assert found["kl_before"] == found["kl_after"] == 0 and "stays as it came" in found["notes"][0]
+    assert found["kl_before"] == found["kl_after"] == 0 and "kept as it came" in found["notes"][0]
     base, out = weights(tmp_path / "base"), weights(tmp_path / "out")
     assert base.keys() == out.keys() and all(torch.equal(out[name], base[name]) for name in base)
 

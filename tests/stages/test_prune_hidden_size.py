@@ -179,8 +179,8 @@ def test_experts_that_are_never_asked_are_cut_for_free(text: Path, tmp_path: Pat
     source = InMemoryModel(model.config, model.state_dict(), CPU)
     sequences = torch.randint(1, 256, (4, 32), generator=torch.Generator().manual_seed(0))
     for layer in walk(source, sequences):
-        worth_E = experts.worth(layer)
-        assert worth_E[[1, 4]].tolist() == [0, 0] and bool((worth_E[[0, 2, 3, 5]] > 0).all())
+        saliency_E = experts.saliency(layer)
+        assert saliency_E[[1, 4]].tolist() == [0, 0] and bool((saliency_E[[0, 2, 3, 5]] > 0).all())
         tensors, lost = experts.cut(layer, 4)
         assert lost == 0 and torch.equal(
             tensors["mlp.gate.weight"], layer.module.get_parameter("mlp.gate.weight")[[0, 2, 3, 5]]
@@ -214,7 +214,7 @@ def test_the_worth_of_an_expert_is_what_it_adds_to_the_tokens_sent_to_it() -> No
                         module.get_parameter("down_proj")[expert] @ (torch.nn.functional.silu(gate) * value)
                     ).norm()
                 )
-    torch.testing.assert_close(experts.worth(layer), expected.detach() / 48, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(experts.saliency(layer), expected.detach() / 48, rtol=1e-4, atol=1e-6)
     del iter_
 
 

@@ -183,7 +183,7 @@ def test_attention_beside_experts_is_shared_for_free_where_it_is_equal(text: Pat
     refused(
         recipe(text, tmp_path / "base", share(parts=["attention", "ffn"])),
         tmp_path / "none",
-        "the ffn of a qwen3_moe model is no linears that can be shared; share other parts",
+        "the ffn of a qwen3_moe model has no linears that can be shared; share other parts",
     )
 
 
@@ -674,7 +674,7 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     report = run_recipe(told, tmp_path / "out")
     assert rows[1].parameters == report.compressed.parameters
     assert 0 <= known(report.compressed.size_bytes) - rows[1].size_bytes < 8000  # the header
-    assert any("what stands here is for neighbours" in note for note in notes) == (
+    assert any("these numbers are for neighbours" in note for note in notes) == (
         settings.get("layers") == "kl"
     )
     assert (rows[1].flops_per_token > rows[0].flops_per_token) == ("residual_rank" in settings), (

@@ -166,9 +166,7 @@ class Training:
                 "learning_rate"
             )
         if not best < before:
-            self.notes.append(
-                "training made nothing better on held-out text, so the student stays as it came"
-            )
+            self.notes.append("training improved nothing on held-out text, so the student is kept as it came")
         tokens, read = len(self.context.data.training), self.length - self.context.data.unscored
         if (rounds := self.stage.steps * self.stage.batch * read / tokens) > 1:
             self.notes.append(f"the text was read {rounds:.1f} times: {tokens} tokens are left to train on")

@@ -220,7 +220,7 @@ class LowRank(Stage):
         weights: dict[str, list[Tensor]] = {}
         moments: dict[str, list[Tensor]] = {}
         for layer in context.track(
-            walk(model, context.data.calibration), "tie (find bases)", len(model.layers)
+            walk(model, context.data.calibration), "low_rank (find bases)", len(model.layers)
         ):
             layouts, read = layer.own(chosen), layer.moments()
             for linear in layouts:

@@ -44,7 +44,7 @@ def _dropping(stage: Prune, model: MetaModel, inner: int) -> tuple[str, float, i
         return f"layer, {layers - len(gone)} of {layers}", operations, layers * SAMPLE * D, ()
     every, without = sublayer_dropping.candidates(model), sublayer_dropping.guess(model, stage)
     operations = 2.0 * inner * SAMPLE * len(every) * len(without) / 2
-    note = "the run finds the sublayers that lose least; what stands here is without the last ones"
+    note = "the run finds the sublayers that lose least; these numbers are without the last ones"
     return (
         f"sublayer, {len(every) - len(without)} of {len(every)}",
         operations,
@@ -63,13 +63,11 @@ def _cutting(
     C = max(maps[name][1] if name in maps else model.config.hidden_size for name in consumers)
     solved = len(model.layers) * (4.0 * C**2 * work.tokens + 8.0 * C**3)  # moments and removal
     operations = 4 * 2.0 * inner * work.tokens + solved
-    if stage.sensitive or stage.worth in ("obs", "taylor"):
+    if stage.sensitive or stage.ranking in ("obs", "taylor"):
         operations += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
     spoken = "; ".join(f"{axis}, {cut.widths[axis][0]} of {sizes[axis][0]}" for axis in stage.axes)
     if not stage.sensitive:
         return spoken, operations, C, ()
     operations += 2 * 2.0 * inner * work.tokens + solved
-    note = (
-        "the run finds a width for each layer, where it loses least; what stands here is for layers all alike"
-    )
+    note = "the run finds a width for each layer, where it loses least; these numbers are for equal widths"
     return f"{spoken} in the mean", operations, C, (note,)

@@ -24,7 +24,7 @@ def require_enough(model: LayerwiseModel, count: int) -> None:
 
 
 @torch.no_grad()
-def worth(layer: DecoderLayer) -> Tensor:
+def saliency(layer: DecoderLayer) -> Tensor:
     """The saliency of each expert [experts]: the mean, over all tokens, of its weight for a token times the
     norm of its output.
 
@@ -33,7 +33,11 @@ def worth(layer: DecoderLayer) -> Tensor:
     """
     place = layer.anatomy.experts[0].rpartition(".")[0]
     experts = layer.module.get_submodule(place)
-    worth_E, tokens, seen = torch.zeros(layer.sizes[AXIS], device=layer.device), 0, list[tuple[Tensor, ...]]()
+    saliency_E, tokens, seen = (
+        torch.zeros(layer.sizes[AXIS], device=layer.device),
+        0,
+        list[tuple[Tensor, ...]](),
+    )
     hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
     for hidden in layer.inputs:
         seen.clear()
@@ -41,25 +45,25 @@ def worth(layer: DecoderLayer) -> Tensor:
         x_TD, expert_TK, weight_TK = seen[0]
         tokens += len(x_TD)
         for expert in expert_TK.unique().tolist():
-            if expert < len(worth_E):  # one index more stands for no expert
+            if expert < len(saliency_E):  # one index more stands for no expert
                 token, rank = torch.nonzero(expert_TK == expert, as_tuple=True)
                 alone = torch.full((len(token), 1), expert, device=expert_TK.device)
                 hook.remove()
                 answer = experts(x_TD[token], alone, torch.ones_like(alone, dtype=x_TD.dtype))
                 hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-                worth_E[expert] += (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
+                saliency_E[expert] += (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
     hook.remove()
-    return worth_E / max(tokens, 1)
+    return saliency_E / max(tokens, 1)
 
 
 def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
     """Return the parameters that change if `count` experts stay, by name in the layer, and the share of the
     saliency that goes."""
-    worth_E = worth(layer)
-    kept = worth_E.argsort(descending=True, stable=True)[:count].sort().values
+    saliency_E = saliency(layer)
+    kept = saliency_E.argsort(descending=True, stable=True)[:count].sort().values
     tensors = {
         name: take(layer.module.get_parameter(name).data, row, layer.sizes, AXIS, kept)
         for name, row in layer.anatomy.layer.items()
         if AXIS in Spelling.parse(row).axes
     }
-    return tensors, 1 - float(worth_E[kept].sum() / worth_E.sum().clamp_min(1e-30))
+    return tensors, 1 - float(saliency_E[kept].sum() / saliency_E.sum().clamp_min(1e-30))

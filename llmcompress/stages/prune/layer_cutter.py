@@ -51,9 +51,9 @@ class LayerCutter:
         """Compute what the score needs of the whole model, as it is now, and write it to the journal."""
         journal, model, context = self.context.journal, self.model, self.context
         layers = len(model.layers)
-        if self.stage.worth == "obs":
+        if self.stage.ranking == "obs":
             find_fisher(model, context)
-        if self.stage.worth != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
+        if self.stage.ranking != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
             return
         sequences = context.data.calibration
         sequences = sequences[: -(-TOKENS // sequences.shape[1])]
@@ -67,11 +67,11 @@ class LayerCutter:
             unscored=context.data.unscored,
         )
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
-            worth = {
+            saliency = {
                 axis: structured.taylor(model, index, axis, by_name[name]).cpu()
                 for axis, name in consumers.items()
             }
-            journal.save(TAYLOR, index, worth)
+            journal.save(TAYLOR, index, saliency)
 
     def cut(self, outline: MetaModel, widths: Widths) -> None:
         """Cut every layer that the journal does not hold yet to its widths in `outline`."""
@@ -79,7 +79,7 @@ class LayerCutter:
         if all(journal.has(STAGE, index) for index in range(layers)):
             return
         visited = walk(self.model, self.context.data.calibration, reference=True)
-        for layer in self.context.track(visited, f"prune ({', '.join(stage.axes)}, {stage.worth})", layers):
+        for layer in self.context.track(visited, f"prune ({', '.join(stage.axes)}, {stage.ranking})", layers):
             if not journal.has(STAGE, layer.index):
                 counts = {axis: counts[layer.index] for axis, counts in widths.items()}
                 journal.save(STAGE, layer.index, *self._cut_layer(layer, counts))
@@ -108,6 +108,7 @@ class LayerCutter:
 
     def _score(self, index: int, axis: str) -> structured.Score:
         """The score, with what was computed for a layer."""
-        worth, journal = self.stage.worth, self.context.journal
-        M_DD = metric(self.model, self.context, index) if worth == "obs" else None
-        return structured.Score(worth, M_DD, journal.load(TAYLOR, index)[axis] if worth == "taylor" else None)
+        ranking, journal = self.stage.ranking, self.context.journal
+        M_DD = metric(self.model, self.context, index) if ranking == "obs" else None
+        taylor = journal.load(TAYLOR, index)[axis] if ranking == "taylor" else None
+        return structured.Score(ranking, M_DD, taylor)

@@ -134,7 +134,7 @@ class Prune(Budget, Stage):
         return self.axes == ("sublayer",)
 
     @property
-    def worth(self) -> str:
+    def ranking(self) -> str:
         """The score, or its default if none was given."""
         return self.score or SCORES[self.axes[0]][0]
 
@@ -155,9 +155,9 @@ class Prune(Budget, Stage):
                     f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or '
                     "layer"
                 )
-            if axis == "hidden" and (why := hidden_size.why_not(model, self.worth)):
+            if axis == "hidden" and (why := hidden_size.why_not(model, self.ranking)):
                 raise ModelError(
-                    f"hidden can't be cut by {self.worth}: {why}; use score: activation, or another axis"
+                    f"hidden can't be cut by {self.ranking}: {why}; use score: activation, or another axis"
                 )
         found = {axis: model.widths_of(axis) for axis in self.axes}
         if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
@@ -254,8 +254,8 @@ class Prune(Budget, Stage):
         cutter.find_scores()
         outline = MetaModel(changed(model.config, self.changes(model, cut)), model.device, model.dtype)
         if self.axis == "hidden":
-            hidden_size.find_directions(model, context, self.worth)
-            hidden_size.cut(model, context, outline, self.worth, self.repair)
+            hidden_size.find_directions(model, context, self.ranking)
+            hidden_size.cut(model, context, outline, self.ranking, self.repair)
         else:
             cutter.cut(outline, cut.widths)
         for index in range(len(model.layers)):
@@ -265,13 +265,13 @@ class Prune(Budget, Stage):
     def _shorten(self, model: LayerwiseModel, context: Context) -> Facts:
         journal, total = context.journal, len(model.layers)
         if not journal.has(STAGE, 0):
-            journal.save(STAGE, 0, {}, layer_dropping.find(model, context, self.layers(model), self.worth))
+            journal.save(STAGE, 0, {}, layer_dropping.find(model, context, self.layers(model), self.ranking))
         found = journal.facts(STAGE, 0, DroppedLayers)
         count = total - len(found.gone)
         details = {
             **self._asked(),
             "axis": "layer",
-            "score": self.worth,
+            "score": self.ranking,
             "units": total,
             "kept_units": count,
             **found.model_dump(mode="json", exclude_none=True),
@@ -283,7 +283,7 @@ class Prune(Budget, Stage):
 
     def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
         """The settings of the stage and what it left, for the report."""
-        details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.worth}
+        details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.ranking}
         if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
             return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
         return details | {

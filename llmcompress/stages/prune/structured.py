@@ -58,7 +58,7 @@ class Score:
 
     name: str
     metric_RR: Tensor | None = None
-    worth_U: Tensor | None = None
+    saliency_U: Tensor | None = None
 
 
 def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
@@ -69,19 +69,21 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
         return torch.arange(units, device=layer.device)
     if score.name == "obs":
         return read.removal(aim_RC, score.metric_RR, count).kept(count)
-    if score.worth_U is not None:
-        worth_U = score.worth_U.to(layer.device)
+    if score.saliency_U is not None:
+        saliency_U = score.saliency_U.to(layer.device)
     elif score.name == "wanda":
-        worth_U = saliency.wanda(W_RC, norm_C, unit_C, units)
+        saliency_U = saliency.wanda(W_RC, norm_C, unit_C, units)
     elif score.name == "activation":
-        worth_U = saliency.activation(norm_C, unit_C, units)
+        saliency_U = saliency.activation(norm_C, unit_C, units)
     else:
-        worth_U = saliency.magnitude(W_RC, unit_C, units)
+        saliency_U = saliency.magnitude(W_RC, unit_C, units)
         for linear in layer.anatomy.linears:  # the linears that write the axis are part of the unit
             unit_R = units_along(layer.anatomy.output_of(linear), layer.sizes, axis)
             if bool((unit_R >= 0).any()):
-                worth_U = worth_U + saliency.magnitude(layer.weight(linear).T, unit_R.to(layer.device), units)
-    return worth_U.argsort(descending=True, stable=True)[:count].sort().values
+                saliency_U = saliency_U + saliency.magnitude(
+                    layer.weight(linear).T, unit_R.to(layer.device), units
+                )
+    return saliency_U.argsort(descending=True, stable=True)[:count].sort().values
 
 
 def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:

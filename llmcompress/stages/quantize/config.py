@@ -55,7 +55,7 @@ class FormatConfig(Settings):
         belongs = {
             "group_size": (
                 self.format not in ("int8", "w8a8", "w8a16"),
-                f"4-bit formats; {self.format} has one scale a row",
+                f"4-bit formats; {self.format} has one scale per row",
             ),
             "double_quant": (self.format in ("nf4", "fp4"), f"nf4 and fp4, not {self.format}"),
             "threshold": (self.format == "int8", f"int8, not {self.format}"),

@@ -231,8 +231,8 @@ class Quantize(FormatConfig, Stage):
                 return "head: keep"
             if model.config.tie_word_embeddings:
                 raise ModelError(
-                    "head: quantize needs a head of its own, this one is tied to the embedding; use head: "
-                    "keep and embedding: int8, which is both"
+                    "head: quantize needs an untied lm_head, and this one is tied to the embedding; use "
+                    "head: keep and embedding: int8, which is both"
                 )
         elif name not in ours:
             return "outside the layers"

@@ -25,7 +25,7 @@ def of(stage: Share, model: MetaModel, left: MetaModel, work: Workload) -> Estim
         operations += inner * SAMPLE * given_up * layers * min(layers - 1, 2 * layer_groups.NEAR)
     operations += 6.0 * inner / layers * TOKENS_AT_ONCE * stage.steps * sharing
     floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
-    note = "the run finds the layers that share with least loss; what stands here is for neighbours"
+    note = "the run finds the layers that share with least loss; these numbers are for neighbours"
     return Estimate(
         stage=f"share ({' and '.join(stage.parts)} of {sharing} layers, {len(groups)} stored)",
         parameters=left.parameters(),

@@ -91,7 +91,7 @@ class Share(Stage):
             ]
             if not of:
                 raise ModelError(
-                    f"the {part} of a {anatomy.family} model is no linears that can be shared; share other "
+                    f"the {part} of a {anatomy.family} model has no linears that can be shared; share other "
                     "parts"
                 )
             found += of
