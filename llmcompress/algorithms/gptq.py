@@ -12,36 +12,42 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcompress.algorithms.column_loops import PLAIN, ColumnLoops
 from llmcompress.algorithms.grids import Grid
-from llmcompress.algorithms.hessian import inverse_factor
+from llmcompress.algorithms.hessian import ordered_factor
 from llmcompress.algorithms.scales import spread
 
 
 def gptq(
-    W_RC: Tensor, H_CC: Tensor, S_RG: Tensor, grid: Grid, *, damp: float = 0.01, width: int = 64
+    W_RC: Tensor,
+    H_CC: Tensor,
+    S_RG: Tensor,
+    grid: Grid,
+    *,
+    damp: float = 0.01,
+    width: int = 64,
+    factor: tuple[Tensor, Tensor] | None = None,
+    loops: ColumnLoops = PLAIN,
 ) -> Tensor:
     """Return level indices [R, C] of W under fixed scales, each column's error pushed onto the columns not
     yet rounded.
 
     Columns are processed in order of falling second moment (activation order). The scale of a column is that
-    of its group and fixed beforehand, so any order is possible.
+    of its group and fixed beforehand, so any order is possible. `factor` is the `ordered_factor` of H, if it
+    is known already.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, Algorithm 1. Differs: activation order under static groups.
     """
     C = W_RC.shape[1]
-    order = torch.argsort(H_CC.diagonal(), descending=True, stable=True)
-    U = inverse_factor(H_CC[order][:, order], damp)
+    order, U = factor or ordered_factor(H_CC, damp)
     W = W_RC.T[order].contiguous()
     S = S_RG.T[order // (C // S_RG.shape[1])].contiguous()
     index = torch.empty(W.shape, dtype=torch.int64, device=W.device)
     for start in range(0, C, width):
         stop = min(start + width, C)
-        near, E = W[start:stop], torch.empty_like(W[start:stop])
-        for c in range(stop - start):
-            column = start + c
-            index[column] = grid.nearest(near[c] / S[column])
-            E[c] = (near[c] - grid.levels[index[column]] * S[column]) / U[column, column]
-            near[c + 1 :].addr_(U[column, column + 1 : stop], E[c], alpha=-1)
+        index[start:stop], E = loops.round_columns(
+            W[start:stop], U[start:stop, start:stop], S[start:stop], grid
+        )
         W[stop:].addmm_(U[start:stop, stop:].T, E, alpha=-1)
     out = torch.empty_like(index)
     out[order] = index
@@ -49,7 +55,14 @@ def gptq(
 
 
 def descend(
-    W_RC: Tensor, H_CC: Tensor, index_RC: Tensor, S_RG: Tensor, grid: Grid, *, width: int = 64
+    W_RC: Tensor,
+    H_CC: Tensor,
+    index_RC: Tensor,
+    S_RG: Tensor,
+    grid: Grid,
+    *,
+    width: int = 64,
+    loops: ColumnLoops = PLAIN,
 ) -> Tensor:
     """Return level indices [R, C] after one pass that moves each column to its best level, with all else
     fixed.
@@ -65,16 +78,9 @@ def descend(
     Q = grid.levels[index] * S
     # minus half the gradient, [C, R]; kept up to date for the columns still to come
     P = H_CC @ (W_RC.T - Q)
-    curvature = H_CC.diagonal().tolist()
     for start in range(0, C, width):
         stop = min(start + width, C)
-        near, D = P[start:stop], torch.zeros_like(P[start:stop])
-        for c in range(stop - start):
-            column = start + c
-            if curvature[column] <= 0:
-                continue
-            index[column] = grid.nearest((Q[column] + near[c] / curvature[column]) / S[column])
-            D[c] = grid.levels[index[column]] * S[column] - Q[column]
-            near[c + 1 :].addr_(H_CC[column + 1 : stop, column], D[c], alpha=-1)
+        H_BB = H_CC[start:stop, start:stop]
+        D = loops.move_columns(P[start:stop], H_BB, Q[start:stop], S[start:stop], grid, index[start:stop])
         P[stop:].addmm_(H_CC[stop:, start:stop], D, alpha=-1)
     return index.T.contiguous()

@@ -7,6 +7,8 @@ that reads the same input. Everything is float32; sums are kept as means, so the
 
 from __future__ import annotations
 
+from functools import cached_property
+
 import torch
 from torch import Tensor
 
@@ -103,7 +105,31 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
     raise Overflow("second moments are not finite")
 
 
-def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
+class Factors:
+    """The factors of one `Moments` that the solvers of several linears share, each computed on first use."""
+
+    def __init__(self, moments: Moments, damp: float = 0.01) -> None:
+        self.moments, self.damp = moments, damp
+
+    @cached_property
+    def inverse(self) -> Tensor:
+        """`inverse_factor` of H, [C, C]."""
+        return inverse_factor(self.moments.H_CC, self.damp)
+
+    @cached_property
+    def ordered(self) -> tuple[Tensor, Tensor]:
+        """`ordered_factor` of H: the order of columns [C] and the factor [C, C]."""
+        return ordered_factor(self.moments.H_CC, self.damp)
+
+
+def ordered_factor(H_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """Return the columns in order of falling second moment (activation order) [C], and `inverse_factor` of H
+    in that order."""
+    order_C = torch.argsort(H_CC.diagonal(), descending=True, stable=True)
+    return order_C, inverse_factor(H_CC[order_C][:, order_C], damp)
+
+
+def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01, factors: Factors | None = None) -> Tensor:
     """Return the weight whose outputs on x come closest to those of W on the full model's inputs f.
 
     It is W + W (X - H) (H + damping)^-1. It corrects the error of the layers before, as far as a linear map
@@ -113,7 +139,7 @@ def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
     """
     if moments.X_CC is None:
         return W_RC
-    U_CC = inverse_factor(moments.H_CC, damp)
+    U_CC = (factors or Factors(moments, damp)).inverse
     return W_RC + W_RC @ (moments.X_CC - moments.H_CC) @ U_CC.T @ U_CC
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmcompress.algorithms.column_loops import PLAIN, ColumnLoops
 from llmcompress.algorithms.gptq import descend, gptq
 from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.scales import fit_scales, search_scales, spread
@@ -44,23 +45,25 @@ def solve(
     signed: bool = True,
     rounds: int = 3,
     damp: float = 0.01,
+    factor: tuple[Tensor, Tensor] | None = None,
+    loops: ColumnLoops = PLAIN,
 ) -> RoundedWeight:
     """Return codes and scales of W under the second moments H of its inputs; `signed` allows negative scales.
 
     With `snap`, codes are for the storable scales nearest to the fitted ones; the scales are returned before
-    snapping.
+    snapping. `factor` is the `ordered_factor` of H, if it is known already.
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; each group of
     columns has one scale.
     """
     snap = snap or (lambda scale_RG: scale_RG)
-    found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed)
+    found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed, loops=loops)
     scale = snap(found)
-    index = gptq(W_RC, H_CC, scale, grid, damp=damp)
+    index = gptq(W_RC, H_CC, scale, grid, damp=damp, factor=factor, loops=loops)
     for _ in range(rounds):
         found = fit_scales(W_RC, H_CC, grid.levels[index], scale)
         scale = snap(found)
-        index = descend(W_RC, H_CC, index, scale, grid)
+        index = descend(W_RC, H_CC, index, scale, grid, loops=loops)
     return RoundedWeight(index, found)
 
 

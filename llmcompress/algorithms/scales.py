@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from llmcompress.algorithms.column_loops import PLAIN, ColumnLoops
 from llmcompress.algorithms.grids import Grid
 
 
@@ -23,7 +24,14 @@ def spread(S_RG: Tensor, group_size: int) -> Tensor:
 
 
 def search_scales(
-    W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, *, signed: bool = True, steps: int = 24
+    W_RC: Tensor,
+    h_C: Tensor,
+    grid: Grid,
+    group_size: int,
+    *,
+    signed: bool = True,
+    steps: int = 24,
+    loops: ColumnLoops = PLAIN,
 ) -> Tensor:
     """Return scales [R, G] that minimise the rounding error of each group, weighted by the second moment h of
     each column.
@@ -32,17 +40,9 @@ def search_scales(
     first of equals is kept, so a group whose inputs are all zero keeps its absolute maximum. A group of zeros
     gets scale 1.
     """
-    W, h = groups_of(W_RC, group_size), groups_of(h_C[None], group_size)
-    top = W.abs().amax(-1, keepdim=True)
-    top = torch.where(top > 0, top, torch.ones_like(top))
-    best, least = top, torch.full_like(top, float("inf"))
-    for ratio in (1.0, *torch.linspace(0.65, 1.15, steps).tolist()):
-        for sign in (1, -1) if signed else (1,):
-            scale = top * (ratio * sign)
-            error = (W - grid.levels[grid.nearest(W / scale)] * scale).square_().mul_(h).sum(-1, keepdim=True)
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best.squeeze(-1)
+    ratios = (1.0, *torch.linspace(0.65, 1.15, steps).tolist())
+    signs = (1, -1) if signed else (1,)
+    return loops.search(W_RC, h_C, grid, group_size, [ratio * sign for ratio in ratios for sign in signs])
 
 
 def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor:

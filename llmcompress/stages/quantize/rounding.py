@@ -10,7 +10,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.activation_quantization import Magnitudes, static_scale
 from llmcompress.algorithms.grids import Grid
-from llmcompress.algorithms.hessian import Moments, metric_factor, retarget
+from llmcompress.algorithms.hessian import Factors, Moments, metric_factor, retarget
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
 from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
@@ -18,6 +18,7 @@ from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
+from llmcompress.kernels import column_loops
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.stages.base import naming_layer
 
@@ -54,17 +55,35 @@ class Rounding:
     # for a weight that an earlier layer has: its codes
     known: Mapping[str, StoredWeight] = field(default_factory=dict)
 
-    def gptq(self, linear: str, W_RC: Tensor, moments: Moments, input_scale: float | None = None) -> Solution:
+    def gptq(
+        self,
+        linear: str,
+        W_RC: Tensor,
+        moments: Moments,
+        input_scale: float | None = None,
+        factors: Factors | None = None,
+    ) -> Solution:
         """Solve for codes and scales under the second moments of the inputs, against the full model's outputs
         if the moments know them.
 
-        If scales may be of one sign or of both, both are solved for and the smaller error is kept.
+        If scales may be of one sign or of both, both are solved for and the smaller error is kept. `factors`
+        are those of the moments, if other linears share them.
         """
-        W_RC = retarget(W_RC.float(), moments)
+        factors = factors or Factors(moments)
+        W_RC = retarget(W_RC.float(), moments, factors=factors)
         coding, grid = self.codings[linear], self.grid(linear)
         columns, found = coding.columns(tuple(W_RC.shape)), []
         for signed in coding.signs:
-            solved = solve(W_RC, moments.H_CC, grid, columns, snap=coding.snap, signed=signed)
+            solved = solve(
+                W_RC,
+                moments.H_CC,
+                grid,
+                columns,
+                snap=coding.snap,
+                signed=signed,
+                factor=factors.ordered,
+                loops=column_loops.LOOPS,
+            )
             found.append(_stored(coding, solved, input_scale))
         return min(
             found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC)
@@ -93,13 +112,15 @@ class Rounding:
         for consumers in layer.anatomy.consumers:
             scales |= self.round_inputs(layer, (consumers,), weights)
             moments |= layer.moments(consumers)
+            factors = Factors(moments[consumers[0]])  # all of them read the same
             for linear in [linear for linear in consumers if linear in weights]:
                 read = self.pooled.get(linear, moments[linear])
                 if linear in self.known:
                     Q_RC = registry.dequantize(self.known[linear]).to(self.device)
                 else:
                     with naming_layer(f"{layer.name}.{linear}"):
-                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear))
+                        shared = factors if read is factors.moments else None
+                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear), shared)
                     Q_RC = self.weight(linear, solved[linear])
                 layer.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in layer.anatomy.layer:

@@ -1,0 +1,119 @@
+"""The loops of `algorithms.column_loops` by a small C kernel (csrc/solver.c), on CPUs.
+
+They take float32 and grids of at most 16 levels; anything else, and a machine without a compiler, takes the
+plain loops. Scales are the same to the bit. Sums of the column loops may differ in the last bit, which moves
+hardly any code.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from llmcompress.algorithms import column_loops as plain
+from llmcompress.algorithms.column_loops import ColumnLoops
+from llmcompress.algorithms.grids import Grid
+from llmcompress.kernels.compiled import CompiledKernel
+
+logger = logging.getLogger(__name__)
+LEVELS = 16  # that fit a register
+
+
+def _declare(kernel: ctypes.CDLL) -> None:
+    pointer, long, small = ctypes.c_void_p, ctypes.c_long, ctypes.c_int
+    kernel.solver_search.argtypes = (*4 * (pointer,), small, pointer, small, *3 * (long,), pointer, small)
+    kernel.solver_round.argtypes = (*2 * (pointer,), long, *3 * (pointer,), small, *2 * (long,))
+    kernel.solver_round.argtypes += (*2 * (pointer,), small)
+    kernel.solver_move.argtypes = (*2 * (pointer,), long, *4 * (pointer,), small, *2 * (long,))
+    kernel.solver_move.argtypes += (*2 * (pointer,), small)
+
+
+KERNEL = CompiledKernel("solver", ("solver.c",), _declare)
+
+
+@functools.cache
+def available() -> bool:
+    """Whether there is a kernel.
+
+    The first call may compile it, which takes seconds. A warning is logged if that fails.
+    """
+    if (why := KERNEL.why_not) is not None and not KERNEL.switched_off:
+        logger.warning("torch solves for codes, which is slower than the C kernel: %s", why)
+    return why is None
+
+
+def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Sequence[float]) -> Tensor:
+    """As `algorithms.column_loops.search`."""
+    if not _takes(grid, W_RC, h_C):
+        return plain.search(W_RC, h_C, grid, group_size, ratios)
+    (R, C), tried = W_RC.shape, torch.tensor(ratios, dtype=torch.float32)
+    W, h, S_RG = W_RC.contiguous(), h_C.contiguous(), torch.empty(R, C // group_size)
+    KERNEL.required.solver_search(
+        *_at(W, h),
+        *_levels(grid),
+        *_at(tried),
+        len(tried),
+        R,
+        C,
+        group_size,
+        *_at(S_RG),
+        torch.get_num_threads(),
+    )
+    return S_RG
+
+
+def round_columns(near_BR: Tensor, U_BB: Tensor, S_BR: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """As `algorithms.column_loops.round_columns`."""
+    if not (_takes(grid, near_BR, U_BB, S_BR) and near_BR.is_contiguous() and S_BR.is_contiguous()):
+        return plain.round_columns(near_BR, U_BB, S_BR, grid)
+    (B, R), U = near_BR.shape, U_BB.contiguous()
+    index_BR, E_BR = torch.empty(B, R, dtype=torch.int64), torch.empty(B, R)
+    KERNEL.required.solver_round(
+        *_at(near_BR, U), B, *_at(S_BR), *_levels(grid), B, R, *_at(index_BR, E_BR), torch.get_num_threads()
+    )
+    return index_BR, E_BR
+
+
+def move_columns(
+    near_BR: Tensor, H_BB: Tensor, Q_BR: Tensor, S_BR: Tensor, grid: Grid, index_BR: Tensor
+) -> Tensor:
+    """As `algorithms.column_loops.move_columns`."""
+    whole = (near_BR, Q_BR, S_BR, index_BR)
+    if not (_takes(grid, near_BR, H_BB, Q_BR, S_BR) and all(tensor.is_contiguous() for tensor in whole)):
+        return plain.move_columns(near_BR, H_BB, Q_BR, S_BR, grid, index_BR)
+    (B, R), H = near_BR.shape, H_BB.contiguous()
+    D_BR = torch.empty(B, R)
+    KERNEL.required.solver_move(
+        *_at(near_BR, H),
+        B,
+        *_at(Q_BR, S_BR),
+        *_levels(grid),
+        B,
+        R,
+        *_at(index_BR, D_BR),
+        torch.get_num_threads(),
+    )
+    return D_BR
+
+
+LOOPS = ColumnLoops(search, round_columns, move_columns)
+
+
+def _takes(grid: Grid, *tensors: Tensor) -> bool:
+    """Whether the kernel takes such tensors."""
+    fits = isinstance(grid, Grid) and len(grid.levels) <= LEVELS
+    return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and available()
+
+
+def _levels(grid: Grid) -> tuple[int, int, int]:
+    """Where levels and midpoints of a grid are, and the number of levels."""
+    return grid.levels.data_ptr(), grid.middles.data_ptr(), len(grid.levels)
+
+
+def _at(*tensors: Tensor) -> tuple[int, ...]:
+    return tuple(tensor.data_ptr() for tensor in tensors)

@@ -1,0 +1,170 @@
+/* The parts of the solver of 4-bit codes that go weight by weight or column by column.
+
+   Grids have at most sixteen levels, in ascending order. The level nearest to x is the one whose index is the number of
+   midpoints below x, as torch.bucketize has it: with AVX-512 by a binary search in registers, else by comparing x with each.
+   Matrices of the column loops are transposed, [C, R], so that a column is contiguous and its rows are done at once. Threads
+   divide the rows. R rows (outputs), C columns (inputs), G groups of columns with one scale. */
+
+#include <math.h>
+#include <stdint.h>
+
+#if defined(__AVX512F__) && defined(__AVX512DQ__)
+#include <immintrin.h>
+#define WIDE 1
+#else
+#define WIDE 0
+#endif
+
+#define MOST 16 /* levels */
+#define ROWS 64 /* of a column at a time, so that a block of 64 such columns stays in the first cache */
+
+typedef struct {
+    float level[MOST], middle[MOST];
+} Grid;
+
+/* A grid of sixteen levels: one with fewer is filled up with its last level, which nothing is nearer to. */
+static Grid grid_of(const float *levels, const float *middles, int count) {
+    Grid grid;
+    for (int l = 0; l < MOST; l++) {
+        grid.level[l] = levels[l < count ? l : count - 1];
+        grid.middle[l] = l < count - 1 ? middles[l] : INFINITY;
+    }
+    return grid;
+}
+
+#if WIDE
+typedef __m512 Floats;
+#define LANES 16
+#define LOAD(from) _mm512_loadu_ps(from)
+
+static inline __m512i search(Floats x, Floats middle) {
+    __m512i found = _mm512_setzero_si512();
+    for (int half = MOST / 2; half; half /= 2) {
+        const Floats at = _mm512_permutexvar_ps(_mm512_add_epi32(found, _mm512_set1_epi32(half - 1)), middle);
+        found = _mm512_mask_add_epi32(found, _mm512_cmp_ps_mask(x, at, _CMP_GT_OQ), found, _mm512_set1_epi32(half));
+    }
+    return found;
+}
+#endif
+
+static inline __attribute__((always_inline)) int index_of(const Grid *grid, float x) {
+    int found = 0;
+    for (int l = 0; l < MOST - 1; l++) found += x > grid->middle[l];
+    return found;
+}
+
+/* The error of a group under one scale, each weight's square weighted by h. */
+static inline __attribute__((always_inline)) float error_of(const Grid *grid, const float *w, const float *h, long size,
+                                                            float scale) {
+    float error = 0;
+    long c = 0;
+#if WIDE
+    const Floats level = LOAD(grid->level), middle = LOAD(grid->middle), by = _mm512_set1_ps(scale);
+    Floats sum = _mm512_setzero_ps();
+    for (; c + LANES <= size; c += LANES) {
+        const Floats weight = LOAD(w + c);
+        const Floats q = _mm512_permutexvar_ps(search(_mm512_div_ps(weight, by), middle), level);
+        const Floats lost = _mm512_sub_ps(weight, _mm512_mul_ps(q, by));
+        sum = _mm512_fmadd_ps(_mm512_mul_ps(lost, lost), LOAD(h + c), sum);
+    }
+    error = _mm512_reduce_add_ps(sum);
+#endif
+    for (; c < size; c++) {
+        const float lost = w[c] - grid->level[index_of(grid, w[c] / scale)] * scale;
+        error += lost * lost * h[c];
+    }
+    return error;
+}
+
+/* For the elements of a column: indices of the levels nearest to x, and these levels times the scale. */
+static inline __attribute__((always_inline)) void round_column(const Grid *grid, const float *x, const float *scale, long some,
+                                                               int64_t *index, float *q) {
+    long r = 0;
+#if WIDE
+    const Floats level = LOAD(grid->level), middle = LOAD(grid->middle);
+    for (; r + LANES <= some; r += LANES) {
+        const Floats by = LOAD(scale + r);
+        const __m512i found = search(_mm512_div_ps(LOAD(x + r), by), middle);
+        _mm512_storeu_si512(index + r, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(found)));
+        _mm512_storeu_si512(index + r + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(found, 1)));
+        _mm512_storeu_ps(q + r, _mm512_mul_ps(_mm512_permutexvar_ps(found, level), by));
+    }
+#endif
+    for (; r < some; r++) {
+        const int found = index_of(grid, x[r] / scale[r]);
+        index[r] = found, q[r] = grid->level[found] * scale[r];
+    }
+}
+
+/* Scales [R, G] with the least error weighted by h [C], among `ratios` times the largest magnitude of each group. */
+void solver_search(const float *weight, const float *h, const float *levels, const float *middles, int count,
+                   const float *ratios, int tried, long rows, long columns, long size, float *scales, int threads) {
+    const Grid grid = grid_of(levels, middles, count);
+    const long groups = columns / size;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long at = 0; at < rows * groups; at++) {
+        const float *w = weight + at * size, *weighing = h + at % groups * size;
+        float top = 0;
+        for (long c = 0; c < size; c++) top = fmaxf(top, fabsf(w[c]));
+        if (!(top > 0)) top = 1;
+        float best = top, least = INFINITY;
+        for (int t = 0; t < tried; t++) {
+            const float error = error_of(&grid, w, weighing, size, top * ratios[t]);
+            if (error < least) least = error, best = top * ratios[t];
+        }
+        scales[at] = best;
+    }
+}
+
+/* Push what a column lost, or moved by, onto the later columns of its block: other -= by * step. */
+static inline void push(float *near, const float *by, const float *step, long from, long width, long rows, long some) {
+    for (long later = from; later < width; later++) {
+        float *restrict other = near + later * rows;
+        const float times = by[later];
+#pragma omp simd
+        for (long r = 0; r < some; r++) other[r] -= times * step[r];
+    }
+}
+
+/* A block of GPTQ: near [width, R] are its columns, which are used up; U [width, ld] the rows of the factor, from the
+   block's own columns on. Leaves the indices and the errors over the diagonal of U, both [width, R]. */
+void solver_round(float *near, const float *U, long ld, const float *scale, const float *levels, const float *middles,
+                 int count, long width, long rows, int64_t *index, float *errors, int threads) {
+    const Grid grid = grid_of(levels, middles, count);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long start = 0; start < rows; start += ROWS) {
+        const long some = rows - start < ROWS ? rows - start : ROWS;
+        float q[ROWS];
+        for (long c = 0; c < width; c++) {
+            const long at = c * rows + start;
+            const float diagonal = U[c * ld + c];
+            round_column(&grid, near + at, scale + at, some, index + at, q);
+            for (long r = 0; r < some; r++) errors[at + r] = (near[at + r] - q[r]) / diagonal;
+            push(near + start, U + c * ld, errors + at, c + 1, width, rows, some);
+        }
+    }
+}
+
+/* A block of coordinate descent: near [width, R] is minus half the gradient of its columns, Q [width, R] their weights;
+   H [width, ld] the rows of the second moments, from the block's own columns on. Leaves the new indices and what the
+   weights change by, both [width, R]. */
+void solver_move(float *near, const float *H, long ld, const float *Q, const float *scale, const float *levels,
+                    const float *middles, int count, long width, long rows, int64_t *index, float *moved, int threads) {
+    const Grid grid = grid_of(levels, middles, count);
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (long start = 0; start < rows; start += ROWS) {
+        const long some = rows - start < ROWS ? rows - start : ROWS;
+        float q[ROWS], x[ROWS];
+        for (long c = 0; c < width; c++) {
+            const long at = c * rows + start;
+            const float curvature = H[c * ld + c];
+            if (curvature > 0) {
+                for (long r = 0; r < some; r++) x[r] = Q[at + r] + near[at + r] / curvature;
+                round_column(&grid, x, scale + at, some, index + at, q);
+                for (long r = 0; r < some; r++) moved[at + r] = q[r] - Q[at + r];
+                push(near + start, H + c * ld, moved + at, c + 1, width, rows, some);
+            } else
+                for (long r = 0; r < some; r++) moved[at + r] = 0;
+        }
+    }
+}
