@@ -14,18 +14,22 @@ from torch import Tensor
 
 from llmcompress.algorithms.overflow import Overflow
 
+# columns of a block of X^T X, at least, and blocks, at most: products of narrower blocks are slower
+BLOCK, BLOCKS = 192, 8
+
 
 class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
-    `H_CC` is the mean of x x^T. `X_CC` is the mean of f x^T if the inputs f of the full model are given too,
-    else None. `mean_C` is the mean of x and `full_C` that of f (of x if there is no f). `top_C` is the
-    largest |x| of each column. The full model may have another number of columns, `full`.
+    `H_CC` is the mean of x x^T. If the inputs f of the full model are given too, `gap_FC` is the mean of
+    (f - x) x^T; it is accumulated as such, as it is small. If the full model has another number of columns,
+    `full`, `gap_FC` is the mean of f x^T. `mean_C` is the mean of x and `full_C` that of f (of x if there is
+    no f). `top_C` is the largest |x| of each column.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
         self.H_CC = torch.zeros(columns, columns, device=device)
-        self.X_CC: Tensor | None = None
+        self.gap_FC: Tensor | None = None
         self.mean_C, self.top_C = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
         self.full_C = torch.zeros(full or columns, device=device)
         self.tokens = 0
@@ -40,27 +44,35 @@ class Moments:
         for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
             mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
         if full is not None:
-            self.X_CC = (
-                self.H_CC.new_zeros(len(self.full_C), len(self.H_CC)) if self.X_CC is None else self.X_CC
-            )
-            self.X_CC.mul_(self.tokens / total).addmm_(F_TC.T, X_TC, alpha=1 / total)
+            if self.gap_FC is None:
+                self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
+            gap_TF = F_TC - X_TC if F_TC.shape == X_TC.shape else F_TC
+            self.gap_FC.mul_(self.tokens / total).addmm_(gap_TF.T, X_TC, alpha=1 / total)
         self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
-        self.H_CC.mul_(self.tokens / total).addmm_(X_TC.T, X_TC, alpha=1 / total)
+        self.H_CC.mul_(self.tokens / total)
+        _add_gram(self.H_CC, X_TC, 1 / total)
         self.tokens = total
+
+    @property
+    def X_FC(self) -> Tensor | None:
+        """The mean of f x^T, [columns of f, C]; None without f."""
+        if self.gap_FC is None or len(self.full_C) != len(self.H_CC):
+            return self.gap_FC
+        return self.H_CC + self.gap_FC
 
     @property
     def finite(self) -> bool:
         """Whether all moments are finite, and with them the inputs, their squares and their sums."""
         return all(
             bool(torch.isfinite(part).all())
-            for part in (self.H_CC, self.X_CC, self.full_C)
+            for part in (self.H_CC, self.gap_FC, self.full_C)
             if part is not None
         )
 
     def joined(self, other: Moments) -> Moments:
         """Return the moments over the tokens of both.
 
-        `X_CC` is left out, since the two linears stand at different places of the full model.
+        `gap_FC` is left out, since the two linears stand at different places of the full model.
         """
         both = Moments(len(self.H_CC), self.H_CC.device)
         both.tokens = self.tokens + other.tokens
@@ -69,6 +81,17 @@ class Moments:
             setattr(both, name, parts[0] + parts[1])
         both.top_C = torch.maximum(self.top_C, other.top_C)
         return both
+
+
+def _add_gram(H_CC: Tensor, X_TC: Tensor, alpha: float) -> None:
+    """Add alpha X^T X to a symmetric H in place: the blocks from the diagonal on are computed, the others are
+    copied."""
+    C = len(H_CC)
+    width = max(BLOCK, -(-C // BLOCKS))
+    for start in range(0, C, width):
+        stop = min(start + width, C)
+        H_CC[start:stop, start:].addmm_(X_TC[:, start:stop].T, X_TC[:, start:], alpha=alpha)
+        H_CC[stop:, start:stop] = H_CC[start:stop, stop:].T
 
 
 def damped(H_CC: Tensor, damp: float) -> Tensor:
@@ -132,15 +155,15 @@ def ordered_factor(H_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
 def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01, factors: Factors | None = None) -> Tensor:
     """Return the weight whose outputs on x come closest to those of W on the full model's inputs f.
 
-    It is W + W (X - H) (H + damping)^-1. It corrects the error of the layers before, as far as a linear map
-    of x can; the damping keeps it near W.
+    It is W + W (X - H) (H + damping)^-1, with X the mean of f x^T. It corrects the error of the layers
+    before, as far as a linear map of x can; the damping keeps it near W.
 
     Source: Arai and Ichikawa 2025, arXiv:2504.09629, the corrected weight at full propagation.
     """
-    if moments.X_CC is None:
+    if moments.gap_FC is None:
         return W_RC
     U_CC = (factors or Factors(moments, damp)).inverse
-    return W_RC + W_RC @ (moments.X_CC - moments.H_CC) @ U_CC.T @ U_CC
+    return W_RC + W_RC @ moments.gap_FC @ U_CC.T @ U_CC
 
 
 def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
@@ -150,9 +173,10 @@ def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) 
     It is W_RC + (W_RF X - W_RC H) (H + damping)^-1; the damping keeps it near W_RC. This is `retarget` for a
     full model whose inputs have another width.
     """
-    assert moments.X_CC is not None
+    X_FC = moments.X_FC
+    assert X_FC is not None
     U_CC = inverse_factor(moments.H_CC, damp)
-    return W_RC + (W_RF @ moments.X_CC - W_RC @ moments.H_CC) @ U_CC.T @ U_CC
+    return W_RC + (W_RF @ X_FC - W_RC @ moments.H_CC) @ U_CC.T @ U_CC
 
 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:

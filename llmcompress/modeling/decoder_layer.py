@@ -7,7 +7,7 @@ the first stream. A scale that crosses from a producer to its readers changes ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.shape_grammar import Spelling, scale
@@ -38,12 +39,16 @@ class DecoderLayer:
     arguments: Mapping[int, Mapping[str, Any]]  # by batch size
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
+    half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
     # expert -> tokens routed to it, counted by `moments`
     expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
     # parameters that a stage has replaced, by name in the layer
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
+    # outputs of submodules that do not change any more, by batch and name: of `inputs`, and of `reference`
+    _settled: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _settled_full: dict[int, dict[str, Any]] = field(default_factory=dict)
     _whole: nn.Module | None = None  # the layer before a stage replaced it by a narrower one
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -69,6 +74,9 @@ class DecoderLayer:
         hidden = hidden.to(self.device)
         return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
 
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+
     def _full(self, hidden: Tensor) -> Tensor:
         """The output of the original layer for hidden states of the full model."""
         return self._run(self._whole or self.module, hidden, self._originals)
@@ -76,7 +84,12 @@ class DecoderLayer:
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """The layer's outputs for all `batches`, on the CPU."""
-        return self._sound([self.run(hidden).cpu() for hidden in batches])
+        found = list[Tensor]()
+        for i, hidden in enumerate(batches):
+            known = self._settled.get(i, {}) if batches is self.inputs else {}
+            with self._reusing(known), self._precision():
+                found.append(self.run(hidden).cpu())
+        return self._sound(found)
 
     def _sound(self, batches: list[Tensor]) -> list[Tensor]:
         """Return the hidden states that leave the layer if all of them are finite. Errors: ModelError."""
@@ -94,7 +107,7 @@ class DecoderLayer:
         They are computed once. A pass of `moments` through the whole layer computes them too.
         """
         if not self._targets:
-            with torch.no_grad():
+            with torch.no_grad(), self._precision():
                 self._targets = [self._full(hidden).cpu() for hidden in self.reference]
         return self._sound(self._targets)
 
@@ -110,9 +123,8 @@ class DecoderLayer:
     def set_weight(self, linear: str, W_RC: Tensor) -> None:
         """Replace the weight of a linear by W [R, C]. `reference` still goes through the original weight."""
         parameter = self.module.get_parameter(f"{linear}.weight")
-        if self.reference and not self._whole:
-            self._originals.setdefault(f"{linear}.weight", parameter.data)
-        parameter.data = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
+        weight = self.oriented(linear, W_RC).to(parameter.device, parameter.dtype).contiguous()
+        self._replace(f"{linear}.weight", weight)
 
     def own(self, by_name: Mapping[str, Value]) -> dict[str, Value]:
         """Select the values of this layer's linears, given by their full names; returned by their names in
@@ -128,13 +140,35 @@ class DecoderLayer:
     def set_bias(self, linear: str, bias_R: Tensor) -> None:
         """Replace a linear's bias. `reference` still uses the original bias."""
         parameter = self.module.get_parameter(f"{linear}.bias")
+        self._replace(f"{linear}.bias", bias_R.to(parameter.device, parameter.dtype))
+
+    def _replace(self, name: str, data: Tensor) -> None:
+        """Replace a parameter; `reference` still goes through the original one."""
+        parameter = self.module.get_parameter(name)
         if self.reference and not self._whole:
-            self._originals.setdefault(f"{linear}.bias", parameter.data)
-        parameter.data = bias_R.to(parameter.device, parameter.dtype)
+            self._originals.setdefault(name, parameter.data)
+        if self._settled and not torch.equal(parameter.data, data):
+            self._unsettle(name.rpartition(".")[0])
+        parameter.data = data
+
+    def round_input(self, linear: str, rounded: Inputs) -> None:
+        """Round what a linear reads from here on, as its kernel will."""
+        self._unsettle(linear)
+        self.rounds[linear] = rounded
+
+    def _unsettle(self, linear: str) -> None:
+        """Forget the outputs that depend on a linear."""
+        group = next(consumers for consumers in self.anatomy.consumers if linear in consumers)
+        earlier = self._ending_before(group)
+        for known in self._settled.values():
+            for name in known.keys() - {*earlier}:
+                del known[name]
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Replace the module by one of other widths, with `parameters` and otherwise its own. `reference`
         still goes through the original module."""
+        self._settled.clear()
+        self._settled_full.clear()
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
@@ -149,6 +183,8 @@ class DecoderLayer:
         which it is stored. Its readers are multiplied by the factor that the rounded gain was really divided
         by, so nothing is lost by the rounding.
         """
+        self._settled.clear()
+        self._settled_full.clear()
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
         if rows.get(f"{name}.weight") == "hidden":
@@ -178,12 +214,14 @@ class DecoderLayer:
         return [row for row in (name, f"{name}.weight", f"{name}.bias", *consumers) if row in rows]
 
     @torch.no_grad()
-    def moments(self, *groups: tuple[str, ...]) -> dict[str, Moments]:
+    def moments(self, *groups: tuple[str, ...], in_turn: bool = False) -> dict[str, Moments]:
         """Return the second moments of the inputs of the linears of `groups`, by linear. Linears that read
         the same input share one object.
 
         A group is an entry of `anatomy.consumers`; the default is all of them. With a reference, the full
-        model's inputs are taken against these inputs too. Raises ModelError if the inputs are too large.
+        model's inputs are taken against these inputs too. Asked `in_turn`, all that comes before the first of
+        `groups` is final, and submodules that end before it are run once for all that follows; their outputs
+        are kept on the CPU. Raises ModelError if the inputs are too large.
         """
         wanted = groups or self.anatomy.consumers
         found = {}
@@ -191,7 +229,8 @@ class DecoderLayer:
             whole = self._whole.get_parameter(f"{linear}.weight") if self._whole else None
             wide = None if whole is None else self.oriented(linear, whole).shape[1]
             found[linear] = Moments(self.weight(linear).shape[1], self.device, wide)
-        for read, full in self.reads(*wanted):
+        final = self._ending_before(wanted[0]) if in_turn else ()
+        for read, full in self.reads(*wanted, final=final):
             for name, moments in found.items():
                 moments.add(read[name], full.get(name))
         for name, moments in found.items():
@@ -203,41 +242,51 @@ class DecoderLayer:
                 )
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
-    def reads(self, *groups: tuple[str, ...]) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    def reads(
+        self, *groups: tuple[str, ...], final: Collection[str] = ()
+    ) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yield the input of the first linear of each group, batch by batch, here and in the full model
         (empty without a reference).
 
         A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
-        counts the tokens of each expert.
+        counts the tokens of each expert. The outputs of `final` submodules are kept and used again.
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
-        with torch.no_grad(), self._listening(linears, whole) as read:
+        with torch.no_grad(), self._listening(linears) as listener, self._precision():
+            read = listener.read
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
-                    out = _until_enough(self._full, self.reference[i])
+                    listener.through = whole
+                    with self._reusing(self._settled_full.setdefault(i, {}), final, linears):
+                        out = _until_enough(self._full, self.reference[i])
                     full = dict(read)
                     targets += [out.cpu()] if out is not None else []
-                _until_enough(self.run, hidden)
+                listener.through = whole and bool(self._experts)
+                with self._reusing(self._settled.setdefault(i, {}), final, linears):
+                    _until_enough(self.run, hidden)
                 if whole and self._experts:
                     self._count_routed(read[self._experts], first=i == 0)
                 yield read, full
         self._targets = targets or self._targets
 
     @contextmanager
-    def _listening(self, linears: set[str], whole: bool) -> Iterator[dict[str, Tensor]]:
-        """Yield the inputs of the linears in the last pass. Unless `whole`, a pass ends once all of them have
-        been read.
+    def _listening(self, linears: set[str]) -> Iterator[_Listener]:
+        """Yield what listens to the inputs of the linears.
 
         The entry of a module of experts is its second argument: the expert of each token and rank.
         """
-        read: dict[str, Tensor] = {}
+        listener = _Listener()
 
         def keep(name: str, place: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            read[name] = args[place]
-            if not whole and linears <= read.keys():
+            listener.read[name] = args[place]
+            listener.left.discard(name)
+            if not listener.through and not listener.left:
                 raise _Enough
+
+        def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            listener.left = set(linears)
 
         places = dict.fromkeys(linears, 0) | ({self._experts: 1} if self._experts else {})
         modules = [self.module, self._whole] if self._whole else [self.module]
@@ -246,11 +295,52 @@ class DecoderLayer:
             for name, place in places.items()
             for module in modules
         ]
+        hooks += [module.register_forward_pre_hook(begin) for module in modules]
         try:
-            yield read
+            yield listener
         finally:
             for hook in hooks:
                 hook.remove()
+
+    def _ending_before(self, group: tuple[str, ...]) -> list[str]:
+        """The submodules of the layer, such as self_attn, whose linears all come before a group."""
+        place = self.anatomy.consumers.index(group)
+        last = {
+            linear.partition(".")[0]: number
+            for number, consumers in enumerate(self.anatomy.consumers)
+            for linear in consumers
+            if "." in linear
+        }
+        return [name for name, number in last.items() if number < place and self._whole is None]
+
+    @contextmanager
+    def _reusing(
+        self, known: dict[str, Any], final: Collection[str] = (), wanted: Collection[str] = ()
+    ) -> Iterator[None]:
+        """Let submodules return the outputs that are `known`, and add those of `final` to them.
+
+        A submodule with one of the `wanted` linears is run nevertheless.
+        """
+
+        def reuse(name: str, plain: Callable[..., Any], *args: Any, **named: Any) -> Any:
+            if name not in known:
+                known[name] = _moved(plain(*args, **named), torch.device("cpu"))
+            return _moved(known[name], self.device)
+
+        modules = {
+            name: self.module.get_submodule(name)
+            for name in {*known, *final} - {linear.partition(".")[0] for linear in wanted}
+        }
+        own: dict[str, Any] = {name: module.__dict__.get("forward") for name, module in modules.items()}
+        for name, module in modules.items():
+            module.forward = partial(reuse, name, module.forward)
+        try:
+            yield
+        finally:
+            for name, module in modules.items():
+                del module.forward
+                if own[name] is not None:
+                    module.forward = own[name]
 
     @property
     def _experts(self) -> str:
@@ -264,8 +354,25 @@ class DecoderLayer:
             self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
 
 
+@dataclass
+class _Listener:
+    """The inputs of linears in the last pass, by name, and those that this pass has not come to yet.
+
+    A pass ends once all of them have been read, unless it goes `through` the whole layer.
+    """
+
+    read: dict[str, Tensor] = field(default_factory=dict)
+    left: set[str] = field(default_factory=set)
+    through: bool = False
+
+
 def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (rounded(args[0]), *args[1:])
+
+
+def _moved(output: Any, device: torch.device) -> Any:
+    """The tensors of a module's output on a device."""
+    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, output)
 
 
 def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:

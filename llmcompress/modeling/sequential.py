@@ -107,21 +107,39 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
         return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+def half_is_fast(device: torch.device) -> bool:
+    """Whether matrix products in bfloat16 are faster on a device: on GPUs that have them, and on CPUs with
+    AVX512-BF16 or AMX."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return device.type == "cpu" and ours
+
+
 def walk(
-    resident: LayerwiseModel, sequences: Tensor, *, reference: bool = False, through: bool = False
+    resident: LayerwiseModel,
+    sequences: Tensor,
+    *,
+    reference: bool = False,
+    through: bool = False,
+    half: bool = False,
 ) -> Iterator[DecoderLayer]:
     """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
     Later layers see what the caller does to a layer's weights. With `reference`, the stream of the unchanged
     model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
-    DecoderLayer then follows, whose module is an identity and whose `inputs` are these states.
+    DecoderLayer then follows, whose module is an identity and whose `inputs` are these states. With `half`, a
+    model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
+    between layers are float32.
     """
+    half = half and resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
     inputs, arguments = enter(resident, batches_of(sequences))
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
             layer = _layer(resident, index, module, arguments, inputs, full)
+            layer.half = half
             yield layer
             if through or not last:
                 full, inputs = layer.targets, layer.outputs(layer.inputs)

@@ -75,7 +75,7 @@ def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: M
             layer.set_bias(linear, bias)
         scale = parts["input_scale"].to(layer.device) if "input_scale" in parts else None
         if inputs := how.inputs(scale):
-            layer.rounds[linear] = inputs
+            layer.round_input(linear, inputs)
 
 
 def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
@@ -137,7 +137,7 @@ class Rewriting:
         """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(self.stage, index) for index in range(layers)):
-            visited = walk(model, context.data.calibration, reference=self.calibrated)
+            visited = walk(model, context.data.calibration, reference=self.calibrated, half=True)
             for layer in context.track(visited, self.what, layers):
                 layouts = layer.own(chosen)
                 if journal.has(self.stage, layer.index):
@@ -161,7 +161,7 @@ class Rewriting:
         tensors: dict[str, Tensor] = {}
         linears = list[LinearRecord]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
-            moments = layer.moments(consumers)
+            moments = layer.moments(consumers, in_turn=True)
             for linear in [linear for linear in consumers if linear in layouts]:
                 W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
                 with naming_layer(name):

@@ -225,8 +225,8 @@ def test_the_cross_moments_are_the_mean_outer_product_with_the_full_inputs_howev
     (x, full), seen = drifted(60, 6), Moments(6)
     for start, stop in ((0, 7), (7, 7), (7, 40), (40, 60)):
         seen.add(x[start:stop], full[start:stop])
-    assert seen.X_CC is not None
-    torch.testing.assert_close(seen.X_CC.double(), full.double().T @ x.double() / 60, rtol=1e-5, atol=1e-5)
+    assert seen.X_FC is not None
+    torch.testing.assert_close(seen.X_FC.double(), full.double().T @ x.double() / 60, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(seen.H_CC.double(), moments(x.double()), rtol=1e-5, atol=1e-5)
 
 
@@ -279,7 +279,7 @@ def test_translate_is_the_least_squares_fit_from_one_width_to_another() -> None:
     seen = Moments(10, full=24)
     seen.add(here[:150], full[:150])
     seen.add(here[150:], full[150:])
-    assert seen.X_CC is not None and seen.X_CC.shape == (24, 10)
+    assert seen.X_FC is not None and seen.X_FC.shape == (24, 10)
     W_RF = inputs(8, 24, seed=1)
     found = translate(W_RF, torch.zeros(8, 10), seen, damp=1e-9)
     expected = torch.linalg.lstsq(here.double(), (full @ W_RF.T).double()).solution.T

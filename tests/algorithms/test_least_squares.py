@@ -54,7 +54,7 @@ def test_damping_is_a_penalty_on_moving_away_from_the_weight(damp: float) -> Non
 def seen(x: Tensor, full: Tensor) -> Moments:
     """Moments in float64, so that identities show."""
     found = Moments(x.shape[1])
-    found.H_CC, found.X_CC = moments(x), full.T @ x / len(x)
+    found.H_CC, found.gap_FC = moments(x), (full - x).T @ x / len(x)
     return found
 
 
@@ -69,9 +69,9 @@ def test_with_drifted_inputs_retarget_and_repair_are_the_least_squares_weight_on
 def test_with_drifted_inputs_the_damping_is_that_of_one_fit_and_not_of_two(damp: float) -> None:
     x, full = (t.double() for t in drifted(400, C))
     W_RC, both = inputs(5, C, 9).double(), seen(x, full)
-    assert both.X_CC is not None
+    assert both.X_FC is not None
     H = damped(both.H_CC, damp)[KEPT][:, KEPT]
-    miss = W_RC @ both.X_CC[:, KEPT] - W_RC[:, KEPT] @ both.H_CC[KEPT][:, KEPT]
+    miss = W_RC @ both.X_FC[:, KEPT] - W_RC[:, KEPT] @ both.H_CC[KEPT][:, KEPT]
     expected = W_RC[:, KEPT] + torch.linalg.solve(H, miss.T).T
     torch.testing.assert_close(repair(retarget(W_RC, both, damp), both.H_CC, KEPT, damp), expected)
 

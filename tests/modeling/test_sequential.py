@@ -83,9 +83,10 @@ def test_linears_that_read_one_input_share_one_matrix() -> None:
     assert len({id(shared) for shared in moments.values()}) == 4
 
 
+@pytest.mark.parametrize("in_turn", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_weights_as_they_were(
-    family: str,
+    family: str, in_turn: bool
 ) -> None:
     """Group after group, with weights replaced in between, as plain passes of a changed and an unchanged copy
     have it."""
@@ -111,11 +112,11 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
     for layer in walk(resident, tokens, reference=True):
         for consumers in layer.anatomy.consumers:
             changed(tokens, use_cache=False)
-            for linear, moments in layer.moments(consumers).items():
+            for linear, moments in layer.moments(consumers, in_turn=in_turn).items():
                 full, x = (read[kind][f"{layer.name}.{linear}"] for kind in ("full", "changed"))
                 for found, expected in (
                     (moments.H_CC, x.T @ x / len(x)),
-                    (moments.X_CC, full.T @ x / len(x)),
+                    (moments.X_FC, full.T @ x / len(x)),
                 ):
                     assert found is not None
                     assert torch.allclose(found, expected, atol=1e-4 * float(expected.abs().max()))
@@ -125,6 +126,54 @@ def test_one_group_at_a_time_reads_the_same_and_the_reference_goes_through_the_w
     assert all(
         not torch.equal(read["full"][name], read["changed"][name]) for name in names[len(names) // 2 :]
     )
+
+
+def test_what_is_final_is_run_once_and_again_where_it_changed_after_all() -> None:
+    model = pico("llama")
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    tokens, runs = sequences(100), list[int]()
+    layers = walk(resident, tokens, reference=True)
+    layer = next(layers)
+    layer.module.get_submodule("self_attn.o_proj").register_forward_hook(lambda *_: runs.append(0))
+    qkv, output, gates, down = layer.anatomy.consumers
+    batches = len(layer.inputs)
+    for group, linears in ((qkv, qkv), (output, output), (gates, gates), (down, down)):
+        layer.moments(group, in_turn=True)
+        for linear in linears:
+            layer.set_weight(linear, 0.9 * layer.weight(linear))
+    assert len(runs) == 2 * batches, "once for each stream: on the way to the gates"
+    known = [layer._settled[i]["self_attn"] for i in range(batches)]
+    outputs = layer.outputs(layer.inputs)
+    assert len(runs) == 2 * batches
+    assert all(layer._settled[i]["self_attn"] is known[i] for i in range(batches))
+    plain = [layer.run(hidden) for hidden in layer.inputs]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, plain, strict=True))
+    layer.set_weight("self_attn.o_proj", layer.weight("self_attn.o_proj").clone())
+    assert layer._settled[0], "the same weight again changes nothing"
+    layer.set_weight("self_attn.o_proj", 2 * layer.weight("self_attn.o_proj"))
+    assert not layer._settled[0] and layer._settled_full[0]
+    again = layer.outputs(layer.inputs)
+    assert not torch.equal(again[0], outputs[0])
+    assert torch.equal(again[0], layer.run(layer.inputs[0]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_in_bfloat16_may_be_computed_in_it_and_states_stay_float32(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walking, "half_is_fast", lambda device: True)
+    model = pico("llama").to(dtype)  # type: ignore[arg-type]  # a decorator hides its signature
+    tokens = sequences(100)
+
+    def states(half: bool) -> Tensor:
+        resident = InMemoryModel(model.config, model.state_dict(), CPU)
+        *_, last = walk(resident, tokens, through=True, half=half)
+        return torch.cat(last.inputs)
+
+    ours, exact = states(True), states(False)
+    assert ours.dtype == torch.float32
+    assert torch.equal(ours, exact) == (dtype == torch.float32)
+    assert float((ours - exact).norm() / exact.norm()) < 0.02
 
 
 def test_a_pass_ends_where_its_group_has_read() -> None:
@@ -249,7 +298,7 @@ def test_the_heads_moments_are_those_of_the_normed_states() -> None:
         X_TC = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
     assert torch.equal(W_RC, model.lm_head.weight)
     assert torch.allclose(moments.H_CC, X_TC.T @ X_TC / len(X_TC), atol=1e-4)
-    assert moments.X_CC is None
+    assert moments.X_FC is None
 
 
 def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
@@ -266,8 +315,8 @@ def test_the_head_is_set_against_what_it_reads_in_the_full_model() -> None:
         for layer in model.model.layers:
             layer.mlp.down_proj.weight.data.mul_(0.5)
         x = model.model(tokens, use_cache=False).last_hidden_state.flatten(0, 1)
-    assert moments.X_CC is not None
-    assert torch.allclose(moments.X_CC, full.T @ x / len(x), atol=1e-4)
+    assert moments.X_FC is not None
+    assert torch.allclose(moments.X_FC, full.T @ x / len(x), atol=1e-4)
     assert torch.allclose(moments.H_CC, x.T @ x / len(x), atol=1e-4)
 
 

@@ -396,7 +396,7 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
     whole, before = Moments(6), [copy.deepcopy(vars(moments)) for moments in parts]
     whole.add(torch.cat([a, b]))
     both = parts[0].joined(parts[1])
-    assert both.tokens == first + second and both.X_CC is None
+    assert both.tokens == first + second and both.X_FC is None
     for name in ("H_CC", "mean_C", "full_C", "top_C"):
         torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     for moments, was in zip(parts, before, strict=True):
@@ -410,7 +410,7 @@ def test_joined_moments_leave_out_what_the_full_model_has_in_their_place_and_tak
     for seed, moments in enumerate((one, other)):
         moments.add(noise(9, 6, seed=seed), noise(9, 6, seed=seed + 5))
     both = one.joined(other)
-    assert both.X_CC is None and one.X_CC is not None
+    assert both.X_FC is None and one.X_FC is not None
     both.add(noise(4, 6, seed=9))
     x = torch.cat([noise(9, 6, seed=0), noise(9, 6, seed=1), noise(4, 6, seed=9)])
     torch.testing.assert_close(both.H_CC, x.T @ x / len(x))

@@ -20,18 +20,10 @@ from llmcompress.formats.registry import StoredWeight
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.kernels import column_loops
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.sequential import half_is_fast
 from llmcompress.stages.base import naming_layer
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
-
-
-def half_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are fast on a device: on GPUs that have them, and on CPUs with
-    AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and ours
 
 
 @dataclass(frozen=True)
@@ -111,7 +103,7 @@ class Rounding:
         scales: dict[str, float] = {}
         for consumers in layer.anatomy.consumers:
             scales |= self.round_inputs(layer, (consumers,), weights)
-            moments |= layer.moments(consumers)
+            moments |= layer.moments(consumers, in_turn=True)
             factors = Factors(moments[consumers[0]])  # all of them read the same
             for linear in [linear for linear in consumers if linear in weights]:
                 read = self.pooled.get(linear, moments[linear])
@@ -165,7 +157,7 @@ class Rounding:
                 scales[linear] = static_scale(seen[consumers[0]], bits, range)
         for linear in [linear for consumers in groups for linear in consumers if linear in weights]:
             if inputs := self.codings[linear].inputs(scales.get(linear)):
-                layer.rounds[linear] = inputs
+                layer.round_input(linear, inputs)
         return scales
 
     def learned(

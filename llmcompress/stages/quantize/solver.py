@@ -73,7 +73,13 @@ class LayerQuantizer:
         journal = context.journal
         calibrated, through = self.stage.rounding != "nearest", steps > len(model.layers)
         pooled = self._pooled(model, context, chosen) if calibrated and model.shared_linears else {}
-        layers = walk(model, context.data.calibration, reference=calibrated, through=through)
+        layers = walk(
+            model,
+            context.data.calibration,
+            reference=calibrated,
+            through=through,
+            half=self.stage.rounding == "gptq",
+        )
         for layer in context.track(layers, f"quantize ({self.stage.format}, {self.stage.rounding})", steps):
             head = layer.index == len(model.layers)
             if layer.index == 0 and full and calibrated:
