@@ -126,6 +126,7 @@ def kernels() -> list[Facts]:
         ("nf4, fp4", "cpu", _four_bit),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cpu", _integer),
         ("codebook", "cpu", _codebook),
+        ("calibration in 4 bits", "cpu", _solver),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cuda", _triton),
     )
     found = list[Facts]()
@@ -169,6 +170,13 @@ def _codebook() -> tuple[bool, str]:
     return (
         (True, f"the C kernel, for {lut_gemm.form()}") if why is None else (False, f"torch's look-up: {why}")
     )
+
+
+def _solver() -> tuple[bool, str]:
+    from llmcompress.kernels import column_loops
+
+    why = column_loops.KERNEL.why_not
+    return (True, "the C kernel") if why is None else (False, f"torch's loops: {why}")
 
 
 def _triton() -> tuple[bool, str]:

@@ -11,7 +11,7 @@ import torch
 
 from llmcompress.cli import doctor
 from llmcompress.formats import bitsandbytes_layout, integer_linear
-from llmcompress.kernels import compiled, lut_gemm
+from llmcompress.kernels import column_loops, compiled, lut_gemm
 
 
 def what_runs(formats: str, device: str = "cpu") -> tuple[bool, str]:
@@ -26,6 +26,7 @@ def test_it_says_what_is_here() -> None:
     assert facts["cpu"]["cores"] == os.cpu_count()
     assert len(facts["gpus"]) == torch.cuda.device_count()
     assert what_runs("codebook")[0] == lut_gemm.available()
+    assert what_runs("calibration")[0] == column_loops.available()
     assert what_runs("w8a8")[0] == integer_linear.KERNEL
     assert what_runs("nf4")[0] == bitsandbytes_layout.multiplies_packed()
 
