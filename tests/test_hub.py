@@ -265,7 +265,7 @@ def test_a_broken_upload_goes_on_where_it_broke(
     assert hub.files("user/new")["model.safetensors"] == bytes(3_000_000)
 
 
-@pytest.mark.parametrize(("token", "why"), [(None, "is not"), (STRANGER, "is not")])
+@pytest.mark.parametrize(("token", "why"), [(None, "is not"), (STRANGER, "denies access (HTTP 403)")])
 def test_a_push_without_the_right_to_is_one_clear_line(
     served: tuple[Hub, str], tmp_path: Path, folder: Path, token: str | None, why: str
 ) -> None:

@@ -241,7 +241,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"to_dict": 1}, "a field to_dict, which is no fact of a model"),
     ({"dtype": "int8"}, "dtype 'int8'; correct it to one of"),
     ({"dtype": "nope"}, "dtype 'nope'; correct it to one of"),
-    ({"quantization_config": {}}, "quantization_config says nothing"),
+    ({"quantization_config": {}}, "quantization_config is empty"),
     ({"add_cross_attention": True}, "reads an encoder"),
     ({"is_causal": False}, "is_causal: false"),
     ({"transformers_weights": "other.safetensors"}, "transformers_weights; take the field out"),
