@@ -75,6 +75,7 @@ class DecoderLayer:
         return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
 
     def _precision(self) -> torch.autocast:
+        """Left before a generator yields, or its caller would compute in bfloat16 too."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
 
     def _full(self, hidden: Tensor) -> Tensor:
@@ -253,18 +254,20 @@ class DecoderLayer:
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
-        with torch.no_grad(), self._listening(linears) as listener, self._precision():
+        with torch.no_grad(), self._listening(linears) as listener:
             read = listener.read
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
                     listener.through = whole
-                    with self._reusing(self._settled_full.setdefault(i, {}), final, linears):
+                    known = self._settled_full.setdefault(i, {})
+                    with self._reusing(known, final, linears), self._precision():
                         out = _until_enough(self._full, self.reference[i])
                     full = dict(read)
                     targets += [out.cpu()] if out is not None else []
                 listener.through = whole and bool(self._experts)
-                with self._reusing(self._settled.setdefault(i, {}), final, linears):
+                known = self._settled.setdefault(i, {})
+                with self._reusing(known, final, linears), self._precision():
                     _until_enough(self.run, hidden)
                 if whole and self._experts:
                     self._count_routed(read[self._experts], first=i == 0)

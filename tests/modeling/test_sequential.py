@@ -170,6 +170,12 @@ def test_a_model_in_bfloat16_may_be_computed_in_it_and_states_stay_float32(
         *_, last = walk(resident, tokens, through=True, half=half)
         return torch.cat(last.inputs)
 
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    layers = walk(resident, tokens, reference=True, half=True)
+    layer = next(layers)
+    assert layer.half == (dtype == torch.bfloat16)
+    for _ in layer.reads(*layer.anatomy.consumers):
+        assert not torch.is_autocast_enabled("cpu"), "what is made of the inputs is made in float32"
     ours, exact = states(True), states(False)
     assert ours.dtype == torch.float32
     assert torch.equal(ours, exact) == (dtype == torch.float32)
