@@ -148,7 +148,7 @@ class DecoderLayer:
         parameter = self.module.get_parameter(name)
         if self.reference and not self._whole:
             self._originals.setdefault(name, parameter.data)
-        if self._settled and not torch.equal(parameter.data, data):
+        if any(self._settled.values()) and not torch.equal(parameter.data, data):
             self._unsettle(name.rpartition(".")[0])
         parameter.data = data
 
@@ -259,13 +259,13 @@ class DecoderLayer:
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
-                    listener.through = whole
+                    listener.begin(linears, through=whole)
                     known = self._settled_full.setdefault(i, {})
                     with self._reusing(known, final, linears), self._precision():
                         out = _until_enough(self._full, self.reference[i])
                     full = dict(read)
                     targets += [out.cpu()] if out is not None else []
-                listener.through = whole and bool(self._experts)
+                listener.begin(linears, through=whole and bool(self._experts))
                 known = self._settled.setdefault(i, {})
                 with self._reusing(known, final, linears), self._precision():
                     _until_enough(self.run, hidden)
@@ -288,9 +288,6 @@ class DecoderLayer:
             if not listener.through and not listener.left:
                 raise _Enough
 
-        def begin(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            listener.left = set(linears)
-
         places = dict.fromkeys(linears, 0) | ({self._experts: 1} if self._experts else {})
         modules = [self.module, self._whole] if self._whole else [self.module]
         hooks = [
@@ -298,7 +295,6 @@ class DecoderLayer:
             for name, place in places.items()
             for module in modules
         ]
-        hooks += [module.register_forward_pre_hook(begin) for module in modules]
         try:
             yield listener
         finally:
@@ -307,6 +303,8 @@ class DecoderLayer:
 
     def _ending_before(self, group: tuple[str, ...]) -> list[str]:
         """The submodules of the layer, such as self_attn, whose linears all come before a group."""
+        if self._whole is not None:
+            return []
         place = self.anatomy.consumers.index(group)
         last = {
             linear.partition(".")[0]: number
@@ -314,7 +312,7 @@ class DecoderLayer:
             for linear in consumers
             if "." in linear
         }
-        return [name for name, number in last.items() if number < place and self._whole is None]
+        return [name for name, number in last.items() if number < place]
 
     @contextmanager
     def _reusing(
@@ -367,6 +365,10 @@ class _Listener:
     read: dict[str, Tensor] = field(default_factory=dict)
     left: set[str] = field(default_factory=set)
     through: bool = False
+
+    def begin(self, linears: Collection[str], *, through: bool) -> None:
+        """Expect a new pass."""
+        self.left, self.through = set(linears), through
 
 
 def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
