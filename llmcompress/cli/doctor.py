@@ -166,7 +166,7 @@ def _integer() -> tuple[bool, str]:
 def _codebook() -> tuple[bool, str]:
     from llmcompress.kernels import lut_gemm
 
-    why = lut_gemm.why_not()
+    why = lut_gemm.KERNEL.why_not
     return (
         (True, f"the C kernel, for {lut_gemm.form()}") if why is None else (False, f"torch's look-up: {why}")
     )

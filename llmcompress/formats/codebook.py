@@ -232,7 +232,9 @@ def _usable(input: Tensor, *stored: Tensor) -> bool:
     """Whether the kernel supports this input and these stored tensors."""
     here = input.is_cpu and input.numel() > 0 and input.dtype in DTYPES.values()
     return (
-        here and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored) and lut_gemm.available()
+        here
+        and all(tensor.is_cpu and tensor.is_contiguous() for tensor in stored)
+        and lut_gemm.KERNEL.available
     )
 
 

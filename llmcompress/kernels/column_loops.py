@@ -8,8 +8,6 @@ hardly any code.
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 from collections.abc import Sequence
 
 import torch
@@ -20,7 +18,6 @@ from llmcompress.algorithms.column_loops import ColumnLoops
 from llmcompress.algorithms.grids import Grid
 from llmcompress.kernels.compiled import CompiledKernel
 
-logger = logging.getLogger(__name__)
 LEVELS = 16  # that fit a register
 
 
@@ -33,18 +30,7 @@ def _declare(kernel: ctypes.CDLL) -> None:
     kernel.solver_move.argtypes += (*2 * (pointer,), small)
 
 
-KERNEL = CompiledKernel("solver", ("solver.c",), _declare)
-
-
-@functools.cache
-def available() -> bool:
-    """Whether there is a kernel.
-
-    The first call may compile it, which takes seconds. A warning is logged if that fails.
-    """
-    if (why := KERNEL.why_not) is not None and not KERNEL.switched_off:
-        logger.warning("torch solves for codes, which is slower than the C kernel: %s", why)
-    return why is None
+KERNEL = CompiledKernel("solver", ("solver.c",), _declare, "torch solves for codes")
 
 
 def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Sequence[float]) -> Tensor:
@@ -107,7 +93,7 @@ LOOPS = ColumnLoops(search, round_columns, move_columns)
 def _takes(grid: Grid, *tensors: Tensor) -> bool:
     """Whether the kernel takes such tensors."""
     fits = isinstance(grid, Grid) and len(grid.levels) <= LEVELS
-    return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and available()
+    return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and KERNEL.available
 
 
 def _levels(grid: Grid) -> tuple[int, int, int]:

@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -31,6 +32,7 @@ from llmcompress.io.cache import cache_folder
 from llmcompress.io.safetensors_writer import discard, sync
 from llmcompress.io.scratch import scratch_folder
 
+logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "csrc"
 FLAGS = ("-std=c11", "-O3", "-march=native", "-fno-strict-aliasing", "-fopenmp", "-fPIC")
 COMPILERS = ("cc", "gcc", "clang")
@@ -38,10 +40,21 @@ COMPILERS = ("cc", "gcc", "clang")
 
 class CompiledKernel:
     """A kernel by its `name`, its files in csrc/ (the first is compiled, the others are headers), and a
-    function that declares the argument and return types of what it exports."""
+    function that declares the argument and return types of what it exports. `without` says what happens
+    where there is none."""
 
-    def __init__(self, name: str, files: tuple[str, ...], declare: Callable[[ctypes.CDLL], None]) -> None:
-        self.name, self.files, self.declare = name, files, declare
+    def __init__(
+        self, name: str, files: tuple[str, ...], declare: Callable[[ctypes.CDLL], None], without: str
+    ) -> None:
+        self.name, self.files, self.declare, self.without = name, files, declare, without
+
+    @functools.cached_property
+    def available(self) -> bool:
+        """Whether there is a kernel. The first call may compile it, which takes seconds; a warning is logged
+        if that fails."""
+        if self.why_not is not None and not self.switched_off:
+            logger.warning("%s, which is slower than the C kernel: %s", self.without, self.why_not)
+        return self.why_not is None
 
     @property
     def loaded(self) -> ctypes.CDLL | None:
@@ -68,6 +81,7 @@ class CompiledKernel:
     def forget(self) -> None:
         """Look for the kernel again the next time."""
         self.__dict__.pop("_attempt", None)
+        self.__dict__.pop("available", None)
 
     @functools.cached_property
     def _attempt(self) -> tuple[ctypes.CDLL | None, str | None]:

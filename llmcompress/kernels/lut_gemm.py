@@ -7,15 +7,12 @@ caller uses another way. R rows (out), C columns (in), G codebooks, L levels, B 
 from __future__ import annotations
 
 import ctypes
-import functools
-import logging
 
 import torch
 from torch import Tensor
 
 from llmcompress.kernels.compiled import CompiledKernel
 
-logger = logging.getLogger(__name__)
 SMALL = 2**16  # up to this many weights a second thread does not pay off
 # tokens at a time; for more, a CPU without AVX-512 is about as fast with expanded weights and a product of
 # torch
@@ -34,25 +31,9 @@ def _declare(kernel: ctypes.CDLL) -> None:
     kernel.lookup_expand.argtypes = (*3 * (pointer,), *4 * (long,), small, small, small)
 
 
-KERNEL = CompiledKernel("lookup", ("lookup.c", "lookup_wide.h"), _declare)
-
-
-@functools.cache
-def available() -> bool:
-    """Whether there is a kernel.
-
-    The first call may compile it, which takes seconds. A warning is logged if that fails.
-    """
-    if (why := why_not()) is not None and not KERNEL.switched_off:
-        logger.warning(
-            "torch looks up codebook linears in each forward, which is slower than the C kernel: %s", why
-        )
-    return why is None
-
-
-def why_not() -> str | None:
-    """Return why there is no kernel, or None if there is one. The first call may compile it."""
-    return KERNEL.why_not
+KERNEL = CompiledKernel(
+    "lookup", ("lookup.c", "lookup_wide.h"), _declare, "torch looks up codebook linears in each forward"
+)
 
 
 def form() -> str | None:

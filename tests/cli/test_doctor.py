@@ -25,8 +25,8 @@ def test_it_says_what_is_here() -> None:
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["cores"] == os.cpu_count()
     assert len(facts["gpus"]) == torch.cuda.device_count()
-    assert what_runs("codebook")[0] == lut_gemm.available()
-    assert what_runs("calibration")[0] == column_loops.available()
+    assert what_runs("codebook")[0] == lut_gemm.KERNEL.available
+    assert what_runs("calibration")[0] == column_loops.KERNEL.available
     assert what_runs("w8a8")[0] == integer_linear.KERNEL
     assert what_runs("nf4")[0] == bitsandbytes_layout.multiplies_packed()
 
@@ -51,7 +51,7 @@ def test_what_is_printed_holds_all_of_it_and_no_path(capsys: pytest.CaptureFixtu
 def test_where_things_are_missing_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(doctor, "PACKAGES", ("no-such-package",))
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
-    monkeypatch.setattr(lut_gemm, "why_not", lambda: "there is no C compiler")
+    monkeypatch.setitem(lut_gemm.KERNEL.__dict__, "_attempt", (None, "there is no C compiler"))
     monkeypatch.setattr(integer_linear, "KERNEL", False)
     monkeypatch.setattr(bitsandbytes_layout, "multiplies_packed", lambda: False)
     assert doctor.versions()["no-such-package"] is None

@@ -18,7 +18,7 @@ from llmcompress.kernels import column_loops, compiled
 
 FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "int4")
 needs_kernel = pytest.mark.skipif(
-    not column_loops.available(),
+    not column_loops.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
 )
 
@@ -134,7 +134,6 @@ def test_what_the_kernel_does_not_take_goes_the_plain_way(
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))
     monkeypatch.setenv("LLMCOMPRESS_CACHE", "/dev/null/no-folder")
     column_loops.KERNEL.forget()
-    column_loops.available.cache_clear()
     for _ in range(2):
         found = column_loops.search(W_RC, h_C, grid("nf4"), 32, [1.0, 0.9])
         assert torch.equal(found, plain.search(W_RC, h_C, grid("nf4"), 32, [1.0, 0.9]))
@@ -147,4 +146,3 @@ def fresh() -> Iterator[None]:
     """The kernel is looked for again, before and after."""
     yield
     column_loops.KERNEL.forget()
-    column_loops.available.cache_clear()

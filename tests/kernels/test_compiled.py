@@ -16,7 +16,7 @@ import torch
 from llmcompress.kernels import compiled, lut_gemm
 
 needs_kernel = pytest.mark.skipif(
-    not lut_gemm.available(),
+    not lut_gemm.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
 )
 
@@ -31,15 +31,14 @@ def fresh() -> Iterator[None]:
 
 def _forget() -> None:
     lut_gemm.KERNEL.forget()
-    lut_gemm.available.cache_clear()
 
 
 def test_a_switch_turns_the_kernel_off(
     fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("LLMCOMPRESS_KERNELS", "0")
-    assert not lut_gemm.available() and lut_gemm.form() is None
-    assert lut_gemm.why_not() == "LLMCOMPRESS_KERNELS is 0"
+    assert not lut_gemm.KERNEL.available and lut_gemm.form() is None
+    assert lut_gemm.KERNEL.why_not == "LLMCOMPRESS_KERNELS is 0"
     assert not caplog.records, "who switches it off knows"
     with pytest.raises(ValueError, match="no kernel lookup here"):
         lut_gemm.matmul(torch.ones(1, 4), torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(1, 16), 1, 4)
@@ -70,11 +69,11 @@ def test_without_what_it_takes_there_is_no_kernel_and_one_warning(
         (tmp_path / "cache").write_text("a file where the folder would be")
     else:
         monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
-    assert not lut_gemm.available()
-    assert not lut_gemm.available()
+    assert not lut_gemm.KERNEL.available
+    assert not lut_gemm.KERNEL.available
     assert not list(tmp_path.glob("cache/kernels/*"))
     (record,) = caplog.records  # once a process
-    assert record.levelname == "WARNING" and str(lut_gemm.why_not()) in record.getMessage()
+    assert record.levelname == "WARNING" and str(lut_gemm.KERNEL.why_not) in record.getMessage()
     assert WHY[broken] in record.getMessage()
 
 

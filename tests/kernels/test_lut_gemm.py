@@ -17,7 +17,7 @@ from llmcompress.formats.codebook import pack
 from llmcompress.kernels import compiled, lut_gemm
 
 needs_kernel = pytest.mark.skipif(
-    not lut_gemm.available(),
+    not lut_gemm.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
 )
 
@@ -40,7 +40,6 @@ def fresh() -> Iterator[None]:
 
 def _forget() -> None:
     lut_gemm.KERNEL.forget()
-    lut_gemm.available.cache_clear()
 
 
 @needs_kernel
