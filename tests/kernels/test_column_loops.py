@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -139,10 +137,3 @@ def test_what_the_kernel_does_not_take_goes_the_plain_way(
         assert torch.equal(found, plain.search(W_RC, h_C, grid("nf4"), 32, [1.0, 0.9]))
     (record,) = caplog.records
     assert "slower than the C kernel" in record.getMessage()
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """The kernel is looked for again, before and after."""
-    yield
-    column_loops.KERNEL.forget()

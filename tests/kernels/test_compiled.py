@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,18 +18,6 @@ needs_kernel = pytest.mark.skipif(
     not lut_gemm.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
 )
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """The kernel is looked for again, before and after."""
-    _forget()
-    yield
-    _forget()
-
-
-def _forget() -> None:
-    lut_gemm.KERNEL.forget()
 
 
 def test_a_switch_turns_the_kernel_off(

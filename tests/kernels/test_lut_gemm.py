@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,18 +27,6 @@ def linear(R: int, C: int, rows: int, bits: int, seed: int = 0) -> tuple[Tensor,
     levels = torch.randn(-(-R // rows), 2**bits, generator=generator)
     codes = torch.randint(2**bits, (R, C), generator=generator)
     return pack(codes, bits), levels, look_up(codes, levels, rows)
-
-
-@pytest.fixture
-def fresh() -> Iterator[None]:
-    """The kernel is looked for again, before and after."""
-    _forget()
-    yield
-    _forget()
-
-
-def _forget() -> None:
-    lut_gemm.KERNEL.forget()
 
 
 @needs_kernel
@@ -178,7 +165,7 @@ def test_the_forms_for_other_processors_compute_the_same(
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
     others = (flag for flag in compiled.FLAGS if flag != "-march=native")
     monkeypatch.setattr(compiled, "FLAGS", (*others, *(f"-march={name}" for name in march)))
-    _forget()
+    lut_gemm.KERNEL.forget()
     assert lut_gemm.form() == form and not lut_gemm.halves(4)
     for bits in (2, 3, 4, 8):
         packed, levels, W_RC = linear(9, 333, 2, bits)
