@@ -18,6 +18,9 @@ class Script:
 
 
 SCRIPTS = {
+    "reference-models": Script(
+        "reference_models", "1 min", "makes models of real size from the package index; writes no result"
+    ),
     "bench": Script("bench", "6 h", "the loss of every recipe on every model, beside stock bitsandbytes"),
     "rivals": Script(
         "rivals.quantizers", "20 min", "AutoRound, GPTQModel and llm-compressor on the same sequences"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from evaluation import machine, results
-from evaluation.models import LENGTH, MODELS
+from evaluation.models import MODELS
 from evaluation.options import parser
 from evaluation.results import AblationRow
 from llmcompress.algorithms.gptq import descend, gptq
@@ -27,7 +27,6 @@ from llmcompress.algorithms.grids import Grid, grid
 from llmcompress.algorithms.hessian import retarget
 from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
-from llmcompress.data.sources import DataSpec
 from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.decoder_layer import DecoderLayer
@@ -89,10 +88,9 @@ class Variants:
     """A model, its tokens, and ways of rounding it."""
 
     def __init__(self, name: str) -> None:
-        base, text = MODELS[name]
-        self.model = Changed(find_base(base).folder, CPU)
-        spec = DataSpec(source=text, length=LENGTH, bos=False)
-        self.data = calibration_data(self.model, spec, tokenizer_of(self.model.folder))
+        subject = MODELS[name]
+        self.model = Changed(find_base(subject.base).folder, CPU)
+        self.data = calibration_data(self.model, subject.data(), tokenizer_of(self.model.folder))
         self.base = list(logits(self.model, self.data.evaluation))
         self.levels = grid("nf4")
         self.fisher: dict[int, Tensor] = {}

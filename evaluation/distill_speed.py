@@ -156,7 +156,7 @@ def main(argv: Sequence[str]) -> int:
     options.add_argument("--steps", type=int, default=12)
     options.add_argument("--rounds", type=int, default=3)
     given = machine.parse(options, argv)
-    base, text = MODELS[given.model]
+    base, text = MODELS[given.model][:2]
     model = DiskModel(find_base(base).folder, torch.device("cpu"))
     students = [measure(model, text, keep, given.steps, given.rounds) for keep in given.keep]
     shape = {"model": given.model, "batch": BATCH, "length": LENGTH, "steps": given.steps}

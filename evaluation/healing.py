@@ -82,7 +82,7 @@ def measured(model: str, row: str, report: Report, kl_cut: float) -> HealingRow:
 
 def heal(model: str, rows: Sequence[str]) -> None:
     """Cut a model once, train it in the way of each row, and write each row as soon as it is there."""
-    base, text = MODELS[model]
+    base, text = MODELS[model][:2]
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LLMCOMPRESS_CACHE"] = folder
         cut = Path(folder) / "cut"

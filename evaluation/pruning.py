@@ -60,7 +60,7 @@ def stages(model: MetaModel, share: float) -> dict[str, list[Settings]]:
 
 def measure(name: str, share: float, row: str, cuts: list[Settings]) -> PruningRow:
     """One row: what is left, and what it loses."""
-    base, text = MODELS[name]
+    base, text = MODELS[name][:2]
     with tempfile.TemporaryDirectory() as folder:
         report = run(recipe_of([{"prune": cut} for cut in cuts], text), Path(folder) / "out", base)
         left = layer_parameters(outline(Path(folder) / "out"))

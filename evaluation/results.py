@@ -80,7 +80,10 @@ class FidelityRow(Loss):
     top1_agreement: float
     perplexity_ratio: float | None = None
     perplexity_ratio_ci95: tuple[float, float] | None = None
+    perplexity_2048: float | None = None
+    base_perplexity_2048: float | None = None
     seconds: float
+    cpu_seconds: float | None = None
     peak_memory_bytes: int | None = None
     recipe_digest: str = ""
     data_sha256: str = ""

@@ -115,7 +115,7 @@ def rows_of(name: str, model: MetaModel) -> dict[str, list[Stage]]:
 
 def measure(name: str, row: str, stages: list[Stage]) -> SharingRow:
     """A row: what is left, and what it loses."""
-    base, text = MODELS[name]
+    base, text = MODELS[name][:2]
     with tempfile.TemporaryDirectory() as folder:
         report = run(recipe_of(stages, text), Path(folder) / "out", base)
     size = int(known(report.compressed.size_bytes))

@@ -46,7 +46,7 @@ from evaluation.results import (
     load,
 )
 
-MODELS = ("demo", "wikilm-8m", "stories260k")
+MODELS = ("smollm2-135m", "demo", "wikilm-8m", "stories260k")
 OURS = ("nf4-gptq-double", "nf4-learned-double", "nf4-learned")  # what stands beside the quantisers of others
 WIDTH = 110  # of a paragraph
 WIDEST = 10  # columns of a table of speeds

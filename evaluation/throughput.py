@@ -60,7 +60,7 @@ def contenders(base: str, text: str, samples: int) -> tuple[int, dict[str, Calla
 
 def measure(name: str, samples: int, repeats: int) -> ThroughputRow:
     """Median tokens/s of each contender, and the median over the turns of its ratio to the bare pass."""
-    tokens, calls = contenders(*MODELS[name], samples)
+    tokens, calls = contenders(*MODELS[name][:2], samples)
     for call in calls.values():
         call()  # the first call pays for what torch sets up
     times: dict[str, list[float]] = {what: [] for what in calls}

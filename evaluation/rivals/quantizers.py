@@ -1,14 +1,15 @@
-"""What do the strongest 4-bit quantisers that run on a CPU lose, on the same tokens as ours?
+"""What do the strongest quantisers that run on a CPU lose, on the same tokens as ours?
 
-    python -m evaluation rivals [--models demo wikilm-8m stories260k] [--rivals ...] [--work DIR]
+    python -m evaluation rivals [--models smollm2-135m demo ...] [--rivals ...] [--work DIR]
 
 For each model and rival: a virtual environment with pinned requirements (made once), its own quantisation of
 the base on exactly the sequences that bench.py calibrates on, then the score of what it wrote, in that
 environment and through its own loader, on exactly the sequences that bench.py evaluates on (score.py). Head
-and embedding are kept by all. The group size is the largest that the model's widths allow. Seconds and memory
-are the rival's own, on the threads given; a rival that fails is written down as such. AutoRound costs
-minutes, the others less than one. A finished quantisation lies under --work and is not made again, only
-scored. The result goes to results/rivals-MODEL.json.
+and embedding are kept by all. The group size of 4-bit weights is the largest that the model's widths allow,
+and 64 on SmolLM2, as ours have it. Seconds and memory are the rival's own, on the threads given; a rival that
+fails is written down as such. On SmolLM2 AutoRound costs hours and each of the others five minutes; on the
+small models AutoRound costs minutes, the others less than one. A finished quantisation lies under --work and
+is not made again, only scored. The result goes to results/rivals-MODEL.json, a rival at a time.
 """
 
 from __future__ import annotations
@@ -19,17 +20,31 @@ import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from evaluation import machine, results
 from evaluation.models import present
 from evaluation.options import parser
-from evaluation.results import ROOT, Failure, Rival
+from evaluation.reference_models import SMOLLM2
+from evaluation.results import ROOT, Failure, Rival, Rivals
 from evaluation.rivals import sequences
 from evaluation.rivals.environments import Environment
 
-# name -> package
-RIVALS = {"autoround": "auto-round", "gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor"}
-GROUP_SIZES = {"demo": 64, "wikilm-8m": 128, "stories260k": 32}
+
+class Quantizer(NamedTuple):
+    """A quantiser of others: its package, and the environment that it runs in."""
+
+    package: str
+    environment: str
+
+
+RIVALS = {  # by the name of their script: rival_NAME.py
+    "llmcompressor": Quantizer("llmcompressor", "llmcompressor"),
+    "gptqmodel": Quantizer("gptqmodel", "gptqmodel"),
+    "autoround": Quantizer("auto-round", "autoround"),
+    "smoothquant": Quantizer("llmcompressor", "llmcompressor"),
+}
+GROUP_SIZES = {SMOLLM2: 64, "demo": 64, "wikilm-8m": 128, "stories260k": 32}
 
 
 def options(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -47,7 +62,8 @@ def options(name: str, doc: str | None) -> argparse.ArgumentParser:
 def quantized(model: str, rival: str, given: argparse.Namespace) -> Rival:
     """Quantise a model with one rival, unless that is done already, and score the result."""
     files = sequences.write(model, given.work / "sequences")
-    environment = Environment(given.work / "venvs" / rival, rival, given.threads)
+    package, named = RIVALS[rival]
+    environment = Environment(given.work / "venvs" / named, named, given.threads)
     group_size = GROUP_SIZES[model]
     job = f"{model}-{sequences.described(files.calibration).sha256[:8]}-g{group_size}-{given.dtype}"
     place = given.work / "out" / job / rival
@@ -69,7 +85,7 @@ def quantized(model: str, rival: str, given: argparse.Namespace) -> Rival:
     made = json.loads(facts.read_text("utf-8"))
     judged = ["--base", files.base, "--model", place / "model" / made.pop("folder")]
     environment.run("score", [*judged, "--evaluation", files.evaluation, "--json", scores], log)
-    versions = environment.versions(RIVALS[rival], "torch", "transformers")
+    versions = environment.versions(package, "torch", "transformers")
     return Rival.model_validate({"versions": versions} | made | json.loads(scores.read_text("utf-8")))
 
 
@@ -95,6 +111,17 @@ def table(found: Mapping[str, Rival | Failure]) -> str:
     return "\n".join(lines)
 
 
+def write(model: str, rival: str, found: Rival | Failure, given: argparse.Namespace) -> None:
+    """Write what a rival made of a model beside the others that read the same sequences."""
+    files = sequences.write(model, given.work / "sequences")
+    used = {side: sequences.described(getattr(files, side)) for side in ("calibration", "evaluation")}
+    before = results.load(results.RESULTS, f"rivals-{model}", Rivals)
+    same = before is not None and (before.calibration, before.evaluation) == tuple(used.values())
+    others = before.rivals if before is not None and same else {}
+    facts = {"threads": given.threads, "base": files.base.name, **used, "rivals": {**others, rival: found}}
+    results.write(f"rivals-{model}", machine.head(), facts)
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure every rival on every model; 1 where none runs."""
     asked = options("rivals", __doc__)
@@ -106,16 +133,9 @@ def main(argv: Sequence[str]) -> int:
     given = machine.parse(asked, argv, threads=1)
     ran = False
     for model in given.models:
-        found = {rival: attempted(model, rival, given) for rival in given.rivals}
-        files = sequences.write(model, given.work / "sequences")
-        facts = {
-            "threads": given.threads,
-            "base": files.base.name,
-            "calibration": sequences.described(files.calibration),
-            "evaluation": sequences.described(files.evaluation),
-            "rivals": found,
-        }
-        results.write(f"rivals-{model}", machine.head(), facts)
-        print(table(found))
-        ran |= any(isinstance(rival, Rival) for rival in found.values())
+        for rival in given.rivals:
+            found = attempted(model, rival, given)
+            write(model, rival, found, given)
+            print(table({rival: found}), flush=True)
+            ran |= isinstance(found, Rival)
     return int(not ran)

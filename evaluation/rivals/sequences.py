@@ -9,9 +9,8 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.models import LENGTH, MODELS
+from evaluation.models import MODELS
 from evaluation.results import Sequences
-from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.resolve import calibration_data, find_base
@@ -30,8 +29,7 @@ class Files(NamedTuple):
 def write(model: str, folder: Path) -> Files:
     """Write calibration-MODEL and evaluation-MODEL to a folder."""
     base = find_base(MODELS[model].base).folder
-    spec = DataSpec(source=MODELS[model].text, length=LENGTH, bos=False)
-    data = calibration_data(DiskModel(base, torch.device("cpu")), spec, tokenizer_of(base))
+    data = calibration_data(DiskModel(base, torch.device("cpu")), MODELS[model].data(), tokenizer_of(base))
     folder.mkdir(parents=True, exist_ok=True)
     files = Files(base, *(folder / f"{side}-{model}.safetensors" for side in ("calibration", "evaluation")))
     save_file({KEY: data.calibration.contiguous()}, files.calibration)
