@@ -43,7 +43,7 @@ from evaluation.runs import known, run
 from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
-from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE, batches_of
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import peak_memory_bytes
 
@@ -100,6 +100,11 @@ def make_model(folder: Path, layers: int, hidden: int) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    save_byte_tokenizer(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: token for token, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

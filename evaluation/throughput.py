@@ -30,7 +30,8 @@ from evaluation.timing import seconds
 from llmcompress.data.sources import DataSpec
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.modeling.sequential import TOKENS_AT_ONCE, batches_of, logits
+from llmcompress.modeling.sequential import logits
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE, batches_of
 from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.report.metrics import fidelity
 

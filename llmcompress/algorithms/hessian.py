@@ -35,20 +35,25 @@ class Moments:
         self.tokens = 0
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
-        """Accumulate inputs x [..., C] and, if given, the full model's inputs in their place."""
+        """Accumulate inputs x [..., C] and, if given, the full model's inputs in their place.
+
+        All memory is allocated before the first number changes: if it runs out, nothing was accumulated.
+        """
         X_TC = x.reshape(-1, x.shape[-1]).float()
         total = self.tokens + len(X_TC)
         if total == 0:
             return
         F_TC = X_TC if full is None else full.reshape(-1, full.shape[-1]).float()
-        for mean_C, seen_TC in ((self.mean_C, X_TC), (self.full_C, F_TC)):
-            mean_C.mul_(self.tokens / total).add_(seen_TC.sum(0), alpha=1 / total)
-        if full is not None:
-            if self.gap_FC is None:
-                self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
-            gap_TF = F_TC - X_TC if F_TC.shape == X_TC.shape else F_TC
+        sums = X_TC.sum(0), F_TC.sum(0)
+        top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
+        gap_TF = F_TC - X_TC if full is not None and F_TC.shape == X_TC.shape else F_TC
+        if full is not None and self.gap_FC is None:
+            self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
+        for mean_C, sum_C in zip((self.mean_C, self.full_C), sums, strict=True):
+            mean_C.mul_(self.tokens / total).add_(sum_C, alpha=1 / total)
+        if full is not None and self.gap_FC is not None:
             self.gap_FC.mul_(self.tokens / total).addmm_(gap_TF.T, X_TC, alpha=1 / total)
-        self.top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
+        self.top_C = top_C
         self.H_CC.mul_(self.tokens / total)
         _add_gram(self.H_CC, X_TC, 1 / total)
         self.tokens = total

@@ -7,7 +7,7 @@ the first stream. A scale that crosses from a producer to its readers changes ne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,6 +22,7 @@ from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
+from llmcompress.modeling.token_limit import TokenLimit, joined
 
 Value = TypeVar("Value")
 
@@ -40,6 +41,7 @@ class DecoderLayer:
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
+    limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
     # expert -> tokens routed to it, counted by `moments`
     expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
@@ -47,8 +49,8 @@ class DecoderLayer:
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
     # outputs of submodules that do not change any more, by batch and name: of `inputs`, and of `reference`
-    _settled: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _settled_full: dict[int, dict[str, Any]] = field(default_factory=dict)
+    _settled: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
+    _settled_full: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     _whole: nn.Module | None = None  # the layer before a stage replaced it by a narrower one
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
@@ -87,10 +89,28 @@ class DecoderLayer:
         """The layer's outputs for all `batches`, on the CPU."""
         found = list[Tensor]()
         for i, hidden in enumerate(batches):
-            known = self._settled.get(i, {}) if batches is self.inputs else {}
-            with self._reusing(known), self._precision():
-                found.append(self.run(hidden).cpu())
+            settled = self._settled if batches is self.inputs else {}
+            output = partial(self._output, hidden, i, settled)
+            found.append(joined(self.limit.each(output, *hidden.shape[:2])))
         return self._sound(found)
+
+    def _output(
+        self, hidden: Tensor, i: int, settled: Mapping[Hashable, dict[str, Any]], here: slice
+    ) -> Tensor:
+        """The layer's output for a part of batch `i`, on the CPU."""
+        with self._reusing(settled.get(_part(i, here, hidden), {})), self._precision():
+            return self.run(hidden[here]).cpu()
+
+    @torch.no_grad()
+    def outputs_with(
+        self, batches: Sequence[Tensor], parameters: Mapping[str, Tensor], device: torch.device
+    ) -> list[Tensor]:
+        """The layer's outputs for all `batches`, on `device`, with `parameters` in place of its own."""
+
+        def output(hidden: Tensor, here: slice) -> Tensor:
+            return self.run(hidden[here], parameters).to(device)
+
+        return [joined(self.limit.each(partial(output, hidden), *hidden.shape[:2])) for hidden in batches]
 
     def _sound(self, batches: list[Tensor]) -> list[Tensor]:
         """Return the hidden states that leave the layer if all of them are finite. Errors: ModelError."""
@@ -109,8 +129,14 @@ class DecoderLayer:
         """
         if not self._targets:
             with torch.no_grad(), self._precision():
-                self._targets = [self._full(hidden).cpu() for hidden in self.reference]
+                self._targets = [
+                    joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
+                    for hidden in self.reference
+                ]
         return self._sound(self._targets)
+
+    def _target(self, hidden: Tensor, here: slice) -> Tensor:
+        return self._full(hidden[here]).cpu()
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
@@ -233,7 +259,7 @@ class DecoderLayer:
         final = self._ending_before(wanted[0]) if in_turn else ()
         for read, full in self.reads(*wanted, final=final):
             for name, moments in found.items():
-                moments.add(read[name], full.get(name))
+                self.add(moments, read[name], full.get(name))
         for name, moments in found.items():
             if not moments.finite:
                 raise ModelError(
@@ -243,11 +269,20 @@ class DecoderLayer:
                 )
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
+    def add(self, moments: Moments, x: Tensor, full: Tensor | None = None) -> None:
+        """Accumulate inputs x [..., C] and, if given, the full model's in their place, in as many parts as
+        the memory asks for."""
+        X_TC, F_TC = (None if part is None else part.flatten(0, -2) for part in (x, full))
+        assert X_TC is not None
+        self.limit.each(
+            lambda here: moments.add(X_TC[here], None if F_TC is None else F_TC[here]), len(X_TC), 1
+        )
+
     def reads(
         self, *groups: tuple[str, ...], final: Collection[str] = ()
     ) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yield the input of the first linear of each group, batch by batch, here and in the full model
-        (empty without a reference).
+        (empty without a reference). A batch comes in parts if memory runs out.
 
         A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
         counts the tokens of each expert. The outputs of `final` submodules are kept and used again.
@@ -255,24 +290,43 @@ class DecoderLayer:
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
         with torch.no_grad(), self._listening(linears) as listener:
-            read = listener.read
             for i, hidden in enumerate(self.inputs):
-                full: dict[str, Tensor] = {}
-                if self.reference:
-                    listener.begin(linears, through=whole)
-                    known = self._settled_full.setdefault(i, {})
-                    with self._reusing(known, final, linears), self._precision():
-                        out = _until_enough(self._full, self.reference[i])
-                    full = dict(read)
-                    targets += [out.cpu()] if out is not None else []
-                listener.begin(linears, through=whole and bool(self._experts))
-                known = self._settled.setdefault(i, {})
-                with self._reusing(known, final, linears), self._precision():
-                    _until_enough(self.run, hidden)
-                if whole and self._experts:
-                    self._count_routed(read[self._experts], first=i == 0)
-                yield read, full
+                outs = list[Tensor]()
+                read = partial(self._read, listener, i, linears, final, whole)
+                for full, out in self.limit.parts(read, *hidden.shape[:2]):
+                    outs += [out] if out is not None else []
+                    yield listener.read, full
+                targets += [joined(outs)] if outs else []
         self._targets = targets or self._targets
+
+    def _read(
+        self,
+        listener: _Listener,
+        i: int,
+        linears: set[str],
+        final: Collection[str],
+        whole: bool,
+        here: slice,
+    ) -> tuple[dict[str, Tensor], Tensor | None]:
+        """Run a part of batch `i` until the listener has read the linears' inputs.
+
+        Returns what they read in the full model, and its output if the pass went through the `whole` layer.
+        """
+        full, out, hidden = dict[str, Tensor](), None, self.inputs[i]
+        part = _part(i, here, hidden)
+        if self.reference:
+            listener.begin(linears, through=whole)
+            known = self._settled_full.setdefault(part, {})
+            with self._reusing(known, final, linears), self._precision():
+                out = _until_enough(self._full, self.reference[i][here])
+            full, out = dict(listener.read), None if out is None else out.cpu()
+        listener.begin(linears, through=whole and bool(self._experts))
+        known = self._settled.setdefault(part, {})
+        with self._reusing(known, final, linears), self._precision():
+            _until_enough(self.run, hidden[here])
+        if whole and self._experts:
+            self._count_routed(listener.read[self._experts], first=i == 0 and here.start == 0)
+        return full, out
 
     @contextmanager
     def _listening(self, linears: set[str]) -> Iterator[_Listener]:
@@ -373,6 +427,11 @@ class _Listener:
 
 def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (rounded(args[0]), *args[1:])
+
+
+def _part(i: int, here: slice, hidden: Tensor) -> Hashable:
+    """The key of a part of batch `i`: its number, if the part is the whole batch."""
+    return i if here == slice(0, len(hidden)) else (i, here.start, here.stop)
 
 
 def _moved(output: Any, device: torch.device) -> Any:

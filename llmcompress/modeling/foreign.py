@@ -8,6 +8,7 @@ transformers decides whether it can be loaded here: it names a missing package, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,7 +24,8 @@ from llmcompress.integrations.transformers_quantizer import METHOD
 from llmcompress.io.checkpoint import read_json
 from llmcompress.io.units import amount
 from llmcompress.modeling.from_disk import no_progress_bar
-from llmcompress.modeling.sequential import Track, batches_of
+from llmcompress.modeling.sequential import Track
+from llmcompress.modeling.token_limit import TokenLimit, batches_of, joined
 from llmcompress.report.metrics import size_bytes
 
 OWN = (METHOD, "bitsandbytes")  # methods that are read layer by layer
@@ -82,12 +84,16 @@ class WholeModel:
     def logits(self, sequences: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
         """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
         `unscored` positions."""
-        batches = batches_of(sequences)
+        batches, limit = batches_of(sequences), TokenLimit(self.device)
         for tokens in track(batches, "evaluate", len(batches)):
-            # closed before the yield: a generator dropped half way must not leave it open
-            with torch.no_grad():
-                scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-            yield scores[:, unscored:]
+            yield joined(limit.each(partial(self._scores, tokens), *tokens.shape))[:, unscored:]
+
+    @torch.no_grad()
+    def _scores(self, tokens: Tensor, here: slice) -> Tensor:
+        """Logits of a part of a batch; those of a real part wait for the others on the CPU."""
+        part = tokens[here].to(self.device)
+        scores: Tensor = self.model(input_ids=part, use_cache=False).logits
+        return scores if len(part) == len(tokens) else scores.cpu()
 
 
 def _require_memory(folder: Path, size: int, device: torch.device) -> None:

@@ -38,6 +38,7 @@ from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
+from llmcompress.modeling.token_limit import TokenLimit, fitting
 
 # freed bytes after which the heap is given back: after each layer, or after several small ones
 TRIM_BYTES = 1 << 24
@@ -154,6 +155,20 @@ class LayerwiseModel(ABC):
             f"{prefix}{name}": tensor.to(self.dtype_of(f"{prefix}{name}")).cpu().contiguous()
             for name, tensor in tensors.items()
         }
+
+    @cached_property
+    def limit(self) -> TokenLimit:
+        """How many tokens go through a layer at once, decided when it is first asked for."""
+        return TokenLimit(self.device, fitting(self.device, self.token_bytes()))
+
+    def token_bytes(self) -> int:
+        """Bytes that a token takes in the widest layer, if it keeps every input and output of a matrix."""
+        chosen = getattr(self.config, "num_experts_per_tok", None) or 1
+        widths = []
+        for layer in self.layers:
+            shapes = [parameter.shape for parameter in layer.parameters() if parameter.dim() > 1]
+            widths.append(sum(sum(shape[-2:]) * (chosen if len(shape) > 2 else 1) for shape in shapes))
+        return max(widths, default=0) * self.dtype.itemsize
 
     def inner_parameters(self) -> int:
         """Number of parameters inside the layers, as they are in memory."""

@@ -30,13 +30,14 @@ from llmcompress.errors import ModelError
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.token_limit import batches_of, joined, units
 
-TOKENS_AT_ONCE = 2048  # tokens in one forward pass of a layer
 SAMPLE = 8192  # tokens that decide what goes or what is shared
 # (items, description, count) -> the same items
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
+Found = TypeVar("Found")
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
@@ -49,9 +50,16 @@ def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     return things
 
 
-def batches_of(sequences: Tensor) -> list[Tensor]:
-    """Split token sequences [S, L] into batches of at most TOKENS_AT_ONCE tokens."""
-    return list(sequences.split(max(1, TOKENS_AT_ONCE // sequences.shape[1])))
+class _BySize(dict[int, Found]):
+    """Something by batch size. It is found for a size that has not occurred when it is asked for."""
+
+    def __init__(self, find: Callable[[int], Found]) -> None:
+        super().__init__()
+        self.find = find
+
+    def __missing__(self, size: int) -> Found:
+        self[size] = found = self.find(size)
+        return found
 
 
 @contextmanager
@@ -70,25 +78,15 @@ def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
     """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
     called with."""
-    arguments: dict[int, list[dict[str, Any]]] = {}
-    signature = inspect.signature(type(resident.layers[0]).forward)
-
-    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(None, hidden, *args, **kwargs).arguments
-        own, extra = list(bound)[:2], bound.pop("kwargs", {})
-        called = {name: value for name, value in bound.items() if name not in own} | extra
-        arguments.setdefault(len(hidden), []).append(called) if len(
-            arguments.get(len(hidden), [])
-        ) == index else None
-        seen.append(hidden)
-        return hidden
-
+    length = batches[0].shape[1]
+    arguments = _BySize[Sequence[Mapping[str, Any]]](
+        lambda size: _entering(resident, _anything(resident, size, length))[1]
+    )
     streams = []
-    with _stubbed(resident, record):
-        for tokens in batches:
-            seen: list[Tensor] = []
-            resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
-            streams.append(seen[0].cpu())
+    for tokens in batches:
+        hidden, called = _entering(resident, tokens)
+        streams.append(hidden.cpu())
+        arguments.setdefault(len(tokens), called)
     if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
         raise ModelError(
             f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are "
@@ -97,11 +95,36 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
     return streams, arguments
 
 
+@torch.no_grad()
+def _entering(resident: LayerwiseModel, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
+    """Return the states [B, L, D] of tokens [B, L] that enter the first layer, and the arguments that each
+    layer is called with."""
+    signature = inspect.signature(type(resident.layers[0]).forward)
+    arguments: list[dict[str, Any]] = []
+    seen: list[Tensor] = []
+
+    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        bound = signature.bind(None, hidden, *args, **kwargs).arguments
+        own, extra = list(bound)[:2], bound.pop("kwargs", {})
+        arguments.append({name: value for name, value in bound.items() if name not in own} | extra)
+        seen.append(hidden)
+        return hidden
+
+    with _stubbed(resident, record), torch.autocast(resident.device.type, enabled=False):
+        resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
+    return seen[0], arguments
+
+
+def _anything(resident: LayerwiseModel, sequences: int, length: int) -> Tensor:
+    """Tokens [S, L] whose values do not matter."""
+    token = 1 if resident.config.pad_token_id == 0 else 0  # transformers warns of padding
+    return torch.full((sequences, length), token, device=resident.device)
+
+
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     """Return the logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and
     all that goes with them."""
-    anything = 1 if resident.config.pad_token_id == 0 else 0  # transformers warns of padding
-    tokens = torch.full(hidden.shape[:2], anything, device=resident.device)
+    tokens = _anything(resident, *hidden.shape[:2])
     hidden = hidden.to(resident.device)
     with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
         return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
@@ -133,7 +156,7 @@ def walk(
     between layers are float32.
     """
     half = half and resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
-    inputs, arguments = enter(resident, batches_of(sequences))
+    inputs, arguments = enter(resident, resident.limit.batches(sequences))
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
@@ -166,10 +189,19 @@ def _layer(
     reference: list[Tensor],
 ) -> DecoderLayer:
     """Return the DecoderLayer of layer `index`, which is in memory, with the states that enter it."""
-    own = {size: per_block[index] for size, per_block in arguments.items()}
+    own = _BySize[Mapping[str, Any]](lambda size: arguments[size][index])
     anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
     return DecoderLayer(
-        index, resident.layer_name(index), module, anatomy, resident.device, sizes, own, inputs, reference
+        index,
+        resident.layer_name(index),
+        module,
+        anatomy,
+        resident.device,
+        sizes,
+        own,
+        inputs,
+        reference,
+        limit=resident.limit,
     )
 
 
@@ -196,7 +228,7 @@ def variants(
 
     It takes one pass: each layer runs once for every set that began before it or begins there.
     """
-    inputs, arguments = enter(resident, batches_of(sequences))
+    inputs, arguments = enter(resident, resident.limit.batches(sequences))
     base = base or {}
     streams: dict[Key | None, list[Tensor]] = {None: inputs}
     starts = {key: min(own) for key, own in edits.items()}
@@ -214,7 +246,7 @@ def variants(
             changed = {edit: edit(layer) for edit in dict.fromkeys(wanted.values()) if edit is not None}
             for key, edit in wanted.items():
                 if edit is not None:
-                    streams[key] = [layer.run(hidden, changed[edit]).cpu() for hidden in streams[key]]
+                    streams[key] = layer.outputs_with(streams[key], changed[edit], torch.device("cpu"))
     return streams
 
 
@@ -261,7 +293,8 @@ def divergences(
     Predictions at the first `unscored` positions of a sequence do not count.
     """
     lost = dict.fromkeys(streams, 0.0)
-    for i, hidden in enumerate(full):
+    streams = {key: units(states) for key, states in streams.items()}
+    for i, hidden in enumerate(units(full)):
         expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
         for index, states in streams.items():
             lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
@@ -278,7 +311,7 @@ def logits(
     """
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
-    for hidden in last.inputs:
+    for hidden in units(last.inputs):
         with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
             scores = leave(resident, hidden[:, unscored:])
         yield scores
@@ -303,11 +336,16 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
     with head_reads(resident) as read:
-        for i, hidden in enumerate(layer.inputs):
+        reference = units(layer.reference)
+
+        def add(both: Sequence[Tensor], here: slice) -> None:
             read.clear()
-            for states in (hidden, *layer.reference[i : i + 1]):
-                leave(resident, states)
+            for states in both:
+                leave(resident, states[here])
             moments.add(*read)
+
+        for i, hidden in enumerate(units(layer.inputs)):
+            resident.limit.each(partial(add, (hidden, *reference[i : i + 1])), *hidden.shape[:2])
     return W_RC, moments
 
 
@@ -379,10 +417,10 @@ def gradients(
         last = layer
         with writing(scratch):
             save_file(
-                {str(i): hidden for i, hidden in enumerate(layer.inputs)},
+                {str(i): hidden for i, hidden in enumerate(units(layer.inputs))},
                 scratch / f"states-{layer.index}.safetensors",
             )
-    for tokens, hidden in zip(batches, last.inputs, strict=True):
+    for tokens, hidden in zip(batches, units(last.inputs), strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
         wanted = labels(scores, tokens.to(resident.device))
@@ -422,11 +460,23 @@ def _back(
         layer = _layer(resident, index, module, arguments, [], [])
         parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):
-            hidden = states[str(i)].to(resident.device).requires_grad_()
-            layer.run(hidden).backward(grad.to(resident.device))
-            assert hidden.grad is not None
-            out.append(hidden.grad.cpu())
-        found |= {
-            name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
-        }
+            part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
+            entering = []
+            for hidden_grad, own_grads in layer.limit.parts(part, *grad.shape[:2]):
+                entering.append(hidden_grad)
+                for name, own in zip(parameters, own_grads, strict=True):
+                    if own is not None:
+                        found[name] = found[name].add_(own) if name in found else own
+            out.append(joined(entering))
     return out
+
+
+def _back_part(
+    layer: DecoderLayer, states: Tensor, grad: Tensor, parameters: Sequence[Tensor], here: slice
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the gradient of a part of the states that enter a layer, and those of parameters."""
+    hidden = states[here].to(layer.device).requires_grad_()
+    found = torch.autograd.grad(
+        layer.run(hidden), [hidden, *parameters], grad[here].to(layer.device), allow_unused=True
+    )
+    return found[0].cpu(), found[1:]

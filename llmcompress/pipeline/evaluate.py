@@ -9,6 +9,7 @@ measured on the model as from_pretrained loads it, with the kernels that it will
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from llmcompress.data.sources import DataSpec
+from llmcompress.errors import first_line
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.foreign import WholeModel, foreign_method
@@ -39,6 +41,8 @@ from llmcompress.pipeline.resolve import (
     require_tokenizer,
 )
 from llmcompress.report.metrics import Speed, fidelity, speed
+
+logger = logging.getLogger(__name__)
 
 SHARE = 0.5  # share of the free memory; a larger model is not loaded whole only to be timed
 
@@ -172,7 +176,7 @@ def _walked(model: LayerwiseModel) -> Callable[[Tensor, Track, int], Iterator[Te
 
 
 def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | None:
-    """Time the model as from_pretrained loads it; None if it is too large to load whole."""
+    """Time the model as from_pretrained loads it; None if it is too large to load whole, or to run."""
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
@@ -180,4 +184,8 @@ def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | N
         model = AutoModelForCausalLM.from_pretrained(
             folder, config=defaults(load_config(folder)), device_map={"": device}
         )
-    return speed(model, sequences)
+    try:
+        return speed(model, sequences)
+    except torch.OutOfMemoryError as error:
+        logger.warning("%s can't be timed: %s", folder, first_line(error))
+        return None

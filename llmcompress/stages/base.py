@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from llmcompress.data.calibration import CalibrationData
-from llmcompress.errors import ModelError, first_line
+from llmcompress.errors import ModelError, argument, first_line
 from llmcompress.formats.registry import RewrittenLayout
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.io.journal import Journal, JournalFacts
@@ -32,10 +32,15 @@ OUTER = "outer"  # journal entry of the tensors outside the layers
 
 @contextmanager
 def naming_layer(layer: str) -> Iterator[None]:
-    """Turn a method's error about numbers that are too large into one that names the layer. Errors:
-    ModelError."""
+    """Turn a method's error about numbers that are too large, or about memory, into one that names the layer.
+    Errors: ModelError."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise ModelError(
+            f"{layer}: {first_line(error).partition(' GPU ')[0]} Use a GPU with more memory, or "
+            f"{argument('device')} cpu"
+        ) from None
     except (ArithmeticError, torch.linalg.LinAlgError) as error:  # type: ignore[attr-defined]
         raise ModelError(
             f"{layer}: {first_line(error)}; the base's weights are too large here, take a sound copy, or "

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
 from llmcompress.modeling import sequential as walking
+from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 96)  # 7 sequences of 24 tokens: batches of 4 and 3
+    monkeypatch.setattr(token_limit, "TOKENS_AT_ONCE", 96)  # 7 sequences of 24 tokens: batches of 4 and 3
 
 
 def sequences(vocabulary: int) -> Tensor:

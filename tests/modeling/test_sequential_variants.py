@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.families import anatomy_of
-from llmcompress.modeling import sequential as walking
+from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import (
@@ -47,7 +47,7 @@ by_family = pytest.mark.parametrize("family", MLP)
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 24)  # batches of 2, 2 and 1 sequences
+    monkeypatch.setattr(token_limit, "TOKENS_AT_ONCE", 24)  # batches of 2, 2 and 1 sequences
 
 
 def model_of(family: str) -> PreTrainedModel:

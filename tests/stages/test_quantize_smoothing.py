@@ -20,7 +20,7 @@ from llmcompress.errors import RecipeError
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
-from llmcompress.modeling import sequential as walking
+from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
@@ -47,7 +47,7 @@ every_dtype = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def _small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(walking, "TOKENS_AT_ONCE", 72)  # 8 sequences of 24 tokens: batches of 3, 3 and 2
+    monkeypatch.setattr(token_limit, "TOKENS_AT_ONCE", 72)  # 8 sequences of 24 tokens: batches of 3, 3 and 2
 
 
 def layers(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> Iterator[DecoderLayer]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.modeling.sequential import TOKENS_AT_ONCE
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages.base import Estimate, Workload
 
 if TYPE_CHECKING:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import gc
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +26,8 @@ from llmcompress.errors import ModelError
 from llmcompress.formats import bitsandbytes_layout
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import Track, batches_of
+from llmcompress.modeling.sequential import Track
+from llmcompress.modeling.token_limit import TokenLimit, batches_of
 from llmcompress.stages.distill.student import whole
 
 SHARD = 64  # sequences in a file
@@ -167,8 +169,11 @@ class CachedTeacher:
         return self.journal.has(name, 0) and self.journal.facts(name, 0, ShardFacts).name == name
 
     def _ask(self, teacher: LiveTeacher, k: int, lacking: Mapping[str, Tensor], track: Track) -> None:
+        limit = TokenLimit(teacher.model.device)
         for name in track(lacking, "ask the teacher", len(lacking)):
-            found = [self._top(teacher, sequences, k) for sequences in batches_of(lacking[name])]
+            found = list[tuple[Tensor, ...]]()
+            for sequences in batches_of(lacking[name]):
+                found += limit.each(partial(self._top, teacher, sequences, k), *sequences.shape)
             index, log_p = (torch.cat(parts).cpu() for parts in zip(*found, strict=True))
             small = (
                 index.to(torch.uint16).view(torch.int16)
@@ -179,10 +184,13 @@ class CachedTeacher:
                 name, 0, {"index": small, "log_p": log_p.to(torch.float16)}, ShardFacts(name=name)
             )
 
-    def _top(self, teacher: LiveTeacher, ids_BL: Tensor, k: int) -> Iterator[Tensor]:
-        scores = teacher({"input_ids": ids_BL.to(teacher.model.device)}).scores
+    def _top(self, teacher: LiveTeacher, sequences: Tensor, k: int, here: slice) -> tuple[Tensor, ...]:
+        """The teacher's K likeliest tokens [B, L, K] for a part of `sequences`, and their
+        log-probabilities."""
+        ids_BL = sequences[here].to(teacher.model.device)
+        scores = teacher({"input_ids": ids_BL}).scores
         top = top_k(scores, min(k, teacher.vocabulary - 1), temperature=self.temperature)
-        return (part.unflatten(0, ids_BL.shape) for part in (top.index_TK, top.log_p_TK1))
+        return tuple(part.unflatten(0, ids_BL.shape) for part in (top.index_TK, top.log_p_TK1))
 
     @property
     def token_bytes(self) -> int:

@@ -37,6 +37,7 @@ from llmcompress.integrations import distributed
 from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.safetensors_writer import discard, put
 from llmcompress.modeling.sequential import next_tokens
+from llmcompress.modeling.token_limit import TokenLimit
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
 from llmcompress.stages.distill.teacher import (
     SEQUENCE,
@@ -179,10 +180,43 @@ class DistillTrainer(Trainer):
         answering(student)
         super().__init__(**settings)
         self.student, self.objective, self.nll = student, objective, list[Tensor]()
+        self.limit = TokenLimit(student.device)
+        self._share = 1.0  # of a micro-batch that a part of it has
+        self._step, self._seen = -1, list[dict[str, Any]]()  # micro-batches of the step so far
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         # the dataset has drawn the order already
         return SequentialSampler(cast(Sized, train_dataset or self.train_dataset))
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> Tensor:
+        """Add the gradient of a micro-batch to that of the step.
+
+        If memory runs out, the step begins anew with its first micro-batch, in parts. Several processes would
+        then no longer do the same, so there the error is passed on.
+        """
+        if distributed.count() > 1:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self.state.global_step != self._step:
+            self._step, self._seen = self.state.global_step, []
+        self._seen.append(inputs)
+
+        def anew() -> Tensor:
+            model.zero_grad()
+            return [self._in_parts(model, micro) for micro in self._seen][-1]
+
+        return self.limit.restarted(partial(self._in_parts, model, inputs), anew, *inputs["input_ids"].shape)
+
+    def _in_parts(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Add the gradient of a micro-batch, part by part. Returns its loss."""
+        count, length = inputs["input_ids"].shape
+        losses = []
+        for here in self.limit.slices(count, length):
+            self._share = (here.stop - here.start) / count
+            part = {name: value[here] for name, value in inputs.items()}
+            losses.append(super().training_step(model, part))
+        return torch.stack(losses).sum() if len(losses) > 1 else losses[0]
 
     def compute_loss(
         self,
@@ -198,6 +232,7 @@ class DistillTrainer(Trainer):
         loss = model(
             **forward_arguments(ids, **more), then=partial(objective.loss, self.student, ids, taught)
         )
+        loss = loss if self._share == 1 else loss * self._share
         return (loss, {}) if return_outputs else loss
 
     def _written(self, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -214,12 +249,19 @@ class DistillTrainer(Trainer):
         """Return KL(teacher, student) of a batch in nats/token. The loss on the next tokens is kept in
         `nll`."""
         batch = cast(Mapping[str, Tensor], self._prepare_inputs(inputs))
-        with torch.no_grad():
-            ids, taught = batch["input_ids"], self.objective.examiner(batch)
-            found = partial(measured, self.student, ids, taught, self.objective.unscored)
-            kl, nll = model(**forward_arguments(ids), then=found)
+        parts = self.limit.each(partial(self._measured, model, batch), *batch["input_ids"].shape)
+        kl, nll = torch.stack(parts).sum(0) if len(parts) > 1 else parts[0]
         self.nll.append(nll)
-        return kl.detach(), None, None
+        return kl, None, None
+
+    @torch.no_grad()
+    def _measured(self, model: nn.Module, batch: Mapping[str, Tensor], here: slice) -> Tensor:
+        """KL and -log q(next token) of a part of a batch, [2], times the share of the batch that it has."""
+        part = {name: value[here] for name, value in batch.items()}
+        ids, taught = part["input_ids"], self.objective.examiner(part)
+        found = partial(measured, self.student, ids, taught, self.objective.unscored)
+        both = torch.stack(model(**forward_arguments(ids), then=found))
+        return both if len(ids) == len(batch["input_ids"]) else both * (len(ids) / len(batch["input_ids"]))
 
     def evaluation_loop(self, *given: Any, **named: Any) -> Any:
         """Evaluate as the Trainer does, and add the perplexity of the held-out text."""

@@ -3,8 +3,10 @@ of them."""
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.errors import ModelError
@@ -33,27 +35,33 @@ def saliency(layer: DecoderLayer) -> Tensor:
     """
     place = layer.anatomy.experts[0].rpartition(".")[0]
     experts = layer.module.get_submodule(place)
-    saliency_E, tokens, seen = (
-        torch.zeros(layer.sizes[AXIS], device=layer.device),
-        0,
-        list[tuple[Tensor, ...]](),
-    )
-    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    saliency_E, tokens = torch.zeros(layer.sizes[AXIS], device=layer.device), 0
     for hidden in layer.inputs:
-        seen.clear()
-        layer.run(hidden)
-        x_TD, expert_TK, weight_TK = seen[0]
-        tokens += len(x_TD)
-        for expert in expert_TK.unique().tolist():
-            if expert < len(saliency_E):  # one index more stands for no expert
-                token, rank = torch.nonzero(expert_TK == expert, as_tuple=True)
-                alone = torch.full((len(token), 1), expert, device=expert_TK.device)
-                hook.remove()
-                answer = experts(x_TD[token], alone, torch.ones_like(alone, dtype=x_TD.dtype))
-                hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
-                saliency_E[expert] += (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
-    hook.remove()
+        part = partial(_saliency_of_part, layer, experts, hidden)
+        for found_E, count in layer.limit.parts(part, *hidden.shape[:2]):
+            saliency_E += found_E
+            tokens += count
     return saliency_E / max(tokens, 1)
+
+
+def _saliency_of_part(
+    layer: DecoderLayer, experts: nn.Module, hidden: Tensor, here: slice
+) -> tuple[Tensor, int]:
+    """The sum of the saliency of each expert over a part of a batch, and the tokens that it has."""
+    seen, saliency_E = list[tuple[Tensor, ...]](), torch.zeros(layer.sizes[AXIS], device=layer.device)
+    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    try:
+        layer.run(hidden[here])
+    finally:
+        hook.remove()
+    x_TD, expert_TK, weight_TK = seen[0]
+    for expert in expert_TK.unique().tolist():
+        if expert < len(saliency_E):  # one index more stands for no expert
+            token, rank = torch.nonzero(expert_TK == expert, as_tuple=True)
+            alone = torch.full((len(token), 1), expert, device=expert_TK.device)
+            answer = experts(x_TD[token], alone, torch.ones_like(alone, dtype=x_TD.dtype))
+            saliency_E[expert] = (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
+    return saliency_E, len(x_TD)
 
 
 def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:

@@ -20,7 +20,7 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import factor_of
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import batches_of, enter
+from llmcompress.modeling.sequential import enter
 from llmcompress.stages.base import OUTER, Context, LayerRecord, LinearRecord
 from llmcompress.stages.quantize.config import FormatConfig
 
@@ -64,7 +64,7 @@ def settle_outer(
     if name not in chosen:
         return [], None
     tensors = journal.load(OUTER, 0)
-    full, _ = enter(model, batches_of(context.data.calibration))
+    full, _ = enter(model, model.limit.batches(context.data.calibration))
     packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
     model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
     return full, journal.facts(OUTER, 0, LayerRecord)

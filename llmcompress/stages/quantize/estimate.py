@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.modeling.sequential import TOKENS_AT_ONCE
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages.base import Estimate, Workload
 from llmcompress.stages.fisher import tokens_for
 from llmcompress.stages.quantize.embedding import apart

@@ -33,7 +33,7 @@ def trial(
         if inputs := coding.inputs(scale):
             layer.rounds[linear] = inputs
     try:
-        return [layer.run(hidden, rounded) for hidden in batches]
+        return layer.outputs_with(batches, rounded, layer.device)
     finally:
         layer.rounds.clear()
         layer.rounds.update(before)

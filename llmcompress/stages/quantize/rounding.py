@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.kernels import column_loops
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.sequential import half_is_fast
+from llmcompress.modeling.token_limit import loss_in_parts, units
 from llmcompress.stages.base import naming_layer
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
@@ -179,25 +181,25 @@ class Rounding:
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
+        inputs, targets = units(layer.inputs), units(layer.targets)
 
-        def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
+        def part(batch: int, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
-                out = layer.run(layer.inputs[batch], stored)
-            return ((out - layer.targets[batch].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+                out = layer.run(inputs[batch][here], stored)
+            return ((out - targets[batch][here].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+
+        def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
+            return loss_in_parts(partial(part, batch, fast), rounded, layer.limit, *inputs[batch].shape[:2])
 
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
-            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(layer.inputs)) / sum(
-                map(len, layer.inputs)
-            )
+            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(inputs)) / sum(map(len, inputs))
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
-        rounds = -(-steps // len(layer.inputs))
-        order = torch.cat(
-            [torch.randperm(len(layer.inputs), generator=generator) for _ in range(rounds)]
-        ).tolist()
+        rounds = -(-steps // len(inputs))
+        order = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(rounds)]).tolist()
         trained = learn(
             weights,
             starts,

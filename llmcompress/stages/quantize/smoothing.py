@@ -23,10 +23,11 @@ from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.token_limit import units
 from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # batches on which the search decides
+SAMPLE = 2  # units of tokens on which the search decides
 TOKENS, ROWS = 1024, 256  # tokens of the inputs and rows of each weight that a fit uses
 
 
@@ -52,15 +53,18 @@ class Smooth(Settings):
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
-        aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]
+        aims = [aim.to(layer.device) for aim in layer.outputs(units(layer.inputs)[:SAMPLE])]
         with closing(layer.reads(*layer.anatomy.consumers)) as reads:
-            read = dict(next(reads)[0])  # the inputs of the first batch
+            read = dict(next(reads)[0])  # the inputs of the first batch, or of a part of it
+        size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
             first = next(group[0] for group in layer.anatomy.consumers if reading[0] in group)
-            X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
+            x_TC = read[first].flatten(0, -2)
+            tokens = min(TOKENS, len(x_TC), len(size_T1))
+            X_TC = x_TC[:tokens] / size_T1[:tokens]
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
             losses = [self._loss(layer, key, factor, own, moments[first], dtype, aims) for factor in factors]
@@ -120,7 +124,7 @@ class Smooth(Settings):
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
         top = float((moments.top_C / factor.flatten()[unit_C]).max())
-        outs = trial(layer, codings, dict.fromkeys(codings, top), layer.inputs[: len(aims)])
+        outs = trial(layer, codings, dict.fromkeys(codings, top), units(layer.inputs)[: len(aims)])
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
         errors = [

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.modeling.sequential import SAMPLE, TOKENS_AT_ONCE
+from llmcompress.modeling.sequential import SAMPLE
+from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages.base import Estimate, Workload
 from llmcompress.stages.share import layer_groups
 from llmcompress.stages.share.group_fitting import TOKENS

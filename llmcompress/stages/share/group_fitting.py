@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import together, walk
+from llmcompress.modeling.token_limit import loss_in_parts, units
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 
@@ -85,7 +87,7 @@ class GroupFitter:
         for layer in walk(self.model, self.sequences):
             if layer.index in needed:
                 with writing(self.context.scratch):
-                    states = {str(i): hidden for i, hidden in enumerate(layer.inputs)}
+                    states = {str(i): hidden for i, hidden in enumerate(units(layer.inputs))}
                     save_file(states, self.context.scratch / f"entering-{layer.index}.safetensors")
 
     def _inputs(self, index: int) -> list[Tensor]:
@@ -162,15 +164,23 @@ class _Member:
 
     def loss(self, tensors: Mapping[str, Tensor], batch: int) -> Tensor:
         """Nats/token lost on one batch, to second order, with the shared weights and its own of `tensors`."""
+        mine = {name: tensor for name, tensor in tensors.items() if self._reads(name)}
+        shape = self.layer.inputs[batch].shape[:2]
+        return loss_in_parts(partial(self._loss, batch), mine, self.layer.limit, *shape)
+
+    def _reads(self, name: str) -> bool:
+        """Whether a tensor is shared, or this layer's own."""
+        return ":" not in name or name.startswith(f"{self.index}:")
+
+    def _loss(self, batch: int, tensors: Mapping[str, Tensor], here: slice) -> Tensor:
         parameters = {name: tensors[f"{self.index}:{name}"] for name in self.own}
         for linear in self.weights:
             W_RC = tensors[linear]
             if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
                 W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
             parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
-        lost = self.layer.run(self.layer.inputs[batch], parameters) - self.targets[batch].to(
-            self.layer.device
-        )
+        out = self.layer.run(self.layer.inputs[batch][here], parameters)
+        lost = out - self.targets[batch][here].to(self.layer.device)
         return (lost @ self.metric_DD).square().sum(-1).mean()
 
     @torch.no_grad()
