@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 PYTEST := $(BIN)/python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo test test-slow test-all check campaign format bench clean
+.PHONY: demo test test-slow test-all test-kernels check campaign format bench clean
 
 demo: $(READY)
 	$(BIN)/llmcompress run recipes/demo.yaml --out out/demo --overwrite
@@ -17,6 +17,14 @@ test-slow: $(READY) # the rest: whole runs in processes of their own, every fami
 	$(PYTEST) -m slow
 
 test-all: test-slow test
+
+# The Triton kernels without a GPU, by Triton's interpreter; torch for CPUs comes without Triton, and .venv stays so.
+test-kernels: $(READY) out/triton/.ready
+	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/kernels/test_int8_dispatch.py
+
+out/triton/.ready:
+	$(BIN)/pip install --quiet --no-deps --upgrade --target out/triton triton==3.9.0
+	touch $@
 
 check: $(READY)
 	$(BIN)/ruff format --check .
@@ -34,7 +42,8 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 
 # Every table and picture; durations are those of two cores. The rivals install their own environments from the registry.
-# speed and lookup-speed write the file of this processor; with a GPU, `speed --eight-billion` writes speed-cuda.json.
+# speed and lookup-speed write the file of this processor; with a GPU, `speed --eight-billion` writes speed-cuda.json, and
+# evaluation/gpu_run.sh measures in eight minutes what else wants one.
 bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation bench # 6 h
 	$(BIN)/python -m evaluation rivals # 20 min

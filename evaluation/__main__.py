@@ -37,6 +37,12 @@ SCRIPTS = {
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),
+    "gpu-compression": Script(
+        "gpu_compression",
+        "-",
+        "on a GPU: seconds and memory of quantising random models of 1 B and 8 B, beside rivals",
+    ),
+    "gpu": Script("gpu", "-", "on a GPU: the loss of recipes, beside the same on a CPU"),
     "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
     "distill-speed": Script(
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"

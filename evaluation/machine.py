@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -28,9 +29,17 @@ def parse(
 
 
 def commit() -> str:
-    """The short hash of the measured commit, with a `+` where the package differs from it."""
-    head = _git("rev-parse", "--short", "HEAD")
-    return f"{head}+" if _git("status", "--porcelain", "--", "llmcompress") else head
+    """The short hash of the measured commit, with a `+` where the package differs from it.
+
+    In a copy without git it is what EVALUATION_COMMIT says, or empty.
+    """
+    if told := os.environ.get("EVALUATION_COMMIT"):
+        return told
+    try:
+        head = _git("rev-parse", "--short", "HEAD")
+        return f"{head}+" if _git("status", "--porcelain", "--", "llmcompress") else head
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 def head(device: torch.device | None = None) -> Head:

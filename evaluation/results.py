@@ -118,6 +118,33 @@ class Failure(Facts):
     error: str
 
 
+class GpuCompressionRow(Facts):
+    """A quantisation of a random model, from the start to the written weights.
+
+    `method` is a recipe, or a rival of that `version`; `phases` are the seconds of parts of a recipe. Memory
+    is the peak, without that of a GPU where none was used.
+    """
+
+    model: str
+    layers: int
+    method: str
+    version: str | None = None
+    tokens: int
+    seconds: float
+    phases: dict[str, float] = {}
+    peak_gpu_bytes: int | None = None
+    peak_host_bytes: int
+
+
+class GpuCompressionFailure(Failure):
+    """A quantisation that was not measured."""
+
+    model: str
+    layers: int
+    method: str
+    version: str | None = None
+
+
 class Rival(Loss):
     """A quantiser of others, with all that its file stores."""
 
@@ -427,16 +454,24 @@ def write(name: str, head: Head, facts: Mapping[str, object], file: Path | None 
     target.write_text(json.dumps(content, indent=2, default=_plain) + "\n", "utf-8")
 
 
-def without(name: str, **key: object) -> list[dict[str, object]]:
-    """The rows of results/NAME.json as they are, but for the one of a key."""
-    file = RESULTS / f"{name}.json"
-    rows: list[dict[str, object]] = json.loads(file.read_text("utf-8"))["rows"] if file.is_file() else []
+def without(
+    name: str, file: Path | None = None, hardware: str | None = None, **key: object
+) -> list[dict[str, object]]:
+    """The rows of results/NAME.json, or of another file, as they are, but for the one of a key; none if they
+    are of another `hardware` than is given."""
+    source = file or RESULTS / f"{name}.json"
+    content = json.loads(source.read_text("utf-8")) if source.is_file() else {"rows": []}
+    other = hardware is not None and content.get("hardware") != hardware
+    rows: list[dict[str, object]] = [] if other else content["rows"]
     return [row for row in rows if any(_modern(row.get(part)) != value for part, value in key.items())]
 
 
-def merge(name: str, key: Iterable[str], row: Facts) -> list[dict[str, object]]:
-    """The rows of results/NAME.json as they are, `row` in place of the one of the same key."""
-    return [*without(name, **{part: getattr(row, part) for part in key}), _plain(row)]
+def merge(
+    name: str, key: Iterable[str], row: Facts, file: Path | None = None, hardware: str | None = None
+) -> list[dict[str, object]]:
+    """The rows of results/NAME.json as they are, `row` in place of the one of the same key; the others as for
+    `without`."""
+    return [*without(name, file, hardware, **{part: getattr(row, part) for part in key}), _plain(row)]
 
 
 def _modern(value: object) -> object:

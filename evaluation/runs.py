@@ -32,9 +32,10 @@ def run(
     data: str | DataSpec | None = None,
     *,
     overwrite: bool = False,
+    device: str | None = None,
 ) -> Report:
     """Run a recipe on a base from disk to disk."""
-    return run_recipe(recipe, out, base=str(base), data=data, overwrite=overwrite)
+    return run_recipe(recipe, out, base=str(base), data=data, overwrite=overwrite, device=device)
 
 
 def seconds(report: Report) -> float:

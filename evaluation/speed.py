@@ -16,9 +16,10 @@ bitsandbytes have products of int8 for AVX512, of 4 bits for AVX512-BF16, and go
 candidate can't do on a device is said under `absent`.
 
 Six minutes on two cores, with --pace 0.2 a fifth of the calls; the result goes to
-evaluation/results/speed-avx2.json, speed-avx512.json, or for a GPU speed-cuda.json. With --quick (half a
-minute, numbers that mean nothing) only --out is written. With --eight-billion a GPU also runs a model of
-Llama-3-8B's shape, built linear by linear in the format it has, each candidate beside the reference alone.
+evaluation/results/speed-avx2.json, speed-avx512.json, or for a GPU speed-cuda.json; with --decode, which
+leaves out linears and prompts, to speed-cuda-decode.json. With --quick (half a minute, numbers that mean
+nothing) only --out is written. With --eight-billion a GPU also runs a model of Llama-3-8B's shape, built
+linear by linear in the format it has, each candidate beside the reference alone.
 """
 
 from __future__ import annotations
@@ -324,11 +325,15 @@ def models(
     device: torch.device,
     budget_s: float,
     absent: list[Absent],
+    *,
+    decode: bool = False,
 ) -> Iterator[SpeedRow]:
-    """A model in every case, a group of candidates in memory at a time; the reference leads every group."""
+    """A model in every case, a group of candidates in memory at a time; the reference leads every group. With
+    `decode`, a prompt is no case."""
+    cases = [(batch, tokens) for batch, tokens in CASES[device.type] if tokens == 1 or not decode]
     for group in groups:
         made = {one.name: model_of(config, one, device) for one in group}
-        for batch, tokens in CASES[device.type]:
+        for batch, tokens in cases:
             case = Case(what, batch, tokens)
             calls = {name: forward_of(model, batch, tokens) for name, model in made.items()}
             rows = timed(case, working(case, calls, absent), budget_s / len(groups))
@@ -359,15 +364,18 @@ def everything(
     chosen: Sequence[Candidate], device: torch.device, absent: list[Absent], given: argparse.Namespace
 ) -> Iterator[SpeedRow]:
     """All that was asked for, in its order."""
+    shapes: Shapes = SHAPES
+    linear_s, model_s = LINEAR_S * given.pace, MODEL_S * given.pace
+    what, config = "111M model", SMALL
     if given.quick:
-        yield from linears(SHAPES[:1], chosen, device, 2.0, absent)
-        yield from models("tiny model", TINY, [chosen], device, 2.0, absent)
-    else:
-        yield from linears(SHAPES, chosen, device, LINEAR_S * given.pace, absent)
-        yield from models("111M model", SMALL, [chosen], device, MODEL_S * given.pace, absent)
+        shapes, linear_s, model_s = SHAPES[:1], 2.0, 2.0
+        what, config = "tiny model", TINY
+    if not given.decode:
+        yield from linears(shapes, chosen, device, linear_s, absent)
+    yield from models(what, config, [chosen], device, model_s, absent, decode=given.decode)
     if given.eight_billion:
         pairs = [[chosen[0], other] for other in chosen[1:] if other.name != "float32"]
-        yield from models("8B model", EIGHT_BILLION, pairs, device, MODEL_S * given.pace, absent)
+        yield from models("8B model", EIGHT_BILLION, pairs, device, model_s, absent, decode=given.decode)
 
 
 def options() -> argparse.ArgumentParser:
@@ -379,6 +387,9 @@ def options() -> argparse.ArgumentParser:
     )
     found.add_argument("--pace", type=float, default=1.0, help="how many times the usual number of calls")
     found.add_argument("--candidates", nargs="+", help="only these, and the reference")
+    found.add_argument(
+        "--decode", action="store_true", help="models alone, decoding; results/speed-cuda-decode.json"
+    )
     found.add_argument(
         "--eight-billion", action="store_true", help="also Llama-3-8B's shape, on a GPU of 40 GB"
     )
@@ -400,6 +411,7 @@ def main(argv: Sequence[str]) -> int:
     absent = [] if TORCHAO else [Absent("torchao int8", "torchao is not installed")]
     capability = torch.backends.cpu.get_cpu_capability()
     name = "speed-cuda" if device.type == "cuda" else f"speed-{capability.lower()}"
+    name += "-decode" if given.decode else ""
     head = machine.head(device)
     if TORCHAO:
         head.versions["torchao"] = metadata.version("torchao")

@@ -37,7 +37,9 @@ class Job:
         parser.add_argument(
             "--dtype", default="auto", help="what the base is loaded in: auto (as on disk), float32"
         )
+        parser.add_argument("--device", default="cpu", help="where it quantises: cpu, cuda")
         self.given = given = parser.parse_args()
+        self.device: str = given.device
         self.base, self.out, self.facts, self.group = (
             str(given.base),
             str(given.out),
@@ -58,6 +60,7 @@ class Job:
             "seconds": round(time.perf_counter() - self.started[0], 1),
             "cpu_seconds": round(time.process_time() - self.started[1], 1),
             "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_gpu_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "folder": str(Path(folder or self.out).relative_to(self.out)),
         }
         self.facts.write_text(json.dumps(facts, indent=1))

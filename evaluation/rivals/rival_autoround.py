@@ -25,7 +25,7 @@ def main() -> None:
         seqlen=job.tokens_SL.shape[1],  # the default, 2048, would drop shorter sequences silently
         batch_size=8,
         iters=ITERATIONS,
-        device_map="cpu",
+        device_map=job.device,
         enable_torch_compile=False,
         seed=0,
     )

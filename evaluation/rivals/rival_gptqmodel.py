@@ -14,7 +14,7 @@ def main() -> None:
     """Quantise the base and say what it took."""
     job = Job()
     model = GPTQModel.load(
-        job.base, QuantizeConfig(bits=4, group_size=job.group), device="cpu", dtype=job.dtype
+        job.base, QuantizeConfig(bits=4, group_size=job.group), device=job.device, dtype=job.dtype
     )
     rows = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in job.tokens_SL]
     model.quantize(rows, batch_size=8, backend=BACKEND.TORCH)

@@ -1,7 +1,8 @@
 """llm-compressor (vLLM project): GPTQ with static activation order, written as compressed-tensors.
 
 Source: Frantar et al. 2022, arXiv:2210.17323. W4A16 symmetric; the block-by-block pipeline, which GPTQ
-chooses by itself, gives later layers the outputs of the quantised earlier ones.
+chooses by itself, gives later layers the outputs of the quantised earlier ones, and takes a GPU if there is
+one.
 """
 
 from llmcompressor import oneshot

@@ -312,9 +312,14 @@ def logits(
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
     for hidden in units(last.inputs):
-        with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
-            scores = leave(resident, hidden[:, unscored:])
-        yield scores
+        yield joined(resident.limit.each(partial(_scores, resident, hidden[:, unscored:]), *hidden.shape[:2]))
+
+
+@torch.no_grad()
+def _scores(resident: LayerwiseModel, hidden: Tensor, here: slice) -> Tensor:
+    """Logits of a part of a batch; those of a real part wait for the others on the CPU."""
+    scores = leave(resident, hidden[here])
+    return scores if len(scores) == len(hidden) else scores.cpu()
 
 
 @contextmanager

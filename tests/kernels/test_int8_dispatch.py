@@ -1,7 +1,7 @@
 """The Triton kernels against the plain forms of what they compute.
 
 They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one
-program after another: the same numbers, nothing of speed or of a GPU's memory.
+program after another: the same numbers, nothing of speed or of a GPU's memory. `make test-kernels` does that.
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ pytestmark = [
         int8_dispatch.int8_triton is None or (DEVICE == "cpu" and not INTERPRETED),
         reason="needs Triton and a CUDA device",
     ),
+    # of NumPy, with which the interpreter computes
+    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
 ]
 by_shape = pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
 by_bits = pytest.mark.parametrize("bits", [4, 8, 16])

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import ModelError
-from llmcompress.modeling import token_limit
+from llmcompress.modeling import sequential, token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.foreign import WholeModel
-from llmcompress.modeling.layerwise import InMemoryModel
+from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
 from llmcompress.modeling.sequential import gradients, head_input, logits, next_tokens, walk, without_each
 from llmcompress.modeling.token_limit import TokenLimit, batches_of, fitting, loss_in_parts, units
 from llmcompress.pipeline.run import run_recipe
@@ -303,6 +303,24 @@ def test_the_gradient_of_a_loss_in_parts_is_that_of_the_whole() -> None:
                 close(ours, theirs)
             with torch.no_grad():
                 close(in_parts(weights, limit=TokenLimit()), expected[0])
+
+
+def test_logits_come_in_whole_batches_though_the_head_takes_them_in_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    expected, failed = list(logits(resident(), sequences(), unscored=1)), list[int]()
+    plain = sequential.leave
+
+    def leave(model: LayerwiseModel, hidden: Tensor) -> Tensor:
+        if len(hidden) > 2:
+            failed.append(len(hidden))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return plain(model, hidden)
+
+    monkeypatch.setattr(sequential, "leave", leave)
+    found = list(logits(resident(), sequences(), unscored=1))
+    assert failed == [7, 3] and [len(scores) for scores in found] == [7]
+    close(found[0], expected[0])
 
 
 def test_a_whole_model_is_evaluated_in_parts() -> None:

@@ -1,0 +1,295 @@
+"""What does quantising a model of 1 B and of 8 B parameters take on a GPU, beside the quantisers of others?
+
+    python -m evaluation gpu-compression [--device cuda] [--models 8b ...] [--methods nf4-gptq ...] [--quick]
+
+Random Llamas of the shapes of Llama 3 are made on the spot (`random_llamas`) and quantised from disk to disk
+on 128 sequences of 2048 tokens: by recipes of recipes/, and by those of llm-compressor, GPTQModel and
+AutoRound that are installed in this very environment; one that is not is written down as absent. Seconds are
+those from the start to the written weights; imports and the evaluation of the result are left out. Memory is
+the peak until then: of the GPU as torch allocates it, of the host as the process has it resident. Whatever
+takes too long for eight minutes on all layers is measured on four layers of the 8 B model; its cost grows
+with their number.
+
+The goal: 8 B by nf4-gptq in at most 250 s and 6 GB of GPU memory.
+
+Every quantisation is a process of its own with a limit in time, and its row is written as soon as it is
+there. They come in the order of their worth, and end after --limit seconds. The result goes to
+results/gpu_compression.json; rows of the same machine that are not measured again stay. With --quick (tiny
+models, numbers that mean nothing) only --out is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+
+from evaluation import machine, random_llamas, results
+from evaluation.cost import make_text
+from evaluation.options import parser
+from evaluation.random_llamas import Shape
+from evaluation.results import ROOT, GpuCompressionFailure, GpuCompressionRow
+from evaluation.rivals.environments import SETTINGS
+from evaluation.rivals.sequences import KEY
+from llmcompress.data.calibration import load_data
+from llmcompress.data.sources import DataSpec
+from llmcompress.errors import first_line
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.pipeline.run import run_recipe
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.report.metrics import peak_memory_bytes
+
+ONE_B = Shape(16, 2048, 8192, 32, 8, 128256, tied=True)
+EIGHT_B = Shape(32, 4096, 14336, 32, 8, 128256)
+FOUR_LAYERS = Shape(4, 4096, 14336, 32, 8, 128256)
+MODELS = {"8b": EIGHT_B, "1b": ONE_B, "8b-4-layers": FOUR_LAYERS}
+TINY = Shape(2, 64, 192, 4, 2, 512)
+RIVALS = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoround": "auto-round"}  # packages
+GROUP_SIZE = 64  # of the rivals, as ours have it
+SLACK_S = 1.0  # for a process to end by itself before it is killed
+Row = GpuCompressionRow | GpuCompressionFailure
+
+
+class Job(NamedTuple):
+    """A model, a recipe or rival, and the seconds after which it is given up."""
+
+    model: str
+    method: str
+    limit_s: float
+
+
+JOBS = (
+    Job("8b", "nf4-gptq", 300),
+    Job("1b", "nf4-gptq", 60),
+    Job("8b-4-layers", "nf4-gptq", 60),
+    Job("8b-4-layers", "w8a8", 90),
+    Job("8b-4-layers", "llmcompressor", 90),
+    Job("8b-4-layers", "gptqmodel", 90),
+    Job("8b-4-layers", "nf4-learned", 120),
+    Job("8b-4-layers", "autoround", 120),
+    Job("1b", "w8a8", 120),
+    Job("1b", "nf4-learned", 120),
+    Job("1b", "llmcompressor", 120),
+    Job("1b", "gptqmodel", 120),
+    Job("1b", "autoround", 120),
+)
+
+
+class Weights(Exception):
+    """The weights are written, and the evaluation would begin."""
+
+
+class Phases:
+    """A Track that times what a run goes through, and ends it before it is evaluated."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    def __call__(self, things: Iterable[Any], what: str, count: int) -> Iterator[Any]:
+        """Yield `things`. Raises Weights once the evaluation begins."""
+        if what == "evaluate":
+            raise Weights
+        start = time.perf_counter()
+        yield from things
+        self.seconds[what] = self.seconds.get(what, 0.0) + time.perf_counter() - start
+
+
+def measure(base: Path, recipe: Recipe, device: str, facts: Path) -> None:
+    """Run a recipe up to the written weights and put what that took, or its error, into `facts`; for a fresh
+    process."""
+    start, phases = time.perf_counter(), Phases()
+    found: dict[str, object] = {}
+    try:
+        with tempfile.TemporaryDirectory(dir=base.parent) as out:
+            run_recipe(recipe, Path(out) / "out", base=str(base), device=device, track=phases)
+    except Weights:
+        found = {
+            "seconds": time.perf_counter() - start,
+            "phases": phases.seconds,
+            "peak_host_bytes": peak_memory_bytes(),
+            "peak_gpu_bytes": peak_memory_bytes(device) if device != "cpu" else None,
+        }
+    except Exception as error:  # of whatever kind: the next row is measured nevertheless
+        found = {"error": f"{type(error).__name__}: {first_line(error)}"}
+    facts.write_text(json.dumps(found), "utf-8")
+
+
+def of_recipe(base: Path, recipe: Recipe, device: str, limit_s: float) -> dict[str, Any]:
+    """What `measure` finds in a process of its own. Errors: TimeoutError."""
+    with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+        facts = Path(folder) / "facts.json"
+        process = get_context("spawn").Process(target=measure, args=(base, recipe, device, facts))
+        process.start()
+        process.join(limit_s)
+        late = process.is_alive()
+        if late:
+            process.kill()
+            process.join()
+        if not facts.is_file():
+            raise TimeoutError(
+                f"took longer than {limit_s:.0f} s" if late else f"died with {process.exitcode}"
+            )
+        found: dict[str, Any] = json.loads(facts.read_text("utf-8"))
+        return found
+
+
+def of_rival(base: Path, rival: str, spec: DataSpec, device: str, limit_s: float) -> dict[str, Any]:
+    """What a rival of this environment takes. Errors: TimeoutError."""
+    with tempfile.TemporaryDirectory(dir=base.parent) as folder:
+        place = Path(folder)
+        tokens_SL = load_data(spec, tokenizer_of(base), 256, spec.length).calibration
+        save_file({KEY: tokens_SL.contiguous()}, place / "calibration.safetensors")
+        try:
+            done = subprocess.run(
+                command_of(base, rival, place, device),
+                env=os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_carried()])},
+                cwd=place,
+                timeout=limit_s,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+        except subprocess.TimeoutExpired:
+            raise TimeoutError(f"took longer than {limit_s:.0f} s") from None
+        if done.returncode:
+            words = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+            return {"error": words[-1][:300] if words else f"exit code {done.returncode}, no output"}
+        facts = json.loads((place / "facts.json").read_text("utf-8"))
+        return {
+            "seconds": facts["seconds"],
+            "peak_host_bytes": facts["peak_memory_bytes"],
+            "peak_gpu_bytes": facts["peak_gpu_bytes"],
+        }
+
+
+def command_of(base: Path, rival: str, place: Path, device: str) -> list[str]:
+    """The command that quantises a base with a rival into a folder, which holds the sequences already."""
+    options: dict[str, object] = {
+        "base": base,
+        "calibration": place / "calibration.safetensors",
+        "out": place / "model",
+        "facts": place / "facts.json",
+        "group": GROUP_SIZE,
+        "device": device,
+    }
+    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-m", f"evaluation.rivals.rival_{rival}", *words]
+
+
+def _carried() -> list[str]:
+    """The folders of packages that this process was given."""
+    path = os.environ.get("PYTHONPATH")
+    return [path] if path else []
+
+
+def installed(rival: str) -> str | None:
+    """The version of a rival's package here, or None."""
+    try:
+        return metadata.version(RIVALS[rival])
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def row_of(job: Job, shape: Shape, base: Path, spec: DataSpec, device: str, limit_s: float) -> Row:
+    """Measure one job, or say why it is missing."""
+    about: dict[str, Any] = {"model": job.model, "layers": shape.layers, "method": job.method}
+    try:
+        if job.method in RIVALS:
+            if (version := installed(job.method)) is None:
+                return GpuCompressionFailure(**about, error="not installed")
+            about["version"] = version
+            found = of_rival(base, job.method, spec, device, limit_s)
+        else:
+            recipe = Recipe.from_file(ROOT / "recipes" / f"{job.method}.yaml")
+            found = of_recipe(base, recipe.model_copy(update={"data": spec}), device, limit_s)
+    except TimeoutError as late:
+        found = {"error": str(late)}
+    if "error" in found:
+        return GpuCompressionFailure(**about, error=found["error"].replace(str(base.parent), "FOLDER"))
+    return GpuCompressionRow(**about, tokens=spec.samples * int(spec.length or 0), **found)
+
+
+def said(row: Row) -> str:
+    """A row in one line."""
+    name = f"{row.model}, {row.method}"
+    if isinstance(row, GpuCompressionFailure):
+        return f"{name}: {row.error}"
+    gpu = f"{row.peak_gpu_bytes / 1e9:.2f} GB of the GPU, " if row.peak_gpu_bytes is not None else ""
+    return f"{name}: {row.seconds:.1f} s, {gpu}{row.peak_host_bytes / 1e9:.2f} GB of the host"
+
+
+def measured(
+    jobs: Sequence[Job], shapes: dict[str, Shape], spec: DataSpec, device: str, end: float
+) -> Iterator[Row]:
+    """Yield the row of each job until the clock is at `end`. Each model is made when it is first needed."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        text = folder / "words.txt"
+        make_text(text, (2 * spec.samples + 20) * int(spec.length or 0))  # its last tenth evaluates
+        spec = spec.with_text(str(text))
+        for job in jobs:
+            left = end - time.monotonic() - SLACK_S
+            if left <= 0:
+                print("no time is left", file=sys.stderr, flush=True)
+                return
+            base, shape = folder / job.model, shapes[job.model]
+            if job.method in RIVALS and installed(job.method) is None:
+                yield row_of(job, shape, base, spec, device, left)
+                continue
+            if not base.exists():
+                start = time.perf_counter()
+                random_llamas.make(base, shape, int(spec.length or 0), torch.device(device))
+                print(f"made {job.model} in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
+                left = end - time.monotonic() - SLACK_S
+            yield row_of(job, shape, base, spec, device, max(SLACK_S, min(job.limit_s, left)))
+
+
+def options() -> argparse.ArgumentParser:
+    """What can be asked for."""
+    found = parser("gpu-compression", __doc__)
+    found.add_argument("--device", default="cuda", help="default: cuda")
+    found.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    methods = list(dict.fromkeys(job.method for job in JOBS))
+    found.add_argument("--methods", nargs="+", choices=methods, default=methods, metavar="METHOD")
+    found.add_argument("--samples", type=int, default=128, help="sequences that calibrate; default: 128")
+    found.add_argument("--length", type=int, default=2048, help="tokens of a sequence; default: 2048")
+    found.add_argument("--limit", type=float, default=480.0, help="seconds for everything; default: 480")
+    found.add_argument(
+        "--out", type=Path, help="result file; default results/gpu_compression.json, none with --quick"
+    )
+    found.add_argument("--quick", action="store_true", help="tiny models, to see that it runs")
+    return found
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure what was asked for and write each row as soon as it is there; 1 where none was measured."""
+    end = time.monotonic()
+    given = machine.parse(options(), argv)
+    end += given.limit
+    shapes, spec = (
+        MODELS,
+        DataSpec(samples=given.samples, length=given.length, evaluation_samples=1, bos=False),
+    )
+    if given.quick:
+        shapes, spec = dict.fromkeys(MODELS, TINY), spec.model_copy(update={"samples": 2, "length": 64})
+    jobs = [job for job in JOBS if job.model in given.models and job.method in given.methods]
+    head, done = machine.head(torch.device(given.device)), 0
+    for row in measured(jobs, shapes, spec, given.device, end):
+        print(said(row), flush=True)
+        done += isinstance(row, GpuCompressionRow)
+        if given.out or not given.quick:
+            rows = results.merge("gpu_compression", ("model", "method"), row, given.out, head.hardware)
+            results.write("gpu_compression", head, {"rows": rows}, given.out)
+    return int(not done)
