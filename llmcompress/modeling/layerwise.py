@@ -33,6 +33,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.integrations import distributed
 from llmcompress.integrations.transformers_compat import Conv1D
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
@@ -158,8 +159,10 @@ class LayerwiseModel(ABC):
 
     @cached_property
     def limit(self) -> TokenLimit:
-        """How many tokens go through a layer at once, decided when it is first asked for."""
-        return TokenLimit(self.device, fitting(self.device, self.token_bytes()))
+        """How many tokens go through a layer at once, decided when it is first asked for; by several
+        processes alike."""
+        alone = distributed.count() == 1
+        return TokenLimit(self.device, fitting(self.device, self.token_bytes()) if alone else None)
 
     def token_bytes(self) -> int:
         """Bytes that a token takes in the widest layer, if it keeps every input and output of a matrix."""

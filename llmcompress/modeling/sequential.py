@@ -30,7 +30,7 @@ from llmcompress.errors import ModelError
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.token_limit import batches_of, joined, units
+from llmcompress.modeling.token_limit import batches_of, joined
 
 SAMPLE = 8192  # tokens that decide what goes or what is shared
 # (items, description, count) -> the same items
@@ -293,8 +293,8 @@ def divergences(
     Predictions at the first `unscored` positions of a sequence do not count.
     """
     lost = dict.fromkeys(streams, 0.0)
-    streams = {key: units(states) for key, states in streams.items()}
-    for i, hidden in enumerate(units(full)):
+    streams = {key: model.limit.units(states) for key, states in streams.items()}
+    for i, hidden in enumerate(model.limit.units(full)):
         expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
         for index, states in streams.items():
             lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
@@ -311,7 +311,7 @@ def logits(
     """
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
-    for hidden in units(last.inputs):
+    for hidden in resident.limit.units(last.inputs):
         yield joined(resident.limit.each(partial(_scores, resident, hidden[:, unscored:]), *hidden.shape[:2]))
 
 
@@ -341,7 +341,7 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
     W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
     moments = Moments(W_RC.shape[1], resident.device)
     with head_reads(resident) as read:
-        reference = units(layer.reference)
+        reference = resident.limit.units(layer.reference)
 
         def add(both: Sequence[Tensor], here: slice) -> None:
             read.clear()
@@ -349,7 +349,7 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
                 leave(resident, states[here])
             moments.add(*read)
 
-        for i, hidden in enumerate(units(layer.inputs)):
+        for i, hidden in enumerate(resident.limit.units(layer.inputs)):
             resident.limit.each(partial(add, (hidden, *reference[i : i + 1])), *hidden.shape[:2])
     return W_RC, moments
 
@@ -422,10 +422,10 @@ def gradients(
         last = layer
         with writing(scratch):
             save_file(
-                {str(i): hidden for i, hidden in enumerate(units(layer.inputs))},
+                {str(i): hidden for i, hidden in enumerate(resident.limit.units(layer.inputs))},
                 scratch / f"states-{layer.index}.safetensors",
             )
-    for tokens, hidden in zip(batches, units(last.inputs), strict=True):
+    for tokens, hidden in zip(batches, resident.limit.units(last.inputs), strict=True):
         hidden = hidden.to(resident.device).requires_grad_()
         scores = leave(resident, hidden).float()
         wanted = labels(scores, tokens.to(resident.device))

@@ -41,20 +41,6 @@ def batches_of(sequences: Tensor) -> list[Tensor]:
     return list(sequences.split(_unit(sequences.shape[1])))
 
 
-def units(batches: Sequence[Tensor]) -> list[Tensor]:
-    """Divide batches [B, L, ...] of a walk as `batches_of` divides the same sequences."""
-    found, begun = list[Tensor](), list[Tensor]()
-    for batch in batches:
-        while len(batch):
-            room = _unit(batch.shape[1]) - sum(map(len, begun))
-            begun.append(batch[:room])
-            batch = batch[room:]
-            if len(begun[-1]) == room:
-                found.append(joined(begun))
-                begun = []
-    return [*found, joined(begun)] if begun else found
-
-
 def joined(parts: Sequence[Tensor]) -> Tensor:
     """Put the parts of a batch together again."""
     return parts[0] if len(parts) == 1 else torch.cat(list(parts))
@@ -103,6 +89,22 @@ class TokenLimit:
         length = sequences.shape[1]
         unit, fit = _unit(length), max(1, self.tokens // length)
         return list(sequences.split(fit // unit * unit if fit >= unit else fit))
+
+    def units(self, batches: Sequence[Tensor]) -> list[Tensor]:
+        """Divide what `batches` made, or states [B, L, D] of it, as `batches_of` divides the same
+        sequences."""
+        if self.tokens == TOKENS_AT_ONCE:
+            return list(batches)
+        found, begun = list[Tensor](), list[Tensor]()
+        for batch in batches:
+            while len(batch):
+                room = _unit(batch.shape[1]) - sum(map(len, begun))
+                begun.append(batch[:room])
+                batch = batch[room:]
+                if len(begun[-1]) == room:
+                    found.append(joined(begun))
+                    begun = []
+        return [*found, joined(begun)] if begun else found
 
     def slices(self, count: int, length: int) -> Iterator[slice]:
         """Yield the parts of a batch of `count` sequences of `length` tokens, each as `most` is then."""

@@ -21,7 +21,7 @@ from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import divergences, walk
-from llmcompress.modeling.token_limit import batches_of, units
+from llmcompress.modeling.token_limit import batches_of
 from llmcompress.stages.base import Context
 from llmcompress.stages.fisher import find_fisher, metric
 from llmcompress.stages.prune.budget import NEAR
@@ -96,7 +96,7 @@ def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict
             found[axis].append([*reversed(losses.tolist()), 0.0])
             if (width := _measured_at(read.units)) < read.units:
                 streams[axis, layer.index] = without(layer, axis, width, M_DD, few)
-    measured = divergences(model, units(last.inputs)[:few], streams, context.data.unscored)
+    measured = divergences(model, model.limit.units(last.inputs)[:few], streams, context.data.unscored)
     for (axis, index), nats in measured.items():
         losses_here = found[axis][index]
         foretold = losses_here[_measured_at(len(losses_here) - 1)]
@@ -117,7 +117,7 @@ def without(
     stay. The layer is left unchanged."""
     before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
     cut(layer, axis, count, Score("obs", metric_RR), mend=True)
-    out = layer.outputs(units(layer.inputs)[:batches])
+    out = layer.outputs(layer.limit.units(layer.inputs)[:batches])
     for name, data in before.items():
         layer.module.get_parameter(name).data = data
     return out

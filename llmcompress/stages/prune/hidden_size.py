@@ -21,7 +21,6 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation, refusal
 from llmcompress.modeling.sequential import walk
-from llmcompress.modeling.token_limit import units
 from llmcompress.stages.base import OUTER, Context
 from llmcompress.stages.prune.layer_cutter import STAGE, CutLayer, LayerCuts
 
@@ -107,8 +106,8 @@ def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> 
             layer.set_weight(
                 linear, translate(whole[linear], W_RC, moments) if reads else retarget(W_RC, moments)
             )
-    aims = [target[..., kept] for target in units(layer.targets)[:SAMPLE]]
-    outs = layer.outputs(units(layer.inputs)[:SAMPLE])
+    aims = [target[..., kept] for target in layer.limit.units(layer.targets)[:SAMPLE]]
+    outs = layer.outputs(layer.limit.units(layer.inputs)[:SAMPLE])
     errors = [(out - aim).pow(2).sum() for out, aim in zip(outs, aims, strict=True)]
     return float(torch.stack(errors).sum() / torch.stack([aim.pow(2).sum() for aim in aims]).sum())
 

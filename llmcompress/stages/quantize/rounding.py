@@ -22,7 +22,7 @@ from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.kernels import column_loops
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.sequential import half_is_fast
-from llmcompress.modeling.token_limit import loss_in_parts, units
+from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
@@ -181,7 +181,7 @@ class Rounding:
         """
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
-        inputs, targets = units(layer.inputs), units(layer.targets)
+        inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
 
         def part(batch: int, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}

@@ -19,7 +19,6 @@ from torch import Tensor
 from llmcompress.formats.integer import IntegerFormat
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.token_limit import units
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 2  # units of tokens on which the costs are measured
@@ -37,7 +36,7 @@ def spared(coding: QuantScheme) -> QuantScheme | None:
 def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
     """KL in nats/token that sparing each linear would save, by its name in the layer."""
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
-    moments, sample = layer.moments() if static else {}, units(layer.inputs)[:SAMPLE]
+    moments, sample = layer.moments() if static else {}, layer.limit.units(layer.inputs)[:SAMPLE]
     aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}

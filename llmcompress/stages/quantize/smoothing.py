@@ -23,7 +23,7 @@ from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.token_limit import units
+from llmcompress.modeling.token_limit import joined
 from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
@@ -53,18 +53,15 @@ class Smooth(Settings):
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
-        aims = [aim.to(layer.device) for aim in layer.outputs(units(layer.inputs)[:SAMPLE])]
-        with closing(layer.reads(*layer.anatomy.consumers)) as reads:
-            read = dict(next(reads)[0])  # the inputs of the first batch, or of a part of it
-        size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)
+        aims = [aim.to(layer.device) for aim in layer.outputs(layer.limit.units(layer.inputs)[:SAMPLE])]
+        size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
+        read = _first_inputs(layer, len(size_T1))
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
             first = next(group[0] for group in layer.anatomy.consumers if reading[0] in group)
-            x_TC = read[first].flatten(0, -2)
-            tokens = min(TOKENS, len(x_TC), len(size_T1))
-            X_TC = x_TC[:tokens] / size_T1[:tokens]
+            X_TC = read[first] / size_T1
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
             losses = [self._loss(layer, key, factor, own, moments[first], dtype, aims) for factor in factors]
@@ -124,7 +121,9 @@ class Smooth(Settings):
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
         top = float((moments.top_C / factor.flatten()[unit_C]).max())
-        outs = trial(layer, codings, dict.fromkeys(codings, top), units(layer.inputs)[: len(aims)])
+        outs = trial(
+            layer, codings, dict.fromkeys(codings, top), layer.limit.units(layer.inputs)[: len(aims)]
+        )
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
         errors = [
@@ -138,6 +137,18 @@ def norm_of(layer: DecoderLayer, key: str) -> str:
     """The parameter, by its name in the layer, that takes in a factor if the producer of a key of
     `scale_pairs` is a norm."""
     return f"{layer.anatomy.producer(key)[0]}.weight"
+
+
+def _first_inputs(layer: DecoderLayer, tokens: int) -> dict[str, Tensor]:
+    """What the first linear of each group reads of the first `tokens` tokens: X [T, C] by name."""
+    parts: dict[str, list[Tensor]] = {}
+    with closing(layer.reads(*layer.anatomy.consumers)) as reads:
+        for read, _ in reads:
+            for name, x in read.items():
+                parts.setdefault(name, []).append(x.flatten(0, -2))
+            if sum(map(len, parts[layer.anatomy.consumers[0][0]])) >= tokens:
+                break
+    return {name: joined(of_one)[:tokens] for name, of_one in parts.items()}
 
 
 def _units(layer: DecoderLayer, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:

@@ -26,7 +26,7 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import together, walk
-from llmcompress.modeling.token_limit import loss_in_parts, units
+from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 
@@ -87,7 +87,7 @@ class GroupFitter:
         for layer in walk(self.model, self.sequences):
             if layer.index in needed:
                 with writing(self.context.scratch):
-                    states = {str(i): hidden for i, hidden in enumerate(units(layer.inputs))}
+                    states = {str(i): hidden for i, hidden in enumerate(layer.limit.units(layer.inputs))}
                     save_file(states, self.context.scratch / f"entering-{layer.index}.safetensors")
 
     def _inputs(self, index: int) -> list[Tensor]:

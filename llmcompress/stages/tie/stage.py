@@ -25,7 +25,6 @@ from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
-from llmcompress.modeling.token_limit import units
 from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "tie"
@@ -161,7 +160,7 @@ class _Trial:
 
     def _states(self) -> Sequence[Tensor]:
         *_, last = walk(self.model, self.sequences, through=True)
-        return [hidden[:, self.unscored :] for hidden in units(last.inputs)]
+        return [hidden[:, self.unscored :] for hidden in self.model.limit.units(last.inputs)]
 
     def kl_nats(self, made: Mapping[str, Tensor]) -> float:
         """KL in nats/token with these weights in place, the matrix for embedding and head; infinite if it is
@@ -223,7 +222,7 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
     said_V, moments = torch.zeros(V, device=model.device), Moments(D, model.device)
     *_, last = walk(model, sequences, through=True)
     with head_reads(model) as read:
-        for hidden in units(last.inputs):
+        for hidden in model.limit.units(last.inputs):
             said_V += (
                 leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
             )
