@@ -70,6 +70,8 @@ def make(folder: Path, shape: Shape, length: int, device: torch.device) -> None:
             for number, (file, shapes) in enumerate(shards.items())
         ]
         sizes = [one.result() for one in written]
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the next process wants it
     places = {name: file for file, shapes in shards.items() for name in shapes}
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
