@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
+from llmcompress.kernels import moments as half_moments
+from llmcompress.modeling.finished_parts import FinishedParts
 
 Value = TypeVar("Value")
 
@@ -46,10 +47,12 @@ class DecoderLayer:
     # parameters that a stage has replaced, by name in the layer
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
-    # outputs of submodules that do not change any more, by batch and name: of `inputs`, and of `reference`
-    _settled: dict[int, dict[str, Any]] = field(default_factory=dict)
-    _settled_full: dict[int, dict[str, Any]] = field(default_factory=dict)
     _whole: nn.Module | None = None  # the layer before a stage replaced it by a narrower one
+
+    def __post_init__(self) -> None:
+        """Nothing of the layer is final yet, for `inputs` and for `reference`."""
+        last = _last_linears(self.anatomy)
+        self._finished, self._finished_full = FinishedParts(last), FinishedParts(last)
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the layer's output [B, L, D]. `parameters` (by name in the layer, as stored) take the place
@@ -87,8 +90,8 @@ class DecoderLayer:
         """The layer's outputs for all `batches`, on the CPU."""
         found = list[Tensor]()
         for i, hidden in enumerate(batches):
-            known = self._settled.get(i, {}) if batches is self.inputs else {}
-            with self._reusing(known), self._precision():
+            finished = self._finished if batches is self.inputs else FinishedParts({})
+            with finished.reused(self.module, i, self.device), self._precision():
                 found.append(self.run(hidden).cpu())
         return self._sound(found)
 
@@ -148,28 +151,29 @@ class DecoderLayer:
         parameter = self.module.get_parameter(name)
         if self.reference and not self._whole:
             self._originals.setdefault(name, parameter.data)
-        if any(self._settled.values()) and not torch.equal(parameter.data, data):
-            self._unsettle(name.rpartition(".")[0])
+        if not self._finished.empty and not torch.equal(parameter.data, data):
+            self._forget(name.rpartition(".")[0])
         parameter.data = data
 
     def round_input(self, linear: str, rounded: Inputs) -> None:
         """Round what a linear reads from here on, as its kernel will."""
-        self._unsettle(linear)
+        self._forget(linear, read=True)
         self.rounds[linear] = rounded
 
-    def _unsettle(self, linear: str) -> None:
-        """Forget the outputs that depend on a linear."""
-        group = next(consumers for consumers in self.anatomy.consumers if linear in consumers)
-        earlier = self._ending_before(group)
-        for known in self._settled.values():
-            for name in known.keys() - {*earlier}:
-                del known[name]
+    def _forget(self, linear: str, *, read: bool = False) -> None:
+        """Forget what depends on the weight of a linear, and with `read` on what it reads."""
+        place = next(i for i, group in enumerate(self.anatomy.consumers) if linear in group)
+        later = self.anatomy.consumers[place if read else place + 1 :]
+        earlier = self._ending_before(self.anatomy.consumers[place])
+        self._finished.forget(
+            {*self._finished.last} - {*earlier}, [name for group in later for name in group]
+        )
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Replace the module by one of other widths, with `parameters` and otherwise its own. `reference`
         still goes through the original module."""
-        self._settled.clear()
-        self._settled_full.clear()
+        self._finished.clear()
+        self._finished_full.clear()
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
@@ -184,8 +188,8 @@ class DecoderLayer:
         which it is stored. Its readers are multiplied by the factor that the rounded gain was really divided
         by, so nothing is lost by the rounding.
         """
-        self._settled.clear()
-        self._settled_full.clear()
+        self._finished.clear()
+        self._finished_full.clear()
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
         if rows.get(f"{name}.weight") == "hidden":
@@ -229,9 +233,10 @@ class DecoderLayer:
         for linear in (consumers[0] for consumers in wanted):
             whole = self._whole.get_parameter(f"{linear}.weight") if self._whole else None
             wide = None if whole is None else self.oriented(linear, whole).shape[1]
-            found[linear] = Moments(self.weight(linear).shape[1], self.device, wide)
-        final = self._ending_before(wanted[0]) if in_turn else ()
-        for read, full in self.reads(*wanted, final=final):
+            half = self.half and wide is None and half_moments.takes(self.device)
+            kind = half_moments.HalfMoments if half else Moments
+            found[linear] = kind(self.weight(linear).shape[1], self.device, wide)
+        for read, full in self.reads(*wanted, in_turn=in_turn):
             for name, moments in found.items():
                 moments.add(read[name], full.get(name))
         for name, moments in found.items():
@@ -244,35 +249,51 @@ class DecoderLayer:
         return {linear: found[consumers[0]] for consumers in wanted for linear in consumers}
 
     def reads(
-        self, *groups: tuple[str, ...], final: Collection[str] = ()
+        self, *groups: tuple[str, ...], in_turn: bool = False
     ) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yield the input of the first linear of each group, batch by batch, here and in the full model
         (empty without a reference).
 
         A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
-        counts the tokens of each expert. The outputs of `final` submodules are kept and used again.
+        counts the tokens of each expert. `in_turn` is that of `moments`.
         """
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
         with torch.no_grad(), self._listening(linears) as listener:
-            read = listener.read
             for i, hidden in enumerate(self.inputs):
                 full: dict[str, Tensor] = {}
                 if self.reference:
                     listener.begin(linears, through=whole)
-                    known = self._settled_full.setdefault(i, {})
-                    with self._reusing(known, final, linears), self._precision():
+                    with self._reusing(self._finished_full, i, groups, in_turn, listener):
                         out = _until_enough(self._full, self.reference[i])
-                    full = dict(read)
+                    full = dict(listener.read)
                     targets += [out.cpu()] if out is not None else []
                 listener.begin(linears, through=whole and bool(self._experts))
-                known = self._settled.setdefault(i, {})
-                with self._reusing(known, final, linears), self._precision():
+                with self._reusing(self._finished, i, groups, in_turn, listener):
                     _until_enough(self.run, hidden)
                 if whole and self._experts:
-                    self._count_routed(read[self._experts], first=i == 0)
-                yield read, full
+                    self._count_routed(listener.read[self._experts], first=i == 0)
+                yield listener.read, full
         self._targets = targets or self._targets
+
+    @contextmanager
+    def _reusing(
+        self,
+        finished: FinishedParts,
+        batch: int,
+        groups: tuple[tuple[str, ...], ...],
+        in_turn: bool,
+        listener: _Listener,
+    ) -> Iterator[None]:
+        """One pass of a batch, which uses what is finished; `in_turn` it adds to that."""
+        final = self._ending_before(groups[0]) if in_turn else ()
+        wanted = {consumers[0].partition(".")[0] for consumers in groups}
+        with finished.reused(self.module, batch, self.device, final, wanted), self._precision():
+            yield
+        for linear in [consumers[0] for consumers in groups] if in_turn and self._whole is None else ():
+            if linear in listener.read and (linear,) in self.anatomy.consumers[:-1]:
+                x = listener.read[linear]
+                finished.keep_input(batch, linear, x.bfloat16() if self.half else x)
 
     @contextmanager
     def _listening(self, linears: set[str]) -> Iterator[_Listener]:
@@ -306,42 +327,8 @@ class DecoderLayer:
         if self._whole is not None:
             return []
         place = self.anatomy.consumers.index(group)
-        last = {
-            linear.partition(".")[0]: number
-            for number, consumers in enumerate(self.anatomy.consumers)
-            for linear in consumers
-            if "." in linear
-        }
-        return [name for name, number in last.items() if number < place]
-
-    @contextmanager
-    def _reusing(
-        self, known: dict[str, Any], final: Collection[str] = (), wanted: Collection[str] = ()
-    ) -> Iterator[None]:
-        """Let submodules return the outputs that are `known`, and add those of `final` to them.
-
-        A submodule with one of the `wanted` linears is run nevertheless.
-        """
-
-        def reuse(name: str, plain: Callable[..., Any], *args: Any, **named: Any) -> Any:
-            if name not in known:
-                known[name] = _moved(plain(*args, **named), torch.device("cpu"))
-            return _moved(known[name], self.device)
-
-        modules = {
-            name: self.module.get_submodule(name)
-            for name in {*known, *final} - {linear.partition(".")[0] for linear in wanted}
-        }
-        own: dict[str, Any] = {name: module.__dict__.get("forward") for name, module in modules.items()}
-        for name, module in modules.items():
-            module.forward = partial(reuse, name, module.forward)
-        try:
-            yield
-        finally:
-            for name, module in modules.items():
-                del module.forward
-                if own[name] is not None:
-                    module.forward = own[name]
+        earlier = {linear for consumers in self.anatomy.consumers[:place] for linear in consumers}
+        return [name for name, linear in self._finished.last.items() if linear in earlier]
 
     @property
     def _experts(self) -> str:
@@ -375,9 +362,10 @@ def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -
     return (rounded(args[0]), *args[1:])
 
 
-def _moved(output: Any, device: torch.device) -> Any:
-    """The tensors of a module's output on a device."""
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, output)
+def _last_linears(anatomy: Anatomy) -> dict[str, str]:
+    """The submodules of a layer, such as self_attn, and the linear that comes last in each."""
+    linears = [linear for consumers in anatomy.consumers for linear in consumers if "." in linear]
+    return {linear.partition(".")[0]: linear for linear in linears}
 
 
 def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:

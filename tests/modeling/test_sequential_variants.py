@@ -393,7 +393,7 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
     parts = [Moments(6), Moments(6)]
     for moments, x in zip(parts, (a, b), strict=True):
         moments.add(x)
-    whole, before = Moments(6), [copy.deepcopy(vars(moments)) for moments in parts]
+    whole, before = Moments(6), copy.deepcopy(parts)
     whole.add(torch.cat([a, b]))
     both = parts[0].joined(parts[1])
     assert both.tokens == first + second and both.X_FC is None
@@ -401,7 +401,8 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
         torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     for moments, was in zip(parts, before, strict=True):
         assert all(
-            torch.equal(getattr(moments, name), was[name]) for name in ("H_CC", "mean_C", "full_C", "top_C")
+            torch.equal(getattr(moments, name), getattr(was, name))
+            for name in ("H_CC", "mean_C", "full_C", "top_C")
         )
 
 
