@@ -24,6 +24,7 @@ from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.plain_modules import let_resize
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.memory_store import MemoryStore
@@ -40,6 +41,7 @@ from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, Report
 
 
+@fast_float32_products()
 def apply_recipe(
     recipe: Recipe,
     model: PreTrainedModel,

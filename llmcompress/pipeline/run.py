@@ -24,6 +24,7 @@ from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard
 from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.io.user_paths import path_of
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.disk_store import DiskStore
@@ -49,6 +50,7 @@ from llmcompress.report.schema import CostFacts, ModelFacts, Report
 logger = logging.getLogger(__name__)
 
 
+@fast_float32_products()
 def run_recipe(
     recipe: Recipe,
     out: str | Path,

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress.errors import DataError, ModelError
+from llmcompress.kernels.float32_products import plain_float32_products
 from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
 
 # resamples of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width between seeds
@@ -279,6 +280,7 @@ class Speed:
 
 
 @torch.no_grad()
+@plain_float32_products()
 def speed(
     model: torch.nn.Module,
     sequences: Tensor,
