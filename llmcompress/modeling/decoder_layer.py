@@ -164,7 +164,7 @@ class DecoderLayer:
         """Forget what depends on the weight of a linear, and with `read` on what it reads."""
         place = next(i for i, group in enumerate(self.anatomy.consumers) if linear in group)
         later = self.anatomy.consumers[place if read else place + 1 :]
-        earlier = self._ending_before(self.anatomy.consumers[place])
+        earlier = self.ending_before(self.anatomy.consumers[place])
         self._finished.forget(
             {*self._finished.last} - {*earlier}, [name for group in later for name in group]
         )
@@ -286,7 +286,7 @@ class DecoderLayer:
         listener: _Listener,
     ) -> Iterator[None]:
         """One pass of a batch, which uses what is finished; `in_turn` it adds to that."""
-        final = self._ending_before(groups[0]) if in_turn else ()
+        final = self.ending_before(groups[0]) if in_turn else ()
         wanted = {consumers[0].partition(".")[0] for consumers in groups}
         with finished.reused(self.module, batch, self.device, final, wanted), self._precision():
             yield
@@ -322,7 +322,7 @@ class DecoderLayer:
             for hook in hooks:
                 hook.remove()
 
-    def _ending_before(self, group: tuple[str, ...]) -> list[str]:
+    def ending_before(self, group: tuple[str, ...]) -> list[str]:
         """The submodules of the layer, such as self_attn, whose linears all come before a group."""
         if self._whole is not None:
             return []

@@ -23,10 +23,11 @@ from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # batches on which the search decides
+SAMPLE = 1  # batches on which the search decides
 TOKENS, ROWS = 1024, 256  # tokens of the inputs and rows of each weight that a fit uses
 
 
@@ -63,7 +64,10 @@ class Smooth(Settings):
             X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
-            losses = [self._loss(layer, key, factor, own, moments[first], dtype, aims) for factor in factors]
+            parts = FinishedParts({})
+            losses = [
+                self._loss(layer, key, factor, own, moments[first], dtype, aims, parts) for factor in factors
+            ]
             found[key] = factors[losses.index(min(losses))]
             layer.cross(key, found[key], dtype)
         return found
@@ -113,14 +117,18 @@ class Smooth(Settings):
         moments: Moments,
         dtype: torch.dtype,
         aims: Sequence[Tensor],
+        parts: FinishedParts,
     ) -> float:
         """Squared error of the layer's output relative to its size, with the readers rounded once the factor
-        has crossed. The layer is left unchanged."""
+        has crossed. The layer is left unchanged. Submodules that the factor does not touch are run once, for
+        `parts`."""
         before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
         top = float((moments.top_C / factor.flatten()[unit_C]).max())
-        outs = trial(layer, codings, dict.fromkeys(codings, top), layer.inputs[: len(aims)])
+        untouched = _before(layer, key, next(iter(codings)))
+        tops = dict.fromkeys(codings, top)
+        outs = trial(layer, codings, tops, layer.inputs[: len(aims)], parts, untouched)
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
         errors = [
@@ -134,6 +142,14 @@ def norm_of(layer: DecoderLayer, key: str) -> str:
     """The parameter, by its name in the layer, that takes in a factor if the producer of a key of
     `scale_pairs` is a norm."""
     return f"{layer.anatomy.producer(key)[0]}.weight"
+
+
+def _before(layer: DecoderLayer, key: str, reader: str) -> list[str]:
+    """The submodules, such as self_attn, that come before a reader and hold no producer of a key of
+    `scale_pairs`: no factor changes what they return."""
+    group = next(group for group in layer.anatomy.consumers if reader in group)
+    producing = layer.anatomy.producer(key)[0].partition(".")[0]
+    return [name for name in layer.ending_before(group) if name != producing]
 
 
 def _units(layer: DecoderLayer, key: str, reader: str) -> tuple[Tensor, tuple[int, ...]]:
