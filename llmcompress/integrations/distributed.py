@@ -10,11 +10,12 @@ others. Rank 0 alone writes, and the others read what it leaves on the disk, whi
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, Literal
+from typing import Literal, TypeVar
 
 import torch
 from accelerate import PartialState
@@ -22,10 +23,13 @@ from torch import Tensor
 from torch.distributed import ReduceOp
 
 from llmcompress.algorithms.hessian import Moments
-from llmcompress.errors import ProcessError, first_line
+from llmcompress.errors import ProcessError
 
 PATIENCE = timedelta(days=7)  # how long other ranks wait for work that only rank 0 does
+Value = TypeVar("Value")
 By = Literal["batch", "sequence"]  # what is divided: the batches of a text, or the sequences of each batch
+# what gloo and NCCL say of a connection whose other end is gone
+GONE = re.compile("connect|peer|pair closure|timed out|broken pipe", re.IGNORECASE)
 
 
 def count() -> int:
@@ -66,9 +70,11 @@ def _others_there() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # gloo has no type of its own
+        if not GONE.search(str(error)):
+            raise
         raise ProcessError(
-            f"another process of this run has ended ({first_line(error)[:200]}); see what it said, and give "
-            "the same command again: it goes on where it was"
+            "another process of this run has ended; see what it said, and give the same command again: it "
+            "goes on where it was"
         ) from error
 
 
@@ -139,9 +145,17 @@ class Processes:
             for each in moments:
                 each.pool(self.sum_, self.max_)
 
-    def agreed(self, value: Any) -> Any:
+    def agreed(self, value: Value) -> Value:
         """Return the value that rank 0 has; it is pickled."""
         return self._objects(value, 0)
+
+    def gathered(self, values: Mapping[int, Value]) -> dict[int, Value]:
+        """Return the values of all processes by their numbers, in order; they are pickled."""
+        every = [dict(values)] * self.count
+        if self.count > 1:
+            with _others_there():
+                torch.distributed.all_gather_object(every, dict(values))
+        return dict(sorted(item for each in every for item in each.items()))
 
     def sent(self, tensors: Mapping[str, Tensor], owner: int) -> dict[str, Tensor]:
         """Return the tensors that rank `owner` has, by name, whatever the others give."""
@@ -159,7 +173,7 @@ class Processes:
                 found[name] = flat.view(shape)
         return found
 
-    def _objects(self, value: Any, owner: int) -> Any:
+    def _objects(self, value: Value, owner: int) -> Value:
         if self.count == 1:
             return value
         said = [value]
