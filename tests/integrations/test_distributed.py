@@ -83,11 +83,9 @@ DIVIDED: dict[str, tuple[list[dict[str, Any]], str, float]] = {
     "gptq": ([{"quantize": {"format": "nf4"}}], "qwen2", 0.01),
     "nearest": ([{"quantize": {"format": "w8a8", "rounding": "nearest"}}], "llama", 0.0),
     "learned": ([{"quantize": {"format": "nf4", "rounding": "learned", "steps": 12}}], "llama", 0.01),
-    "protect": ([{"quantize": {"format": "nf4", "protect": 0.2}}], "llama", 0.01),
     # where the factors of a search move, so do all codes
     "smooth": ([{"quantize": {"format": "w8a8", "activations": "static", "smooth": {}}}], "llama", 1.0),
     "sparsify": ([{"sparsify": {"pattern": "2:4"}}], "llama", 0.01),
-    "codebook": ([{"codebook": {"entries": 16}}], "llama", 1.0),
     "prune, then quantise": (
         [{"prune": {"axis": "ffn", "keep": 192}}, {"quantize": {"format": "nf4"}}],
         "llama",
