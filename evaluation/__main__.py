@@ -37,6 +37,9 @@ SCRIPTS = {
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),
+    "several-processes": Script(
+        "several_processes", "15 min", "seconds and codes of a run in one process and in two"
+    ),
     "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
     "distill-speed": Script(
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"

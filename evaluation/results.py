@@ -299,6 +299,23 @@ class CostRow(Facts):
     attempts: int = 1
 
 
+class SeveralRow(Facts):
+    """A rounding on a model in so many processes, and the share of its codes that are not those of one."""
+
+    model: str
+    rounding: str
+    tokens: int
+    processes: int
+    stage_s: float
+    run_s: float
+    stage_speedup: float
+    run_speedup: float
+    codes_that_differ: float
+    codes_that_differ_first_layer: float
+    kl_nats_mean: float
+    others_cpu_share: float
+
+
 class ThroughputRow(Facts):
     """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 

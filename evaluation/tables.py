@@ -40,6 +40,7 @@ from evaluation.results import (
     RivalPruningRow,
     Rivals,
     Rows,
+    SeveralRow,
     SharingRow,
     Speed,
     ThroughputRow,
@@ -380,6 +381,29 @@ def cost(results: Results) -> str:
     return joined([about, table([*header, "checkpoint, MB"], lines)])
 
 
+def several(results: Results) -> str:
+    """Each rounding in one process and in several."""
+    if (result := results.load("several_processes", Rows[SeveralRow])) is None:
+        return ""
+    header = ["model", "rounding", "processes", "stage, s", "speed-up", "run, s", "codes that differ"]
+    header += ["in the first layer", "KL"]
+    lines = [
+        [
+            row.model,
+            row.rounding,
+            str(row.processes),
+            f"{row.stage_s:.1f}",
+            f"{row.stage_speedup:.2f} x",
+            f"{row.run_s:.1f}",
+            percent(row.codes_that_differ, 1),
+            percent(row.codes_that_differ_first_layer, 3),
+            f"{row.kl_nats_mean:.6f}",
+        ]
+        for row in result.rows
+    ]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
 def throughput(results: Results) -> str:
     """Tokens/s of evaluation, and its ratio to bare forward passes."""
     if (result := results.load("throughput", Rows[ThroughputRow])) is None:
@@ -573,6 +597,12 @@ SECTIONS = (
         "Seconds and peak memory of `quantize` against one forward pass over the same tokens, on random "
         "Llamas of growing size: `python -m evaluation cost`.",
         cost,
+    ),
+    Section(
+        "Several processes",
+        "A run to `nf4` in one process and in two on the CPU, a thread each: `python -m evaluation "
+        "several-processes`.",
+        several,
     ),
     Section(
         "Cost of evaluation",

@@ -7,7 +7,7 @@ that reads the same input. Everything is float32; sums are kept as means, so the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -88,6 +88,25 @@ class Moments:
             for part in (self.H_CC, self.gap_FC, self.full_C)
             if part is not None
         )
+
+    def pool(self, add: Callable[..., None], most: Callable[..., None]) -> None:
+        """Make these the moments over the tokens of several processes.
+
+        `add` replaces tensors by their sums over all processes, `most` by their maxima. A process may have
+        seen no token.
+        """
+        seen = torch.tensor([self.tokens, self.gap_FC is not None], dtype=torch.float64)
+        add(seen)
+        total, has_gap = int(seen[0]), bool(seen[1])
+        if has_gap and self.gap_FC is None:
+            self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
+        parts = [self.H_CC, self.mean_C, self.full_C]
+        parts += [] if self.gap_FC is None else [self.gap_FC]
+        for part in parts:
+            part.mul_(self.tokens / max(1, total))
+        add(*parts)
+        most(self.top_C)
+        self.tokens = total
 
     def joined(self, other: Moments) -> Moments:
         """Return the moments over the tokens of both.

@@ -21,6 +21,7 @@ from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
+from llmcompress.integrations.distributed import Shard
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.finished_parts import FinishedParts
 
@@ -41,6 +42,7 @@ class DecoderLayer:
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
+    shard: Shard = field(default_factory=Shard)  # which batches these are, of those of all processes
     # expert -> tokens routed to it, counted by `moments`
     expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
@@ -239,6 +241,9 @@ class DecoderLayer:
         for read, full in self.reads(*wanted, in_turn=in_turn):
             for name, moments in found.items():
                 moments.add(read[name], full.get(name))
+        self.shard.processes.pool(found.values())
+        if self._experts and self.anatomy.consumers[-1] in wanted:
+            self._pool_routed()
         for name, moments in found.items():
             if not moments.finite:
                 raise ModelError(
@@ -340,6 +345,13 @@ class DecoderLayer:
         routed = torch.bincount(expert_of.flatten(), minlength=count).tolist()
         for expert in range(count):  # one index more stands for no expert
             self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
+
+    def _pool_routed(self) -> None:
+        """Count the tokens that all processes routed to each expert."""
+        count = len(next(self.module.get_submodule(self._experts).parameters()))
+        routed = torch.tensor([self.expert_tokens.get(expert, 0) for expert in range(count)])
+        self.shard.processes.sum_(routed)
+        self.expert_tokens = dict(enumerate(routed.tolist()))
 
 
 @dataclass

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import ModelError
+from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -123,6 +125,7 @@ def walk(
     reference: bool = False,
     through: bool = False,
     half: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[DecoderLayer]:
     """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
@@ -130,16 +133,17 @@ def walk(
     model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
     DecoderLayer then follows, whose module is an identity and whose `inputs` are these states. With `half`, a
     model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
-    between layers are float32.
+    between layers are float32. Each of several `processes` runs its share of the sequences.
     """
     half = half and resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
-    inputs, arguments = enter(resident, batches_of(sequences))
+    shard = processes.shard(batches_of(sequences))
+    inputs, arguments = enter(resident, shard.batches)
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
             layer = _layer(resident, index, module, arguments, inputs, full)
-            layer.half = half
+            layer.half, layer.shard = half, shard
             yield layer
             if through or not last:
                 full, inputs = layer.targets, layer.outputs(layer.inputs)
@@ -154,6 +158,7 @@ def walk(
             {},
             inputs,
             full,
+            shard=shard,
         )
 
 
@@ -308,6 +313,7 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
             for states in (hidden, *layer.reference[i : i + 1]):
                 leave(resident, states)
             moments.add(*read)
+    layer.shard.processes.pool([moments])
     return W_RC, moments
 
 
@@ -319,6 +325,7 @@ def output_fisher(
     *,
     first: bool = False,
     unscored: int = 0,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield for each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave
     it: the mean of g g^T.
@@ -328,18 +335,25 @@ def output_fisher(
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
     order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
     layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
+    Several `processes` divide the batches, and draw the labels that one would draw.
     """
     generator = torch.Generator(resident.device).manual_seed(seed)
+    processes = replace(processes, by="batch")
+    shard = processes.shard(batches_of(sequences))
+    numbers = iter(shard.numbers)
 
     def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
-        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
-            tokens.shape
-        )
+        share = scores.detach().flatten(0, 1).softmax(-1)
+        with shard.in_order(next(numbers), generator):
+            return torch.multinomial(share, 1, generator=generator).view(tokens.shape)
 
-    for index, grads, _ in gradients(resident, sequences, scratch, drawn, first=first, unscored=unscored):
-        found = Moments(grads[0].shape[-1], resident.device)
+    for index, grads, _ in gradients(
+        resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
+    ):
+        found = Moments(resident.sizes["hidden"], resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
+        processes.pool([found])
         yield index, found.H_CC.cpu()
 
 
@@ -362,6 +376,7 @@ def gradients(
     *,
     first: bool = False,
     unscored: int = 0,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
     """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
     and those of some parameters.
@@ -372,10 +387,11 @@ def gradients(
     come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
-    folder `scratch`.
+    folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
+    those of the parameters over all sequences.
     """
-    batches, grads = batches_of(sequences), list[Tensor]()
-    for layer in walk(resident, sequences, through=True):
+    batches, grads = processes.shard(batches_of(sequences)).batches, list[Tensor]()
+    for layer in walk(resident, sequences, through=True, processes=processes):
         last = layer
         with writing(scratch):
             save_file(
@@ -398,6 +414,7 @@ def gradients(
         found: dict[str, Tensor] = {}
         on = bool(index or watched or first)
         entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
+        processes.sum_(*found.values())
         yield index, grads, found
         grads = entering
         (scratch / f"states-{index}.safetensors").unlink()
@@ -426,7 +443,7 @@ def _back(
             layer.run(hidden).backward(grad.to(resident.device))
             assert hidden.grad is not None
             out.append(hidden.grad.cpu())
-        found |= {
-            name: parameter.grad for name, parameter in parameters.items() if parameter.grad is not None
-        }
+        for name, parameter in parameters.items():
+            # none where this process has no sequence
+            found[name] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
     return out

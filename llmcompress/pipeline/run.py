@@ -19,6 +19,7 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError, OutputError, argument, first_line
 from llmcompress.integrations import distributed
+from llmcompress.integrations.distributed import Processes
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard
@@ -26,7 +27,7 @@ from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.io.user_paths import path_of
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.modeling.sequential import Track, logits, untracked
+from llmcompress.modeling.sequential import Track, batches_of, logits, untracked
 from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
@@ -44,7 +45,7 @@ from llmcompress.pipeline.resolve import (
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import Fidelity, Speed, fidelity, peak_memory_bytes
+from llmcompress.report.metrics import Columns, Fidelity, Speed, columns, peak_memory_bytes, summary
 from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
 logger = logging.getLogger(__name__)
@@ -105,10 +106,17 @@ def run_recipe(
             )
         store = DiskStore(pinned, model, found.folder, text, place)
         facts = run_stages(pinned, store, store.teacher, text, track)
+        folder = None
         if writer is not None:
             folder = write_weights(writer, store.model, store.left)
             keep_tokens(folder, tokenizer, found.folder)
-            before, after, measured = _measure(found, folder, str(out), where, text, track)
+        folder = Processes.all("batch").agreed(folder)
+        assert folder is not None, "rank 0 writes"
+        written, base_model = DiskModel(folder, where, quantized=True), DiskModel(found.folder, where)
+        measured = _fidelity(written, base_model, text, track)
+        if writer is not None:
+            before = _facts_of_base(found, base_model, measured, text)
+            after = _facts_of_artefact(str(out), written, measured, speed_of(folder, text.evaluation, where))
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             report = report_of(recipe, before, after, measured, text, facts, cost, where)
             report.require(**recipe.accept.model_dump())
@@ -127,31 +135,43 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _measure(
-    base: Base, folder: Path, out: str, device: torch.device, text: CalibrationData, track: Track
-) -> tuple[ModelFacts, ModelFacts, Fidelity]:
-    """Measure the base and the artefact from disk, and how far they are apart."""
-    written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
-    measured = fidelity(ours, text.scored, theirs)
-    before = model_facts(
+@torch.no_grad()
+def _fidelity(written: DiskModel, base: DiskModel, text: CalibrationData, track: Track) -> Fidelity:
+    """Measure how far the artefact is from the base. Each process measures its share of the sequences."""
+    processes, found = Processes.all("batch"), dict[int, Columns]()
+    shard = processes.shard(batches_of(text.evaluation))
+    if shard.batches:
+        sequences = torch.cat(list(shard.batches))
+        ours, theirs = (logits(each, sequences, track, text.unscored) for each in (written, base))
+        pairs = zip(ours, theirs, strict=True)
+        measured = columns(pairs, sequences[:, text.unscored :])
+        found = dict(zip(shard.numbers, measured, strict=True))
+    return summary([*processes.gathered(found).values()], text.scored.shape[1])
+
+
+def _facts_of_base(base: Base, model: DiskModel, measured: Fidelity, text: CalibrationData) -> ModelFacts:
+    """What the report says of the base."""
+    return model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=base_model.checkpoint.parameters,
-        size_bytes=base_model.checkpoint.size_bytes,
+        parameters=model.checkpoint.parameters,
+        size_bytes=model.checkpoint.size_bytes,
         revision=base.revision,
-        speed=_speed_of_base(base.folder, text, device),
+        speed=_speed_of_base(base.folder, text, model.device),
     )
-    after = model_facts(
+
+
+def _facts_of_artefact(out: str, model: DiskModel, measured: Fidelity, speed: Speed | None) -> ModelFacts:
+    """What the report says of the artefact."""
+    return model_facts(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=written.checkpoint.parameters,
-        size_bytes=written.checkpoint.size_bytes,
-        speed=speed_of(folder, text.evaluation, device),
+        parameters=model.checkpoint.parameters,
+        size_bytes=model.checkpoint.size_bytes,
+        speed=speed,
     )
-    return before, after, measured
 
 
 def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:

@@ -15,7 +15,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -34,6 +34,7 @@ CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a c
 CHUNK_ELEMENTS_GPU = 1 << 25  # the same on a GPU: 128 MB keeps it busy
 
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
+Columns = tuple[Tensor, ...]  # what is measured of each sequence and position of a batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +89,17 @@ def fidelity(
         raise ValueError(f"sequences are [S >= 1, L >= 2], not {list(sequences.shape)}")
     pairs: Iterable[tuple[Tensor, Tensor | None]]
     pairs = ((batch, None) for batch in logits) if against is None else zip(logits, against, strict=True)
-    return _summary(list(_columns(pairs, sequences, progress)), sequences.shape[1])
+    return summary(list(columns(pairs, sequences, progress)), sequences.shape[1])
 
 
-def _columns(
-    pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield per batch (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B
-    * L])."""
+def columns(
+    pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None = None
+) -> Iterator[Columns]:
+    """Measure batches of logits as `fidelity` does; those of several processes make one `summary`.
+
+    Yield per batch (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B
+    * L]).
+    """
     done, largest = 0, int(sequences.max())
     for batch, base in pairs:
         B, L, V = batch.shape
@@ -186,7 +190,8 @@ def _finite(values: Tensor, who: str, first: int) -> Tensor:
     return values
 
 
-def _summary(columns: list[tuple[Tensor, ...]], L: int) -> Fidelity:
+def summary(columns: Sequence[Columns], L: int) -> Fidelity:
+    """Return the fidelity over all batches, which `columns` measured in sequences of L tokens."""
     nll, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
     tokens = len(nll) * (L - 1)
     if not rest:

@@ -22,6 +22,7 @@ from llmcompress.data.calibration import CalibrationData
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.registry import RewrittenLayout
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.distributed import By, Processes
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
@@ -81,6 +82,7 @@ class Context:
     cache: Path  # a folder for what other runs may read too
     seed: int
     track: Track
+    processes: Processes  # which divide the calibration text among themselves
 
 
 class LinearRecord(JournalFacts):
@@ -197,7 +199,7 @@ class Stage(Settings):
 
     name: ClassVar[str]  # in recipes, journals and reports
     section: ClassVar[str] = "other"  # heading in the list of shipped recipes
-    trains: ClassVar[bool] = False  # whether it runs in every process of a distributed run
+    trains: ClassVar[bool] = False  # whether it trains, which divides batches by itself
     quantizes: ClassVar[bool] = False  # whether nothing but training may follow it
     rewrites: ClassVar[bool] = False  # whether it leaves linears that can't be pruned: no plain matrices
     has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
@@ -211,6 +213,12 @@ class Stage(Settings):
     def with_models(self, names: Mapping[str, str]) -> Stage:
         """Return the stage with other names for these roles."""
         return self.model_copy(update=dict(names)) if names else self
+
+    @property
+    def divides(self) -> By | None:
+        """What several processes divide among themselves; None if rank 0 does the work and the others
+        wait."""
+        return None
 
     @property
     def takes_all(self) -> bool:

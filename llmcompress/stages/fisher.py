@@ -27,7 +27,14 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
         return
     sequences = context.data.calibration
     sequences = sequences[: -(-tokens_for(model.config.hidden_size) // sequences.shape[1])]
-    found = output_fisher(model, sequences, context.scratch, context.seed, unscored=context.data.unscored)
+    found = output_fisher(
+        model,
+        sequences,
+        context.scratch,
+        context.seed,
+        unscored=context.data.unscored,
+        processes=context.processes,
+    )
     for index, F_DD in context.track(found, "find the errors that matter", layers):
         journal.save(FISHER, index, {"F_DD": F_DD})
 

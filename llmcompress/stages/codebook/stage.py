@@ -22,6 +22,7 @@ from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
@@ -95,6 +96,11 @@ class Codebook(Stage):
     def takes_all(self) -> bool:
         """Whether it codes every linear, so that another code finds none."""
         return self.skip == ()
+
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written."""

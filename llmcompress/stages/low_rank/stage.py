@@ -20,6 +20,7 @@ from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.low_rank import coefficients, shared_basis
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
@@ -135,6 +136,11 @@ class LowRank(Stage):
         """True: products are in a layout of the plug-in."""
         return True
 
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
+
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written, and which bases are shared."""
         return StageResult(*self.choose(model), self.ties(model))
@@ -220,7 +226,9 @@ class LowRank(Stage):
         weights: dict[str, list[Tensor]] = {}
         moments: dict[str, list[Tensor]] = {}
         for layer in context.track(
-            walk(model, context.data.calibration), "low_rank (find bases)", len(model.layers)
+            walk(model, context.data.calibration, processes=context.processes),
+            "low_rank (find bases)",
+            len(model.layers),
         ):
             layouts, read = layer.own(chosen), layer.moments()
             for linear in layouts:

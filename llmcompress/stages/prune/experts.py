@@ -53,7 +53,9 @@ def saliency(layer: DecoderLayer) -> Tensor:
                 hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
                 saliency_E[expert] += (answer.norm(dim=-1) * weight_TK[token, rank]).sum()
     hook.remove()
-    return saliency_E / max(tokens, 1)
+    seen_tokens = torch.tensor(tokens)
+    layer.shard.processes.sum_(saliency_E, seen_tokens)
+    return saliency_E / max(int(seen_tokens), 1)
 
 
 def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:

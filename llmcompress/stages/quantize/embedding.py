@@ -64,7 +64,7 @@ def settle_outer(
     if name not in chosen:
         return [], None
     tensors = journal.load(OUTER, 0)
-    full, _ = enter(model, batches_of(context.data.calibration))
+    full, _ = enter(model, context.processes.shard(batches_of(context.data.calibration)).batches)
     packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
     model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
     return full, journal.facts(OUTER, 0, LayerRecord)

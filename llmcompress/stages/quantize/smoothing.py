@@ -53,15 +53,21 @@ class Smooth(Settings):
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
-        aims = [aim.to(layer.device) for aim in layer.outputs(layer.inputs[:SAMPLE])]
-        with closing(layer.reads(*layer.anatomy.consumers)) as reads:
-            read = dict(next(reads)[0])  # the inputs of the first batch
+        sample = layer.inputs[: layer.shard.first(SAMPLE)]
+        aims = [aim.to(layer.device) for aim in layer.outputs(sample)]
+        read: dict[str, Tensor] = {}
+        if layer.shard.first(1):
+            with closing(layer.reads(*layer.anatomy.consumers)) as reads:
+                read = dict(next(reads)[0])  # the inputs of the first batch
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
             first = next(group[0] for group in layer.anatomy.consumers if reading[0] in group)
-            X_TC = (read[first].flatten(0, -2) / aims[0].flatten(0, -2).norm(dim=-1, keepdim=True))[:TOKENS]
+            X_TC = None
+            if read:
+                size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)
+                X_TC = (read[first].flatten(0, -2) / size_T1)[:TOKENS]
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
             parts = FinishedParts({})
@@ -78,11 +84,14 @@ class Smooth(Settings):
         key: str,
         consumers: Sequence[str],
         moments: Moments,
-        X_TC: Tensor,
+        X_TC: Tensor | None,
         coding: QuantScheme,
     ) -> list[Tensor]:
         """Return the factors to try, shaped as the axes of the producer's output. With `auto` the first one
-        changes nothing."""
+        changes nothing.
+
+        The fit is that of the process which has X, the inputs of the first batch: rank 0.
+        """
         unit_C, shape = _units(layer, key, consumers[0])
         weights = [layer.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
@@ -97,15 +106,18 @@ class Smooth(Settings):
             return found
         W_RC = torch.cat([W_RC[:: max(1, len(W_RC) // ROWS)] for W_RC in weights])
         ones_U = torch.ones(shape, device=layer.device).flatten()
-        fit_U = fitted(
-            X_TC,
-            W_RC,
-            unit_C,
-            ones_U,
-            input_largest=coding.input_largest,
-            weight_largest=coding.weight_largest,
-            group_size=coding.columns(tuple(W_RC.shape)),
-        )
+        fit_U = ones_U
+        if X_TC is not None:
+            fit_U = fitted(
+                X_TC,
+                W_RC,
+                unit_C,
+                ones_U,
+                input_largest=coding.input_largest,
+                weight_largest=coding.weight_largest,
+                group_size=coding.columns(tuple(W_RC.shape)),
+            )
+        fit_U = layer.shard.processes.sent({"fit": fit_U}, 0)["fit"].to(layer.device)
         return [ones_U.reshape(shape), *found, fit_U.reshape(shape)]
 
     def _loss(
@@ -135,7 +147,9 @@ class Smooth(Settings):
             ((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()
             for out, aim in zip(outs, aims, strict=True)
         ]
-        return float(sum(errors))
+        lost = torch.tensor(float(sum(errors)), dtype=torch.float64)
+        layer.shard.processes.sum_(lost)
+        return float(lost)
 
 
 def norm_of(layer: DecoderLayer, key: str) -> str:

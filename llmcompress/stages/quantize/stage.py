@@ -21,6 +21,7 @@ from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
@@ -167,6 +168,15 @@ class Quantize(FormatConfig, Stage):
         """The least and the most bits per weight, scales included."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
+
+    @property
+    def divides(self) -> By:
+        """The batches of the text; if rounding is learned each batch, which a step of the training reads.
+
+        LLM.int8 finds its outlier columns over all tokens of a batch, so that its batches stay whole.
+        """
+        whole = self.rounding != "learned" or any(each.threshold for each in self.formats)
+        return "batch" if whole else "sequence"
 
     @property
     def leaves(self) -> str:

@@ -23,6 +23,7 @@ from llmcompress.algorithms.saliency import wanda_weights
 from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
@@ -108,6 +109,11 @@ class Sparsify(Stage):
                 f"sparsify is the last stage: {why}; cut whole units before it, and quantise none"
             )
         super().require_place(before, after)
+
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears that lose weights are written."""
