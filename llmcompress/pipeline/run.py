@@ -106,6 +106,7 @@ def run_recipe(
         if writer is not None:
             folder = write_weights(writer, store.model, store.left)
             keep_tokens(folder, tokenizer, found.folder)
+            del model, store  # measuring reads from the disk what it needs
             before, after, measured = _measure(found, folder, str(out), where, text, track)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             report = report_of(recipe, before, after, measured, text, facts, cost, where)
@@ -129,15 +130,13 @@ def _measure(
     base: Base, folder: Path, out: str, device: torch.device, text: CalibrationData, track: Track
 ) -> tuple[ModelFacts, ModelFacts, Fidelity]:
     """Measure the base and the artefact from disk, and how far they are apart."""
-    written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
-    measured = fidelity(ours, text.scored, theirs)
+    measured, (ours, theirs) = _compare(folder, base.folder, device, text, track)
     before = model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=base_model.checkpoint.parameters,
-        size_bytes=base_model.checkpoint.size_bytes,
+        parameters=theirs.parameters,
+        size_bytes=theirs.size_bytes,
         revision=base.revision,
         speed=_speed_of_base(base.folder, text, device),
     )
@@ -145,11 +144,22 @@ def _measure(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=written.checkpoint.parameters,
-        size_bytes=written.checkpoint.size_bytes,
+        parameters=ours.parameters,
+        size_bytes=ours.size_bytes,
         speed=speed_of(folder, text.evaluation, device),
     )
     return before, after, measured
+
+
+def _compare(
+    written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
+) -> tuple[Fidelity, tuple[Checkpoint, Checkpoint]]:
+    """Return how far two models on disk are apart, and their checkpoints. Their weights are dropped, before
+    others are loaded whole to be timed."""
+    models = DiskModel(written, device, quantized=True), DiskModel(base, device)
+    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in models)
+    measured = fidelity(ours, text.scored, theirs)
+    return measured, (models[0].checkpoint, models[1].checkpoint)
 
 
 def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:
