@@ -40,6 +40,9 @@ SCRIPTS = {
     "several-processes": Script(
         "several_processes", "15 min", "seconds and codes of a run in one process and in two"
     ),
+    "vocabulary-memory": Script(
+        "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
+    ),
     "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
     "distill-speed": Script(
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"
@@ -63,7 +66,7 @@ SCRIPTS = {
 
 def listing() -> str:
     """A line for each measurement: name, duration on two cores, what it answers."""
-    lines = [f"  {name:15} {script.duration:>7}  {script.about}" for name, script in SCRIPTS.items()]
+    lines = [f"  {name:17} {script.duration:>7}  {script.about}" for name, script in SCRIPTS.items()]
     return "\n".join(["usage: python -m evaluation NAME [--help] [options]", "", *lines])
 
 

@@ -100,6 +100,11 @@ def make_model(folder: Path, layers: int, hidden: int) -> None:
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).bfloat16().save_pretrained(folder)
+    save_byte_tokenizer(folder)
+
+
+def save_byte_tokenizer(folder: Path) -> None:
+    """Write a tokenizer whose tokens are the 256 bytes."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({character: token for token, character in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -316,6 +316,20 @@ class SeveralRow(Facts):
     others_cpu_share: float
 
 
+class VocabularyMemoryRow(Facts):
+    """The peak memory of one run on a model of one vocabulary; `whole_logits_bytes` is what one float32 copy
+    of the logits of its evaluation would take."""
+
+    vocabulary: int
+    hidden: int
+    rounding: str
+    checkpoint_bytes: int
+    whole_logits_bytes: int
+    baseline_memory_bytes: int
+    peak_memory_bytes: int
+    run_memory_bytes: int
+
+
 class ThroughputRow(Facts):
     """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 

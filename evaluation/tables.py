@@ -44,6 +44,7 @@ from evaluation.results import (
     SharingRow,
     Speed,
     ThroughputRow,
+    VocabularyMemoryRow,
     load,
 )
 
@@ -404,6 +405,31 @@ def several(results: Results) -> str:
     return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
 
 
+def vocabulary_memory(results: Results) -> str:
+    """Peak memory of runs on models of growing vocabulary."""
+    if (result := results.load("vocabulary_memory", Rows[VocabularyMemoryRow])) is None:
+        return ""
+    sizes = ("checkpoint", "whole logits", "imports", "run", "peak")
+    header = ["vocabulary", "rounding", *(f"{what}, MB" for what in sizes)]
+    lines = [
+        [
+            str(row.vocabulary),
+            row.rounding,
+            megabytes(row.checkpoint_bytes, 0),
+            megabytes(row.whole_logits_bytes, 0),
+            megabytes(row.baseline_memory_bytes, 0),
+            megabytes(row.run_memory_bytes, 0),
+            megabytes(row.peak_memory_bytes, 0),
+        ]
+        for row in result.rows
+    ]
+    about = (
+        "Whole logits are one float32 copy of those of the two sequences that are evaluated; the run is the "
+        f"peak above what the imports hold. {where(result.hardware, result.commit)}\n"
+    )
+    return joined([about, table(header, lines)])
+
+
 def throughput(results: Results) -> str:
     """Tokens/s of evaluation, and its ratio to bare forward passes."""
     if (result := results.load("throughput", Rows[ThroughputRow])) is None:
@@ -603,6 +629,12 @@ SECTIONS = (
         "A run to `nf4` in one process and in two on the CPU, a thread each: `python -m evaluation "
         "several-processes`.",
         several,
+    ),
+    Section(
+        "Memory by vocabulary",
+        "Peak memory of a run with `nf4-nearest`, `nf4-gptq` and learned rounding, on random Gemma 3 models "
+        "of two layers and width 640 in bfloat16: `python -m evaluation vocabulary-memory`.",
+        vocabulary_memory,
     ),
     Section(
         "Cost of evaluation",

@@ -208,21 +208,6 @@ class Shard:
         """Return where batch `number` is among those of this process; None if it is another's."""
         return self.numbers.index(number) if number in self.numbers else None
 
-    @contextmanager
-    def in_order(self, number: int, generator: torch.Generator) -> Iterator[None]:
-        """Draw from a generator for batch `number` of this process, after all batches before it, as one
-        process would. Batches must not be divided."""
-        earlier, later = ((number + step) % self.processes.count for step in (-1, 1))
-        if number and earlier != self.processes.rank:
-            state = torch.empty_like(generator.get_state(), device=_wire())
-            with _others_there():
-                torch.distributed.recv(state, earlier)
-            generator.set_state(state.cpu())
-        yield
-        if number + 1 < len(self.sizes) and later != self.processes.rank:
-            with _others_there():
-                torch.distributed.send(generator.get_state().to(_wire()), later)
-
 
 def _wire() -> torch.device:
     """The device of tensors that are sent: NCCL sends from a GPU only."""

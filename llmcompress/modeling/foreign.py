@@ -8,6 +8,8 @@ transformers decides whether it can be loaded here: it names a missing package, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
 from llmcompress.integrations.transformers_compat import AUTO_QUANTIZATION_CONFIG_MAPPING
 from llmcompress.integrations.transformers_quantizer import METHOD
@@ -80,14 +83,34 @@ class WholeModel:
         return self.model.config
 
     def logits(self, sequences: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
-        """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
-        `unscored` positions."""
+        """Yield logits of token sequences [S, L] without the first `unscored` positions, in pieces as
+        `sequential.logits` does."""
         batches = batches_of(sequences)
+        at_once = positions_at_once(self.config.vocab_size, self.device)
         for tokens in track(batches, "evaluate", len(batches)):
+            tokens = tokens.to(self.device)
             # closed before the yield: a generator dropped half way must not leave it open
             with torch.no_grad():
-                scores: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-            yield scores[:, unscored:]
+                found = self.model.get_decoder()(input_ids=tokens, use_cache=False)
+            tokens, states = tokens[:, unscored:], found.last_hidden_state[:, unscored:]
+            for here in pieces(len(tokens), tokens.shape[1], at_once):
+                with torch.no_grad(), self._decoded(replace(found, last_hidden_state=states[here])):
+                    scores: Tensor = self.model(input_ids=tokens[here], use_cache=False).logits
+                yield scores
+                del scores  # freed before the next piece is computed
+
+    @contextmanager
+    def _decoded(self, found: Any) -> Iterator[None]:
+        """Let the decoder return `found` within the context, so that the model runs its head alone."""
+        decoder = self.model.get_decoder()
+        before = vars(decoder).get("forward")
+        decoder.forward = lambda *args, **kwargs: found
+        try:
+            yield
+        finally:
+            del decoder.forward
+            if before is not None:
+                decoder.forward = before
 
 
 def _require_memory(folder: Path, size: int, device: torch.device) -> None:

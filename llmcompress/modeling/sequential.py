@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
@@ -42,6 +43,8 @@ Key = TypeVar("Key", bound=Hashable)
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
+# number of a batch, scores [B, C, V] at some positions of it, next tokens of the text [B, C] -> labels [B, C]
+Labels = Callable[[int, Tensor, Tensor], Tensor]
 # batch size -> layer -> its keyword arguments: masks, rotary tables
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
 
@@ -107,6 +110,35 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     hidden = hidden.to(resident.device)
     with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
         return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+
+
+def pieces_of(resident: LayerwiseModel, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the pieces of states [B, L, D] whose logits are to be in memory at once, whatever the
+    vocabulary."""
+    V = resident.model.get_parameter(f"{resident.anatomy.head}.weight").shape[0]
+    B, L, _ = hidden.shape
+    return pieces(B, L, positions_at_once(V, resident.device))
+
+
+@torch.no_grad()
+def head_states(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
+    """Return the head's input [B, L, D] for hidden states [B, L, D] that left the last layer, without
+    computing a logit."""
+    head, read = resident.model.get_submodule(resident.anatomy.head), list[Tensor]()
+
+    def record(states: Tensor) -> Tensor:
+        read.append(states)
+        return states[..., :1]
+
+    before = vars(head).get("forward")
+    head.forward = record
+    try:
+        leave(resident, hidden)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+    return read[0]
 
 
 def half_is_fast(device: torch.device) -> bool:
@@ -267,52 +299,43 @@ def divergences(
     """
     lost = dict.fromkeys(streams, 0.0)
     for i, hidden in enumerate(full):
-        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
-        for index, states in streams.items():
-            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
+        hidden = hidden[:, unscored:]
+        for here in pieces_of(model, hidden):
+            expected = leave(model, hidden[here]).float().log_softmax(-1)
+            share = expected[..., 0].numel() / hidden[0, :, 0].numel()
+            for index, states in streams.items():
+                found = leave(model, states[i][:, unscored:][here])
+                lost[index] += divergence(expected, found) * share
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
 def logits(
     resident: LayerwiseModel, sequences: Tensor, track: Track = untracked, unscored: int = 0
 ) -> Iterator[Tensor]:
-    """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
-    `unscored` positions.
+    """Yield logits of token sequences [S, L] without the first `unscored` positions, in the order of the
+    positions: [B, L - unscored, V] of some sequences, or [1, C, V] of a part of one.
 
-    All layers are run once, before the first logits.
+    The size of the vocabulary decides how many; all layers are run once, before the first logits.
     """
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
     for hidden in last.inputs:
-        with torch.no_grad():  # closed before the yield: a generator dropped half way must not leave it open
-            scores = leave(resident, hidden[:, unscored:])
-        yield scores
+        hidden = hidden[:, unscored:]
+        for here in pieces_of(resident, hidden):
+            # closed before the yield: a generator dropped half way must not leave it open
+            with torch.no_grad():
+                scores = leave(resident, hidden[here])
+            yield scores
+            del scores  # freed before the next piece is computed
 
 
-@contextmanager
-def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
-    """Yield a list to which the head's input [B, L, D] is added each time the head runs."""
-    read: list[Tensor] = []
-    head = resident.model.get_submodule(resident.anatomy.head)
-    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    try:
-        yield read
-    finally:
-        hook.remove()
-
-
-@torch.no_grad()
 def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
     """Return the head's weight [V, D] and the second moments of its inputs; `layer` is the one that `walk`
     yields after the last."""
-    W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
+    W_RC = resident.outer_weight(f"{resident.anatomy.head}.weight")
     moments = Moments(W_RC.shape[1], resident.device)
-    with head_reads(resident) as read:
-        for i, hidden in enumerate(layer.inputs):
-            read.clear()
-            for states in (hidden, *layer.reference[i : i + 1]):
-                leave(resident, states)
-            moments.add(*read)
+    for i, hidden in enumerate(layer.inputs):
+        moments.add(*(head_states(resident, states) for states in (hidden, *layer.reference[i : i + 1])))
     layer.shard.processes.pool([moments])
     return W_RC, moments
 
@@ -337,15 +360,14 @@ def output_fisher(
     layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
     Several `processes` divide the batches, and draw the labels that one would draw.
     """
-    generator = torch.Generator(resident.device).manual_seed(seed)
     processes = replace(processes, by="batch")
-    shard = processes.shard(batches_of(sequences))
-    numbers = iter(shard.numbers)
+    generators: dict[int, torch.Generator] = {}  # by the number of a batch, whichever process runs it
 
-    def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
-        share = scores.detach().flatten(0, 1).softmax(-1)
-        with shard.in_order(next(numbers), generator):
-            return torch.multinomial(share, 1, generator=generator).view(tokens.shape)
+    def drawn(batch: int, scores: Tensor, text: Tensor) -> Tensor:
+        if batch not in generators:
+            generators[batch] = label_generator(seed, batch, resident.device)
+        p_TV = scores.detach().flatten(0, 1).softmax(-1)
+        return torch.multinomial(p_TV, 1, generator=generators[batch]).view(text.shape)
 
     for index, grads, _ in gradients(
         resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
@@ -357,21 +379,26 @@ def output_fisher(
         yield index, found.H_CC.cpu()
 
 
+def label_generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
+    """The generator of a batch's labels, whichever process draws them."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch)
+
+
 def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
     """Next-token labels of tokens [B, L]; the first `unscored` positions and the last one are IGNORED."""
     return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
 
 
-def following(scores: Tensor, tokens: Tensor) -> Tensor:
+def following(number: int, scores: Tensor, text: Tensor) -> Tensor:
     """The next-token labels of the text, whatever the scores."""
-    return next_tokens(tokens)
+    return text
 
 
 def gradients(
     resident: LayerwiseModel,
     sequences: Tensor,
     scratch: Path,
-    labels: Callable[[Tensor, Tensor], Tensor],
+    labels: Labels,
     watched: Sequence[str] = (),
     *,
     first: bool = False,
@@ -381,16 +408,15 @@ def gradients(
     """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
     and those of some parameters.
 
-    They are the gradients of the negative log-likelihood of `labels` (scores [B, L, V], tokens [B, L] -> [B,
-    L]), summed over tokens. Labels at the first `unscored` positions do not count. `watched` are parameters
-    by their names in the layer. With `first`, -1 and the gradients of the states that enter the first layer
-    come last.
+    They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
+    `unscored` positions do not count. `watched` are parameters by their names in the layer. With `first`, -1
+    and the gradients of the states that enter the first layer come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
     folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
     those of the parameters over all sequences.
     """
-    batches, grads = processes.shard(batches_of(sequences)).batches, list[Tensor]()
+    shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
     for layer in walk(resident, sequences, through=True, processes=processes):
         last = layer
         with writing(scratch):
@@ -398,17 +424,9 @@ def gradients(
                 {str(i): hidden for i, hidden in enumerate(layer.inputs)},
                 scratch / f"states-{layer.index}.safetensors",
             )
-    for tokens, hidden in zip(batches, last.inputs, strict=True):
-        hidden = hidden.to(resident.device).requires_grad_()
-        scores = leave(resident, hidden).float()
-        wanted = labels(scores, tokens.to(resident.device))
-        wanted[:, :unscored] = IGNORED
-        F.cross_entropy(
-            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
-        ).backward()
-        assert hidden.grad is not None
-        grads.append(hidden.grad.cpu())
-    _, arguments = enter(resident, batches)
+    for number, tokens, hidden in zip(shard.numbers, shard.batches, last.inputs, strict=True):
+        grads.append(_from_head(resident, hidden, tokens, number, labels, unscored))
+    _, arguments = enter(resident, shard.batches)
     (scratch / f"states-{last.index}.safetensors").unlink()
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
@@ -420,6 +438,30 @@ def gradients(
         (scratch / f"states-{index}.safetensors").unlink()
     if first:
         yield -1, grads, {}
+
+
+def _from_head(
+    resident: LayerwiseModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    number: int,
+    labels: Labels,
+    unscored: int,
+) -> Tensor:
+    """Return the gradients of the states [B, L, D] of batch `number` that left the last layer, as `gradients`
+    says, on the CPU."""
+    found, text = torch.empty_like(hidden), next_tokens(tokens).to(resident.device)
+    for here in pieces_of(resident, hidden):
+        states = hidden[here].to(resident.device).requires_grad_()
+        scores = leave(resident, states).float()
+        wanted = labels(number, scores, text[here])
+        wanted[:, : max(0, unscored - here[1].start)] = IGNORED
+        F.cross_entropy(
+            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
+        ).backward()
+        assert states.grad is not None
+        found[here] = states.grad.cpu()
+    return found
 
 
 def _back(

@@ -112,11 +112,13 @@ def run_recipe(
             keep_tokens(folder, tokenizer, found.folder)
         folder = Processes.all("batch").agreed(folder)
         assert folder is not None, "rank 0 writes"
-        written, base_model = DiskModel(folder, where, quantized=True), DiskModel(found.folder, where)
-        measured = _fidelity(written, base_model, text, track)
+        del model, store  # measuring reads from the disk what it needs
+        measured, checkpoints = _compare(folder, found.folder, where, text, track)
         if writer is not None:
-            before = _facts_of_base(found, base_model, measured, text)
-            after = _facts_of_artefact(str(out), written, measured, speed_of(folder, text.evaluation, where))
+            before = _facts_of_base(found, checkpoints[1], measured, text, where)
+            after = _facts_of_artefact(
+                str(out), checkpoints[0], measured, speed_of(folder, text.evaluation, where)
+            )
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             report = report_of(recipe, before, after, measured, text, facts, cost, where)
             report.require(**recipe.accept.model_dump())
@@ -136,40 +138,51 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
 
 
 @torch.no_grad()
-def _fidelity(written: DiskModel, base: DiskModel, text: CalibrationData, track: Track) -> Fidelity:
-    """Measure how far the artefact is from the base. Each process measures its share of the sequences."""
+def _compare(
+    written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
+) -> tuple[Fidelity, tuple[Checkpoint, Checkpoint]]:
+    """Return how far two models on disk are apart, and their checkpoints. Each process measures its share of
+    the sequences. The weights are dropped, before others are loaded whole to be timed."""
+    models = DiskModel(written, device, quantized=True), DiskModel(base, device)
     processes, found = Processes.all("batch"), dict[int, Columns]()
     shard = processes.shard(batches_of(text.evaluation))
     if shard.batches:
         sequences = torch.cat(list(shard.batches))
-        ours, theirs = (logits(each, sequences, track, text.unscored) for each in (written, base))
-        pairs = zip(ours, theirs, strict=True)
-        measured = columns(pairs, sequences[:, text.unscored :])
-        found = dict(zip(shard.numbers, measured, strict=True))
-    return summary([*processes.gathered(found).values()], text.scored.shape[1])
+        scored = sequences[:, text.unscored :]
+        ours, theirs = (logits(each, sequences, track, text.unscored) for each in models)
+        measured = columns(zip(ours, theirs, strict=True), scored)
+        positions = [len(batch) * scored.shape[1] for batch in shard.batches]
+        by_batch = (torch.cat(column).split(positions) for column in zip(*measured, strict=True))
+        found = dict(zip(shard.numbers, zip(*by_batch, strict=True), strict=True))
+    whole = summary([*processes.gathered(found).values()], text.scored.shape[1])
+    return whole, (models[0].checkpoint, models[1].checkpoint)
 
 
-def _facts_of_base(base: Base, model: DiskModel, measured: Fidelity, text: CalibrationData) -> ModelFacts:
+def _facts_of_base(
+    base: Base, checkpoint: Checkpoint, measured: Fidelity, text: CalibrationData, device: torch.device
+) -> ModelFacts:
     """What the report says of the base."""
     return model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=model.checkpoint.parameters,
-        size_bytes=model.checkpoint.size_bytes,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.size_bytes,
         revision=base.revision,
-        speed=_speed_of_base(base.folder, text, model.device),
+        speed=_speed_of_base(base.folder, text, device),
     )
 
 
-def _facts_of_artefact(out: str, model: DiskModel, measured: Fidelity, speed: Speed | None) -> ModelFacts:
+def _facts_of_artefact(
+    out: str, checkpoint: Checkpoint, measured: Fidelity, speed: Speed | None
+) -> ModelFacts:
     """What the report says of the artefact."""
     return model_facts(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=model.checkpoint.parameters,
-        size_bytes=model.checkpoint.size_bytes,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.size_bytes,
         speed=speed,
     )
 

@@ -15,7 +15,7 @@ from llmcompress.modeling import sequential as walking
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
-from llmcompress.modeling.sequential import head_input, logits, output_fisher, walk
+from llmcompress.modeling.sequential import head_input, label_generator, logits, output_fisher, walk
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")
@@ -262,9 +262,7 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
         layer.register_forward_hook(lambda _, args, out, index=index: keep(index, out))
     embedded = model.get_input_embeddings()(tokens).requires_grad_()
     scores = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
-    labels = torch.multinomial(
-        scores.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
-    ).flatten()
+    labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=label_generator(3, 0, CPU)).flatten()
     torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
     for index, F_DD in found.items():
         g_TD = grads[index].flatten(0, 1)

@@ -105,8 +105,8 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> tuple[flo
     squares = []
     for start in range(0, len(W_VD), rows):
         W, codes, scale = (x[start : start + rows] for x in (W_VD, packed.codes_RC, packed.scale_R))
-        lost = W - codes.to(W.device) * scale.to(W.device)[:, None]
-        squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
+        lost = W.float() - codes.to(W.device) * scale.to(W.device)[:, None]
+        squares.append(torch.stack((lost, W.float())).square().sum(-1).cpu())
     squares_2V = torch.cat(squares, 1).double()
     return _relative(*(squares_2V * counts_V).sum(1)), _relative(*squares_2V.sum(1))
 

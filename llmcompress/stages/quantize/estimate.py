@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from llmcompress.algorithms.logit_chunks import CPU_BYTES
 from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE
@@ -55,7 +56,8 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     # moments of Adam
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + states + 4 * widest * widest
-    return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
+    logits = min(4 * TOKENS_AT_ONCE * model.config.vocab_size, CPU_BYTES)
+    return int(4 * floats + 2 * logits)
 
 
 def _operations(
