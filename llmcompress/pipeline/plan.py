@@ -31,7 +31,7 @@ from llmcompress.stages.cost import summed
 from llmcompress.stages.machine import machine_of
 
 TOKENISE_S = 4e-6  # seconds per token
-START_S = 3.0  # of a run: the tokenizer, the checks, the pictures
+START_S = 1.5  # of a run: the tokenizer, the checks, the pictures
 TIMED_S, TIMINGS, DECODED = 3.0, 6, 32  # the budget, the runs and the tokens of `report.metrics.speed`
 KL_OPERATIONS = 12  # on each score of both models
 READS = 4  # times that a run reads or hashes the whole base

@@ -15,6 +15,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
+from statistics import median_low
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,10 @@ from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.kernels import column_loops
 
-RUNS, MOMENT_S = 4, 0.15  # an operation is timed as often, or for as long; the fastest run counts
-OPERATIONS = 2e9  # multiplications and additions of one product that is timed, at most
+RUNS, MOMENT_S = 5, 0.1  # an operation is timed as often, or for as long; the median counts
+# multiplications and additions, and outputs, of one product that is timed, at most
+OPERATIONS, OUTPUTS = 2e9, 8192
+NUMBERS = 1 << 22  # of one elementwise operation that is timed, at most
 TOKENS = 2048  # inputs of an operation that is timed, at most
 ROWS, NARROW, WIDE = 256, 256, 768  # of a weight that a solver is timed on
 WIDEST = 1024  # columns of a square matrix that is timed
@@ -47,19 +50,15 @@ class Machine:
 
     def product(self, tokens: float, shape: tuple[int, int], *, half: bool = False) -> float:
         """Seconds to multiply inputs [tokens, C] by a weight [R, C] = `shape`; with `half` in bfloat16."""
-        R, C = shape
-        T = int(min(max(tokens, 1), TOKENS, max(128, OPERATIONS / (2 * R * C))))
+        R, C = min(shape[0], OUTPUTS), shape[1]
+        T = int(min(max(tokens, 1), TOKENS, max(64, OPERATIONS / (2 * R * C))))
 
         def made() -> Run:
-            X_TC, W_RC = self._random(T, C), self._random(R, C)
+            dtype = torch.bfloat16 if half else torch.float32
+            X_TC, W_RC = self._random(T, C).to(dtype), self._random(R, C).to(dtype)
+            return lambda: F.linear(X_TC, W_RC)
 
-            def run() -> None:
-                with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-                    F.linear(X_TC, W_RC)
-
-            return run
-
-        return self._timed(("product", T, R, C, half), made) * tokens / T
+        return self._timed(("product", T, R, C, half), made) * tokens / T * shape[0] / R
 
     def attention(self, tokens: float, length: int, heads: int, width: int) -> float:
         """Seconds of causal attention over sequences of `length`, in all `tokens`, without its products with
@@ -74,7 +73,7 @@ class Machine:
 
     def elementwise(self, tokens: float, width: int) -> float:
         """Seconds of one operation on each of [tokens, width] numbers."""
-        T = int(min(max(tokens, 1), TOKENS))
+        T = int(min(max(tokens, 1), TOKENS, max(1, NUMBERS // width)))
 
         def made() -> Run:
             x = self._random(T, width)
@@ -215,13 +214,12 @@ class Machine:
         return X_TC.T @ X_TC / len(X_TC)
 
     def _timed(self, key: Hashable, made: Callable[[], Run]) -> float:
-        """Seconds of what `made` returns: the fastest of several runs."""
+        """Seconds of what `made` returns: the median of several runs."""
         if key not in self.known:
-            run = made()
-            times = [self._once(run), self._once(run)]
+            run, times = made(), list[float]()
             while len(times) < RUNS and sum(times) < MOMENT_S:
                 times.append(self._once(run))
-            self.known[key] = min(times)
+            self.known[key] = median_low(times)
         return self.known[key]
 
     def _once(self, run: Run) -> float:

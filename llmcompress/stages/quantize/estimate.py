@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
 READS = 2  # how often an input is rounded: as it is read for the next linears, and on the way out
-ON_FIT = 8  # operations on each number in a step of the fit of smoothing factors, backward too
+ON_FIT = 110  # operations on each number in a step of the fit of smoothing factors, as measured
 INPUTS, ERRORS, SEARCH = "rounded inputs", "measured errors", "searches before the rounding"
 Schemes = Sequence[tuple[tuple[int, int], QuantScheme]]  # the shape [R, C] and scheme of each linear
 
