@@ -123,6 +123,17 @@ def test_run_takes_an_effort(shelf: Path, cli: Cli, tmp_path: Path) -> None:
     assert "effort fast: data.samples 32" in " ".join(done.out.split())
 
 
+def test_run_takes_the_best_effort_that_fits_in_a_time(shelf: Path, cli: Cli, tmp_path: Path) -> None:
+    data = {"source": str(shelf / "facts.txt"), "samples": 4, "length": 16}
+    recipe = {"data": data, "stages": [{"quantize": {"rounding": "nearest"}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    arguments = ("--base", shelf / "base", "--out", tmp_path / "out", "--time", "1000h")
+    done = cli("run", tmp_path / "recipe.yaml", *arguments)
+    assert done.code == 0, done.err
+    assert "in 1000 h 00 min: effort best (fast about " in done.err
+    assert "effort: best" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
 @pytest.mark.parametrize("command", ["run", "plan"])
 @pytest.mark.parametrize(
     ("given", "message"),
