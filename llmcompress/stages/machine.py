@@ -25,6 +25,7 @@ from llmcompress.algorithms.hessian import Moments, inverse_factor, ordered_fact
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.obs import remove
 from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
+from llmcompress.algorithms.smoothing import fitted
 from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.kernels import column_loops
@@ -37,6 +38,7 @@ TOKENS = 2048  # inputs of an operation that is timed, at most
 ROWS, NARROW, WIDE = 256, 256, 768  # of a weight that a solver is timed on
 WIDEST = 1024  # columns of a square matrix that is timed
 REMOVED, STEPS = 32, 4  # units and training steps that are timed
+PART, FITTED = 4, 512  # of the inputs of a fit one in so many is timed, and columns at most
 PIECE = 1 << 25  # bytes of a file that are read
 Run = Callable[[], object]
 
@@ -160,6 +162,19 @@ class Machine:
             return lambda: rounded(x)
 
         return self._timed(("rounding", T, columns, scheme), made) * tokens / T
+
+    def smoothing(self, tokens: int, rows: int, columns: int) -> float:
+        """Seconds to fit smoothing factors to inputs [tokens, columns] and a weight [rows, columns]."""
+        C = min(columns, FITTED)
+
+        def made() -> Run:
+            X_TC, W_RC = self._random(tokens // PART, C), self._random(rows // PART, C)
+            unit_C, ones_U = torch.arange(C, device=self.device), torch.ones(C, device=self.device)
+            return lambda: fitted(
+                X_TC, W_RC, unit_C, ones_U, input_largest=127, weight_largest=127, group_size=C
+            )
+
+        return self._timed(("smoothing", tokens, rows, C), made) * PART * columns / C
 
     def learning(self, shape: tuple[int, int], scheme: QuantScheme) -> float:
         """Seconds of one training step of the codes and scales of a weight [R, C] = `shape`, without its

@@ -41,6 +41,7 @@ def test_every_operation_takes_time() -> None:
         here.solver((64, 64), W8A8),
         here.nearest((64, 64), NF4),
         here.rounding(64, 64, W8A8),
+        here.smoothing(64, 32, 64),
         here.learning((64, 64), NF4),
         here.removal(64, 64, 16),
         here.reading(Path(__file__), 1e6),

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.algorithms.smoothing import EXPONENTS, STEPS
+from llmcompress.algorithms.smoothing import EXPONENTS
 from llmcompress.formats.schemes import FourBitScheme, QuantScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import TOKENS_AT_ONCE
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
 
 READS = 2  # how often an input is rounded: as it is read for the next linears, and on the way out
-ON_FIT = 110  # operations on each number in a step of the fit of smoothing factors, as measured
 INPUTS, ERRORS, SEARCH = "rounded inputs", "measured errors", "searches before the rounding"
 Schemes = Sequence[tuple[tuple[int, int], QuantScheme]]  # the shape [R, C] and scheme of each linear
 
@@ -112,12 +111,8 @@ def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int) -
         machine.nearest(shape, scheme) + machine.rounding(tokens, shape[1], scheme)
         for shape, scheme in schemes
     )
-    fits = sum(
-        machine.elementwise(rows, C)
-        for C in work.inputs.values()
-        for rows in (smoothing.TOKENS, smoothing.ROWS)
-    )
-    fitted = len(model.layers) * STEPS * ON_FIT * fits if smooth.alpha == "auto" else 0.0
+    fits = sum(machine.smoothing(smoothing.TOKENS, smoothing.ROWS, C) for C in work.inputs.values())
+    fitted = len(model.layers) * fits if smooth.alpha == "auto" else 0.0
     time += Time({SEARCH: candidates * tried + fitted})
     return time + work.passes(streams) + work.moments(streams)
 
