@@ -37,6 +37,7 @@ SCRIPTS = {
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),
+    "foretold": Script("foretold", "10 min", "the time that `plan` foretells against the time of the run"),
     "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
     "distill-speed": Script(
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"

@@ -299,6 +299,20 @@ class CostRow(Facts):
     attempts: int = 1
 
 
+class ForetoldRow(Facts):
+    """Processor seconds that `plan` foretold and a run took: of the stages, and of the whole run."""
+
+    model: str
+    recipe: Name
+    tokens: int
+    stages_foretold_s: float
+    stages_cpu_s: float
+    run_foretold_s: float
+    run_cpu_s: float
+    plan_cpu_s: float
+    commit: str = ""
+
+
 class ThroughputRow(Facts):
     """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 
