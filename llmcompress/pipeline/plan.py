@@ -106,7 +106,7 @@ def plan_recipe(
     notes += [_spent(row.stage, Time(row.time)) for row in rows if row.time]
     notes.append(_spent("load, measure, write", beside))
     seconds = beside.seconds + sum(row.seconds or 0.0 for row in rows)
-    notes.append(f"the whole run: about {duration(seconds)}, if this machine does nothing else")
+    notes.append(f"the whole run: about {duration(seconds)}, longer beside other programs")
     if chosen := effort_facts(recipe, settled, spec, samples, length):
         notes.append(chosen_words(chosen))
     notes.append(f"calibration: {samples} sequences of {length} tokens, on {model.device}")

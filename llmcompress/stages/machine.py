@@ -3,8 +3,8 @@
 An operation is timed on first use, at the shapes of the model if they are small enough, and remembered while
 the process lives. Where a stage spends its time in a function of its own, such as the solver, that function
 is what is timed, so an estimate follows it when it becomes faster. Larger shapes are scaled by the operations
-that they take. On a CPU the time is that of the calling thread, so it is right for a machine that does
-nothing else.
+that they take. On a CPU the time is that of the calling thread: other programs do not count, but for the
+threads of one operation that wait for each other.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from pathlib import Path
-from statistics import median_low
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +29,8 @@ from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.kernels import column_loops
 
-RUNS, MOMENT_S = 5, 0.1  # an operation is timed as often, or for as long; the median counts
+RUNS, MOMENT_S = 5, 0.1  # an operation is timed as often, or for as long; the fastest run counts
+IN_A_STAGE = 1.2  # over that time, where other operations empty the caches (evaluation/results/foretold.json)
 # multiplications and additions, and outputs, of one product that is timed, at most
 OPERATIONS, OUTPUTS = 2e9, 8192
 NUMBERS = 1 << 22  # of one elementwise operation that is timed, at most
@@ -229,12 +229,12 @@ class Machine:
         return X_TC.T @ X_TC / len(X_TC)
 
     def _timed(self, key: Hashable, made: Callable[[], Run]) -> float:
-        """Seconds of what `made` returns: the median of several runs."""
+        """Seconds of what `made` returns: the fastest of several runs."""
         if key not in self.known:
             run, times = made(), list[float]()
             while len(times) < RUNS and sum(times) < MOMENT_S:
                 times.append(self._once(run))
-            self.known[key] = median_low(times)
+            self.known[key] = IN_A_STAGE * min(times)
         return self.known[key]
 
     def _once(self, run: Run) -> float:
