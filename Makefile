@@ -48,6 +48,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation cost # 8 min
 	$(BIN)/python -m evaluation several-processes # 15 min
 	$(BIN)/python -m evaluation vocabulary-memory # 10 min
+	$(BIN)/python -m evaluation foretold # 10 min
 	$(BIN)/python -m evaluation throughput # 2 min
 	$(BIN)/python -m evaluation distill-speed # 10 min
 	$(BIN)/python -m evaluation speed # 6 min

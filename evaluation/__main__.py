@@ -43,6 +43,7 @@ SCRIPTS = {
     "vocabulary-memory": Script(
         "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
     ),
+    "foretold": Script("foretold", "10 min", "the time that `plan` foretells against the time of the run"),
     "throughput": Script("throughput", "2 min", "tokens/s of evaluation against bare forward passes"),
     "distill-speed": Script(
         "distill_speed", "10 min", "steps/s of distillation against a bare training loop"

@@ -330,6 +330,20 @@ class VocabularyMemoryRow(Facts):
     run_memory_bytes: int
 
 
+class ForetoldRow(Facts):
+    """Processor seconds that `plan` foretold and a run took: of the stages, and of the whole run."""
+
+    model: str
+    recipe: Name
+    tokens: int
+    stages_foretold_s: float
+    stages_cpu_s: float
+    run_foretold_s: float
+    run_cpu_s: float
+    plan_cpu_s: float
+    commit: str = ""
+
+
 class ThroughputRow(Facts):
     """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 

@@ -27,6 +27,7 @@ from evaluation.results import (
     DistillSpeed,
     Fidelity,
     FidelityRow,
+    ForetoldRow,
     GpuRow,
     HealingRow,
     Held,
@@ -430,6 +431,29 @@ def vocabulary_memory(results: Results) -> str:
     return joined([about, table(header, lines)])
 
 
+def foretold(results: Results) -> str:
+    """The time that a plan foretold beside that of the run, in seconds of the processor."""
+    if (result := results.load("foretold", Rows[ForetoldRow])) is None:
+        return ""
+    header = ["model", "recipe", "tokens", "stages foretold, s", "measured, s", "ratio"]
+    lines = [
+        [
+            row.model,
+            row.recipe,
+            str(row.tokens),
+            f"{row.stages_foretold_s:.1f}",
+            f"{row.stages_cpu_s:.1f}",
+            f"{row.stages_foretold_s / row.stages_cpu_s:.2f}",
+            f"{row.run_foretold_s:.1f}",
+            f"{row.run_cpu_s:.1f}",
+            f"{row.run_foretold_s / row.run_cpu_s:.2f}",
+        ]
+        for row in sorted(result.rows, key=lambda row: MODELS.index(row.model))
+    ]
+    run = ["run foretold, s", "measured, s", "ratio"]
+    return joined([where(result.hardware, result.commit) + "\n", table([*header, *run], lines)])
+
+
 def throughput(results: Results) -> str:
     """Tokens/s of evaluation, and its ratio to bare forward passes."""
     if (result := results.load("throughput", Rows[ThroughputRow])) is None:
@@ -635,6 +659,12 @@ SECTIONS = (
         "Peak memory of a run with `nf4-nearest`, `nf4-gptq` and learned rounding, on random Gemma 3 models "
         "of two layers and width 640 in bfloat16: `python -m evaluation vocabulary-memory`.",
         vocabulary_memory,
+    ),
+    Section(
+        "Time foretold",
+        "What `plan` foretells against what the run takes, of the stages and of the whole run, in seconds of "
+        "the processor with one thread of a shared machine, on few tokens: `python -m evaluation foretold`.",
+        foretold,
     ),
     Section(
         "Cost of evaluation",

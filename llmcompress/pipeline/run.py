@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from llmcompress.data.calibration import CalibrationData
-from llmcompress.data.sources import DataSpec
+from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import DataError, OutputError, argument, first_line
 from llmcompress.integrations import distributed
 from llmcompress.integrations.distributed import Processes
@@ -29,6 +29,7 @@ from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, batches_of, logits, untracked
 from llmcompress.pipeline.disk_store import DiskStore
+from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
 from llmcompress.pipeline.report_facts import model_facts, report_of
@@ -58,6 +59,7 @@ def run_recipe(
     *,
     base: str | Base | None = None,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     overwrite: bool = False,
     device: str | None = None,
     tokens_sha256: str | None = None,
@@ -65,10 +67,10 @@ def run_recipe(
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`. The same call resumes after a crash.
 
-    `base` and `data` take the place of the recipe's; a string of `data` is taken as DataSpec.with_text takes
-    it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError for wrong input, and
-    AcceptError if the result misses the recipe's bounds; then nothing is published, and the finished layers
-    are kept.
+    `base`, `data` and `effort` take the place of the recipe's; a string of `data` is taken as
+    DataSpec.with_text takes it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError
+    for wrong input, and AcceptError if the result misses the recipe's bounds; then nothing is published, and
+    the finished layers are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -82,7 +84,8 @@ def run_recipe(
         else find_base(base or recipe.base, recipe.revision if base is None else None)
     )
     config = config_of(found.folder, base=True)
-    resolved, tokenizer = resolve(recipe, data, device), tokenizer_of(found.folder)
+    settled = recipe.with_effort(effort)
+    resolved, tokenizer = resolve(settled, data, device), tokenizer_of(found.folder)
     pinned, spec, where = resolved.recipe, resolved.data, resolved.device
     require_same_vocabulary(resolved, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
@@ -97,7 +100,7 @@ def run_recipe(
         require_computable(model)
         require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
-        text = calibration_data(model, spec, tokenizer, recipe.training_tokens)
+        text = calibration_data(model, spec, tokenizer, settled.training_tokens, settled.effort)
         if tokens_sha256 not in (None, text.sha256):
             raise DataError(
                 f"{spec.source} gives tokens with sha256 {text.sha256[:16]}, the report was made with "
@@ -120,9 +123,11 @@ def run_recipe(
                 str(out), checkpoints[0], measured, speed_of(folder, text.evaluation, where)
             )
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-            report = report_of(recipe, before, after, measured, text, facts, cost, where)
-            report.require(**recipe.accept.model_dump())
-            writer.publish(companions(report, recipe, found.folder, place))
+            ran = as_it_ran(settled, text)
+            chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
+            report = report_of(ran, before, after, measured, text, facts, cost, where, chosen)
+            report.require(**ran.accept.model_dump())
+            writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
     return Report.of(target)
 

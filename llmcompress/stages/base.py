@@ -19,6 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats.registry import RewrittenLayout
 from llmcompress.formats.schemes import QuantScheme
@@ -26,6 +27,8 @@ from llmcompress.integrations.distributed import By, Processes
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
+from llmcompress.stages.cost import Time as Time
+from llmcompress.stages.cost import Workload as Workload
 
 LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
 OUTER = "outer"  # journal entry of the tensors outside the layers
@@ -152,16 +155,6 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The work of a stage, for an estimate."""
-
-    tokens: int  # tokens of calibration text
-    length: int  # tokens of a sequence
-    rate: float  # operations per second of this machine
-    size_bytes: int  # size of the model as the stage finds it
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a stage would leave and cost."""
 
@@ -169,7 +162,7 @@ class Estimate:
     parameters: int
     size_bytes: int
     peak_memory_bytes: int
-    seconds: float
+    time: Time
     notes: tuple[str, ...] = ()
 
 
@@ -204,6 +197,7 @@ class Stage(Settings):
     rewrites: ClassVar[bool] = False  # whether it leaves linears that can't be pruned: no plain matrices
     has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
     combines: ClassVar[bool] = False  # whether it costs so much that training belongs after it
+    shares: ClassVar[bool] = False  # whether layers may have one weight after it
 
     @property
     def models(self) -> dict[str, str]:
@@ -213,6 +207,15 @@ class Stage(Settings):
     def with_models(self, names: Mapping[str, str]) -> Stage:
         """Return the stage with other names for these roles."""
         return self.model_copy(update=dict(names)) if names else self
+
+    def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
+        """Return the stage with every setting written out that an effort decides and the recipe does not say.
+        `before` are the stages before it."""
+        return self
+
+    def unsaid(self, **settings: JsonValue) -> dict[str, JsonValue]:
+        """Those of the settings that were not given to the stage."""
+        return {name: value for name, value in settings.items() if name not in self.model_fields_set}
 
     @property
     def divides(self) -> By | None:

@@ -28,6 +28,7 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.cost import IN_TURN
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
 STAGE = "sparsify"
@@ -129,11 +130,15 @@ class Sparsify(Stage):
             for name, shape in shapes.items()
         )
         calibrated = self.score != "magnitude"
-        # passes, partly in two streams: for the moments, and to advance the states
-        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)
-        operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
+        streams = 2 if calibrated else 1
+        time = work.passes(IN_TURN if calibrated else 2, half=work.half) + work.moments(
+            streams, half=work.half
+        )
+        time += work.products(2, shapes.values())  # the measured error
+        if calibrated:
+            time += work.products(3, shapes.values()) + work.factors(1)  # the corrected weight
         if self.score == "sparsegpt":
-            operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
+            time += work.products(3, shapes.values()) + work.factors(1)
         states = work.tokens * model.config.hidden_size * (4 if calibrated else 2)
         outer, widest = parameters - inner, max(C for _, C in shapes.values())
         reasons = "; ".join(sorted(set(kept.values())))
@@ -142,7 +147,7 @@ class Sparsify(Stage):
             parameters=parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
             size_bytes=int(model.stored_bytes() - saved / 8),
             peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2),
-            seconds=operations / work.rate,
+            time=time,
             notes=(f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})",) if kept else (),
         )
 

@@ -83,7 +83,10 @@ class Tie(Stage):
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
             peak_memory_bytes=4 * floats,
-            seconds=(2 * work.tokens + 12 * SAMPLE) * 2.0 * (inner + outer) / work.rate,
+            time=work.passes(2)
+            + work.heads(2, work.tokens)
+            + work.passes(12, SAMPLE)
+            + work.heads(12, SAMPLE),
         )
 
     def require_two_matrices(self, model: LayerwiseModel) -> None:
