@@ -18,9 +18,6 @@ class Script:
 
 
 SCRIPTS = {
-    "reference-models": Script(
-        "reference_models", "1 min", "makes models of real size from the package index; writes no result"
-    ),
     "bench": Script("bench", "6 h", "the loss of every recipe on every model, beside stock bitsandbytes"),
     "rivals": Script(
         "rivals.quantizers", "20 min", "AutoRound, GPTQModel and llm-compressor on the same sequences"
@@ -53,6 +50,9 @@ SCRIPTS = {
     "pruned-speed": Script("pruned_speed", "3 min", "models of fewer parameters against the whole one"),
     "import-time": Script(
         "import_time", "3 min", "what importing llmcompress adds to importing transformers"
+    ),
+    "reference-models": Script(
+        "reference_models", "1 min", "makes models of real size from the package index; writes no result"
     ),
     "train-demo": Script("train_demo", "30 min", "trains the demo model; writes no result"),
     "same-bytes": Script(

@@ -729,7 +729,7 @@ def document(results: Results) -> str:
 def wanted(root: Path) -> dict[Path, str]:
     """What RESULTS.md and the recipes of a checkout should say."""
     results = Results(root / "evaluation" / "results")
-    rows = {model: results.recipes(model) for model in MODELS}
+    rows = {model: found for model in MODELS if (found := results.recipes(model))}
     return {
         root / "evaluation" / "RESULTS.md": document(results),
         **recipe_heads.texts(root / "recipes", rows),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmcompress.algorithms.hessian import Moments
 from llmcompress.stages.machine import NARROW, ROWS, WIDE, WIDEST, Machine, machine_of
 from llmcompress.stages.quantize.stage import Quantize
 
@@ -51,7 +52,7 @@ def test_every_operation_takes_time() -> None:
 
 
 def test_more_tokens_rows_and_columns_are_scaled_by_their_operations() -> None:
-    here = machine({("moments", 2048, WIDEST, 2): 3.0, ("factor", WIDEST): 5.0})
+    here = machine({("moments", 2048, WIDEST, 2, Moments): 3.0, ("factor", WIDEST): 5.0})
     assert here.moments(4 * 2048, 2 * WIDEST, 2) == pytest.approx(4 * 4 * 3.0)
     assert here.factor(2 * WIDEST) == pytest.approx(8 * 5.0)
 
