@@ -19,8 +19,8 @@ from llmcompress.stages.machine import Machine
 # operations of a layer beside products: on each number of the hidden states (norms, sums), of the queries
 # (rotary tables) and of the feed-forward part, and calls whose numbers are too few to matter
 ON_HIDDEN, ON_QUERIES, ON_FFN, CALLS = 14, 8, 3, 200
-# passes through a layer whose linears are solved in turn, in both streams together: each goes through it once,
-# and the solved one again through what comes before the last linear of the feed-forward part
+# passes through a layer whose linears are solved in turn, in both streams together: each goes through it
+# once, and the solved one again through what comes before the last linear of the feed-forward part
 IN_TURN = 2.4
 PASSES, MOMENTS, FACTORS, SOLVER = "forward passes", "second moments", "factorisations", "solver"
 TRAINING = "training"
