@@ -55,6 +55,9 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation healing # 1 h
 	$(BIN)/python -m evaluation sharing # 6 h
 	$(BIN)/python -m evaluation cost # 8 min
+	$(BIN)/python -m evaluation several-processes # 15 min
+	$(BIN)/python -m evaluation vocabulary-memory # 10 min
+	$(BIN)/python -m evaluation foretold # 10 min
 	$(BIN)/python -m evaluation throughput # 2 min
 	$(BIN)/python -m evaluation distill-speed # 10 min
 	$(BIN)/python -m evaluation speed # 6 min

@@ -18,9 +18,6 @@ class Script:
 
 
 SCRIPTS = {
-    "reference-models": Script(
-        "reference_models", "1 min", "makes models of real size from the package index; writes no result"
-    ),
     "bench": Script("bench", "6 h", "the loss of every recipe on every model, beside stock bitsandbytes"),
     "rivals": Script(
         "rivals.quantizers", "20 min", "AutoRound, GPTQModel and llm-compressor on the same sequences"
@@ -37,6 +34,13 @@ SCRIPTS = {
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),
+    "several-processes": Script(
+        "several_processes", "15 min", "seconds and codes of a run in one process and in two"
+    ),
+    "vocabulary-memory": Script(
+        "vocabulary_memory", "10 min", "peak memory of a run on models of 32 to 262 thousand tokens"
+    ),
+    "foretold": Script("foretold", "10 min", "the time that `plan` foretells against the time of the run"),
     "gpu-compression": Script(
         "gpu_compression",
         "-",
@@ -53,6 +57,9 @@ SCRIPTS = {
     "import-time": Script(
         "import_time", "3 min", "what importing llmcompress adds to importing transformers"
     ),
+    "reference-models": Script(
+        "reference_models", "1 min", "makes models of real size from the package index; writes no result"
+    ),
     "train-demo": Script("train_demo", "30 min", "trains the demo model; writes no result"),
     "same-bytes": Script(
         "same_bytes", "10 min", "whether two checkouts write the same tensors; writes no result"
@@ -66,7 +73,7 @@ SCRIPTS = {
 
 def listing() -> str:
     """A line for each measurement: name, duration on two cores, what it answers."""
-    lines = [f"  {name:15} {script.duration:>7}  {script.about}" for name, script in SCRIPTS.items()]
+    lines = [f"  {name:17} {script.duration:>7}  {script.about}" for name, script in SCRIPTS.items()]
     return "\n".join(["usage: python -m evaluation NAME [--help] [options]", "", *lines])
 
 

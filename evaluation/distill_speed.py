@@ -29,6 +29,7 @@ from evaluation.results import Student, TrainingRow
 from evaluation.runs import run
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
+from llmcompress.integrations.distributed import ALONE
 from llmcompress.io.journal import Journal
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
@@ -81,6 +82,7 @@ def staged(
             cache=cache,
             seed=0,
             track=clock,
+            processes=ALONE,
         )
         stage.apply(model, context)
     return rate(clock.ends)

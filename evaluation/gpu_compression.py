@@ -218,7 +218,7 @@ def row_of(job: Job, shape: Shape, base: Path, spec: DataSpec, device: str, limi
         found = {"error": str(late)}
     if "error" in found:
         return GpuCompressionFailure(**about, error=found["error"].replace(str(base.parent), "FOLDER"))
-    return GpuCompressionRow(**about, tokens=spec.samples * int(spec.length or 0), **found)
+    return GpuCompressionRow(**about, tokens=int(spec.samples or 0) * int(spec.length or 0), **found)
 
 
 def said(row: Row) -> str:
@@ -237,7 +237,7 @@ def measured(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         text = folder / "words.txt"
-        make_text(text, (2 * spec.samples + 20) * int(spec.length or 0))  # its last tenth evaluates
+        make_text(text, (2 * int(spec.samples or 0) + 20) * int(spec.length or 0))  # its last tenth evaluates
         spec = spec.with_text(str(text))
         for job in jobs:
             left = end - time.monotonic() - SLACK_S

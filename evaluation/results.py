@@ -326,6 +326,51 @@ class CostRow(Facts):
     attempts: int = 1
 
 
+class SeveralRow(Facts):
+    """A rounding on a model in so many processes, and the share of its codes that are not those of one."""
+
+    model: str
+    rounding: str
+    tokens: int
+    processes: int
+    stage_s: float
+    run_s: float
+    stage_speedup: float
+    run_speedup: float
+    codes_that_differ: float
+    codes_that_differ_first_layer: float
+    kl_nats_mean: float
+    others_cpu_share: float
+
+
+class VocabularyMemoryRow(Facts):
+    """The peak memory of one run on a model of one vocabulary; `whole_logits_bytes` is what one float32 copy
+    of the logits of its evaluation would take."""
+
+    vocabulary: int
+    hidden: int
+    rounding: str
+    checkpoint_bytes: int
+    whole_logits_bytes: int
+    baseline_memory_bytes: int
+    peak_memory_bytes: int
+    run_memory_bytes: int
+
+
+class ForetoldRow(Facts):
+    """Processor seconds that `plan` foretold and a run took: of the stages, and of the whole run."""
+
+    model: str
+    recipe: Name
+    tokens: int
+    stages_foretold_s: float
+    stages_cpu_s: float
+    run_foretold_s: float
+    run_cpu_s: float
+    plan_cpu_s: float
+    commit: str = ""
+
+
 class ThroughputRow(Facts):
     """Tokens/s of bare forward passes, of perplexity, of perplexity with KL, and ratios to the first."""
 

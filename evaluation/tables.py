@@ -27,6 +27,7 @@ from evaluation.results import (
     DistillSpeed,
     Fidelity,
     FidelityRow,
+    ForetoldRow,
     GpuCompressionFailure,
     GpuCompressionRow,
     GpuRow,
@@ -42,9 +43,11 @@ from evaluation.results import (
     RivalPruningRow,
     Rivals,
     Rows,
+    SeveralRow,
     SharingRow,
     Speed,
     ThroughputRow,
+    VocabularyMemoryRow,
     load,
 )
 
@@ -401,6 +404,77 @@ def cost(results: Results) -> str:
     return joined([about, table([*header, "checkpoint, MB"], lines)])
 
 
+def several(results: Results) -> str:
+    """Each rounding in one process and in several."""
+    if (result := results.load("several_processes", Rows[SeveralRow])) is None:
+        return ""
+    header = ["model", "rounding", "processes", "stage, s", "speed-up", "run, s", "codes that differ"]
+    header += ["in the first layer", "KL"]
+    lines = [
+        [
+            row.model,
+            row.rounding,
+            str(row.processes),
+            f"{row.stage_s:.1f}",
+            f"{row.stage_speedup:.2f} x",
+            f"{row.run_s:.1f}",
+            percent(row.codes_that_differ, 1),
+            percent(row.codes_that_differ_first_layer, 3),
+            f"{row.kl_nats_mean:.6f}",
+        ]
+        for row in result.rows
+    ]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
+def vocabulary_memory(results: Results) -> str:
+    """Peak memory of runs on models of growing vocabulary."""
+    if (result := results.load("vocabulary_memory", Rows[VocabularyMemoryRow])) is None:
+        return ""
+    sizes = ("checkpoint", "whole logits", "imports", "run", "peak")
+    header = ["vocabulary", "rounding", *(f"{what}, MB" for what in sizes)]
+    lines = [
+        [
+            str(row.vocabulary),
+            row.rounding,
+            megabytes(row.checkpoint_bytes, 0),
+            megabytes(row.whole_logits_bytes, 0),
+            megabytes(row.baseline_memory_bytes, 0),
+            megabytes(row.run_memory_bytes, 0),
+            megabytes(row.peak_memory_bytes, 0),
+        ]
+        for row in result.rows
+    ]
+    about = (
+        "Whole logits are one float32 copy of those of the two sequences that are evaluated; the run is the "
+        f"peak above what the imports hold. {where(result.hardware, result.commit)}\n"
+    )
+    return joined([about, table(header, lines)])
+
+
+def foretold(results: Results) -> str:
+    """The time that a plan foretold beside that of the run, in seconds of the processor."""
+    if (result := results.load("foretold", Rows[ForetoldRow])) is None:
+        return ""
+    header = ["model", "recipe", "tokens", "stages foretold, s", "measured, s", "ratio"]
+    lines = [
+        [
+            row.model,
+            row.recipe,
+            str(row.tokens),
+            f"{row.stages_foretold_s:.1f}",
+            f"{row.stages_cpu_s:.1f}",
+            f"{row.stages_foretold_s / row.stages_cpu_s:.2f}",
+            f"{row.run_foretold_s:.1f}",
+            f"{row.run_cpu_s:.1f}",
+            f"{row.run_foretold_s / row.run_cpu_s:.2f}",
+        ]
+        for row in sorted(result.rows, key=lambda row: MODELS.index(row.model))
+    ]
+    run = ["run foretold, s", "measured, s", "ratio"]
+    return joined([where(result.hardware, result.commit) + "\n", table([*header, *run], lines)])
+
+
 def throughput(results: Results) -> str:
     """Tokens/s of evaluation, and its ratio to bare forward passes."""
     if (result := results.load("throughput", Rows[ThroughputRow])) is None:
@@ -605,6 +679,24 @@ SECTIONS = (
         cost,
     ),
     Section(
+        "Several processes",
+        "A run to `nf4` in one process and in two on the CPU, a thread each: `python -m evaluation "
+        "several-processes`.",
+        several,
+    ),
+    Section(
+        "Memory by vocabulary",
+        "Peak memory of a run with `nf4-nearest`, `nf4-gptq` and learned rounding, on random Gemma 3 models "
+        "of two layers and width 640 in bfloat16: `python -m evaluation vocabulary-memory`.",
+        vocabulary_memory,
+    ),
+    Section(
+        "Time foretold",
+        "What `plan` foretells against what the run takes, of the stages and of the whole run, in seconds of "
+        "the processor with one thread of a shared machine, on few tokens: `python -m evaluation foretold`.",
+        foretold,
+    ),
+    Section(
         "Cost of evaluation",
         "Tokens/s of perplexity, and of perplexity with KL, against bare forward passes, on the demo "
         "model and wikilm-8m: `python -m evaluation throughput`.",
@@ -667,7 +759,7 @@ def document(results: Results) -> str:
 def wanted(root: Path) -> dict[Path, str]:
     """What RESULTS.md and the recipes of a checkout should say."""
     results = Results(root / "evaluation" / "results")
-    rows = {model: results.recipes(model) for model in MODELS}
+    rows = {model: found for model in MODELS if (found := results.recipes(model))}
     return {
         root / "evaluation" / "RESULTS.md": document(results),
         **recipe_heads.texts(root / "recipes", rows),

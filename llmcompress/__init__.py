@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from llmcompress.errors import DataError as DataError
     from llmcompress.errors import ModelError as ModelError
     from llmcompress.errors import OutputError as OutputError
+    from llmcompress.errors import ProcessError as ProcessError
     from llmcompress.errors import RecipeError as RecipeError
     from llmcompress.integrations.bitsandbytes_saving import save_native as save_native
     from llmcompress.pipeline.api import compress as compress
@@ -52,7 +53,16 @@ _PUBLIC = {
     **dict.fromkeys(("Reproduction", "reproduce"), "pipeline.reproduce"),
     **dict.fromkeys(("Accept", "Recipe"), "recipe.recipe"),
     **dict.fromkeys(
-        ("AcceptError", "CompressError", "DataError", "ModelError", "OutputError", "RecipeError"), "errors"
+        (
+            "AcceptError",
+            "CompressError",
+            "DataError",
+            "ModelError",
+            "OutputError",
+            "ProcessError",
+            "RecipeError",
+        ),
+        "errors",
     ),
     "Plan": "pipeline.plan",
     "push": "pipeline.push",

@@ -62,6 +62,12 @@ class OutputError(CompressError):
     """The artefact cannot be written to the requested place."""
 
 
+class ProcessError(CompressError):
+    """Another process of the run has ended before its work was done."""
+
+    exit_code = 1
+
+
 class AcceptError(CompressError):
     """The result misses a bound of the recipe's `accept`."""
 

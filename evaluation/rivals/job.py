@@ -17,8 +17,23 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
 
 PATHS = ("base", "calibration", "out", "facts")
+
+
+class Rows(Dataset[dict[str, Tensor]]):
+    """The calibration sequences one by one."""
+
+    def __init__(self, tokens_SL: Tensor) -> None:
+        self.tokens_SL = tokens_SL
+
+    def __len__(self) -> int:
+        return len(self.tokens_SL)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"input_ids": self.tokens_SL[index]}
 
 
 class Job:

@@ -7,24 +7,10 @@ one.
 
 from llmcompressor import oneshot
 from llmcompressor.modifiers.gptq import GPTQModifier
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.rivals.job import Job
-
-
-class Rows(Dataset[dict[str, Tensor]]):
-    """The calibration sequences one by one."""
-
-    def __init__(self, tokens_SL: Tensor) -> None:
-        self.tokens_SL = tokens_SL
-
-    def __len__(self) -> int:
-        return len(self.tokens_SL)
-
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
-        return {"input_ids": self.tokens_SL[index]}
+from evaluation.rivals.job import Job, Rows
 
 
 def main() -> None:

@@ -10,8 +10,7 @@ from llmcompressor.modifiers.transform.smoothquant import SmoothQuantModifier
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from evaluation.rivals.job import Job
-from evaluation.rivals.rival_llmcompressor import Rows
+from evaluation.rivals.job import Job, Rows
 
 STRENGTH = 0.8
 

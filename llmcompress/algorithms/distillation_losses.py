@@ -23,6 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import linear, normalize
 
+from llmcompress.algorithms.logit_chunks import positions_at_once
+
 Skewed = Literal["jensen_shannon", "skewed_forward_kl", "skewed_reverse_kl"]
 Kind = Literal["forward_kl", "reverse_kl", "total_variation", "cross_entropy", Skewed]
 HiddenKind = Literal["mse", "cosine"]
@@ -30,7 +32,7 @@ SKEW = {"jensen_shannon": 0.5, "skewed_forward_kl": 0.1, "skewed_reverse_kl": 0.
 IGNORED = -100  # the label of a position that does not count
 # nats; lower log-probabilities are clamped to this, so that logits of -inf on both sides do no harm
 FLOOR = -1e4
-CHUNK = 128  # tokens per chunk: a buffer is 64 MB at 128 thousand logits in float32
+CHUNK = 128  # tokens per chunk, at most; fewer where `logit_chunks` allows fewer
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -93,9 +95,10 @@ def _classes(log_p_TV: Tensor, index_TK: Tensor) -> Tensor:
 
 def top_k(teacher: Scores | Tensor, k: int, *, temperature: float = 1.0, chunk: int = CHUNK) -> TopK:
     """Return the k most likely tokens of softmax(logits / temperature) at each position, computed in chunks
-    of `chunk` positions."""
+    of at most `chunk` positions."""
     scores, parts = (teacher if isinstance(teacher, Scores) else Scores(teacher)).detached(), []
     every_T = torch.arange(scores.shape()[0], device=scores.hidden_TD.device)
+    chunk = min(chunk, positions_at_once(scores.shape()[1], every_T.device))
     with torch.no_grad(), torch.autocast(every_T.device.type, enabled=False):
         for index_T in every_T.split(chunk):
             log_p_TV = _log_probs(scores.logits(scores.product(index_T)), temperature)
@@ -291,6 +294,7 @@ def token_loss(
         _wide(scores.hidden_TD)
     )
     index_T = weights_T.nonzero()[:, 0]
+    chunk = min(chunk, positions_at_once(scores.shape()[1], index_T.device))
     weights_T, chunks = weights_T / weights_T[index_T].mean(), index_T.split(chunk)
     task = _Task(kind, skew, temperature, label_share, known, labels_T, weights_T, chunks)
     head = given if torch.is_grad_enabled() else scores

@@ -7,6 +7,7 @@ that reads the same input. Everything is float32; sums are kept as means, so the
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from functools import cached_property
 
 import torch
@@ -21,42 +22,60 @@ BLOCK, BLOCKS = 192, 8
 class Moments:
     """Running means over tokens, float32, on the device of the inputs.
 
-    `H_CC` is the mean of x x^T. If the inputs f of the full model are given too, `gap_FC` is the mean of
-    (f - x) x^T; it is accumulated as such, as it is small. If the full model has another number of columns,
-    `full`, `gap_FC` is the mean of f x^T. `mean_C` is the mean of x and `full_C` that of f (of x if there is
-    no f). `top_C` is the largest |x| of each column.
+    `H_CC` is the mean of x x^T, of which only the upper part is accumulated. If the inputs f of the full
+    model are given too, `gap_FC` is the mean of (f - x) x^T; it is accumulated as such, as it is small. If
+    the full model has another number of columns, `full`, `gap_FC` is the mean of f x^T. `mean_C` is the mean
+    of x and `full_C` that of f (of x if there is no f). `top_C` is the largest |x| of each column.
     """
 
     def __init__(self, columns: int, device: torch.device | str = "cpu", full: int | None = None) -> None:
-        self.H_CC = torch.zeros(columns, columns, device=device)
+        self._H_CC = torch.zeros(columns, columns, device=device)
+        self._mirrored = True  # whether the part of H below the diagonal is up to date
         self.gap_FC: Tensor | None = None
         self.mean_C, self.top_C = torch.zeros(columns, device=device), torch.zeros(columns, device=device)
         self.full_C = torch.zeros(full or columns, device=device)
         self.tokens = 0
+
+    @property
+    def H_CC(self) -> Tensor:
+        """The mean of x x^T, [C, C]."""
+        if not self._mirrored:
+            _mirror(self._H_CC)
+            self._mirrored = True
+        return self._H_CC
 
     def add(self, x: Tensor, full: Tensor | None = None) -> None:
         """Accumulate inputs x [..., C] and, if given, the full model's inputs in their place.
 
         All memory is allocated before the first number changes: if it runs out, nothing was accumulated.
         """
-        X_TC = x.reshape(-1, x.shape[-1]).float()
+        X_TC = x.reshape(-1, x.shape[-1])
         total = self.tokens + len(X_TC)
-        if total == 0:
+        if total == self.tokens:
             return
-        F_TC = X_TC if full is None else full.reshape(-1, full.shape[-1]).float()
-        sums = X_TC.sum(0), F_TC.sum(0)
-        top_C = torch.maximum(self.top_C, X_TC.abs().amax(0)) if len(X_TC) else self.top_C
-        gap_TF = F_TC - X_TC if full is not None and F_TC.shape == X_TC.shape else F_TC
         if full is not None and self.gap_FC is None:
-            self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
+            self.gap_FC = self._H_CC.new_zeros(len(self.full_C), len(self._H_CC))
+        self._accumulate(X_TC, None if full is None else full.reshape(-1, full.shape[-1]), total)
+        self.tokens = total
+
+    def _accumulate(self, X_TC: Tensor, F_TC: Tensor | None, total: int) -> None:
+        """Accumulate at least one token; `total` counts those of before too."""
+        kept, share = self.tokens / total, 1 / total
+        X_TC, F_TC = X_TC.float(), None if F_TC is None else F_TC.float()
+        gap_TF = F_TC - X_TC if F_TC is not None and F_TC.shape == X_TC.shape else F_TC
+        self._accumulate_columns(X_TC, X_TC if F_TC is None else F_TC, total)
+        if gap_TF is not None and self.gap_FC is not None:
+            self.gap_FC.mul_(kept).addmm_(gap_TF.T, X_TC, alpha=share)
+        self._H_CC.mul_(kept)
+        _add_gram(self._H_CC, X_TC, share)
+        self._mirrored = False
+
+    def _accumulate_columns(self, X_TC: Tensor, F_TC: Tensor, total: int) -> None:
+        """Accumulate what is known of each column alone, from float32 inputs."""
+        sums, top_C = (X_TC.sum(0), F_TC.sum(0)), torch.maximum(self.top_C, X_TC.abs().amax(0))
         for mean_C, sum_C in zip((self.mean_C, self.full_C), sums, strict=True):
             mean_C.mul_(self.tokens / total).add_(sum_C, alpha=1 / total)
-        if full is not None and self.gap_FC is not None:
-            self.gap_FC.mul_(self.tokens / total).addmm_(gap_TF.T, X_TC, alpha=1 / total)
         self.top_C = top_C
-        self.H_CC.mul_(self.tokens / total)
-        _add_gram(self.H_CC, X_TC, 1 / total)
-        self.tokens = total
 
     @property
     def X_FC(self) -> Tensor | None:
@@ -74,6 +93,25 @@ class Moments:
             if part is not None
         )
 
+    def pool(self, add: Callable[..., None], most: Callable[..., None]) -> None:
+        """Make these the moments over the tokens of several processes.
+
+        `add` replaces tensors by their sums over all processes, `most` by their maxima. A process may have
+        seen no token.
+        """
+        seen = torch.tensor([self.tokens, self.gap_FC is not None], dtype=torch.float64)
+        add(seen)
+        total, has_gap = int(seen[0]), bool(seen[1])
+        if has_gap and self.gap_FC is None:
+            self.gap_FC = self.H_CC.new_zeros(len(self.full_C), len(self.H_CC))
+        parts = [self.H_CC, self.mean_C, self.full_C]
+        parts += [] if self.gap_FC is None else [self.gap_FC]
+        for part in parts:
+            part.mul_(self.tokens / max(1, total))
+        add(*parts)
+        most(self.top_C)
+        self.tokens = total
+
     def joined(self, other: Moments) -> Moments:
         """Return the moments over the tokens of both.
 
@@ -81,22 +119,34 @@ class Moments:
         """
         both = Moments(len(self.H_CC), self.H_CC.device)
         both.tokens = self.tokens + other.tokens
-        for name in ("H_CC", "mean_C", "full_C"):
-            parts = [getattr(one, name) * (one.tokens / max(1, both.tokens)) for one in (self, other)]
-            setattr(both, name, parts[0] + parts[1])
+        mine, others = (one.tokens / max(1, both.tokens) for one in (self, other))
+        both._H_CC = self.H_CC * mine + other.H_CC * others
+        both.mean_C = self.mean_C * mine + other.mean_C * others
+        both.full_C = self.full_C * mine + other.full_C * others
         both.top_C = torch.maximum(self.top_C, other.top_C)
         return both
 
 
 def _add_gram(H_CC: Tensor, X_TC: Tensor, alpha: float) -> None:
-    """Add alpha X^T X to a symmetric H in place: the blocks from the diagonal on are computed, the others are
-    copied."""
-    C = len(H_CC)
-    width = max(BLOCK, -(-C // BLOCKS))
-    for start in range(0, C, width):
-        stop = min(start + width, C)
+    """Add alpha X^T X to H in place, by blocks from the diagonal on; the blocks below it are left as they
+    are."""
+    for start, stop in _blocks(len(H_CC)):
         H_CC[start:stop, start:].addmm_(X_TC[:, start:stop].T, X_TC[:, start:], alpha=alpha)
+
+
+def _mirror(H_CC: Tensor) -> None:
+    """Copy what lies above the diagonal to below it, in place."""
+    for start, stop in _blocks(len(H_CC)):
+        square = H_CC[start:stop, start:stop]
+        square.copy_(square.triu() + square.triu(1).T)
         H_CC[stop:, start:stop] = H_CC[start:stop, stop:].T
+
+
+def _blocks(columns: int) -> Iterator[tuple[int, int]]:
+    """Cut columns into blocks: where each begins and ends."""
+    width = max(BLOCK, -(-columns // BLOCKS))
+    for start in range(0, columns, width):
+        yield start, min(start + width, columns)
 
 
 def damped(H_CC: Tensor, damp: float) -> Tensor:

@@ -75,12 +75,14 @@ def learn(
     snaps: Mapping[str, Snap] | None = None,
     rate: float = RATE,
     scale_rate: float = SCALE_RATE,
+    add: Callable[..., None] = lambda *gradients: None,
 ) -> dict[str, RoundedWeight]:
     """Return the codes and scales of all `weights` after `steps` of Adam on `loss`, under a cosine schedule.
 
     Each weight has its own grid. With `snaps`, codes are trained under the storable scales nearest to the
     trained ones; the scales are returned before snapping. `rate` is the size of the first step in code
-    spacings, `scale_rate` that of a scale relative to itself.
+    spacings, `scale_rate` that of a scale relative to itself. If `loss` is one process's part of a sum, `add`
+    replaces gradients by their sums over all processes.
 
     Source: the idea of SignRound, Cheng et al. 2023, arXiv:2309.05516. Differs: on bitsandbytes' uneven
     grids, in units of the local spacing, started from GPTQ, with Adam, and under whatever metric `loss` has.
@@ -106,6 +108,7 @@ def learn(
         rounded = {name: _round(positions[name], scales[name], grids[name]) for name in starts}
         optimizer.zero_grad()
         loss(rounded, step).backward()
+        add(*(parameter.grad for parameter in (*positions.values(), *gains.values())))
         optimizer.step()
         schedule.step()
     found = {}

@@ -66,24 +66,55 @@ def fitted(
     where c in the second term runs over the columns of group b. unit_C: the unit of each column. To weight
     tokens unequally, scale the rows of X.
     """
-    log_U = start_U.clamp_min(1e-12).log().requires_grad_()
-    X_TC, W_RC = X_TC.detach(), W_RC.detach()
-    size_C, weight_C = X_TC.square().mean(0), W_RC.square().sum(0)
-    X, W = X_TC.square(), W_RC.square()
+    log_U = start_U.clamp_min(1e-12).log()
+    noise = _Noise(X_TC, W_RC, group_size, input_largest, weight_largest)
     optimizer = torch.optim.Adam([log_U], lr=RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, STEPS)
     for _ in range(STEPS):
-        square_C = (2 * log_U).exp()[unit_C]
-        scaled = (W * square_C).reshape(len(W), -1, group_size).amax(-1).sum(0)
-        loss = scaled @ (size_C / square_C).reshape(-1, group_size).sum(-1) / weight_largest**2
-        if input_largest is not None:
-            loss = loss + (X / square_C).amax(1).mean() * (square_C @ weight_C) / input_largest**2
-        optimizer.zero_grad()
-        loss.clamp_min(torch.finfo(loss.dtype).tiny).log().backward()
+        loss, slope_C = noise.at((2 * log_U).exp()[unit_C])
+        relative_C = 2 * slope_C / loss.clamp_min(torch.finfo(loss.dtype).tiny)
+        log_U.grad = torch.zeros_like(log_U).index_add_(0, unit_C, relative_C)
         optimizer.step()
         schedule.step()
-    found = log_U.detach().exp()
+    found = log_U.exp()
     return _centred(found, torch.ones_like(found, dtype=torch.bool))
+
+
+class _Noise:
+    """The expected squared error of `fitted`. Its maxima depend on one column each, so its gradient is
+    written out: autograd would go through the whole of X and W for them."""
+
+    def __init__(
+        self, X_TC: Tensor, W_RC: Tensor, group_size: int, input_largest: int | None, weight_largest: int
+    ) -> None:
+        self.size_C, self.weight_C = X_TC.square().mean(0), W_RC.square().sum(0)
+        self.X, self.W = X_TC.square(), W_RC.square()
+        self.group_size, self.input_largest, self.weight_largest = group_size, input_largest, weight_largest
+
+    def at(self, square_C: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the error for squared factors [C], and its derivative by the logarithm of each [C]."""
+        loss, slope_C = self._of_weights(square_C)
+        if self.input_largest is not None:
+            more, slopes_C = self._of_inputs(square_C, self.input_largest)
+            loss, slope_C = loss + more, slope_C + slopes_C
+        return loss, slope_C
+
+    def _of_weights(self, square_C: Tensor) -> tuple[Tensor, Tensor]:
+        R, size = len(self.W), self.group_size
+        top_RB, where_RB = (self.W * square_C).reshape(R, -1, size).max(-1)
+        column_RB = where_RB + size * torch.arange(top_RB.shape[1], device=where_RB.device)
+        cost_C = self.size_C / square_C
+        cost_B, steps_B = cost_C.reshape(-1, size).sum(-1), top_RB.sum(0)
+        top_C = torch.zeros_like(square_C).index_add_(0, column_RB.flatten(), top_RB.flatten())
+        slope_C = top_C * cost_B.repeat_interleave(size) - steps_B.repeat_interleave(size) * cost_C
+        return steps_B @ cost_B / self.weight_largest**2, slope_C / self.weight_largest**2
+
+    def _of_inputs(self, square_C: Tensor, largest: int) -> tuple[Tensor, Tensor]:
+        top_T, column_T = (self.X / square_C).max(1)
+        steps, taken_C = top_T.mean(), square_C * self.weight_C
+        top_C = torch.zeros_like(square_C).index_add_(0, column_T, top_T / len(top_T))
+        whole = taken_C.sum()
+        return steps * whole / largest**2, (steps * taken_C - top_C * whole) / largest**2
 
 
 def _centred(factor: Tensor, alive: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,7 +20,11 @@ from llmcompress.cli import interrupt, logs, options
 from llmcompress.cli.progress import track
 from llmcompress.cli.terminal import err as err
 from llmcompress.cli.terminal import out as out
-from llmcompress.errors import AcceptError, CompressError
+from llmcompress.errors import AcceptError, CompressError, argument
+
+if TYPE_CHECKING:
+    from llmcompress.data.sources import Effort
+    from llmcompress.recipe.recipe import Recipe
 
 app = typer.Typer(
     name="llmcompress",
@@ -40,6 +44,8 @@ def run(
     recipe: options.RecipeName,
     base: options.Base = None,
     data: options.Data = None,
+    effort: options.EffortWord = None,
+    time: options.TimeLimit = None,
     out_: options.Out = Path("compressed"),
     overwrite: options.Overwrite = False,
     device: options.Device = None,
@@ -52,7 +58,11 @@ def run(
     from llmcompress.report.console import print_report
 
     steps, shown = shipped.resolve(recipe), track if distributed.first() else untracked
-    report = run_recipe(steps, out_, base=base, data=data, overwrite=overwrite, device=device, track=shown)
+    if time is not None:
+        effort = _fitting(steps, effort, time, base, data, device)
+    report = run_recipe(
+        steps, out_, base=base, data=data, effort=effort, overwrite=overwrite, device=device, track=shown
+    )
     if not distributed.first():
         return
     print_report(report, out)
@@ -67,6 +77,8 @@ def plan(
     recipe: options.RecipeName,
     base: options.Base = None,
     data: options.Data = None,
+    effort: options.EffortWord = None,
+    time: options.TimeLimit = None,
     device: options.Device = None,
 ) -> None:
     """Estimate what a run would give and cost from the model's config alone; run nothing."""
@@ -74,8 +86,40 @@ def plan(
     from llmcompress.recipe import shipped
     from llmcompress.report.console import print_plan
 
-    found = plan_recipe(shipped.resolve(recipe), base=base, data=data, device=device)
+    steps = shipped.resolve(recipe)
+    if time is not None:
+        effort = _fitting(steps, effort, time, base, data, device)
+    found = plan_recipe(steps, base=base, data=data, effort=effort, device=device)
     print_plan(found.rows, found.notes, out)
+
+
+def _fitting(
+    recipe: Recipe,
+    effort: Effort | None,
+    seconds: float,
+    base: str | None,
+    data: str | None,
+    device: str | None,
+) -> Effort:
+    """Return the best effort that fits in a time, and print it. Errors: CompressError."""
+    from llmcompress.integrations import distributed
+    from llmcompress.io.units import duration
+    from llmcompress.pipeline.plan import fitting
+
+    if effort is not None:
+        raise CompressError(f"{argument('effort')} and {argument('time')} both decide the effort; give one")
+    if distributed.count() > 1:
+        raise CompressError(
+            f"{argument('time')} is for one process, as each of several may time the machine otherwise; "
+            f"give the {argument('effort')} that `plan` finds"
+        )
+    found, words = fitting(recipe, seconds, base=base, data=data, device=device)
+    err.print(
+        f"in {duration(seconds)}: effort {found} ({words}); to resume the run, give --effort {found}",
+        soft_wrap=True,
+        highlight=False,
+    )
+    return found
 
 
 @app.command()

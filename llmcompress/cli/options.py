@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 import llmcompress
+from llmcompress.errors import CompressError, argument
+from llmcompress.io.units import seconds_of
+from llmcompress.io.user_paths import shortened
 
 RecipeName = Annotated[
     str,
@@ -54,6 +57,37 @@ Device = Annotated[
     str | None,
     typer.Option(
         "--device", help="cpu, cuda or cuda:N. Default: the first GPU, or the CPU where there is none."
+    ),
+]
+EffortWord = Annotated[
+    Literal["fast", "balanced", "best"] | None,
+    typer.Option(
+        "--effort",
+        metavar="WORD",
+        parser=str,  # the recipe refuses other words
+        help="fast, balanced or best: how much text, rounding and steps, where the recipe does not say them. "
+        "Default: the recipe's, else balanced.",
+    ),
+]
+
+
+def _seconds(text: str) -> float:
+    """Parse a duration. Raises CompressError for anything else, and for no time at all."""
+    seconds = seconds_of(text)
+    if not seconds:
+        raise CompressError(
+            f"{argument('time')} {shortened(text)} is no time; give one like 30m, 2h, 90s or 1h30m"
+        )
+    return seconds
+
+
+TimeLimit = Annotated[
+    float | None,
+    typer.Option(
+        "--time",
+        metavar="TIME",
+        parser=_seconds,
+        help="30m, 2h, 90s or 1h30m: take the best effort that needs no more time on this machine.",
     ),
 ]
 OUT = typer.Option("--out", metavar="DIR", help="Folder for the result.")

@@ -31,7 +31,7 @@ from llmcompress.data.hub_datasets import hub_texts
 from llmcompress.data.local_files import READABLE, file_texts, folder_texts, kind_of
 from llmcompress.data.python_docs import python_docs
 from llmcompress.data.rows import Piece, spelled
-from llmcompress.data.sources import CHUNK, PYTHON_DOCS, DataSpec, Texts
+from llmcompress.data.sources import CHUNK, PYTHON_DOCS, DataSpec, Effort, Texts
 from llmcompress.errors import DataError, first_line
 from llmcompress.io.user_paths import path_of
 
@@ -43,7 +43,7 @@ DEMO = "demo"  # the name of the embedded model in a recipe
 DEMO_MODEL: Path = Path(__file__).parents[1] / "demo"
 
 POOL = 16  # sequences read for each calibration sequence drawn
-LONGEST, SHORTEST = 2048, 128  # tokens: the range of the sequence length if none is given
+SHORTEST = 128  # tokens: the least sequence length if none is given
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class CalibrationData:
     plain stream [T] of the rest of the calibration text, if a stage trains. `bos` is the token that each
     sequence begins with, or None if sequences are text from the start. The stream is without BOS, so whoever
     cuts sequences from it calls `with_bos`. `spec` is the requested spec; for a Hub data set it has the
-    commit and the evaluation split that were used.
+    commit and the evaluation split that were used. Its `samples` is a number.
     """
 
     calibration: Tensor
@@ -96,9 +96,10 @@ def load_data(
     vocab_size: int,
     max_length: int | None,
     training: Callable[[int], int] = lambda length: 0,
+    effort: Effort | None = None,
 ) -> CalibrationData:
     """Read, tokenise and cut the text of `spec` for a model of `vocab_size` tokens and `max_length` positions
-    (None: no limit).
+    (None: no limit). `effort` decides how much text, as far as `spec` leaves that open.
 
     `training` maps the length of sequences to the number of tokens to train on. Fewer are returned if the
     text has no more. Equal spec, text and tokenizer give equal sequences. Errors: DataError for text that is
@@ -116,8 +117,9 @@ def load_data(
         )
     bos = bos_of(tokenizer, spec.bos)
     before = int(bos is not None)  # tokens of a sequence that are not text
+    samples, longest = spec.amount(effort)
     # lengths of the text in a sequence
-    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(max_length))]
+    lengths = [n - before for n in ([spec.length] if spec.length else _lengths(longest, max_length))]
     if lengths[0] < 2:
         raise DataError(
             f"length {lengths[0] + before} leaves no token to predict from text; use length: {2 + before} "
@@ -125,11 +127,11 @@ def load_data(
         )
     texts = _texts(spec)
     evaluation = _tokenise(texts.evaluation, tokenizer, spec.evaluation_samples * lengths[0], bos)
-    trained = spec.samples * lengths[0] + training(lengths[0] + before)
-    calibration = _tokenise(texts.calibration, tokenizer, max(POOL * spec.samples * lengths[0], trained), bos)
+    trained = samples * lengths[0] + training(lengths[0] + before)
+    calibration = _tokenise(texts.calibration, tokenizer, max(POOL * samples * lengths[0], trained), bos)
     _refuse_foreign(with_bos(torch.cat([calibration, evaluation])[None], bos), vocab_size)
     asked = (
-        ("samples", spec.samples, calibration),
+        ("samples", samples, calibration),
         ("evaluation_samples", spec.evaluation_samples, evaluation),
     )
     length = next(
@@ -138,13 +140,14 @@ def load_data(
     for name, want, have in asked:
         _require(spec.source, name, want, have.numel(), length, before)
     every = calibration[: calibration.numel() // length * length].view(-1, length)
-    pool = every[: POOL * spec.samples]
+    pool = every[: POOL * samples]
     ahead = evaluation[: spec.evaluation_samples * length].view(-1, length)
     trains = training(length + before)
     _refuse_overlap(spec.source, every if trains else pool, ahead)
-    drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[: spec.samples]
+    drawn = torch.randperm(len(pool), generator=torch.Generator().manual_seed(spec.seed))[:samples]
     drawn_NL, evaluates = with_bos(pool[drawn], bos), with_bos(ahead.clone(), bos)
-    read = spec.model_copy(update={"revision": texts.revision, "evaluation_split": texts.evaluation_split})
+    place = {"revision": texts.revision, "evaluation_split": texts.evaluation_split}
+    read = spec.model_copy(update={"samples": samples, **place})
     found = CalibrationData(drawn_NL, evaluates, read, _sha256(drawn_NL, evaluates), bos=bos)
     if not trains:
         return found
@@ -196,9 +199,10 @@ def _sha256(*sides: Tensor) -> str:
     return hashlib.sha256(b"".join(side.numpy().astype("<i8").tobytes() for side in sides)).hexdigest()
 
 
-def _lengths(max_length: int | None) -> list[int]:
-    """Return the sequence lengths to try: 2048 or the model's maximum, then halves of it down to 128."""
-    most = min(LONGEST, max_length or LONGEST)
+def _lengths(longest: int, max_length: int | None) -> list[int]:
+    """Return the sequence lengths to try: the longest or the model's maximum, then halves of it down to
+    128."""
+    most = min(longest, max_length or longest)
     return [most] + [most >> k for k in range(1, 5) if most >> k >= SHORTEST]
 
 

@@ -25,6 +25,27 @@ SEQUENCES = ("samples", "length", "seed", "evaluation_samples", "bos")
 LARGEST = 1 << 12  # bytes of a mapping on the command line
 MOST = 10_000_000  # largest number of sequences, and of tokens per sequence
 EXAMPLE = "'{source: user/name, config: en, column: text}'"
+LONGEST = 2048  # tokens of a sequence, at most, where the number of sequences is given and no length
+
+
+Effort = Literal["fast", "balanced", "best"]
+EFFORTS: tuple[Effort, ...] = ("fast", "balanced", "best")  # the least work first
+DEFAULT: Effort = "balanced"  # where nobody says anything
+
+
+class Amount(NamedTuple):
+    """How much text calibrates: a number of sequences, and the most tokens that each may have."""
+
+    samples: int
+    longest: int
+
+
+# about 16, 64 and 256 thousand tokens; GPTQ is commonly calibrated on 128 sequences of 2048
+AMOUNTS: Mapping[Effort, Amount] = {
+    "fast": Amount(32, 512),
+    "balanced": Amount(128, 512),
+    "best": Amount(128, 2048),
+}
 
 
 class DataSpec(BaseModel):
@@ -49,12 +70,15 @@ class DataSpec(BaseModel):
         "where there is no text, messages or conversations is read",
     )
     revision: str | None = Field(default=None, description="commit, branch or tag of a Hub data set")
-    samples: int = Field(default=256, ge=1, le=MOST, description="number of calibration sequences")
+    samples: int | None = Field(
+        default=None, ge=1, le=MOST, description="number of calibration sequences; default: by `effort`"
+    )
     length: int | None = Field(
         default=None,
         ge=2,
         le=MOST,
-        description="tokens per sequence with BOS; default: the longest of 2048 to 128 that fits",
+        description="tokens per sequence with BOS; default: the longest that fits, from 2048, or less by "
+        "`effort`, down to 128",
     )
     seed: int = Field(
         default=0,
@@ -72,6 +96,17 @@ class DataSpec(BaseModel):
     def _older_keys_alone_unless_bos_is_set(self, handler: Any) -> Any:
         """Leave out `bos: auto`, so that recipes keep the digests that they had before this key existed."""
         return {key: value for key, value in handler(self).items() if (key, value) != ("bos", "auto")}
+
+    def amount(self, effort: Effort | None) -> Amount:
+        """Return how much text calibrates. What is not set is as much as `effort` takes.
+
+        Without an effort, a spec that sets neither samples nor length gets the default effort, and one that
+        sets samples gets sequences of up to LONGEST tokens.
+        """
+        given = AMOUNTS[effort or DEFAULT]
+        samples = self.samples or given.samples
+        longest = LONGEST if effort is None and self.samples else given.longest
+        return Amount(samples, self.length or longest)
 
     def with_text(self, text: str) -> DataSpec:
         """Return a spec for another text, with the sequences of this one.

@@ -1,5 +1,7 @@
 """Quantities in human-readable form: 16.8 MB, 3 min 05 s, 97.80 %."""
 
+import re
+
 NONE = "-"  # a value that was not measured
 
 
@@ -32,6 +34,15 @@ def duration(seconds: float | None) -> str:
         if whole < 3600
         else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
+
+
+def seconds_of(text: str) -> float | None:
+    """Parse a duration: 90s, 30m, 2h, 1h30m. Returns seconds, or None for anything else."""
+    found = re.fullmatch(r"(?:(\d{1,6})h)?(?:(\d{1,6})m)?(?:(\d{1,6})s)?", text, re.ASCII)
+    if not text or found is None:
+        return None
+    hours, minutes, seconds = (int(part or 0) for part in found.groups())
+    return float(3600 * hours + 60 * minutes + seconds)
 
 
 def number(value: float | None) -> str:

@@ -15,13 +15,15 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
+from llmcompress.integrations.distributed import Shard
+from llmcompress.kernels import moments as half_moments
+from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.token_limit import TokenLimit, joined
 
 Value = TypeVar("Value")
@@ -41,6 +43,7 @@ class DecoderLayer:
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
+    shard: Shard = field(default_factory=Shard)  # which units of tokens these are, of those of all
     limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
     # expert -> tokens routed to it, counted by `moments`
     expert_tokens: dict[int, int] = field(default_factory=dict)
@@ -48,10 +51,12 @@ class DecoderLayer:
     # parameters that a stage has replaced, by name in the layer
     _originals: dict[str, Tensor] = field(default_factory=dict)
     _targets: list[Tensor] = field(default_factory=list)
-    # outputs of submodules that do not change any more, by batch and name: of `inputs`, and of `reference`
-    _settled: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
-    _settled_full: dict[Hashable, dict[str, Any]] = field(default_factory=dict)
     _whole: nn.Module | None = None  # the layer before a stage replaced it by a narrower one
+
+    def __post_init__(self) -> None:
+        """Nothing of the layer is final yet, for `inputs` and for `reference`."""
+        last = _last_linears(self.anatomy)
+        self._finished, self._finished_full = FinishedParts(last), FinishedParts(last)
 
     def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return the layer's output [B, L, D]. `parameters` (by name in the layer, as stored) take the place
@@ -89,28 +94,40 @@ class DecoderLayer:
         """The layer's outputs for all `batches`, on the CPU."""
         found = list[Tensor]()
         for i, hidden in enumerate(batches):
-            settled = self._settled if batches is self.inputs else {}
-            output = partial(self._output, hidden, i, settled)
+            finished = self._finished if batches is self.inputs else FinishedParts({})
+            output = partial(self._output, hidden, i, finished)
             found.append(joined(self.limit.each(output, *hidden.shape[:2])))
         return self._sound(found)
 
-    def _output(
-        self, hidden: Tensor, i: int, settled: Mapping[Hashable, dict[str, Any]], here: slice
-    ) -> Tensor:
+    def _output(self, hidden: Tensor, i: int, finished: FinishedParts, here: slice) -> Tensor:
         """The layer's output for a part of batch `i`, on the CPU."""
-        with self._reusing(settled.get(_part(i, here, hidden), {})), self._precision():
+        part = _part(i, here, hidden)
+        with finished.reused(self.module, part, self.device), self._precision():
             return self.run(hidden[here]).cpu()
 
     @torch.no_grad()
     def outputs_with(
-        self, batches: Sequence[Tensor], parameters: Mapping[str, Tensor], device: torch.device
+        self,
+        batches: Sequence[Tensor],
+        parameters: Mapping[str, Tensor],
+        device: torch.device,
+        finished: FinishedParts | None = None,
+        final: Collection[str] = (),
     ) -> list[Tensor]:
-        """The layer's outputs for all `batches`, on `device`, with `parameters` in place of its own."""
+        """The layer's outputs for all `batches`, on `device`, with `parameters` in place of its own.
 
-        def output(hidden: Tensor, here: slice) -> Tensor:
-            return self.run(hidden[here], parameters).to(device)
+        The outputs of `final` submodules do not depend on `parameters`; they are kept in `finished`.
+        """
+        kept = finished or FinishedParts({})
 
-        return [joined(self.limit.each(partial(output, hidden), *hidden.shape[:2])) for hidden in batches]
+        def output(i: int, hidden: Tensor, here: slice) -> Tensor:
+            with kept.reused(self.module, _part(i, here, hidden), self.device, final):
+                return self.run(hidden[here], parameters).to(device)
+
+        return [
+            joined(self.limit.each(partial(output, i, hidden), *hidden.shape[:2]))
+            for i, hidden in enumerate(batches)
+        ]
 
     def _sound(self, batches: list[Tensor]) -> list[Tensor]:
         """Return the hidden states that leave the layer if all of them are finite. Errors: ModelError."""
@@ -174,28 +191,29 @@ class DecoderLayer:
         parameter = self.module.get_parameter(name)
         if self.reference and not self._whole:
             self._originals.setdefault(name, parameter.data)
-        if any(self._settled.values()) and not torch.equal(parameter.data, data):
-            self._unsettle(name.rpartition(".")[0])
+        if not self._finished.empty and not torch.equal(parameter.data, data):
+            self._forget(name.rpartition(".")[0])
         parameter.data = data
 
     def round_input(self, linear: str, rounded: Inputs) -> None:
         """Round what a linear reads from here on, as its kernel will."""
-        self._unsettle(linear)
+        self._forget(linear, read=True)
         self.rounds[linear] = rounded
 
-    def _unsettle(self, linear: str) -> None:
-        """Forget the outputs that depend on a linear."""
-        group = next(consumers for consumers in self.anatomy.consumers if linear in consumers)
-        earlier = self._ending_before(group)
-        for known in self._settled.values():
-            for name in known.keys() - {*earlier}:
-                del known[name]
+    def _forget(self, linear: str, *, read: bool = False) -> None:
+        """Forget what depends on the weight of a linear, and with `read` on what it reads."""
+        place = next(i for i, group in enumerate(self.anatomy.consumers) if linear in group)
+        later = self.anatomy.consumers[place if read else place + 1 :]
+        earlier = self.ending_before(self.anatomy.consumers[place])
+        self._finished.forget(
+            {*self._finished.last} - {*earlier}, [name for group in later for name in group]
+        )
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
         """Replace the module by one of other widths, with `parameters` and otherwise its own. `reference`
         still goes through the original module."""
-        self._settled.clear()
-        self._settled_full.clear()
+        self._finished.clear()
+        self._finished_full.clear()
         for name, parameter in list(self.module.named_parameters()):
             owner, _, leaf = name.rpartition(".")
             value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
@@ -210,8 +228,8 @@ class DecoderLayer:
         which it is stored. Its readers are multiplied by the factor that the rounded gain was really divided
         by, so nothing is lost by the rounding.
         """
-        self._settled.clear()
-        self._settled_full.clear()
+        self._finished.clear()
+        self._finished_full.clear()
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
         if rows.get(f"{name}.weight") == "hidden":
@@ -255,11 +273,15 @@ class DecoderLayer:
         for linear in (consumers[0] for consumers in wanted):
             whole = self._whole.get_parameter(f"{linear}.weight") if self._whole else None
             wide = None if whole is None else self.oriented(linear, whole).shape[1]
-            found[linear] = Moments(self.weight(linear).shape[1], self.device, wide)
-        final = self._ending_before(wanted[0]) if in_turn else ()
-        for read, full in self.reads(*wanted, final=final):
+            half = self.half and wide is None and half_moments.takes(self.device)
+            kind = half_moments.HalfMoments if half else Moments
+            found[linear] = kind(self.weight(linear).shape[1], self.device, wide)
+        for read, full in self.reads(*wanted, in_turn=in_turn):
             for name, moments in found.items():
                 self.add(moments, read[name], full.get(name))
+        self.shard.processes.pool(found.values())
+        if self._experts and self.anatomy.consumers[-1] in wanted:
+            self._pool_routed()
         for name, moments in found.items():
             if not moments.finite:
                 raise ModelError(
@@ -279,20 +301,19 @@ class DecoderLayer:
         )
 
     def reads(
-        self, *groups: tuple[str, ...], final: Collection[str] = ()
+        self, *groups: tuple[str, ...], in_turn: bool = False
     ) -> Generator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yield the input of the first linear of each group, batch by batch, here and in the full model
         (empty without a reference). A batch comes in parts if memory runs out.
 
         A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
-        counts the tokens of each expert. The outputs of `final` submodules are kept and used again.
+        counts the tokens of each expert. `in_turn` is that of `moments`.
         """
-        linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         targets: list[Tensor] = []
-        with torch.no_grad(), self._listening(linears) as listener:
+        with torch.no_grad(), self._listening({consumers[0] for consumers in groups}) as listener:
             for i, hidden in enumerate(self.inputs):
                 outs = list[Tensor]()
-                read = partial(self._read, listener, i, linears, final, whole)
+                read = partial(self._read, listener, i, groups, in_turn)
                 for full, out in self.limit.parts(read, *hidden.shape[:2]):
                     outs += [out] if out is not None else []
                     yield listener.read, full
@@ -303,30 +324,47 @@ class DecoderLayer:
         self,
         listener: _Listener,
         i: int,
-        linears: set[str],
-        final: Collection[str],
-        whole: bool,
+        groups: tuple[tuple[str, ...], ...],
+        in_turn: bool,
         here: slice,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Run a part of batch `i` until the listener has read the linears' inputs.
+        """Run a part of batch `i` until the listener has read the first linear of each group.
 
-        Returns what they read in the full model, and its output if the pass went through the `whole` layer.
+        Returns what they read in the full model, and its output if the pass went through the whole layer.
         """
+        linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         full, out, hidden = dict[str, Tensor](), None, self.inputs[i]
         part = _part(i, here, hidden)
         if self.reference:
             listener.begin(linears, through=whole)
-            known = self._settled_full.setdefault(part, {})
-            with self._reusing(known, final, linears), self._precision():
+            with self._reusing(self._finished_full, part, groups, in_turn, listener):
                 out = _until_enough(self._full, self.reference[i][here])
             full, out = dict(listener.read), None if out is None else out.cpu()
         listener.begin(linears, through=whole and bool(self._experts))
-        known = self._settled.setdefault(part, {})
-        with self._reusing(known, final, linears), self._precision():
+        with self._reusing(self._finished, part, groups, in_turn, listener):
             _until_enough(self.run, hidden[here])
         if whole and self._experts:
             self._count_routed(listener.read[self._experts], first=i == 0 and here.start == 0)
         return full, out
+
+    @contextmanager
+    def _reusing(
+        self,
+        finished: FinishedParts,
+        part: Hashable,
+        groups: tuple[tuple[str, ...], ...],
+        in_turn: bool,
+        listener: _Listener,
+    ) -> Iterator[None]:
+        """One pass of a part of a batch, which uses what is finished; `in_turn` it adds to that."""
+        final = self.ending_before(groups[0]) if in_turn else ()
+        wanted = {consumers[0].partition(".")[0] for consumers in groups}
+        with finished.reused(self.module, part, self.device, final, wanted), self._precision():
+            yield
+        for linear in [consumers[0] for consumers in groups] if in_turn and self._whole is None else ():
+            if linear in listener.read and (linear,) in self.anatomy.consumers[:-1]:
+                x = listener.read[linear]
+                finished.keep_input(part, linear, x.bfloat16() if self.half else x)
 
     @contextmanager
     def _listening(self, linears: set[str]) -> Iterator[_Listener]:
@@ -355,47 +393,13 @@ class DecoderLayer:
             for hook in hooks:
                 hook.remove()
 
-    def _ending_before(self, group: tuple[str, ...]) -> list[str]:
+    def ending_before(self, group: tuple[str, ...]) -> list[str]:
         """The submodules of the layer, such as self_attn, whose linears all come before a group."""
         if self._whole is not None:
             return []
         place = self.anatomy.consumers.index(group)
-        last = {
-            linear.partition(".")[0]: number
-            for number, consumers in enumerate(self.anatomy.consumers)
-            for linear in consumers
-            if "." in linear
-        }
-        return [name for name, number in last.items() if number < place]
-
-    @contextmanager
-    def _reusing(
-        self, known: dict[str, Any], final: Collection[str] = (), wanted: Collection[str] = ()
-    ) -> Iterator[None]:
-        """Let submodules return the outputs that are `known`, and add those of `final` to them.
-
-        A submodule with one of the `wanted` linears is run nevertheless.
-        """
-
-        def reuse(name: str, plain: Callable[..., Any], *args: Any, **named: Any) -> Any:
-            if name not in known:
-                known[name] = _moved(plain(*args, **named), torch.device("cpu"))
-            return _moved(known[name], self.device)
-
-        modules = {
-            name: self.module.get_submodule(name)
-            for name in {*known, *final} - {linear.partition(".")[0] for linear in wanted}
-        }
-        own: dict[str, Any] = {name: module.__dict__.get("forward") for name, module in modules.items()}
-        for name, module in modules.items():
-            module.forward = partial(reuse, name, module.forward)
-        try:
-            yield
-        finally:
-            for name, module in modules.items():
-                del module.forward
-                if own[name] is not None:
-                    module.forward = own[name]
+        earlier = {linear for consumers in self.anatomy.consumers[:place] for linear in consumers}
+        return [name for name, linear in self._finished.last.items() if linear in earlier]
 
     @property
     def _experts(self) -> str:
@@ -407,6 +411,13 @@ class DecoderLayer:
         routed = torch.bincount(expert_of.flatten(), minlength=count).tolist()
         for expert in range(count):  # one index more stands for no expert
             self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
+
+    def _pool_routed(self) -> None:
+        """Count the tokens that all processes routed to each expert."""
+        count = len(next(self.module.get_submodule(self._experts).parameters()))
+        routed = torch.tensor([self.expert_tokens.get(expert, 0) for expert in range(count)])
+        self.shard.processes.sum_(routed)
+        self.expert_tokens = dict(enumerate(routed.tolist()))
 
 
 @dataclass
@@ -429,14 +440,15 @@ def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -
     return (rounded(args[0]), *args[1:])
 
 
-def _part(i: int, here: slice, hidden: Tensor) -> Hashable:
-    """The key of a part of batch `i`: its number, if the part is the whole batch."""
-    return i if here == slice(0, len(hidden)) else (i, here.start, here.stop)
+def _part(batch: int, here: slice, hidden: Tensor) -> Hashable:
+    """The key of a part of a batch: the batch's number, if the part is all of it."""
+    return batch if here == slice(0, len(hidden)) else (batch, here.start, here.stop)
 
 
-def _moved(output: Any, device: torch.device) -> Any:
-    """The tensors of a module's output on a device."""
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, output)
+def _last_linears(anatomy: Anatomy) -> dict[str, str]:
+    """The submodules of a layer, such as self_attn, and the linear that comes last in each."""
+    linears = [linear for consumers in anatomy.consumers for linear in consumers if "." in linear]
+    return {linear.partition(".")[0]: linear for linear in linears}
 
 
 def _until_enough(run: Callable[..., Tensor], *args: Any) -> Tensor | None:

@@ -8,7 +8,8 @@ transformers decides whether it can be loaded here: it names a missing package, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from functools import partial
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ import transformers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
 from llmcompress.integrations.transformers_compat import AUTO_QUANTIZATION_CONFIG_MAPPING
 from llmcompress.integrations.transformers_quantizer import METHOD
@@ -25,7 +27,7 @@ from llmcompress.io.checkpoint import read_json
 from llmcompress.io.units import amount
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.sequential import Track
-from llmcompress.modeling.token_limit import TokenLimit, batches_of, joined
+from llmcompress.modeling.token_limit import batches_of
 from llmcompress.report.metrics import size_bytes
 
 OWN = (METHOD, "bitsandbytes")  # methods that are read layer by layer
@@ -82,18 +84,34 @@ class WholeModel:
         return self.model.config
 
     def logits(self, sequences: Tensor, track: Track, unscored: int = 0) -> Iterator[Tensor]:
-        """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
-        `unscored` positions."""
-        batches, limit = batches_of(sequences), TokenLimit(self.device)
+        """Yield logits of token sequences [S, L] without the first `unscored` positions, in pieces as
+        `sequential.logits` does."""
+        batches = batches_of(sequences)
+        at_once = positions_at_once(self.config.vocab_size, self.device)
         for tokens in track(batches, "evaluate", len(batches)):
-            yield joined(limit.each(partial(self._scores, tokens), *tokens.shape))[:, unscored:]
+            tokens = tokens.to(self.device)
+            # closed before the yield: a generator dropped half way must not leave it open
+            with torch.no_grad():
+                found = self.model.get_decoder()(input_ids=tokens, use_cache=False)
+            tokens, states = tokens[:, unscored:], found.last_hidden_state[:, unscored:]
+            for here in pieces(len(tokens), tokens.shape[1], at_once):
+                with torch.no_grad(), self._decoded(replace(found, last_hidden_state=states[here])):
+                    scores: Tensor = self.model(input_ids=tokens[here], use_cache=False).logits
+                yield scores
+                del scores  # freed before the next piece is computed
 
-    @torch.no_grad()
-    def _scores(self, tokens: Tensor, here: slice) -> Tensor:
-        """Logits of a part of a batch; those of a real part wait for the others on the CPU."""
-        part = tokens[here].to(self.device)
-        scores: Tensor = self.model(input_ids=part, use_cache=False).logits
-        return scores if len(part) == len(tokens) else scores.cpu()
+    @contextmanager
+    def _decoded(self, found: Any) -> Iterator[None]:
+        """Let the decoder return `found` within the context, so that the model runs its head alone."""
+        decoder = self.model.get_decoder()
+        before = vars(decoder).get("forward")
+        decoder.forward = lambda *args, **kwargs: found
+        try:
+            yield
+        finally:
+            del decoder.forward
+            if before is not None:
+                decoder.forward = before
 
 
 def _require_memory(folder: Path, size: int, device: torch.device) -> None:

@@ -151,6 +151,13 @@ class DiskModel(LayerwiseModel):
         rows, columns = self.model.get_parameter(target).shape[:: -1 if conv1d else 1]
         return registry.read(parts, self.layouts.get(linear), (rows, columns))
 
+    def _as_stored(self, name: str) -> Tensor:
+        key = self.sources[name][-1]
+        tensor, shape = self._read(key, name), self.model.get_parameter(name).shape
+        if tensor.shape != shape:
+            raise self._misfit(f"{key} is {list(tensor.shape)}, not {list(shape)}")
+        return tensor
+
     def _bring(self, names: Iterable[str]) -> None:
         keys = [(key, name) for name in names for key in self.sources.get(name, [])]
         config = LoadStateDictConfig(
@@ -164,8 +171,12 @@ class DiskModel(LayerwiseModel):
             )
         if info.mismatched_keys or info.conversion_errors:
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
-            raise ModelError(f"{self.where} does not fit its config.json: {wrong[0]}; fetch it again")
+            raise self._misfit(wrong[0])
         self.model.requires_grad_(False)
+
+    def _misfit(self, what: str) -> ModelError:
+        """The error for a tensor of another shape than the config says."""
+        return ModelError(f"{self.where} does not fit its config.json: {what}; fetch it again")
 
 
 def meta_model(folder: Path, config: PretrainedConfig, device: torch.device) -> MetaModel:

@@ -2,7 +2,8 @@
 live model.
 
 A `LayerwiseModel` is a model skeleton: buffers are real, parameters stay on the meta device until they are
-needed. The weights outside the layers are loaded once. Those of a layer are loaded for each visit, always as
+needed. The weights outside the layers are loaded once; embedding and head stay in the dtype in which they are
+stored (`stored_matrices`). Those of a layer are loaded for each visit, always as
 a copy in the working precision on the working device. So a stage may change what it is given, memory does not
 grow with the number of layers, and a folder and a model in memory give the same numbers. The price is that
 each visit to a layer reads it again.
@@ -39,6 +40,7 @@ from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.rotation import Rotation
+from llmcompress.modeling.stored_matrices import STORED, compute_from_stored
 from llmcompress.modeling.token_limit import TokenLimit, fitting
 
 # freed bytes after which the heap is given back: after each layer, or after several small ones
@@ -87,8 +89,16 @@ class LayerwiseModel(ABC):
 
     def _bring_outer(self) -> None:
         """Load everything outside the layers; called once, at the end of construction."""
-        inside = self.anatomy.layers + "."
-        self._bring([name for name in self.model.state_dict() if not name.startswith(inside)])
+        inside, stored = self.anatomy.layers + ".", self._stay_stored()
+        tied = f"{self.anatomy.head}.weight" if self.config.tie_word_embeddings else None
+        names = [name for name in self.model.state_dict() if not name.startswith(inside) and name != tied]
+        self._bring([name for name in names if name not in stored])
+        for name in stored:
+            module = self.model.get_submodule(name.removesuffix(".weight"))
+            if name in names:
+                weight = self._as_stored(name).to(self.device)
+                module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+            compute_from_stored(module, self.dtype)
         self.model.tie_weights()
         for module in self.model.modules():
             for name, buffer in module._buffers.items():
@@ -97,6 +107,22 @@ class LayerwiseModel(ABC):
         self.require_all(
             name for name, p in self.model.named_parameters() if p.is_meta and not name.startswith(inside)
         )
+
+    def _stay_stored(self) -> list[str]:
+        """The matrices of embedding and head that stay in the dtype in which they are stored."""
+        embedding, head = self.anatomy.embedding, self.anatomy.head
+        source = {embedding: embedding, head: embedding if self.config.tie_word_embeddings else head}
+        found = {
+            f"{module}.weight": self.dtypes.get(f"{stored}.weight")
+            for module, stored in source.items()
+            if stored not in self.layouts
+            and isinstance(self.model.get_submodule(module), nn.Embedding | nn.Linear)
+        }
+        return [name for name, dtype in found.items() if dtype in STORED and dtype != self.dtype]
+
+    def outer_weight(self, name: str) -> Tensor:
+        """A weight outside the layers, by its full name, in the working precision."""
+        return self.model.get_parameter(name).data.to(self.dtype)
 
     @property
     def plain(self) -> bool:
@@ -254,7 +280,8 @@ class LayerwiseModel(ABC):
         owner: nn.Module,
         names: Iterable[str],
     ) -> None:
-        for name, tensor in rotated({name: owner.get_parameter(name).data for name in names}).items():
+        given = {name: owner.get_parameter(name).data.to(self.dtype) for name in names}
+        for name, tensor in rotated(given).items():
             owner.get_parameter(name).data = tensor.to(self.device, self.dtype)
 
     def round_inputs(self, linear: str, inputs: Inputs) -> None:
@@ -334,6 +361,11 @@ class LayerwiseModel(ABC):
     def _bring(self, names: Iterable[str]) -> None:
         """Load the weights `names` of the skeleton, in the working dtype on the working device."""
 
+    @abstractmethod
+    def _as_stored(self, name: str) -> Tensor:
+        """The weight `name` of the skeleton, which is no codes, in the dtype in which it is stored. It must
+        not be changed."""
+
 
 class MetaModel(LayerwiseModel):
     """A model without weights, known by its config alone or also by the headers of its files: shapes, names,
@@ -350,6 +382,9 @@ class MetaModel(LayerwiseModel):
         return hashlib.sha256(self.config.to_json_string(use_diff=False).encode()).hexdigest()
 
     def _bring(self, names: Iterable[str]) -> None:
+        raise ModelError("a config has no weights; give a folder that holds safetensors")
+
+    def _as_stored(self, name: str) -> Tensor:
         raise ModelError("a config has no weights; give a folder that holds safetensors")
 
 
@@ -394,6 +429,10 @@ class InMemoryModel(LayerwiseModel):
     def codes(self, name: str) -> StoredWeight | None:
         """The stored form of a quantised matrix, by the full name of its module; None for a plain matrix."""
         return self.quantized.get(name)
+
+    def _as_stored(self, name: str) -> Tensor:
+        check_finite(self.source[name], name)
+        return self.source[name].detach()
 
     def _bring(self, names: Iterable[str]) -> None:
         for name in names:

@@ -15,6 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +27,9 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
+from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -41,6 +44,8 @@ Found = TypeVar("Found")
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
+# number of a batch, scores [B, C, V] at some positions of it, next tokens of the text [B, C] -> labels [B, C]
+Labels = Callable[[int, Tensor, Tensor], Tensor]
 # batch size -> layer -> its keyword arguments: masks, rotary tables
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
 
@@ -78,9 +83,8 @@ def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
     """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
     called with."""
-    length = batches[0].shape[1]
     arguments = _BySize[Sequence[Mapping[str, Any]]](
-        lambda size: _entering(resident, _anything(resident, size, length))[1]
+        lambda size: _entering(resident, _anything(resident, size, batches[0].shape[1]))[1]
     )
     streams = []
     for tokens in batches:
@@ -130,6 +134,35 @@ def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
         return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
 
 
+def pieces_of(resident: LayerwiseModel, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Yield the pieces of states [B, L, D] whose logits are to be in memory at once, whatever the
+    vocabulary."""
+    V = resident.model.get_parameter(f"{resident.anatomy.head}.weight").shape[0]
+    B, L, _ = hidden.shape
+    return pieces(B, L, positions_at_once(V, resident.device))
+
+
+@torch.no_grad()
+def head_states(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
+    """Return the head's input [B, L, D] for hidden states [B, L, D] that left the last layer, without
+    computing a logit."""
+    head, read = resident.model.get_submodule(resident.anatomy.head), list[Tensor]()
+
+    def record(states: Tensor) -> Tensor:
+        read.append(states)
+        return states[..., :1]
+
+    before = vars(head).get("forward")
+    head.forward = record
+    try:
+        leave(resident, hidden)
+    finally:
+        del head.forward
+        if before is not None:
+            head.forward = before
+    return read[0]
+
+
 def half_is_fast(device: torch.device) -> bool:
     """Whether matrix products in bfloat16 are faster on a device: on GPUs that have them, and on CPUs with
     AVX512-BF16 or AMX."""
@@ -146,6 +179,7 @@ def walk(
     reference: bool = False,
     through: bool = False,
     half: bool = False,
+    processes: Processes = ALONE,
 ) -> Iterator[DecoderLayer]:
     """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
@@ -153,16 +187,17 @@ def walk(
     model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
     DecoderLayer then follows, whose module is an identity and whose `inputs` are these states. With `half`, a
     model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
-    between layers are float32.
+    between layers are float32. Each of several `processes` runs its share of the sequences.
     """
     half = half and resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
-    inputs, arguments = enter(resident, resident.limit.batches(sequences))
+    shard = processes.shard(batches_of(sequences))
+    inputs, arguments = enter(resident, processes.shard(resident.limit.batches(sequences)).batches)
     full = list(inputs) if reference else []
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
             layer = _layer(resident, index, module, arguments, inputs, full)
-            layer.half = half
+            layer.half, layer.shard = half, shard
             yield layer
             if through or not last:
                 full, inputs = layer.targets, layer.outputs(layer.inputs)
@@ -177,6 +212,8 @@ def walk(
             {},
             inputs,
             full,
+            shard=shard,
+            limit=resident.limit,
         )
 
 
@@ -295,62 +332,45 @@ def divergences(
     lost = dict.fromkeys(streams, 0.0)
     streams = {key: model.limit.units(states) for key, states in streams.items()}
     for i, hidden in enumerate(model.limit.units(full)):
-        expected = leave(model, hidden[:, unscored:]).float().log_softmax(-1)
-        for index, states in streams.items():
-            lost[index] += divergence(expected, leave(model, states[i][:, unscored:])) * len(hidden)
+        hidden = hidden[:, unscored:]
+        for here in pieces_of(model, hidden):
+            expected = leave(model, hidden[here]).float().log_softmax(-1)
+            share = expected[..., 0].numel() / hidden[0, :, 0].numel()
+            for index, states in streams.items():
+                found = leave(model, states[i][:, unscored:][here])
+                lost[index] += divergence(expected, found) * share
     return {index: total / sum(map(len, full)) for index, total in lost.items()}
 
 
 def logits(
     resident: LayerwiseModel, sequences: Tensor, track: Track = untracked, unscored: int = 0
 ) -> Iterator[Tensor]:
-    """Yield logits [B, L - unscored, V] of token sequences [S, L], batch by batch, without the first
-    `unscored` positions.
+    """Yield logits of token sequences [S, L] without the first `unscored` positions, in the order of the
+    positions: [B, L - unscored, V] of some sequences, or [1, C, V] of a part of one.
 
-    All layers are run once, before the first logits.
+    The size of the vocabulary decides how many; all layers are run once, before the first logits.
     """
     for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
         last = layer
     for hidden in resident.limit.units(last.inputs):
-        yield joined(resident.limit.each(partial(_scores, resident, hidden[:, unscored:]), *hidden.shape[:2]))
+        hidden = hidden[:, unscored:]
+        for here in pieces_of(resident, hidden):
+            # closed before the yield: a generator dropped half way must not leave it open
+            with torch.no_grad():
+                scores = leave(resident, hidden[here])
+            yield scores
+            del scores  # freed before the next piece is computed
 
 
-@torch.no_grad()
-def _scores(resident: LayerwiseModel, hidden: Tensor, here: slice) -> Tensor:
-    """Logits of a part of a batch; those of a real part wait for the others on the CPU."""
-    scores = leave(resident, hidden[here])
-    return scores if len(scores) == len(hidden) else scores.cpu()
-
-
-@contextmanager
-def head_reads(resident: LayerwiseModel) -> Iterator[list[Tensor]]:
-    """Yield a list to which the head's input [B, L, D] is added each time the head runs."""
-    read: list[Tensor] = []
-    head = resident.model.get_submodule(resident.anatomy.head)
-    hook = head.register_forward_pre_hook(lambda module, args: read.append(args[0]))
-    try:
-        yield read
-    finally:
-        hook.remove()
-
-
-@torch.no_grad()
 def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, Moments]:
     """Return the head's weight [V, D] and the second moments of its inputs; `layer` is the one that `walk`
     yields after the last."""
-    W_RC = resident.model.get_parameter(f"{resident.anatomy.head}.weight").data
+    W_RC = resident.outer_weight(f"{resident.anatomy.head}.weight")
     moments = Moments(W_RC.shape[1], resident.device)
-    with head_reads(resident) as read:
-        reference = resident.limit.units(layer.reference)
-
-        def add(both: Sequence[Tensor], here: slice) -> None:
-            read.clear()
-            for states in both:
-                leave(resident, states[here])
-            moments.add(*read)
-
-        for i, hidden in enumerate(resident.limit.units(layer.inputs)):
-            resident.limit.each(partial(add, (hidden, *reference[i : i + 1])), *hidden.shape[:2])
+    reference = resident.limit.units(layer.reference)
+    for i, hidden in enumerate(resident.limit.units(layer.inputs)):
+        moments.add(*(head_states(resident, states) for states in (hidden, *reference[i : i + 1])))
+    layer.shard.processes.pool([moments])
     return W_RC, moments
 
 
@@ -362,6 +382,7 @@ def output_fisher(
     *,
     first: bool = False,
     unscored: int = 0,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield for each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave
     it: the mean of g g^T.
@@ -371,19 +392,30 @@ def output_fisher(
     g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
     order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
     layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
+    Several `processes` divide the batches, and draw the labels that one would draw.
     """
-    generator = torch.Generator(resident.device).manual_seed(seed)
+    processes = replace(processes, by="batch")
+    generators: dict[int, torch.Generator] = {}  # by the number of a batch, whichever process runs it
 
-    def drawn(scores: Tensor, tokens: Tensor) -> Tensor:
-        return torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
-            tokens.shape
-        )
+    def drawn(batch: int, scores: Tensor, text: Tensor) -> Tensor:
+        if batch not in generators:
+            generators[batch] = label_generator(seed, batch, resident.device)
+        p_TV = scores.detach().flatten(0, 1).softmax(-1)
+        return torch.multinomial(p_TV, 1, generator=generators[batch]).view(text.shape)
 
-    for index, grads, _ in gradients(resident, sequences, scratch, drawn, first=first, unscored=unscored):
-        found = Moments(grads[0].shape[-1], resident.device)
+    for index, grads, _ in gradients(
+        resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
+    ):
+        found = Moments(resident.sizes["hidden"], resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
+        processes.pool([found])
         yield index, found.H_CC.cpu()
+
+
+def label_generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
+    """The generator of a batch's labels, whichever process draws them."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch)
 
 
 def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
@@ -391,61 +423,81 @@ def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
     return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
 
 
-def following(scores: Tensor, tokens: Tensor) -> Tensor:
+def following(number: int, scores: Tensor, text: Tensor) -> Tensor:
     """The next-token labels of the text, whatever the scores."""
-    return next_tokens(tokens)
+    return text
 
 
 def gradients(
     resident: LayerwiseModel,
     sequences: Tensor,
     scratch: Path,
-    labels: Callable[[Tensor, Tensor], Tensor],
+    labels: Labels,
     watched: Sequence[str] = (),
     *,
     first: bool = False,
     unscored: int = 0,
+    processes: Processes = ALONE,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
     """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
     and those of some parameters.
 
-    They are the gradients of the negative log-likelihood of `labels` (scores [B, L, V], tokens [B, L] -> [B,
-    L]), summed over tokens. Labels at the first `unscored` positions do not count. `watched` are parameters
-    by their names in the layer. With `first`, -1 and the gradients of the states that enter the first layer
-    come last.
+    They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
+    `unscored` positions do not count. `watched` are parameters by their names in the layer. With `first`, -1
+    and the gradients of the states that enter the first layer come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
-    folder `scratch`.
+    folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
+    those of the parameters over all sequences.
     """
-    batches, grads = batches_of(sequences), list[Tensor]()
-    for layer in walk(resident, sequences, through=True):
+    shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
+    for layer in walk(resident, sequences, through=True, processes=processes):
         last = layer
         with writing(scratch):
             save_file(
                 {str(i): hidden for i, hidden in enumerate(resident.limit.units(layer.inputs))},
                 scratch / f"states-{layer.index}.safetensors",
             )
-    for tokens, hidden in zip(batches, resident.limit.units(last.inputs), strict=True):
-        hidden = hidden.to(resident.device).requires_grad_()
-        scores = leave(resident, hidden).float()
-        wanted = labels(scores, tokens.to(resident.device))
-        wanted[:, :unscored] = IGNORED
-        F.cross_entropy(
-            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
-        ).backward()
-        assert hidden.grad is not None
-        grads.append(hidden.grad.cpu())
-    _, arguments = enter(resident, batches)
+    for number, tokens, hidden in zip(
+        shard.numbers, shard.batches, resident.limit.units(last.inputs), strict=True
+    ):
+        grads.append(_from_head(resident, hidden, tokens, number, labels, unscored))
+    _, arguments = enter(resident, shard.batches)
     (scratch / f"states-{last.index}.safetensors").unlink()
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
         on = bool(index or watched or first)
         entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
+        processes.sum_(*found.values())
         yield index, grads, found
         grads = entering
         (scratch / f"states-{index}.safetensors").unlink()
     if first:
         yield -1, grads, {}
+
+
+def _from_head(
+    resident: LayerwiseModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    number: int,
+    labels: Labels,
+    unscored: int,
+) -> Tensor:
+    """Return the gradients of the states [B, L, D] of batch `number` that left the last layer, as `gradients`
+    says, on the CPU."""
+    found, text = torch.empty_like(hidden), next_tokens(tokens).to(resident.device)
+    for here in pieces_of(resident, hidden):
+        states = hidden[here].to(resident.device).requires_grad_()
+        scores = leave(resident, states).float()
+        wanted = labels(number, scores, text[here])
+        wanted[:, : max(0, unscored - here[1].start)] = IGNORED
+        F.cross_entropy(
+            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
+        ).backward()
+        assert states.grad is not None
+        found[here] = states.grad.cpu()
+    return found
 
 
 def _back(
@@ -473,6 +525,9 @@ def _back(
                     if own is not None:
                         found[name] = found[name].add_(own) if name in found else own
             out.append(joined(entering))
+        for name, parameter in parameters.items():
+            if name not in found:  # this process has no sequence
+                found[name] = torch.zeros_like(parameter)
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from llmcompress.data.sources import DataSpec
+from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import RecipeError
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.io.tokenizer import tokenizer_of
@@ -36,6 +36,7 @@ def compress(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     device: str | None = None,
     track: Track = untracked,
 ) -> tuple[PreTrainedModel, Report]: ...
@@ -49,6 +50,7 @@ def compress(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     device: str | None = None,
     overwrite: bool = False,
     track: Track = untracked,
@@ -62,6 +64,7 @@ def compress(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     device: str | None = None,
     overwrite: bool = False,
     track: Track = untracked,
@@ -83,6 +86,8 @@ def compress(
         tokenizer: the tokenizer of a `PreTrainedModel`; a model given by name brings its own.
         data: calibration and evaluation text in place of the recipe's, as a `DataSpec` or as `--data` takes
             it.
+        effort: `fast`, `balanced` or `best`, in place of the recipe's: how much text, rounding and steps,
+            where the recipe does not say them. Without any, text is as for `balanced`.
         device: `cpu` or `cuda`; the first GPU where there is one.
         overwrite: replace a finished result in `out`.
         track: callable that shows progress; it takes an iterable, a description and the number of items,
@@ -96,12 +101,24 @@ def compress(
     if out is None:
         loaded, words = _in_memory(model, told, tokenizer)
         return apply_recipe(
-            told.model_copy(update={"data": data_of(told, data)}), loaded, words, device=device, track=track
+            told.model_copy(update={"data": data_of(told, data)}),
+            loaded,
+            words,
+            effort=effort,
+            device=device,
+            track=track,
         )
     if not isinstance(model, PreTrainedModel):
         name = None if model is None else os.fspath(model)
         return run_recipe(
-            told, Path(out), base=name, data=data, overwrite=overwrite, device=device, track=track
+            told,
+            Path(out),
+            base=name,
+            data=data,
+            effort=effort,
+            overwrite=overwrite,
+            device=device,
+            track=track,
         )
     with scratch_folder() as folder, no_progress_bar():
         words = require_tokenizer(tokenizer)
@@ -109,7 +126,14 @@ def compress(
         words.save_pretrained(folder)
         base = Base(name_of(model), folder, None)
         return run_recipe(
-            told, Path(out), base=base, data=data, overwrite=overwrite, device=device, track=track
+            told,
+            Path(out),
+            base=base,
+            data=data,
+            effort=effort,
+            overwrite=overwrite,
+            device=device,
+            track=track,
         )
 
 
@@ -118,6 +142,7 @@ def plan(
     recipe: AnyRecipe,
     *,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     device: str | None = None,
 ) -> Plan:
     """Estimate what a run would give and cost from the model's config alone; no weight is read and nothing is
@@ -127,7 +152,11 @@ def plan(
     a factor of about two.
     """
     return plan_recipe(
-        recipe_of(recipe), base=None if model is None else os.fspath(model), data=data, device=device
+        recipe_of(recipe),
+        base=None if model is None else os.fspath(model),
+        data=data,
+        effort=effort,
+        device=device,
     )
 
 

@@ -18,6 +18,7 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import journal_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.between_stages import joint_folder, write_joint
+from llmcompress.pipeline.divided_journal import DividedJournal
 from llmcompress.pipeline.outcome import Outcome
 from llmcompress.pipeline.resolve import source_of
 from llmcompress.recipe.recipe import Recipe
@@ -57,8 +58,11 @@ class DiskStore:
         key = _key(self.recipe, number, self._fingerprints, self.text)
         with distributed.first_alone() as writes:
             journal = Journal(folder, key) if writes else None
+        journal = journal or Journal(folder, key)
+        if distributed.count() > 1 and self.recipe.stages[number].divides:
+            journal = DividedJournal(journal)
         with tempfile.TemporaryDirectory(dir=self.place) as scratch:
-            yield journal or Journal(folder, key), Path(scratch)
+            yield journal, Path(scratch)
 
     def take_in(self, outcome: Outcome, *, last: bool) -> str | None:
         """Write what a stage left, unless it is the last stage. Returns a note for the report, or None.

@@ -26,6 +26,7 @@ from llmcompress.data.sources import DataSpec
 from llmcompress.errors import first_line
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.foreign import WholeModel, foreign_method
 from llmcompress.modeling.from_disk import DiskModel, no_progress_bar
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
@@ -85,6 +86,7 @@ class _Subject:
     speed: Callable[[Tensor], Speed | None]
 
 
+@fast_float32_products()
 def evaluate(
     model: str | os.PathLike[str] | PreTrainedModel,
     *,

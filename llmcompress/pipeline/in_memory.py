@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats import (
     integer_embedding,
@@ -24,8 +25,10 @@ from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.plain_modules import let_resize
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
+from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.memory_store import MemoryStore
 from llmcompress.pipeline.report_facts import model_facts, report_of
 from llmcompress.pipeline.resolve import (
@@ -40,18 +43,21 @@ from llmcompress.report.metrics import fidelity, parameters, peak_memory_bytes
 from llmcompress.report.schema import CostFacts, Report
 
 
+@fast_float32_products()
 def apply_recipe(
     recipe: Recipe,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     *,
+    effort: Effort | None = None,
     device: str | None = None,
     track: Track = untracked,
 ) -> tuple[PreTrainedModel, Report]:
     """Compress a model in memory. The model is changed in place and returned with its report.
 
     If its widths change, a new model is returned and the given one stays as it is. The recipe's `base` is
-    ignored. Raises CompressError as `run_recipe` does; the model is then unchanged.
+    ignored, and `effort` takes the place of its own. Raises CompressError as `run_recipe` does; the model is
+    then unchanged.
     """
     start = time.monotonic()
     recipe.require_own_names(base="the model given")
@@ -61,12 +67,13 @@ def apply_recipe(
         raise ModelError(
             "the model in memory has a PEFT adapter; give the plain model that its merge_and_unload() returns"
         )
-    resolved, state = resolve(recipe, None, device), dict(model.state_dict())
+    settled = recipe.with_effort(effort)
+    resolved, state = resolve(settled, None, device), dict(model.state_dict())
     pinned, where = resolved.recipe, resolved.device
     base = InMemoryModel(model.config, state, where)
-    require_possible(recipe, base)
+    require_possible(settled, base)
     require_same_vocabulary(resolved, model.config, tokenizer)
-    text = calibration_data(base, recipe.data, tokenizer, recipe.training_tokens)
+    text = calibration_data(base, settled.data, tokenizer, settled.training_tokens, settled.effort)
     store = MemoryStore(pinned, base)
     facts = run_stages(pinned, store, store.teacher, text, track)
     source = store.model
@@ -89,7 +96,9 @@ def apply_recipe(
         size_bytes=_stored_size(store),
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-    report = report_of(recipe, before, after, measured, text, facts, cost, where)
+    chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
+    ran = as_it_ran(settled, text)
+    report = report_of(ran, before, after, measured, text, facts, cost, where, chosen)
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report
 

@@ -2,27 +2,41 @@
 run.
 
 Sizes follow from shapes and formats and are exact except for headers. Memory is the sum of what is held at
-once. Time is the number of multiplications of a stage over the rate at which this machine multiplies matrices
-now, timed for a moment, so it is right to a factor of about two.
+once. Time is that of counted operations, each timed for a moment on this machine (`stages.machine`), so it is
+right to a factor of about two.
 """
 
 from __future__ import annotations
 
 import math
-import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
-import torch
-
-from llmcompress.data.sources import DataSpec
+from llmcompress.data.calibration import POOL
+from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
+from llmcompress.errors import CompressError, argument
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout
+from llmcompress.io.units import duration
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.pipeline.effort import effort_facts
 from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import config_of, find_base, resolve
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.base import Estimate, StageResult, Workload
+from llmcompress.report.console import chosen_words
+from llmcompress.stages.base import Estimate, StageResult, Time, Workload
+from llmcompress.stages.cost import summed
+from llmcompress.stages.machine import machine_of
+
+TOKENISE_S = 4e-6  # seconds per token
+START_S = 1.5  # of a run: the tokenizer, the checks, the pictures
+TIMED_S, TIMINGS, DECODED = 3.0, 6, 32  # the budget, the runs and the tokens of `report.metrics.speed`
+KL_OPERATIONS = 12  # on each score of both models
+READS = 4  # times that a run reads or hashes the whole base
+SHOWN = 0.05  # share of the time from which a part is named
 
 
 @dataclass(frozen=True)
@@ -37,31 +51,43 @@ class PlanRow:
     kv_cache_bytes_per_token: int
     peak_memory_bytes: int | None = None
     seconds: float | None = None
+    time: Mapping[str, float] | None = None  # what the seconds are spent on
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would give and cost: one row for the base and for each stage, and notes in words."""
+    """What a run would give and cost: one row for the base and for each stage, the whole time, which loads,
+    measures and writes as well, the effort, and notes in words."""
 
     rows: tuple[PlanRow, ...]
     notes: tuple[str, ...]
+    seconds: float
+    effort: Effort
 
 
+@fast_float32_products()
 def plan_recipe(
-    recipe: Recipe, *, base: str | None = None, data: str | DataSpec | None = None, device: str | None = None
+    recipe: Recipe,
+    *,
+    base: str | None = None,
+    data: str | DataSpec | None = None,
+    effort: Effort | None = None,
+    device: str | None = None,
 ) -> Plan:
     """Return rows for the base and for each stage. Raises CompressError as `run_recipe` would for the same
     input.
 
-    `base` and `data` take the place of the recipe's. No text is read.
+    `base`, `data` and `effort` take the place of the recipe's. No text is read.
     """
     recipe.require_own_names(base=base, data=data)
     found = find_base(base or recipe.base, recipe.revision if base is None else None, weights=False)
-    config, resolved = config_of(found.folder, base=True), resolve(recipe, data, device)
+    settled = recipe.with_effort(effort)
+    config, resolved = config_of(found.folder, base=True), resolve(settled, data, device)
     spec, model = resolved.data, meta_model(found.folder, config, resolved.device)
-    length = spec.length or min(2048, getattr(model.config, "max_position_embeddings", 2048))
-    rate = _rate(model.device)
-    rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, 0.0), cost=False)]
+    samples, longest = spec.amount(settled.effort)
+    length = spec.length or min(longest, getattr(model.config, "max_position_embeddings", longest))
+    machine, first = machine_of(model.device), model
+    rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, Time()), cost=False)]
     notes: list[str] = []
     before: list[StageResult] = []
     for stage in resolved.recipe.stages:
@@ -70,15 +96,79 @@ def plan_recipe(
             model = meta_model(folder, config_of(folder, base=True), model.device)
         stage.require_possible(model, before, recipe.data.seed)
         before.append(stage.result(model))
-        work = Workload(spec.samples * length, length, rate, rows[-1].size_bytes)
+        work = Workload(model, machine, samples * length, length, rows[-1].size_bytes)
         left = outline_after(stage.result(model), model)
         left.model.tie_weights()
         estimate = stage.estimate(model, left, work)
         rows.append(_row(left, estimate))
         notes += estimate.notes
         model = left
-    notes.append(f"calibration: {spec.samples} sequences of {length} tokens, on {model.device}")
-    return Plan(tuple(rows), tuple(notes))
+    whole = Workload(first, machine, spec.evaluation_samples * length, length, rows[0].size_bytes)
+    beside = _beside_stages(whole, found.folder, samples * length + settled.training_tokens(length))
+    notes += [_spent(row.stage, Time(row.time)) for row in rows if row.time]
+    notes.append(_spent("load, measure, write", beside))
+    seconds = beside.seconds + sum(row.seconds or 0.0 for row in rows)
+    notes.append(f"the whole run: about {duration(seconds)}, longer beside other programs")
+    if chosen := effort_facts(recipe, settled, spec, samples, length):
+        notes.append(chosen_words(chosen))
+    notes.append(f"calibration: {samples} sequences of {length} tokens, on {model.device}")
+    return Plan(tuple(rows), tuple(notes), seconds, settled.effort or DEFAULT)
+
+
+def fitting(
+    recipe: Recipe,
+    seconds: float,
+    *,
+    base: str | None = None,
+    data: str | DataSpec | None = None,
+    device: str | None = None,
+) -> tuple[Effort, str]:
+    """Return the best effort with which a run takes at most `seconds` on this machine, and what each would
+    take, in words. Errors: CompressError if none fits, beside those of `plan_recipe`."""
+    times: dict[Effort, float] = {
+        effort: plan_recipe(recipe, base=base, data=data, effort=effort, device=device).seconds
+        for effort in EFFORTS
+    }
+    words = ", ".join(f"{effort} about {duration(time)}" for effort, time in times.items())
+    fits = [effort for effort, time in times.items() if time <= seconds]
+    if not fits:
+        raise CompressError(
+            f"no effort fits in {argument('time')} {duration(seconds)} ({words}); give more time, less text "
+            "or a recipe with less work"
+        )
+    return fits[-1], words
+
+
+def _beside_stages(work: Workload, folder: Path, tokens: int) -> Time:
+    """The time of a run beside its stages: `tokens` of text are calibrated and trained on, those of `work`
+    measure base and result."""
+    machine, vocabulary = work.machine, work.model.config.vocab_size
+    measured = work.passes(2) + work.heads(2, work.tokens)
+    scored = KL_OPERATIONS * machine.elementwise(work.tokens, vocabulary)
+    once = [
+        count * Workload(work.model, machine, at_once, at_once, 0).passes(1).seconds
+        for count, at_once in ((1, work.length), (DECODED, 1))
+    ]
+    timed = 2 * sum(max(seconds, min(TIMED_S, TIMINGS * seconds)) for seconds in once)
+    largest = max(folder.glob("*.safetensors"), key=lambda file: file.stat().st_size, default=None)
+    reading = machine.reading(largest, READS * work.size_bytes) if largest else 0.0
+    return summed(
+        [
+            Time({"evaluation": measured.seconds + scored, "speed tests": timed, "files": reading}),
+            Time({"text": POOL * TOKENISE_S * tokens, "start": START_S}),
+        ]
+    )
+
+
+def _spent(what: str, time: Time) -> str:
+    """What most of a time is spent on: quantize (nf4, gptq): about 41 s, 52 % second moments, ..."""
+    largest = sorted(time.parts.items(), key=lambda part: -part[1])
+    shares = [
+        f"{100 * seconds / time.seconds:.0f} % {name}"
+        for name, seconds in largest
+        if seconds >= SHOWN * time.seconds
+    ]
+    return f"{what}: about {duration(time.seconds)}, {', '.join(shares)}"
 
 
 def _row(model: MetaModel, estimate: Estimate, *, cost: bool = True) -> PlanRow:
@@ -90,7 +180,8 @@ def _row(model: MetaModel, estimate: Estimate, *, cost: bool = True) -> PlanRow:
         flops_per_token=flops,
         kv_cache_bytes_per_token=cached,
         peak_memory_bytes=estimate.peak_memory_bytes if cost else None,
-        seconds=estimate.seconds if cost else None,
+        seconds=estimate.time.seconds if cost else None,
+        time=estimate.time.parts if cost else None,
     )
 
 
@@ -115,15 +206,3 @@ def _multiplied(layout: AnyLayout | None, shape: tuple[int, int]) -> int:
     if not isinstance(layout, FactoredLayout):
         return whole
     return layout.rank * sum(shape) + (whole if layout.format == "shared" else 0)
-
-
-def _rate(device: torch.device) -> float:
-    """Operations per second of a float32 matrix product here, timed for a moment."""
-    X = torch.rand(1024, 1024, device=device)
-    (X @ X).sum().item()
-    start, count = time.perf_counter(), 0
-    while time.perf_counter() - start < 0.2:
-        (X @ X).sum().item()
-        count += 1
-    # layers run at about 0.6 of the rate of a bare product
-    return 0.6 * count * 2 * 1024**3 / (time.perf_counter() - start)

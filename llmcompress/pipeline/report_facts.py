@@ -14,6 +14,7 @@ from llmcompress.report.schema import (
     DATA_PLACE,
     CostFacts,
     DataFacts,
+    EffortFacts,
     ModelFacts,
     Report,
     StageFacts,
@@ -29,11 +30,13 @@ def report_of(
     stages: Sequence[StageFacts],
     cost: CostFacts,
     device: torch.device,
+    effort: EffortFacts | None,
 ) -> Report:
     """Build the report of a run."""
     return Report(
         recipe_digest=recipe.digest,
         recipe=recipe.origin,
+        effort=effort,
         base=before,
         compressed=after,
         fidelity=measured.facts(),

@@ -19,7 +19,7 @@ from transformers import (
 
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
-from llmcompress.data.sources import DataSpec
+from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import CompressError, ModelError, RecipeError, argument
 from llmcompress.integrations.transformers_compat import logging
 from llmcompress.io.checkpoint import Checkpoint, read_json, require_base, require_no_adapter
@@ -256,10 +256,12 @@ def calibration_data(
     spec: DataSpec,
     tokenizer: PreTrainedTokenizerBase,
     training: Callable[[int], int] = lambda length: 0,
+    effort: Effort | None = None,
 ) -> CalibrationData:
     """Return the token sequences of a recipe's data for this model.
 
-    `training` gives the number of tokens to train on, for sequences of a length.
+    `training` gives the number of tokens to train on, for sequences of a length; `effort` decides how much
+    text, as far as `spec` leaves that open.
     """
     positions = getattr(model.config, "max_position_embeddings", None)
-    return load_data(spec, tokenizer, model.config.vocab_size, positions, training)
+    return load_data(spec, tokenizer, model.config.vocab_size, positions, training, effort)

@@ -16,17 +16,21 @@ from pathlib import Path
 import torch
 
 from llmcompress.data.calibration import CalibrationData
-from llmcompress.data.sources import DataSpec
+from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import DataError, OutputError, argument, first_line
 from llmcompress.integrations import distributed
+from llmcompress.integrations.distributed import Processes
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import Writer, partial_folder
 from llmcompress.io.safetensors_writer import discard
 from llmcompress.io.tokenizer import keep_tokens, require_portable, tokenizer_of
 from llmcompress.io.user_paths import path_of
+from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import Track, logits, untracked
+from llmcompress.modeling.token_limit import batches_of
 from llmcompress.pipeline.disk_store import DiskStore
+from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
 from llmcompress.pipeline.report_facts import model_facts, report_of
@@ -43,18 +47,20 @@ from llmcompress.pipeline.resolve import (
 )
 from llmcompress.pipeline.stages import require_possible, run_stages
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.report.metrics import Fidelity, Speed, fidelity, peak_memory_bytes
+from llmcompress.report.metrics import Columns, Fidelity, Speed, columns, peak_memory_bytes, summary
 from llmcompress.report.schema import CostFacts, ModelFacts, Report
 
 logger = logging.getLogger(__name__)
 
 
+@fast_float32_products()
 def run_recipe(
     recipe: Recipe,
     out: str | Path,
     *,
     base: str | Base | None = None,
     data: str | DataSpec | None = None,
+    effort: Effort | None = None,
     overwrite: bool = False,
     device: str | None = None,
     tokens_sha256: str | None = None,
@@ -62,10 +68,10 @@ def run_recipe(
 ) -> Report:
     """Run a recipe on a base and write the artefact to the folder `out`. The same call resumes after a crash.
 
-    `base` and `data` take the place of the recipe's; a string of `data` is taken as DataSpec.with_text takes
-    it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError for wrong input, and
-    AcceptError if the result misses the recipe's bounds; then nothing is published, and the finished layers
-    are kept.
+    `base`, `data` and `effort` take the place of the recipe's; a string of `data` is taken as
+    DataSpec.with_text takes it. `tokens_sha256` is the hash that the tokens must have. Raises CompressError
+    for wrong input, and AcceptError if the result misses the recipe's bounds; then nothing is published, and
+    the finished layers are kept.
     """
     start = time.monotonic()
     recipe.require_own_names(base=base.name if isinstance(base, Base) else base, data=data)
@@ -79,7 +85,8 @@ def run_recipe(
         else find_base(base or recipe.base, recipe.revision if base is None else None)
     )
     config = config_of(found.folder, base=True)
-    resolved, tokenizer = resolve(recipe, data, device), tokenizer_of(found.folder)
+    settled = recipe.with_effort(effort)
+    resolved, tokenizer = resolve(settled, data, device), tokenizer_of(found.folder)
     pinned, spec, where = resolved.recipe, resolved.data, resolved.device
     require_same_vocabulary(resolved, config, tokenizer)
     base_size = Checkpoint.open(found.folder).size_bytes
@@ -94,7 +101,7 @@ def run_recipe(
         require_computable(model)
         require_loadable(found.folder, config)
         require_portable(found.folder, model.checkpoint.config, tokenizer, within=place)
-        text = calibration_data(model, spec, tokenizer, recipe.training_tokens)
+        text = calibration_data(model, spec, tokenizer, settled.training_tokens, settled.effort)
         if tokens_sha256 not in (None, text.sha256):
             raise DataError(
                 f"{spec.source} gives tokens with sha256 {text.sha256[:16]}, the report was made with "
@@ -103,14 +110,25 @@ def run_recipe(
             )
         store = DiskStore(pinned, model, found.folder, text, place)
         facts = run_stages(pinned, store, store.teacher, text, track)
+        folder = None
         if writer is not None:
             folder = write_weights(writer, store.model, store.left)
             keep_tokens(folder, tokenizer, found.folder)
-            before, after, measured = _measure(found, folder, str(out), where, text, track)
+        folder = Processes.all("batch").agreed(folder)
+        assert folder is not None, "rank 0 writes"
+        del model, store  # measuring reads from the disk what it needs
+        measured, checkpoints = _compare(folder, found.folder, where, text, track)
+        if writer is not None:
+            before = _facts_of_base(found, checkpoints[1], measured, text, where)
+            after = _facts_of_artefact(
+                str(out), checkpoints[0], measured, speed_of(folder, text.evaluation, where)
+            )
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
-            report = report_of(recipe, before, after, measured, text, facts, cost, where)
-            report.require(**recipe.accept.model_dump())
-            writer.publish(companions(report, recipe, found.folder, place))
+            ran = as_it_ran(settled, text)
+            chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
+            report = report_of(ran, before, after, measured, text, facts, cost, where, chosen)
+            report.require(**ran.accept.model_dump())
+            writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
     return Report.of(target)
 
@@ -125,31 +143,54 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
         return student_folder(recipe.student, place / "student", seed, write=writes)
 
 
-def _measure(
-    base: Base, folder: Path, out: str, device: torch.device, text: CalibrationData, track: Track
-) -> tuple[ModelFacts, ModelFacts, Fidelity]:
-    """Measure the base and the artefact from disk, and how far they are apart."""
-    written, base_model = DiskModel(folder, device, quantized=True), DiskModel(base.folder, device)
-    ours, theirs = (logits(each, text.evaluation, track, text.unscored) for each in (written, base_model))
-    measured = fidelity(ours, text.scored, theirs)
-    before = model_facts(
+@torch.no_grad()
+def _compare(
+    written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
+) -> tuple[Fidelity, tuple[Checkpoint, Checkpoint]]:
+    """Return how far two models on disk are apart, and their checkpoints. Each process measures its share of
+    the sequences. The weights are dropped, before others are loaded whole to be timed."""
+    models = DiskModel(written, device, quantized=True), DiskModel(base, device)
+    processes, found = Processes.all("batch"), dict[int, Columns]()
+    shard = processes.shard(batches_of(text.evaluation))
+    if shard.batches:
+        sequences = torch.cat(list(shard.batches))
+        scored = sequences[:, text.unscored :]
+        ours, theirs = (logits(each, sequences, track, text.unscored) for each in models)
+        measured = columns(zip(ours, theirs, strict=True), scored)
+        positions = [len(batch) * scored.shape[1] for batch in shard.batches]
+        by_batch = (torch.cat(column).split(positions) for column in zip(*measured, strict=True))
+        found = dict(zip(shard.numbers, zip(*by_batch, strict=True), strict=True))
+    whole = summary([*processes.gathered(found).values()], text.scored.shape[1])
+    return whole, (models[0].checkpoint, models[1].checkpoint)
+
+
+def _facts_of_base(
+    base: Base, checkpoint: Checkpoint, measured: Fidelity, text: CalibrationData, device: torch.device
+) -> ModelFacts:
+    """What the report says of the base."""
+    return model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=base_model.checkpoint.parameters,
-        size_bytes=base_model.checkpoint.size_bytes,
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.size_bytes,
         revision=base.revision,
         speed=_speed_of_base(base.folder, text, device),
     )
-    after = model_facts(
+
+
+def _facts_of_artefact(
+    out: str, checkpoint: Checkpoint, measured: Fidelity, speed: Speed | None
+) -> ModelFacts:
+    """What the report says of the artefact."""
+    return model_facts(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=written.checkpoint.parameters,
-        size_bytes=written.checkpoint.size_bytes,
-        speed=speed_of(folder, text.evaluation, device),
+        parameters=checkpoint.parameters,
+        size_bytes=checkpoint.size_bytes,
+        speed=speed,
     )
-    return before, after, measured
 
 
 def _speed_of_base(folder: Path, text: CalibrationData, device: torch.device) -> Speed | None:

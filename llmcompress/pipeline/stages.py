@@ -10,6 +10,7 @@ from typing import Protocol
 
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.integrations import distributed
+from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.cache import cache_folder
 from llmcompress.io.journal import Journal
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -29,8 +30,8 @@ class Store(Protocol):
 
     @property
     def shared(self) -> bool:
-        """Whether several processes work on one model. Then rank 0 alone runs the stages that do not
-        train."""
+        """Whether several processes work on one model. Then rank 0 alone runs the stages that neither train
+        nor divide their work."""
 
     def working(self, number: int) -> AbstractContextManager[tuple[Journal, Path]]:
         """Return a context with the journal of stage `number` and a folder for its temporary files."""
@@ -51,10 +52,19 @@ def run_stages(
     origin, facts = [] if recipe.student else list(range(len(store.model.layers))), list[StageFacts]()
     for number, stage in enumerate(recipe.stages):
         with store.working(number) as (journal, scratch):
+            divided = stage.divides if store.shared else None
             context = Context(
-                teacher, origin, text, journal, scratch, cache_folder(), recipe.data.seed, track
+                teacher,
+                origin,
+                text,
+                journal,
+                scratch,
+                cache_folder(),
+                recipe.data.seed,
+                track,
+                Processes.all(divided) if divided else ALONE,
             )
-            if not store.shared or distributed.first() or stage.trains:
+            if not store.shared or distributed.first() or stage.trains or divided:
                 facts.append(run_stage(stage, store.model, context))
             if store.shared:
                 distributed.wait()

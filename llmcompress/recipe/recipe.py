@@ -30,7 +30,7 @@ from pydantic import (
 from llmcompress import hub
 from llmcompress.data.calibration import DEMO
 from llmcompress.data.local_files import kind_of
-from llmcompress.data.sources import PYTHON_DOCS, DataSpec
+from llmcompress.data.sources import EFFORTS, PYTHON_DOCS, DataSpec, Effort
 from llmcompress.errors import RecipeError, argument
 from llmcompress.io.local_names import short_name
 from llmcompress.io.safe_parsing import Unreadable, yaml_of
@@ -91,6 +91,11 @@ class Recipe(BaseModel):
         description="commit, branch or tag of a base on the Hub",
     )
     data: DataSpec = Field(default=DataSpec(), description="text for calibration and evaluation")
+    effort: Effort | None = Field(
+        default=None,
+        description="how much text, rounding and steps, where the recipe does not say them; as `balanced` if "
+        "nothing is given",
+    )
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1, description="what is done, in order")]
     accept: Accept = Field(default=Accept(), description="bounds that the result must keep")
     _origin: RecipeFacts | None = PrivateAttr(default=None)
@@ -118,6 +123,20 @@ class Recipe(BaseModel):
     def teachers(self) -> tuple[str, ...]:
         """The teacher models other than the base."""
         return tuple(stage.models["teacher"] for stage in self.stages if "teacher" in stage.models)
+
+    def with_effort(self, effort: Effort | None) -> Recipe:
+        """Return the recipe with this effort in place of its own, and the settings of stages written out that
+        it decides. With None its own effort decides; if it has none, the stages keep their defaults. Errors:
+        RecipeError."""
+        word = self.effort if effort is None else effort
+        if word is None:
+            return self
+        if word not in EFFORTS:
+            raise RecipeError(f"{argument('effort')} is {word}; use {', '.join(EFFORTS)}")
+        stages = tuple(
+            stage.with_effort(word, self.stages[:number]) for number, stage in enumerate(self.stages)
+        )
+        return self.model_copy(update={"effort": word, "stages": stages})
 
     def renamed(self, name_of: Callable[[int, str, str], str]) -> Recipe:
         """The recipe with other names for its teachers and students: `name_of` receives the stage's number,

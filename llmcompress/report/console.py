@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
-from llmcompress.report.schema import Interval, Report, TrainingFacts
+from llmcompress.report.schema import EffortFacts, Interval, Report, TrainingFacts
 
 WORST = 5
 KEPT_SHOWN = 12  # rows; the rest of a long list is only counted
@@ -128,6 +128,11 @@ def steps(training: TrainingFacts) -> str:
     return f"{asked:,}" if done == asked else f"{done:,} of {asked:,}"
 
 
+def chosen_words(effort: EffortFacts) -> str:
+    """What an effort chose: effort balanced: data.samples 128, data.length 512."""
+    return f"effort {effort.level}: {', '.join(f'{key} {value}' for key, value in effort.chosen.items())}"
+
+
 def time_rows(report: Report) -> Rows:
     """Rows (stage, seconds, share of the run); the time outside stages is loading, measuring and writing."""
     whole = report.cost.seconds
@@ -162,6 +167,7 @@ def print_report(report: Report, console: Console) -> None:
     read += "; each sequence begins with BOS, where nothing is scored" if data.bos else ""
     for line in (
         *notes,
+        *([chosen_words(report.effort)] if report.effort else ()),
         f"text: {data.source} (sha256 {data.sha256[:12]}), {read}",
         f"peak memory: {amount(cost.peak_memory_bytes, 'B')}; on {report.environment.device}; {versions}",
         f"recipe {report.recipe_digest[:12]}",

@@ -1,21 +1,22 @@
 """Quality and cost of a model: perplexity, divergence from its base, bytes, tokens per second, memory.
 
-Fidelity reads batches of logits rather than a model, so the same code measures a model in memory and one that
-is walked layer by layer from disk. A batch is processed once, a few tokens at a time and in float32: that
-copy stays in the processor's cache, and memory stays bounded at a vocabulary of 150 thousand. Perplexity
-costs 2 to 6 us per token at a vocabulary of 4096 on one core (the fused cross entropy is twice as fast there
-as a hand-written logsumexp), a few hundredths of the forward pass of a model with 8 M parameters. Divergence
-costs five to ten times that. Nothing here changes a weight, but a kernel may: bitsandbytes repacks 4-bit
-weights on some CPUs at the first forward, so do not save a model after measuring it.
+Fidelity reads pieces of logits rather than a model, so the same code measures a model in memory and one that
+is walked layer by layer from disk. A piece is processed once, a few tokens at a time and in float32: that
+copy stays in the processor's cache, and memory is that of a piece, which can be a part of one sequence.
+Perplexity costs 2 to 6 us per token at a vocabulary of 4096 on one core (the fused cross entropy is twice as
+fast there as a hand-written logsumexp), a few hundredths of the forward pass of a model with 8 M parameters.
+Divergence costs five to ten times that. Nothing here changes a weight, but a kernel may: bitsandbytes repacks
+4-bit weights on some CPUs at the first forward, so do not save a model after measuring it.
 """
 
 import importlib
+import inspect
 import json
 import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -24,7 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.errors import DataError, ModelError
+from llmcompress.kernels.float32_products import plain_float32_products
 from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
 
 # resamples of the bootstrap: the ends of a 95 % interval then move by about 2 % of its width between seeds
@@ -33,6 +36,7 @@ CHUNK_ELEMENTS_CPU = 1 << 17  # logits in float32 at a time: 0.5 MB stays in a c
 CHUNK_ELEMENTS_GPU = 1 << 25  # the same on a GPU: 128 MB keeps it busy
 
 Progress = Callable[[int, int], None]  # (sequences done, sequences in all)
+Columns = tuple[Tensor, ...]  # what is measured at each of some positions
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,33 +78,41 @@ def fidelity(
     *,
     progress: Progress | None = None,
 ) -> Fidelity:
-    """Measure a model from its `logits`, float batches [B, L, V] on any device, on `sequences`, int64 [S, L]
-    with L >= 2.
+    """Measure a model from its `logits` on any device, on `sequences`, int64 [S, L] with L >= 2.
 
-    `against` yields the base's logits in batches of the same sizes. Position t predicts token t + 1, so
-    perplexity is over the first L - 1 positions. KL and top-1 agreement use all L, because the last position
-    has a distribution too. KL is computed in float32, exact to about 1e-6 nats; values that rounding leaves
-    below zero count as zero. p99 is the smallest KL that 99 % of the tokens do not exceed. Raises ModelError
-    for non-finite logits or unequal vocabularies, DataError for tokens outside the vocabulary.
+    They come in the order of the positions, in floating-point tensors [B, L, V] of some sequences or [1, C,
+    V] of a part of one. `against` yields the base's logits in tensors of the same sizes. Position t predicts
+    token t + 1, so perplexity is over the first L - 1 positions. KL and top-1 agreement use all L, because
+    the last position has a distribution too. KL is computed in float32, exact to about 1e-6 nats; values that
+    rounding leaves below zero count as zero. p99 is the smallest KL that 99 % of the tokens do not exceed.
+    Raises ModelError for non-finite logits or unequal vocabularies, DataError for tokens outside the
+    vocabulary.
     """
     if sequences.ndim != 2 or sequences.shape[0] < 1 or sequences.shape[1] < 2:
         raise ValueError(f"sequences are [S >= 1, L >= 2], not {list(sequences.shape)}")
     pairs: Iterable[tuple[Tensor, Tensor | None]]
     pairs = ((batch, None) for batch in logits) if against is None else zip(logits, against, strict=True)
-    return _summary(list(_columns(pairs, sequences, progress)), sequences.shape[1])
+    return summary(list(columns(pairs, sequences, progress)), sequences.shape[1])
 
 
-def _columns(
-    pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None
-) -> Iterator[tuple[Tensor, ...]]:
-    """Yield per batch (nll [B],) in float64, or with a base (nll [B], base nll [B], KL [B * L], agreement [B
-    * L])."""
-    done, largest = 0, int(sequences.max())
+def columns(
+    pairs: Iterable[tuple[Tensor, Tensor | None]], sequences: Tensor, progress: Progress | None = None
+) -> Iterator[Columns]:
+    """Measure pieces of logits as `fidelity` does; those of several processes make one `summary`.
+
+    Yield per piece of n positions (nll [n],), or with a base (nll [n], base nll [n], KL [n], agreement [n]),
+    on the CPU; both nll are 0 at a sequence's last position.
+    """
+    done, largest, (S, length) = 0, int(sequences.max()), sequences.shape  # positions
+    following_SL = F.pad(sequences[:, 1:], (0, 1), value=IGNORED)
     for batch, base in pairs:
         B, L, V = batch.shape
-        if done + B > len(sequences) or sequences.shape[1] != L:
+        sequence, position = divmod(done, length)
+        whole = length == L and position == 0 and sequence + B <= S
+        part = B == 1 and position + L <= length and sequence < S
+        if not whole and not part:
             raise ValueError(
-                f"logits {[B, L, V]} do not continue sequences {list(sequences.shape)} at {done}"
+                f"logits {[B, L, V]} do not continue sequences {list(sequences.shape)} at {sequence}"
             )
         if largest >= V:
             raise DataError(
@@ -114,29 +126,27 @@ def _columns(
             )
         if base is not None and base.shape != batch.shape:
             raise ValueError(f"the base's logits {list(base.shape)} are not beside the model's {[B, L, V]}")
-        target = sequences[done : done + B].to(batch.device)
+        labels = following_SL[sequence : sequence + B, position : position + L].to(batch.device)
         if base is None:
-            yield (_finite(_per_sequence(_cross_entropy(batch, target), B), "model", done),)
+            yield (_finite(_cross_entropy(batch, labels).cpu(), "model", sequence),)
         else:
-            own, other, kl, same = _divergence(batch, base.to(batch.device), target)
-            parts = _per_sequence(own, B), _per_sequence(other, B)
+            own, other, kl, same = (x.cpu() for x in _divergence(batch, base.to(batch.device), labels))
             yield (
-                _finite(parts[0], "model", done),
-                _finite(parts[1], "base", done),
-                _finite(kl.cpu(), "model or its base", done).clamp_(min=0),
-                same.cpu(),
+                _finite(own, "model", sequence),
+                _finite(other, "base", sequence),
+                _finite(kl, "model or its base", sequence).clamp_(min=0),
+                same,
             )
-        done += B
+        done += B * L
         if progress is not None:
-            progress(done, len(sequences))
-    if done != len(sequences):
-        raise ValueError(f"{done} sequences of logits for {len(sequences)} sequences of tokens")
+            progress(done // length, S)
+    if done != S * length:
+        raise ValueError(f"{done // length} sequences of logits for {S} sequences of tokens")
 
 
-def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of the B * L positions, each with its next tokens [C]; a sequence's last position has none
-    and gets `ignored`."""
-    following = F.pad(target[:, 1:], (0, 1), value=ignored).flatten()
+def _chunks(logits: Tensor, labels: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of the B * L positions, each with its labels [C]."""
+    following = labels.flatten()
     elements = CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else CHUNK_ELEMENTS_GPU
     step = max(1, elements // logits.shape[-1])
     for start in range(0, len(following), step):
@@ -144,22 +154,22 @@ def _chunks(logits: Tensor, target: Tensor, ignored: int) -> Iterator[tuple[slic
         yield here, following[here]
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    """Negative log-likelihood of the next token, float32 [B * L], 0 at the last position of each sequence."""
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Negative log-likelihood of labels [B, L], float32 [B * L], 0 where they are IGNORED."""
     flat = logits.flatten(0, 1)  # [B * L, V]
     return torch.cat(
         [
-            F.cross_entropy(flat[here].float(), y, reduction="none")
-            for here, y in _chunks(logits, target, -100)
+            F.cross_entropy(flat[here].float(), y, reduction="none", ignore_index=IGNORED)
+            for here, y in _chunks(logits, labels)
         ]
     )
 
 
-def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(nll, base nll, KL(base || model), top-1 agreement), each [B * L]; both nll are 0 at a sequence's last
-    position."""
+def _divergence(logits: Tensor, base: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(nll, base nll, KL(base || model), top-1 agreement), each [B * L]; both nll are 0 where labels are
+    IGNORED."""
     flat, base_flat, parts = logits.flatten(0, 1), base.flatten(0, 1), []
-    for here, y in _chunks(logits, target, -1):
+    for here, y in _chunks(logits, labels):
         z, z_base = flat[here].float(), base_flat[here].float()  # [C, V]
         same = z.argmax(-1) == z_base.argmax(-1)
         q, p = z.log_softmax(-1), z_base.log_softmax(-1)
@@ -170,10 +180,9 @@ def _divergence(logits: Tensor, base: Tensor, target: Tensor) -> tuple[Tensor, T
     return own, other, kl, same
 
 
-def _per_sequence(nll: Tensor, B: int) -> Tensor:
-    """Mean over a sequence's L - 1 predicted tokens, float64 [B] on the CPU."""
-    rows = nll.view(B, -1).cpu().double()
-    return rows.sum(-1) / (rows.shape[1] - 1)
+def _per_sequence(nll: Tensor, L: int) -> Tensor:
+    """Mean over a sequence's L - 1 predicted tokens, float64 [S], of values at all S * L positions."""
+    return nll.view(-1, L).double().sum(-1) / (L - 1)
 
 
 def _finite(values: Tensor, who: str, first: int) -> Tensor:
@@ -185,13 +194,16 @@ def _finite(values: Tensor, who: str, first: int) -> Tensor:
     return values
 
 
-def _summary(columns: list[tuple[Tensor, ...]], L: int) -> Fidelity:
-    nll, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
+def summary(columns: Sequence[Columns], L: int) -> Fidelity:
+    """Return the fidelity over all positions, which `columns` measured in sequences of L tokens."""
+    flat, *rest = (torch.cat(column) for column in zip(*columns, strict=True))
+    nll = _per_sequence(flat, L)
     tokens = len(nll) * (L - 1)
     if not rest:
         ((perplexity, interval),) = _bootstrap(nll[None])
         return Fidelity(perplexity, interval, tokens, nll)
-    base_nll, kl, same = rest
+    base_flat, kl, same = rest
+    base_nll = _per_sequence(base_flat, L)
     (perplexity, interval), (base, base_interval), (ratio, ratio_interval) = _bootstrap(
         torch.stack((nll, base_nll, nll - base_nll))
     )
@@ -279,6 +291,7 @@ class Speed:
 
 
 @torch.no_grad()
+@plain_float32_products()
 def speed(
     model: torch.nn.Module,
     sequences: Tensor,
@@ -290,10 +303,11 @@ def speed(
     """Return the best of up to `repeats` runs after one warm-up run, on the first of `sequences`, int64 [S,
     L] with L >= 2.
 
-    Prefill reads the whole sequence; decode writes `decode_tokens` (fewer if L is short) after at most 128
-    tokens of it. Each has `budget_s` seconds, after which no new run starts; a model slower than that is
-    timed by its warm-up run alone. Gradients are off through `no_grad`, as in `generate`: `inference_mode`
-    could leave buffers in the model that training refuses later.
+    Prefill reads the whole sequence and predicts the token after it, as `generate` does; decode writes
+    `decode_tokens` (fewer if L is short) after at most 128 tokens of it. Each has `budget_s` seconds, after
+    which no new run starts; a model slower than that is timed by its warm-up run alone. Gradients are off
+    through `no_grad`, as in `generate`: `inference_mode` could leave buffers in the model that training
+    refuses later.
     """
     sequence, memory = sequences[:1].to(next(model.parameters()).device), _tensor_bytes(model)
     prompt = sequence[:, : max(1, min(128, sequence.shape[1] - decode_tokens))]
@@ -329,15 +343,21 @@ def _best(run: Callable[[], float], repeats: int, budget_s: float) -> float:
     return min(times[1:] or times)
 
 
+def _last_logits(model: torch.nn.Module) -> dict[str, int]:
+    """The argument with which a forward pass computes the logits of the last position alone, if it has
+    one."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+
+
 def _prefill_s(model: torch.nn.Module, sequence: Tensor) -> float:
-    start = _now(sequence.device)
-    model(sequence, use_cache=False)
+    kept, start = _last_logits(model), _now(sequence.device)
+    model(sequence, use_cache=False, **kept)
     return _now(sequence.device) - start
 
 
 def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
     """Seconds for `steps` greedy tokens, without the time to read the prompt."""
-    out = model(prompt, use_cache=True)
+    out = model(prompt, use_cache=True, **_last_logits(model))
     start = _now(prompt.device)
     for _ in range(steps):
         out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)

@@ -70,7 +70,7 @@ def card(report: Report, recipe_yaml: str, base_card: Mapping[str, Any], repo: s
         _opening(report, repo),
         _change(report),
         _loading(report, repo),
-        _recipe(recipe_yaml),
+        _recipe(recipe_yaml) + _chosen(report),
         _errors(report),
     ]
     parts += [_training(report), _limits(report), _reproduction(report, repo)]
@@ -242,6 +242,14 @@ def _recipe(recipe_yaml: str) -> str:
     longest = max((len(run) for run in re.findall("`+", recipe_yaml)), default=0)
     fence = "`" * max(3, longest + 1)  # longer than any run of backticks in the recipe
     return f"## Recipe\n\n{fence}yaml\n{recipe_yaml.strip()}\n{fence}"
+
+
+def _chosen(report: Report) -> str:
+    """What an effort chose where the recipe that was run says nothing; empty if everything was said."""
+    if report.effort is None:
+        return ""
+    chosen = ", ".join(f"`{key}: {value}`" for key, value in report.effort.chosen.items())
+    return f"\n\nChosen by effort `{report.effort.level}`: {chosen}."
 
 
 def _errors(report: Report) -> str:

@@ -101,6 +101,14 @@ class DataFacts(_Facts):
     bos: bool | None = None
 
 
+class EffortFacts(_Facts):
+    """The effort of the run, and what it chose where the recipe says nothing: keys of the recipe with their
+    values."""
+
+    level: str
+    chosen: dict[str, int | str]
+
+
 class RecipeFacts(_Facts):
     """Where a recipe comes from: a repository on the Hub, at a commit."""
 
@@ -207,6 +215,7 @@ class Report(_Facts):
     version: Annotated[int, Field(alias="schema", ge=SCHEMA, le=SCHEMA)] = SCHEMA
     recipe_digest: str
     recipe: RecipeFacts | None = None
+    effort: EffortFacts | None = None
     base: ModelFacts
     compressed: ModelFacts
     fidelity: FidelityFacts
@@ -236,7 +245,11 @@ class Report(_Facts):
         facts = self.model_dump(mode="json", by_alias=True)
         facts["environment"]["versions"] = dict(sorted(facts["environment"]["versions"].items()))
         # present only if they are set
-        optional = [(facts, "recipe"), *((facts["data"], key) for key in (*DATA_PLACE, "bos"))]
+        optional = [
+            (facts, "recipe"),
+            (facts, "effort"),
+            *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
+        ]
         for holder, key in optional:
             if holder[key] is None:
                 del holder[key]

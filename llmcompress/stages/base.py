@@ -19,12 +19,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
 from llmcompress.data.calibration import CalibrationData
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError, argument, first_line
 from llmcompress.formats.registry import RewrittenLayout
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.distributed import By, Processes
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import Track
+from llmcompress.stages.cost import Time as Time
+from llmcompress.stages.cost import Workload as Workload
 
 LinearScheme = QuantScheme | RewrittenLayout  # how one linear is written
 OUTER = "outer"  # journal entry of the tensors outside the layers
@@ -86,6 +90,7 @@ class Context:
     cache: Path  # a folder for what other runs may read too
     seed: int
     track: Track
+    processes: Processes  # which divide the calibration text among themselves
 
 
 class LinearRecord(JournalFacts):
@@ -155,16 +160,6 @@ class StageResult:
 
 
 @dataclass(frozen=True)
-class Workload:
-    """The work of a stage, for an estimate."""
-
-    tokens: int  # tokens of calibration text
-    length: int  # tokens of a sequence
-    rate: float  # operations per second of this machine
-    size_bytes: int  # size of the model as the stage finds it
-
-
-@dataclass(frozen=True)
 class Estimate:
     """What a stage would leave and cost."""
 
@@ -172,7 +167,7 @@ class Estimate:
     parameters: int
     size_bytes: int
     peak_memory_bytes: int
-    seconds: float
+    time: Time
     notes: tuple[str, ...] = ()
 
 
@@ -202,11 +197,12 @@ class Stage(Settings):
 
     name: ClassVar[str]  # in recipes, journals and reports
     section: ClassVar[str] = "other"  # heading in the list of shipped recipes
-    trains: ClassVar[bool] = False  # whether it runs in every process of a distributed run
+    trains: ClassVar[bool] = False  # whether it trains, which divides batches by itself
     quantizes: ClassVar[bool] = False  # whether nothing but training may follow it
     rewrites: ClassVar[bool] = False  # whether it leaves linears that can't be pruned: no plain matrices
     has_levels: ClassVar[bool] = False  # whether its codes have levels that training can move
     combines: ClassVar[bool] = False  # whether it costs so much that training belongs after it
+    shares: ClassVar[bool] = False  # whether layers may have one weight after it
 
     @property
     def models(self) -> dict[str, str]:
@@ -216,6 +212,21 @@ class Stage(Settings):
     def with_models(self, names: Mapping[str, str]) -> Stage:
         """Return the stage with other names for these roles."""
         return self.model_copy(update=dict(names)) if names else self
+
+    def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
+        """Return the stage with every setting written out that an effort decides and the recipe does not say.
+        `before` are the stages before it."""
+        return self
+
+    def unsaid(self, **settings: JsonValue) -> dict[str, JsonValue]:
+        """Those of the settings that were not given to the stage."""
+        return {name: value for name, value in settings.items() if name not in self.model_fields_set}
+
+    @property
+    def divides(self) -> By | None:
+        """What several processes divide among themselves; None if rank 0 does the work and the others
+        wait."""
+        return None
 
     @property
     def takes_all(self) -> bool:

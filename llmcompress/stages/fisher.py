@@ -8,10 +8,11 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import metric_factor
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import output_fisher
-from llmcompress.stages.base import Context
+from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal
 TOKENS = 32768  # more tokens change the results by less than their noise
+WHAT = "errors that matter"  # what its time is called in a plan
 DAMP = 0.01  # damping of a matrix when it is factored
 
 
@@ -27,9 +28,26 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
         return
     sequences = context.data.calibration
     sequences = sequences[: -(-tokens_for(model.config.hidden_size) // sequences.shape[1])]
-    found = output_fisher(model, sequences, context.scratch, context.seed, unscored=context.data.unscored)
+    found = output_fisher(
+        model,
+        sequences,
+        context.scratch,
+        context.seed,
+        unscored=context.data.unscored,
+        processes=context.processes,
+    )
     for index, F_DD in context.track(found, "find the errors that matter", layers):
         journal.save(FISHER, index, {"F_DD": F_DD})
+
+
+def time_of(work: Workload) -> Time:
+    """The time of `find_fisher`: a forward pass, then a backward pass that repeats it layer by layer, through
+    the inputs alone."""
+    D = work.model.config.hidden_size
+    tokens = min(work.tokens, tokens_for(D))
+    found = work.passes(3, tokens, what=WHAT) + work.heads(3, tokens, what=WHAT)
+    moments = len(work.model.layers) * work.machine.moments(tokens, D, 1)
+    return found + Time({WHAT: moments})
 
 
 def fisher(context: Context, index: int) -> Tensor:

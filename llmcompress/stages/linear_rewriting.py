@@ -137,7 +137,13 @@ class Rewriting:
         """Rewrite every layer that the journal does not hold yet, and leave its tensors and facts there."""
         journal, layers = context.journal, len(model.layers)
         if not all(journal.has(self.stage, index) for index in range(layers)):
-            visited = walk(model, context.data.calibration, reference=self.calibrated, half=True)
+            visited = walk(
+                model,
+                context.data.calibration,
+                reference=self.calibrated,
+                half=True,
+                processes=context.processes,
+            )
             for layer in context.track(visited, self.what, layers):
                 layouts = layer.own(chosen)
                 if journal.has(self.stage, layer.index):
@@ -162,10 +168,8 @@ class Rewriting:
         linears = list[LinearRecord]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
             moments = layer.moments(consumers, in_turn=True)
-            for linear in [linear for linear in consumers if linear in layouts]:
+            for linear, packed in self._solved(layer, layouts, consumers, moments).items():
                 W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
-                with naming_layer(name):
-                    packed = self.solve(name, W_RC, moments[linear], layout)
                 S_RC = registry.dequantize(packed).to(W_RC.device)
                 layer.set_weight(linear, S_RC)
                 parts = registry.tensors_of(packed)
@@ -185,6 +189,30 @@ class Rewriting:
                     )
                 )
         return tensors, LayerRecord(name=layer.name, linears=tuple(linears))
+
+    def _solved(
+        self,
+        layer: DecoderLayer,
+        layouts: Mapping[str, RewrittenLayout],
+        consumers: Sequence[str],
+        moments: Mapping[str, Moments],
+    ) -> dict[str, StoredWeight]:
+        """Solve for the linears that read one input, divided among the processes."""
+        processes, solved = layer.shard.processes, dict[str, StoredWeight]()
+        weights = {linear: layer.weight(linear) for linear in consumers if linear in layouts}
+        owners = processes.owners({linear: W_RC.numel() for linear, W_RC in weights.items()})
+        for linear, W_RC in weights.items():
+            if owners[linear] == processes.rank:
+                name = f"{layer.name}.{linear}"
+                with naming_layer(name):
+                    solved[linear] = self.solve(name, W_RC, moments[linear], layouts[linear])
+        if processes.count == 1:
+            return solved
+        for linear, W_RC in weights.items():
+            own = registry.tensors_of(solved[linear]) if linear in solved else {}
+            parts = {part: tensor.cpu() for part, tensor in processes.sent(own, owners[linear]).items()}
+            solved[linear] = layouts[linear].read(parts, W_RC.shape[1])
+        return {linear: solved[linear] for linear in weights}
 
 
 def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[str, ...]:

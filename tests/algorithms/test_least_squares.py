@@ -54,7 +54,7 @@ def test_damping_is_a_penalty_on_moving_away_from_the_weight(damp: float) -> Non
 def seen(x: Tensor, full: Tensor) -> Moments:
     """Moments in float64, so that identities show."""
     found = Moments(x.shape[1])
-    found.H_CC, found.gap_FC = moments(x), (full - x).T @ x / len(x)
+    found._H_CC, found.gap_FC = moments(x), (full - x).T @ x / len(x)
     return found
 
 

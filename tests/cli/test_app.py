@@ -99,6 +99,60 @@ def test_plan_says_what_to_expect_and_runs_nothing(shelf: Path, cli: Cli) -> Non
     assert sorted(shelf.rglob("*")) == before
 
 
+def test_plan_takes_the_best_effort_that_fits_in_a_time(shelf: Path, cli: Cli) -> None:
+    arguments = ("plan", shelf / "recipe.yaml", "--base", shelf / "base")
+    done = cli(*arguments, "--time", "1000h")
+    assert done.code == 0 and "quantize (nf4, learned)" in done.out
+    assert done.err.startswith("in 1000 h 00 min: effort best (fast about ") and "--effort best" in done.err
+    assert len(done.err.splitlines()) == 1
+    done = cli(*arguments, "--effort", "fast")
+    assert done.code == 0 and not done.err and "effort fast: stages.0.quantize.rounding gptq" in done.out
+
+
+def test_run_takes_an_effort(shelf: Path, cli: Cli, tmp_path: Path) -> None:
+    recipe = {"data": {"source": str(shelf / "facts.txt"), "length": 16}, "stages": ["quantize"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    arguments = ("--base", shelf / "base", "--out", tmp_path / "out", "--effort", "fast")
+    done = cli("run", tmp_path / "recipe.yaml", *arguments)
+    assert done.code == 0, done.err
+    told = json.loads((tmp_path / "out" / "report.json").read_text())["effort"]
+    assert told == {
+        "level": "fast",
+        "chosen": {"data.samples": 32, "stages.0.quantize.rounding": "gptq"},
+    }
+    assert "effort fast: data.samples 32" in " ".join(done.out.split())
+
+
+def test_run_takes_the_best_effort_that_fits_in_a_time(shelf: Path, cli: Cli, tmp_path: Path) -> None:
+    data = {"source": str(shelf / "facts.txt"), "samples": 4, "length": 16}
+    recipe = {"data": data, "stages": [{"quantize": {"rounding": "nearest"}}]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    arguments = ("--base", shelf / "base", "--out", tmp_path / "out", "--time", "1000h")
+    done = cli("run", tmp_path / "recipe.yaml", *arguments)
+    assert done.code == 0, done.err
+    assert "in 1000 h 00 min: effort best (fast about " in done.err
+    assert "effort: best" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (("--time", "30"), "--time 30 is no time; give one like 30m, 2h, 90s or 1h30m"),
+        (("--time", "0m"), "--time 0m is no time"),
+        (("--time", "1s"), "no effort fits in --time 1.0 s (fast about "),
+        (("--time", "30m", "--effort", "fast"), "--effort and --time both decide the effort; give one"),
+        (("--effort", "most"), "--effort is most; use fast, balanced, best"),
+    ],
+)
+def test_a_wrong_effort_or_time_is_one_clear_line(
+    command: str, given: tuple[str, ...], message: str, shelf: Path, cli: Cli, tmp_path: Path
+) -> None:
+    out = ("--out", tmp_path / "out") if command == "run" else ()
+    arguments = (shelf / "recipe.yaml", "--base", shelf / "base", *out)
+    refused(cli(command, *arguments, *given), message, tmp_path)
+
+
 def test_evaluate_writes_the_keys_of_the_contract(shelf: Path, cli: Cli, tmp_path: Path) -> None:
     data = ("--data", shelf / "facts.txt", "--length", 24, "--samples", 4)
     done = cli("evaluate", shelf / "out", *data, "--json", tmp_path / "alone.json")

@@ -15,6 +15,8 @@ COMMANDS: dict[str, Any] = typer.main.get_command(app).commands  # type: ignore[
 SHARED = {
     "--base": {"run", "plan", "reproduce"},
     "--data": {"run", "plan", "evaluate", "reproduce"},
+    "--effort": {"run", "plan"},
+    "--time": {"run", "plan"},
     "--device": {"run", "plan", "evaluate", "reproduce"},
     "--out": {"run", "reproduce"},
     "--overwrite": {"run", "reproduce"},

@@ -26,6 +26,7 @@ from llmcompress.modeling.sequential import (
     divergences,
     following,
     gradients,
+    label_generator,
     next_tokens,
     output_fisher,
     walk,
@@ -283,12 +284,10 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     last = len(model.layers) - 1
     begun, without = (dict(output_fisher(model, tokens, tmp_path, 0, unscored=n))[last] for n in (0, 1))
     grads: list[Tensor] = []
-    generator = torch.Generator().manual_seed(0)
 
-    def drawn(scores: Tensor, given: Tensor) -> Tensor:
-        found = torch.multinomial(scores.detach().flatten(0, 1).softmax(-1), 1, generator=generator).view(
-            given.shape
-        )
+    def drawn(number: int, scores: Tensor, given: Tensor) -> Tensor:
+        p_TV = scores.detach().flatten(0, 1).softmax(-1)
+        found = torch.multinomial(p_TV, 1, generator=label_generator(0, number, CPU)).view(given.shape)
         found[:, 0] = IGNORED
         return found
 

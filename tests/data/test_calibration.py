@@ -401,7 +401,7 @@ def test_the_demo_model_reads_python_docs() -> None:
         pytest.skip(f"no demo model at {DEMO_MODEL}: run evaluation/train_demo.py")
     tokenizer = AutoTokenizer.from_pretrained(DEMO_MODEL)
     layers = load_data(DataSpec(), tokenizer, len(tokenizer), 512)
-    assert layers.calibration.shape == (256, 512) and layers.evaluation.shape == (64, 512)
+    assert layers.calibration.shape == (128, 512) and layers.evaluation.shape == (64, 512)
     assert str(tokenizer.decode(layers.evaluation[0].tolist())) in python_docs()[1]
 
 

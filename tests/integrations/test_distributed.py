@@ -1,32 +1,66 @@
-"""A run in several processes, as `accelerate launch` starts them: the same work, divided where there is
-training."""
+"""A run in several processes, as `accelerate launch` starts them: the same work, divided among them."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import CompressError
 from llmcompress.integrations import distributed
+from llmcompress.io.output_folder import partial_folder
+from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.distill.config import DistillConfig
-from tests.bases import save_base, staged_recipe, write_text
+from tests.bases import known, save_base, staged_recipe, write_text
+
+
+def command(recipe: Path, out: Path, count: int) -> tuple[list[str], dict[str, str]]:
+    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for
+    several GPUs, and its environment."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    words = [*launcher, "-m", "llmcompress", "run", str(recipe), "--out", str(out)]
+    return words, os.environ | {"OMP_NUM_THREADS": "1", "LLMCOMPRESS_CACHE": str(out.parent / "cache")}
 
 
 def launch(recipe: Path, out: Path, count: int) -> subprocess.CompletedProcess[str]:
-    """The command line in so many processes on the CPU, through torch's launcher, which is accelerate's for
-    several GPUs."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    command = [*launcher, "-m", "llmcompress", "run", str(recipe), "--out", str(out)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "LLMCOMPRESS_CACHE": str(out.parent / "cache")}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    """Run the command to its end."""
+    words, environment = command(recipe, out, count)
+    return subprocess.run(words, capture_output=True, text=True, env=environment, timeout=300)
+
+
+def ran(place: Path, recipe: Recipe, *counts: int) -> list[tuple[dict[str, torch.Tensor], float]]:
+    """The tensors of a recipe's result, and its KL, in runs of so many processes."""
+    (place / "recipe.yaml").write_text(recipe.to_yaml())
+    found = list[tuple[dict[str, torch.Tensor], float]]()
+    for count in counts:
+        out = place / str(count)
+        done = launch(place / "recipe.yaml", out, count)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert done.stdout.count("The compressed model lies in") == 1
+        found.append((load_file(out / "model.safetensors"), known(Report.of(out).fidelity.kl_nats_mean)))
+    assert {frozenset(tensors) for tensors, _ in found} == {frozenset(found[0][0])}
+    return found
+
+
+def share_that_differs(one: dict[str, torch.Tensor], two: dict[str, torch.Tensor]) -> float:
+    """The share of the bytes of codes that differ, among linears that read what no code has changed yet."""
+    coded = [name for name in one if one[name].dtype in (torch.uint8, torch.int8)]
+    first = [name for name in coded if re.search(r"layers\.0\.self_attn\.[qkv]_proj\.weight", name)]
+    assert first
+    return sum(int((one[name] != two[name]).sum()) for name in first) / sum(one[n].numel() for n in first)
 
 
 @pytest.mark.slow
@@ -37,18 +71,154 @@ def test_two_processes_train_as_one_does(tmp_path: Path) -> None:
         {"prune": {"axis": "ffn", "keep": 64, "repair": False}},
         {"distill": {"steps": 4, "batch": 4, "learning_rate": 1e-4, "cache": True}},
     ]
-    (tmp_path / "recipe.yaml").write_text(staged_recipe(text, tmp_path / "base", *stages).to_yaml())
-    for count in (1, 2):
-        done = launch(tmp_path / "recipe.yaml", tmp_path / str(count), count)
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert done.stdout.count("The compressed model lies in") == 1
-    one, two = (load_file(tmp_path / str(count) / "model.safetensors") for count in (1, 2))
-    assert one.keys() == two.keys()
+    (one, first), (two, second) = ran(tmp_path, staged_recipe(text, tmp_path / "base", *stages), 1, 2)
     apart = torch.cat([(two[name] - one[name]).abs().flatten() for name in one])
     # Adam makes a step of what is left of a gradient that is nearly nothing
     assert apart.quantile(0.99) < 1e-6
-    first, second = (Report.of(tmp_path / str(count)).fidelity.kl_nats_mean for count in (1, 2))
-    assert first is not None and second == pytest.approx(first, rel=1e-3)
+    assert second == pytest.approx(first, rel=1e-3)
+
+
+# stages, the family of the base, and the share of the first codes that may differ
+DIVIDED: dict[str, tuple[list[dict[str, Any]], str, float]] = {
+    "gptq": ([{"quantize": {"format": "nf4"}}], "qwen2", 0.01),
+    "nearest": ([{"quantize": {"format": "w8a8", "rounding": "nearest"}}], "llama", 0.0),
+    "learned": ([{"quantize": {"format": "nf4", "rounding": "learned", "steps": 12}}], "llama", 0.01),
+    # where the factors of a search move, so do all codes
+    "smooth": ([{"quantize": {"format": "w8a8", "activations": "static", "smooth": {}}}], "llama", 1.0),
+    "sparsify": ([{"sparsify": {"pattern": "2:4"}}], "llama", 0.01),
+    "prune, then quantise": (
+        [{"prune": {"axis": "ffn", "keep": 192}}, {"quantize": {"format": "nf4"}}],
+        "llama",
+        0.01,
+    ),
+    "taylor": (
+        [{"prune": {"axis": "kv", "keep": 1, "score": "taylor"}}, {"quantize": {"format": "nf4"}}],
+        "llama",
+        0.01,
+    ),
+    "experts": (
+        [{"prune": {"axis": "expert", "keep": 3}}, {"quantize": {"format": "nf4", "embedding": "int8"}}],
+        "qwen3_moe",
+        0.01,
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DIVIDED)
+def test_two_processes_compress_as_one_does(name: str, tmp_path: Path) -> None:
+    stages, family, may_differ = DIVIDED[name]
+    text = write_text(tmp_path / "facts.txt")
+    save_base(tmp_path / "base", family)
+    recipe = staged_recipe(text, tmp_path / "base", *stages, samples=128)
+    (one, first), (two, second) = ran(tmp_path, recipe, 1, 2)
+    assert share_that_differs(one, two) <= may_differ
+    assert second == pytest.approx(first, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_process_without_a_sequence_changes_nothing(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "facts.txt")
+    save_base(tmp_path / "base", "qwen3_moe")
+    settings = {"format": "w8a8", "activations": "static", "rounding": "learned", "steps": 3}
+    stages = [{"quantize": settings | {"smooth": {}, "protect": 0.1, "embedding": "int8"}}]
+    (one, first), (two, second) = ran(
+        tmp_path, staged_recipe(text, tmp_path / "base", *stages, samples=1), 1, 2
+    )
+    assert all(torch.equal(one[name], two[name]) for name in one) and first == second
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_run_of_which_a_process_is_killed_ends_with_a_line_and_goes_on(rank: int, tmp_path: Path) -> None:
+    text = write_text(tmp_path / "facts.txt")
+    save_base(tmp_path / "base", num_hidden_layers=8)
+    recipe = staged_recipe(text, tmp_path / "base", {"quantize": {"format": "nf4"}}, samples=128)
+    ((whole, _),) = ran(tmp_path, recipe, 2)
+    journal = partial_folder(tmp_path / "out") / "journal"
+    words, environment = command(tmp_path / "recipe.yaml", tmp_path / "out", 2)
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=environment) as launcher:
+        deadline = time.monotonic() + 200
+        while len(list(journal.glob("quantize.*"))) < 2:
+            assert launcher.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+        of_rank(launcher.pid, rank).kill()
+        told = launcher.communicate(timeout=60)[1]
+    lines = ("another process of this run has ended", "the same command goes on where it was")
+    assert launcher.returncode and any(line in told for line in lines)
+    assert not (tmp_path / "out").exists() and len(list(journal.glob("quantize.*"))) >= 2
+    assert launch(tmp_path / "recipe.yaml", tmp_path / "out", 2).returncode == 0
+    (note,) = Report.of(tmp_path / "out").stages[0].notes
+    assert "were done by an earlier run that was interrupted" in note
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+
+
+def of_rank(launcher: int, rank: int) -> psutil.Process:
+    """The process of a rank that a launcher has started."""
+    children = psutil.Process(launcher).children(recursive=True)
+    return next(child for child in children if child.environ().get("RANK") == str(rank))
+
+
+@pytest.mark.parametrize("by", ["batch", "sequence"])
+@pytest.mark.parametrize("count", [1, 2, 3, 5])
+def test_processes_have_every_sequence_once(by: distributed.By, count: int) -> None:
+    batches = list(torch.arange(11)[:, None].split(3))
+    shards = [distributed.Processes(rank, count, by).shard(batches) for rank in range(count)]
+    sequences = sorted(int(n) for shard in shards for batch in shard.batches for n in batch.flatten())
+    assert sequences == list(range(11))
+    for shard in shards:
+        assert shard.sizes == (3, 3, 3, 2) and len(shard.numbers) == len(shard.batches)
+        for number, batch in zip(shard.numbers, shard.batches, strict=True):
+            assert set(batch.flatten().tolist()) <= set(batches[number].flatten().tolist())
+    if by == "sequence" and count == 2:
+        assert [shard.numbers for shard in shards] == [(0, 1, 2, 3)] * 2
+    if by == "batch" and count == 3:
+        assert [shard.numbers for shard in shards] == [(0, 3), (1,), (2,)]
+        assert [shard.first(2) for shard in shards] == [1, 1, 0]
+
+
+def test_the_costliest_work_is_divided_first() -> None:
+    costs = {"k": 2, "q": 8, "v": 2, "gate": 5}
+    assert distributed.Processes(0, 2).owners(costs) == {"q": 0, "gate": 1, "k": 1, "v": 1}
+    assert set(distributed.ALONE.owners(costs).values()) == {0}
+
+
+def test_pooled_moments_are_those_of_all_tokens() -> None:
+    x, full = torch.randn(7, 4), torch.randn(7, 4)
+    parts = [Moments(4) for _ in range(3)]
+    parts[0].add(x[:5], full[:5])
+    parts[1].add(x[5:], full[5:])  # the third sees none
+    whole = Moments(4)
+    whole.add(x, full)
+    pooled = together(parts)
+    for each in pooled:
+        assert each.tokens == 7
+        for name in ("H_CC", "gap_FC", "mean_C", "full_C", "top_C"):
+            torch.testing.assert_close(getattr(each, name), getattr(whole, name))
+
+
+def together(parts: list[Moments]) -> list[Moments]:
+    """Pool moments as processes do, each in a thread that waits for the others."""
+    barrier, given = threading.Barrier(len(parts)), dict[int, tuple[torch.Tensor, ...]]()
+
+    def exchanged(rank: int, tensors: tuple[torch.Tensor, ...], largest: bool) -> None:
+        given[rank] = tuple(tensor.clone() for tensor in tensors)
+        barrier.wait()
+        for number, tensor in enumerate(tensors):
+            every = torch.stack([given[other][number] for other in range(len(parts))])
+            tensor.copy_(every.amax(0) if largest else every.sum(0))
+        barrier.wait()
+
+    def pool(rank: int) -> None:
+        parts[rank].pool(
+            lambda *tensors: exchanged(rank, tensors, False), lambda *tensors: exchanged(rank, tensors, True)
+        )
+
+    with ThreadPoolExecutor(len(parts)) as threads:
+        list(threads.map(pool, range(len(parts))))
+    return parts
 
 
 def test_a_batch_that_does_not_divide_among_processes_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,6 +237,13 @@ def test_one_process_waits_for_no_other() -> None:
     distributed.wait()
     with distributed.first_alone() as writes:
         assert writes
+    alone, tensor = distributed.ALONE, torch.ones(2)
+    alone.sum_(tensor)
+    assert tensor.equal(torch.ones(2)) and alone.mean(0.1, 3) == 0.1
+    assert alone.sent({"x": tensor}, 0)["x"] is tensor and alone.gathered({1: "b", 0: "a"}) == {
+        0: "a",
+        1: "b",
+    }
 
 
 SHARDED = """

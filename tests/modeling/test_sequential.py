@@ -16,7 +16,7 @@ from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
-from llmcompress.modeling.sequential import head_input, logits, output_fisher, walk
+from llmcompress.modeling.sequential import head_input, label_generator, logits, output_fisher, walk
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")
@@ -135,24 +135,25 @@ def test_what_is_final_is_run_once_and_again_where_it_changed_after_all() -> Non
     tokens, runs = sequences(100), list[int]()
     layers = walk(resident, tokens, reference=True)
     layer = next(layers)
-    layer.module.get_submodule("self_attn.o_proj").register_forward_hook(lambda *_: runs.append(0))
+    layer.module.get_submodule("self_attn.q_proj").register_forward_hook(lambda *_: runs.append(0))
     qkv, output, gates, down = layer.anatomy.consumers
     batches = len(layer.inputs)
     for group, linears in ((qkv, qkv), (output, output), (gates, gates), (down, down)):
         layer.moments(group, in_turn=True)
         for linear in linears:
             layer.set_weight(linear, 0.9 * layer.weight(linear))
-    assert len(runs) == 2 * batches, "once for each stream: on the way to the gates"
-    known = [layer._settled[i]["self_attn"] for i in range(batches)]
+    once = 2 * batches  # for each stream, on the way to the output projection
+    assert len(runs) == once + 2, "on the way to the gates, the first batch shows what attention returns"
+    known = [layer._finished.output(i, "self_attn") for i in range(batches)]
     outputs = layer.outputs(layer.inputs)
-    assert len(runs) == 2 * batches
-    assert all(layer._settled[i]["self_attn"] is known[i] for i in range(batches))
+    assert len(runs) == once + 2
+    assert all(layer._finished.output(i, "self_attn") is known[i] for i in range(batches))
     plain = [layer.run(hidden) for hidden in layer.inputs]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, plain, strict=True))
     layer.set_weight("self_attn.o_proj", layer.weight("self_attn.o_proj").clone())
-    assert layer._settled[0], "the same weight again changes nothing"
+    assert layer._finished.output(0, "self_attn"), "the same weight again changes nothing"
     layer.set_weight("self_attn.o_proj", 2 * layer.weight("self_attn.o_proj"))
-    assert not layer._settled[0] and layer._settled_full[0]
+    assert layer._finished.empty and not layer._finished_full.empty
     again = layer.outputs(layer.inputs)
     assert not torch.equal(again[0], outputs[0])
     assert torch.equal(again[0], layer.run(layer.inputs[0]))
@@ -262,9 +263,7 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
         layer.register_forward_hook(lambda _, args, out, index=index: keep(index, out))
     embedded = model.get_input_embeddings()(tokens).requires_grad_()
     scores = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
-    labels = torch.multinomial(
-        scores.detach().softmax(-1), 1, generator=torch.Generator().manual_seed(3)
-    ).flatten()
+    labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=label_generator(3, 0, CPU)).flatten()
     torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
     for index, F_DD in found.items():
         g_TD = grads[index].flatten(0, 1)

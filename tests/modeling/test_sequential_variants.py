@@ -26,6 +26,7 @@ from llmcompress.modeling.sequential import (
     divergence,
     following,
     gradients,
+    label_generator,
     output_fisher,
     together,
     variants,
@@ -361,8 +362,8 @@ def test_the_last_fisher_matrix_is_that_of_the_states_that_enter_the_first_block
     assert found.keys() == {-1, *range(LAYERS)} and all(
         torch.equal(F_DD, found[index]) for index, F_DD in plain.items()
     )
-    generator, grads = torch.Generator().manual_seed(3), list[Tensor]()
-    for tokens in TOKENS.split(2):
+    grads = list[Tensor]()
+    for number, tokens in enumerate(TOKENS.split(2)):
         entered: list[Tensor] = []
 
         def keep(
@@ -374,6 +375,7 @@ def test_the_last_fisher_matrix_is_that_of_the_states_that_enter_the_first_block
         hook = layers_of(model)[0].register_forward_pre_hook(keep)
         scores = model(tokens, use_cache=False).logits.flatten(0, 1)
         hook.remove()
+        generator = label_generator(3, number, CPU)
         labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).flatten()
         torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
         assert entered[0].grad is not None
@@ -393,7 +395,7 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
     parts = [Moments(6), Moments(6)]
     for moments, x in zip(parts, (a, b), strict=True):
         moments.add(x)
-    whole, before = Moments(6), [copy.deepcopy(vars(moments)) for moments in parts]
+    whole, before = Moments(6), copy.deepcopy(parts)
     whole.add(torch.cat([a, b]))
     both = parts[0].joined(parts[1])
     assert both.tokens == first + second and both.X_FC is None
@@ -401,7 +403,8 @@ def test_joined_moments_are_those_of_all_tokens_at_once(seed: int, first: int, s
         torch.testing.assert_close(getattr(both, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
     for moments, was in zip(parts, before, strict=True):
         assert all(
-            torch.equal(getattr(moments, name), was[name]) for name in ("H_CC", "mean_C", "full_C", "top_C")
+            torch.equal(getattr(moments, name), getattr(was, name))
+            for name in ("H_CC", "mean_C", "full_C", "top_C")
         )
 
 

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import ModelError
-from llmcompress.modeling import layerwise, sequential, token_limit
+from llmcompress.modeling import layerwise, token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.foreign import WholeModel
-from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
-from llmcompress.modeling.sequential import gradients, head_input, logits, next_tokens, walk, without_each
+from llmcompress.modeling.layerwise import InMemoryModel
+from llmcompress.modeling.sequential import following, gradients, head_input, logits, walk, without_each
 from llmcompress.modeling.token_limit import TokenLimit, batches_of, fitting, loss_in_parts
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report
@@ -262,8 +261,7 @@ def test_gradients_head_inputs_and_streams_without_a_part_are_those_of_an_undist
     def found() -> Iterator[Tensor]:
         model = resident()
         watched = ["self_attn.q_proj.weight"]
-        labels = lambda scores, tokens: next_tokens(tokens)  # noqa: E731
-        for _, grads, own in gradients(model, sequences(), tmp_path, labels, watched, first=True):
+        for _, grads, own in gradients(model, sequences(), tmp_path, following, watched, first=True):
             yield from (torch.cat(grads), *own.values())
         for states in without_each(model, sequences(), [(0, None), (1, "mlp.down_proj")]).values():
             yield torch.cat(states)
@@ -304,40 +302,6 @@ def test_the_gradient_of_a_loss_in_parts_is_that_of_the_whole() -> None:
                 close(ours, theirs)
             with torch.no_grad():
                 close(in_parts(weights, limit=TokenLimit()), expected[0])
-
-
-def test_logits_come_in_whole_batches_though_the_head_takes_them_in_parts(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    expected, failed = list(logits(resident(), sequences(), unscored=1)), list[int]()
-    plain = sequential.leave
-
-    def leave(model: LayerwiseModel, hidden: Tensor) -> Tensor:
-        if len(hidden) > 2:
-            failed.append(len(hidden))
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-        return plain(model, hidden)
-
-    monkeypatch.setattr(sequential, "leave", leave)
-    found = list(logits(resident(), sequences(), unscored=1))
-    assert failed == [7, 3] and [len(scores) for scores in found] == [7]
-    close(found[0], expected[0])
-
-
-def test_a_whole_model_is_evaluated_in_parts() -> None:
-    model, failed = pico("llama"), list[int]()
-    expected = list(WholeModel(model, CPU, 0).logits(sequences(), lambda things, what, count: things, 1))
-
-    def refuse(module: nn.Module, args: Any, named: dict[str, Any]) -> None:
-        if len(named["input_ids"]) > 2:
-            failed.append(len(named["input_ids"]))
-            raise torch.OutOfMemoryError("CUDA out of memory.")
-
-    model.register_forward_pre_hook(refuse, with_kwargs=True)
-    found = list(WholeModel(model, CPU, 0).logits(sequences(), lambda things, what, count: things, 1))
-    assert failed == [7, 3]
-    for ours, theirs in zip(found, expected, strict=True):
-        close(ours, theirs)
 
 
 # --- whole runs

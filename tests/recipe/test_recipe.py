@@ -311,6 +311,51 @@ def test_a_recipe_is_saved_and_read_back_from_file_and_folder(tmp_path: Path) ->
             Recipe.from_pretrained(name)
 
 
+def test_an_effort_writes_out_what_the_stages_do_not_say() -> None:
+    asked = Recipe.parse("{effort: best, stages: [{distill: {}}, quantize]}")
+    settled = asked.with_effort(None)
+    assert yaml.safe_load(settled.to_yaml())["stages"] == [
+        {"distill": {"steps": 2000}},
+        {"quantize": {"rounding": "learned", "steps": 200}},
+    ]
+    assert settled.with_effort("fast").stages == settled.stages, "what is said stays"
+    fast = asked.with_effort("fast")
+    assert fast.effort == "fast"
+    assert yaml.safe_load(fast.to_yaml())["stages"] == [
+        {"distill": {"steps": 250}},
+        {"quantize": {"rounding": "gptq"}},
+    ]
+    said = Recipe.parse("stages: [{quantize: {rounding: nearest}}, {distill: {steps: 7}}]")
+    assert said.with_effort("best").stages == said.stages
+    learned = Recipe.parse("stages: [{quantize: {rounding: learned}}]").with_effort("fast")
+    assert yaml.safe_load(learned.to_yaml())["stages"] == [{"quantize": {"rounding": "learned", "steps": 50}}]
+    assert "effort: Input should be 'fast', 'balanced' or 'best'" in refusal(
+        "{effort: x, stages: [quantize]}"
+    )
+
+
+def test_weights_that_layers_share_are_not_learned() -> None:
+    shared = "stages: [{share: {pairs: [[1, 2]]}}, {distill: {}}, quantize]"
+    stages = yaml.safe_load(Recipe.parse(shared).with_effort("best").to_yaml())["stages"]
+    assert stages[0]["share"]["steps"] == 600 and stages[2] == {"quantize": {"rounding": "gptq"}}
+
+
+def test_a_recipe_without_an_effort_is_left_as_it_is_and_keeps_its_digest() -> None:
+    plain = Recipe.parse("stages: [quantize]")
+    assert plain.with_effort(None) is plain
+    digests = {
+        plain.digest,
+        *(
+            Recipe.parse(f"{{effort: {word}, stages: [quantize]}}").digest
+            for word in ("fast", "balanced", "best")
+        ),
+    }
+    assert len(digests) == 4
+    # as it was before efforts existed
+    said = Recipe.parse("{data: {samples: 4, length: 7}, stages: [quantize]}")
+    assert said.digest == "30cdb1824fac1bd567e57505aad14c98be0a7c32fc4f65c61780e6a40b12cf6f"
+
+
 def test_equal_recipes_have_one_digest_and_others_another() -> None:
     one = Recipe.parse("stages: [quantize]")
     spelled = Recipe.parse(

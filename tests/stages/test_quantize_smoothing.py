@@ -26,7 +26,7 @@ from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.quantize.smoothing import Smooth
+from llmcompress.stages.quantize.smoothing import SAMPLE, Smooth
 from tests.bases import VOCABULARY, byte_tokenizer, known, small_recipe, write_text
 from tests.models import FAMILIES, VARIANTS, pico
 
@@ -250,9 +250,9 @@ def test_the_search_never_ends_worse_than_no_smoothing(
             consumers = [
                 reader for reader in layer.anatomy.scale_pairs[key] if reader in layer.anatomy.linears
             ]
-            plain = rounded_error(layer, consumers, coding, outputs[:2])
+            plain = rounded_error(layer, consumers, coding, outputs[:SAMPLE])
             layer.cross(key, factor, dtype)
-            assert rounded_error(layer, consumers, coding, outputs[:2]) <= plain * (1 + 1e-3), key
+            assert rounded_error(layer, consumers, coding, outputs[:SAMPLE]) <= plain * (1 + 1e-3), key
         assert all(torch.equal(data, after[name]) for name, data in weights(layer).items()), (
             "it says other factors than its own"
         )

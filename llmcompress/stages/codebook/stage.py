@@ -22,10 +22,12 @@ from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.overflow import require_within
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.cost import IN_TURN
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable, rewriting_memory, rewriting_note
 
 STAGE = "codebook"
@@ -96,6 +98,11 @@ class Codebook(Stage):
         """Whether it codes every linear, so that another code finds none."""
         return self.skip == ()
 
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
+
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written."""
         return StageResult(*self.choose(model))
@@ -106,14 +113,15 @@ class Codebook(Stage):
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         bits = {name: model.bits_of(name) - chosen[name].bits(shapes[name]) for name in shapes}
         saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
-        operations = 2.0 * model.inner_parameters() * work.tokens * 5
-        operations += sum(2.0 * R * C**2 * 9 + 6.0 * C**3 for R, C in shapes.values())
+        time = work.passes(IN_TURN, half=work.half) + work.moments(2, half=work.half) + work.factors(2)
+        # the corrected weight, the rounds of codes and levels, the error
+        time += work.products(14, shapes.values())
         return Estimate(
             stage=f"codebook ({self.entries} entries)",
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes() - saved,
             peak_memory_bytes=rewriting_memory(model, work),
-            seconds=operations / work.rate,
+            time=time,
             notes=rewriting_note(shapes, kept),
         )
 

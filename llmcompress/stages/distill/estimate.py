@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages.base import Estimate, Workload
+from llmcompress.stages.cost import TRAINING
 
 if TYPE_CHECKING:
     from llmcompress.stages.distill.stage import Distill
+
+PASSES = 4  # the student's forward and backward, and the teacher's forward
 
 
 def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
@@ -20,11 +23,11 @@ def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
     learning = 3 if stage.train == "all" else 0
     floats = parameters * ((1 if stage.cache else 2) + learning)
     floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
-    passes = 4  # the student's forward and backward, and the teacher's forward
+    tokens = stage.tokens(work.length)
     return Estimate(
         stage=f"distill ({what}, {stage.steps} steps of {stage.batch} x {length} tokens)",
         parameters=parameters,
         size_bytes=model.stored_bytes() if stage.student else work.size_bytes,
         peak_memory_bytes=4 * floats,
-        seconds=stage.tokens(work.length) * 2.0 * parameters * passes / work.rate,
+        time=work.passes(PASSES, tokens, what=TRAINING) + work.heads(PASSES, tokens, what=TRAINING),
     )

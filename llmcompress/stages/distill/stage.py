@@ -5,9 +5,10 @@ The student is what the stages before made of the base. `training` trains it; th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.schemes import FourBitScheme
@@ -19,6 +20,9 @@ from llmcompress.stages.distill import estimate
 from llmcompress.stages.distill.config import DistillConfig
 from llmcompress.stages.distill.facts import DONE, STAGE, TrainedFacts
 
+# by effort, where a recipe does not say it
+STEPS: Mapping[Effort, int] = {"fast": 250, "balanced": 1000, "best": 2000}
+
 
 class Distill(DistillConfig, Stage):
     """Trains the model to predict as a teacher does, by default the base."""
@@ -26,6 +30,10 @@ class Distill(DistillConfig, Stage):
     name: ClassVar[str] = STAGE
     section: ClassVar[str] = "distillation"
     trains: ClassVar[bool] = True
+
+    def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
+        """With the number of steps."""
+        return self.model_copy(update=self.unsaid(steps=STEPS[effort]))
 
     @property
     def models(self) -> dict[str, str]:

@@ -25,6 +25,7 @@ from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import registry
 from llmcompress.integrations.transformers_compat import Conv1D
 from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.stored_matrices import widen
 from llmcompress.stages.distill.parametrizations import (
     StoredRounding,
     WeightParametrization,
@@ -45,6 +46,8 @@ def whole(
     `ready` is given each layer before the next one is read.
     """
     model = copy.deepcopy(resident.model)
+    for name in (resident.anatomy.embedding, resident.anatomy.head):
+        widen(model.get_submodule(name), resident.dtype)
     for index in range(len(resident.layers)):
         with resident.layer(index) as module:
             layer = model.get_submodule(resident.layer_name(index))

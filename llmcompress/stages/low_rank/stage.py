@@ -20,12 +20,14 @@ from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.low_rank import coefficients, shared_basis
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Time, Workload
+from llmcompress.stages.cost import IN_TURN, SOLVER
 from llmcompress.stages.linear_rewriting import (
     Rewriting,
     inner,
@@ -135,6 +137,11 @@ class LowRank(Stage):
         """True: products are in a layout of the plug-in."""
         return True
 
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
+
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written, and which bases are shared."""
         return StageResult(*self.choose(model), self.ties(model))
@@ -143,14 +150,20 @@ class LowRank(Stage):
         """Estimate the cost of moments, bases and coefficients."""
         chosen, kept = self.choose(model)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
-        operations = 2.0 * model.inner_parameters() * work.tokens * (7 if self.layers_per_basis > 1 else 5)
-        operations += sum(12.0 * C**3 + 4.0 * R * C**2 for R, C in shapes.values())
+        # a basis that layers share is found in a pass of its own
+        alone = self.layers_per_basis == 1
+        time = work.passes(IN_TURN if alone else IN_TURN + 2, half=work.half) + work.moments(
+            2, half=work.half
+        )
+        time += work.factors(2) + work.products(7, shapes.values())
+        # the eigenvectors of a basis
+        time += Time({SOLVER: sum(9 * work.machine.factor(C) for _, C in shapes.values())})
         return Estimate(
             stage=f"low_rank (a basis for {self.layers_per_basis} layers)",
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
             peak_memory_bytes=rewriting_memory(model, work),
-            seconds=operations / work.rate,
+            time=time,
             notes=rewriting_note(shapes, kept),
         )
 
@@ -220,7 +233,9 @@ class LowRank(Stage):
         weights: dict[str, list[Tensor]] = {}
         moments: dict[str, list[Tensor]] = {}
         for layer in context.track(
-            walk(model, context.data.calibration), "low_rank (find bases)", len(model.layers)
+            walk(model, context.data.calibration, processes=context.processes),
+            "low_rank (find bases)",
+            len(model.layers),
         ):
             layouts, read = layer.own(chosen), layer.moments()
             for linear in layouts:

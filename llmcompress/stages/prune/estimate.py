@@ -1,73 +1,94 @@
-"""Estimate a cut: parameters and bytes exactly, memory and operations approximately."""
+"""Estimate a cut: parameters and bytes exactly, memory and time approximately."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import SAMPLE
-from llmcompress.stages.base import Estimate, Workload
-from llmcompress.stages.fisher import tokens_for
-from llmcompress.stages.prune import (
-    sublayer_dropping,
-)
+from llmcompress.stages import fisher
+from llmcompress.stages.base import Estimate, Time, Workload
+from llmcompress.stages.prune import allocation, sublayer_dropping
 
 if TYPE_CHECKING:
     from llmcompress.stages.prune.stage import Prune
+
+REMOVAL, SEARCH = "removal of units", "search for what goes"
 
 
 def of(stage: Prune, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
     """Estimate the cost of finding what goes and of solving for what stays."""
     inner, layers = model.inner_parameters(), len(model.layers)
     if stage.of_layers or stage.of_parts:
-        spoken, operations, states, notes = _dropping(stage, model, inner)
+        spoken, time, states, notes = _dropping(stage, model, work)
         widest = 0
     else:
-        spoken, operations, widest, notes = _cutting(stage, model, inner, work)
+        spoken, time, widest, notes = _cutting(stage, model, work)
         states = 4 * work.tokens * model.config.hidden_size
     return Estimate(
         stage=f"prune ({spoken})",
         parameters=left.parameters(),
         size_bytes=left.stored_bytes(),
         peak_memory_bytes=4 * (4 * inner // layers + states + 8 * widest * widest),
-        seconds=operations / work.rate,
+        time=time,
         notes=notes,
     )
 
 
-def _dropping(stage: Prune, model: MetaModel, inner: int) -> tuple[str, float, int, tuple[str, ...]]:
-    """For layers or sublayers: what goes in words, the operations, the floats of the states, and notes."""
+def _dropping(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time, int, tuple[str, ...]]:
+    """For layers or sublayers: what goes in words, the time, the floats of the states, and notes."""
     layers, D = len(model.layers), model.config.hidden_size
     if stage.of_layers:
         gone = stage.cut(model).gone
-        operations = 2.0 * inner * SAMPLE * layers * len(gone) / 2
-        return f"layer, {layers - len(gone)} of {layers}", operations, layers * SAMPLE * D, ()
+        time = work.passes(layers * len(gone) / 2, SAMPLE, what=SEARCH)
+        return f"layer, {layers - len(gone)} of {layers}", time, layers * SAMPLE * D, ()
     every, without = sublayer_dropping.candidates(model), sublayer_dropping.guess(model, stage)
-    operations = 2.0 * inner * SAMPLE * len(every) * len(without) / 2
+    time = work.passes(len(every) * len(without) / 2, SAMPLE, what=SEARCH)
     note = "the run finds the sublayers that lose least; these numbers are without the last ones"
     return (
         f"sublayer, {len(every) - len(without)} of {len(every)}",
-        operations,
+        time,
         2 * layers * SAMPLE * D,
         (note,),
     )
 
 
-def _cutting(
-    stage: Prune, model: MetaModel, inner: int, work: Workload
-) -> tuple[str, float, int, tuple[str, ...]]:
-    """For units of axes: what stays in words, the operations, the widest input that is solved for, and
-    notes."""
+def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time, int, tuple[str, ...]]:
+    """For units of axes: what stays in words, the time, the widest input that is solved for, and notes."""
     cut, maps, sizes = stage.cut(model), dict(model.linear_maps()), stage.sizes(model)
-    consumers = [f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes]
-    C = max(maps[name][1] if name in maps else model.config.hidden_size for name in consumers)
-    solved = len(model.layers) * (4.0 * C**2 * work.tokens + 8.0 * C**3)  # moments and removal
-    operations = 4 * 2.0 * inner * work.tokens + solved
+    readers = {axis: f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes}
+    shapes = {axis: maps.get(name, (0, model.config.hidden_size)) for axis, name in readers.items()}
+    time = Time()
+    for axis, (R, C) in shapes.items():
+        gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis])]
+        # of the inputs here and of the full model, then on the way out
+        time += work.passes(3) + work.moments(2, C) + work.factors(3, C)
+        time += work.products(5 * len(model.layers), [(R, C)])
+        if stage.ranking == "obs":
+            removed = (work.machine.removal(C, sizes[axis][0], count) for count in gone)
+            time += Time({REMOVAL: sum(removed)})
     if stage.sensitive or stage.ranking in ("obs", "taylor"):
-        operations += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
+        time += fisher.time_of(work)
     spoken = "; ".join(f"{axis}, {cut.widths[axis][0]} of {sizes[axis][0]}" for axis in stage.axes)
+    widest = max(C for _, C in shapes.values())
     if not stage.sensitive:
-        return spoken, operations, C, ()
-    operations += 2 * 2.0 * inner * work.tokens + solved
+        return spoken, time, widest, ()
+    time += _allocation(model, work, shapes, sizes)
     note = "the run finds a width for each layer, where it loses least; these numbers are for equal widths"
-    return f"{spoken} in the mean", operations, C, (note,)
+    return f"{spoken} in the mean", time, widest, (note,)
+
+
+def _allocation(
+    model: MetaModel,
+    work: Workload,
+    shapes: Mapping[str, tuple[int, int]],
+    sizes: Mapping[str, Sequence[int]],
+) -> Time:
+    """What each width would lose in each layer: the removal of all units, and each layer cut alone."""
+    layers, time = len(model.layers), Time()
+    for axis, (_, C) in shapes.items():
+        removed = layers * work.machine.removal(C, sizes[axis][0], sizes[axis][0])
+        time += work.passes(2) + work.moments(1, C) + Time({REMOVAL: 1.25 * removed})
+        time += work.passes(layers / 2, allocation.SAMPLE, what=SEARCH)
+    return time

@@ -41,7 +41,9 @@ def saliency(layer: DecoderLayer) -> Tensor:
         for found_E, count in layer.limit.parts(part, *hidden.shape[:2]):
             saliency_E += found_E
             tokens += count
-    return saliency_E / max(tokens, 1)
+    seen_tokens = torch.tensor(tokens)
+    layer.shard.processes.sum_(saliency_E, seen_tokens)
+    return saliency_E / max(int(seen_tokens), 1)
 
 
 def _saliency_of_part(

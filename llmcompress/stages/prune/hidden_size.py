@@ -121,7 +121,7 @@ def _outer(
     rows = {
         name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")
     }
-    tensors = {name: model.model.get_parameter(name).data for name in rows}
+    tensors = {name: model.outer_weight(name) for name in rows}
     tensors = _with_gains(_narrow(tensors, rows, model.sizes, kept), rows, _share(layer))
     if mend and not tied and anatomy.norm:
         whole, narrow = (
@@ -134,7 +134,7 @@ def _outer(
         for hidden, full in zip(layer.inputs, layer.reference, strict=True):
             moments.add(narrow(hidden.to(model.device)), whole(full.to(model.device)))
         head = f"{anatomy.head}.weight"
-        tensors[head] = translate(model.model.get_parameter(head).data, tensors[head], moments)
+        tensors[head] = translate(model.outer_weight(head), tensors[head], moments)
     return model.as_stored(tensors)
 
 

@@ -65,6 +65,7 @@ class LayerCutter:
             following,
             tuple(consumers.values()),
             unscored=context.data.unscored,
+            processes=context.processes,
         )
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
             saliency = {
@@ -78,7 +79,9 @@ class LayerCutter:
         journal, layers, stage = self.context.journal, len(self.model.layers), self.stage
         if all(journal.has(STAGE, index) for index in range(layers)):
             return
-        visited = walk(self.model, self.context.data.calibration, reference=True)
+        visited = walk(
+            self.model, self.context.data.calibration, reference=True, processes=self.context.processes
+        )
         for layer in self.context.track(visited, f"prune ({', '.join(stage.axes)}, {stage.ranking})", layers):
             if not journal.has(STAGE, layer.index):
                 counts = {axis: counts[layer.index] for axis, counts in widths.items()}

@@ -17,6 +17,7 @@ from pydantic import Field, model_validator
 
 from llmcompress.architectures.resize import changed, resized, shortened
 from llmcompress.errors import ModelError
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.units import amount, asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
@@ -223,6 +224,12 @@ class Prune(Budget, Stage):
                 "more"
             )
         super().require_place(before, after)
+
+    @property
+    def divides(self) -> By | None:
+        """The batches of the text, if the widths are known before and the units are not hidden channels,
+        layers or their parts."""
+        return "batch" if {*INNER, "expert"}.issuperset(self.axes) and not self.sensitive else None
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """The config of the narrower model, or the layers that are removed."""

@@ -114,6 +114,8 @@ def cut(
     reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)
     aim_RC = retarget(W_RC, moments) if mend else W_RC
     units = kept(layer, axis, read, aim_RC, score, count)
+    # all processes keep the same, also where ties fall otherwise on another device
+    units = layer.shard.processes.sent({"units": units}, 0)["units"].to(layer.device)
     place = torch.arange(len(read.unit_C), device=layer.device)
     columns = take(place, Spelling((term,)), layer.sizes, axis, units)
     left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]

@@ -64,7 +64,8 @@ def settle_outer(
     if name not in chosen:
         return [], None
     tensors = journal.load(OUTER, 0)
-    full, _ = enter(model, model.limit.batches(context.data.calibration))
+    batches = model.limit.batches(context.data.calibration)
+    full, _ = enter(model, context.processes.shard(batches).batches)
     packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
     model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
     return full, journal.facts(OUTER, 0, LayerRecord)
@@ -105,8 +106,8 @@ def _errors(W_VD: Tensor, packed: IntegerWeight, sequences: Tensor) -> tuple[flo
     squares = []
     for start in range(0, len(W_VD), rows):
         W, codes, scale = (x[start : start + rows] for x in (W_VD, packed.codes_RC, packed.scale_R))
-        lost = W - codes.to(W.device) * scale.to(W.device)[:, None]
-        squares.append(torch.stack((lost, W)).square().sum(-1).cpu())
+        lost = W.float() - codes.to(W.device) * scale.to(W.device)[:, None]
+        squares.append(torch.stack((lost, W.float())).square().sum(-1).cpu())
     squares_2V = torch.cat(squares, 1).double()
     return _relative(*(squares_2V * counts_V).sum(1)), _relative(*squares_2V.sum(1))
 

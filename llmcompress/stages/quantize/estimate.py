@@ -1,21 +1,30 @@
-"""Estimate a quantisation: the bytes of the codes exactly, memory and operations approximately."""
+"""Estimate a quantisation: the bytes of the codes exactly, memory and time approximately."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from llmcompress.formats.schemes import FourBitScheme
+from llmcompress.algorithms.logit_chunks import CPU_BYTES
+from llmcompress.algorithms.smoothing import EXPONENTS
+from llmcompress.formats.schemes import FourBitScheme, QuantScheme
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
-from llmcompress.stages.base import Estimate, Workload
-from llmcompress.stages.fisher import tokens_for
+from llmcompress.stages import fisher
+from llmcompress.stages.base import Estimate, Time, Workload
+from llmcompress.stages.cost import IN_TURN, SOLVER, TRAINING
+from llmcompress.stages.quantize import sensitivity, smoothing
 from llmcompress.stages.quantize.embedding import apart
 from llmcompress.stages.quantize.sensitivity import spared
+from llmcompress.stages.quantize.smoothing import Smooth
 
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
+
+READS = 2  # how often an input is rounded: as it is read for the next linears, and on the way out
+INPUTS, ERRORS, SEARCH = "rounded inputs", "measured errors", "searches before the rounding"
+Schemes = Sequence[tuple[tuple[int, int], QuantScheme]]  # the shape [R, C] and scheme of each linear
 
 
 def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
@@ -38,7 +47,7 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
         parameters=model.parameters(),
         size_bytes=int(work.size_bytes - saved),
         peak_memory_bytes=_memory(stage, model, work.tokens),
-        seconds=_operations(stage, model, shapes, solved, work.tokens) / work.rate,
+        time=_time(stage, work, [(shapes[name], chosen[name]) for name in solved]),
         notes=(f"{len(shapes)} linears are quantised, {len(kept)} kept ({reasons})",) if kept else (),
     )
 
@@ -55,28 +64,67 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     # moments of Adam
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + states + 4 * widest * widest
-    return int(4 * floats + TOKENS_AT_ONCE * model.config.vocab_size * 8)
+    logits = min(4 * TOKENS_AT_ONCE * model.config.vocab_size, CPU_BYTES)
+    return int(4 * floats + 2 * logits)
 
 
-def _operations(
-    stage: Quantize,
-    model: MetaModel,
-    shapes: Mapping[str, tuple[int, int]],
-    solved: Sequence[str],
-    tokens: int,
-) -> float:
-    """Multiplications and additions of the stage."""
-    inner = model.inner_parameters()
-    forward = 2.0 * inner * tokens
-    total = 2 * forward  # one pass for the moments, one to advance the states
-    if stage.rounding != "nearest":
-        # the moments of one group of linears after another, in two streams; most passes end early
-        total += 3 * forward
-        total += sum(
-            2.0 * rows * columns**2 * 13 + columns**3 for rows, columns in (shapes[name] for name in solved)
-        )
+def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
+    """The time of the whole stage; `schemes` are those of the linears that are solved."""
+    time = _walk(stage, work, schemes)
     if stage.rounding == "learned" or stage.protect:
-        total += 5 * 2.0 * inner * tokens_for(model.config.hidden_size)
-    if stage.rounding == "learned":
-        total += 3 * 2.0 * inner * stage.steps * TOKENS_AT_ONCE + 2 * forward
-    return total
+        time += fisher.time_of(work)
+    if stage.protect:
+        time += _protection(stage, work, schemes)
+    if stage.smooth is not None:
+        # beside the full model, or in the walk that finds what to protect
+        time += _smoothing(stage.smooth, work, schemes, streams=1 if stage.protect else 2)
+    return time
+
+
+def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
+    """The walk through the layers in which each linear is rounded."""
+    machine = work.machine
+    shapes = [shape for shape, _ in schemes]
+    time = Time({INPUTS: READS * sum(machine.rounding(work.tokens, C, scheme) for (_, C), scheme in schemes)})
+    time += work.products(2, shapes, what=ERRORS)
+    if stage.rounding == "nearest":
+        nearest = sum(machine.nearest(shape, scheme) for shape, scheme in schemes)
+        return time + work.passes(2) + work.moments(1) + Time({SOLVER: nearest})
+    half = work.half and stage.rounding == "gptq"
+    time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(2)
+    time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme in schemes)})
+    # the corrected weight, and the error of each sign
+    time += work.products(3, shapes) + work.products(2, shapes, what=ERRORS)
+    if stage.rounding != "learned":
+        return time
+    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in schemes)
+    time += Time({TRAINING: steps}) + work.passes(2)  # the losses before and after
+    return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)
+
+
+def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int) -> Time:
+    """The search for channel scales: each candidate is tried on a few batches."""
+    machine, model = work.machine, work.model
+    candidates = len(EXPONENTS) + 2 if smooth.alpha == "auto" else 1
+    pairs = len(model.anatomy.scale_pairs)
+    tokens = min(work.tokens, smoothing.SAMPLE * work.batch)
+    time = work.passes(candidates * pairs, tokens, what=SEARCH)
+    tried = sum(
+        machine.nearest(shape, scheme) + machine.rounding(tokens, shape[1], scheme)
+        for shape, scheme in schemes
+    )
+    fits = sum(machine.smoothing(smoothing.TOKENS, smoothing.ROWS, C) for C in work.inputs.values())
+    fitted = len(model.layers) * fits if smooth.alpha == "auto" else 0.0
+    time += Time({SEARCH: candidates * tried + fitted})
+    return time + work.passes(streams) + work.moments(streams)
+
+
+def _protection(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
+    """The search for the linears that suffer most: each is rounded alone, and runs as it would be spared."""
+    tokens = min(work.tokens, sensitivity.SAMPLE * work.batch)
+    trials, rounded = 0.0, 0.0
+    for shape, scheme in schemes:
+        kinds = [one for one in (scheme, spared(scheme)) if one]
+        trials += len(kinds) / len(work.model.layers)
+        rounded += sum(work.machine.nearest(shape, one) for one in kinds)
+    return work.passes(1) + work.passes(trials, tokens, what=SEARCH) + Time({SEARCH: rounded})

@@ -95,7 +95,7 @@ class Rounding:
         self, layer: DecoderLayer, weights: Mapping[str, Tensor]
     ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
         """Solve for the linears that read one input, put them in place with corrected biases, and go on to
-        the next input.
+        the next input. Processes divide the linears that read one input.
 
         Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of
         inputs.
@@ -107,14 +107,20 @@ class Rounding:
             scales |= self.round_inputs(layer, (consumers,), weights)
             moments |= layer.moments(consumers, in_turn=True)
             factors = Factors(moments[consumers[0]])  # all of them read the same
+            unknown = [linear for linear in consumers if linear in weights and linear not in self.known]
+            owners = layer.shard.processes.owners({linear: weights[linear].numel() for linear in unknown})
+            for linear in unknown:
+                if owners[linear] == layer.shard.processes.rank:
+                    read = self.pooled.get(linear, moments[linear])
+                    shared = factors if read is factors.moments else None
+                    with naming_layer(f"{layer.name}.{linear}"):
+                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear), shared)
             for linear in [linear for linear in consumers if linear in weights]:
-                read = self.pooled.get(linear, moments[linear])
                 if linear in self.known:
                     Q_RC = registry.dequantize(self.known[linear]).to(self.device)
                 else:
-                    with naming_layer(f"{layer.name}.{linear}"):
-                        shared = factors if read is factors.moments else None
-                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear), shared)
+                    own = solved.get(linear)
+                    solved[linear] = self._sent(layer, linear, own, owners[linear], scales.get(linear))
                     Q_RC = self.weight(linear, solved[linear])
                 layer.set_weight(linear, Q_RC)
                 if f"{linear}.bias" in layer.anatomy.layer:
@@ -123,6 +129,21 @@ class Rounding:
                     )
                     layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
         return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
+
+    def _sent(
+        self, layer: DecoderLayer, linear: str, own: Solution | None, owner: int, input_scale: float | None
+    ) -> Solution:
+        """Return the solution of the process that solved a linear, which has it as its `own`."""
+        processes = layer.shard.processes
+        if processes.count == 1:
+            assert own is not None
+            return own
+        # a grid of all formats has at most 256 levels
+        rounded = own.rounded if own else None
+        parts = {"index": rounded.index_RC.to(torch.uint8), "scale": rounded.scale_RG} if rounded else {}
+        found = {name: part.to(self.device) for name, part in processes.sent(parts, owner).items()}
+        result = RoundedWeight(found["index"].long(), found["scale"])
+        return own or _stored(self.codings[linear], result, input_scale)
 
     def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
         """The stored form of the linears whose codes are known, each with the static scale of its own
@@ -152,6 +173,9 @@ class Rounding:
         ):
             for name, magnitudes in seen.items():
                 magnitudes.add(read[name])
+        for magnitudes in seen.values():
+            layer.shard.processes.sum_(magnitudes.counts)
+            layer.shard.processes.max_(magnitudes.top)
         scales: dict[str, float] = {}
         for consumers in groups:
             for linear in [linear for linear in consumers if linear in static]:
@@ -177,36 +201,54 @@ class Rounding:
         layer's loss before and after.
 
         The loss is the error of the layer's output against the full model's, weighted by the output Fisher
-        matrix. If training does not lower it, the start is kept.
+        matrix. If training does not lower it, the start is kept. Processes divide the sequences of each step
+        and add up their gradients.
         """
+        shard = layer.shard
         starts = {name: solution.rounded for name, solution in solved.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
 
-        def part(batch: int, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
+        def part(place: int, share: float, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
             with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
-                out = layer.run(inputs[batch][here], stored)
-            return ((out - targets[batch][here].to(self.device)).float() @ R_DD).square().sum(-1).mean()
+                out = layer.run(inputs[place][here], stored)
+            lost = (out - targets[place][here].to(self.device)).float()
+            return (lost @ R_DD).square().sum(-1).mean() * share
 
-        def loss(rounded: Mapping[str, Tensor], batch: int, fast: bool = False) -> Tensor:
-            return loss_in_parts(partial(part, batch, fast), rounded, layer.limit, *inputs[batch].shape[:2])
+        def error(
+            rounded: Mapping[str, Tensor], place: int, share: float = 1.0, fast: bool = False
+        ) -> Tensor:
+            """The mean over the tokens of one of this process's batches, times a `share`."""
+            work = partial(part, place, share, fast)
+            return loss_in_parts(work, rounded, layer.limit, *inputs[place].shape[:2])
+
+        def loss(rounded: Mapping[str, Tensor], batch: int) -> Tensor:
+            """This process's part of the mean over the tokens of a batch of the text."""
+            place = shard.place(batch)
+            if place is None:
+                return 0 * sum((W_RC.sum() for W_RC in rounded.values()), torch.zeros((), device=self.device))
+            share = len(inputs[place]) / shard.sizes[batch]
+            return error(rounded, place, share, fast=half_is_fast(self.device))
 
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:
             rounded = {name: result.weight(self.grid(name)) for name, result in solution.items()}
-            return sum(float(loss(rounded, i)) * len(x) for i, x in enumerate(inputs)) / sum(map(len, inputs))
+            sizes = [len(hidden) for hidden in inputs]
+            lost = sum(float(error(rounded, i)) * size for i, size in enumerate(sizes))
+            return shard.processes.mean(lost / max(1, sum(sizes)), sum(sizes))
 
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
-        rounds = -(-steps // len(inputs))
-        order = torch.cat([torch.randperm(len(inputs), generator=generator) for _ in range(rounds)]).tolist()
+        batches, generator = len(shard.sizes), torch.Generator().manual_seed(seed * 1_000_003 + layer.index)
+        rounds = -(-steps // batches)
+        order = torch.cat([torch.randperm(batches, generator=generator) for _ in range(rounds)]).tolist()
         trained = learn(
             weights,
             starts,
             {name: self.grid(name) for name in starts},
-            lambda rounded, step: loss(rounded, order[step], fast=half_is_fast(self.device)),
+            lambda rounded, step: loss(rounded, order[step]),
             steps=steps,
             snaps={name: self.codings[name].snap for name in starts},
+            add=shard.processes.sum_,
         )
         ends = {
             name: _stored(self.codings[name], result, input_scales.get(name))

@@ -36,12 +36,13 @@ def spared(coding: QuantScheme) -> QuantScheme | None:
 def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor) -> dict[str, float]:
     """KL in nats/token that sparing each linear would save, by its name in the layer."""
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
-    moments, sample = layer.moments() if static else {}, layer.limit.units(layer.inputs)[:SAMPLE]
+    sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
+    moments = layer.moments() if static else {}
     aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
         lost = [
-            _nats(trial(layer, {linear: one}, tops, sample), aims, F_DD)
+            _nats(layer, trial(layer, {linear: one}, tops, sample), aims, F_DD)
             for one in (coding, spared(coding))
             if one
         ]
@@ -49,11 +50,15 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     return found
 
 
-def _nats(outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
-    errors = torch.cat(
-        [(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)]
-    )
-    return float(((errors @ F_DD) * errors).sum(-1).mean() / 2)
+def _nats(layer: DecoderLayer, outs: Sequence[Tensor], aims: Sequence[Tensor], F_DD: Tensor) -> float:
+    """KL in nats/token of the error of a layer's outputs, over the samples of all processes."""
+    mean, tokens = 0.0, 0
+    if outs:
+        errors = torch.cat(
+            [(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)]
+        )
+        mean, tokens = float(((errors @ F_DD) * errors).sum(-1).mean() / 2), len(errors)
+    return layer.shard.processes.mean(mean, tokens)
 
 
 def most_hurt(costs: Mapping[str, float], sizes: Mapping[str, int], share: float) -> list[str]:

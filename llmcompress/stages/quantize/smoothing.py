@@ -23,11 +23,12 @@ from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.token_limit import joined
 from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # units of tokens on which the search decides
+SAMPLE = 1  # units of tokens on which the search decides
 TOKENS, ROWS = 1024, 256  # tokens of the inputs and rows of each weight that a fit uses
 
 
@@ -53,18 +54,24 @@ class Smooth(Settings):
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
-        aims = [aim.to(layer.device) for aim in layer.outputs(layer.limit.units(layer.inputs)[:SAMPLE])]
-        size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
-        read = _first_inputs(layer, len(size_T1))
+        sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
+        aims = [aim.to(layer.device) for aim in layer.outputs(sample)]
+        read: dict[str, Tensor] = {}
+        if layer.shard.first(1):
+            size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
+            read = _first_inputs(layer, len(size_T1))
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
             first = next(group[0] for group in layer.anatomy.consumers if reading[0] in group)
-            X_TC = read[first] / size_T1
+            X_TC = read[first] / size_T1 if read else None
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
-            losses = [self._loss(layer, key, factor, own, moments[first], dtype, aims) for factor in factors]
+            parts = FinishedParts({})
+            losses = [
+                self._loss(layer, key, factor, own, moments[first], dtype, aims, parts) for factor in factors
+            ]
             found[key] = factors[losses.index(min(losses))]
             layer.cross(key, found[key], dtype)
         return found
@@ -75,11 +82,14 @@ class Smooth(Settings):
         key: str,
         consumers: Sequence[str],
         moments: Moments,
-        X_TC: Tensor,
+        X_TC: Tensor | None,
         coding: QuantScheme,
     ) -> list[Tensor]:
         """Return the factors to try, shaped as the axes of the producer's output. With `auto` the first one
-        changes nothing."""
+        changes nothing.
+
+        The fit is that of the process which has X, the inputs of the first batch: rank 0.
+        """
         unit_C, shape = _units(layer, key, consumers[0])
         weights = [layer.weight(reader) for reader in consumers]
         weight_top = torch.stack([W_RC.abs().amax(0) for W_RC in weights]).amax(0)
@@ -94,15 +104,18 @@ class Smooth(Settings):
             return found
         W_RC = torch.cat([W_RC[:: max(1, len(W_RC) // ROWS)] for W_RC in weights])
         ones_U = torch.ones(shape, device=layer.device).flatten()
-        fit_U = fitted(
-            X_TC,
-            W_RC,
-            unit_C,
-            ones_U,
-            input_largest=coding.input_largest,
-            weight_largest=coding.weight_largest,
-            group_size=coding.columns(tuple(W_RC.shape)),
-        )
+        fit_U = ones_U
+        if X_TC is not None:
+            fit_U = fitted(
+                X_TC,
+                W_RC,
+                unit_C,
+                ones_U,
+                input_largest=coding.input_largest,
+                weight_largest=coding.weight_largest,
+                group_size=coding.columns(tuple(W_RC.shape)),
+            )
+        fit_U = layer.shard.processes.sent({"fit": fit_U}, 0)["fit"].to(layer.device)
         return [ones_U.reshape(shape), *found, fit_U.reshape(shape)]
 
     def _loss(
@@ -114,29 +127,42 @@ class Smooth(Settings):
         moments: Moments,
         dtype: torch.dtype,
         aims: Sequence[Tensor],
+        parts: FinishedParts,
     ) -> float:
         """Squared error of the layer's output relative to its size, with the readers rounded once the factor
-        has crossed. The layer is left unchanged."""
+        has crossed. The layer is left unchanged. Submodules that the factor does not touch are run once, for
+        `parts`."""
         before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
         top = float((moments.top_C / factor.flatten()[unit_C]).max())
-        outs = trial(
-            layer, codings, dict.fromkeys(codings, top), layer.limit.units(layer.inputs)[: len(aims)]
-        )
+        untouched = _before(layer, key, next(iter(codings)))
+        tops = dict.fromkeys(codings, top)
+        sample = layer.limit.units(layer.inputs)[: len(aims)]
+        outs = trial(layer, codings, tops, sample, parts, untouched)
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
         errors = [
             ((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()
             for out, aim in zip(outs, aims, strict=True)
         ]
-        return float(sum(errors))
+        lost = torch.tensor(float(sum(errors)), dtype=torch.float64)
+        layer.shard.processes.sum_(lost)
+        return float(lost)
 
 
 def norm_of(layer: DecoderLayer, key: str) -> str:
     """The parameter, by its name in the layer, that takes in a factor if the producer of a key of
     `scale_pairs` is a norm."""
     return f"{layer.anatomy.producer(key)[0]}.weight"
+
+
+def _before(layer: DecoderLayer, key: str, reader: str) -> list[str]:
+    """The submodules, such as self_attn, that come before a reader and hold no producer of a key of
+    `scale_pairs`: no factor changes what they return."""
+    group = next(group for group in layer.anatomy.consumers if reader in group)
+    producing = layer.anatomy.producer(key)[0].partition(".")[0]
+    return [name for name in layer.ending_before(group) if name != producing]
 
 
 def _first_inputs(layer: DecoderLayer, tokens: int) -> dict[str, Tensor]:

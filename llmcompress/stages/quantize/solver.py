@@ -79,6 +79,7 @@ class LayerQuantizer:
             reference=calibrated,
             through=through,
             half=self.stage.rounding == "gptq",
+            processes=context.processes,
         )
         for layer in context.track(layers, f"quantize ({self.stage.format}, {self.stage.rounding})", steps):
             head = layer.index == len(model.layers)
@@ -103,7 +104,9 @@ class LayerQuantizer:
         shared_linears, found = model.shared_linears, dict[str, Moments]()
         wanted = {name for pair in shared_linears.items() for name in pair if pair[0] in chosen}
         for layer in context.track(
-            walk(model, context.data.calibration), "read what shared weights read", len(model.layers)
+            walk(model, context.data.calibration, processes=context.processes),
+            "read what shared weights read",
+            len(model.layers),
         ):
             here = [name for name in layer.anatomy.linears if f"{layer.name}.{name}" in wanted]
             groups = [group for group in layer.anatomy.consumers if set(group) & set(here)]
@@ -169,7 +172,9 @@ class LayerQuantizer:
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for layer in context.track(
-            walk(model, context.data.calibration), "find the linears that suffer", len(model.layers)
+            walk(model, context.data.calibration, processes=context.processes),
+            "find the linears that suffer",
+            len(model.layers),
         ):
             codings = layer.own(chosen)
             self._smoothed(layer, codings, context, _in_block(model, layer))

@@ -10,7 +10,7 @@ quantised again: its codes are read, and the walk goes on through them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
@@ -18,9 +18,11 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
@@ -43,6 +45,13 @@ from llmcompress.stages.quantize.solver import (
 )
 
 NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
+# by effort, where a recipe does not say it; more steps than 200 did not help
+ROUNDINGS: Mapping[Effort, Literal["gptq", "learned"]] = {
+    "fast": "gptq",
+    "balanced": "gptq",
+    "best": "learned",
+}
+STEPS: Mapping[Effort, int] = {"fast": 50, "balanced": 200, "best": 200}
 # settings that weights shared by layers allow only if they are off, `gptq` or `nearest`
 ALONE = ("smooth", "rotate", "protect", "rounding")
 
@@ -103,6 +112,14 @@ class Quantize(FormatConfig, Stage):
                     f"overrides.{name}: {error.errors()[0]['msg'].removeprefix('Value error, ')}"
                 ) from None
         return self
+
+    def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
+        """With the rounding and its steps, if it has some. Weights that layers share can't be learned."""
+        shared = any(stage.shares for stage in before)
+        rounded = self.model_copy(update=self.unsaid(rounding="gptq" if shared else ROUNDINGS[effort]))
+        if rounded.rounding != "learned":
+            return rounded
+        return rounded.model_copy(update=self.unsaid(steps=STEPS[effort]))
 
     def rotation(self, model: LayerwiseModel, seed: int) -> Rotation | None:
         """The rotation to apply first, or None. Raises ModelError if the model can't be rotated."""
@@ -167,6 +184,15 @@ class Quantize(FormatConfig, Stage):
         """The least and the most bits per weight, scales included."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
+
+    @property
+    def divides(self) -> By:
+        """The batches of the text; if rounding is learned each batch, which a step of the training reads.
+
+        LLM.int8 finds its outlier columns over all tokens of a batch, so that its batches stay whole.
+        """
+        whole = self.rounding != "learned" or any(each.threshold for each in self.formats)
+        return "batch" if whole else "sequence"
 
     @property
     def leaves(self) -> str:

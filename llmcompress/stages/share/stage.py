@@ -8,13 +8,14 @@ time.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
 from llmcompress.algorithms.layer_similarity import adjacent
 from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.io.journal import Journal
@@ -29,6 +30,8 @@ from llmcompress.stages.share.layer_groups import FoundGroups
 GROUPS = "groups"  # entry of the journal
 AXES = {"attention": "kv", "ffn": "ffn"}  # axis of the linears of a part
 SPOKEN = {"attention": "attention", "ffn": "feed-forward"}
+# by effort, where a recipe does not say it
+STEPS: Mapping[Effort, int] = {"fast": 75, "balanced": 300, "best": 600}
 Part = Literal["attention", "ffn"]
 Group = Annotated[tuple[Annotated[int, Field(ge=0, le=1_000_000)], ...], Field(min_length=2, strict=False)]
 
@@ -43,6 +46,7 @@ class Share(Stage):
     section: ClassVar[str] = "shared or factorised weights"
     rewrites: ClassVar[bool] = True
     combines: ClassVar[bool] = True
+    shares: ClassVar[bool] = True
 
     layers: Literal["auto", "kl", "cka", "cosine", "adjacent"] | None = Field(
         default=None,
@@ -150,6 +154,10 @@ class Share(Stage):
                 raise ModelError(f"residual_rank {self.residual_rank}: {why}; use a smaller one")
         others = dict.fromkeys(inner(model, linears), "shares with no other layer")
         return chosen, {name: why for name, why in others.items() if name not in chosen}
+
+    def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
+        """With the number of steps."""
+        return self.model_copy(update=self.unsaid(steps=STEPS[effort]))
 
     @property
     def leaves(self) -> str:

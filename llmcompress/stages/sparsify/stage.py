@@ -23,10 +23,12 @@ from llmcompress.algorithms.saliency import wanda_weights
 from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
+from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.cost import IN_TURN
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
 
 STAGE = "sparsify"
@@ -109,6 +111,11 @@ class Sparsify(Stage):
             )
         super().require_place(before, after)
 
+    @property
+    def divides(self) -> By:
+        """The batches of the text."""
+        return "batch"
+
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears that lose weights are written."""
         return StageResult(*self.choose(model))
@@ -123,11 +130,15 @@ class Sparsify(Stage):
             for name, shape in shapes.items()
         )
         calibrated = self.score != "magnitude"
-        # passes, partly in two streams: for the moments, and to advance the states
-        operations = 2.0 * inner * work.tokens * (5 if calibrated else 3)
-        operations += sum(2.0 * C**2 * work.tokens for C in {shape[1] for shape in shapes.values()}) * layers
+        streams = 2 if calibrated else 1
+        time = work.passes(IN_TURN if calibrated else 2, half=work.half) + work.moments(
+            streams, half=work.half
+        )
+        time += work.products(2, shapes.values())  # the measured error
+        if calibrated:
+            time += work.products(3, shapes.values()) + work.factors(1)  # the corrected weight
         if self.score == "sparsegpt":
-            operations += sum(6.0 * R * C**2 + 4.0 * C**3 for R, C in shapes.values())
+            time += work.products(3, shapes.values()) + work.factors(1)
         states = work.tokens * model.config.hidden_size * (4 if calibrated else 2)
         outer, widest = parameters - inner, max(C for _, C in shapes.values())
         reasons = "; ".join(sorted(set(kept.values())))
@@ -136,7 +147,7 @@ class Sparsify(Stage):
             parameters=parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
             size_bytes=int(model.stored_bytes() - saved / 8),
             peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2),
-            seconds=operations / work.rate,
+            time=time,
             notes=(f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})",) if kept else (),
         )
 

@@ -24,7 +24,7 @@ from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import divergence, head_reads, leave, output_fisher, walk
+from llmcompress.modeling.sequential import divergence, head_states, leave, output_fisher, pieces_of, walk
 from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "tie"
@@ -83,7 +83,10 @@ class Tie(Stage):
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
             peak_memory_bytes=4 * floats,
-            seconds=(2 * work.tokens + 12 * SAMPLE) * 2.0 * (inner + outer) / work.rate,
+            time=work.passes(2)
+            + work.heads(2, work.tokens)
+            + work.passes(12, SAMPLE)
+            + work.heads(12, SAMPLE),
         )
 
     def require_two_matrices(self, model: LayerwiseModel) -> None:
@@ -116,8 +119,8 @@ class Tie(Stage):
     def _made(self, model: LayerwiseModel, context: Context) -> tuple[dict[str, Tensor], TiedFacts]:
         """Return the tensors that change, in the dtype of the base, and their loss."""
         anatomy = model.anatomy
-        E = model.model.get_parameter(f"{anatomy.embedding}.weight").data
-        O = model.model.get_parameter(f"{anatomy.head}.weight").data  # noqa: E741
+        E = model.outer_weight(f"{anatomy.embedding}.weight")
+        O = model.outer_weight(f"{anatomy.head}.weight")  # noqa: E741
         embedding = f"{anatomy.embedding}.weight"
         if torch.equal(E, O):
             return model.as_stored({embedding: E}), TiedFacts(kl_nats=0.0)
@@ -169,9 +172,11 @@ class _Trial:
             states = self._states()
         lost = 0.0
         for full, hidden in zip(self.full, states, strict=True):
-            expected = leave(self.model, full).float().log_softmax(-1)
-            with _placed(self.model, made):
-                lost += divergence(expected, leave(self.model, hidden)) * len(full)
+            for here in pieces_of(self.model, full):
+                expected = leave(self.model, full[here]).float().log_softmax(-1)
+                with _placed(self.model, made):
+                    found = divergence(expected, leave(self.model, hidden[here]))
+                lost += found * expected[..., 0].numel() / full[0, :, 0].numel()
         kl_nats = lost / sum(map(len, self.full))
         return kl_nats if math.isfinite(kl_nats) else math.inf
 
@@ -202,13 +207,13 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
     if read == "hidden":
         offset = anatomy.norm_offset
         made = [f"{anatomy.norm}.{part}" for part in ("weight", "bias")]
-        found = {name: model.model.get_parameter(name).data for name in made if name in anatomy.outer}
+        found = {name: model.outer_weight(name) for name in made if name in anatomy.outer}
         return {
             name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D
             for name, t in found.items()
         }
     rows = {name: row for name, row in anatomy.outer.items() if Spelling.parse(row).dims[0] == read}
-    data = {name: model.model.get_parameter(name).data for name in rows}
+    data = {name: model.outer_weight(name) for name in rows}
     return {name: scale(tensor, rows[name], sizes, (str(read),), gain_D) for name, tensor in data.items()}
 
 
@@ -221,12 +226,11 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
     seen_V = torch.bincount(sequences.flatten(), minlength=V).to(model.device, torch.float32)
     said_V, moments = torch.zeros(V, device=model.device), Moments(D, model.device)
     *_, last = walk(model, sequences, through=True)
-    with head_reads(model) as read:
-        for hidden in model.limit.units(last.inputs):
-            said_V += (
-                leave(model, hidden).float().softmax(-1)[:, context.data.unscored :].flatten(0, 1).sum(0)
-            )
-            moments.add(read.pop())
+    for hidden in model.limit.units(last.inputs):
+        moments.add(head_states(model, hidden))
+        scored = hidden[:, context.data.unscored :]
+        for here in pieces_of(model, scored):
+            said_V += leave(model, scored[here]).float().softmax(-1).flatten(0, 1).sum(0)
     sample = sequences[: -(-SAMPLE // sequences.shape[1])]
     with torch.enable_grad():
         unscored = context.data.unscored
@@ -236,7 +240,7 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
     F_DD = F_DD.to(model.device)
     for name, row in anatomy.outer.items():  # an embedding of another width that a linear widens
         if row == "hidden embed":
-            P_DE = model.model.get_parameter(name).data
+            P_DE = model.outer_weight(name)
             F_DD = P_DE.T @ F_DD @ P_DE
     # Both matrices weight a row alike: with two weights, rare tokens lose one row or the other, and the model
     # loses with them. No row has weight zero: tokens that the calibration text lacks come in other texts.
