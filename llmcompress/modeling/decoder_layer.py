@@ -114,8 +114,8 @@ class DecoderLayer:
         """
         if not self._targets:
             with torch.no_grad(), self._precision():
-                self._targets = [self._full(hidden).cpu() for hidden in self.reference]
-        return self._sound(self._targets)
+                self._targets = self._sound([self._full(hidden).cpu() for hidden in self.reference])
+        return self._targets
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
@@ -279,7 +279,7 @@ class DecoderLayer:
                 if whole and self._experts:
                     self._count_routed(listener.read[self._experts], first=i == 0)
                 yield listener.read, full
-        self._targets = targets or self._targets
+        self._targets = self._sound(targets) or self._targets
 
     @contextmanager
     def _reusing(
