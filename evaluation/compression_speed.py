@@ -1,6 +1,6 @@
 """How long does a compression take beside those of others: processor seconds, memory and loss, in one run?
 
-    python -m evaluation compression-speed [--models smollm2-135m wide-llama] [--recipes nf4-gptq ...]
+    python -m evaluation compression-speed [--models smollm2-135m ...] [--recipes nf4-gptq ...]
 
 For each recipe its rivals: nf4-gptq beside llm-compressor and GPTQModel, nf4-learned beside AutoRound at 200
 iterations, w8a8 and int8-smooth beside SmoothQuant with GPTQ. All read the same sequences, one after another
@@ -30,7 +30,7 @@ import torch
 from evaluation import machine, results
 from evaluation.cost import others_cpu_s
 from evaluation.models import SUBJECTS
-from evaluation.reference_models import SMOLLM2, WIDE, made
+from evaluation.reference_models import FIRST_LAYERS, SMOLLM2, WIDE, made
 from evaluation.results import ROOT, CompressionSpeedRow
 from evaluation.rivals.quantizers import options, quantized
 from evaluation.runs import known
@@ -45,6 +45,7 @@ AGAINST = {
 }
 MEASURING = "evaluate"  # what the progress of a run calls the measurement that follows the work
 KEY = ("model", "what")
+SPEED = (SMOLLM2, FIRST_LAYERS, WIDE)
 
 
 class Clock:
@@ -123,7 +124,7 @@ def main(argv: Sequence[str]) -> int:
     """Measure each recipe, then its rivals; 1 where a rival fails."""
     asked = options("compression-speed", __doc__)
     asked.set_defaults(work=ROOT / "out" / "rivals", dtype="auto")
-    asked.add_argument("--models", nargs="+", choices=(SMOLLM2, WIDE), default=[SMOLLM2, WIDE])
+    asked.add_argument("--models", nargs="+", choices=SPEED, default=list(SPEED))
     asked.add_argument("--recipes", nargs="+", choices=AGAINST, default=list(AGAINST))
     asked.add_argument("--ours-only", action="store_true", help="measure no rival again")
     given = machine.parse(asked, argv, threads=1)
