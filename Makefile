@@ -54,6 +54,7 @@ bench: $(READY) # sixteen hours
 	$(BIN)/python -m evaluation rivals-pruning # 30 min
 	$(BIN)/python -m evaluation healing # 1 h
 	$(BIN)/python -m evaluation sharing # 6 h
+	$(BIN)/python -m evaluation compression-speed # 5 h
 	$(BIN)/python -m evaluation cost # 8 min
 	$(BIN)/python -m evaluation several-processes # 15 min
 	$(BIN)/python -m evaluation vocabulary-memory # 10 min

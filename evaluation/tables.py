@@ -23,6 +23,7 @@ from evaluation.results import (
     ROOT,
     AblationRow,
     BosRow,
+    CompressionSpeedRow,
     CostRow,
     DistillSpeed,
     Fidelity,
@@ -404,6 +405,31 @@ def cost(results: Results) -> str:
     return joined([about, table([*header, "checkpoint, MB"], lines)])
 
 
+def compression_speed(results: Results) -> str:
+    """Our quantisers and those of others on each model, the fastest first."""
+    if (result := results.load("compression_speed", Rows[CompressionSpeedRow])) is None:
+        return ""
+    header = ["quantiser", "CPU seconds", "seconds", "peak memory, MB", "KL, nats/token"]
+    header += ["whole run, CPU seconds", "its peak memory, MB"]
+    parts = [where(result.hardware, result.commit) + "\n"]
+    for model in dict.fromkeys(row.model for row in result.rows):
+        rows = sorted((row for row in result.rows if row.model == model), key=lambda row: row.cpu_seconds)
+        lines = [
+            [
+                row.what if row.package == "llmcompress" else f"{row.what} ({row.package})",
+                f"{row.cpu_seconds:.0f}",
+                f"{row.seconds:.0f}",
+                megabytes(row.peak_memory_bytes, 0),
+                "" if row.kl_nats_mean is None else f"{row.kl_nats_mean:.5f}",
+                "" if row.run_cpu_seconds is None else f"{row.run_cpu_seconds:.0f}",
+                "" if row.run_peak_memory_bytes is None else megabytes(row.run_peak_memory_bytes, 0),
+            ]
+            for row in rows
+        ]
+        parts += [heading(model), table(header, lines)]
+    return joined(parts)
+
+
 def several(results: Results) -> str:
     """Each rounding in one process and in several."""
     if (result := results.load("several_processes", Rows[SeveralRow])) is None:
@@ -677,6 +703,13 @@ SECTIONS = (
         "Seconds and peak memory of `quantize` against one forward pass over the same tokens, on random "
         "Llamas of growing size: `python -m evaluation cost`.",
         cost,
+    ),
+    Section(
+        "Speed of compression",
+        "The same calibration sequences, one process after another: `python -m evaluation "
+        "compression-speed`. Seconds are those of loading the base, quantising and writing, without imports "
+        "and without what llmcompress measures afterwards, which the whole run has.",
+        compression_speed,
     ),
     Section(
         "Several processes",

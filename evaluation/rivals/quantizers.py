@@ -23,9 +23,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from evaluation import machine, results
-from evaluation.models import present
+from evaluation.models import MODELS, present
 from evaluation.options import parser
-from evaluation.reference_models import SMOLLM2
+from evaluation.reference_models import FIRST_LAYERS, SMOLLM2, WIDE
 from evaluation.results import ROOT, Failure, Rival, Rivals
 from evaluation.rivals import sequences
 from evaluation.rivals.environments import Environment
@@ -44,7 +44,7 @@ RIVALS = {  # by the name of their script: rival_NAME.py
     "autoround": Quantizer("auto-round", "autoround"),
     "smoothquant": Quantizer("llmcompressor", "llmcompressor"),
 }
-GROUP_SIZES = {SMOLLM2: 64, "demo": 64, "wikilm-8m": 128, "stories260k": 32}
+GROUP_SIZES = {SMOLLM2: 64, FIRST_LAYERS: 64, WIDE: 64, "demo": 64, "wikilm-8m": 128, "stories260k": 32}
 
 
 def options(name: str, doc: str | None) -> argparse.ArgumentParser:
@@ -125,7 +125,7 @@ def write(model: str, rival: str, found: Rival | Failure, given: argparse.Namesp
 def main(argv: Sequence[str]) -> int:
     """Measure every rival on every model; 1 where none runs."""
     asked = options("rivals", __doc__)
-    asked.add_argument("--models", nargs="+", choices=GROUP_SIZES, default=present())
+    asked.add_argument("--models", nargs="+", choices=MODELS, default=present())
     asked.add_argument("--rivals", nargs="+", choices=RIVALS, default=list(RIVALS))
     asked.add_argument(
         "--dtype", default="auto", help="what rivals load the base in: auto (as on disk), float32"

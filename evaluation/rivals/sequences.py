@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import load_file, save_file
 
-from evaluation.models import MODELS
+from evaluation.models import SUBJECTS
 from evaluation.results import Sequences
 from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
@@ -28,8 +28,8 @@ class Files(NamedTuple):
 
 def write(model: str, folder: Path) -> Files:
     """Write calibration-MODEL and evaluation-MODEL to a folder."""
-    base = find_base(MODELS[model].base).folder
-    data = calibration_data(DiskModel(base, torch.device("cpu")), MODELS[model].data(), tokenizer_of(base))
+    base = find_base(SUBJECTS[model].base).folder
+    data = calibration_data(DiskModel(base, torch.device("cpu")), SUBJECTS[model].data(), tokenizer_of(base))
     folder.mkdir(parents=True, exist_ok=True)
     files = Files(base, *(folder / f"{side}-{model}.safetensors" for side in ("calibration", "evaluation")))
     save_file({KEY: data.calibration.contiguous()}, files.calibration)

@@ -146,11 +146,13 @@ class DecoderLayer:
         """
         if not self._targets:
             with torch.no_grad(), self._precision():
-                self._targets = [
-                    joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
-                    for hidden in self.reference
-                ]
-        return self._sound(self._targets)
+                self._targets = self._sound(
+                    [
+                        joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
+                        for hidden in self.reference
+                    ]
+                )
+        return self._targets
 
     def _target(self, hidden: Tensor, here: slice) -> Tensor:
         return self._full(hidden[here]).cpu()
@@ -318,7 +320,7 @@ class DecoderLayer:
                     outs += [out] if out is not None else []
                     yield listener.read, full
                 targets += [joined(outs)] if outs else []
-        self._targets = targets or self._targets
+        self._targets = self._sound(targets) or self._targets
 
     def _read(
         self,

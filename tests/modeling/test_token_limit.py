@@ -237,6 +237,35 @@ def test_moments_outputs_and_targets_are_those_of_an_undisturbed_walk(
             close(a, b)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_nothing_kept_for_a_whole_batch_is_used_for_its_parts(family: str) -> None:
+    def walked(shrinking: Mapping[int, int]) -> Iterator[tuple[dict[str, Moments], list[Tensor]]]:
+        """What each layer reads in turn and returns; `shrinking` is the limit from a group of linears on."""
+        for layer in walk(resident(family), sequences(), reference=True):
+            layer.limit = TokenLimit()
+            found = dict[str, Moments]()
+            for place, consumers in enumerate(layer.anatomy.consumers):
+                layer.limit.most = shrinking.get(place, layer.limit.most)
+                found |= layer.moments(consumers, in_turn=True)
+                for linear in consumers:
+                    layer.set_weight(linear, 0.9 * layer.weight(linear))
+            layer.limit.most = shrinking.get(-1, layer.limit.most)
+            yield found, layer.outputs(layer.inputs) + layer.targets
+
+    for shrinking in (
+        {1: 4 * LENGTH},
+        {0: 4 * LENGTH, 2: LENGTH},
+        {1: 5 * LENGTH, 2: 2 * LENGTH, -1: LENGTH},
+    ):
+        for (ours, outs), (theirs, same) in zip(walked(shrinking), walked({}), strict=True):
+            for name, moments in ours.items():
+                assert moments.tokens == 7 * LENGTH
+                close(moments.H_CC, theirs[name].H_CC)
+                close(moments.full_C, theirs[name].full_C)
+            for a, b in zip(outs, same, strict=True):
+                close(a, b)
+
+
 def test_a_sum_of_moments_holds_nothing_of_a_part_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     X_TC, F_TC = torch.randn(2, 40, 6).unbind()
     plain, given = Moments(6), torch.Tensor.abs
