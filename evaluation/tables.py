@@ -148,14 +148,18 @@ def fidelity(results: Results) -> str:
                 recipe_heads.ratio(rows, name),
                 percent(row.top1_agreement, 2),
                 f"{row.perplexity:.3f}",
+                *([] if row.perplexity_2048 is None else [f"{row.perplexity_2048:.3f}"]),
                 f"{row.seconds:.0f}",
             ]
             for name, row in rows.items()
         ]
+        long = result.rows[0].base_perplexity_2048
         machines = " / ".join(sorted({row.environment.device for row in result.rows}))
-        base = f"Evaluated on {result.text}; perplexity of the base {result.rows[0].base_perplexity:.3f}."
+        base = f"Evaluated on {result.text}; perplexity of the base {result.rows[0].base_perplexity:.3f}"
+        base += "." if long is None else f", on sequences of 2048 tokens {long:.3f}."
+        longer = [] if long is None else ["perplexity, 2048 tokens"]
         parts.append(heading(model, f"{base} {where(machines)}"))
-        parts.append(table([*header, "perplexity", "seconds"], lines))
+        parts.append(table([*header, "perplexity", *longer, "seconds"], lines))
     return joined(parts)
 
 
