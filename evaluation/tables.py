@@ -628,7 +628,8 @@ SECTIONS = (
     Section(
         "Recipes",
         "The loss of every recipe and of its baseline, on SmolLM2-135M and three smaller models: `python -m "
-        "evaluation bench`. Seconds are those of the stages on a shared machine of two cores: orders of magnitude.",
+        "evaluation bench`. Seconds are those of the stages on a shared machine of two cores: orders of "
+        "magnitude.",
         fidelity,
     ),
     Section(
