@@ -466,8 +466,11 @@ def test_what_is_shared_is_quantised_once(
             assert (
                 isinstance(one, IntegerLinear) and one.expanded is not None and one.expanded is other.expanded
             )
-    near = 0.02 if "4" in settings["format"] else 3e-3
-    assert distance(live(model), measured(out)) < near
+    ours, theirs = live(model), measured(out)
+    apart_BL = (ours - theirs).norm(dim=-1) / theirs.norm(dim=-1)
+    # an activation on a tie may be rounded up here and down there, which moves its token, but not the others
+    assert float(apart_BL.median()) < (0.02 if "4" in settings["format"] else 1e-4)
+    assert float(apart_BL.max()) < (0.1 if "4" in settings["format"] else 0.02)
     assert report.compressed.parameters == Checkpoint.open(out, base=False).parameters
     rows = plan_recipe(recipe(text, base, *stages)).rows
     assert rows[-1].parameters == report.compressed.parameters
