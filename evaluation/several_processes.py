@@ -1,6 +1,6 @@
 """How much faster is a run in several processes, and does it write the same codes?
 
-    python -m evaluation several-processes [--processes 1 2] [--quick] [--out FILE]
+    python -m evaluation several-processes [--processes 1 2] [--models ...] [--quick] [--out FILE]
 
 Each recipe is run by its command line, from disk to disk, in one process and then in several, on the CPU with
 one thread each. Seconds are those of the stage, and of the whole run with its start, its evaluation and its
@@ -10,7 +10,8 @@ layer these codes and what depends on them differ, and with them the inputs of a
 
 Run it on an idle machine with a core for each process; `others_cpu_share` says what other processes took, in
 cores. A quarter of an hour on two cores; the result goes to results/several_processes.json. With --quick (a
-minute or two, few tokens, numbers that mean little) only --out is written.
+minute or two, few tokens, numbers that mean little) only --out is written. A job's rows are written as soon
+as they are measured.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ class Job:
 FIRST_LAYER = ".layers.0."
 JOBS = (Job("wikilm-8m", "gptq"), Job("wikilm-8m", "learned"), Job(SMOLLM2, "gptq"))
 QUICK = (Job("wikilm-8m", "gptq"),)
+MEASURED = tuple(dict.fromkeys(job.model for job in JOBS))
 
 
 def run(recipe: Path, out: Path, processes: int) -> float:
@@ -160,10 +162,13 @@ def main(argv: Sequence[str]) -> int:
         "--out", type=Path, help="result file; default results/several_processes.json, none with --quick"
     )
     options.add_argument("--quick", action="store_true", help="few tokens, to see that it runs")
+    options.add_argument("--models", nargs="+", choices=MEASURED, default=MEASURED, help="only these")
     given = machine.parse(options, argv, threads=1)
-    jobs = [job for job in (QUICK if given.quick else JOBS) if job.model in present()]
-    rows = measured(jobs, given.processes, 32 if given.quick else None)
-    show(rows)
-    if given.out or not given.quick:
-        results.write("several_processes", machine.head(), {"rows": rows}, given.out)
+    wanted = set(given.models) & set(present())
+    for job in [job for job in (QUICK if given.quick else JOBS) if job.model in wanted]:
+        rows = measured([job], given.processes, 32 if given.quick else None)
+        show(rows)
+        if given.out or not given.quick:
+            others = results.without("several_processes", model=job.model, rounding=job.rounding)
+            results.write("several_processes", machine.head(), {"rows": [*others, *rows]}, given.out)
     return 0
