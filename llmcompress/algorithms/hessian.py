@@ -72,10 +72,14 @@ class Moments:
 
     def _accumulate_columns(self, X_TC: Tensor, F_TC: Tensor, total: int) -> None:
         """Accumulate what is known of each column alone, from float32 inputs."""
-        sums, top_C = (X_TC.sum(0), F_TC.sum(0)), torch.maximum(self.top_C, X_TC.abs().amax(0))
-        for mean_C, sum_C in zip((self.mean_C, self.full_C), sums, strict=True):
-            mean_C.mul_(self.tokens / total).add_(sum_C, alpha=1 / total)
+        sum_C, full_C, top_C = X_TC.sum(0), F_TC.sum(0), torch.maximum(self.top_C, X_TC.abs().amax(0))
+        self._accumulate_sums(sum_C, full_C, total)
         self.top_C = top_C
+
+    def _accumulate_sums(self, sum_C: Tensor, full_C: Tensor, total: int) -> None:
+        """Accumulate the sums of x and of f over some tokens."""
+        for mean_C, added_C in ((self.mean_C, sum_C), (self.full_C, full_C)):
+            mean_C.mul_(self.tokens / total).add_(added_C, alpha=1 / total)
 
     @property
     def X_FC(self) -> Tensor | None:

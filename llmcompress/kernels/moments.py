@@ -89,8 +89,7 @@ class HalfMoments(Moments):
             _at(room),
             torch.get_num_threads(),
         )
-        for mean_C, added_C in ((self.mean_C, sum_C), (self.full_C, sum_C if f is None else full_C)):
-            mean_C.mul_(kept).add_(added_C, alpha=share)
+        self._accumulate_sums(sum_C, sum_C if f is None else full_C, total)
 
 
 def _at(tensor: Tensor | None) -> int | None:

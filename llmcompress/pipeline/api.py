@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -108,33 +109,23 @@ def compress(
             device=device,
             track=track,
         )
+    run = partial(
+        run_recipe,
+        told,
+        Path(out),
+        data=data,
+        effort=effort,
+        overwrite=overwrite,
+        device=device,
+        track=track,
+    )
     if not isinstance(model, PreTrainedModel):
-        name = None if model is None else os.fspath(model)
-        return run_recipe(
-            told,
-            Path(out),
-            base=name,
-            data=data,
-            effort=effort,
-            overwrite=overwrite,
-            device=device,
-            track=track,
-        )
+        return run(base=None if model is None else os.fspath(model))
     with scratch_folder() as folder, no_progress_bar():
         words = require_tokenizer(tokenizer)
         model.save_pretrained(folder)
         words.save_pretrained(folder)
-        base = Base(name_of(model), folder, None)
-        return run_recipe(
-            told,
-            Path(out),
-            base=base,
-            data=data,
-            effort=effort,
-            overwrite=overwrite,
-            device=device,
-            track=track,
-        )
+        return run(base=Base(name_of(model), folder, None))
 
 
 def plan(
