@@ -34,6 +34,7 @@ from evaluation.reference_models import FIRST_LAYERS, SMOLLM2, WIDE, made
 from evaluation.results import ROOT, CompressionSpeedRow
 from evaluation.rivals.quantizers import options, quantized
 from evaluation.runs import known
+from llmcompress.modeling.sequential import EVALUATE
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 
@@ -43,7 +44,6 @@ AGAINST = {
     "w8a8": ("smoothquant",),
     "int8-smooth": ("smoothquant",),
 }
-MEASURING = "evaluate"  # what the progress of a run calls the measurement that follows the work
 KEY = ("model", "what")
 SPEED = (SMOLLM2, FIRST_LAYERS, WIDE)
 
@@ -56,7 +56,7 @@ class Clock:
         self.spent: tuple[float, float, int] | None = None
 
     def __call__(self, things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
-        if what == MEASURING and self.spent is None:
+        if what == EVALUATE and self.spent is None:
             cpu, wall = time.process_time() - self.start[0], time.perf_counter() - self.start[1]
             self.spent = cpu, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return things

@@ -24,6 +24,7 @@ from evaluation.options import parser
 from evaluation.reference_models import SMOLLM2
 from evaluation.results import ROOT, ForetoldRow, Rows
 from llmcompress.data.sources import DataSpec
+from llmcompress.modeling.sequential import EVALUATE
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
@@ -54,7 +55,7 @@ class Clock:
     @property
     def stages_s(self) -> float:
         """Seconds from the beginning of the first stage to the evaluation of the result."""
-        return self.began["evaluate"] - min(self.began.values())
+        return self.began[EVALUATE] - min(self.began.values())
 
 
 def recipe_of(model: str, name: str) -> Recipe:

@@ -42,11 +42,13 @@ from evaluation.options import parser
 from evaluation.random_llamas import Shape
 from evaluation.results import ROOT, GpuCompressionFailure, GpuCompressionRow
 from evaluation.rivals.environments import SETTINGS
+from evaluation.rivals.quantizers import RIVALS
 from evaluation.rivals.sequences import KEY
 from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import first_line
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.sequential import EVALUATE
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.metrics import peak_memory_bytes
@@ -56,7 +58,6 @@ EIGHT_B = Shape(32, 4096, 14336, 32, 8, 128256)
 FOUR_LAYERS = Shape(4, 4096, 14336, 32, 8, 128256)
 MODELS = {"8b": EIGHT_B, "1b": ONE_B, "8b-4-layers": FOUR_LAYERS}
 TINY = Shape(2, 64, 192, 4, 2, 512)
-RIVALS = {"llmcompressor": "llmcompressor", "gptqmodel": "gptqmodel", "autoround": "auto-round"}  # packages
 GROUP_SIZE = 64  # of the rivals, as ours have it
 SLACK_S = 1.0  # for a process to end by itself before it is killed
 Row = GpuCompressionRow | GpuCompressionFailure
@@ -99,7 +100,7 @@ class Phases:
 
     def __call__(self, things: Iterable[Any], what: str, count: int) -> Iterator[Any]:
         """Yield `things`. Raises Weights once the evaluation begins."""
-        if what == "evaluate":
+        if what == EVALUATE:
             raise Weights
         start = time.perf_counter()
         yield from things
@@ -197,7 +198,7 @@ def _carried() -> list[str]:
 def installed(rival: str) -> str | None:
     """The version of a rival's package here, or None."""
     try:
-        return metadata.version(RIVALS[rival])
+        return metadata.version(RIVALS[rival].package)
     except metadata.PackageNotFoundError:
         return None
 

@@ -26,7 +26,7 @@ from llmcompress.integrations.transformers_quantizer import METHOD
 from llmcompress.io.checkpoint import read_json
 from llmcompress.io.units import amount
 from llmcompress.modeling.from_disk import no_progress_bar
-from llmcompress.modeling.sequential import Track
+from llmcompress.modeling.sequential import EVALUATE, Track
 from llmcompress.modeling.token_limit import batches_of
 from llmcompress.report.metrics import size_bytes
 
@@ -88,7 +88,7 @@ class WholeModel:
         `sequential.logits` does."""
         batches = batches_of(sequences)
         at_once = positions_at_once(self.config.vocab_size, self.device)
-        for tokens in track(batches, "evaluate", len(batches)):
+        for tokens in track(batches, EVALUATE, len(batches)):
             tokens = tokens.to(self.device)
             # closed before the yield: a generator dropped half way must not leave it open
             with torch.no_grad():

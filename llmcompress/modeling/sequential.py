@@ -35,6 +35,7 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import batches_of, joined
 
+EVALUATE = "evaluate"  # what progress calls the measurement of a model
 SAMPLE = 8192  # tokens that decide what goes or what is shared
 # (items, description, count) -> the same items
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
@@ -350,7 +351,7 @@ def logits(
 
     The size of the vocabulary decides how many; all layers are run once, before the first logits.
     """
-    for layer in track(walk(resident, sequences, through=True), "evaluate", len(resident.layers) + 1):
+    for layer in track(walk(resident, sequences, through=True), EVALUATE, len(resident.layers) + 1):
         last = layer
     for hidden in resident.limit.units(last.inputs):
         hidden = hidden[:, unscored:]
