@@ -4,11 +4,11 @@
 
 Random Llamas of the shapes of Llama 3 are made on the spot (`random_llamas`) and quantised from disk to disk
 on 128 sequences of 2048 tokens: by recipes of recipes/, and by those of llm-compressor, GPTQModel and
-AutoRound that are installed in this very environment; one that is not is written down as absent. Seconds are
-those from the start to the written weights; imports and the evaluation of the result are left out. Memory is
-the peak until then: of the GPU as torch allocates it, of the host as the process has it resident. Whatever
-takes too long for eight minutes on all layers is measured on four layers of the 8 B model; its cost grows
-with their number.
+AutoRound that are installed in this very environment or in the folder --rival-packages, which comes first on
+their path; one that is in neither is written down as absent. Seconds are those from the start to the written
+weights; imports and the evaluation of the result are left out. Memory is the peak until then: of the GPU as
+torch allocates it, of the host as the process has it resident. Whatever takes too long for eight minutes on
+all layers is measured on four layers of the 8 B model; its cost grows with their number.
 
 The goal: 8 B by nf4-gptq in at most 250 s and 6 GB of GPU memory.
 
@@ -69,6 +69,14 @@ class Job(NamedTuple):
     model: str
     method: str
     limit_s: float
+
+
+class Setting(NamedTuple):
+    """The sequences, the device, and the folder with the rivals' packages, if there is one."""
+
+    spec: DataSpec
+    device: str
+    packages: Path | None = None
 
 
 JOBS = (
@@ -146,16 +154,17 @@ def of_recipe(base: Path, recipe: Recipe, device: str, limit_s: float) -> dict[s
         return found
 
 
-def of_rival(base: Path, rival: str, spec: DataSpec, device: str, limit_s: float) -> dict[str, Any]:
-    """What a rival of this environment takes. Errors: TimeoutError."""
+def of_rival(base: Path, rival: str, setting: Setting, limit_s: float) -> dict[str, Any]:
+    """What a rival takes. Errors: TimeoutError."""
+    spec = setting.spec
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         place = Path(folder)
         tokens_SL = load_data(spec, tokenizer_of(base), 256, spec.length).calibration
         save_file({KEY: tokens_SL.contiguous()}, place / "calibration.safetensors")
         try:
             done = subprocess.run(
-                command_of(base, rival, place, device),
-                env=os.environ | SETTINGS | {"PYTHONPATH": os.pathsep.join([str(ROOT), *_carried()])},
+                command_of(base, rival, place, setting.device),
+                env=os.environ | SETTINGS | {"PYTHONPATH": path_of(setting.packages)},
                 cwd=place,
                 timeout=limit_s,
                 capture_output=True,
@@ -189,29 +198,29 @@ def command_of(base: Path, rival: str, place: Path, device: str) -> list[str]:
     return [sys.executable, "-m", f"evaluation.rivals.rival_{rival}", *words]
 
 
-def _carried() -> list[str]:
-    """The folders of packages that this process was given."""
-    path = os.environ.get("PYTHONPATH")
-    return [path] if path else []
+def path_of(packages: Path | None) -> str:
+    """The PYTHONPATH of a rival: its packages, then the folders that this process was given."""
+    places = [ROOT, packages.resolve() if packages else None, os.environ.get("PYTHONPATH")]
+    return os.pathsep.join(str(place) for place in places if place)
 
 
-def installed(rival: str) -> str | None:
-    """The version of a rival's package here, or None."""
-    try:
-        return metadata.version(RIVALS[rival].package)
-    except metadata.PackageNotFoundError:
-        return None
+def installed(rival: str, packages: Path | None) -> str | None:
+    """The version of a rival's package in a folder or else in this environment, or None."""
+    places = [*([str(packages.resolve())] if packages else []), *sys.path]
+    found = metadata.distributions(name=RIVALS[rival].package, path=places)
+    return next((one.version for one in found), None)
 
 
-def row_of(job: Job, shape: Shape, base: Path, spec: DataSpec, device: str, limit_s: float) -> Row:
+def row_of(job: Job, shape: Shape, base: Path, setting: Setting, limit_s: float) -> Row:
     """Measure one job, or say why it is missing."""
+    spec, device = setting.spec, setting.device
     about: dict[str, Any] = {"model": job.model, "layers": shape.layers, "method": job.method}
     try:
         if job.method in RIVALS:
-            if (version := installed(job.method)) is None:
+            if (version := installed(job.method, setting.packages)) is None:
                 return GpuCompressionFailure(**about, error="not installed")
             about["version"] = version
-            found = of_rival(base, job.method, spec, device, limit_s)
+            found = of_rival(base, job.method, setting, limit_s)
         else:
             recipe = Recipe.from_file(ROOT / "recipes" / f"{job.method}.yaml")
             found = of_recipe(base, recipe.model_copy(update={"data": spec}), device, limit_s)
@@ -231,30 +240,28 @@ def said(row: Row) -> str:
     return f"{name}: {row.seconds:.1f} s, {gpu}{row.peak_host_bytes / 1e9:.2f} GB of the host"
 
 
-def measured(
-    jobs: Sequence[Job], shapes: dict[str, Shape], spec: DataSpec, device: str, end: float
-) -> Iterator[Row]:
+def measured(jobs: Sequence[Job], shapes: dict[str, Shape], setting: Setting, end: float) -> Iterator[Row]:
     """Yield the row of each job until the clock is at `end`. Each model is made when it is first needed."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = folder / "words.txt"
+        text, spec = folder / "words.txt", setting.spec
         make_text(text, (2 * int(spec.samples or 0) + 20) * int(spec.length or 0))  # its last tenth evaluates
-        spec = spec.with_text(str(text))
+        setting = setting._replace(spec=spec.with_text(str(text)))
         for job in jobs:
             left = end - time.monotonic() - SLACK_S
             if left <= 0:
                 print("no time is left", file=sys.stderr, flush=True)
                 return
             base, shape = folder / job.model, shapes[job.model]
-            if job.method in RIVALS and installed(job.method) is None:
-                yield row_of(job, shape, base, spec, device, left)
+            if job.method in RIVALS and installed(job.method, setting.packages) is None:
+                yield row_of(job, shape, base, setting, left)
                 continue
             if not base.exists():
                 start = time.perf_counter()
-                random_llamas.make(base, shape, int(spec.length or 0), torch.device(device))
+                random_llamas.make(base, shape, int(spec.length or 0), torch.device(setting.device))
                 print(f"made {job.model} in {time.perf_counter() - start:.1f} s", file=sys.stderr, flush=True)
                 left = end - time.monotonic() - SLACK_S
-            yield row_of(job, shape, base, spec, device, max(SLACK_S, min(job.limit_s, left)))
+            yield row_of(job, shape, base, setting, max(SLACK_S, min(job.limit_s, left)))
 
 
 def options() -> argparse.ArgumentParser:
@@ -267,6 +274,7 @@ def options() -> argparse.ArgumentParser:
     found.add_argument("--samples", type=int, default=128, help="sequences that calibrate; default: 128")
     found.add_argument("--length", type=int, default=2048, help="tokens of a sequence; default: 2048")
     found.add_argument("--limit", type=float, default=480.0, help="seconds for everything; default: 480")
+    found.add_argument("--rival-packages", type=Path, metavar="FOLDER", help="with the rivals' packages")
     found.add_argument(
         "--out", type=Path, help="result file; default results/gpu_compression.json, none with --quick"
     )
@@ -287,7 +295,7 @@ def main(argv: Sequence[str]) -> int:
         shapes, spec = dict.fromkeys(MODELS, TINY), spec.model_copy(update={"samples": 2, "length": 64})
     jobs = [job for job in JOBS if job.model in given.models and job.method in given.methods]
     head, done = machine.head(torch.device(given.device)), 0
-    for row in measured(jobs, shapes, spec, given.device, end):
+    for row in measured(jobs, shapes, Setting(spec, given.device, given.rival_packages), end):
         print(said(row), flush=True)
         done += isinstance(row, GpuCompressionRow)
         if given.out or not given.quick:

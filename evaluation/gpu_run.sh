@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in at most eight minutes on one NVIDIA GPU of 80 GB, without a network or an
-# installation: the packages may lie in folders on PYTHONPATH.
+# installation: the packages may lie in folders on PYTHONPATH, those of the rivals in a folder RIVALS of their own.
 #
-#     [PYTHON=python3] [LIMIT=480] [EVALUATION_COMMIT=abc1234] evaluation/gpu_run.sh [FOLDER]
+#     [PYTHON=python3] [LIMIT=480] [RIVALS=FOLDER] [EVALUATION_COMMIT=abc1234] evaluation/gpu_run.sh [FOLDER]
 #
 # Results go to FOLDER, by default evaluation/results, row by row, so a run that is cut short keeps what it has.
 # The steps come in the order of their worth, each with a limit of its own.
@@ -12,6 +12,7 @@ folder=${1:-evaluation/results}
 python=${PYTHON:-python3}
 end=$((SECONDS + ${LIMIT:-480}))
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" # for ours and for the rivals, which else take one
 mkdir -p "$folder"
 
 left() { echo $((end - SECONDS < $1 ? end - SECONDS : $1)); } # of so many seconds
@@ -30,7 +31,7 @@ step() { # name, limit in seconds, command
 
 compression() { # limit in seconds, options
   step "quantise" "$1" "$python" -m evaluation gpu-compression --limit "$(left "$1")" \
-    --out "$folder/gpu_compression.json" "${@:2}"
+    --out "$folder/gpu_compression.json" ${RIVALS:+--rival-packages "$RIVALS"} "${@:2}"
 }
 
 mapfile -t marked < <(grep -rl 'mark\.gpu' tests --include='test_*.py')

@@ -64,7 +64,7 @@ def test_a_quantisation_is_measured_up_to_the_written_weights_and_an_absent_riva
 def test_what_takes_too_long_is_given_up_and_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, shape = gpu_compression.Job("1b", "nf4-gptq", 60), gpu_compression.TINY
     spec = DataSpec(source=str(tmp_path), samples=2, length=64)
-    found = gpu_compression.row_of(job, shape, tmp_path / "base", spec, "cpu", 0.01)
+    found = gpu_compression.row_of(job, shape, tmp_path / "base", gpu_compression.Setting(spec, "cpu"), 0.01)
     assert isinstance(found, GpuCompressionFailure) and found.error == "took longer than 0 s"
 
 
@@ -95,7 +95,7 @@ def test_a_rival_that_is_installed_is_timed_by_itself(
     make_text(tmp_path / "words.txt", 2000)
     script = tmp_path / "rival.py"
     script.write_text(RIVAL.format(then=then))
-    monkeypatch.setattr(gpu_compression, "installed", lambda rival: "1.2.3")
+    monkeypatch.setattr(gpu_compression, "installed", lambda rival, packages: "1.2.3")
     monkeypatch.setattr(
         gpu_compression,
         "command_of",
@@ -103,7 +103,8 @@ def test_a_rival_that_is_installed_is_timed_by_itself(
     )
     spec = DataSpec(source=str(tmp_path / "words.txt"), samples=2, length=64, evaluation_samples=1)
     job = gpu_compression.Job("1b", "gptqmodel", 60)
-    found = gpu_compression.row_of(job, gpu_compression.TINY, tmp_path / "base", spec, "cpu", limit_s)
+    setting = gpu_compression.Setting(spec, "cpu")
+    found = gpu_compression.row_of(job, gpu_compression.TINY, tmp_path / "base", setting, limit_s)
     assert (found.method, found.version) == ("gptqmodel", "1.2.3")
     if error is None:
         assert isinstance(found, GpuCompressionRow) and found.seconds == 1.5
