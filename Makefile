@@ -20,7 +20,7 @@ test-all: test-slow test
 
 # The Triton kernels without a GPU, by Triton's interpreter; torch for CPUs comes without Triton, and .venv stays so.
 test-kernels: $(READY) out/triton/.ready
-	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest tests/kernels/test_int8_dispatch.py
+	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest -m gpu tests/kernels
 
 out/triton/.ready:
 	$(BIN)/pip install --quiet --no-deps --upgrade --target out/triton triton==3.9.0

@@ -17,6 +17,7 @@ from llmcompress.algorithms.overflow import Overflow
 
 # columns of a block of X^T X, at least, and blocks, at most: products of narrower blocks are slower
 BLOCK, BLOCKS = 192, 8
+SMALL = 128  # columns of a triangular matrix that is inverted at once
 
 
 class Moments:
@@ -174,34 +175,52 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
     The damping is raised tenfold until the Cholesky factorisation succeeds. So the factor is finite for
     constant channels, for channels that are always zero and for fewer tokens than columns.
 
-    Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1.
+    Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1, which inverts H and factors the
+    inverse. Here H is factored from its last column on, and the factor is inverted: U is the same, for half
+    of the operations.
     """
     for attempt in range(12):
-        lower, failed = torch.linalg.cholesky_ex(damped(H_CC, damp * 10**attempt))
+        lower_CC, failed = torch.linalg.cholesky_ex(damped(H_CC, damp * 10**attempt).flip(0, 1))
         if failed:
             continue
-        U_CC: Tensor
-        U_CC, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and bool(torch.isfinite(U_CC).all()):
+        _invert_lower(lower_CC)
+        U_CC = lower_CC.flip(0, 1)
+        if bool(torch.isfinite(U_CC).all()):
             return U_CC
     raise Overflow("second moments are not finite")
 
 
+def _invert_lower(L_CC: Tensor) -> None:
+    """Invert a lower triangular matrix in place, by halves: all but small blocks is matrix products."""
+    C = len(L_CC)
+    if C <= SMALL:
+        eye_CC = torch.eye(C, dtype=L_CC.dtype, device=L_CC.device)
+        L_CC.copy_(torch.linalg.solve_triangular(L_CC, eye_CC, upper=False))
+        return
+    half = -(-C // 2)
+    first, below, last = L_CC[:half, :half], L_CC[half:, :half], L_CC[half:, half:]
+    _invert_lower(first)
+    _invert_lower(last)
+    torch.mm(last @ below, first.neg(), out=below)
+
+
 class Factors:
-    """The factors of one `Moments` that the solvers of several linears share, each computed on first use."""
+    """The factor of one `Moments` that the solvers of several linears share, computed on first use."""
 
     def __init__(self, moments: Moments, damp: float = 0.01) -> None:
         self.moments, self.damp = moments, damp
 
     @cached_property
-    def inverse(self) -> Tensor:
-        """`inverse_factor` of H, [C, C]."""
-        return inverse_factor(self.moments.H_CC, self.damp)
-
-    @cached_property
     def ordered(self) -> tuple[Tensor, Tensor]:
         """`ordered_factor` of H: the order of columns [C] and the factor [C, C]."""
         return ordered_factor(self.moments.H_CC, self.damp)
+
+    def divide(self, B_RC: Tensor) -> Tensor:
+        """Return B (H + damping)^-1."""
+        order_C, U_CC = self.ordered
+        out_RC = torch.empty_like(B_RC)
+        out_RC[:, order_C] = B_RC[:, order_C] @ U_CC.T @ U_CC
+        return out_RC
 
 
 def ordered_factor(H_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
@@ -221,8 +240,7 @@ def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01, factors: Factor
     """
     if moments.gap_FC is None:
         return W_RC
-    U_CC = (factors or Factors(moments, damp)).inverse
-    return W_RC + W_RC @ moments.gap_FC @ U_CC.T @ U_CC
+    return W_RC + (factors or Factors(moments, damp)).divide(W_RC @ moments.gap_FC)
 
 
 def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) -> Tensor:
@@ -234,8 +252,7 @@ def translate(W_RF: Tensor, W_RC: Tensor, moments: Moments, damp: float = 0.01) 
     """
     X_FC = moments.X_FC
     assert X_FC is not None
-    U_CC = inverse_factor(moments.H_CC, damp)
-    return W_RC + (W_RF @ X_FC - W_RC @ moments.H_CC) @ U_CC.T @ U_CC
+    return W_RC + Factors(moments, damp).divide(W_RF @ X_FC - W_RC @ moments.H_CC)
 
 
 def metric_factor(F_DD: Tensor, damp: float) -> Tensor:

@@ -186,7 +186,7 @@ def _triton() -> tuple[bool, str]:
 
     if not torch.cuda.is_available():
         return False, "there is no GPU"
-    if int8_dispatch.compiles(torch.device("cuda")):
+    if int8_dispatch.KERNELS.compiles(torch.device("cuda")):
         return True, "Triton kernels, and bitsandbytes' int8 product for many tokens"
     return (
         False,

@@ -1,8 +1,8 @@
-"""The loops of `algorithms.column_loops` by a small C kernel (csrc/solver.c), on CPUs.
+"""The loops of `algorithms.column_loops` by a small C kernel (csrc/solver.c) on CPUs, by Triton on GPUs.
 
-They take float32 and grids of at most 16 levels; anything else, and a machine without a compiler, takes the
-plain loops. Scales are the same to the bit. Sums of the column loops may differ in the last bit, which moves
-hardly any code.
+The C kernel takes float32 and grids of at most 16 levels, `column_loops_gpu` float32; anything else, and a
+machine without a compiler, takes the plain loops. Scales are the same to the bit on a CPU. Sums of the column
+loops may differ in the last bit, which moves hardly any code.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from llmcompress.algorithms import column_loops as plain
 from llmcompress.algorithms.column_loops import ColumnLoops
 from llmcompress.algorithms.grids import Grid
+from llmcompress.kernels import column_loops_gpu as gpu
 from llmcompress.kernels.compiled import CompiledKernel
 
 LEVELS = 16  # that fit a register
@@ -35,6 +36,8 @@ KERNEL = CompiledKernel("solver", ("solver.c",), _declare, "torch solves for cod
 
 def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Sequence[float]) -> Tensor:
     """As `algorithms.column_loops.search`."""
+    if gpu.takes(W_RC, h_C):
+        return gpu.search(W_RC, h_C, grid, group_size, ratios)
     if not _takes(grid, W_RC, h_C):
         return plain.search(W_RC, h_C, grid, group_size, ratios)
     (R, C), tried = W_RC.shape, torch.tensor(ratios, dtype=torch.float32)
@@ -55,7 +58,10 @@ def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Seque
 
 def round_columns(near_BR: Tensor, U_BB: Tensor, S_BR: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """As `algorithms.column_loops.round_columns`."""
-    if not (_takes(grid, near_BR, U_BB, S_BR) and near_BR.is_contiguous() and S_BR.is_contiguous()):
+    contiguous = near_BR.is_contiguous() and S_BR.is_contiguous()
+    if contiguous and gpu.takes(near_BR, U_BB, S_BR):
+        return gpu.round_columns(near_BR, U_BB, S_BR, grid)
+    if not (contiguous and _takes(grid, near_BR, U_BB, S_BR)):
         return plain.round_columns(near_BR, U_BB, S_BR, grid)
     (B, R), U = near_BR.shape, U_BB.contiguous()
     index_BR, E_BR = torch.empty(B, R, dtype=torch.int64), torch.empty(B, R)
@@ -69,8 +75,10 @@ def move_columns(
     near_BR: Tensor, H_BB: Tensor, Q_BR: Tensor, S_BR: Tensor, grid: Grid, index_BR: Tensor
 ) -> Tensor:
     """As `algorithms.column_loops.move_columns`."""
-    whole = (near_BR, Q_BR, S_BR, index_BR)
-    if not (_takes(grid, near_BR, H_BB, Q_BR, S_BR) and all(tensor.is_contiguous() for tensor in whole)):
+    contiguous = all(tensor.is_contiguous() for tensor in (near_BR, Q_BR, S_BR, index_BR))
+    if contiguous and gpu.takes(near_BR, H_BB, Q_BR, S_BR):
+        return gpu.move_columns(near_BR, H_BB, Q_BR, S_BR, grid, index_BR)
+    if not (contiguous and _takes(grid, near_BR, H_BB, Q_BR, S_BR)):
         return plain.move_columns(near_BR, H_BB, Q_BR, S_BR, grid, index_BR)
     (B, R), H = near_BR.shape, H_BB.contiguous()
     D_BR = torch.empty(B, R)

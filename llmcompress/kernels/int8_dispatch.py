@@ -12,51 +12,31 @@ rows (out).
 
 from __future__ import annotations
 
-import functools
-import logging
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from llmcompress.algorithms.activation_quantization import LARGEST
+from llmcompress.kernels.triton_device import TritonKernels, launch, power
 
-try:
-    from llmcompress.kernels import int8_triton as int8_triton
-except ImportError:  # Triton comes with torch for GPUs and does not exist for every platform
-    int8_triton = None  # type: ignore[assignment]
-
-logger = logging.getLogger(__name__)
 FEW = 32  # tokens up to which `few_tokens` is used and not bitsandbytes' product
 TINY = float(torch.finfo(torch.float32).tiny)
 WIDE = 1024  # columns or rows that a program takes at a time in kernels that read no weights
 
 
+def _attempt(device: torch.device) -> None:
+    codes, scale = quantize_tokens(torch.ones(FEW, 256, device=device), 8)
+    for rows in (16, 2**14):
+        scale_R = torch.ones(rows, device=device)
+        few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
+
+
+KERNELS = TritonKernels("int8_triton", _attempt, "integer linears use slower torch operations")
+
+
 def usable(x: Tensor) -> bool:
     """Whether these kernels take `x`: it is on a GPU that Triton compiles for, and torch.compile is not
     tracing."""
-    return x.is_cuda and not torch.compiler.is_compiling() and compiles(x.device)
-
-
-@functools.cache
-def compiles(device: torch.device) -> bool:
-    """Whether Triton compiles the kernels for a GPU. If it does not, a warning says why, once."""
-    if int8_triton is None:
-        logger.warning("integer linears use slower torch operations on %s: Triton is not installed", device)
-        return False
-    try:
-        codes, scale = quantize_tokens(torch.ones(FEW, 256, device=device), 8)
-        for rows in (16, 2**14):
-            scale_R = torch.ones(rows, device=device)
-            few_tokens(codes, scale, codes.new_ones(rows, 256), scale_R, None, torch.float32, 8)
-    except Exception as error:  # a compiler may raise anything
-        logger.warning(
-            "Triton cannot compile for %s, so integer linears use slower torch operations: %s",
-            device,
-            error,
-        )
-        return False
-    return True
+    return x.is_cuda and not torch.compiler.is_compiling() and KERNELS.compiles(x.device)
 
 
 def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -65,8 +45,8 @@ def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tupl
     (T, C), x_TC = x_TC.shape, x_TC.contiguous()
     codes = torch.empty(2 * T if bits == 16 else T, C, dtype=torch.int8, device=x_TC.device)
     scale_T = torch.empty(T, 1, dtype=torch.float32, device=x_TC.device) if step is None else step
-    _launch(
-        int8_triton.quantize_tokens,
+    launch(
+        KERNELS.module.quantize_tokens,
         (T,),
         x_TC,
         scale_T,
@@ -78,7 +58,7 @@ def quantize_tokens(x_TC: Tensor, bits: int, step: Tensor | None = None) -> tupl
         TINY,
         STATIC=step is not None,
         SPLIT=bits == 16,
-        WIDE=min(WIDE, _power(C)),
+        WIDE=min(WIDE, power(C)),
         num_warps=4,
     )
     return codes, scale_T
@@ -93,9 +73,9 @@ def scaled(
     """
     T, R = len(sums) // (2 if bits == 16 else 1), sums.shape[1]
     out_TR = torch.empty(T, R, dtype=dtype, device=sums.device)
-    wide = min(WIDE, _power(R))
-    _launch(
-        int8_triton.scaled,
+    wide = min(WIDE, power(R))
+    launch(
+        KERNELS.module.scaled,
         (T, -(-R // wide)),
         sums.contiguous(),
         scale,
@@ -127,8 +107,8 @@ def few_tokens(
     (R, C), T = matrix_RC.shape, len(codes) // (2 if bits == 16 else 1)
     out_TR = torch.empty(T, R, dtype=dtype, device=codes.device)
     tile, add = tiles(R), scale_R if bias is None else bias
-    _launch(
-        int8_triton.few_tokens,
+    launch(
+        KERNELS.module.few_tokens,
         (-(-R // tile["ROWS"]),),
         codes,
         scale,
@@ -142,7 +122,7 @@ def few_tokens(
         PER_TOKEN=int(scale.numel() > 1),
         SPLIT=bits == 16,
         BIAS=bias is not None,
-        TOKENS=max(16, _power(T)),
+        TOKENS=max(16, power(T)),
         **tile,
     )
     return out_TR
@@ -157,17 +137,3 @@ def tiles(rows: int) -> dict[str, int]:
         "num_warps": 4,
         "num_stages": 6 if rows <= 8192 else 4,
     }
-
-
-def _power(size: int) -> int:
-    """Return the smallest power of two that is at least `size`."""
-    return 1 << (size - 1).bit_length()
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **settings: Any) -> None:
-    """Run a kernel on the device of its first tensor, which need not be the current device."""
-    if first.is_cuda and first.device.index != torch.cuda.current_device():
-        with torch.cuda.device(first.device):
-            kernel[grid](first, *arguments, **settings)
-    else:
-        kernel[grid](first, *arguments, **settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -9,28 +10,48 @@ import torch
 
 from llmcompress.formats import integer_linear
 from llmcompress.formats.integer import IntegerLayout, IntegerWeight
-from llmcompress.kernels import int8_dispatch
+from llmcompress.kernels import column_loops_gpu, int8_dispatch
+from llmcompress.kernels.triton_device import TritonKernels
+
+TRITON = (int8_dispatch.KERNELS, column_loops_gpu.KERNELS)
 
 
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing was said before, and nothing is remembered after."""
-    once = (int8_dispatch.compiles, integer_linear._warn_of_float_sums)
-    for said in once:
-        said.cache_clear()
+    _forget()
     yield
-    for said in once:
-        said.cache_clear()
+    _forget()
 
 
+def _forget() -> None:
+    for kernels in TRITON:
+        kernels.forget()
+    integer_linear._warn_of_float_sums.cache_clear()
+
+
+@pytest.mark.parametrize("kernels", TRITON, ids=lambda kernels: kernels.name)
 def test_triton_that_is_not_installed_is_said_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    kernels: TritonKernels, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(int8_dispatch, "int8_triton", None)
-    assert not int8_dispatch.compiles(torch.device("cuda:0"))
-    assert not int8_dispatch.compiles(torch.device("cuda:0"))
+    monkeypatch.setitem(sys.modules, f"llmcompress.kernels.{kernels.name}", None)
+    for _ in range(2):
+        assert not kernels.compiles(torch.device("cuda:0"))
     (record,) = caplog.records
     assert record.levelname == "WARNING" and "cuda:0: Triton is not installed" in record.getMessage()
+
+
+def test_a_compiler_that_fails_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    def attempt(device: torch.device) -> None:
+        raise RuntimeError(f"no {device}")
+
+    kernels = TritonKernels("triton_device", attempt, "slower")
+    for _ in range(2):
+        assert not kernels.compiles(torch.device("cuda:0"))
+    (record,) = caplog.records
+    assert (
+        record.getMessage() == "slower on cuda:0: Triton cannot compile for it: no cuda:0"
+    )
 
 
 @pytest.mark.parametrize("kernel", [True, False])

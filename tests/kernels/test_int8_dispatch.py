@@ -1,12 +1,7 @@
-"""The Triton kernels against the plain forms of what they compute.
-
-They want a GPU. Where Triton is installed without one, `TRITON_INTERPRET=1` runs them on the CPU instead, one
-program after another: the same numbers, nothing of speed or of a GPU's memory. `make test-kernels` does that.
-"""
+"""The Triton kernels of integer linears against the plain forms of what they compute."""
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import pytest
@@ -17,19 +12,10 @@ from llmcompress.formats import integer, integer_linear
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.schemes import IntegerScheme
 from llmcompress.kernels import int8_dispatch
+from tests.kernels.on_gpu import DEVICE, marks
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1" and int8_dispatch.int8_triton is not None
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPES = [(1, 48, 96), (2, 17, 33), (5, 40, 300), (17, 64, 65), (32, 33, 128)]  # tokens, rows, columns
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        int8_dispatch.int8_triton is None or (DEVICE == "cpu" and not INTERPRETED),
-        reason="needs Triton and a CUDA device",
-    ),
-    # of NumPy, with which the interpreter computes
-    pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning"),
-]
+pytestmark = marks(int8_dispatch.KERNELS)
 by_shape = pytest.mark.parametrize(("tokens", "rows", "columns"), SHAPES)
 by_bits = pytest.mark.parametrize("bits", [4, 8, 16])
 

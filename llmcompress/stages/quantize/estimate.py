@@ -91,7 +91,7 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         nearest = sum(machine.nearest(shape, scheme) for shape, scheme in schemes)
         return time + work.passes(2) + work.moments(1) + Time({SOLVER: nearest})
     half = work.half and stage.rounding == "gptq"
-    time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(2)
+    time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme in schemes)})
     # the corrected weight, and the error of each sign
     time += work.products(3, shapes) + work.products(2, shapes, what=ERRORS)
