@@ -2,13 +2,15 @@
 
 Each step minimises the same tr(E H E^T) with the result of the step before held fixed: scales under the
 nearest codes, codes under these scales, scales in closed form under these codes, codes by descent. More than
-three rounds do not pay off.
+three rounds do not pay off. The error is a sum over rows, so each row goes on from the better of several
+starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,29 +44,56 @@ def solve(
     group_size: int,
     *,
     snap: Snap | None = None,
-    signed: bool = True,
+    signs: Sequence[bool] = (True,),
     rounds: int = 3,
     damp: float = 0.01,
     factor: tuple[Tensor, Tensor] | None = None,
     loops: ColumnLoops = PLAIN,
 ) -> RoundedWeight:
-    """Return codes and scales of W under the second moments H of its inputs; `signed` allows negative scales.
+    """Return codes and scales of W under the second moments H of its inputs.
 
-    With `snap`, codes are for the storable scales nearest to the fitted ones; the scales are returned before
+    `signs` are the starts that are tried: with scales of both signs (True), with positive ones (False). With
+    `snap`, codes are for the storable scales nearest to the fitted ones; the scales are returned before
     snapping. `factor` is the `ordered_factor` of H, if it is known already.
 
     Source: GPTQ (arXiv:2210.17323) between a scale search and alternating least squares; each group of
     columns has one scale.
     """
     snap = snap or (lambda scale_RG: scale_RG)
-    found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed, loops=loops)
-    scale = snap(found)
-    index = gptq(W_RC, H_CC, scale, grid, damp=damp, factor=factor, loops=loops)
+    product_RC, starts = W_RC @ H_CC, list[_Start]()
+    for signed in signs:
+        found = search_scales(W_RC, H_CC.diagonal(), grid, group_size, signed=signed, loops=loops)
+        scale = snap(found)
+        starts.append(
+            _Start(gptq(W_RC, H_CC, scale, grid, damp=damp, factor=factor, loops=loops), found, scale)
+        )
+    index, found, scale = starts[0] if len(starts) == 1 else _best_rows(starts, W_RC, H_CC, grid, snap)
     for _ in range(rounds):
-        found = fit_scales(W_RC, H_CC, grid.levels[index], scale)
+        found = fit_scales(W_RC, H_CC, grid.levels[index], scale, product_RC)
         scale = snap(found)
         index = descend(W_RC, H_CC, index, scale, grid, loops=loops)
     return RoundedWeight(index, found)
+
+
+class _Start(NamedTuple):
+    """Level indices, and the scales for which they were found, as found and as stored."""
+
+    index_RC: Tensor
+    found_RG: Tensor
+    scale_RG: Tensor
+
+
+def _best_rows(starts: Sequence[_Start], W_RC: Tensor, H_CC: Tensor, grid: Grid, snap: Snap) -> _Start:
+    """Return a start of which each row is that of the one with the least error."""
+    index, found = starts[0].index_RC, starts[0].found_RG
+    least_R = torch.full((len(W_RC),), float("inf"), device=W_RC.device)
+    for start in starts:
+        E_RC = W_RC - RoundedWeight(start.index_RC, start.scale_RG).weight(grid)
+        lost_R = torch.sum((E_RC @ H_CC) * E_RC, 1)
+        better = (lost_R < least_R)[:, None]
+        index, found = torch.where(better, start.index_RC, index), torch.where(better, start.found_RG, found)
+        least_R = torch.minimum(lost_R, least_R)
+    return _Start(index, found, snap(found))
 
 
 def output_error(W_RC: Tensor, Q_RC: Tensor, H_CC: Tensor) -> float:

@@ -45,29 +45,34 @@ def search_scales(
     return loops.search(W_RC, h_C, grid, group_size, [ratio * sign for ratio in ratios for sign in signs])
 
 
-def fit_scales(W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor) -> Tensor:
+def fit_scales(
+    W_RC: Tensor, H_CC: Tensor, Q_RC: Tensor, S_RG: Tensor, product_RC: Tensor | None = None
+) -> Tensor:
     """Return scales [R, G] that minimise tr((W - QS) H (W - QS)^T) for fixed levels Q [R, C], in closed form,
-    row by row.
+    row by row. `product_RC` is W H, if it is known already.
 
     A row keeps its old scales if its system is singular (all levels of some group are zero) or its solution
     is not usable.
     """
     R, G = S_RG.shape
-    rows = max(1, 2**24 // (G * G))  # rows whose systems are solved at once: 64 MiB
+    rows = max(1, (2**26 if Q_RC.is_cuda else 2**24) // (G * G))  # rows whose systems are solved at once
+    product_RC = W_RC @ H_CC if product_RC is None else product_RC
     if rows < R:
-        parts = zip(W_RC.split(rows), Q_RC.split(rows), S_RG.split(rows), strict=True)
-        return torch.cat([fit_scales(W, H_CC, Q, S) for W, Q, S in parts])
-    group_size = W_RC.shape[1] // G
+        parts = zip(*(whole.split(rows) for whole in (W_RC, Q_RC, S_RG, product_RC)), strict=True)
+        return torch.cat([fit_scales(W, H_CC, Q, S, P) for W, Q, S, P in parts])
+    C = Q_RC.shape[1]
+    group_size = C // G
     Q = groups_of(Q_RC, group_size)
-    A_RGG = torch.empty(R, G, G, device=W_RC.device)
+    A_RGG = torch.zeros(R, G, G, device=Q_RC.device)  # its lower triangle
     for g in range(G):
-        A_RGG[:, g] = (groups_of(Q[:, g] @ H_CC[g * group_size : (g + 1) * group_size], group_size) * Q).sum(
-            -1
-        )
-    b_RG = (groups_of(W_RC @ H_CC, group_size) * Q).sum(-1)
+        start = g * group_size
+        read = Q[:, g] @ H_CC[start : start + group_size, start:]
+        A_RGG[:, g:, g] = (groups_of(read, group_size) * Q[:, g:]).sum(-1)
+    b_RG = (groups_of(product_RC, group_size) * Q).sum(-1)
     diagonal = A_RGG.diagonal(dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(-1, keepdim=True) + 1e-30
-    fitted, failed = torch.linalg.solve_ex(A_RGG, b_RG)
+    lower_RGG, failed = torch.linalg.cholesky_ex(A_RGG)
+    fitted = torch.cholesky_solve(b_RG[..., None], lower_RGG)[..., 0]
     usable = torch.isfinite(fitted).all(-1, keepdim=True) & (failed == 0)[:, None]
     usable = usable & (fitted.abs() > 1e-3 * S_RG.abs()).all(-1, keepdim=True)
     return torch.where(usable, fitted, S_RG)

@@ -127,17 +127,16 @@ class Machine:
             columns, factor = scheme.columns((R, C)), ordered_factor(H_CC, 0.01)
 
             def run() -> None:
-                for signed in scheme.signs:
-                    solve(
-                        W_RC,
-                        H_CC,
-                        grid,
-                        columns,
-                        snap=scheme.snap,
-                        signed=signed,
-                        factor=factor,
-                        loops=column_loops.LOOPS,
-                    )
+                solve(
+                    W_RC,
+                    H_CC,
+                    grid,
+                    columns,
+                    snap=scheme.snap,
+                    signs=scheme.signs,
+                    factor=factor,
+                    loops=column_loops.LOOPS,
+                )
 
             return run
 

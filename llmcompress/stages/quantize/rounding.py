@@ -14,7 +14,7 @@ from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import Factors, Moments, metric_factor, retarget
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
-from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
@@ -60,28 +60,22 @@ class Rounding:
         """Solve for codes and scales under the second moments of the inputs, against the full model's outputs
         if the moments know them.
 
-        If scales may be of one sign or of both, both are solved for and the smaller error is kept. `factors`
-        are those of the moments, if other linears share them.
+        `factors` are those of the moments, if other linears share them.
         """
         factors = factors or Factors(moments)
         W_RC = retarget(W_RC.float(), moments, factors=factors)
         coding, grid = self.codings[linear], self.grid(linear)
-        columns, found = coding.columns(tuple(W_RC.shape)), []
-        for signed in coding.signs:
-            solved = solve(
-                W_RC,
-                moments.H_CC,
-                grid,
-                columns,
-                snap=coding.snap,
-                signed=signed,
-                factor=factors.ordered,
-                loops=column_loops.LOOPS,
-            )
-            found.append(_stored(coding, solved, input_scale))
-        return min(
-            found, key=lambda solution: output_error(W_RC, solution.rounded.weight(grid), moments.H_CC)
+        solved = solve(
+            W_RC,
+            moments.H_CC,
+            grid,
+            coding.columns(tuple(W_RC.shape)),
+            snap=coding.snap,
+            signs=coding.signs,
+            factor=factors.ordered,
+            loops=column_loops.LOOPS,
         )
+        return _stored(coding, solved, input_scale)
 
     def grid(self, linear: str) -> Grid:
         """The levels of a linear's weights."""
