@@ -56,6 +56,10 @@ class Grid:
         """The same grid on a device."""
         return Grid(self.levels.to(device), self.middles.to(device), self.codes.to(device))
 
+    def codes_of(self, index: Tensor) -> Tensor:
+        """The codes of level indices, on the CPU; looked up where the indices are, as codes are smaller."""
+        return self.codes.to(index.device)[index].cpu()
+
     def nearest(self, x: Tensor) -> Tensor:
         """Return the index (int64, into `levels`) of the level nearest to each x, with x in units of the
         scale."""

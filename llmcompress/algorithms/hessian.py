@@ -184,7 +184,7 @@ def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
         if failed:
             continue
         _invert_lower(lower_CC)
-        U_CC = lower_CC.flip(0, 1)
+        U_CC: Tensor = lower_CC.flip(0, 1)
         if bool(torch.isfinite(U_CC).all()):
             return U_CC
     raise Overflow("second moments are not finite")

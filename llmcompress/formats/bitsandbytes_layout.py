@@ -14,7 +14,7 @@ import copy
 import json
 import logging
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -76,6 +76,11 @@ class DoubleQuantized:
     levels: Tensor
     offset: Tensor
 
+    def to(self, device: torch.device | str) -> DoubleQuantized:
+        """The same scales on a device."""
+        parts = (self.codes, self.nested_absmax, self.levels, self.offset)
+        return DoubleQuantized(*(part.to(device) for part in parts))
+
     def decode(self) -> Tensor:
         """The scales, float32, in the shape of `codes`, bit-equal to what bitsandbytes decodes on a CPU."""
         place = torch.arange(self.codes.numel(), device=self.codes.device).reshape(self.codes.shape)
@@ -89,7 +94,7 @@ def double_quantize(absmax: Tensor) -> DoubleQuantized:
     offset = flat.mean()
     codes, state = stock.quantize_blockwise(flat - offset, blocksize=NESTED_GROUP)
     found = (codes.reshape(absmax.shape), state.absmax, state.code, offset)
-    return DoubleQuantized(*(tensor.to(absmax.device) for tensor in found))
+    return DoubleQuantized(*found).to(absmax.device)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +132,12 @@ class Packed:
     def double_quant(self) -> bool:
         """Whether the scales are stored in 8 bits."""
         return self.nested is not None
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same linear on a device."""
+        nested = None if self.nested is None else self.nested.to(device)
+        codes_RC, absmax_RG = self.codes_RC.to(device), self.absmax_RG.to(device)
+        return replace(self, codes_RC=codes_RC, absmax_RG=absmax_RG, nested=nested)
 
 
 def dequantize(packed: Packed, dtype: torch.dtype | None = None) -> Tensor:

@@ -108,13 +108,14 @@ def linear_of(
     return own.linear(weight, bias, device=device)
 
 
-def dequantize(stored: StoredWeight, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The weight [R, C] that the codes represent."""
-    return (
-        bitsandbytes_layout.dequantize(stored, dtype)
-        if isinstance(stored, bitsandbytes_layout.Packed)
-        else stored.dequantize(dtype)
-    )
+def dequantize(
+    stored: StoredWeight, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None
+) -> Tensor:
+    """The weight [R, C] that the codes represent, on `device`, by default where they are."""
+    if isinstance(stored, bitsandbytes_layout.Packed):
+        return bitsandbytes_layout.dequantize(stored if device is None else stored.to(device), dtype)
+    weight: Tensor = stored.dequantize(dtype)
+    return weight if device is None else weight.to(device)
 
 
 def layouts_of(schemes: Any) -> dict[str, AnyLayout]:

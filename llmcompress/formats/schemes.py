@@ -79,7 +79,7 @@ class FourBitScheme:
     def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
         """Return the stored weight, from codes and scales that are not snapped yet."""
         nested = bitsandbytes_layout.double_quantize(result.scale_RG.cpu()) if self.double_quant else None
-        codes_RC = self.grid.codes[result.index_RC.cpu()]
+        codes_RC = self.grid.codes_of(result.index_RC)
         scale_RG = nested.decode() if nested else result.scale_RG.cpu()
         return bitsandbytes_layout.Packed(
             codes_RC, scale_RG, self.format, self.group_size, self.dtype, nested
@@ -137,7 +137,7 @@ class Int8Scheme:
 
     def store(self, result: RoundedWeight, input_scale: float | None = None) -> registry.StoredWeight:
         """Return the stored weight, from codes and scales."""
-        return Int8Weight(self.grid.codes[result.index_RC.cpu()], result.scale_RG[:, 0].cpu())
+        return Int8Weight(self.grid.codes_of(result.index_RC), result.scale_RG[:, 0].cpu())
 
     def inputs(self, input_scale: float | None = None) -> Inputs | None:
         """How the kernel rounds the inputs of a linear."""
@@ -225,7 +225,7 @@ class IntegerScheme:
             multiplier = found_RG.to(torch.uint8).cpu()
         scale_R = (step_R / largest).cpu()
         # a fitted scale may be negative, or so small that it is zero: the sign moves into the codes
-        codes_RC = self.grid.codes[result.index_RC.cpu()] * scale_R.sign().to(torch.int8)[:, None]
+        codes_RC = self.grid.codes_of(result.index_RC) * scale_R.sign().to(torch.int8)[:, None]
         scale = (
             None if input_scale is None else torch.tensor(max(input_scale, torch.finfo(torch.float32).tiny))
         )

@@ -24,6 +24,7 @@ from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.finished_parts import FinishedParts
+from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.token_limit import TokenLimit, joined
 
 Value = TypeVar("Value")
@@ -97,13 +98,13 @@ class DecoderLayer:
             finished = self._finished if batches is self.inputs else FinishedParts({})
             output = partial(self._output, hidden, i, finished)
             found.append(joined(self.limit.each(output, *hidden.shape[:2])))
-        return self._sound(found)
+        return found
 
     def _output(self, hidden: Tensor, i: int, finished: FinishedParts, here: slice) -> Tensor:
         """The layer's output for a part of batch `i`, on the CPU."""
         part = _part(i, here, hidden)
         with finished.reused(self.module, part, self.device), self._precision():
-            return self.run(hidden[here]).cpu()
+            return self._left(self.run(hidden[here]))
 
     @torch.no_grad()
     def outputs_with(
@@ -129,14 +130,15 @@ class DecoderLayer:
             for i, hidden in enumerate(batches)
         ]
 
-    def _sound(self, batches: list[Tensor]) -> list[Tensor]:
-        """Return the hidden states that leave the layer if all of them are finite. Errors: ModelError."""
-        if not all(bool(torch.isfinite(hidden).all()) for hidden in batches):
+    def _left(self, hidden: Tensor) -> Tensor:
+        """Return hidden states that leave the layer, on the CPU, if all of them are finite. Errors:
+        ModelError."""
+        if not bool(torch.isfinite(hidden).all()):
             raise ModelError(
                 f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for "
                 "float32 or for a format (int8 goes through float16); take a sound base or another format"
             )
-        return batches
+        return to_host(hidden)
 
     @property
     def targets(self) -> list[Tensor]:
@@ -146,16 +148,14 @@ class DecoderLayer:
         """
         if not self._targets:
             with torch.no_grad(), self._precision():
-                self._targets = self._sound(
-                    [
-                        joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
-                        for hidden in self.reference
-                    ]
-                )
+                self._targets = [
+                    joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
+                    for hidden in self.reference
+                ]
         return self._targets
 
     def _target(self, hidden: Tensor, here: slice) -> Tensor:
-        return self._full(hidden[here]).cpu()
+        return self._left(self._full(hidden[here]))
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
@@ -320,7 +320,7 @@ class DecoderLayer:
                     outs += [out] if out is not None else []
                     yield listener.read, full
                 targets += [joined(outs)] if outs else []
-        self._targets = self._sound(targets) or self._targets
+        self._targets = targets or self._targets
 
     def _read(
         self,
@@ -341,7 +341,7 @@ class DecoderLayer:
             listener.begin(linears, through=whole)
             with self._reusing(self._finished_full, part, groups, in_turn, listener):
                 out = _until_enough(self._full, self.reference[i][here])
-            full, out = dict(listener.read), None if out is None else out.cpu()
+            full, out = dict(listener.read), None if out is None else self._left(out)
         listener.begin(linears, through=whole and bool(self._experts))
         with self._reusing(self._finished, part, groups, in_turn, listener):
             _until_enough(self.run, hidden[here])

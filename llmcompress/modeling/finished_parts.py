@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-CPU = torch.device("cpu")
+from llmcompress.modeling.host_memory import CPU, moved, to_host
 
 
 class FinishedParts:
@@ -41,7 +40,7 @@ class FinishedParts:
     def keep_input(self, batch: Hashable, linear: str, x: Tensor) -> None:
         """Keep what a linear reads, if it is the last of a submodule."""
         if linear in self.last.values():
-            self._inputs.setdefault(batch, {})[linear] = x.to(CPU)
+            self._inputs.setdefault(batch, {})[linear] = to_host(x)
 
     def forget(self, outputs: Collection[str], inputs: Collection[str]) -> None:
         """Forget the outputs of some submodules and the inputs of some linears, which have changed."""
@@ -98,13 +97,15 @@ class FinishedParts:
     ) -> Any:
         """The output of a submodule: kept, from the input of its last linear, or computed now."""
         outputs = self._outputs.setdefault(batch, {})
-        if name not in outputs:
-            x = self._inputs.get(batch, {}).pop(self.last.get(name, ""), None)
-            if x is not None and self._beside.get(name) is not None:
-                outputs[name] = _moved(self._from_input(name, module, x.to(device)), CPU)
-            else:
-                outputs[name] = _moved(self._observed(name, module, run, *args, **named), CPU)
-        return _moved(outputs[name], device)
+        if name in outputs:
+            return moved(outputs[name], device)
+        x = self._inputs.get(batch, {}).pop(self.last.get(name, ""), None)
+        if x is not None and self._beside.get(name) is not None:
+            out = self._from_input(name, module, x.to(device))
+        else:
+            out = self._observed(name, module, run, *args, **named)
+        outputs[name] = moved(out, CPU)
+        return out
 
     def _from_input(self, name: str, module: nn.Module, x: Tensor) -> Any:
         """The output of a submodule from what its last linear reads; hooks have seen that input already."""
@@ -130,8 +131,3 @@ class FinishedParts:
         plain = len(seen) == 1 and first is seen[0] and not any(isinstance(each, Tensor) for each in rest)
         self._beside[name] = (*rest,) if plain else None
         return out
-
-
-def _moved(output: Any, device: torch.device) -> Any:
-    """The tensors of a module's output on a device."""
-    return tree_map(lambda value: value.to(device) if isinstance(value, Tensor) else value, output)

@@ -32,6 +32,7 @@ from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import batches_of, joined
 
@@ -90,13 +91,13 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
     streams = []
     for tokens in batches:
         hidden, called = _entering(resident, tokens)
-        streams.append(hidden.cpu())
+        if not bool(torch.isfinite(hidden).all()):
+            raise ModelError(
+                f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights "
+                "are too large; take a sound base"
+            )
+        streams.append(to_host(hidden))
         arguments.setdefault(len(tokens), called)
-    if not all(bool(torch.isfinite(hidden).all()) for hidden in streams):
-        raise ModelError(
-            f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights are "
-            "too large; take a sound base"
-        )
     return streams, arguments
 
 

@@ -70,7 +70,7 @@ def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: M
     for linear, how in written.items():
         parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
         packed = how.read(parts, layer.weight(linear).shape[1])
-        layer.set_weight(linear, registry.dequantize(packed))
+        layer.set_weight(linear, registry.dequantize(packed, device=layer.device))
         if (bias := tensors.get(f"{layer.name}.{linear}.bias")) is not None:
             layer.set_bias(linear, bias)
         scale = parts["input_scale"].to(layer.device) if "input_scale" in parts else None
@@ -170,7 +170,7 @@ class Rewriting:
             moments = layer.moments(consumers, in_turn=True)
             for linear, packed in self._solved(layer, layouts, consumers, moments).items():
                 W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
-                S_RC = registry.dequantize(packed).to(W_RC.device)
+                S_RC = registry.dequantize(packed, device=W_RC.device)
                 layer.set_weight(linear, S_RC)
                 parts = registry.tensors_of(packed)
                 tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}

@@ -111,7 +111,7 @@ class Rounding:
                         solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear), shared)
             for linear in [linear for linear in consumers if linear in weights]:
                 if linear in self.known:
-                    Q_RC = registry.dequantize(self.known[linear]).to(self.device)
+                    Q_RC = registry.dequantize(self.known[linear], device=self.device)
                 else:
                     own = solved.get(linear)
                     solved[linear] = self._sent(layer, linear, own, owners[linear], scales.get(linear))

@@ -254,7 +254,7 @@ def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
 def _record(
     name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments
 ) -> LinearRecord:
-    Q_RC = registry.dequantize(packed).to(W_RC.device)
+    Q_RC = registry.dequantize(packed, device=W_RC.device)
     return LinearRecord(
         name=name,
         format=coding.format,
