@@ -12,10 +12,11 @@ all layers is measured on four layers of the 8 B model; its cost grows with thei
 
 The goal: 8 B by nf4-gptq in at most 250 s and 6 GB of GPU memory.
 
-Every quantisation is a process of its own with a limit in time, and its row is written as soon as it is
-there. They come in the order of their worth, and end after --limit seconds. The result goes to
-results/gpu_compression.json; rows of the same machine that are not measured again stay. With --quick (tiny
-models, numbers that mean nothing) only --out is written.
+Every quantisation is a process of its own with a limit in time. Its row is written as soon as it is there,
+with the lines of llmcompress that took longest, also of one that took too long. They come in the order of
+their worth, and end after --limit seconds. The result goes to results/gpu_compression.json; rows of the same
+machine that are not measured again stay. With --quick (tiny models, numbers that mean nothing) only --out is
+written.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from evaluation.results import ROOT, GpuCompressionFailure, GpuCompressionRow
 from evaluation.rivals.environments import SETTINGS
 from evaluation.rivals.quantizers import RIVALS
 from evaluation.rivals.sequences import KEY
+from evaluation.sampling import Sampler, longest
 from llmcompress.data.calibration import load_data
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import first_line
@@ -60,6 +62,7 @@ MODELS = {"8b": EIGHT_B, "1b": ONE_B, "8b-4-layers": FOUR_LAYERS}
 TINY = Shape(2, 64, 192, 4, 2, 512)
 GROUP_SIZE = 64  # of the rivals, as ours have it
 SLACK_S = 1.0  # for a process to end by itself before it is killed
+PROFILE, LONGEST = "profile.json", 16  # where a process writes what took long, and how many lines are kept
 Row = GpuCompressionRow | GpuCompressionFailure
 
 
@@ -121,7 +124,7 @@ def measure(base: Path, recipe: Recipe, device: str, facts: Path) -> None:
     start, phases = time.perf_counter(), Phases()
     found: dict[str, object] = {}
     try:
-        with tempfile.TemporaryDirectory(dir=base.parent) as out:
+        with tempfile.TemporaryDirectory(dir=base.parent) as out, Sampler(facts.with_name(PROFILE)):
             run_recipe(recipe, Path(out) / "out", base=str(base), device=device, track=phases)
     except Weights:
         found = {
@@ -136,7 +139,7 @@ def measure(base: Path, recipe: Recipe, device: str, facts: Path) -> None:
 
 
 def of_recipe(base: Path, recipe: Recipe, device: str, limit_s: float) -> dict[str, Any]:
-    """What `measure` finds in a process of its own. Errors: TimeoutError."""
+    """What `measure` finds in a process of its own, or the error that it ended with."""
     with tempfile.TemporaryDirectory(dir=base.parent) as folder:
         facts = Path(folder) / "facts.json"
         process = get_context("spawn").Process(target=measure, args=(base, recipe, device, facts))
@@ -146,12 +149,9 @@ def of_recipe(base: Path, recipe: Recipe, device: str, limit_s: float) -> dict[s
         if late:
             process.kill()
             process.join()
-        if not facts.is_file():
-            raise TimeoutError(
-                f"took longer than {limit_s:.0f} s" if late else f"died with {process.exitcode}"
-            )
-        found: dict[str, Any] = json.loads(facts.read_text("utf-8"))
-        return found
+        error = f"took longer than {limit_s:.0f} s" if late else f"died with {process.exitcode}"
+        found: dict[str, Any] = json.loads(facts.read_text("utf-8")) if facts.is_file() else {"error": error}
+        return found | {"profile": longest(facts.with_name(PROFILE), LONGEST)}
 
 
 def of_rival(base: Path, rival: str, setting: Setting, limit_s: float) -> dict[str, Any]:
@@ -227,7 +227,8 @@ def row_of(job: Job, shape: Shape, base: Path, setting: Setting, limit_s: float)
     except TimeoutError as late:
         found = {"error": str(late)}
     if "error" in found:
-        return GpuCompressionFailure(**about, error=found["error"].replace(str(base.parent), "FOLDER"))
+        found["error"] = found["error"].replace(str(base.parent), "FOLDER")
+        return GpuCompressionFailure(**about, **found)
     return GpuCompressionRow(**about, tokens=int(spec.samples or 0) * int(spec.length or 0), **found)
 
 

@@ -34,11 +34,13 @@ compression() { # limit in seconds, options
     --out "$folder/gpu_compression.json" ${RIVALS:+--rival-packages "$RIVALS"} "${@:2}"
 }
 
-mapfile -t marked < <(grep -rl 'mark\.gpu' tests --include='test_*.py')
+mapfile -t marked < <(grep -rlE 'mark\.gpu|kernels\.on_gpu' tests --include='test_*.py')
 step "tests" 60 "$python" -m pytest -q -m gpu -W default -p no:cacheprovider "${marked[@]}" |
   tee "$folder/gpu_tests.txt"
-compression 300 --models 8b --methods nf4-gptq
+compression 60 --models 8b-4-layers --methods nf4-gptq
+compression 270 --models 8b --methods nf4-gptq
 step "decode" 75 "$python" -m evaluation speed --decode --eight-billion --pace 0.1 \
   --out "$folder/speed-cuda-decode.json"
-compression 480 --models 1b 8b-4-layers
+compression 480 --models 8b-4-layers --methods w8a8 llmcompressor nf4-learned autoround gptqmodel
+compression 480 --models 1b
 step "losses" 480 "$python" -m evaluation gpu --models demo --out "$folder/gpu.json"

@@ -121,8 +121,9 @@ class Failure(Facts):
 class GpuCompressionRow(Facts):
     """A quantisation of a random model, from the start to the written weights.
 
-    `method` is a recipe, or a rival of that `version`; `phases` are the seconds of parts of a recipe. Memory
-    is the peak, without that of a GPU where none was used.
+    `method` is a recipe, or a rival of that `version`. Of a recipe, `phases` are the seconds of its parts,
+    `profile` those of the lines that took longest. Memory is the peak, without that of a GPU where none was
+    used.
     """
 
     model: str
@@ -132,17 +133,19 @@ class GpuCompressionRow(Facts):
     tokens: int
     seconds: float
     phases: dict[str, float] = {}
+    profile: dict[str, float] = {}
     peak_gpu_bytes: int | None = None
     peak_host_bytes: int
 
 
 class GpuCompressionFailure(Failure):
-    """A quantisation that was not measured."""
+    """A quantisation that was not measured, and of a recipe in which lines its seconds went."""
 
     model: str
     layers: int
     method: str
     version: str | None = None
+    profile: dict[str, float] = {}
 
 
 class Rival(Loss):

@@ -54,6 +54,7 @@ def test_a_quantisation_is_measured_up_to_the_written_weights_and_an_absent_riva
     row = GpuCompressionRow.model_validate(ours)
     assert (row.model, row.method, row.layers, row.tokens) == ("1b", "nf4-gptq", 2, 128)
     assert row.seconds > 0 and row.peak_host_bytes > 1e8 and row.peak_gpu_bytes is None
+    assert row.profile and all(":" in line or line == "elsewhere" for line in row.profile)
     assert list(row.phases) == ["quantize (nf4, gptq)"] and 0 < sum(row.phases.values()) < row.seconds
     assert theirs == {"model": "1b", "layers": 2, "method": "llmcompressor", "error": "not installed"}
     assert "1b, llmcompressor: not installed" in capsys.readouterr().out
@@ -180,17 +181,22 @@ def test_the_steps_come_in_the_order_of_their_worth_and_write_to_one_folder(tmp_
     names = [
         line.removeprefix("== ").partition(":")[0] for line in said.splitlines() if line.startswith("==")
     ]
-    assert names == ["tests", "quantise", "decode", "quantise", "losses"]
+    assert names == ["tests", "quantise", "quantise", "decode", "quantise", "quantise", "losses"]
     assert "tests: at most" in (tmp_path / "results" / "gpu_tests.txt").read_text()
-    tests, first, decode, rest, losses = commands
-    assert "-m pytest -q -m gpu" in tests and "tests/kernels/test_int8_dispatch.py" in tests
-    assert first.startswith("-m evaluation gpu-compression --limit 300 ")
+    tests, layers, first, decode, rest, small, losses = commands
+    assert "-m pytest -q -m gpu" in tests
+    assert all(
+        f"tests/kernels/test_{kernels}.py" in tests for kernels in ("int8_dispatch", "column_loops_gpu")
+    )
+    assert layers.endswith("gpu_compression.json --models 8b-4-layers --methods nf4-gptq")
+    assert first.startswith("-m evaluation gpu-compression --limit 270 ")
     assert first.endswith("gpu_compression.json --models 8b --methods nf4-gptq")
-    assert "speed --decode --eight-billion" in decode and "--models 1b 8b-4-layers" in rest
+    assert "speed --decode --eight-billion" in decode and "--methods w8a8 llmcompressor" in rest
+    assert small.endswith("--models 1b")
     assert losses.startswith("-m evaluation gpu --models demo")
-    assert all(str(tmp_path / "results") in command for command in (first, decode, rest, losses))
+    assert all(str(tmp_path / "results") in command for command in (layers, first, decode, rest, losses))
 
 
 def test_without_time_no_step_begins(tmp_path: Path) -> None:
     said, commands = steps(tmp_path, 5)
-    assert not commands and said.count("no time is left") == 5
+    assert not commands and said.count("no time is left") == 7
