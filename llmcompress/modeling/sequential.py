@@ -403,7 +403,7 @@ def output_fisher(
         if batch not in generators:
             generators[batch] = label_generator(seed, batch, resident.device)
         p_TV = scores.detach().flatten(0, 1).softmax(-1)
-        return torch.multinomial(p_TV, 1, generator=generators[batch]).view(text.shape)
+        return drawn_from(p_TV, generators[batch]).view(text.shape)
 
     for index, grads, _ in gradients(
         resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
@@ -413,6 +413,17 @@ def output_fisher(
             found.add(grad.to(resident.device))
         processes.pool([found])
         yield index, found.H_CC.cpu()
+
+
+def drawn_from(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a token [T] from each distribution; `p_TV` is used up.
+
+    A uniform number is looked up in the cumulative distribution: torch.multinomial draws a number for every
+    token of the vocabulary.
+    """
+    total_TV = p_TV.cumsum_(-1)
+    at_T1 = torch.rand(len(p_TV), 1, generator=generator, device=p_TV.device) * total_TV[:, -1:]
+    return torch.searchsorted(total_TV, at_T1, right=True).squeeze(1).clamp_(max=p_TV.shape[1] - 1)
 
 
 def label_generator(seed: int, batch: int, device: torch.device) -> torch.Generator:

@@ -24,6 +24,7 @@ from llmcompress.errors import DataError
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.sequential import (
     divergences,
+    drawn_from,
     following,
     gradients,
     label_generator,
@@ -287,7 +288,7 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
 
     def drawn(number: int, scores: Tensor, given: Tensor) -> Tensor:
         p_TV = scores.detach().flatten(0, 1).softmax(-1)
-        found = torch.multinomial(p_TV, 1, generator=label_generator(0, number, CPU)).view(given.shape)
+        found = drawn_from(p_TV, label_generator(0, number, CPU)).view(given.shape)
         found[:, 0] = IGNORED
         return found
 

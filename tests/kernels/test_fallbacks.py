@@ -49,9 +49,7 @@ def test_a_compiler_that_fails_is_said_once(caplog: pytest.LogCaptureFixture) ->
     for _ in range(2):
         assert not kernels.compiles(torch.device("cuda:0"))
     (record,) = caplog.records
-    assert (
-        record.getMessage() == "slower on cuda:0: Triton cannot compile for it: no cuda:0"
-    )
+    assert record.getMessage() == "slower on cuda:0: Triton cannot compile for it: no cuda:0"
 
 
 @pytest.mark.parametrize("kernel", [True, False])

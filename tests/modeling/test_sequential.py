@@ -16,7 +16,14 @@ from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
-from llmcompress.modeling.sequential import head_input, label_generator, logits, output_fisher, walk
+from llmcompress.modeling.sequential import (
+    drawn_from,
+    head_input,
+    label_generator,
+    logits,
+    output_fisher,
+    walk,
+)
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")
@@ -263,12 +270,23 @@ def test_the_fisher_matrices_are_the_mean_outer_product_of_the_models_own_gradie
         layer.register_forward_hook(lambda _, args, out, index=index: keep(index, out))
     embedded = model.get_input_embeddings()(tokens).requires_grad_()
     scores = model(inputs_embeds=embedded, use_cache=False).logits.flatten(0, 1)
-    labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=label_generator(3, 0, CPU)).flatten()
+    labels = drawn_from(scores.detach().softmax(-1), label_generator(3, 0, CPU))
     torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
     for index, F_DD in found.items():
         g_TD = grads[index].flatten(0, 1)
         expected = g_TD.T @ g_TD / len(g_TD)
         assert torch.allclose(F_DD, expected, atol=1e-4 * float(expected.abs().max()))
+
+
+def test_labels_are_drawn_as_often_as_they_are_likely() -> None:
+    p_V = torch.tensor([0.0, 0.5, 0.0, 0.2, 0.3, 0.0])
+    found = drawn_from(p_V.repeat(20000, 1), torch.Generator().manual_seed(0))
+    assert found.dtype == torch.int64 and found.shape == (20000,)
+    shares = found.bincount(minlength=6) / len(found)
+    assert torch.equal(shares[p_V == 0], torch.zeros(3)), "a token of probability zero was drawn"
+    torch.testing.assert_close(shares, p_V, rtol=0, atol=0.015)  # four standard errors
+    other = drawn_from(p_V.repeat(20000, 1), torch.Generator().manual_seed(1))
+    assert not torch.equal(found, other)
 
 
 def test_the_fisher_matrix_predicts_the_divergence_of_a_small_error(tmp_path: Path) -> None:
