@@ -83,12 +83,17 @@ class Grid:
         return (self.levels[above] - self.levels[below]) / (above - below)
 
 
+def even_levels(largest: int) -> Tensor:
+    """The multiples of 1 / largest from -1 to 1, float32 [2 largest + 1], on the CPU."""
+    return torch.arange(-largest, largest + 1).float() / largest
+
+
 @cache
 def grid(format: GridFormat) -> Grid:
     """Return the grid of a format, on the CPU."""
     if format in LARGEST:
         codes = torch.arange(-LARGEST[format], LARGEST[format] + 1)
-        levels = codes.float() / LARGEST[format]
+        levels = even_levels(LARGEST[format])
         return Grid(levels, (levels[1:] + levels[:-1]) / 2, codes.to(torch.int8))
     table = torch.tensor(
         NF4 if format == "nf4" else (*FP4_HALF, *(-x for x in FP4_HALF)), dtype=torch.float32

@@ -1,8 +1,8 @@
 """The loops of `algorithms.column_loops` by a small C kernel (csrc/solver.c) on CPUs, by Triton on GPUs.
 
-The C kernel takes float32 and grids of at most 16 levels, `column_loops_gpu` float32; anything else, and a
-machine without a compiler, takes the plain loops. Scales are the same to the bit on a CPU. Sums of the column
-loops may differ in the last bit, which moves hardly any code.
+The C kernel takes float32 and grids that are even or have at most 16 levels, `column_loops_gpu` float32 and
+any grid. Anything else, and a machine without a compiler, takes the plain loops. Scales of 4 bits are the
+same to the bit on a CPU. Sums of the column loops may differ in the last bit, which moves hardly any code.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmcompress.algorithms import column_loops as plain
 from llmcompress.algorithms.column_loops import ColumnLoops
-from llmcompress.algorithms.grids import Grid
+from llmcompress.algorithms.grids import Grid, even_levels
 from llmcompress.kernels import column_loops_gpu as gpu
 from llmcompress.kernels.compiled import CompiledKernel
 
@@ -100,8 +100,13 @@ LOOPS = ColumnLoops(search, round_columns, move_columns)
 
 def _takes(grid: Grid, *tensors: Tensor) -> bool:
     """Whether the kernel takes such tensors."""
-    fits = isinstance(grid, Grid) and len(grid.levels) <= LEVELS
+    fits = isinstance(grid, Grid) and (len(grid.levels) <= LEVELS or _is_even(grid))
     return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and KERNEL.available
+
+
+def _is_even(grid: Grid) -> bool:
+    """Whether the levels are the multiples of 1 / n from -1 to 1."""
+    return len(grid.levels) % 2 == 1 and torch.equal(grid.levels, even_levels(len(grid.levels) // 2))
 
 
 def _levels(grid: Grid) -> tuple[int, int, int]:

@@ -14,7 +14,7 @@ from llmcompress.algorithms.hessian import inverse_factor
 from llmcompress.algorithms.quantize_weight import output_error, solve
 from llmcompress.kernels import column_loops, compiled
 
-FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "int4")
+FORMATS: tuple[GridFormat, ...] = ("nf4", "fp4", "int4", "int8")
 needs_kernel = pytest.mark.skipif(
     not column_loops.KERNEL.available,
     reason="no kernel: there is no C compiler, no libgomp beside torch, or LLMCOMPRESS_KERNELS is 0",
@@ -113,20 +113,23 @@ def test_the_form_for_other_processors_computes_the_same(
     fresh: None, tmp_path: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     W_RC, H_CC = drawn(70, 96), moments(96)
-    wide = solve(W_RC, H_CC, grid("nf4"), 32, loops=column_loops.LOOPS)
+    wide = [solve(W_RC, H_CC, grid(format), 32, loops=column_loops.LOOPS) for format in FORMATS]
     monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
     others = tuple(flag for flag in compiled.FLAGS if flag != "-march=native")
     monkeypatch.setattr(compiled, "FLAGS", others)
     column_loops.KERNEL.forget()
-    narrow = solve(W_RC, H_CC, grid("nf4"), 32, loops=column_loops.LOOPS)
-    assert float((wide.index_RC == narrow.index_RC).float().mean()) > 0.99
+    for format, before in zip(FORMATS, wide, strict=True):
+        narrow = solve(W_RC, H_CC, grid(format), 32, loops=column_loops.LOOPS)
+        assert float((before.index_RC == narrow.index_RC).float().mean()) > 0.99
 
 
 def test_what_the_kernel_does_not_take_goes_the_plain_way(
     fresh: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     W_RC, h_C = drawn(4, 64), drawn(64).square()
-    for levels, weight in ((grid("int8"), W_RC), (grid("nf4"), W_RC.double())):
+    cubes = torch.linspace(-1, 1, 17) ** 3
+    uneven = Grid(cubes, (cubes[1:] + cubes[:-1]) / 2, torch.arange(17))
+    for levels, weight in ((uneven, W_RC), (grid("nf4"), W_RC.double())):
         found = column_loops.search(weight, h_C.to(weight), levels, 32, [1.0, 0.9])
         assert torch.equal(found, plain.search(weight, h_C.to(weight), levels, 32, [1.0, 0.9]))
     monkeypatch.setattr(compiled, "COMPILERS", ("no-such-compiler",))

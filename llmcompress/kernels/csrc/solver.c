@@ -1,7 +1,8 @@
-/* The parts of the solver of 4-bit codes that go weight by weight or column by column.
+/* The parts of the solver of codes that go weight by weight or column by column.
 
-   Grids have at most sixteen levels, in ascending order. The level nearest to x is the one whose index is the number of
-   midpoints below x, as torch.bucketize has it: with AVX-512 by a binary search in registers, else by comparing x with each.
+   Grids have at most sixteen levels, in ascending order, or are even: -largest / largest, ..., -1 / largest, 0 and so on to 1.
+   The level nearest to x is the one whose index is the number of midpoints below x, as torch.bucketize has it: with AVX-512
+   by a binary search in registers, else by comparing x with each. On an even grid it is found by rounding.
    Matrices of the column loops are transposed, [C, R], so that a column is contiguous and its rows are done at once. Threads
    divide the rows. R rows (outputs), C columns (inputs), G groups of columns with one scale. */
 
@@ -20,11 +21,14 @@
 
 typedef struct {
     float level[MOST], middle[MOST];
+    float largest; /* of an even grid; else zero */
 } Grid;
 
-/* A grid of sixteen levels: one with fewer is filled up with its last level, which nothing is nearer to. */
+/* A grid of sixteen levels: one with fewer is filled up with its last level, which nothing is nearer to. One with more is
+   even. */
 static Grid grid_of(const float *levels, const float *middles, int count) {
     Grid grid;
+    grid.largest = count > MOST ? (count - 1) / 2 : 0;
     for (int l = 0; l < MOST; l++) {
         grid.level[l] = levels[l < count ? l : count - 1];
         grid.middle[l] = l < count - 1 ? middles[l] : INFINITY;
@@ -45,12 +49,35 @@ static inline __m512i search(Floats x, Floats middle) {
     }
     return found;
 }
+
+/* Indices of the levels nearest to x, and these levels. */
+static inline __attribute__((always_inline)) __m512i nearest(const Grid *grid, Floats x, Floats *level) {
+    if (grid->largest > 0) {
+        const Floats top = _mm512_set1_ps(grid->largest), bottom = _mm512_set1_ps(-grid->largest);
+        const Floats below = _mm512_fmsub_ps(x, top, _mm512_set1_ps(0.5f));
+        const Floats up = _mm512_roundscale_ps(below, _MM_FROUND_TO_POS_INF | _MM_FROUND_NO_EXC);
+        const Floats code = _mm512_min_ps(_mm512_max_ps(up, bottom), top);
+        *level = _mm512_div_ps(code, top);
+        return _mm512_cvtps_epi32(_mm512_add_ps(code, top));
+    }
+    const __m512i found = search(x, LOAD(grid->middle));
+    *level = _mm512_permutexvar_ps(found, LOAD(grid->level));
+    return found;
+}
 #endif
 
 static inline __attribute__((always_inline)) int index_of(const Grid *grid, float x) {
+    if (grid->largest > 0) {
+        const float up = ceilf(x * grid->largest - 0.5f);
+        return (int)(fminf(fmaxf(up, -grid->largest), grid->largest) + grid->largest);
+    }
     int found = 0;
     for (int l = 0; l < MOST - 1; l++) found += x > grid->middle[l];
     return found;
+}
+
+static inline __attribute__((always_inline)) float level_at(const Grid *grid, int index) {
+    return grid->largest > 0 ? (index - grid->largest) / grid->largest : grid->level[index];
 }
 
 /* The error of a group under one scale, each weight's square weighted by h. */
@@ -59,18 +86,19 @@ static inline __attribute__((always_inline)) float error_of(const Grid *grid, co
     float error = 0;
     long c = 0;
 #if WIDE
-    const Floats level = LOAD(grid->level), middle = LOAD(grid->middle), by = _mm512_set1_ps(scale);
+    const Floats by = _mm512_set1_ps(scale);
     Floats sum = _mm512_setzero_ps();
     for (; c + LANES <= size; c += LANES) {
         const Floats weight = LOAD(w + c);
-        const Floats q = _mm512_permutexvar_ps(search(_mm512_div_ps(weight, by), middle), level);
+        Floats q;
+        nearest(grid, _mm512_div_ps(weight, by), &q);
         const Floats lost = _mm512_sub_ps(weight, _mm512_mul_ps(q, by));
         sum = _mm512_fmadd_ps(_mm512_mul_ps(lost, lost), LOAD(h + c), sum);
     }
     error = _mm512_reduce_add_ps(sum);
 #endif
     for (; c < size; c++) {
-        const float lost = w[c] - grid->level[index_of(grid, w[c] / scale)] * scale;
+        const float lost = w[c] - level_at(grid, index_of(grid, w[c] / scale)) * scale;
         error += lost * lost * h[c];
     }
     return error;
@@ -81,18 +109,18 @@ static inline __attribute__((always_inline)) void round_column(const Grid *grid,
                                                                int64_t *index, float *q) {
     long r = 0;
 #if WIDE
-    const Floats level = LOAD(grid->level), middle = LOAD(grid->middle);
     for (; r + LANES <= some; r += LANES) {
         const Floats by = LOAD(scale + r);
-        const __m512i found = search(_mm512_div_ps(LOAD(x + r), by), middle);
+        Floats level;
+        const __m512i found = nearest(grid, _mm512_div_ps(LOAD(x + r), by), &level);
         _mm512_storeu_si512(index + r, _mm512_cvtepi32_epi64(_mm512_castsi512_si256(found)));
         _mm512_storeu_si512(index + r + 8, _mm512_cvtepi32_epi64(_mm512_extracti64x4_epi64(found, 1)));
-        _mm512_storeu_ps(q + r, _mm512_mul_ps(_mm512_permutexvar_ps(found, level), by));
+        _mm512_storeu_ps(q + r, _mm512_mul_ps(level, by));
     }
 #endif
     for (; r < some; r++) {
         const int found = index_of(grid, x[r] / scale[r]);
-        index[r] = found, q[r] = grid->level[found] * scale[r];
+        index[r] = found, q[r] = level_at(grid, found) * scale[r];
     }
 }
 

@@ -77,7 +77,8 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         time += _protection(stage, work, schemes)
     if stage.smooth is not None:
         # beside the full model, or in the walk that finds what to protect
-        time += _smoothing(stage.smooth, work, schemes, streams=1 if stage.protect else 2)
+        half = work.half and (stage.protect > 0 or stage.rounding == "gptq")
+        time += _smoothing(stage.smooth, work, schemes, streams=1 if stage.protect else 2, half=half)
     return time
 
 
@@ -102,7 +103,7 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)
 
 
-def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int) -> Time:
+def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int, half: bool) -> Time:
     """The search for channel scales: each candidate is tried on a few batches."""
     machine, model = work.machine, work.model
     candidates = len(EXPONENTS) + 2 if smooth.alpha == "auto" else 1
@@ -116,7 +117,7 @@ def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int) -
     fits = sum(machine.smoothing(smoothing.TOKENS, smoothing.ROWS, C) for C in work.inputs.values())
     fitted = len(model.layers) * fits if smooth.alpha == "auto" else 0.0
     time += Time({SEARCH: candidates * tried + fitted})
-    return time + work.passes(streams) + work.moments(streams)
+    return time + work.passes(streams, half=half) + work.moments(streams, half=half)
 
 
 def _protection(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
@@ -127,4 +128,4 @@ def _protection(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         kinds = [one for one in (scheme, spared(scheme)) if one]
         trials += len(kinds) / len(work.model.layers)
         rounded += sum(work.machine.nearest(shape, one) for one in kinds)
-    return work.passes(1) + work.passes(trials, tokens, what=SEARCH) + Time({SEARCH: rounded})
+    return work.passes(1, half=work.half) + work.passes(trials, tokens, what=SEARCH) + Time({SEARCH: rounded})

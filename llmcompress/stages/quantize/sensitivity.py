@@ -38,7 +38,7 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     static = any(coding.static_scale(1.0) is not None for coding in codings.values())
     sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
     moments = layer.moments() if static else {}
-    aims, F_DD, found = layer.outputs(sample), F_DD.to(layer.device), {}
+    aims, F_DD, found = layer.outputs_with(sample, {}, layer.device), F_DD.to(layer.device), {}
     for linear, coding in codings.items():
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
         lost = [
@@ -54,9 +54,7 @@ def _nats(layer: DecoderLayer, outs: Sequence[Tensor], aims: Sequence[Tensor], F
     """KL in nats/token of the error of a layer's outputs, over the samples of all processes."""
     mean, tokens = 0.0, 0
     if outs:
-        errors = torch.cat(
-            [(out - aim.to(out.device)).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)]
-        )
+        errors = torch.cat([(out - aim).flatten(0, -2).float() for out, aim in zip(outs, aims, strict=True)])
         mean, tokens = float(((errors @ F_DD) * errors).sum(-1).mean() / 2), len(errors)
     return layer.shard.processes.mean(mean, tokens)
 

@@ -55,7 +55,7 @@ class Smooth(Settings):
         moments, found = layer.moments(), {}
         # before anything is rounded
         sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
-        aims = [aim.to(layer.device) for aim in layer.outputs(sample)]
+        aims = layer.outputs_with(sample, {}, layer.device)
         read: dict[str, Tensor] = {}
         if layer.shard.first(1):
             size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]

@@ -172,7 +172,7 @@ class LayerQuantizer:
         journal, found = context.journal, dict[str, float]()
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for layer in context.track(
-            walk(model, context.data.calibration, processes=context.processes),
+            walk(model, context.data.calibration, half=True, processes=context.processes),
             "find the linears that suffer",
             len(model.layers),
         ):
