@@ -109,7 +109,12 @@ def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int, h
     candidates = len(EXPONENTS) + 2 if smooth.alpha == "auto" else 1
     pairs = len(model.anatomy.scale_pairs)
     tokens = min(work.tokens, smoothing.SAMPLE * work.batch)
-    time = work.passes(candidates * pairs, tokens, what=SEARCH)
+    finalists = smoothing.FINALISTS + 1
+    if candidates > finalists:  # all are tried on a quarter
+        time = work.passes((candidates - 1) * pairs, tokens / smoothing.QUARTER, what=SEARCH)
+        time += work.passes(finalists * pairs, tokens, what=SEARCH)
+    else:
+        time = work.passes(candidates * pairs, tokens, what=SEARCH)
     tried = sum(
         machine.nearest(shape, scheme) + machine.rounding(tokens, shape[1], scheme)
         for shape, scheme in schemes

@@ -5,14 +5,16 @@ The search decides one entry of `scale_pairs` after another. It measures the err
 layer that the readers' rounding makes: nearest codes, and the kernel's rounding of their inputs. The error is
 relative to each token's output, by which the next norm will divide. Candidates are the exponents of the
 papers, a fit of all factors to the expected noise, and no scale at all, so a layer is never made worse on the
-sample that decides. The function of the model stays the same: see `DecoderLayer.cross`.
+sample that decides. All are tried on a quarter of the sample, the best few and no scale on the whole. The
+function of the model stays the same: see `DecoderLayer.cross`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from typing import Annotated, Literal
+from functools import partial
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -22,6 +24,7 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.smoothing import EXPONENTS, awq, fitted, smoothquant
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.distributed import Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.token_limit import joined
@@ -29,7 +32,28 @@ from llmcompress.stages.base import Settings
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 1  # units of tokens on which the search decides
+QUARTER, FINALISTS = 4, 3  # all are tried on one sequence of so many, the best few on all of them
 TOKENS, ROWS = 1024, 256  # tokens of the inputs and rows of each weight that a fit uses
+
+
+class Sample(NamedTuple):
+    """Batches of states that enter a layer, what they should leave as, and what no factor changes there."""
+
+    inputs: Sequence[Tensor]
+    aims: Sequence[Tensor]
+    parts: FinishedParts
+
+    def anew(self) -> Sample:
+        """The same sample for another key of `scale_pairs`."""
+        return self._replace(parts=FinishedParts({}))
+
+    def quarter(self) -> Sample:
+        """A quarter of the sequences, at least one of each batch."""
+        sizes = [-(-len(batch) // QUARTER) for batch in self.inputs]
+        inputs, aims = (
+            [batch[:size] for batch, size in zip(of, sizes, strict=True)] for of in (self.inputs, self.aims)
+        )
+        return Sample(inputs, aims, FinishedParts({}))
 
 
 class Smooth(Settings):
@@ -54,11 +78,11 @@ class Smooth(Settings):
         """
         moments, found = layer.moments(), {}
         # before anything is rounded
-        sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
-        aims = layer.outputs_with(sample, {}, layer.device)
+        inputs = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
+        sample = Sample(inputs, layer.outputs_with(inputs, {}, layer.device), FinishedParts({}))
         read: dict[str, Tensor] = {}
         if layer.shard.first(1):
-            size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
+            size_T1 = sample.aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
             read = _first_inputs(layer, len(size_T1))
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
@@ -68,11 +92,8 @@ class Smooth(Settings):
             X_TC = read[first] / size_T1 if read else None
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
-            parts = FinishedParts({})
-            losses = [
-                self._loss(layer, key, factor, own, moments[first], dtype, aims, parts) for factor in factors
-            ]
-            found[key] = factors[losses.index(min(losses))]
+            loss = partial(self._loss, layer, key, own, moments[first], dtype)
+            found[key] = _best(factors, sample.anew(), loss, layer.shard.processes)
             layer.cross(key, found[key], dtype)
         return found
 
@@ -122,33 +143,50 @@ class Smooth(Settings):
         self,
         layer: DecoderLayer,
         key: str,
-        factor: Tensor,
         codings: Mapping[str, QuantScheme],
         moments: Moments,
         dtype: torch.dtype,
-        aims: Sequence[Tensor],
-        parts: FinishedParts,
+        on: Sample,
+        factor: Tensor,
     ) -> float:
         """Squared error of the layer's output relative to its size, with the readers rounded once the factor
         has crossed. The layer is left unchanged. Submodules that the factor does not touch are run once, for
-        `parts`."""
+        the parts of the sample."""
         before = {name: parameter.data for name, parameter in layer.module.named_parameters()}
         unit_C, _ = _units(layer, key, next(iter(codings)))
         layer.cross(key, factor, dtype)
         top = float((moments.top_C / factor.flatten()[unit_C]).max())
         untouched = _before(layer, key, next(iter(codings)))
         tops = dict.fromkeys(codings, top)
-        sample = layer.limit.units(layer.inputs)[: len(aims)]
-        outs = trial(layer, codings, tops, sample, parts, untouched)
+        outs = trial(layer, codings, tops, on.inputs, on.parts, untouched)
         for name, data in before.items():
             layer.module.get_parameter(name).data = data
         errors = [
             ((out - aim).square().sum(-1) / aim.square().sum(-1)).sum()
-            for out, aim in zip(outs, aims, strict=True)
+            for out, aim in zip(outs, on.aims, strict=True)
         ]
         lost = torch.tensor(float(sum(errors)), dtype=torch.float64)
         layer.shard.processes.sum_(lost)
         return float(lost)
+
+
+def _best(
+    factors: Sequence[Tensor],
+    sample: Sample,
+    loss: Callable[[Sample, Tensor], float],
+    processes: Processes,
+) -> Tensor:
+    """Return the factor with the least loss on the sample. The first one, which changes nothing, and those
+    that are best on a quarter of it are measured there."""
+    quarter = sample.quarter()
+    sequences = torch.tensor([sum(map(len, part.inputs)) for part in (quarter, sample)])
+    processes.sum_(sequences)
+    if len(factors) > 1 + FINALISTS and sequences[0] < sequences[1]:
+        losses = [loss(quarter, factor) for factor in factors[1:]]
+        order = sorted(range(len(losses)), key=losses.__getitem__)
+        factors = [factors[0], *(factors[1 + place] for place in sorted(order[:FINALISTS]))]
+    losses = [loss(sample, factor) for factor in factors]
+    return factors[losses.index(min(losses))]
 
 
 def norm_of(layer: DecoderLayer, key: str) -> str:
