@@ -11,11 +11,14 @@ import subprocess
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmcompress.cli.terminal import print_table
 from llmcompress.errors import first_line
 from llmcompress.io.units import amount
+
+if TYPE_CHECKING:  # it brings torch
+    from llmcompress.kernels.triton_device import TritonKernels
 
 PACKAGES = (
     "llmcompress",
@@ -126,8 +129,9 @@ def kernels() -> list[Facts]:
         ("nf4, fp4", "cpu", _four_bit),
         ("w8a8, w8a16, w4a8, w4a4, w4a16", "cpu", _integer),
         ("codebook", "cpu", _codebook),
-        ("calibration in 4 bits", "cpu", _solver),
-        ("w8a8, w8a16, w4a8, w4a4, w4a16", "cuda", _triton),
+        ("calibration", "cpu", _solver),
+        ("w8a8, w8a16, w4a8, w4a4, w4a16", "cuda", _integer_gpu),
+        ("calibration", "cuda", _solver_gpu),
     )
     found = list[Facts]()
     for formats, device, ask in asked:
@@ -179,19 +183,30 @@ def _solver() -> tuple[bool, str]:
     return (True, "the C kernel") if why is None else (False, f"torch's loops: {why}")
 
 
-def _triton() -> tuple[bool, str]:
-    import torch
-
+def _integer_gpu() -> tuple[bool, str]:
     from llmcompress.kernels import int8_dispatch
+
+    return _triton(
+        int8_dispatch.KERNELS,
+        "Triton kernels, and bitsandbytes' int8 product for many tokens",
+        "bitsandbytes' int8 product and slower torch operations around it",
+    )
+
+
+def _solver_gpu() -> tuple[bool, str]:
+    from llmcompress.kernels import column_loops_gpu
+
+    return _triton(column_loops_gpu.KERNELS, "Triton kernels", "torch's loops")
+
+
+def _triton(kernels: TritonKernels, which: str, without: str) -> tuple[bool, str]:
+    import torch
 
     if not torch.cuda.is_available():
         return False, "there is no GPU"
-    if int8_dispatch.KERNELS.compiles(torch.device("cuda")):
-        return True, "Triton kernels, and bitsandbytes' int8 product for many tokens"
-    return (
-        False,
-        "bitsandbytes' int8 product and slower torch operations around it: Triton cannot compile here",
-    )
+    if kernels.compiles(torch.device("cuda")):
+        return True, which
+    return False, f"{without}: Triton cannot compile here"
 
 
 def print_facts(facts: Facts) -> None:
