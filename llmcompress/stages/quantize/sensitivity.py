@@ -19,6 +19,7 @@ from torch import Tensor
 from llmcompress.formats.integer import IntegerFormat
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.stages.quantize.fake_quant import trial
 
 SAMPLE = 2  # units of tokens on which the costs are measured
@@ -39,10 +40,14 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     sample = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
     moments = layer.moments() if static else {}
     aims, F_DD, found = layer.outputs_with(sample, {}, layer.device), F_DD.to(layer.device), {}
+    kept: dict[tuple[str, ...], FinishedParts] = {}  # of the submodules that end before a linear
     for linear, coding in codings.items():
+        group = next(group for group in layer.anatomy.consumers if linear in group)
+        final = tuple(layer.ending_before(group))
+        parts = kept.setdefault(final, FinishedParts({}))
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}
         lost = [
-            _nats(layer, trial(layer, {linear: one}, tops, sample), aims, F_DD)
+            _nats(layer, trial(layer, {linear: one}, tops, sample, parts, final), aims, F_DD)
             for one in (coding, spared(coding))
             if one
         ]
