@@ -116,6 +116,24 @@ def test_the_scales_returned_are_those_snapped_last_and_the_codes_are_made_for_t
     assert better >= 0.9 * ours, "the codes are far from their best under these scales"
 
 
+@pytest.mark.parametrize("snap", [exact, coarse])
+def test_each_row_goes_on_from_its_better_start(snap: Snap) -> None:
+    W_RC, H_CC = single(5)
+    levels = grid("nf4")
+
+    def rows(result: RoundedWeight) -> Tensor:
+        E_RC = W_RC - RoundedWeight(result.index_RC, snap(result.scale_RG)).weight(levels)
+        return ((E_RC @ H_CC) * E_RC).sum(1)
+
+    both, positive = (
+        rows(solve(W_RC, H_CC, levels, 16, snap=snap, signs=(signed,), rounds=0)) for signed in (True, False)
+    )
+    assert bool((both < positive).any()) and bool((positive < both).any()), "one start is always better"
+    for signs in ((True, False), (False, True)):
+        found = rows(solve(W_RC, H_CC, levels, 16, snap=snap, signs=signs, rounds=0))
+        torch.testing.assert_close(found, torch.minimum(both, positive), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("snap", [exact, coarse, doubly])
 @pytest.mark.parametrize("seed", range(3))
 def test_codes_make_up_for_storable_scales(snap: Snap, seed: int) -> None:

@@ -20,13 +20,15 @@ from llmcompress.errors import RecipeError
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerLayout
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme, QuantScheme
+from llmcompress.integrations.distributed import ALONE
 from llmcompress.modeling import token_limit
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.quantize.smoothing import SAMPLE, Smooth
+from llmcompress.stages.quantize.smoothing import SAMPLE, Sample, Smooth, best
 from tests.bases import VOCABULARY, byte_tokenizer, known, small_recipe, write_text
 from tests.models import FAMILIES, VARIANTS, pico
 
@@ -256,6 +258,27 @@ def test_the_search_never_ends_worse_than_no_smoothing(
         assert all(torch.equal(data, after[name]) for name, data in weights(layer).items()), (
             "it says other factors than its own"
         )
+
+
+def test_the_best_few_on_a_quarter_and_no_scale_are_tried_on_the_whole_sample() -> None:
+    """Candidates are numbers and their own losses; on a quarter the last one looks best, wrongly."""
+    factors = [torch.tensor(float(n)) for n in (9, 5, 4, 3, 2, 8)]
+    sample = Sample([torch.zeros(8, 3, 2)], [torch.zeros(8, 3, 2)], FinishedParts({}))
+    asked: list[tuple[int, float]] = []
+
+    def loss(on: Sample, factor: Tensor) -> float:
+        sequences = sum(map(len, on.inputs))
+        asked.append((sequences, float(factor)))
+        return 0.0 if sequences < 8 and factor == 8 else float(factor)
+
+    assert best(factors, sample, loss, ALONE) == 2
+    assert asked == [*((2, n) for n in (5, 4, 3, 2, 8)), *((8, n) for n in (9, 3, 2, 8))]
+    asked.clear()
+    assert best(factors[:3], sample, loss, ALONE) == 4
+    assert asked == [(8, n) for n in (9, 5, 4)], "few candidates need no quarter"
+    asked.clear()
+    single = Sample([torch.zeros(1, 3, 2)], [torch.zeros(1, 3, 2)], FinishedParts({}))
+    assert best(factors, single, loss, ALONE) == 8 and len(asked) == 6, "a sequence has no quarter"
 
 
 def one_layer(family: str) -> dict[str, Any]:

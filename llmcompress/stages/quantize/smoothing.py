@@ -93,7 +93,7 @@ class Smooth(Settings):
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
             loss = partial(self._loss, layer, key, own, moments[first], dtype)
-            found[key] = _best(factors, sample.anew(), loss, layer.shard.processes)
+            found[key] = best(factors, sample.anew(), loss, layer.shard.processes)
             layer.cross(key, found[key], dtype)
         return found
 
@@ -170,7 +170,7 @@ class Smooth(Settings):
         return float(lost)
 
 
-def _best(
+def best(
     factors: Sequence[Tensor],
     sample: Sample,
     loss: Callable[[Sample, Tensor], float],
