@@ -55,7 +55,8 @@ def fit_scales(
     is not usable.
     """
     R, G = S_RG.shape
-    rows = max(1, (2**26 if Q_RC.is_cuda else 2**24) // (G * G))  # rows whose systems are solved at once
+    # rows whose systems are solved at once: 64 MiB, on a GPU more, as each takes many small launches
+    rows = max(1, (2**26 if Q_RC.is_cuda else 2**24) // (G * G))
     product_RC = W_RC @ H_CC if product_RC is None else product_RC
     if rows < R:
         parts = zip(*(whole.split(rows) for whole in (W_RC, Q_RC, S_RG, product_RC)), strict=True)

@@ -36,7 +36,7 @@ KERNEL = CompiledKernel("solver", ("solver.c",), _declare, "torch solves for cod
 
 def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Sequence[float]) -> Tensor:
     """As `algorithms.column_loops.search`."""
-    if gpu.takes(W_RC, h_C):
+    if gpu.takes(grid, W_RC, h_C):
         return gpu.search(W_RC, h_C, grid, group_size, ratios)
     if not _takes(grid, W_RC, h_C):
         return plain.search(W_RC, h_C, grid, group_size, ratios)
@@ -59,7 +59,7 @@ def search(W_RC: Tensor, h_C: Tensor, grid: Grid, group_size: int, ratios: Seque
 def round_columns(near_BR: Tensor, U_BB: Tensor, S_BR: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     """As `algorithms.column_loops.round_columns`."""
     contiguous = near_BR.is_contiguous() and S_BR.is_contiguous()
-    if contiguous and gpu.takes(near_BR, U_BB, S_BR):
+    if contiguous and gpu.takes(grid, near_BR, U_BB, S_BR):
         return gpu.round_columns(near_BR, U_BB, S_BR, grid)
     if not (contiguous and _takes(grid, near_BR, U_BB, S_BR)):
         return plain.round_columns(near_BR, U_BB, S_BR, grid)
@@ -76,7 +76,7 @@ def move_columns(
 ) -> Tensor:
     """As `algorithms.column_loops.move_columns`."""
     contiguous = all(tensor.is_contiguous() for tensor in (near_BR, Q_BR, S_BR, index_BR))
-    if contiguous and gpu.takes(near_BR, H_BB, Q_BR, S_BR):
+    if contiguous and gpu.takes(grid, near_BR, H_BB, Q_BR, S_BR):
         return gpu.move_columns(near_BR, H_BB, Q_BR, S_BR, grid, index_BR)
     if not (contiguous and _takes(grid, near_BR, H_BB, Q_BR, S_BR)):
         return plain.move_columns(near_BR, H_BB, Q_BR, S_BR, grid, index_BR)

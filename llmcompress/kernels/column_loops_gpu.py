@@ -30,9 +30,12 @@ def _attempt(device: torch.device) -> None:
 KERNELS = TritonKernels("column_loops_triton", _attempt, "the solver uses slower torch operations")
 
 
-def takes(*tensors: Tensor) -> bool:
-    """Whether these kernels take such tensors."""
-    fits = all(tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors)
+def takes(grid: Grid, *tensors: Tensor) -> bool:
+    """Whether these kernels take such tensors. A grid may be another thing of the same use, such as one of
+    levels for each row."""
+    fits = isinstance(grid, Grid) and all(
+        tensor.is_cuda and tensor.dtype == torch.float32 for tensor in tensors
+    )
     return fits and KERNELS.compiles(tensors[0].device)
 
 

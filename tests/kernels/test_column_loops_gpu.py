@@ -88,6 +88,6 @@ def test_a_linear_is_solved_for_as_well(format: GridFormat) -> None:
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a CUDA device")
 def test_the_solver_takes_them_on_a_gpu() -> None:
     levels, W_RC, H_CC = grid("nf4").to(DEVICE), drawn(70, 192), moments(192)
-    assert gpu.takes(W_RC, H_CC)
+    assert gpu.takes(levels, W_RC, H_CC)
     found = solve(W_RC, H_CC, levels, 64, loops=column_loops.LOOPS)
     assert torch.equal(found.index_RC, solve(W_RC, H_CC, levels, 64, loops=LOOPS).index_RC)
