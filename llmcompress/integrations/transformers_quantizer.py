@@ -12,7 +12,7 @@ chose for that purpose.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -55,8 +55,11 @@ class Quantizer(HfQuantizer):
             dtype or torch.get_default_dtype(),
         )
         done = _put_embeddings(model, assigned, dtype)
+        modules, ties = dict(model.named_modules()), model.all_tied_weights_keys
+        tied = {*ties.keys(), *ties.values()}
         for name in (name for name in assigned if name not in done):
-            model.set_submodule(name, _empty_twin(model, name, assigned[name], dtype))
+            twin = _empty_twin(name, modules.get(name), assigned[name], dtype, tied)
+            model.set_submodule(name, twin)
         declare_ties(model, known_ties(model, self.quantization_config.ties))
         let_resize(model)
 
@@ -282,18 +285,17 @@ def _resolved(model: PreTrainedModel, assigned: Mapping[str, AnyLayout]) -> dict
     return {name.removeprefix(prefix): scheme for name, scheme in assigned.items() if name.startswith(prefix)}
 
 
-def _empty_twin(model: PreTrainedModel, name: str, scheme: AnyLayout, dtype: torch.dtype) -> StoredLinear:
-    """Return the module that replaces a plain linear, without memory. Errors: ModelError if it can't be
-    replaced."""
-    modules = dict(model.named_modules())
-    module = modules.get(name)
+def _empty_twin(
+    name: str, module: nn.Module | None, scheme: AnyLayout, dtype: torch.dtype, tied: Collection[str]
+) -> StoredLinear:
+    """Return what replaces a plain linear, the `module` of a name, without memory. `tied` are the names of
+    tied parameters. Errors: ModelError if it can't be replaced."""
     if type(module) is not nn.Linear and not isinstance(module, Conv1D):
         raise ModelError(
             f"config.json gives {name} a scheme, but this model has no such linear; the config is of "
             "another model"
         )
-    ties: Mapping[str, str] = model.all_tied_weights_keys
-    if f"{name}.weight" in {*ties.keys(), *ties.values()}:
+    if f"{name}.weight" in tied:
         raise ModelError(
             f"config.json gives {name} a scheme, but its weight is tied to another; untie them "
             "(tie_word_embeddings)"

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,18 @@ class DiskModel(LayerwiseModel):
             raise self._misfit(f"{key} is {list(tensor.shape)}, not {list(shape)}")
         return tensor
 
+    @cached_property
+    def _conversions(self) -> Any:
+        """What a loader changes in the names and tensors of a checkpoint."""
+        return get_model_conversion_mapping(self.model)
+
     def _bring(self, names: Iterable[str]) -> None:
+        names = list(names)
         keys = [(key, name) for name in names for key in self.sources.get(name, [])]
         config = LoadStateDictConfig(
             dtype=self.dtype,
             device_map={"": str(self.device)},
-            weight_mapping=get_model_conversion_mapping(self.model),  # type: ignore[arg-type]
+            weight_mapping=self._conversions,
         )
         with no_progress_bar():
             info, _ = convert_and_load_state_dict_in_model(
@@ -172,7 +179,9 @@ class DiskModel(LayerwiseModel):
         if info.mismatched_keys or info.conversion_errors:
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
             raise self._misfit(wrong[0])
-        self.model.requires_grad_(False)
+        for owner, _, leaf in (name.rpartition(".") for name in names):
+            if (parameter := self.model.get_submodule(owner)._parameters.get(leaf)) is not None:
+                parameter.requires_grad_(False)
 
     def _misfit(self, what: str) -> ModelError:
         """The error for a tensor of another shape than the config says."""

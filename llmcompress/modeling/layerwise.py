@@ -250,7 +250,7 @@ class LayerwiseModel(ABC):
         """Yield layer `index` with its weights, which are freed when the context exits."""
         prefix, module = self.layer_name(index) + ".", self.layers[index]
         try:
-            self._bring([name for name in self.model.state_dict() if name.startswith(prefix)])
+            self._bring([prefix + name for name in module.state_dict()])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
             if self.rotation:
                 self._rewrite(

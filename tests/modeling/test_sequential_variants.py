@@ -24,6 +24,7 @@ from llmcompress.modeling.sequential import (
     Edit,
     Edits,
     divergence,
+    drawn_from,
     following,
     gradients,
     label_generator,
@@ -376,7 +377,7 @@ def test_the_last_fisher_matrix_is_that_of_the_states_that_enter_the_first_block
         scores = model(tokens, use_cache=False).logits.flatten(0, 1)
         hook.remove()
         generator = label_generator(3, number, CPU)
-        labels = torch.multinomial(scores.detach().softmax(-1), 1, generator=generator).flatten()
+        labels = drawn_from(scores.detach().softmax(-1), generator)
         torch.nn.functional.cross_entropy(scores, labels, reduction="sum").backward()
         assert entered[0].grad is not None
         grads.append(entered[0].grad.flatten(0, 1))
