@@ -11,23 +11,25 @@ from llmcompress.modeling.sequential import output_fisher
 from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal
-TOKENS = 8192  # 32768 change the results by less than their noise, see evaluation/NOTES.md
+TOKENS = 32768  # more tokens change the results by less than their noise
+FEW = 8192  # tokens that are enough to say which linears suffer most, see evaluation/NOTES.md
 WHAT = "errors that matter"  # what its time is called in a plan
 DAMP = 0.01  # damping of a matrix when it is factored
 
 
-def tokens_for(width: int) -> int:
-    """Number of tokens from which the matrices of hidden width `width` are computed."""
-    return max(TOKENS, 8 * width)
+def tokens_for(width: int, least: int = TOKENS) -> int:
+    """Number of tokens from which the matrices of hidden width `width` are computed: at least so many."""
+    return max(least, 8 * width)
 
 
-def find_fisher(model: LayerwiseModel, context: Context) -> None:
-    """Compute the matrix of each layer for the model as it is now, unless the journal holds it."""
+def find_fisher(model: LayerwiseModel, context: Context, least: int = TOKENS) -> None:
+    """Compute the matrix of each layer for the model as it is now, from at least so many tokens, unless the
+    journal holds it."""
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
     sequences = context.data.calibration
-    sequences = sequences[: -(-tokens_for(model.config.hidden_size) // sequences.shape[1])]
+    sequences = sequences[: -(-tokens_for(model.config.hidden_size, least) // sequences.shape[1])]
     found = output_fisher(
         model,
         sequences,
@@ -40,11 +42,11 @@ def find_fisher(model: LayerwiseModel, context: Context) -> None:
         journal.save(FISHER, index, {"F_DD": F_DD})
 
 
-def time_of(work: Workload) -> Time:
+def time_of(work: Workload, least: int = TOKENS) -> Time:
     """The time of `find_fisher`: a forward pass, then a backward pass that repeats it layer by layer, through
     the inputs alone."""
     D = work.model.config.hidden_size
-    tokens = min(work.tokens, tokens_for(D))
+    tokens = min(work.tokens, tokens_for(D, least))
     found = work.passes(3, tokens, what=WHAT) + work.heads(3, tokens, what=WHAT)
     moments = len(work.model.layers) * work.machine.moments(tokens, D, 1)
     return found + Time({WHAT: moments})

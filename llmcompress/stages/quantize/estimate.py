@@ -72,7 +72,7 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
     if stage.rounding == "learned" or stage.protect:
-        time += fisher.time_of(work)
+        time += fisher.time_of(work, fisher.TOKENS if stage.rounding == "learned" else fisher.FEW)
     if stage.protect:
         time += _protection(stage, work, schemes)
     if stage.smooth is not None:

@@ -29,7 +29,7 @@ from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.fisher import find_fisher
+from llmcompress.stages.fisher import FEW, TOKENS, find_fisher
 from llmcompress.stages.linear_rewriting import inner, mean_bits, require_known
 from llmcompress.stages.quantize import estimate
 from llmcompress.stages.quantize.config import FormatConfig, Override, together
@@ -278,7 +278,8 @@ class Quantize(FormatConfig, Stage):
         steps = len(model.layers) + (model.anatomy.head in solved)
         journal = context.journal
         if self.rounding == "learned" or self.protect:
-            find_fisher(model, context)  # of the full model, so before its embedding is rounded
+            # of the full model, so before its embedding is rounded
+            find_fisher(model, context, TOKENS if self.rounding == "learned" else FEW)
         full, outer = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
             LayerQuantizer(self).find_hurt(model, context, solved)
