@@ -18,7 +18,8 @@ test-slow: $(READY) # the rest: whole runs in processes of their own, every fami
 
 test-all: test-slow test
 
-# The Triton kernels without a GPU, by Triton's interpreter and through its compiler; torch for CPUs comes without Triton, and .venv stays so.
+# The Triton kernels without a GPU, by Triton's interpreter and through its compiler; torch for CPUs comes
+# without Triton, and .venv stays so.
 test-kernels: $(READY) out/triton/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=out/triton $(BIN)/python -m pytest -m gpu tests/kernels
 	PYTHONPATH=out/triton $(BIN)/python -m pytest tests/kernels/test_triton_compiles.py

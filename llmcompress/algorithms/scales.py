@@ -61,8 +61,7 @@ def fit_scales(
     if rows < R:
         parts = zip(*(whole.split(rows) for whole in (W_RC, Q_RC, S_RG, product_RC)), strict=True)
         return torch.cat([fit_scales(W, H_CC, Q, S, P) for W, Q, S, P in parts])
-    C = Q_RC.shape[1]
-    group_size = C // G
+    group_size = Q_RC.shape[1] // G
     Q = groups_of(Q_RC, group_size)
     A_RGG = torch.zeros(R, G, G, device=Q_RC.device)  # its lower triangle
     for g in range(G):

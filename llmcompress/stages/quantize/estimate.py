@@ -72,7 +72,7 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The time of the whole stage; `schemes` are those of the linears that are solved."""
     time = _walk(stage, work, schemes)
     if stage.rounding == "learned" or stage.protect:
-        time += fisher.time_of(work, fisher.TOKENS if stage.rounding == "learned" else fisher.FEW)
+        time += fisher.time_of(work, stage.fisher_tokens)
     if stage.protect:
         time += _protection(stage, work, schemes)
     if stage.smooth is not None:
@@ -94,8 +94,7 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     half = work.half and stage.rounding == "gptq"
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme in schemes)})
-    # the corrected weight, and the error of each sign
-    time += work.products(3, shapes) + work.products(2, shapes, what=ERRORS)
+    time += work.products(3, shapes)  # the corrected weight
     if stage.rounding != "learned":
         return time
     steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in schemes)

@@ -43,10 +43,6 @@ class Sample(NamedTuple):
     aims: Sequence[Tensor]
     parts: FinishedParts
 
-    def anew(self) -> Sample:
-        """The same sample for another key of `scale_pairs`."""
-        return self._replace(parts=FinishedParts({}))
-
     def quarter(self) -> Sample:
         """A quarter of the sequences, at least one of each batch."""
         sizes = [-(-len(batch) // QUARTER) for batch in self.inputs]
@@ -79,10 +75,10 @@ class Smooth(Settings):
         moments, found = layer.moments(), {}
         # before anything is rounded
         inputs = layer.limit.units(layer.inputs)[: layer.shard.first(SAMPLE)]
-        sample = Sample(inputs, layer.outputs_with(inputs, {}, layer.device), FinishedParts({}))
+        aims = layer.outputs_with(inputs, {}, layer.device)
         read: dict[str, Tensor] = {}
         if layer.shard.first(1):
-            size_T1 = sample.aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
+            size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
             read = _first_inputs(layer, len(size_T1))
         for key, consumers in layer.anatomy.scale_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
@@ -93,7 +89,8 @@ class Smooth(Settings):
             factors = self._candidates(layer, key, reading, moments[first], X_TC, codings[reading[0]])
             own, dtype = {reader: codings[reader] for reader in reading}, dtype_of(norm_of(layer, key))
             loss = partial(self._loss, layer, key, own, moments[first], dtype)
-            found[key] = best(factors, sample.anew(), loss, layer.shard.processes)
+            sample = Sample(inputs, aims, FinishedParts({}))
+            found[key] = best(factors, sample, loss, layer.shard.processes)
             layer.cross(key, found[key], dtype)
         return found
 

@@ -268,6 +268,12 @@ class Quantize(FormatConfig, Stage):
             return "skip"
         return None
 
+    @property
+    def fisher_tokens(self) -> int:
+        """Tokens, at least, from which the Fisher matrices are computed: more for a training than for a
+        ranking."""
+        return TOKENS if self.rounding == "learned" else FEW
+
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Quantise every layer that the journal does not hold yet, and leave its tensors and facts there."""
         if rotation := self.rotation(model, context.seed):
@@ -279,7 +285,7 @@ class Quantize(FormatConfig, Stage):
         journal = context.journal
         if self.rounding == "learned" or self.protect:
             # of the full model, so before its embedding is rounded
-            find_fisher(model, context, TOKENS if self.rounding == "learned" else FEW)
+            find_fisher(model, context, self.fisher_tokens)
         full, outer = settle_outer(model, context, chosen)
         if self.protect and not journal.has(PROTECTED, 0):
             LayerQuantizer(self).find_hurt(model, context, solved)
