@@ -29,9 +29,10 @@ from llmcompress.algorithms.quantize_weight import RoundedWeight
 from llmcompress.algorithms.scales import fit_scales, groups_of, search_scales, spread
 from llmcompress.formats.schemes import FourBitScheme
 from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.modeling.sequential import logits, output_fisher, walk
+from llmcompress.modeling.sequential import logits, walk
 from llmcompress.pipeline.resolve import calibration_data, find_base
 from llmcompress.report.metrics import fidelity
 from llmcompress.stages.quantize.rounding import Rounding

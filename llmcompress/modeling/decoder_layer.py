@@ -8,7 +8,7 @@ the first stream. A scale that crosses from a producer to its readers changes ne
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
@@ -24,6 +24,7 @@ from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.finished_parts import FinishedParts
+from llmcompress.modeling.half_precision import half_precision
 from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.token_limit import TokenLimit, joined
 
@@ -82,9 +83,9 @@ class DecoderLayer:
         hidden = hidden.to(self.device)
         return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
 
-    def _precision(self) -> torch.autocast:
-        """Left before a generator yields, or its caller would compute in bfloat16 too."""
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.half)
+    def _precision(self) -> AbstractContextManager[None]:
+        """The precision of passes without a gradient."""
+        return half_precision(self.device, self.half)
 
     def _full(self, hidden: Tensor) -> Tensor:
         """The output of the original layer for hidden states of the full model."""

@@ -15,26 +15,21 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import ALONE, Processes
-from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.half_precision import half_is_fast
 from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.token_limit import batches_of, joined
+from llmcompress.modeling.token_limit import batches_of
 
 EVALUATE = "evaluate"  # what progress calls the measurement of a model
 SAMPLE = 8192  # tokens that decide what goes or what is shared
@@ -46,8 +41,6 @@ Found = TypeVar("Found")
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
-# number of a batch, scores [B, C, V] at some positions of it, next tokens of the text [B, C] -> labels [B, C]
-Labels = Callable[[int, Tensor, Tensor], Tensor]
 # batch size -> layer -> its keyword arguments: masks, rotary tables
 Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
 
@@ -165,15 +158,6 @@ def head_states(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     return read[0]
 
 
-def half_is_fast(device: torch.device) -> bool:
-    """Whether matrix products in bfloat16 are faster on a device: on GPUs that have them, and on CPUs with
-    AVX512-BF16 or AMX."""
-    if device.type == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    ours: bool = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return device.type == "cpu" and ours
-
-
 def walk(
     resident: LayerwiseModel,
     sequences: Tensor,
@@ -198,7 +182,7 @@ def walk(
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
-            layer = _layer(resident, index, module, arguments, inputs, full)
+            layer = layer_of(resident, index, module, arguments, inputs, full)
             layer.half, layer.shard = half, shard
             yield layer
             if through or not last:
@@ -219,7 +203,7 @@ def walk(
         )
 
 
-def _layer(
+def layer_of(
     resident: LayerwiseModel,
     index: int,
     module: nn.Module,
@@ -253,7 +237,7 @@ def together(
     with ExitStack() as stack:
         modules = {index: stack.enter_context(resident.layer(index)) for index in entering}
         yield [
-            _layer(resident, index, module, arguments, entering[index], [])
+            layer_of(resident, index, module, arguments, entering[index], [])
             for index, module in modules.items()
         ]
 
@@ -281,7 +265,7 @@ def variants(
         if all(edit is None for edit in wanted.values()):
             continue
         with resident.layer(index) as module:
-            layer = _layer(resident, index, module, arguments, [], [])
+            layer = layer_of(resident, index, module, arguments, [], [])
             changed = {edit: edit(layer) for edit in dict.fromkeys(wanted.values()) if edit is not None}
             for key, edit in wanted.items():
                 if edit is not None:
@@ -374,182 +358,3 @@ def head_input(resident: LayerwiseModel, layer: DecoderLayer) -> tuple[Tensor, M
         moments.add(*(head_states(resident, states) for states in (hidden, *reference[i : i + 1])))
     layer.shard.processes.pool([moments])
     return W_RC, moments
-
-
-def output_fisher(
-    resident: LayerwiseModel,
-    sequences: Tensor,
-    scratch: Path,
-    seed: int,
-    *,
-    first: bool = False,
-    unscored: int = 0,
-    processes: Processes = ALONE,
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield for each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave
-    it: the mean of g g^T.
-
-    With `first`, -1 and the matrix of the states that enter the first layer come last.
-
-    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
-    order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
-    layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
-    Several `processes` divide the batches, and draw the labels that one would draw.
-    """
-    processes = replace(processes, by="batch")
-    generators: dict[int, torch.Generator] = {}  # by the number of a batch, whichever process runs it
-
-    def drawn(batch: int, scores: Tensor, text: Tensor) -> Tensor:
-        if batch not in generators:
-            generators[batch] = label_generator(seed, batch, resident.device)
-        p_TV = scores.detach().flatten(0, 1).softmax(-1)
-        return drawn_from(p_TV, generators[batch]).view(text.shape)
-
-    for index, grads, _ in gradients(
-        resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
-    ):
-        found = Moments(resident.sizes["hidden"], resident.device)
-        for grad in grads:
-            found.add(grad.to(resident.device))
-        processes.pool([found])
-        yield index, found.H_CC.cpu()
-
-
-def drawn_from(p_TV: Tensor, generator: torch.Generator) -> Tensor:
-    """Return a token [T] from each distribution; `p_TV` is used up.
-
-    A uniform number is looked up in the cumulative distribution: torch.multinomial draws a number for every
-    token of the vocabulary.
-    """
-    total_TV = p_TV.cumsum_(-1)
-    at_T1 = torch.rand(len(p_TV), 1, generator=generator, device=p_TV.device) * total_TV[:, -1:]
-    return torch.searchsorted(total_TV, at_T1, right=True).squeeze(1).clamp_(max=p_TV.shape[1] - 1)
-
-
-def label_generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
-    """The generator of a batch's labels, whichever process draws them."""
-    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch)
-
-
-def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
-    """Next-token labels of tokens [B, L]; the first `unscored` positions and the last one are IGNORED."""
-    return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
-
-
-def following(number: int, scores: Tensor, text: Tensor) -> Tensor:
-    """The next-token labels of the text, whatever the scores."""
-    return text
-
-
-def gradients(
-    resident: LayerwiseModel,
-    sequences: Tensor,
-    scratch: Path,
-    labels: Labels,
-    watched: Sequence[str] = (),
-    *,
-    first: bool = False,
-    unscored: int = 0,
-    processes: Processes = ALONE,
-) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
-    """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
-    and those of some parameters.
-
-    They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
-    `unscored` positions do not count. `watched` are parameters by their names in the layer. With `first`, -1
-    and the gradients of the states that enter the first layer come last.
-
-    The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
-    folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
-    those of the parameters over all sequences.
-    """
-    shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
-    for layer in walk(resident, sequences, through=True, processes=processes):
-        last = layer
-        with writing(scratch):
-            save_file(
-                {str(i): hidden for i, hidden in enumerate(resident.limit.units(layer.inputs))},
-                scratch / f"states-{layer.index}.safetensors",
-            )
-    for number, tokens, hidden in zip(
-        shard.numbers, shard.batches, resident.limit.units(last.inputs), strict=True
-    ):
-        grads.append(_from_head(resident, hidden, tokens, number, labels, unscored))
-    _, arguments = enter(resident, shard.batches)
-    (scratch / f"states-{last.index}.safetensors").unlink()
-    for index in range(last.index - 1, -1, -1):
-        found: dict[str, Tensor] = {}
-        on = bool(index or watched or first)
-        entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
-        processes.sum_(*found.values())
-        yield index, grads, found
-        grads = entering
-        (scratch / f"states-{index}.safetensors").unlink()
-    if first:
-        yield -1, grads, {}
-
-
-def _from_head(
-    resident: LayerwiseModel,
-    hidden: Tensor,
-    tokens: Tensor,
-    number: int,
-    labels: Labels,
-    unscored: int,
-) -> Tensor:
-    """Return the gradients of the states [B, L, D] of batch `number` that left the last layer, as `gradients`
-    says, on the CPU."""
-    found, text = torch.empty_like(hidden), next_tokens(tokens).to(resident.device)
-    for here in pieces_of(resident, hidden):
-        states = hidden[here].to(resident.device).requires_grad_()
-        scores = leave(resident, states).float()
-        wanted = labels(number, scores, text[here])
-        wanted[:, : max(0, unscored - here[1].start)] = IGNORED
-        F.cross_entropy(
-            scores.flatten(0, 1), wanted.flatten(), reduction="sum", ignore_index=IGNORED
-        ).backward()
-        assert states.grad is not None
-        found[here] = states.grad.cpu()
-    return found
-
-
-def _back(
-    resident: LayerwiseModel,
-    index: int,
-    arguments: Arguments,
-    scratch: Path,
-    grads: Sequence[Tensor],
-    watched: Sequence[str],
-    found: dict[str, Tensor],
-) -> list[Tensor]:
-    """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
-    The gradients of watched parameters go into `found`."""
-    states = load_file(scratch / f"states-{index}.safetensors")
-    out = []
-    with resident.layer(index) as module:
-        layer = _layer(resident, index, module, arguments, [], [])
-        parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
-        for i, grad in enumerate(grads):
-            part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
-            entering = []
-            for hidden_grad, own_grads in layer.limit.parts(part, *grad.shape[:2]):
-                entering.append(hidden_grad)
-                for name, own in zip(parameters, own_grads, strict=True):
-                    if own is not None:
-                        found[name] = found[name].add_(own) if name in found else own
-            out.append(joined(entering))
-        for name, parameter in parameters.items():
-            if name not in found:  # this process has no sequence
-                found[name] = torch.zeros_like(parameter)
-    return out
-
-
-def _back_part(
-    layer: DecoderLayer, states: Tensor, grad: Tensor, parameters: Sequence[Tensor], here: slice
-) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return the gradient of a part of the states that enter a layer, and those of parameters."""
-    hidden = states[here].to(layer.device).requires_grad_()
-    found = torch.autograd.grad(
-        layer.run(hidden), [hidden, *parameters], grad[here].to(layer.device), allow_unused=True
-    )
-    return found[0].cpu(), found[1:]

@@ -12,8 +12,8 @@ from functools import cached_property
 
 import torch
 
+from llmcompress.modeling.half_precision import half_is_fast
 from llmcompress.modeling.layerwise import MetaModel
-from llmcompress.modeling.sequential import half_is_fast
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
 from llmcompress.stages.machine import Machine
 

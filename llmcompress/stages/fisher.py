@@ -6,8 +6,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import metric_factor
+from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import output_fisher
 from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal

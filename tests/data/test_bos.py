@@ -21,17 +21,16 @@ from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.data.calibration import CalibrationData, bos_of, load_data, with_bos
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import DataError
-from llmcompress.modeling.from_disk import DiskModel
-from llmcompress.modeling.sequential import (
-    divergences,
+from llmcompress.modeling.backward import (
     drawn_from,
     following,
     gradients,
     label_generator,
     next_tokens,
     output_fisher,
-    walk,
 )
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.sequential import divergences, walk
 from llmcompress.pipeline.evaluate import evaluate
 from llmcompress.pipeline.reproduce import reproduce
 from llmcompress.pipeline.run import run_recipe
@@ -286,9 +285,8 @@ def test_the_fisher_matrix_does_not_see_what_is_predicted_at_bos(base: Path, tmp
     begun, without = (dict(output_fisher(model, tokens, tmp_path, 0, unscored=n))[last] for n in (0, 1))
     grads: list[Tensor] = []
 
-    def drawn(number: int, scores: Tensor, given: Tensor) -> Tensor:
-        p_TV = scores.detach().flatten(0, 1).softmax(-1)
-        found = drawn_from(p_TV, label_generator(0, number, CPU)).view(given.shape)
+    def drawn(number: int, p: Tensor, given: Tensor) -> Tensor:
+        found = drawn_from(p.flatten(0, 1), label_generator(0, number, CPU)).view(given.shape)
         found[:, 0] = IGNORED
         return found
 

@@ -13,10 +13,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmcompress.algorithms import logit_chunks
-from llmcompress.modeling import sequential, stored_matrices
+from llmcompress.modeling import stored_matrices
+from llmcompress.modeling.backward import following, gradients, output_fisher
 from llmcompress.modeling.foreign import WholeModel
 from llmcompress.modeling.layerwise import InMemoryModel
-from llmcompress.modeling.sequential import divergences, following, gradients, head_states, logits, walk
+from llmcompress.modeling.sequential import divergences, head_states, logits, untracked, walk
 from llmcompress.report import metrics
 from llmcompress.report.metrics import fidelity
 from tests.models import noise, pico
@@ -120,7 +121,7 @@ def test_no_tensor_of_the_fisher_pass_is_larger_than_a_piece(
     model = resident_of("gemma3_text")
     in_pieces()
     with Largest() as largest:
-        list(sequential.output_fisher(model, tokens, tmp_path, 0))
+        list(output_fisher(model, tokens, tmp_path, 0))
     layer = max(4 * p.numel() for p in model.layers[0].parameters())
     assert BUDGET <= largest.size <= max(BUDGET, layer, 4 * S * L * 320)
     assert largest.size < 4 * V * L, "logits of a whole sequence"
@@ -174,7 +175,7 @@ def test_a_whole_model_gives_its_own_logits_in_pieces(
     with torch.no_grad():
         expected = model(tokens, use_cache=False).logits[:, unscored:]
     in_pieces()
-    parts = list(WholeModel(model, CPU, 0).logits(tokens, sequential.untracked, unscored))
+    parts = list(WholeModel(model, CPU, 0).logits(tokens, untracked, unscored))
     assert {part.flatten(0, 1).shape[0] for part in parts} <= {1, 2, 3, 4}
     found = torch.cat([part.flatten(0, 1) for part in parts])
     torch.testing.assert_close(found, expected.flatten(0, 1), rtol=1e-4, atol=1e-5)

@@ -13,17 +13,11 @@ from torch import Tensor, nn
 from llmcompress.errors import ModelError
 from llmcompress.modeling import sequential as walking
 from llmcompress.modeling import token_limit
+from llmcompress.modeling.backward import drawn_from, label_generator, output_fisher
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
-from llmcompress.modeling.sequential import (
-    drawn_from,
-    head_input,
-    label_generator,
-    logits,
-    output_fisher,
-    walk,
-)
+from llmcompress.modeling.sequential import head_input, logits, walk
 from tests.models import FAMILIES, pico
 
 CPU = torch.device("cpu")

@@ -18,17 +18,13 @@ from transformers import PreTrainedModel
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.modeling import token_limit
+from llmcompress.modeling.backward import drawn_from, following, gradients, label_generator, output_fisher
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import (
     Edit,
     Edits,
     divergence,
-    drawn_from,
-    following,
-    gradients,
-    label_generator,
-    output_fisher,
     together,
     variants,
     without_each,

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.errors import ModelError
 from llmcompress.modeling import layerwise, token_limit
+from llmcompress.modeling.backward import following, gradients
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import InMemoryModel
-from llmcompress.modeling.sequential import following, gradients, head_input, logits, walk, without_each
+from llmcompress.modeling.sequential import head_input, logits, walk, without_each
 from llmcompress.modeling.token_limit import TokenLimit, batches_of, fitting, loss_in_parts
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report

@@ -36,7 +36,7 @@ from llmcompress.data.calibration import with_bos
 from llmcompress.integrations import distributed
 from llmcompress.io.manifest import MANIFEST, is_sound, manifest_of
 from llmcompress.io.safetensors_writer import discard, put
-from llmcompress.modeling.sequential import next_tokens
+from llmcompress.modeling.backward import next_tokens
 from llmcompress.modeling.token_limit import TokenLimit
 from llmcompress.stages.distill.feature_matching import PROJECTION, Matching
 from llmcompress.stages.distill.teacher import (

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from llmcompress.io.journal import JournalFacts
+from llmcompress.modeling.backward import following, gradients
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import following, gradients, walk
+from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import TOKENS, find_fisher, metric
 from llmcompress.stages.prune import experts, structured, sublayer_dropping

@@ -21,7 +21,7 @@ from llmcompress.formats.registry import StoredWeight
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.kernels import column_loops
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.sequential import half_is_fast
+from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
 
@@ -205,7 +205,7 @@ class Rounding:
 
         def part(place: int, share: float, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=fast):
+            with half_precision(self.device, fast):
                 out = layer.run(inputs[place][here], stored)
             lost = (out - targets[place][here].to(self.device)).float()
             return (lost @ R_DD).square().sum(-1).mean() * share

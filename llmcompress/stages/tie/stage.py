@@ -23,8 +23,9 @@ from llmcompress.algorithms.tied_embeddings import tie
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.errors import ModelError
 from llmcompress.io.journal import Journal, JournalFacts
+from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.sequential import divergence, head_states, leave, output_fisher, pieces_of, walk
+from llmcompress.modeling.sequential import divergence, head_states, leave, pieces_of, walk
 from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "tie"

@@ -1,0 +1,210 @@
+"""Backward passes layer by layer: gradients of the states that leave each layer, and their Fisher matrices.
+
+The forward pass of `sequential.py` comes first and leaves its states on disk; each layer is then run again
+for its gradient. The memory is that of one layer and one stream of gradients, whatever the depth.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from llmcompress.algorithms.distillation_losses import IGNORED
+from llmcompress.algorithms.hessian import Moments
+from llmcompress.integrations.distributed import ALONE, Processes
+from llmcompress.io.safetensors_writer import writing
+from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, walk
+from llmcompress.modeling.token_limit import batches_of, joined
+
+# number of a batch, the model's probabilities [B, C, V] at some positions of it, next tokens [B, C] there
+# -> labels [B, C]
+Labels = Callable[[int, Tensor, Tensor], Tensor]
+
+
+def output_fisher(
+    resident: LayerwiseModel,
+    sequences: Tensor,
+    scratch: Path,
+    seed: int,
+    *,
+    first: bool = False,
+    unscored: int = 0,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield for each layer, last to first, its index and the Fisher matrix [D, D] of the states that leave
+    it: the mean of g g^T.
+
+    With `first`, -1 and the matrix of the states that enter the first layer come last.
+
+    g is the gradient of the log-likelihood of labels drawn from the model's own distribution. To second
+    order, an error e of the hidden state costs e F e^T / 2 nats of KL per token, so F says which errors of a
+    layer change the predictions. Predictions at the first `unscored` positions of a sequence do not count.
+    Several `processes` divide the batches, and draw the labels that one would draw.
+    """
+    processes = replace(processes, by="batch")
+    generators: dict[int, torch.Generator] = {}  # by the number of a batch, whichever process runs it
+
+    def drawn(batch: int, p: Tensor, text: Tensor) -> Tensor:
+        if batch not in generators:
+            generators[batch] = label_generator(seed, batch, resident.device)
+        return drawn_from(p.flatten(0, 1), generators[batch]).view(text.shape)
+
+    for index, grads, _ in gradients(
+        resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
+    ):
+        found = Moments(resident.sizes["hidden"], resident.device)
+        for grad in grads:
+            found.add(grad.to(resident.device))
+        processes.pool([found])
+        yield index, found.H_CC.cpu()
+
+
+def drawn_from(p_TV: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a token [T] from each distribution.
+
+    A uniform number is looked up in the cumulative distribution: torch.multinomial draws a number for every
+    token of the vocabulary.
+    """
+    total_TV = p_TV.cumsum(-1)
+    at_T1 = torch.rand(len(p_TV), 1, generator=generator, device=p_TV.device) * total_TV[:, -1:]
+    return torch.searchsorted(total_TV, at_T1, right=True).squeeze(1).clamp_(max=p_TV.shape[1] - 1)
+
+
+def label_generator(seed: int, batch: int, device: torch.device) -> torch.Generator:
+    """The generator of a batch's labels, whichever process draws them."""
+    return torch.Generator(device).manual_seed(seed * 1_000_003 + batch)
+
+
+def next_tokens(tokens: Tensor, unscored: int = 0) -> Tensor:
+    """Next-token labels of tokens [B, L]; the first `unscored` positions and the last one are IGNORED."""
+    return F.pad(tokens[:, 1 + unscored :], (unscored, 1), value=IGNORED)
+
+
+def following(number: int, p: Tensor, text: Tensor) -> Tensor:
+    """The next-token labels of the text, whatever the model predicts."""
+    return text
+
+
+def gradients(
+    resident: LayerwiseModel,
+    sequences: Tensor,
+    scratch: Path,
+    labels: Labels,
+    watched: Sequence[str] = (),
+    *,
+    first: bool = False,
+    unscored: int = 0,
+    processes: Processes = ALONE,
+) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
+    """Yield for each layer, last to first, its index, the gradients of the states [B, L, D] that leave it,
+    and those of some parameters.
+
+    They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
+    `unscored` positions do not count. `watched` are parameters by their names in the layer. With `first`, -1
+    and the gradients of the states that enter the first layer come last.
+
+    The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
+    folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
+    those of the parameters over all sequences.
+    """
+    shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
+    for layer in walk(resident, sequences, through=True, processes=processes):
+        last = layer
+        with writing(scratch):
+            save_file(
+                {str(i): hidden for i, hidden in enumerate(resident.limit.units(layer.inputs))},
+                scratch / f"states-{layer.index}.safetensors",
+            )
+    for number, tokens, hidden in zip(
+        shard.numbers, shard.batches, resident.limit.units(last.inputs), strict=True
+    ):
+        grads.append(_from_head(resident, hidden, tokens, number, labels, unscored))
+    _, arguments = enter(resident, shard.batches)
+    (scratch / f"states-{last.index}.safetensors").unlink()
+    for index in range(last.index - 1, -1, -1):
+        found: dict[str, Tensor] = {}
+        on = bool(index or watched or first)
+        entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
+        processes.sum_(*found.values())
+        yield index, grads, found
+        grads = entering
+        (scratch / f"states-{index}.safetensors").unlink()
+    if first:
+        yield -1, grads, {}
+
+
+def _from_head(
+    resident: LayerwiseModel,
+    hidden: Tensor,
+    tokens: Tensor,
+    number: int,
+    labels: Labels,
+    unscored: int,
+) -> Tensor:
+    """Return the gradients of the states [B, L, D] of batch `number` that left the last layer, as `gradients`
+    says, on the CPU."""
+    found, text = torch.empty_like(hidden), next_tokens(tokens).to(resident.device)
+    for here in pieces_of(resident, hidden):
+        states = hidden[here].to(resident.device).requires_grad_()
+        scores = leave(resident, states)
+        slope = scores.detach().float().softmax(-1)
+        wanted = labels(number, slope, text[here])
+        wanted[:, : max(0, unscored - here[1].start)] = IGNORED
+        # of the negative log-likelihood by the scores: the probabilities, less 1 at the label
+        slope.scatter_add_(-1, wanted.clamp(min=0)[..., None], slope.new_full((*wanted.shape, 1), -1.0))
+        slope[wanted == IGNORED] = 0
+        scores.backward(slope.to(scores.dtype))
+        assert states.grad is not None
+        found[here] = states.grad.cpu()
+    return found
+
+
+def _back(
+    resident: LayerwiseModel,
+    index: int,
+    arguments: Arguments,
+    scratch: Path,
+    grads: Sequence[Tensor],
+    watched: Sequence[str],
+    found: dict[str, Tensor],
+) -> list[Tensor]:
+    """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
+    The gradients of watched parameters go into `found`."""
+    states = load_file(scratch / f"states-{index}.safetensors")
+    out = []
+    with resident.layer(index) as module:
+        layer = layer_of(resident, index, module, arguments, [], [])
+        parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
+        for i, grad in enumerate(grads):
+            part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
+            entering = []
+            for hidden_grad, own_grads in layer.limit.parts(part, *grad.shape[:2]):
+                entering.append(hidden_grad)
+                for name, own in zip(parameters, own_grads, strict=True):
+                    if own is not None:
+                        found[name] = found[name].add_(own) if name in found else own
+            out.append(joined(entering))
+        for name, parameter in parameters.items():
+            if name not in found:  # this process has no sequence
+                found[name] = torch.zeros_like(parameter)
+    return out
+
+
+def _back_part(
+    layer: DecoderLayer, states: Tensor, grad: Tensor, parameters: Sequence[Tensor], here: slice
+) -> tuple[Tensor, Sequence[Tensor | None]]:
+    """Return the gradient of a part of the states that enter a layer, and those of parameters."""
+    hidden = states[here].to(layer.device).requires_grad_()
+    found = torch.autograd.grad(
+        layer.run(hidden), [hidden, *parameters], grad[here].to(layer.device), allow_unused=True
+    )
+    return found[0].cpu(), found[1:]
