@@ -47,7 +47,12 @@ def round_but_outliers(x: Tensor, threshold: float) -> Tensor:
 def _rounded(x: Tensor, scale: Tensor, bits: int) -> Tensor:
     largest = LARGEST[bits]
     value = (x.detach().float() / scale.clamp_min(TINY)).round().clamp_(-largest, largest) * scale
-    return value.to(x.dtype) + (x - x.detach()) if x.requires_grad else value.to(x.dtype)
+    return straight_through(x, value.to(x.dtype))
+
+
+def straight_through(x: Tensor, rounded: Tensor) -> Tensor:
+    """Return `rounded`, exactly, with the gradient of x where one is asked for."""
+    return rounded + (x - x.detach()) if x.requires_grad and torch.is_grad_enabled() else rounded
 
 
 class Magnitudes:

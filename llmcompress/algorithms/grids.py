@@ -9,7 +9,7 @@ every grid; their codes are the integers.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Literal
 
 import torch
@@ -43,6 +43,9 @@ NF4 = (
 FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 
 
+SEARCHED = 16  # a larger `largest` is rounded to, which takes a fifth of the time of a search
+
+
 @dataclass(frozen=True)
 class Grid:
     """Sorted distinct levels [L] of a format, the L - 1 midpoints between them, and the code [L] of each
@@ -52,8 +55,17 @@ class Grid:
     middles: Tensor
     codes: Tensor
 
+    @cached_property
+    def largest(self) -> int:
+        """The integer L of an even grid, whose levels are -L / L to L / L; 0 of any other."""
+        half = len(self.levels) // 2
+        even = len(self.levels) % 2 == 1 and torch.equal(self.levels.cpu(), even_levels(half))
+        return half if even else 0
+
     def to(self, device: torch.device | str) -> Grid:
         """The same grid on a device."""
+        if self.levels.device == torch.device(device):
+            return self
         return Grid(self.levels.to(device), self.middles.to(device), self.codes.to(device))
 
     def codes_of(self, index: Tensor) -> Tensor:
@@ -63,7 +75,11 @@ class Grid:
     def nearest(self, x: Tensor) -> Tensor:
         """Return the index (int64, into `levels`) of the level nearest to each x, with x in units of the
         scale."""
-        return torch.bucketize(x.contiguous(), self.middles)
+        if self.largest <= SEARCHED or x.dtype != torch.float32:
+            return torch.bucketize(x.contiguous(), self.middles)
+        # halves go down, as they do above; NaN to the last level
+        index = (x * self.largest).sub_(0.5).ceil_().clamp_(-self.largest, self.largest)
+        return index.nan_to_num_(self.largest).add_(self.largest).long()
 
     def position(self, x: Tensor) -> Tensor:
         """Return where x lies between the levels, as a fractional index: 3.25 is a quarter of the way from

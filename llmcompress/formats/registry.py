@@ -13,7 +13,12 @@ from typing import Any, overload
 import torch
 from torch import Tensor, nn
 
-from llmcompress.algorithms.activation_quantization import round_but_outliers, round_static, round_tokens
+from llmcompress.algorithms.activation_quantization import (
+    round_but_outliers,
+    round_static,
+    round_tokens,
+    straight_through,
+)
 from llmcompress.errors import ModelError, first_line
 from llmcompress.formats import bitsandbytes_layout, codebook, four_bit, integer_linear, low_rank, sparse
 from llmcompress.formats.base import Format, Inputs
@@ -170,8 +175,7 @@ def int8_inputs(threshold: float) -> Inputs:
     `threshold` are not rounded, unless it is 0."""
 
     def rounded(x: Tensor) -> Tensor:
-        # gradients pass straight through to x
-        half = x.detach().to(torch.float16).to(x.dtype) + (x - x.detach())
+        half = straight_through(x, x.detach().to(torch.float16).to(x.dtype))
         return round_but_outliers(half, threshold)
 
     return rounded

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from llmcompress.algorithms import column_loops as plain
 from llmcompress.algorithms.column_loops import ColumnLoops
-from llmcompress.algorithms.grids import Grid, even_levels
+from llmcompress.algorithms.grids import Grid
 from llmcompress.kernels import column_loops_gpu as gpu
 from llmcompress.kernels.compiled import CompiledKernel
 
@@ -100,13 +100,8 @@ LOOPS = ColumnLoops(search, round_columns, move_columns)
 
 def _takes(grid: Grid, *tensors: Tensor) -> bool:
     """Whether the kernel takes such tensors."""
-    fits = isinstance(grid, Grid) and (len(grid.levels) <= LEVELS or _is_even(grid))
+    fits = isinstance(grid, Grid) and (len(grid.levels) <= LEVELS or grid.largest > 0)
     return fits and all(t.is_cpu and t.dtype == torch.float32 for t in tensors) and KERNEL.available
-
-
-def _is_even(grid: Grid) -> bool:
-    """Whether the levels are the multiples of 1 / n from -1 to 1."""
-    return len(grid.levels) % 2 == 1 and torch.equal(grid.levels, even_levels(len(grid.levels) // 2))
 
 
 def _levels(grid: Grid) -> tuple[int, int, int]:

@@ -21,8 +21,9 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.half_precision import half_precision
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, walk
+from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, runs_in_half, walk
 from llmcompress.modeling.token_limit import batches_of, joined
 
 # number of a batch, the model's probabilities [B, C, V] at some positions of it, next tokens [B, C] there
@@ -59,7 +60,14 @@ def output_fisher(
         return drawn_from(p.flatten(0, 1), generators[batch]).view(text.shape)
 
     for index, grads, _ in gradients(
-        resident, sequences, scratch, drawn, first=first, unscored=unscored, processes=processes
+        resident,
+        sequences,
+        scratch,
+        drawn,
+        first=first,
+        half=True,
+        unscored=unscored,
+        processes=processes,
     ):
         found = Moments(resident.sizes["hidden"], resident.device)
         for grad in grads:
@@ -102,6 +110,7 @@ def gradients(
     watched: Sequence[str] = (),
     *,
     first: bool = False,
+    half: bool = False,
     unscored: int = 0,
     processes: Processes = ALONE,
 ) -> Iterator[tuple[int, list[Tensor], dict[str, Tensor]]]:
@@ -113,11 +122,12 @@ def gradients(
     and the gradients of the states that enter the first layer come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
-    folder `scratch`. Each of several `processes` yields the gradients of the states of its own sequences, and
-    those of the parameters over all sequences.
+    folder `scratch`. With `half`, layers are computed in bfloat16 as `walk` says. Each of several `processes`
+    yields the gradients of the states of its own sequences, and those of the parameters over all sequences.
     """
+    half = half and runs_in_half(resident)
     shard, grads = processes.shard(batches_of(sequences)), list[Tensor]()
-    for layer in walk(resident, sequences, through=True, processes=processes):
+    for layer in walk(resident, sequences, through=True, half=half, processes=processes):
         last = layer
         with writing(scratch):
             save_file(
@@ -133,7 +143,7 @@ def gradients(
     for index in range(last.index - 1, -1, -1):
         found: dict[str, Tensor] = {}
         on = bool(index or watched or first)
-        entering = _back(resident, index, arguments, scratch, grads, watched, found) if on else []
+        entering = _back(resident, index, arguments, scratch, grads, watched, found, half) if on else []
         processes.sum_(*found.values())
         yield index, grads, found
         grads = entering
@@ -176,6 +186,7 @@ def _back(
     grads: Sequence[Tensor],
     watched: Sequence[str],
     found: dict[str, Tensor],
+    half: bool,
 ) -> list[Tensor]:
     """Return the gradients of the states that enter layer `index`, from those of the states that leave it.
     The gradients of watched parameters go into `found`."""
@@ -183,6 +194,7 @@ def _back(
     out = []
     with resident.layer(index) as module:
         layer = layer_of(resident, index, module, arguments, [], [])
+        layer.half = half
         parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
         for i, grad in enumerate(grads):
             part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
@@ -204,7 +216,9 @@ def _back_part(
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
     """Return the gradient of a part of the states that enter a layer, and those of parameters."""
     hidden = states[here].to(layer.device).requires_grad_()
+    with half_precision(layer.device, layer.half):
+        out = layer.run(hidden)
     found = torch.autograd.grad(
-        layer.run(hidden), [hidden, *parameters], grad[here].to(layer.device), allow_unused=True
+        out, [hidden, *parameters], grad[here].to(out.device, out.dtype), allow_unused=True
     )
     return found[0].cpu(), found[1:]

@@ -158,6 +158,12 @@ def head_states(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     return read[0]
 
 
+def runs_in_half(resident: LayerwiseModel) -> bool:
+    """Whether a walk that may compute in bfloat16 does: if the model is stored in it, and the device
+    multiplies it faster."""
+    return resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
+
+
 def walk(
     resident: LayerwiseModel,
     sequences: Tensor,
@@ -175,7 +181,7 @@ def walk(
     model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
     between layers are float32. Each of several `processes` runs its share of the sequences.
     """
-    half = half and resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
+    half = half and runs_in_half(resident)
     shard = processes.shard(batches_of(sequences))
     inputs, arguments = enter(resident, processes.shard(resident.limit.batches(sequences)).batches)
     full = list(inputs) if reference else []

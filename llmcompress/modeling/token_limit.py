@@ -35,6 +35,11 @@ SIGNS = ("CUBLAS_STATUS_ALLOC_FAILED", "DefaultCPUAllocator: can't allocate memo
 Found = TypeVar("Found")
 
 
+def first_sequences(sequences: Tensor, tokens: int) -> Tensor:
+    """The first of sequences [S, L] that hold at least so many tokens, or all if they hold fewer."""
+    return sequences[: -(-tokens // sequences.shape[1])]
+
+
 def batches_of(sequences: Tensor) -> list[Tensor]:
     """Split token sequences [S, L], or their states [S, L, D], into batches of at most TOKENS_AT_ONCE
     tokens."""

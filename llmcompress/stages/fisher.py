@@ -8,11 +8,12 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import metric_factor
 from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.layerwise import LayerwiseModel
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal
 TOKENS = 32768  # more tokens change the results by less than their noise
-FEW = 8192  # tokens that are enough to say which linears suffer most, see evaluation/NOTES.md
+FEW = 4096  # tokens that are enough to say which linears suffer most, see evaluation/NOTES.md
 WHAT = "errors that matter"  # what its time is called in a plan
 DAMP = 0.01  # damping of a matrix when it is factored
 
@@ -28,11 +29,9 @@ def find_fisher(model: LayerwiseModel, context: Context, least: int = TOKENS) ->
     journal, layers = context.journal, len(model.layers)
     if all(journal.has(FISHER, index) for index in range(layers)):
         return
-    sequences = context.data.calibration
-    sequences = sequences[: -(-tokens_for(model.config.hidden_size, least) // sequences.shape[1])]
     found = output_fisher(
         model,
-        sequences,
+        first_sequences(context.data.calibration, tokens_for(model.config.hidden_size, least)),
         context.scratch,
         context.seed,
         unscored=context.data.unscored,
@@ -47,7 +46,7 @@ def time_of(work: Workload, least: int = TOKENS) -> Time:
     the inputs alone."""
     D = work.model.config.hidden_size
     tokens = min(work.tokens, tokens_for(D, least))
-    found = work.passes(3, tokens, what=WHAT) + work.heads(3, tokens, what=WHAT)
+    found = work.passes(3, tokens, half=work.half, what=WHAT) + work.heads(3, tokens, what=WHAT)
     moments = len(work.model.layers) * work.machine.moments(tokens, D, 1)
     return found + Time({WHAT: moments})
 

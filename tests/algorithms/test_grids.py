@@ -133,3 +133,15 @@ def test_the_spacing_of_a_level_is_the_mean_way_to_its_neighbours(format: Table)
 def test_a_grid_moves_to_a_device_whole() -> None:
     moved = grid("fp4").to("meta")
     assert all(tensor.is_meta for tensor in (moved.levels, moved.middles, moved.codes))
+
+
+def test_the_nearest_level_of_an_even_grid_is_found_by_rounding_as_by_search() -> None:
+    int8, int4, nf4 = grid("int8"), grid("int4"), grid("nf4")
+    assert (int8.largest, int4.largest, nf4.largest) == (127, 7, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat(
+        [2 * torch.rand(100_000, generator=generator) - 1, int8.levels, torch.tensor([-3.0, 3.0, torch.nan])]
+    )
+    assert torch.equal(int8.nearest(x), torch.bucketize(x, int8.middles))
+    halves = torch.tensor([-126.5, -0.5, 0.5, 126.5]) / 128  # exact in float32, as are their products
+    assert torch.equal(int8.nearest(halves * (128 / 127)), torch.tensor([0, 126, 127, 253]))

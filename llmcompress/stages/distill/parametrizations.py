@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from llmcompress.algorithms.activation_quantization import straight_through
 from llmcompress.algorithms.codebook import look_up
 from llmcompress.formats import bitsandbytes_layout, registry
 from llmcompress.formats.codebook import CodebookWeight
@@ -183,7 +184,7 @@ class StoredRounding(nn.Module):
 
 def as_stored(x: Tensor, rounded: Callable[[Tensor], Tensor]) -> Tensor:
     """Return the value of `rounded(x)` with the gradient of `x`."""
-    return rounded(x.detach()) + (x - x.detach())  # in this order the value is exact
+    return straight_through(x, rounded(x.detach()))
 
 
 def parametrization_of(weight: registry.StoredWeight, transposed: bool) -> WeightParametrization | None:

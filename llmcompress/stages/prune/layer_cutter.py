@@ -17,6 +17,7 @@ from llmcompress.modeling.backward import following, gradients
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import TOKENS, find_fisher, metric
 from llmcompress.stages.prune import experts, structured, sublayer_dropping
@@ -56,8 +57,7 @@ class LayerCutter:
             find_fisher(model, context)
         if self.stage.ranking != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
             return
-        sequences = context.data.calibration
-        sequences = sequences[: -(-TOKENS // sequences.shape[1])]
+        sequences = first_sequences(context.data.calibration, TOKENS)
         consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.stage.axes}
         found = gradients(
             model,

@@ -17,6 +17,7 @@ from llmcompress.algorithms.saliency import block_influence
 from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Part, divergences, walk, without_each
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context
 
 
@@ -86,7 +87,7 @@ def greedy(
 def _sample(context: Context) -> Tensor:
     """The sequences on which the removal is decided."""
     sequences = context.data.calibration
-    return sequences[: -(-SAMPLE // sequences.shape[1])]
+    return first_sequences(sequences, SAMPLE)
 
 
 def _while(condition: Callable[[], bool]) -> Iterator[None]:

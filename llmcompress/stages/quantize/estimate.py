@@ -91,14 +91,15 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     if stage.rounding == "nearest":
         nearest = sum(machine.nearest(shape, scheme) for shape, scheme in schemes)
         return time + work.passes(2) + work.moments(1) + Time({SOLVER: nearest})
-    half = work.half and stage.rounding == "gptq"
+    half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme in schemes)})
     time += work.products(3, shapes)  # the corrected weight
     if stage.rounding != "learned":
         return time
     steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in schemes)
-    time += Time({TRAINING: steps}) + work.passes(2)  # the losses before and after
+    # the losses before and after
+    time += Time({TRAINING: steps}) + work.passes(2, half=work.half_is_fast)
     return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)
 
 

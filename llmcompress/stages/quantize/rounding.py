@@ -203,18 +203,16 @@ class Rounding:
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
 
-        def part(place: int, share: float, fast: bool, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
+        def part(place: int, share: float, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
-            with half_precision(self.device, fast):
+            with half_precision(self.device, half_is_fast(self.device)):
                 out = layer.run(inputs[place][here], stored)
             lost = (out - targets[place][here].to(self.device)).float()
             return (lost @ R_DD).square().sum(-1).mean() * share
 
-        def error(
-            rounded: Mapping[str, Tensor], place: int, share: float = 1.0, fast: bool = False
-        ) -> Tensor:
+        def error(rounded: Mapping[str, Tensor], place: int, share: float = 1.0) -> Tensor:
             """The mean over the tokens of one of this process's batches, times a `share`."""
-            work = partial(part, place, share, fast)
+            work = partial(part, place, share)
             return loss_in_parts(work, rounded, layer.limit, *inputs[place].shape[:2])
 
         def loss(rounded: Mapping[str, Tensor], batch: int) -> Tensor:
@@ -223,7 +221,7 @@ class Rounding:
             if place is None:
                 return 0 * sum((W_RC.sum() for W_RC in rounded.values()), torch.zeros((), device=self.device))
             share = len(inputs[place]) / shard.sizes[batch]
-            return error(rounded, place, share, fast=half_is_fast(self.device))
+            return error(rounded, place, share)
 
         @torch.no_grad()
         def whole(solution: Mapping[str, RoundedWeight]) -> float:

@@ -22,7 +22,8 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.stages.quantize.fake_quant import trial
 
-SAMPLE = 2  # units of tokens on which the costs are measured
+TOKENS = 8192  # of the walk in which scales cross and the costs are measured
+SAMPLE = 1  # units of tokens on which the costs are measured
 
 
 def spared(coding: QuantScheme) -> QuantScheme | None:

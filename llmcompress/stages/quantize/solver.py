@@ -17,11 +17,12 @@ from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import head_input, walk
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LayerRecord, LinearRecord, naming_layer
 from llmcompress.stages.fisher import fisher
 from llmcompress.stages.linear_rewriting import install
 from llmcompress.stages.quantize.rounding import Rounding
-from llmcompress.stages.quantize.sensitivity import costs, most_hurt
+from llmcompress.stages.quantize.sensitivity import TOKENS, costs, most_hurt
 from llmcompress.stages.quantize.smoothing import norm_of
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ class LayerQuantizer:
             context.data.calibration,
             reference=calibrated,
             through=through,
-            half=self.stage.rounding == "gptq",
+            half=calibrated,
             processes=context.processes,
         )
         for layer in context.track(layers, f"quantize ({self.stage.format}, {self.stage.rounding})", steps):
@@ -170,9 +171,10 @@ class LayerQuantizer:
     def find_hurt(self, model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]) -> None:
         """Journal the linears that `protect` spares. Scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
+        sequences = first_sequences(context.data.calibration, TOKENS)
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for layer in context.track(
-            walk(model, context.data.calibration, half=True, processes=context.processes),
+            walk(model, sequences, half=True, processes=context.processes),
             "find the linears that suffer",
             len(model.layers),
         ):

@@ -26,7 +26,7 @@ from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import together, walk
-from llmcompress.modeling.token_limit import loss_in_parts
+from llmcompress.modeling.token_limit import first_sequences, loss_in_parts
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import find_fisher, fisher, nats_factor
 
@@ -58,7 +58,7 @@ class GroupFitter:
     def __init__(self, stage: Share, model: LayerwiseModel, context: Context, linears: Sequence[str]) -> None:
         self.stage, self.model, self.context, self.linears = stage, model, context, linears
         sequences = context.data.calibration
-        self.sequences = sequences[: -(-TOKENS // sequences.shape[1])]
+        self.sequences = first_sequences(sequences, TOKENS)
         self.layout = FactoredLayout("shared", stage.residual_rank)
 
     def fit(self, groups: Sequence[Sequence[int]]) -> None:

@@ -19,6 +19,7 @@ from llmcompress.io.journal import JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import SAMPLE, Edit, divergences, variants, walk
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context
 
 Likeness = Literal["kl", "cka", "cosine", "adjacent"]
@@ -46,7 +47,7 @@ def find(
     if by != "kl":
         return _found(agglomerate(likeness[by], count))
     sequences = context.data.calibration
-    sequences = sequences[: -(-SAMPLE // sequences.shape[1])]
+    sequences = first_sequences(sequences, SAMPLE)
     full = variants(model, sequences, {})[None]
     taken = [_with_weights_of(model, linears, source) for source in range(layers)]
     given_up: dict[int, int] = {}  # layer -> the one whose weights it has
@@ -114,7 +115,7 @@ def _likeness(model: LayerwiseModel, context: Context, linears: Sequence[str]) -
     sequences = context.data.calibration
     weights: list[Tensor] = []
     outputs: list[Tensor] = []
-    for layer in walk(model, sequences[: -(-TOKENS // sequences.shape[1])]):
+    for layer in walk(model, first_sequences(sequences, TOKENS)):
         weights.append(torch.cat([layer.weight(linear).flatten() for linear in linears]).cpu())
         last = next(group for group in layer.anatomy.consumers if linears[-1] in group)
         read = torch.cat([read[last[0]].flatten(0, -2) for read, _ in layer.reads(last)])

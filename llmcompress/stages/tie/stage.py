@@ -26,6 +26,7 @@ from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import divergence, head_states, leave, pieces_of, walk
+from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import OUTER, Context, Estimate, Facts, Stage, StageResult, Workload
 
 STAGE = "tie"
@@ -158,7 +159,7 @@ class _Trial:
 
     def __init__(self, model: LayerwiseModel, context: Context) -> None:
         sequences = context.data.calibration
-        self.model, self.sequences = model, sequences[: -(-SAMPLE // sequences.shape[1])]
+        self.model, self.sequences = model, first_sequences(sequences, SAMPLE)
         self.unscored = context.data.unscored
         self.full = self._states()
 
@@ -232,7 +233,7 @@ def _statistics(model: LayerwiseModel, context: Context) -> tuple[Tensor, Tensor
         scored = hidden[:, context.data.unscored :]
         for here in pieces_of(model, scored):
             said_V += leave(model, scored[here]).float().softmax(-1).flatten(0, 1).sum(0)
-    sample = sequences[: -(-SAMPLE // sequences.shape[1])]
+    sample = first_sequences(sequences, SAMPLE)
     with torch.enable_grad():
         unscored = context.data.unscored
         *_, (_, F_DD) = output_fisher(
