@@ -171,7 +171,7 @@ def _from_head(
         wanted[:, : max(0, unscored - here[1].start)] = IGNORED
         # of the negative log-likelihood by the scores: the probabilities, less 1 at the label
         slope.scatter_add_(-1, wanted.clamp(min=0)[..., None], slope.new_full((*wanted.shape, 1), -1.0))
-        slope[wanted == IGNORED] = 0
+        slope.masked_fill_((wanted == IGNORED)[..., None], 0)
         scores.backward(slope.to(scores.dtype))
         assert states.grad is not None
         found[here] = states.grad.cpu()

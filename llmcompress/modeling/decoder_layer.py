@@ -94,12 +94,24 @@ class DecoderLayer:
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """The layer's outputs for all `batches`, on the CPU."""
-        found = list[Tensor]()
-        for i, hidden in enumerate(batches):
-            finished = self._finished if batches is self.inputs else FinishedParts({})
-            output = partial(self._output, hidden, i, finished)
-            found.append(joined(self.limit.each(output, *hidden.shape[:2])))
-        return found
+        finished = self._finished if batches is self.inputs else FinishedParts({})
+        return [self._outputs(i, hidden, finished) for i, hidden in enumerate(batches)]
+
+    @torch.no_grad()
+    def pass_on(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the states that leave the layer, here and in the full model. Those that entered it are given
+        up one batch after another, so that memory does not hold both."""
+        targets, found = self.targets, list[Tensor]()
+        self.reference, waiting, self.inputs = [], self.inputs[::-1], []
+        self._finished_full.clear()
+        while waiting:
+            found.append(self._outputs(len(found), waiting.pop(), self._finished))
+            self._finished.drop(len(found) - 1)
+        return found, targets
+
+    def _outputs(self, i: int, hidden: Tensor, finished: FinishedParts) -> Tensor:
+        """The layer's output for batch `i`, on the CPU."""
+        return joined(self.limit.each(partial(self._output, hidden, i, finished), *hidden.shape[:2]))
 
     def _output(self, hidden: Tensor, i: int, finished: FinishedParts, here: slice) -> Tensor:
         """The layer's output for a part of batch `i`, on the CPU."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.modeling.host_memory import CPU, moved, to_host
+from llmcompress.modeling.host_memory import at_rest, moved, to_host
 
 
 class FinishedParts:
@@ -48,6 +48,12 @@ class FinishedParts:
             for known in kept.values():
                 for name in known.keys() & {*names}:
                     del known[name]
+
+    def drop(self, batch: int) -> None:
+        """Forget everything of a batch and of its parts."""
+        for kept in (self._outputs, self._inputs):
+            for key in [key for key in kept if key == batch or (isinstance(key, tuple) and key[0] == batch)]:
+                del kept[key]
 
     def clear(self) -> None:
         """Forget everything."""
@@ -104,7 +110,7 @@ class FinishedParts:
             out = self._from_input(name, module, x.to(device))
         else:
             out = self._observed(name, module, run, *args, **named)
-        outputs[name] = moved(out, CPU)
+        outputs[name] = at_rest(out)
         return out
 
     def _from_input(self, name: str, module: nn.Module, x: Tensor) -> Any:

@@ -192,7 +192,8 @@ def walk(
             layer.half, layer.shard = half, shard
             yield layer
             if through or not last:
-                full, inputs = layer.targets, layer.outputs(layer.inputs)
+                inputs, full = [], []  # the layer holds them alone, to give them up
+                inputs, full = layer.pass_on()
     if through:
         yield DecoderLayer(
             len(resident.layers),
