@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmcompress.algorithms import logit_chunks
+from llmcompress.kernels import attention
 from llmcompress.modeling import stored_matrices
 from llmcompress.modeling.backward import following, gradients, output_fisher
 from llmcompress.modeling.foreign import WholeModel
@@ -123,7 +124,9 @@ def test_no_tensor_of_the_fisher_pass_is_larger_than_a_piece(
     with Largest() as largest:
         list(output_fisher(model, tokens, tmp_path, 0))
     layer = max(4 * p.numel() for p in model.layers[0].parameters())
-    assert BUDGET <= largest.size <= max(BUDGET, layer, 4 * S * L * 320)
+    # what attention needs beside its inputs, whatever the vocabulary
+    room = attention.KERNEL.required.attention_back_room() if attention.takes(CPU) else 0
+    assert BUDGET <= largest.size <= max(BUDGET, layer, 4 * S * L * 320, room)
     assert largest.size < 4 * V * L, "logits of a whole sequence"
 
 
