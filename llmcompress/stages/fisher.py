@@ -12,8 +12,9 @@ from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal
-TOKENS = 32768  # more tokens change the results by less than their noise
-FEW = 4096  # tokens that are enough to say which linears suffer most, see evaluation/NOTES.md
+# tokens from which the matrices are computed, at least: enough to rank linears or units (evaluation/NOTES.md),
+# and for a training, which turns to the noise of a matrix too
+TOKENS, MANY = 4096, 32768
 WHAT = "errors that matter"  # what its time is called in a plan
 DAMP = 0.01  # damping of a matrix when it is factored
 

@@ -81,7 +81,7 @@ def curves(model: LayerwiseModel, context: Context, axes: Sequence[str]) -> dict
     found: dict[str, list[list[float]]] = {axis: [] for axis in axes}
     streams: dict[tuple[str, int], list[Tensor]] = {}
     find_fisher(model, context)
-    visited = walk(model, context.data.calibration, through=True)
+    visited = walk(model, context.data.calibration, through=True, half=True)
     for layer in context.track(visited, f"what each width of {' and '.join(axes)} costs", layers + 1):
         last = layer
         if layer.index == layers:

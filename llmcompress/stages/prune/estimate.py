@@ -63,7 +63,7 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
     for axis, (R, C) in shapes.items():
         gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis])]
         # of the inputs here and of the full model, then on the way out
-        time += work.passes(3) + work.moments(2, C) + work.factors(3, C)
+        time += work.passes(3, half=work.half) + work.moments(2, C, half=work.half) + work.factors(3, C)
         time += work.products(5 * len(model.layers), [(R, C)])
         if stage.ranking == "obs":
             removed = (work.machine.removal(C, sizes[axis][0], count) for count in gone)
@@ -89,6 +89,10 @@ def _allocation(
     layers, time = len(model.layers), Time()
     for axis, (_, C) in shapes.items():
         removed = layers * work.machine.removal(C, sizes[axis][0], sizes[axis][0])
-        time += work.passes(2) + work.moments(1, C) + Time({REMOVAL: 1.25 * removed})
+        time += (
+            work.passes(2, half=work.half)
+            + work.moments(1, C, half=work.half)
+            + Time({REMOVAL: 1.25 * removed})
+        )
         time += work.passes(layers / 2, allocation.SAMPLE, what=SEARCH)
     return time

@@ -49,7 +49,7 @@ def find_directions(model: LayerwiseModel, context: Context, score: str) -> None
     layers, D = len(model.layers), model.sizes[AXIS]
     moments = Moments(D, model.device)
     for layer in context.track(
-        walk(model, context.data.calibration, through=True), f"prune (hidden, {score})", layers + 1
+        walk(model, context.data.calibration, through=True, half=True), f"prune (hidden, {score})", layers + 1
     ):
         for hidden in layer.inputs:
             x_TD = hidden.flatten(0, -2).to(model.device)
@@ -69,7 +69,7 @@ def cut(model: LayerwiseModel, context: Context, outline: MetaModel, score: str,
     if score == "pca":
         model.turn(Rotation(model.anatomy, model.config, context.seed, r1=order, r2=False))
     if not (all(journal.has(STAGE, index) for index in range(layers)) and journal.has(OUTER, 0)):
-        visited = walk(model, context.data.calibration, reference=True, through=True)
+        visited = walk(model, context.data.calibration, reference=True, through=True, half=True)
         for layer in context.track(visited, f"prune (hidden, {score})", layers + 1):
             if layer.index == 0:
                 layer.inputs = [hidden[..., kept] for hidden in layer.inputs]

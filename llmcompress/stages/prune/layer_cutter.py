@@ -81,7 +81,11 @@ class LayerCutter:
         if all(journal.has(STAGE, index) for index in range(layers)):
             return
         visited = walk(
-            self.model, self.context.data.calibration, reference=True, processes=self.context.processes
+            self.model,
+            self.context.data.calibration,
+            reference=True,
+            half=True,
+            processes=self.context.processes,
         )
         for layer in self.context.track(visited, f"prune ({', '.join(stage.axes)}, {stage.ranking})", layers):
             if not journal.has(STAGE, layer.index):

@@ -29,7 +29,7 @@ from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.fisher import FEW, TOKENS, find_fisher
+from llmcompress.stages.fisher import MANY, TOKENS, find_fisher
 from llmcompress.stages.linear_rewriting import inner, mean_bits, require_known
 from llmcompress.stages.quantize import estimate
 from llmcompress.stages.quantize.config import FormatConfig, Override, together
@@ -272,7 +272,7 @@ class Quantize(FormatConfig, Stage):
     def fisher_tokens(self) -> int:
         """Tokens, at least, from which the Fisher matrices are computed: more for a training than for a
         ranking."""
-        return TOKENS if self.rounding == "learned" else FEW
+        return MANY if self.rounding == "learned" else TOKENS
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
         """Quantise every layer that the journal does not hold yet, and leave its tensors and facts there."""
