@@ -117,16 +117,16 @@ class Workload:
         inside = f"{self.model.anatomy.layers}."
         shapes = [shape for name, shape in self.model.linear_maps() if name.startswith(inside)]
         products = sum(self.machine.product(self.batch, shape, half=half) for shape in shapes)
-        return products + sum(self._beside_s(index) for index in range(len(self.model.layers)))
+        return products + sum(self._beside_s(index, half) for index in range(len(self.model.layers)))
 
-    def _beside_s(self, index: int) -> float:
+    def _beside_s(self, index: int, half: bool) -> float:
         """Seconds of one batch in one layer for all but the products of its linears."""
         machine, sizes, tokens = self.machine, self.model.sizes_of(index), self.batch
         d, heads, ffn = sizes.get("d", 0), sizes.get("kv", 0) * sizes.get("q", 1), sizes.get("ffn", 0)
         seconds = CALLS * machine.elementwise(1, 1)
         seconds += ON_HIDDEN * machine.elementwise(tokens, sizes["hidden"])
         if heads * d:
-            seconds += machine.attention(tokens, self.length, heads, d)
+            seconds += machine.attention(tokens, self.length, heads, d, half=half)
             seconds += ON_QUERIES * machine.elementwise(tokens, heads * d)
         if ffn:
             seconds += ON_FFN * machine.elementwise(tokens, ffn)

@@ -12,8 +12,8 @@ from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, Time, Workload
 
 FISHER = "fisher"  # entry of the journal
-# tokens from which the matrices are computed, at least: enough to rank linears or units (evaluation/NOTES.md),
-# and for a training, which turns to the noise of a matrix too
+# tokens from which the matrices are computed, at least: as many as rankings of linears and units need
+# (evaluation/NOTES.md), and for a training, which follows the noise of a matrix too
 TOKENS, MANY = 4096, 32768
 WHAT = "errors that matter"  # what its time is called in a plan
 DAMP = 0.01  # damping of a matrix when it is factored

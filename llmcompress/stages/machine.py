@@ -30,6 +30,7 @@ from llmcompress.formats.schemes import QuantScheme
 from llmcompress.kernels import column_loops
 from llmcompress.kernels import moments as half_moments
 from llmcompress.kernels.moments import HalfMoments
+from llmcompress.modeling.half_precision import half_precision
 
 RUNS, MOMENT_S = 5, 0.1  # an operation is timed as often, or for as long; the fastest run counts
 IN_A_STAGE = 1.2  # over that time, where other operations empty the caches (evaluation/results/foretold.json)
@@ -64,16 +65,21 @@ class Machine:
 
         return self._timed(("product", T, R, C, half), made) * tokens / T * shape[0] / R
 
-    def attention(self, tokens: float, length: int, heads: int, width: int) -> float:
+    def attention(self, tokens: float, length: int, heads: int, width: int, *, half: bool = False) -> float:
         """Seconds of causal attention over sequences of `length`, in all `tokens`, without its products with
-        weights."""
+        weights; with `half` in bfloat16."""
         few = max(1, min(heads, int(OPERATIONS / (4 * length**2 * width))))
 
         def made() -> Run:
             q = self._random(1, few, length, width)
-            return lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)
 
-        return self._timed(("attention", length, few, width), made) * tokens / length * heads / few
+            def run() -> None:
+                with half_precision(self.device, half):
+                    F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+            return run
+
+        return self._timed(("attention", length, few, width, half), made) * tokens / length * heads / few
 
     def elementwise(self, tokens: float, width: int) -> float:
         """Seconds of one operation on each of [tokens, width] numbers."""

@@ -19,7 +19,7 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
 from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LayerRecord
-from llmcompress.stages.fisher import TOKENS, find_fisher, metric
+from llmcompress.stages.fisher import MANY, find_fisher, metric
 from llmcompress.stages.prune import experts, structured, sublayer_dropping
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LayerCutter:
             find_fisher(model, context)
         if self.stage.ranking != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
             return
-        sequences = first_sequences(context.data.calibration, TOKENS)
+        sequences = first_sequences(context.data.calibration, MANY)
         consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.stage.axes}
         found = gradients(
             model,

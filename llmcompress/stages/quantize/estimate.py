@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from llmcompress.algorithms.logit_chunks import CPU_BYTES
@@ -74,10 +75,11 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     if stage.rounding == "learned" or stage.protect:
         time += fisher.time_of(work, stage.fisher_tokens)
     if stage.protect:
+        work = replace(work, tokens=min(work.tokens, sensitivity.TOKENS))
         time += _protection(stage, work, schemes)
     if stage.smooth is not None:
         # beside the full model, or in the walk that finds what to protect
-        half = work.half and (stage.protect > 0 or stage.rounding == "gptq")
+        half = work.half and (stage.protect > 0 or stage.rounding != "nearest")
         time += _smoothing(stage.smooth, work, schemes, streams=1 if stage.protect else 2, half=half)
     return time
 
