@@ -21,9 +21,9 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.half_precision import half_precision
+from llmcompress.modeling.half_precision import half_precision, runs_in_half
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, runs_in_half, walk
+from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, walk
 from llmcompress.modeling.token_limit import batches_of, joined
 
 # number of a batch, the model's probabilities [B, C, V] at some positions of it, next tokens [B, C] there

@@ -26,7 +26,7 @@ from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
-from llmcompress.modeling.half_precision import half_is_fast
+from llmcompress.modeling.half_precision import runs_in_half
 from llmcompress.modeling.host_memory import to_host
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import batches_of
@@ -156,12 +156,6 @@ def head_states(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
         if before is not None:
             head.forward = before
     return read[0]
-
-
-def runs_in_half(resident: LayerwiseModel) -> bool:
-    """Whether a walk that may compute in bfloat16 does: if the model is stored in it, and the device
-    multiplies it faster."""
-    return resident.weight_dtype == torch.bfloat16 and half_is_fast(resident.device)
 
 
 def walk(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.errors import ModelError
+from llmcompress.modeling import half_precision, token_limit
 from llmcompress.modeling import sequential as walking
-from llmcompress.modeling import token_limit
 from llmcompress.modeling.backward import drawn_from, label_generator, output_fisher
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.from_disk import DiskModel
@@ -164,7 +164,7 @@ def test_what_is_final_is_run_once_and_again_where_it_changed_after_all() -> Non
 def test_a_model_in_bfloat16_may_be_computed_in_it_and_states_stay_float32(
     dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(walking, "half_is_fast", lambda device: True)
+    monkeypatch.setattr(half_precision, "half_is_fast", lambda device: True)
     model = pico("llama").to(dtype)  # type: ignore[arg-type]  # a decorator hides its signature
     tokens = sequences(100)
 

@@ -29,5 +29,6 @@ def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
         parameters=parameters,
         size_bytes=model.stored_bytes() if stage.student else work.size_bytes,
         peak_memory_bytes=4 * floats,
-        time=work.passes(PASSES, tokens, what=TRAINING) + work.heads(PASSES, tokens, what=TRAINING),
+        time=work.passes(PASSES, tokens, half=work.half, what=TRAINING)
+        + work.heads(PASSES, tokens, what=TRAINING),
     )

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, PrinterCallback, TrainingArguments
+from transformers import EarlyStoppingCallback, PreTrainedModel, PrinterCallback, TrainingArguments
 
 from llmcompress.errors import DataError, ModelError
 from llmcompress.integrations import distributed
+from llmcompress.modeling.half_precision import compute_in_half, runs_in_half
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.stages.base import OUTER, Context, ModelSource
 from llmcompress.stages.distill.config import WITHIN
@@ -66,6 +67,7 @@ class Training:
         stage, model, context = self.stage, self.model, self.context
         folder = context.journal.folder / "training"
         student = Student(model, stage.train, stage.rank, context.seed)
+        _halve(student.model, model)
         sequences = SequenceDataset(
             context.data.training,
             self.length,
@@ -186,7 +188,10 @@ class Training:
 
         @functools.cache
         def live() -> LiveTeacher:
-            teacher = loaded(source.open(), stage.teacher_format)
+            resident = source.open()
+            teacher = loaded(resident, stage.teacher_format)
+            if stage.teacher_format is None:
+                _halve(teacher, resident)
             if stage.attention:
                 teacher.set_attn_implementation("eager")
             return LiveTeacher(teacher, self.model.config.vocab_size)
@@ -264,6 +269,14 @@ class Training:
             journal.save(STAGE, index, inside)
         inner = f"{model.anatomy.layers}."
         journal.save(OUTER, 0, {name: t for name, t in learned.items() if not name.startswith(inner)})
+
+
+def _halve(whole: PreTrainedModel, resident: LayerwiseModel) -> None:
+    """Let the layers of a whole model be computed in bfloat16 where a walk would be. On a GPU the Trainer
+    sees to it."""
+    if resident.device.type == "cpu" and runs_in_half(resident):
+        for layer in whole.get_submodule(resident.anatomy.layers).children():
+            compute_in_half(layer, resident.device)
 
 
 def _said_of(cached: Sequence[CachedTeacher]) -> str:
