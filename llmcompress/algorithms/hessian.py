@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from llmcompress.algorithms.overflow import Overflow
+from llmcompress.algorithms.overflow import Overflow, all_finite
 
 # columns of a block of X^T X, at least, and blocks, at most: products of narrower blocks are slower
 BLOCK, BLOCKS = 192, 8
@@ -92,11 +92,7 @@ class Moments:
     @property
     def finite(self) -> bool:
         """Whether all moments are finite, and with them the inputs, their squares and their sums."""
-        return all(
-            bool(torch.isfinite(part).all())
-            for part in (self.H_CC, self.gap_FC, self.full_C)
-            if part is not None
-        )
+        return all(all_finite(part) for part in (self.H_CC, self.gap_FC, self.full_C) if part is not None)
 
     def pool(self, add: Callable[..., None], most: Callable[..., None]) -> None:
         """Make these the moments over the tokens of several processes.
@@ -159,35 +155,62 @@ def damped(H_CC: Tensor, damp: float) -> Tensor:
 
     A channel that is always zero gets the mean itself as its diagonal entry.
     """
-    mean = H_CC.diagonal().mean()
+    return _damp(H_CC.clone(), damp)
+
+
+def _damp(H_CC: Tensor, damp: float) -> Tensor:
+    """Damp H in place."""
+    diagonal = H_CC.diagonal()
+    mean, dead = diagonal.mean(), diagonal <= 0
     # without any input H becomes the identity, which means plain rounding
     mean = torch.where(mean > 0, mean, torch.ones_like(mean))
-    H = H_CC.clone()
-    H.diagonal().add_(damp * mean)
-    dead = H_CC.diagonal() <= 0
-    H.diagonal()[dead] = mean
-    return H
+    diagonal += damp * mean
+    diagonal[dead] = mean
+    return H_CC
 
 
-def inverse_factor(H_CC: Tensor, damp: float) -> Tensor:
-    """Return the upper triangular U with (H + damping)^-1 = U^T U.
+def inverse_factor(H_CC: Tensor, damp: float, order_C: Tensor | None = None) -> Tensor:
+    """Return the upper triangular U with (H + damping)^-1 = U^T U; with `order_C`, for the columns of H in
+    that order.
 
     The damping is raised tenfold until the Cholesky factorisation succeeds. So the factor is finite for
     constant channels, for channels that are always zero and for fewer tokens than columns.
 
     Source: Frantar et al. 2022, arXiv:2210.17323, step 3 of Algorithm 1, which inverts H and factors the
     inverse. Here H is factored from its last column on, and the factor is inverted: U is the same, for half
-    of the operations.
+    of the operations. All of it happens in the memory of U.
     """
+    columns_C = torch.arange(len(H_CC), device=H_CC.device) if order_C is None else order_C
+    last_first_C, failed = columns_C.flip(0), torch.empty((), dtype=torch.int32, device=H_CC.device)
     for attempt in range(12):
-        lower_CC, failed = torch.linalg.cholesky_ex(damped(H_CC, damp * 10**attempt).flip(0, 1))
+        U_CC = _damp(_in_order(H_CC, last_first_C), damp * 10**attempt)
+        torch.linalg.cholesky_ex(U_CC, out=(U_CC, failed))
         if failed:
             continue
-        _invert_lower(lower_CC)
-        U_CC: Tensor = lower_CC.flip(0, 1)
-        if bool(torch.isfinite(U_CC).all()):
+        _invert_lower(U_CC)
+        _turn(U_CC)
+        if all_finite(U_CC):
             return U_CC
     raise Overflow("second moments are not finite")
+
+
+def _in_order(H_CC: Tensor, order_C: Tensor) -> Tensor:
+    """Return H with its rows and columns in an order, a copy."""
+    found_CC = torch.empty_like(H_CC)
+    for start, stop in _blocks(len(H_CC)):
+        torch.index_select(H_CC[order_C[start:stop]], 1, order_C, out=found_CC[start:stop])
+    return found_CC
+
+
+def _turn(H_CC: Tensor) -> None:
+    """Reverse the order of rows and of columns in place."""
+    C = len(H_CC)
+    for start, stop in _blocks(C // 2):
+        upper_BC = H_CC[start:stop].flip(0, 1)
+        H_CC[start:stop] = H_CC[C - stop : C - start].flip(0, 1)
+        H_CC[C - stop : C - start] = upper_BC
+    if C % 2:
+        H_CC[C // 2] = H_CC[C // 2].flip(0)
 
 
 def _invert_lower(L_CC: Tensor) -> None:
@@ -227,7 +250,7 @@ def ordered_factor(H_CC: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Return the columns in order of falling second moment (activation order) [C], and `inverse_factor` of H
     in that order."""
     order_C = torch.argsort(H_CC.diagonal(), descending=True, stable=True)
-    return order_C, inverse_factor(H_CC[order_C][:, order_C], damp)
+    return order_C, inverse_factor(H_CC, damp, order_C)
 
 
 def retarget(W_RC: Tensor, moments: Moments, damp: float = 0.01, factors: Factors | None = None) -> Tensor:
@@ -266,6 +289,6 @@ def metric_factor(F_DD: Tensor, damp: float) -> Tensor:
     for attempt in range(12):
         R_DD: Tensor
         R_DD, failed = torch.linalg.cholesky_ex(F + damp * 10**attempt * eye)
-        if not failed and bool(torch.isfinite(R_DD).all()):
+        if not failed and all_finite(R_DD):
             return R_DD
     raise Overflow("output Fisher matrix is not finite")

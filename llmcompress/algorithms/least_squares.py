@@ -33,7 +33,7 @@ def repair(W_RC: Tensor, H_CC: Tensor, kept: Tensor, damp: float = 0.01) -> Tens
     went[kept] = False
     lost = torch.nonzero(went).flatten()
     order, n = torch.cat([lost, kept]), len(lost)
-    U = inverse_factor(H_CC[order][:, order], damp)
+    U = inverse_factor(H_CC, damp, order)
     lost_RN: Tensor = torch.linalg.solve_triangular(U[:n, :n], W_RC[:, lost], upper=True, left=False)
     return W_RC[:, kept] - lost_RN @ U[:n, n:]
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import damped
-from llmcompress.algorithms.overflow import Overflow
+from llmcompress.algorithms.overflow import Overflow, all_finite
 
 DAMP = 1e-4
 
@@ -26,7 +26,7 @@ def root(H_CC: Tensor, damp: float = DAMP) -> Tensor:
     for attempt in range(12):
         S_CC: Tensor
         S_CC, failed = torch.linalg.cholesky_ex(damped(H_CC.double(), damp * 10**attempt))
-        if not failed and bool(torch.isfinite(S_CC).all()):
+        if not failed and all_finite(S_CC):
             return S_CC
     raise Overflow("second moments are not finite")
 

@@ -25,16 +25,16 @@ Snap = Callable[[Tensor], Tensor]  # scales [R, G] -> the nearest storable scale
 
 @dataclass(frozen=True)
 class RoundedWeight:
-    """A linear on a grid: level indices int64 [R, C], and one scale per row and group of columns [R, G]."""
+    """A linear on a grid: level indices [R, C], of any integer dtype, and one scale per row and group of
+    columns [R, G]."""
 
     index_RC: Tensor
     scale_RG: Tensor
 
     def weight(self, grid: Grid) -> Tensor:
         """Return the weight [R, C] that the codes stand for."""
-        return grid.levels[self.index_RC] * spread(
-            self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1]
-        )
+        levels_RC = grid.levels.index_select(0, self.index_RC.int().flatten()).view_as(self.index_RC)
+        return levels_RC * spread(self.scale_RG, self.index_RC.shape[1] // self.scale_RG.shape[1])
 
 
 def solve(

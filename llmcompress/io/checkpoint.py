@@ -20,12 +20,12 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from llmcompress.algorithms.overflow import all_finite
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; some tokenizer.json take 35 MB
 INDEX = "model.safetensors.index.json"
-PIECE = 1 << 22  # values that are tested at once
 # prefixes of a text model's names inside a multimodal model
 WRAPPED = ("language_model.", "model.language_model.")
 # last names of the factors of a weight that is a product, or that has a product added to it
@@ -218,18 +218,12 @@ class Checkpoint:
 
 def check_finite(tensor: Tensor, name: str) -> None:
     """Raise ModelError if a weight has NaN or infinite values."""
-    if tensor.is_floating_point() and not is_finite(tensor):
+    if tensor.is_floating_point() and not all_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise ModelError(
             f"{name}: {bad} of {tensor.numel()} values are NaN or infinite; the base is damaged, take a "
             "sound copy"
         )
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor has no NaN or infinite value; it is read a part at a time, as the test copies what it
-    reads."""
-    return all(bool(torch.isfinite(part).all()) for part in tensor.reshape(-1).split(PIECE))
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments
+from llmcompress.algorithms.overflow import all_finite
 from llmcompress.architectures.shape_grammar import Spelling, scale
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
@@ -146,7 +147,7 @@ class DecoderLayer:
     def _left(self, hidden: Tensor) -> Tensor:
         """Return hidden states that leave the layer, on the CPU, if all of them are finite. Errors:
         ModelError."""
-        if not bool(torch.isfinite(hidden).all()):
+        if not all_finite(hidden):
             raise ModelError(
                 f"what leaves {self.name} is NaN or infinite: the weights up to there are too large for "
                 "float32 or for a format (int8 goes through float16); take a sound base or another format"

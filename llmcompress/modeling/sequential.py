@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
+from llmcompress.algorithms.overflow import all_finite
 from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
@@ -84,7 +85,7 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
     streams = []
     for tokens in batches:
         hidden, called = _entering(resident, tokens)
-        if not bool(torch.isfinite(hidden).all()):
+        if not all_finite(hidden):
             raise ModelError(
                 f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights "
                 "are too large; take a sound base"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmcompress import hub
+from llmcompress.algorithms.overflow import all_finite
 from llmcompress.architectures.per_layer import SCHEMA
 from llmcompress.architectures.resize import changed, renumbered
 from llmcompress.errors import ModelError, OutputError, first_line
@@ -80,7 +81,7 @@ class Outcome:
         for name, index in [*names, (OUTER, 0)]:
             if (entry := self.journal.get(name, index)) is not None and entry:
                 for tensor, value in entry.items():
-                    if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                    if value.is_floating_point() and not all_finite(value):
                         raise ModelError(
                             f"{tensor} is NaN or infinite after stage {self.stage.name}: values are beyond "
                             f"{value.dtype}; take a sound base, or leave the layer or the stage out"

@@ -132,9 +132,8 @@ class Rounding:
         if processes.count == 1:
             assert own is not None
             return own
-        # a grid of all formats has at most 256 levels
         rounded = own.rounded if own else None
-        parts = {"index": rounded.index_RC.to(torch.uint8), "scale": rounded.scale_RG} if rounded else {}
+        parts = {"index": rounded.index_RC, "scale": rounded.scale_RG} if rounded else {}
         found = {name: part.to(self.device) for name, part in processes.sent(parts, owner).items()}
         result = RoundedWeight(found["index"].long(), found["scale"])
         return own or _stored(self.codings[linear], result, input_scale)
@@ -252,5 +251,7 @@ class Rounding:
 
 def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:
     return Solution(
-        RoundedWeight(result.index_RC, coding.snap(result.scale_RG)), coding.store(result, input_scale)
+        # those of a whole layer are in memory at once, and a grid of all formats has at most 256 levels
+        RoundedWeight(result.index_RC.to(torch.uint8), coding.snap(result.scale_RG)),
+        coding.store(result, input_scale),
     )
