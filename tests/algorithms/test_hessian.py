@@ -293,3 +293,16 @@ def test_translate_keeps_what_is_exact_already() -> None:
     seen.add(x[:, :8], x)
     W_RF = inputs(5, 16, seed=2)
     torch.testing.assert_close(translate(W_RF, W_RF[:, :8], seen), W_RF[:, :8], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("columns", [1, 2, 7, 300])
+def test_the_factor_of_columns_in_an_order_is_that_of_the_ordered_moments(columns: int) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    x = torch.randn(2 * columns, columns, generator=generator, dtype=torch.float64)
+    H_CC, order_C = x.T @ x, torch.randperm(columns, generator=generator)
+    before = H_CC.clone()
+    U_CC = inverse_factor(H_CC, DAMP, order_C)
+    assert torch.equal(H_CC, before), "H was changed"
+    assert torch.equal(U_CC, U_CC.triu())
+    expected = torch.linalg.inv(damped(H_CC, DAMP))[order_C][:, order_C]
+    torch.testing.assert_close(U_CC.T @ U_CC, expected)

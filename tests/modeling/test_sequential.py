@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -366,3 +367,24 @@ def test_the_tokens_of_each_expert_are_counted() -> None:
         layer.moments()
         assert sum(layer.expert_tokens.values()) == tokens.numel() * model.config.num_experts_per_tok
         assert len(layer.expert_tokens) == model.config.num_experts
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_a_layer_gives_up_the_states_that_entered_it_as_it_passes_on_those_that_leave(
+    reference: bool,
+) -> None:
+    model = pico("llama")
+    layers = walk(InMemoryModel(model.config, model.state_dict(), CPU), sequences(100), reference=reference)
+    layer = next(layers)
+    entered = layer.inputs
+    assert len(entered) > 1
+    layer.moments(layer.anatomy.consumers[0], in_turn=True)
+    layer.moments(layer.anatomy.consumers[1], in_turn=True)
+    expected = [layer.run(hidden) for hidden in entered]
+    held = [weakref.ref(hidden) for hidden in entered]
+    del entered
+    following = next(layers)
+    assert not layer.inputs and not layer.reference and layer._finished.empty
+    assert all(torch.equal(a, b) for a, b in zip(following.inputs, expected, strict=True))
+    assert len(following.reference) == (len(following.inputs) if reference else 0)
+    assert all(hidden() is None for hidden in held)

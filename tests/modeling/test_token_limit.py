@@ -24,7 +24,7 @@ from llmcompress.modeling.backward import following, gradients
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import head_input, logits, walk, without_each
-from llmcompress.modeling.token_limit import TokenLimit, batches_of, fitting, loss_in_parts
+from llmcompress.modeling.token_limit import TokenLimit, batches_of, first_sequences, fitting, loss_in_parts
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.base import naming_layer
@@ -440,3 +440,9 @@ def test_training_goes_on_in_parts_with_the_same_gradients(
     curves = [report.stages[0].model_dump()["losses"] for report in (plain, disturbed)]
     for (step, one), (same, other) in zip(*curves, strict=True):
         assert step == same and one == pytest.approx(other, rel=1e-3)
+
+
+def test_the_first_sequences_that_hold_so_many_tokens() -> None:
+    tokens = torch.arange(35).view(5, 7)
+    for count, expected in ((1, 1), (7, 1), (8, 2), (35, 5), (1000, 5)):
+        assert torch.equal(first_sequences(tokens, count), tokens[:expected])
