@@ -177,10 +177,17 @@ def _codebook() -> tuple[bool, str]:
 
 
 def _solver() -> tuple[bool, str]:
-    from llmcompress.kernels import column_loops
+    import torch
 
-    why = column_loops.KERNEL.why_not
-    return (True, "the C kernel") if why is None else (False, f"torch's loops: {why}")
+    from llmcompress.kernels import attention, column_loops, moments
+
+    kernels = {"the solver": column_loops, "second moments": moments, "attention": attention}
+    for what, module in kernels.items():
+        if (why := module.KERNEL.why_not) is not None:
+            return False, f"torch for {what}: {why}"
+    if not attention.takes(torch.device("cpu")):
+        return True, "the C kernel of the solver; torch for attention: this CPU has no AVX512-BF16"
+    return True, "the C kernels of the solver, second moments and attention"
 
 
 def _integer_gpu() -> tuple[bool, str]:

@@ -11,7 +11,7 @@ import torch
 
 from llmcompress.cli import doctor
 from llmcompress.formats import bitsandbytes_layout, integer_linear
-from llmcompress.kernels import column_loops, compiled, lut_gemm
+from llmcompress.kernels import attention, column_loops, compiled, lut_gemm
 
 
 def what_runs(formats: str, device: str = "cpu") -> tuple[bool, str]:
@@ -57,6 +57,8 @@ def test_where_things_are_missing_it_says_so(monkeypatch: pytest.MonkeyPatch) ->
     assert doctor.versions()["no-such-package"] is None
     assert doctor.compiler() is None
     assert what_runs("codebook") == (False, "torch's look-up: there is no C compiler")
+    monkeypatch.setitem(attention.KERNEL.__dict__, "_attempt", (None, "there is no C compiler"))
+    assert what_runs("calibration") == (False, "torch for attention: there is no C compiler")
     assert what_runs("w8a8") == (
         False,
         "sums in float32, about as fast as float linears: this CPU has no AVX512",
