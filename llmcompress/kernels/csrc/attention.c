@@ -29,34 +29,46 @@ typedef struct {
     long batch, head, token; /* how far apart in memory; the numbers of a head lie side by side */
 } Rows;
 
+/* A row: the numbers of one token in one head. */
 static inline const uint16_t *row_of(Rows x, long b, long h, long t) { return x.at + b * x.batch + h * x.head + t * x.token; }
 
+/* A tensor with the strides that are given for it. */
 static inline Rows rows_of(const uint16_t *at, const long *strides, int which) {
     return (Rows){at, strides[3 * which], strides[3 * which + 1], strides[3 * which + 2]};
 }
 
+/* A count rounded up to a multiple. */
 static inline long up(long count, long by) { return (count + by - 1) / by * by; }
 
 /* For each row of a tile; an array of sums would not stay in registers. */
 #define ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 #define DECLARE(r) __m512 a##r = _mm512_setzero_ps(), b##r = a##r, c##r = a##r, d##r = a##r;
 #define RESUME(r) \
-    a##r = _mm512_loadu_ps(result + r * width), b##r = _mm512_loadu_ps(result + r * width + LANES); \
-    c##r = _mm512_loadu_ps(result + r * width + 2 * LANES), d##r = _mm512_loadu_ps(result + r * width + 3 * LANES);
+    a##r = _mm512_loadu_ps(result + r * width); \
+    b##r = _mm512_loadu_ps(result + r * width + LANES); \
+    c##r = _mm512_loadu_ps(result + r * width + 2 * LANES); \
+    d##r = _mm512_loadu_ps(result + r * width + 3 * LANES);
 #define ADD(r) \
     row = (__m512bh)_mm512_set1_epi32((int)rows[r * stride + p]); \
-    a##r = _mm512_dpbf16_ps(a##r, row, first), b##r = _mm512_dpbf16_ps(b##r, row, second); \
-    c##r = _mm512_dpbf16_ps(c##r, row, third), d##r = _mm512_dpbf16_ps(d##r, row, fourth);
+    a##r = _mm512_dpbf16_ps(a##r, row, first); \
+    b##r = _mm512_dpbf16_ps(b##r, row, second); \
+    c##r = _mm512_dpbf16_ps(c##r, row, third); \
+    d##r = _mm512_dpbf16_ps(d##r, row, fourth);
 #define STORE(r) \
-    _mm512_storeu_ps(result + r * width, a##r), _mm512_storeu_ps(result + r * width + LANES, b##r); \
-    _mm512_storeu_ps(result + r * width + 2 * LANES, c##r), _mm512_storeu_ps(result + r * width + 3 * LANES, d##r);
+    _mm512_storeu_ps(result + r * width, a##r); \
+    _mm512_storeu_ps(result + r * width + LANES, b##r); \
+    _mm512_storeu_ps(result + r * width + 2 * LANES, c##r); \
+    _mm512_storeu_ps(result + r * width + 3 * LANES, d##r);
 
 /* result [STEP, PANEL] = rows [STEP, pairs] x panel [pairs, PANEL], added to what is there if `on`. */
 static inline void tile(const uint32_t *rows, long stride, const uint32_t *panel, long pairs, float *result, long width, int on) {
     ROWS(DECLARE)
-    if (on) { ROWS(RESUME) }
+    if (on) {
+        ROWS(RESUME)
+    }
     for (long p = 0; p < pairs; p++, panel += PANEL) {
-        const __m512bh first = (__m512bh)_mm512_loadu_ps(panel), second = (__m512bh)_mm512_loadu_ps(panel + LANES);
+        const __m512bh first = (__m512bh)_mm512_loadu_ps(panel);
+        const __m512bh second = (__m512bh)_mm512_loadu_ps(panel + LANES);
         const __m512bh third = (__m512bh)_mm512_loadu_ps(panel + 2 * LANES);
         const __m512bh fourth = (__m512bh)_mm512_loadu_ps(panel + 3 * LANES);
         __m512bh row;
@@ -73,8 +85,10 @@ static void turn(__m512i r[LANES]) {
         t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
     }
     for (int i = 0; i < LANES; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]), r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]), r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
     }
     for (int i = 0; i < LANES; i += 8)
         for (int j = 0; j < 4; j++) {
@@ -175,14 +189,17 @@ static void soften(Room *room, long row, long keys, long width, float scale, lon
         }
 }
 
-/* The output of QUERIES queries of a head, or of those that are left. */
+/* The output of QUERIES queries of a head, or of those that are left, and the logarithms of what the softmax divides by. */
 static void block(Rows q, long b, long h, long first, const uint32_t *keys, const uint32_t *values, uint16_t *out, float *logs,
                   long H, long tokens, long D, float scale, int causal, Room *room) {
     const long rows = tokens - first < QUERIES ? tokens - first : QUERIES, tiles = up(rows, STEP), pairs = up(tokens, PANEL) / 2;
     memset(room->queries, 0, sizeof room->queries);
     for (long r = 0; r < rows; r++) memcpy(room->queries + r * D, row_of(q, b, h, first + r), D * sizeof(uint16_t));
     memset(room->out, 0, sizeof room->out);
-    for (long r = 0; r < QUERIES; r++) room->largest[r] = -INFINITY, room->sum[r] = 0;
+    for (long r = 0; r < QUERIES; r++) {
+        room->largest[r] = -INFINITY;
+        room->sum[r] = 0;
+    }
     const long seen = causal ? first + rows : tokens; /* by the last query */
     for (long start = 0; start < seen; start += KEYS) {
         const long some = seen - start < KEYS ? seen - start : KEYS, width = up(some, PANEL);
@@ -315,8 +332,8 @@ typedef struct {
 /* Add what a block of queries gives to the gradients of keys and values; its own gradient is left in room->out. */
 static void back_block(Head head, long first, long rows, long tokens, long D, float scale, int causal, BackRoom *room) {
     const long tiles = up(rows, STEP), wide = up(D, PANEL), pairs = up(tokens, PANEL) / 2;
+    const long seen = causal ? first + rows : tokens; /* by the last query */
     memset(room->out, 0, sizeof room->out);
-    const long seen = causal ? first + rows : tokens;
     for (long start = 0; start < seen; start += SEEN) {
         const long some = seen - start < SEEN ? seen - start : SEEN, width = up(some, PANEL);
         for (long k = 0; k < width; k += PANEL)
@@ -352,6 +369,7 @@ long attention_back_packed(long tokens, long D) {
     return rows * (D / 2) * 2 + rows * (wide / 2) + 2 * (rows + STEP) * wide;
 }
 
+/* How many bytes of room one thread needs beside. */
 long attention_back_room(void) { return up(sizeof(BackRoom), 64); }
 
 /* The gradients of `attention`: of q [B, L, H, D], k and v [B, L, G, D], from that of its output. The strides are those of q, k,
