@@ -481,6 +481,20 @@ class LookupSpeed(Head):
     rows: list[LookupRow]
 
 
+class AttentionRow(Facts):
+    """Seconds of causal attention, or of its gradients, and over those of torch's."""
+
+    what: str
+    gradients: bool
+    way: Name
+    calls: int
+    p10_s: float
+    median_s: float
+    time_of_torch_p10: float
+    time_of_torch_median: float
+    relative_error: float
+
+
 class PrunedSpeedRow(Facts):
     """A cut model as shares of the whole one, seconds, and bytes of cache per token, counted and planned."""
 

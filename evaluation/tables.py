@@ -22,6 +22,7 @@ from evaluation.options import parser
 from evaluation.results import (
     ROOT,
     AblationRow,
+    AttentionRow,
     BosRow,
     CompressionSpeedRow,
     CostRow,
@@ -605,6 +606,30 @@ def _lookup(result: LookupSpeed) -> str:
     )
 
 
+def attention_speed(results: Results) -> str:
+    """The kernel's share of torch's time, for the output and for gradients."""
+    if (result := results.load("attention_speed", Rows[AttentionRow])) is None:
+        return ""
+    found = {(row.what, row.gradients, row.way): row for row in result.rows}
+    lines = []
+    for what in dict.fromkeys(row.what for row in result.rows):
+        cells = [
+            (found[what, gradients, "torch"], found[what, gradients, "kernel"]) for gradients in (False, True)
+        ]
+        lines.append(
+            [
+                what,
+                *(
+                    f"{1e3 * ours.p10_s:.1f} and {1e3 * theirs.p10_s:.1f} ({ours.time_of_torch_p10:.2f})"
+                    for theirs, ours in cells
+                ),
+                *(f"{ours.relative_error:.4f} and {theirs.relative_error:.4f}" for theirs, ours in cells),
+            ]
+        )
+    header = ["attention", "output, ms", "gradients, ms", "error of the output", "error of the gradients"]
+    return joined([where(result.hardware, result.commit) + "\n", table(header, lines)])
+
+
 def pruned_speed(results: Results) -> str:
     """Each cut model as a share of the whole."""
     if (result := results.load("pruned_speed", Rows[PrunedSpeedRow])) is None:
@@ -760,6 +785,12 @@ SECTIONS = (
         "Time of random linears over that of bitsandbytes' nf4 in the same run, at the 10th percentile: "
         "`python -m evaluation lookup-speed`.",
         lookup_speed,
+    ),
+    Section(
+        "Speed of attention in calibration",
+        "The C kernel and torch, both in bfloat16, at the 10th percentile of calls that take turns in one "
+        "process, and the largest relative error against float64: `python -m evaluation attention-speed`.",
+        attention_speed,
     ),
     Section(
         "Speed of pruned models",
