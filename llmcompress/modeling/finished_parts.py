@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from llmcompress.modeling.host_memory import at_rest, moved, to_host
+from llmcompress.modeling.host_memory import CPU, moved, to_host
 
 
 class FinishedParts:
@@ -110,7 +110,7 @@ class FinishedParts:
             out = self._from_input(name, module, x.to(device))
         else:
             out = self._observed(name, module, run, *args, **named)
-        outputs[name] = at_rest(out)
+        outputs[name] = moved(out, CPU)
         return out
 
     def _from_input(self, name: str, module: nn.Module, x: Tensor) -> Any:
