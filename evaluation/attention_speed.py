@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -74,8 +75,8 @@ def measure(shape: tuple[int, int, int, int, int], budget_s: float) -> list[Atte
         raise SystemExit(f"not the attention of these inputs, by relative error: {wrong}")
     rows = []
     for gradients in (False, True):
-        calls = {name: _gradients(way, (q, k, v), grad) for name, way in ways.items()} if gradients else {}
-        calls |= {} if gradients else {name: _output(way, (q, k, v)) for name, way in ways.items()}
+        call = partial(_gradients, grad=grad) if gradients else _output
+        calls = {name: call(way, (q, k, v)) for name, way in ways.items()}
         for name, timing in race(calls, budget_s / 2).items():
             rows.append(
                 AttentionRow(

@@ -43,7 +43,7 @@ NF4 = (
 FP4_HALF = (0.0, 0.0625 / 12, 8.0 / 12, 12.0 / 12, 4.0 / 12, 6.0 / 12, 2.0 / 12, 3.0 / 12)
 
 
-SEARCHED = 16  # a larger `largest` is rounded to, which takes a fifth of the time of a search
+SEARCHED = 16  # a larger `largest` is rounded to, which takes a ninth of the time of a search
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,9 @@ static inline Rows rows_of(const uint16_t *at, const long *strides, int which) {
 /* A count rounded up to a multiple. */
 static inline long up(long count, long by) { return (count + by - 1) / by * by; }
 
+/* The lanes of a register that hold something, where so many numbers are left. */
+static inline __mmask16 lanes(long left) { return left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0; }
+
 /* For each row of a tile; an array of sums would not stay in registers. */
 #define ROWS(DO) DO(0) DO(1) DO(2) DO(3) DO(4) DO(5)
 #define DECLARE(r) __m512 a##r = _mm512_setzero_ps(), b##r = a##r, c##r = a##r, d##r = a##r;
@@ -106,8 +109,7 @@ static void pack_across(Rows x, long b, long h, long tokens, long D, uint32_t *p
     for (long t = 0; t < tokens; t += LANES) {
         uint32_t *panel = packed + t / PANEL * PANEL * (D / 2) + t % PANEL;
         for (long pair = 0; pair < D / 2; pair += LANES) {
-            const long left = D / 2 - pair;
-            const __mmask16 which = left >= LANES ? 0xffff : (__mmask16)((1u << left) - 1);
+            const __mmask16 which = lanes(D / 2 - pair);
             __m512i r[LANES];
             for (int i = 0; i < LANES; i++)
                 r[i] = t + i < tokens ? _mm512_maskz_loadu_epi32(which, (const uint32_t *)row_of(x, b, h, t + i) + pair)
@@ -125,8 +127,7 @@ static void pack_across(Rows x, long b, long h, long tokens, long D, uint32_t *p
 static void pack_along(Rows x, long b, long h, long tokens, long pairs, long D, uint32_t *packed) {
     for (long column = 0; column < up(D, PANEL); column += LANES) {
         uint32_t *panel = packed + column / PANEL * PANEL * pairs + column % PANEL;
-        const long left = D - column;
-        const __mmask16 which = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+        const __mmask16 which = lanes(D - column);
         for (long pair = 0; pair < pairs; pair++) {
             const __mmask16 one = 2 * pair < tokens ? which : 0, other = 2 * pair + 1 < tokens ? which : 0;
             const uint16_t *at = row_of(x, b, h, 2 * pair) + column;
@@ -163,7 +164,7 @@ static void soften(Room *room, long row, long keys, long width, float scale, lon
     uint16_t *weights = room->weights + row * KEYS;
     __m512 top = _mm512_set1_ps(-INFINITY);
     for (long k = 0; k < keys; k += LANES) {
-        const __mmask16 which = keys - k >= LANES ? 0xffff : (__mmask16)((1u << (keys - k)) - 1);
+        const __mmask16 which = lanes(keys - k);
         const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(scores + k), _mm512_set1_ps(scale));
         _mm512_storeu_ps(scores + k, s);
         top = _mm512_mask_max_ps(top, which, top, s);
@@ -172,7 +173,7 @@ static void soften(Room *room, long row, long keys, long width, float scale, lon
     const float largest = before > found ? before : found;
     __m512 sum = _mm512_setzero_ps();
     for (long k = 0; k < keys; k += LANES) {
-        const __mmask16 which = keys - k >= LANES ? 0xffff : (__mmask16)((1u << (keys - k)) - 1);
+        const __mmask16 which = lanes(keys - k);
         const __m512 raised = power(_mm512_sub_ps(_mm512_loadu_ps(scores + k), _mm512_set1_ps(largest)));
         const __m512 p = _mm512_maskz_mov_ps(which, raised);
         sum = _mm512_add_ps(sum, p);
@@ -221,7 +222,7 @@ static void block(Rows q, long b, long h, long first, const uint32_t *keys, cons
     for (long r = 0; r < rows; r++)
         for (long d = 0; d < D; d += LANES) {
             const __m512 o = _mm512_div_ps(_mm512_loadu_ps(room->out + r * LARGEST_HEAD + d), _mm512_set1_ps(room->sum[r]));
-            const __mmask16 which = D - d >= LANES ? 0xffff : (__mmask16)((1u << (D - d)) - 1);
+            const __mmask16 which = lanes(D - d);
             _mm256_mask_storeu_epi16(out + ((b * tokens + first + r) * H + h) * D + d, which, (__m256i)_mm512_cvtneps_pbh(o));
         }
 }
@@ -273,8 +274,8 @@ typedef struct {
 static void slope(BackRoom *room, long row, long keys, long width, float scale) {
     const __m512 log = _mm512_set1_ps(room->logs[row]), shared = _mm512_set1_ps(room->shared[row]);
     for (long k = 0; k < width; k += LANES) {
-        const long left = keys - k, at = row * SEEN + k;
-        const __mmask16 which = left >= LANES ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+        const long at = row * SEEN + k;
+        const __mmask16 which = lanes(keys - k);
         const __m512 s = _mm512_mul_ps(_mm512_loadu_ps(room->scores + at), _mm512_set1_ps(scale * LOG2E));
         const __m512 p = _mm512_maskz_mov_ps(which, power(_mm512_sub_ps(s, log)));
         const __m512 step = _mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(room->steps + at), shared), _mm512_set1_ps(scale));
@@ -306,7 +307,7 @@ static void turn_rows(const uint16_t *from, long keys, uint32_t *to) {
 static float shared_of(const uint16_t *out, const uint16_t *grad, long D) {
     __m512 sum = _mm512_setzero_ps();
     for (long d = 0; d < D; d += LANES) {
-        const __mmask16 which = D - d >= LANES ? 0xffff : (__mmask16)((1u << (D - d)) - 1);
+        const __mmask16 which = lanes(D - d);
         const __m512i o = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, out + d)), 16);
         const __m512i g = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(which, grad + d)), 16);
         sum = _mm512_fmadd_ps(_mm512_castsi512_ps(o), _mm512_castsi512_ps(g), sum);
@@ -318,7 +319,7 @@ static float shared_of(const uint16_t *out, const uint16_t *grad, long D) {
 static void leave(const float *from, long width, long rows, long D, uint16_t *to, long apart) {
     for (long r = 0; r < rows; r++)
         for (long d = 0; d < D; d += LANES) {
-            const __mmask16 which = D - d >= LANES ? 0xffff : (__mmask16)((1u << (D - d)) - 1);
+            const __mmask16 which = lanes(D - d);
             _mm256_mask_storeu_epi16(to + r * apart + d, which, (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(from + r * width + d)));
         }
 }
