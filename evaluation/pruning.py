@@ -5,8 +5,8 @@
 A share is that of the decoder layers' parameters that stays. Scores and allocations cut the feed-forward
 width until it is reached, exactly where its units allow; layers and sublayers are dropped until it is.
 `hidden` narrows embedding and head too, so its models are smaller than the others at the same share. Each row
-is a whole run from disk to disk and its own report, on sequences of 256 tokens, 64 of which calibrate. The
-result goes to results/pruning.json, a row at a time.
+is a whole run from disk to disk and its own report, on the model's sequences (models.py), 64 of which
+calibrate. The result goes to results/pruning.json, a row at a time.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from evaluation import machine, results
 from evaluation.models import MODELS
 from evaluation.options import parser
 from evaluation.results import PruningRow
-from evaluation.runs import SAMPLES, known, layer_parameters, losses, outline, recipe_of, run, seconds
+from evaluation.runs import SAMPLES, known, layer_parameters, losses, outline, run, seconds
 from llmcompress.modeling.layerwise import MetaModel
+from llmcompress.recipe.recipe import Recipe
 
 NAME = "pruning"
 SCORES = ("obs", "taylor", "wanda", "activation", "magnitude")
@@ -60,9 +61,11 @@ def stages(model: MetaModel, share: float) -> dict[str, list[Settings]]:
 
 def measure(name: str, share: float, row: str, cuts: list[Settings]) -> PruningRow:
     """One row: what is left, and what it loses."""
-    base, text = MODELS[name][:2]
+    subject = MODELS[name]
+    data = subject.data().model_copy(update={"samples": SAMPLES})
     with tempfile.TemporaryDirectory() as folder:
-        report = run(recipe_of([{"prune": cut} for cut in cuts], text), Path(folder) / "out", base)
+        recipe = Recipe.model_validate({"data": data, "stages": [{"prune": cut} for cut in cuts]})
+        report = run(recipe, Path(folder) / "out", subject.base)
         left = layer_parameters(outline(Path(folder) / "out"))
     return PruningRow(
         **losses(report),
@@ -75,7 +78,7 @@ def measure(name: str, share: float, row: str, cuts: list[Settings]) -> PruningR
         widths=[stage.model_dump().get("widths") for stage in report.stages],
         top1_agreement=known(report.fidelity.top1_agreement),
         seconds=seconds(report),
-        share_reached=left / layer_parameters(outline(base)),
+        share_reached=left / layer_parameters(outline(subject.base)),
         commit=machine.commit(),
     )
 

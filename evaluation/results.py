@@ -262,6 +262,8 @@ class RivalPruningRow(Loss):
     seconds: float
     cpu_seconds: float
     peak_memory_bytes: int
+    calibration: Sequences
+    evaluation: Sequences
     commit: str = ""
     environment: Environment
 

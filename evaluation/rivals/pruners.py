@@ -5,7 +5,7 @@
 For each model every importance in every scope (rival_torchpruning.py) at every share of the decoder layers'
 parameters, on the sequences that bench.py calibrates on, in the rival's own environment (made once under
 --work), then the score of the checkpoint that it wrote (score.py). What was cut once lies under --work and is
-only scored again. The result goes to results/rivals-pruning.json.
+only scored again. The result goes to results/rivals-pruning.json, where the rows of other models stay.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from evaluation import machine, results
+from evaluation.models import MODELS
 from evaluation.results import RivalPruningFailure, RivalPruningRow
 from evaluation.rivals import sequences
 from evaluation.rivals.environments import Environment
 from evaluation.rivals.quantizers import options
 from evaluation.rivals.score import stored
 
+NAME = "rivals-pruning"
 RIVAL = "torchpruning"
 PACKAGE = "torch-pruning"
 IMPORTANCES = ("taylor", "magnitude")
@@ -84,6 +86,7 @@ def pruned(model: str, cut: Cut, files: sequences.Files, given: argparse.Namespa
             "base_block_parameters": base_layers,
             "parameters": every,
             "base_parameters": base_every,
+            **{side: sequences.described(getattr(files, side)) for side in ("calibration", "evaluation")},
             **{name: scored[name] for name in SCORED},
             **{name: made[name] for name in SPENT},
             "commit": machine.commit(),
@@ -117,8 +120,8 @@ def line(row: RivalPruningRow | RivalPruningFailure) -> str:
 
 def main(argv: Sequence[str]) -> int:
     """Measure every cut of every model; 1 where none could be made."""
-    asked = options("rivals-pruning", __doc__)
-    asked.add_argument("--models", nargs="+", choices=("demo", "wikilm-8m"), default=["demo", "wikilm-8m"])
+    asked = options(NAME, __doc__)
+    asked.add_argument("--models", nargs="+", choices=MODELS, default=["demo", "wikilm-8m"])
     asked.add_argument("--shares", nargs="+", type=float, default=[0.8, 0.6])
     asked.add_argument("--scopes", nargs="+", choices=SCOPES, default=list(SCOPES))
     asked.add_argument("--out", type=Path, help="result file; default results/rivals-pruning.json")
@@ -129,16 +132,13 @@ def main(argv: Sequence[str]) -> int:
         for scope in given.scopes
         for importance in IMPORTANCES
     ]
-    rows: list[RivalPruningRow | RivalPruningFailure] = []
-    used: dict[str, dict[str, object]] = {}
+    measured = False
     for model in given.models:
         files = sequences.write(model, given.work / "sequences")
-        used[model] = {
-            side: sequences.described(getattr(files, side)) for side in ("calibration", "evaluation")
-        }
         for cut in cuts:
-            rows.append(attempted(model, cut, files, given))
-            print(line(rows[-1]), flush=True)
-    facts = {"threads": given.threads, "windows": used, "rows": rows}
-    results.write("rivals-pruning", machine.head(), facts, given.out)
-    return int(all(isinstance(row, RivalPruningFailure) for row in rows))
+            row = attempted(model, cut, files, given)
+            measured |= isinstance(row, RivalPruningRow)
+            print(line(row), flush=True)
+            rows = results.merge(NAME, ("model", "importance", "scope", "share"), row, given.out)
+            results.write(NAME, machine.head(), {"threads": given.threads, "rows": rows}, given.out)
+    return int(not measured)
