@@ -23,7 +23,7 @@ from transformers.cache_utils import DynamicLayer
 from evaluation import machine, results
 from evaluation.options import parser
 from evaluation.results import PrunedSpeedRow
-from evaluation.runs import layer_parameters
+from evaluation.runs import known, layer_parameters
 from llmcompress.architectures.resize import changed
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.plan import per_token
@@ -107,7 +107,7 @@ def row(
         reading_s=median(one.reading_s for one in turns),
         decoding_s=median(one.decoding_s for one in turns),
         kv_cache_bytes_per_token=turns[0].cache_bytes,
-        kv_cache_bytes_per_token_planned=cached,
+        kv_cache_bytes_per_token_planned=int(known(cached)),
     )
 
 

@@ -29,6 +29,7 @@ ROOMS = {
     "formats": "one weight format a file: what lies on the disk, and the module that runs it",
     "report": "the numbers of a run, and how they are shown: console, model card, plots",
     "integrations": "the borders to transformers, bitsandbytes, PEFT and several processes",
+    "derivation": "the anatomy of a model whose family is not in the table, derived and proved",
     "modeling": "a model, one decoder layer at a time: in memory, on disk, or as shapes alone",
     "stages": "what changes weights: one folder a stage, which imports no other stage's folder",
     "recipe": "recipes: YAML, schema, digest, and which stages may follow which",

@@ -1,14 +1,14 @@
 """The table of model families: the name of every weight, and the axes it runs along.
 
 No other module knows a weight's name. Everything structural follows from these facts: cutting an axis, moving
-a scale across two weights, one Hessian for the linears that read one input, the bytes of a plan. So a family
-is added here and nowhere else. `tests/architectures/test_families.py` proves it on a tiny model: shapes,
-permutations of each axis, scales. Nothing here touches a tensor or imports transformers.
+a scale across two weights, one Hessian for the linears that read one input, the bytes of a plan.
+`tests/architectures/test_families.py` proves them on a tiny model: shapes, permutations of each axis, scales.
+For a family that is not here, `derivation/` finds and proves the first of these facts on the spot. Nothing
+here touches a tensor or imports transformers.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -295,36 +295,14 @@ FAMILIES: Mapping[str, Anatomy] = {
 }
 
 
-def anatomy_of(config: Any, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Anatomy:
-    """Return the anatomy of a model by its config.
+def anatomy_of(config: Any) -> Anatomy:
+    """Return the anatomy of a model of a family in the table, by its config.
 
-    `shapes` (parameter name -> shape) only improves the error for an unknown family. Raises ModelError for an
-    unknown family, with the rows to add, and for a config that the rows do not cover.
+    Raises ModelError for a family that the table lacks, and for a config that the rows do not cover.
     """
     family = getattr(config, "model_type", "")
     if family not in FAMILIES:
         raise ModelError(
-            f'"{family}" is not a model family that llmcompress supports ({", ".join(sorted(FAMILIES))}); '
-            f"add its rows to llmcompress/architectures/families.py: {_rows_to_add(config, shapes or {})}"
+            f'"{family}" is not one of the families in the table ({", ".join(sorted(FAMILIES))})'
         )
     return FAMILIES[family].at(config)
-
-
-def _rows_to_add(config: Any, shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """Return the table that a new family needs, as far as names and shapes tell."""
-    names = {"hidden": "hidden_size", "ffn": "intermediate_size", "vocab": "vocab_size", "d": "head_dim"}
-    known = {size: axis for axis in reversed(names) if (size := getattr(config, names[axis], None))}
-    rows: dict[str, dict[str, str]] = {"layer": {}, "outer": {}}
-    layers = '"the ModuleList of layers"'
-    for name, shape in shapes.items():
-        prefix, first, inner = name.partition(".0.")
-        if first:
-            layers = f'"{prefix}"'
-        if first or not re.search(r"\.\d+\.", name):
-            rows["layer" if first else "outer"][inner or name] = " ".join(known.get(n, str(n)) for n in shape)
-    if not shapes:
-        rows = {
-            "layer": {"each parameter of a layer": "its axes"},
-            "outer": {"each other parameter": "its axes"},
-        }
-    return f"Anatomy(layers={layers}, layer={rows['layer']}, outer={rows['outer']}, ...)"

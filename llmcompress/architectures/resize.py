@@ -14,8 +14,9 @@ from typing import Any
 
 import transformers
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, fields_for, mixed, overrides
 from llmcompress.architectures.spec import Anatomy
@@ -137,9 +138,11 @@ def _refusal(fields: Mapping[str, Any]) -> str | None:
     """Return why transformers builds no model from these fields, or None if it does."""
     try:
         with init_empty_weights():
-            model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
-            anatomy = anatomy_of(model.config)
-            build_layers(model, model.get_submodule(anatomy.layers), anatomy)
+            config = AutoConfig.for_model(**fields)
+            model = auto_class(config).from_config(config)
+            if mixed(model.config):
+                anatomy = anatomy_of(model.config)
+                build_layers(model, model.get_submodule(anatomy.layers), anatomy)
     except Exception as error:  # each family checks its fields in its own way
         return " ".join(str(error).split())[:160]
     return None

@@ -9,13 +9,21 @@ row may be missing only because the config says so. The tables are in `families.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llmcompress.architectures.shape_grammar import Spelling, Term
 from llmcompress.errors import ModelError
 
 Rows = Mapping[str, str]
+# How far an anatomy goes: which linears read the same input; also where a scale may cross and what may be
+# rotated; also what may be cut.
+LINEARS, SCALES, AXES = 1, 2, 3
+FACTS = {
+    LINEARS: "which linears read the same input",
+    SCALES: "where a scale may cross from one weight to another",
+    AXES: "which axes its weights run along",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,11 @@ class Anatomy:
     norm_offset: float = 0.0  # norms multiply by norm_offset + weight
     # conditions on the config under which these rows do not describe the whole model
     refuses: tuple[str, ...] = ()
+    level: int = AXES  # how far the facts go
+    returned_items: int = 0  # of the tuple in which a layer returns its states; 0 if it returns them alone
+    # linears and other matrices of a layer that stay as they are, with the reason
+    kept: Rows = field(default_factory=dict)
+    each_layer: tuple[Anatomy, ...] = ()  # the facts of each layer, if layers are of several kinds
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -50,7 +63,8 @@ class Anatomy:
     @property
     def experts(self) -> tuple[str, ...]:
         """The 3-D parameters of a layer, with one linear map [out, in] for each expert."""
-        return tuple(name for name, spelling in self.layer.items() if len(Spelling.parse(spelling).dims) == 3)
+        dims = {name: Spelling.parse(row).dims for name, row in self.layer.items()}
+        return tuple(name for name, of in dims.items() if len(of) == 3 and of[0] == "expert")
 
     @property
     def outer_axes(self) -> frozenset[str]:
@@ -62,26 +76,34 @@ class Anatomy:
 
         Tied weights are listed under both of their names.
         """
+        layers = self.each_layer or [self] * config.get_text_config(decoder=True).num_hidden_layers
         inner = {
             f"{self.layers}.{i}.{name}": row
-            for i in range(config.num_hidden_layers)
-            for name, row in self.layer.items()
+            for i, anatomy in enumerate(layers)
+            for name, row in anatomy.layer.items()
         }
         return {**self.outer, **inner}
+
+    def of_layer(self, index: int) -> Anatomy:
+        """The facts of one layer."""
+        return self.each_layer[index] if self.each_layer else self
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
         """Return the number of units on each axis that some row runs along.
 
         Raises ModelError if the config does not say it.
         """
+        axes = dict.fromkeys(
+            axis for row in (*self.outer.values(), *self.layer.values()) for axis in Spelling.parse(row).axes
+        )
+        if not axes:
+            return {}
         heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer without attention
         hidden = config.hidden_size
         # sizes of axes whose field is None
         implied = {"kv": heads, "d": hidden // max(heads, 1), "ffn": 4 * hidden}
         sizes = {}
-        for axis in dict.fromkeys(
-            a for row in (*self.outer.values(), *self.layer.values()) for a in Spelling.parse(row).axes
-        ):
+        for axis in axes:
             size = getattr(config, self.sizes[axis], None) if axis in self.sizes else None
             size = implied.get(axis) if size is None else size
             if size is None:
@@ -150,6 +172,10 @@ class Anatomy:
         layer, sizes = {**self.layer, **(layer or {})}, {**self.sizes, **(sizes or {})}
         return replace(self, family=family, layer=layer, sizes=sizes, **facts)
 
+    def refused(self, config: Any) -> str | None:
+        """The condition of `refuses` that a config meets, or None."""
+        return next((condition for condition in self.refuses if _holds(condition, config)), None)
+
     def at(self, config: Any) -> Anatomy:
         """Return the facts of one config, with each condition decided and the rows that it rules out left
         out.
@@ -157,12 +183,10 @@ class Anatomy:
         Raises ModelError if the config meets a condition of `refuses`, or lacks a field that a condition
         names.
         """
-        for condition in self.refuses:
-            if _holds(condition, config):
-                raise ModelError(
-                    f"a {self.family} model with {condition} is not one that llmcompress knows; use one "
-                    "without"
-                )
+        if condition := self.refused(config):
+            raise ModelError(
+                f"a {self.family} model with {condition} is not one that the table describes; use one without"
+            )
         layer = {name: row for name, text in self.layer.items() if (row := _choose(text, config))}
         outer = {name: row for name, text in self.outer.items() if (row := _choose(text, config))}
         scale_pairs = {

@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -68,7 +69,7 @@ def run(
     print_report(report, out)
     out.print(
         f"The compressed model lies in {out_}; load it with "
-        f"AutoModelForCausalLM.from_pretrained({str(out_)!r})."
+        f"{report.auto_class or 'AutoModelForCausalLM'}.from_pretrained({str(out_)!r})."
     )
 
 
@@ -227,6 +228,27 @@ def recipes(as_json: options.AsJson = False) -> None:
         typer.echo(json.dumps([entry.to_dict() for entry in entries], indent=2))
     else:
         print_entries(entries)
+
+
+@app.command()
+def families(
+    types: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[TYPE]...", help="model_type of a config.json. Default: all.", show_default=False
+        ),
+    ] = None,
+    as_json: options.AsJson = False,
+) -> None:
+    """List the types of models that transformers has, and what can be done to each. All take two minutes."""
+    from llmcompress.pipeline.families import known_families
+    from llmcompress.report.console import print_families
+
+    found = known_families(types or (), track)
+    if as_json:
+        typer.echo(json.dumps([asdict(facts) for facts in found], indent=2))
+    else:
+        print_families(found, out)
 
 
 @app.command()

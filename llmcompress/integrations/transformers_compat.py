@@ -20,6 +20,9 @@ from transformers.integrations.bitsandbytes import Bnb4bitDeserialize as Bnb4bit
 from transformers.integrations.bitsandbytes import Bnb8bitDeserialize as Bnb8bitDeserialize
 from transformers.modeling_utils import LoadStateDictConfig as LoadStateDictConfig
 from transformers.modeling_utils import ModuleUtilsMixin as ModuleUtilsMixin
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUTO_QUANTIZATION_CONFIG_MAPPING
 from transformers.quantizers.base import HfQuantizer as HfQuantizer

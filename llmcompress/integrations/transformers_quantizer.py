@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from llmcompress.architectures.families import anatomy_of
+from llmcompress.architectures.families import FAMILIES, anatomy_of
 from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
@@ -35,6 +35,7 @@ from llmcompress.formats.quantization_config import quantization_config as quant
 from llmcompress.formats.quantization_config import read_config as read_config
 from llmcompress.formats.registry import AnyLayout, format_of
 from llmcompress.formats.sparse import SparseLinear
+from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
 from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, ModuleUtilsMixin
 
@@ -48,8 +49,9 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, dtype: torch.dtype | None = None, **_: Any
     ) -> None:
-        anatomy = anatomy_of(model.config)
-        build_layers(model, _layers(model, anatomy), anatomy)
+        if model.config.model_type in FAMILIES:
+            anatomy = anatomy_of(model.config)
+            build_layers(model, _layers(model, anatomy), anatomy)
         assigned, dtype = (
             _resolved(model, self.quantization_config.assigned()),
             dtype or torch.get_default_dtype(),
@@ -290,7 +292,7 @@ def _empty_twin(
 ) -> StoredLinear:
     """Return what replaces a plain linear, the `module` of a name, without memory. `tied` are the names of
     tied parameters. Errors: ModelError if it can't be replaced."""
-    if type(module) is not nn.Linear and not isinstance(module, Conv1D):
+    if module is None or not is_linear(module):
         raise ModelError(
             f"config.json gives {name} a scheme, but this model has no such linear; the config is of "
             "another model"
@@ -300,7 +302,7 @@ def _empty_twin(
             f"config.json gives {name} a scheme, but its weight is tied to another; untie them "
             "(tie_word_embeddings)"
         )
-    C, R = module.weight.shape if isinstance(module, Conv1D) else module.weight.shape[::-1]
+    R, C = shape_of(module)
     # a basis shared by several layers can have a higher rank than one of them
     if isinstance(scheme, FactoredLayout) and scheme.rank > R * C:
         raise ModelError(

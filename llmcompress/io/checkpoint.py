@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from llmcompress.algorithms.overflow import all_finite
+from llmcompress.architectures.auto_classes import auto_class_name
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.safetensors_writer import CODES, tensors_digest
 
@@ -109,8 +109,12 @@ class Checkpoint:
                 f"{folder}: the index lists {lost[0]}, which {listed[lost[0]]} doesn't hold; download it "
                 "again"
             )
-        if base and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
-            raise _wrapper(folder, f"it stores {inner}")
+        text_alone = base and not isinstance(config.get("text_config"), dict)
+        if text_alone and (inner := next((name for name in tensors if name.startswith(WRAPPED)), None)):
+            raise ModelError(
+                f"{folder} has the config.json of a text model and the tensors of a multimodal one "
+                f"({inner}); take both from the same source"
+            )
         aliases = _aliases(folder, config, tensors)
         every = tensors | {name: tensors[source] for name, source in aliases.items()}
         return cls(folder, config, every, aliases, frozenset(listed.values()))
@@ -278,27 +282,12 @@ def require_base(folder: Path, config: dict[str, Any]) -> None:
             f"{folder} has a config.json whose architectures are no list: {str(architectures)[:40]}; "
             "correct it"
         )
-    if isinstance(config.get("text_config"), dict):
-        raise _wrapper(folder, f"model_type {kind}")
-    if architectures:
-        causal = any(str(name).endswith(("ForCausalLM", "LMHeadModel")) for name in architectures)
-    else:
-        mapping: Any = transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        causal = kind in transformers.CONFIG_MAPPING and transformers.CONFIG_MAPPING[kind] in mapping
-    if not causal:
+    if auto_class_name(kind, architectures) is None:
         found = architectures[0] if architectures else f"model_type {kind}"
         raise ModelError(
-            f"{folder} is no causal language model ({found}); give one whose class ends in ForCausalLM"
+            f"{folder} is no causal language model ({found}), nor a multimodal one around it; give one whose "
+            "class ends in ForCausalLM or ForConditionalGeneration"
         )
-
-
-def _wrapper(folder: Path, how: str) -> ModelError:
-    """The error for a multimodal model that contains a text model."""
-    return ModelError(
-        f"{folder} is a multimodal model around a text model ({how}); load it, and save its language_model "
-        "with the head as a model of text_config in another folder: "
-        "AutoModelForCausalLM.from_config(config.text_config), load_state_dict, save_pretrained"
-    )
 
 
 def _files(folder: Path) -> dict[str, str]:

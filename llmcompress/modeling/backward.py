@@ -69,7 +69,7 @@ def output_fisher(
         unscored=unscored,
         processes=processes,
     ):
-        found = Moments(resident.sizes["hidden"], resident.device)
+        found = Moments(resident.hidden_size, resident.device)
         for grad in grads:
             found.add(grad.to(resident.device))
         processes.pool([found])

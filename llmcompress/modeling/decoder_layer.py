@@ -23,6 +23,7 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
+from llmcompress.integrations.layer_calls import states_of
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.half_precision import half_precision
@@ -82,7 +83,7 @@ class DecoderLayer:
         call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
         arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
-        return call((hidden,), arguments) if call else module(hidden, **arguments)  # type: ignore[no-any-return]
+        return states_of(call((hidden,), arguments) if call else module(hidden, **arguments))
 
     def _precision(self) -> AbstractContextManager[None]:
         """The precision of passes without a gradient."""

@@ -11,21 +11,23 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import psutil
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.errors import ModelError
 from llmcompress.integrations.transformers_compat import AUTO_QUANTIZATION_CONFIG_MAPPING
 from llmcompress.integrations.transformers_quantizer import METHOD
 from llmcompress.io.checkpoint import read_json
 from llmcompress.io.units import amount
 from llmcompress.modeling.from_disk import no_progress_bar
+from llmcompress.modeling.model_config import load_config
 from llmcompress.modeling.sequential import EVALUATE, Track
 from llmcompress.modeling.token_limit import batches_of
 from llmcompress.report.metrics import size_bytes
@@ -63,7 +65,7 @@ class WholeModel:
         options: dict[str, Any] = {"device_map": {"": device}} if device.type != "cpu" else {}
         try:
             with no_progress_bar():
-                model, info = cast(Any, AutoModelForCausalLM.from_pretrained)(
+                model, info = auto_class(load_config(folder)).from_pretrained(
                     folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
                 )
         except Exception as error:  # each method raises its own errors; all say that it can't be loaded here

@@ -26,16 +26,16 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, mixed
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import Anatomy
+from llmcompress.derivation.derive import anatomy_of
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout, StoredWeight
 from llmcompress.integrations import distributed
-from llmcompress.integrations.transformers_compat import Conv1D
+from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
@@ -66,7 +66,7 @@ class LayerwiseModel(ABC):
         # tensors stored as other tensors, by name, without those that config.json ties
         self.ties = dict(ties or {})
         self.model: PreTrainedModel = skeleton(config, dtype)
-        self.anatomy = anatomy_of(config, {name: tuple(p.shape) for name, p in self.model.named_parameters()})
+        self.anatomy = anatomy_of(self.model)
         layers = self.model.get_submodule(self.anatomy.layers)
         assert isinstance(layers, nn.ModuleList)
         with init_empty_weights(include_buffers=False):
@@ -146,9 +146,46 @@ class LayerwiseModel(ABC):
         """The full name of a layer, such as `model.layers.3`."""
         return f"{self.anatomy.layers}.{index}"
 
-    def anatomy_of_block(self, index: int) -> Anatomy:
+    def anatomy_of_layer(self, index: int) -> Anatomy:
         """The anatomy of one layer, without the linears that are empty there."""
-        return self.anatomy.left(self.sizes_of(index))
+        return self.anatomy.of_layer(index).left(self.sizes_of(index))
+
+    @property
+    def text_config(self) -> PretrainedConfig:
+        """The part of the config that describes the decoder."""
+        return self.config.get_text_config(decoder=True)
+
+    @property
+    def hidden_size(self) -> int:
+        """The width of the states between layers."""
+        return int(self.text_config.hidden_size)
+
+    @cached_property
+    def layer_linears(self) -> dict[str, None]:
+        """The full names of the linears of all layers, in the order of computation, without routers."""
+        return self.in_layers(lambda anatomy: anatomy.linears)
+
+    @cached_property
+    def expert_weights(self) -> dict[str, None]:
+        """The full names of the 3-D parameters of all layers that hold experts."""
+        return self.in_layers(lambda anatomy: anatomy.experts)
+
+    @cached_property
+    def kept_weights(self) -> dict[str, str]:
+        """The matrices of layers that no stage changes, by full name, with the reason."""
+        return {
+            f"{self.layer_name(index)}.{name}": why
+            for index in range(len(self.layers))
+            for name, why in self.anatomy.of_layer(index).kept.items()
+        }
+
+    def in_layers(self, parts: Callable[[Anatomy], Iterable[str]]) -> dict[str, None]:
+        """The full names of parts of a layer in all layers, in order; `parts` is asked for those of each."""
+        return {
+            f"{self.layer_name(index)}.{part}": None
+            for index in range(len(self.layers))
+            for part in parts(self.anatomy.of_layer(index))
+        }
 
     def sizes_of(self, index: int) -> dict[str, int]:
         """The number of units on each axis in one layer. Only the widths inside layers can differ between
@@ -192,7 +229,7 @@ class LayerwiseModel(ABC):
 
     def token_bytes(self) -> int:
         """Bytes that a token takes in the widest layer, if it keeps every input and output of a matrix."""
-        chosen = getattr(self.config, "num_experts_per_tok", None) or 1
+        chosen = getattr(self.text_config, "num_experts_per_tok", None) or 1
         widths = []
         for layer in self.layers:
             shapes = [parameter.shape for parameter in layer.parameters() if parameter.dim() > 1]
@@ -228,7 +265,7 @@ class LayerwiseModel(ABC):
                 self.sizes_of(index) | {axis: of[index] for axis, of in counts.items()},
                 self.layer_name(index),
             )
-            rows = self.anatomy.layer.items()
+            rows = self.anatomy.of_layer(index).layer.items()
             total += sum(
                 math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
             )
@@ -319,15 +356,11 @@ class LayerwiseModel(ABC):
         return shapes | {self.anatomy.embedding: (V, D)}
 
     def linear_maps(self) -> Iterator[tuple[str, tuple[int, int]]]:
-        """Yield the full name and the shape (outputs, inputs) of every nn.Linear or Conv1D of the model that
-        is not empty."""
+        """Yield the full name and the shape (outputs, inputs) of every linear of the model that is not
+        empty."""
         for name, module in self.model.named_modules():
-            if isinstance(module, Conv1D | nn.Linear) and not module.weight.numel():
-                continue
-            if isinstance(module, Conv1D):
-                yield name, (module.weight.shape[1], module.weight.shape[0])
-            elif isinstance(module, nn.Linear):
-                yield name, (module.out_features, module.in_features)
+            if is_linear(module) and module.get_parameter("weight").numel():
+                yield name, shape_of(module)
 
     def require_all(self, absent: Iterable[str]) -> None:
         """Refuse the model if any tensors are `absent`. Errors: ModelError."""

@@ -9,14 +9,17 @@ of them becomes a ModelError of one line.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from torch.overrides import TorchFunctionMode
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.architectures.families import FAMILIES
 from llmcompress.architectures.per_layer import mixed
 from llmcompress.errors import CompressError, ModelError
@@ -26,6 +29,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # 126 layers are the most so far
 MOST: Mapping[str, int] = {**dict.fromkeys(LAYERS, 1 << 12), "num_labels": 1 << 16}
 LARGEST = (1 << 31) - 1  # bound of any other whole number
+LARGE = 1 << 22  # elements: more than any buffer has
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights are computed in
 FLAGS: Mapping[
     str, Any
@@ -142,10 +146,12 @@ def require_stored(folder: Path, config: PretrainedConfig, tensors: Mapping[str,
 
 
 def _sizes(config: PretrainedConfig) -> dict[str, Any]:
-    """The fields that count something, by name, if the family is known."""
-    anatomy = FAMILIES.get(getattr(config, "model_type", ""))
-    names = ["num_hidden_layers", *anatomy.sizes.values()] if anatomy and not mixed(config) else []
-    return {name: value for name in names if (value := getattr(config, name, None)) is not None}
+    """The fields that count something, by name: those of the table of families, or what all decoders have."""
+    if mixed(config):
+        return {}
+    anatomy, text = FAMILIES.get(config.model_type), config.get_text_config(decoder=True)
+    names = ["num_hidden_layers", *(anatomy.sizes.values() if anatomy else ("hidden_size", "vocab_size"))]
+    return {name: value for name in names if (value := getattr(text, name, None)) is not None}
 
 
 def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
@@ -155,8 +161,8 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     Errors: ModelError if transformers can't build a model of the config.
     """
     try:
-        with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(defaults(config), dtype=dtype).eval()
+        with init_empty_weights(include_buffers=False), _LargeOnMeta():
+            model: PreTrainedModel = auto_class(config).from_config(defaults(config), dtype=dtype).eval()
     except CompressError:
         raise
     except Exception as error:  # families raise errors of any kind
@@ -166,6 +172,21 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
             f"transformers builds no model of this config.json ({why}{named}); correct it"
         ) from error
     return model
+
+
+class _LargeOnMeta(TorchFunctionMode):
+    """Makes large tensors on the meta device at once. init_empty_weights moves a parameter there only when it
+    is given to its module, and the experts of one layer can be larger than the memory."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones, torch.randn) and kwargs.get("device") is None:
+            size = args[0] if args and isinstance(args[0], tuple | list) else kwargs.get("size", args)
+            if math.prod(size) > LARGE:
+                kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def defaults(config: PretrainedConfig) -> PretrainedConfig:

@@ -12,10 +12,8 @@ whatever the number of layers. `layerwise.py` decides where the layers come from
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,6 +23,7 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.logit_chunks import pieces, positions_at_once
 from llmcompress.algorithms.overflow import all_finite
 from llmcompress.errors import ModelError
+from llmcompress.integrations import layer_calls
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.half_precision import runs_in_half
@@ -63,18 +62,6 @@ class _BySize(dict[int, Found]):
         return found
 
 
-@contextmanager
-def _stubbed(resident: LayerwiseModel, stub: Callable[..., Tensor]) -> Iterator[None]:
-    """Replace every layer of the skeleton by `stub(index, hidden, *args, **kwargs)` within the context."""
-    for index, layer in enumerate(resident.layers):
-        layer.forward = partial(stub, index)
-    try:
-        yield
-    finally:
-        for layer in resident.layers:
-            del layer.forward
-
-
 @torch.no_grad()
 def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
     """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
@@ -95,39 +82,26 @@ def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Ten
     return streams, arguments
 
 
-@torch.no_grad()
-def _entering(resident: LayerwiseModel, tokens: Tensor) -> tuple[Tensor, list[dict[str, Any]]]:
-    """Return the states [B, L, D] of tokens [B, L] that enter the first layer, and the arguments that each
-    layer is called with."""
-    signature = inspect.signature(type(resident.layers[0]).forward)
-    arguments: list[dict[str, Any]] = []
-    seen: list[Tensor] = []
-
-    def record(index: int, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        bound = signature.bind(None, hidden, *args, **kwargs).arguments
-        own, extra = list(bound)[:2], bound.pop("kwargs", {})
-        arguments.append({name: value for name, value in bound.items() if name not in own} | extra)
-        seen.append(hidden)
-        return hidden
-
-    with _stubbed(resident, record), torch.autocast(resident.device.type, enabled=False):
-        resident.model.base_model(input_ids=tokens.to(resident.device), use_cache=False)
-    return seen[0], arguments
+def _entering(resident: LayerwiseModel, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
+    return layer_calls.entering(
+        resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.returned_items
+    )
 
 
 def _anything(resident: LayerwiseModel, sequences: int, length: int) -> Tensor:
     """Tokens [S, L] whose values do not matter."""
-    token = 1 if resident.config.pad_token_id == 0 else 0  # transformers warns of padding
+    padding = getattr(resident.text_config, "pad_token_id", None)
+    token = 1 if padding == 0 else 0  # transformers warns of padding
     return torch.full((sequences, length), token, device=resident.device)
 
 
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     """Return the logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and
     all that goes with them."""
-    tokens = _anything(resident, *hidden.shape[:2])
-    hidden = hidden.to(resident.device)
-    with _stubbed(resident, lambda index, passing, *args, **kwargs: hidden):
-        return resident.model(input_ids=tokens, use_cache=False).logits  # type: ignore[no-any-return]
+    tokens, states = _anything(resident, *hidden.shape[:2]), hidden.to(resident.device)
+    return layer_calls.leaving(
+        resident.model, resident.layers, states, tokens, resident.anatomy.returned_items
+    )
 
 
 def pieces_of(resident: LayerwiseModel, hidden: Tensor) -> Iterator[tuple[slice, slice]]:
@@ -215,7 +189,7 @@ def layer_of(
 ) -> DecoderLayer:
     """Return the DecoderLayer of layer `index`, which is in memory, with the states that enter it."""
     own = _BySize[Mapping[str, Any]](lambda size: arguments[size][index])
-    anatomy, sizes = resident.anatomy_of_block(index), resident.sizes_of(index)
+    anatomy, sizes = resident.anatomy_of_layer(index), resident.sizes_of(index)
     return DecoderLayer(
         index,
         resident.layer_name(index),

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import RecipeError
 from llmcompress.io.scratch import scratch_folder
@@ -177,7 +178,7 @@ def _in_memory(
         return model, require_tokenizer(tokenizer)
     name = recipe.base if model is None else os.fspath(model)
     found = find_base(name, recipe.revision if model is None else None)
-    config_of(found.folder, base=True)
+    config = config_of(found.folder, base=True)
     with no_progress_bar():
-        loaded: PreTrainedModel = AutoModelForCausalLM.from_pretrained(found.folder, dtype="auto")
+        loaded: PreTrainedModel = auto_class(config).from_pretrained(found.folder, dtype="auto")
     return loaded.eval(), tokenizer or tokenizer_of(found.folder)

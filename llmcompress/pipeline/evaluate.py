@@ -20,8 +20,9 @@ from typing import Any
 import psutil
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.data.sources import DataSpec
 from llmcompress.errors import first_line
 from llmcompress.io.checkpoint import Checkpoint
@@ -182,10 +183,9 @@ def speed_of(folder: Path, sequences: Tensor, device: torch.device) -> Speed | N
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
     if Checkpoint.open(folder, base=False).size_bytes > SHARE * free:
         return None
+    config = defaults(load_config(folder))
     with no_progress_bar():
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, config=defaults(load_config(folder)), device_map={"": device}
-        )
+        model = auto_class(config).from_pretrained(folder, config=config, device_map={"": device})
     try:
         return speed(model, sequences)
     except torch.OutOfMemoryError as error:

@@ -9,10 +9,11 @@ from typing import cast
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.architectures.families import anatomy_of
-from llmcompress.architectures.per_layer import build_layers
+from llmcompress.architectures.per_layer import build_layers, mixed
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats import (
@@ -98,7 +99,7 @@ def apply_recipe(
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
     ran = as_it_ran(settled, text)
-    report = report_of(ran, before, after, measured, text, facts, cost, where, chosen)
+    report = report_of(ran, before, after, measured, text, facts, cost, where, chosen, model.config)
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report
 
@@ -132,9 +133,10 @@ def _rebuilt(
     config: PretrainedConfig, state: Mapping[str, torch.Tensor], like: PreTrainedModel
 ) -> PreTrainedModel:
     """Return a new model of `config` with the weights of `state` in their dtypes, on the device of `like`."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=like.dtype)
-    anatomy = anatomy_of(config)
-    build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy.layers)), anatomy)
+    model: PreTrainedModel = auto_class(config).from_config(config, dtype=like.dtype)
+    if mixed(config):
+        anatomy = anatomy_of(config)
+        build_layers(model, cast(nn.ModuleList, model.get_submodule(anatomy.layers)), anatomy)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(state[name].dtype)
     model.load_state_dict(dict(state))

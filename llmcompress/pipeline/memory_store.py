@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.architectures.resize import changed
 from llmcompress.formats import registry
 from llmcompress.formats.registry import StoredWeight
@@ -20,6 +21,7 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.scratch import scratch_folder
 from llmcompress.modeling.from_disk import no_progress_bar
 from llmcompress.modeling.layerwise import InMemoryModel
+from llmcompress.modeling.model_config import load_config
 from llmcompress.pipeline.outcome import Outcome
 from llmcompress.pipeline.resolve import source_of, student_folder
 from llmcompress.recipe.recipe import Recipe
@@ -94,5 +96,6 @@ class MemoryStore:
 def _student(name: str, seed: int, device: torch.device) -> InMemoryModel:
     """Load the model that takes the place of the base."""
     with scratch_folder() as folder, no_progress_bar():
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(student_folder(name, folder, seed))
+        place = student_folder(name, folder, seed)
+        model: PreTrainedModel = auto_class(load_config(place)).from_pretrained(place)
     return InMemoryModel(model.config, dict(model.state_dict()), device)

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmcompress.architectures.spec import AXES
 from llmcompress.data.calibration import POOL
 from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
 from llmcompress.errors import CompressError, argument
@@ -25,6 +26,7 @@ from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.pipeline.effort import effort_facts
 from llmcompress.pipeline.outcome import outline_after
 from llmcompress.pipeline.resolve import config_of, find_base, resolve
+from llmcompress.pipeline.stages import require_stage
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.report.console import chosen_words
 from llmcompress.stages.base import Estimate, StageResult, Time, Workload
@@ -48,7 +50,7 @@ class PlanRow:
     parameters: int
     size_bytes: int
     flops_per_token: int
-    kv_cache_bytes_per_token: int
+    kv_cache_bytes_per_token: int | None  # None where no axis says how many heads there are
     peak_memory_bytes: int | None = None
     seconds: float | None = None
     time: Mapping[str, float] | None = None  # what the seconds are spent on
@@ -85,7 +87,7 @@ def plan_recipe(
     config, resolved = config_of(found.folder, base=True), resolve(settled, data, device)
     spec, model = resolved.data, meta_model(found.folder, config, resolved.device)
     samples, longest = spec.amount(settled.effort)
-    length = spec.length or min(longest, getattr(model.config, "max_position_embeddings", longest))
+    length = spec.length or min(longest, getattr(model.text_config, "max_position_embeddings", longest))
     machine, first = machine_of(model.device), model
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, Time()), cost=False)]
     notes: list[str] = []
@@ -94,7 +96,7 @@ def plan_recipe(
         if student := stage.models.get("student"):
             folder = resolved.models[student].folder
             model = meta_model(folder, config_of(folder, base=True), model.device)
-        stage.require_possible(model, before, recipe.data.seed)
+        require_stage(stage, model, before, recipe.data.seed)
         before.append(stage.result(model))
         work = Workload(model, machine, samples * length, length, rows[-1].size_bytes)
         left = outline_after(stage.result(model), model)
@@ -142,7 +144,7 @@ def fitting(
 def _beside_stages(work: Workload, folder: Path, tokens: int) -> Time:
     """The time of a run beside its stages: `tokens` of text are calibrated and trained on, those of `work`
     measure base and result."""
-    machine, vocabulary = work.machine, work.model.config.vocab_size
+    machine, vocabulary = work.machine, work.model.text_config.vocab_size
     measured = work.passes(2) + work.heads(2, work.tokens)
     scored = KL_OPERATIONS * machine.elementwise(work.tokens, vocabulary)
     once = [
@@ -185,16 +187,19 @@ def _row(model: MetaModel, estimate: Estimate, *, cost: bool = True) -> PlanRow:
     )
 
 
-def per_token(model: MetaModel) -> tuple[int, int]:
-    """Return the operations of the matrices per token, and the bytes per token in the key-value cache.
+def per_token(model: MetaModel) -> tuple[int, int | None]:
+    """Return the operations of the matrices per token, and the bytes per token in the key-value cache if the
+    model's axes are known.
 
     The operations of attention between tokens are left out, as they grow with the text.
     """
     weights = sum(_multiplied(model.layouts.get(name), shape) for name, shape in model.linear_maps())
     for index, layer in enumerate(model.layers):
-        for name in model.anatomy.experts:
-            share = model.config.num_experts_per_tok / model.sizes_of(index)["expert"]
+        for name in model.anatomy.of_layer(index).experts:
+            share = model.text_config.num_experts_per_tok / model.sizes_of(index)["expert"]
             weights += int(layer.get_parameter(name).numel() * share)
+    if model.anatomy.level < AXES:
+        return 2 * weights, None
     sizes = [model.sizes_of(index) for index in range(len(model.layers))]
     cached = sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize
     return 2 * weights, cached

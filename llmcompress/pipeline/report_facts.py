@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from transformers import PretrainedConfig
 
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import DataSpec
 from llmcompress.recipe.recipe import Recipe
@@ -31,12 +33,15 @@ def report_of(
     cost: CostFacts,
     device: torch.device,
     effort: EffortFacts | None,
+    config: PretrainedConfig,
 ) -> Report:
-    """Build the report of a run."""
+    """Build the report of a run on a model of `config`."""
+    loads = auto_class(config).__name__
     return Report(
         recipe_digest=recipe.digest,
         recipe=recipe.origin,
         effort=effort,
+        auto_class=None if loads == "AutoModelForCausalLM" else loads,
         base=before,
         compressed=after,
         fidelity=measured.facts(),

@@ -11,13 +11,13 @@ from typing import Protocol
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from llmcompress import hub
+from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.data.calibration import DEMO, DEMO_MODEL, CalibrationData, load_data
 from llmcompress.data.sources import DataSpec, Effort
 from llmcompress.errors import CompressError, ModelError, RecipeError, argument
@@ -106,7 +106,7 @@ def require_loadable(folder: Path, config: PretrainedConfig) -> None:
     try:
         with no_progress_bar():
             logging.set_verbosity_error()
-            AutoModelForCausalLM.from_pretrained(
+            auto_class(config).from_pretrained(
                 folder, config=defaults(config), device_map="meta", local_files_only=True
             )
     except Exception as error:  # each part of transformers raises errors of its own
@@ -237,7 +237,8 @@ def student_folder(name: str, folder: Path, seed: int, *, write: bool = True) ->
     skeleton(config, torch.float32)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.float32)
+        dtype = config.dtype or torch.float32
+        model: PreTrainedModel = auto_class(config).from_config(config, dtype=dtype)
     with writing(folder), no_progress_bar():
         model.save_pretrained(folder)
     return folder
@@ -263,5 +264,6 @@ def calibration_data(
     `training` gives the number of tokens to train on, for sequences of a length; `effort` decides how much
     text, as far as `spec` leaves that open.
     """
-    positions = getattr(model.config, "max_position_embeddings", None)
-    return load_data(spec, tokenizer, model.config.vocab_size, positions, training, effort)
+    text = model.config.get_text_config(decoder=True)
+    positions = getattr(text, "max_position_embeddings", None)
+    return load_data(spec, tokenizer, text.vocab_size, positions, training, effort)

@@ -126,7 +126,7 @@ def run_recipe(
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
-            report = report_of(ran, before, after, measured, text, facts, cost, where, chosen)
+            report = report_of(ran, before, after, measured, text, facts, cost, where, chosen, config)
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()

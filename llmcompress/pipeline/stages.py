@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
+from llmcompress.architectures.spec import FACTS
 from llmcompress.data.calibration import CalibrationData
+from llmcompress.errors import ModelError
 from llmcompress.integrations import distributed
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.cache import cache_folder
@@ -80,9 +82,19 @@ def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
     ModelError."""
     before: list[StageResult] = []
     for stage in recipe.stages:
-        stage.require_possible(model, before, recipe.data.seed)
+        require_stage(stage, model, before, recipe.data.seed)
         before.append(stage.result(model))
         model = outline_after(before[-1], model)
+
+
+def require_stage(stage: Stage, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
+    """Refuse one stage that can't run on the model. Errors: ModelError."""
+    if model.anatomy.level < stage.needs:
+        raise ModelError(
+            f"{stage.name} needs {FACTS[stage.needs]}, and of a {model.anatomy.family} model is only known "
+            f"{FACTS[model.anatomy.level]}; leave {stage.name} out, or what it does beside rounding"
+        )
+    stage.require_possible(model, before, seed)
 
 
 def run_stage(stage: Stage, model: LayerwiseModel, context: Context) -> StageFacts:

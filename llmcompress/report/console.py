@@ -254,6 +254,42 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
         console.print(Text(note, style="dim"))
 
 
+# what is known of a model at each level of its anatomy
+LEVELS = ("nothing", "linears", "scales", "axes")
+KNOWN = "linears: quantize, codebook, sparsify, low_rank, distill; scales: also smooth, rotate; axes: all"
+
+
+class FamilyRow(Protocol):
+    """A type of models, as `families` finds it."""
+
+    @property
+    def model_type(self) -> str: ...
+    @property
+    def level(self) -> int: ...
+    @property
+    def derived(self) -> bool: ...
+    @property
+    def share(self) -> float: ...
+    @property
+    def why(self) -> Sequence[str]: ...
+
+
+def print_families(rows: Sequence[FamilyRow], console: Console) -> None:
+    """Print `families`: what is known of each type of model, and how much of its layers that reaches."""
+    cells = [
+        (
+            row.model_type,
+            LEVELS[row.level],
+            ("derived" if row.derived else "table") if row.level else "",
+            measured_percent(row.share) if row.level else "",
+            "; ".join(row.why),
+        )
+        for row in rows
+    ]
+    _print(console, "families", ("model_type", "known", "from", "of the layers' weights", "why"), cells)
+    console.print(Text(KNOWN, style="dim"))
+
+
 def _print(console: Console, title: str, header: Sequence[str], rows: Rows) -> None:
     if not rows:
         return

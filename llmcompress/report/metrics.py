@@ -12,6 +12,7 @@ Divergence costs five to ten times that. Nothing here changes a weight, but a ke
 import importlib
 import inspect
 import json
+import logging
 import math
 import platform
 import sys
@@ -20,13 +21,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from llmcompress.algorithms.distillation_losses import IGNORED
-from llmcompress.errors import DataError, ModelError
+from llmcompress.errors import DataError, ModelError, first_line
 from llmcompress.kernels.float32_products import plain_float32_products
 from llmcompress.report.schema import EnvironmentFacts, FidelityFacts, Interval
 
@@ -280,13 +282,19 @@ def parameters(model: torch.nn.Module) -> int:
     return count
 
 
+logger = logging.getLogger(__name__)
+
+# what a model keeps between tokens, as `generate` knows it: of attention, of state spaces, of older models
+CACHES = ("past_key_values", "cache_params", "state", "mems")
+
+
 @dataclass(frozen=True)
 class Speed:
     """Tokens per second at batch size 1 (prefill of a prompt, and greedy decoding with the cache), and bytes
     of the model."""
 
     prefill_tokens_per_s: float
-    decode_tokens_per_s: float
+    decode_tokens_per_s: float | None  # None of a model that keeps no cache
     memory_bytes: int
 
 
@@ -316,10 +324,10 @@ def speed(
     model.eval()
     try:
         prefill_s = _best(lambda: _prefill_s(model, sequence), repeats, budget_s)
-        decode_s = _best(lambda: _decode_s(model, prompt, steps), repeats, budget_s)
+        decode_s = _best_decode_s(model, prompt, steps, repeats, budget_s)
     finally:
         model.train(training)
-    return Speed(sequence.shape[1] / prefill_s, steps / decode_s, memory)
+    return Speed(sequence.shape[1] / prefill_s, steps / decode_s if decode_s else None, memory)
 
 
 def _tensor_bytes(model: torch.nn.Module) -> int:
@@ -360,8 +368,31 @@ def _decode_s(model: torch.nn.Module, prompt: Tensor, steps: int) -> float:
     out = model(prompt, use_cache=True, **_last_logits(model))
     start = _now(prompt.device)
     for _ in range(steps):
-        out = model(out.logits[:, -1:].argmax(-1), past_key_values=out.past_key_values, use_cache=True)
+        out = model(out.logits[:, -1:].argmax(-1), **_cache(out), use_cache=True)
     return _now(prompt.device) - start
+
+
+def _best_decode_s(
+    model: torch.nn.Module, prompt: Tensor, steps: int, repeats: int, budget_s: float
+) -> float | None:
+    """Seconds for `steps` greedy tokens; None of a model that keeps nothing between them, or whose own code
+    fails with a cache."""
+    try:
+        if not _cache(model(prompt, use_cache=True)):
+            return None
+        return _best(lambda: _decode_s(model, prompt, steps), repeats, budget_s)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each family has a cache of its own
+        logger.warning("writing can't be timed (%s), so the report has no speed of it", first_line(error))
+        return None
+
+
+def _cache(out: Any) -> dict[str, Any]:
+    """What an output keeps for the next token, by the name of the argument that takes it; empty if it keeps
+    nothing."""
+    kept = {name: getattr(out, name, None) for name in CACHES}
+    return {name: cache for name, cache in kept.items() if cache is not None}
 
 
 def _now(device: torch.device) -> float:

@@ -210,6 +210,7 @@ def _loading(report: Report, repo: str | None) -> str:
         + (" bitsandbytes" if formats - PLAIN else "")
         + (" llmcompress" if ours else "")
     )
+    loads = report.auto_class or "AutoModelForCausalLM"
     also = "import llmcompress  # without it, from_pretrained raises\n" if ours else ""
     named = (
         f'"{repo}"'
@@ -223,11 +224,11 @@ pip install {packages}
 ```
 
 ```python
-{also}from transformers import AutoModelForCausalLM, AutoTokenizer
+{also}from transformers import {loads}, AutoTokenizer
 
 name = {named}
 tokenizer = AutoTokenizer.from_pretrained(name)
-model = AutoModelForCausalLM.from_pretrained(name, device_map="auto")
+model = {loads}.from_pretrained(name, device_map="auto")
 prompt = tokenizer("The first", return_tensors="pt").to(model.device)
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=40)[0]))
 ```"""

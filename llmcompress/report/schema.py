@@ -216,6 +216,7 @@ class Report(_Facts):
     recipe_digest: str
     recipe: RecipeFacts | None = None
     effort: EffortFacts | None = None
+    auto_class: str | None = None  # that loads the model, if it is not AutoModelForCausalLM
     base: ModelFacts
     compressed: ModelFacts
     fidelity: FidelityFacts
@@ -248,6 +249,7 @@ class Report(_Facts):
         optional = [
             (facts, "recipe"),
             (facts, "effort"),
+            (facts, "auto_class"),
             *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
         ]
         for holder, key in optional:

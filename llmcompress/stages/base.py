@@ -18,6 +18,7 @@ from typing import Any, ClassVar
 import torch
 from pydantic import BaseModel, ConfigDict, JsonValue, model_validator
 
+from llmcompress.architectures.spec import AXES
 from llmcompress.data.calibration import CalibrationData
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError, argument, first_line
@@ -227,6 +228,11 @@ class Stage(Settings):
         """What several processes divide among themselves; None if rank 0 does the work and the others
         wait."""
         return None
+
+    @property
+    def needs(self) -> int:
+        """How far the facts about a model must go: LINEARS, SCALES or AXES."""
+        return AXES
 
     @property
     def takes_all(self) -> bool:

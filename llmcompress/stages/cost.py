@@ -102,14 +102,14 @@ class Workload:
 
     def heads(self, count: float, tokens: float, what: str = PASSES) -> Time:
         """The time of products with the output head."""
-        shape = self.model.config.vocab_size, self.model.config.hidden_size
+        shape = self.model.text_config.vocab_size, self.model.hidden_size
         return Time({what: count * self.machine.product(tokens, shape)})
 
     @cached_property
     def inputs(self) -> dict[str, int]:
         """The width of each input of linears of a layer, by the first linear that reads it."""
         shapes, layer = dict(self.model.linear_maps()), self.model.layer_name(0)
-        first = {group[0]: f"{layer}.{group[0]}" for group in self.model.anatomy.consumers}
+        first = {group[0]: f"{layer}.{group[0]}" for group in self.model.anatomy.of_layer(0).consumers}
         return {linear: shapes[name][1] for linear, name in first.items() if name in shapes}
 
     def _batch_s(self, half: bool) -> float:
@@ -122,16 +122,17 @@ class Workload:
     def _beside_s(self, index: int, half: bool) -> float:
         """Seconds of one batch in one layer for all but the products of its linears."""
         machine, sizes, tokens = self.machine, self.model.sizes_of(index), self.batch
+        D = self.model.hidden_size
         d, heads, ffn = sizes.get("d", 0), sizes.get("kv", 0) * sizes.get("q", 1), sizes.get("ffn", 0)
         seconds = CALLS * machine.elementwise(1, 1)
-        seconds += ON_HIDDEN * machine.elementwise(tokens, sizes["hidden"])
+        seconds += ON_HIDDEN * machine.elementwise(tokens, D)
         if heads * d:
             seconds += machine.attention(tokens, self.length, heads, d, half=half)
             seconds += ON_QUERIES * machine.elementwise(tokens, heads * d)
         if ffn:
             seconds += ON_FFN * machine.elementwise(tokens, ffn)
-        for name in self.model.anatomy.experts:
-            used = self.model.config.num_experts_per_tok / sizes["expert"]
+        for name in self.model.anatomy.of_layer(index).experts:
+            used = self.model.text_config.num_experts_per_tok / sizes["expert"]
             weights = self.model.layers[index].get_parameter(name).numel() * used
-            seconds += machine.product(tokens, (int(weights / sizes["hidden"]), sizes["hidden"]))
+            seconds += machine.product(tokens, (int(weights / D), D))
         return seconds

@@ -6,6 +6,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import metric_factor
+from llmcompress.architectures.spec import SCALES
 from llmcompress.modeling.backward import output_fisher
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import first_sequences
@@ -32,7 +33,7 @@ def find_fisher(model: LayerwiseModel, context: Context, least: int = TOKENS) ->
         return
     found = output_fisher(
         model,
-        first_sequences(context.data.calibration, tokens_for(model.config.hidden_size, least)),
+        first_sequences(context.data.calibration, tokens_for(model.hidden_size, least)),
         context.scratch,
         context.seed,
         unscored=context.data.unscored,
@@ -45,7 +46,7 @@ def find_fisher(model: LayerwiseModel, context: Context, least: int = TOKENS) ->
 def time_of(work: Workload, least: int = TOKENS) -> Time:
     """The time of `find_fisher`: a forward pass, then a backward pass that repeats it layer by layer, through
     the inputs alone."""
-    D = work.model.config.hidden_size
+    D = work.model.hidden_size
     tokens = min(work.tokens, tokens_for(D, least))
     found = work.passes(3, tokens, half=work.half, what=WHAT) + work.heads(3, tokens, what=WHAT)
     moments = len(work.model.layers) * work.machine.moments(tokens, D, 1)
@@ -70,8 +71,8 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
         for name, row in rows.items()
         if row == "hidden" and name.endswith(".weight")
     }
-    # a norm that no linear follows, or no matrix of the layer
-    if gains - scale_pairs.keys() or not context.journal.has(FISHER, index):
+    # what follows is not known, or a norm that no linear follows, or no matrix of the layer
+    if model.anatomy.level < SCALES or gains - scale_pairs.keys() or not context.journal.has(FISHER, index):
         return None
     return nats_factor(fisher(context, index).to(model.device))
 

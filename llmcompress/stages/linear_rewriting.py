@@ -41,11 +41,6 @@ from llmcompress.stages.base import (
 Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that depend only on the shape of a linear
 
 
-def inner(model: LayerwiseModel, parts: Sequence[str]) -> dict[str, None]:
-    """The full names of parts of a layer in all layers, in order."""
-    return {f"{model.layer_name(index)}.{part}": None for index in range(len(model.layers)) for part in parts}
-
-
 def require_known(
     what: str, patterns: Iterable[str], names: Collection[str], axes: Collection[str] = ()
 ) -> None:
@@ -78,12 +73,12 @@ def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: M
             layer.round_input(linear, inputs)
 
 
-def refused(name: str, model: LayerwiseModel, ours: Collection[str], skip: Iterable[str]) -> str | None:
+def refused(name: str, model: LayerwiseModel, skip: Iterable[str]) -> str | None:
     """Why a stage that rewrites the linears of layers keeps this one as it is, or None."""
     if name == model.anatomy.head:
         return "the head stays"
-    if name not in ours:
-        return "outside the layers"
+    if name not in model.layer_linears:
+        return model.kept_weights.get(name, "outside the layers")
     if (layout := model.layouts.get(name)) is not None:
         return f"is stored as {layout.format} already"
     return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
@@ -98,15 +93,14 @@ def rewritable(
     `layout_of` is called with the full name of each linear. Raises ModelError if a pattern of `skip` matches
     none, and if no linear is left; `becomes` completes the message "no linear of this model can ...".
     """
-    ours = inner(model, model.anatomy.linears)
+    ours = model.layer_linears
     require_known("skip", skip, ours)
     maps = dict(model.linear_maps())
     reasons = {
-        name: refused(name, model, ours, skip) or layout_of(name).refusal(shape)
-        for name, shape in maps.items()
+        name: refused(name, model, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()
     }
     kept = {name: why for name, why in reasons.items() if why}
-    kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+    kept |= model.kept_weights | dict.fromkeys(model.expert_weights, "3-D experts, which are stored whole")
     chosen = {name: layout_of(name) for name in maps if name not in kept}
     if not chosen:
         raise ModelError(f"no linear of this model can {becomes.format(why=next(iter(kept.values())))}")
@@ -228,5 +222,5 @@ def rewriting_memory(model: MetaModel, work: Workload) -> int:
     """Bytes that rewriting linears holds at once: four copies of a layer, two streams of states twice, the
     widest solver."""
     widest = max(C for _, (_, C) in model.linear_maps())
-    states: int = 4 * work.tokens * model.config.hidden_size
+    states: int = 4 * work.tokens * model.hidden_size
     return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)

@@ -325,7 +325,7 @@ def unknown_kind(base: Path) -> None:
 
 
 def unknown_family(base: Path) -> None:
-    configure(base, model_type="granite", architectures=["GraniteForCausalLM"])
+    configure(base, model_type="hrm_text", architectures=["HrmTextForCausalLM"])
 
 
 def senseless_config(base: Path) -> None:
@@ -377,7 +377,7 @@ WRONG_BASES: list[tuple[Callable[[Path], None], str]] = [
     (no_config, "has no config.json"),
     (half_a_config, "is not JSON"),
     (unknown_kind, "nonesuch"),
-    (unknown_family, "granite"),
+    (unknown_family, "a hrm_text model can't be compressed layer by layer"),
     (senseless_config, "hidden_size"),
     (missing_tensor, "has no tensor for model.layers.1.mlp.up_proj.weight (1 missing)"),
     (other_shapes, "does not fit its config.json"),

@@ -54,6 +54,7 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
         "get_available_reporting_integrations": {COMPAT},
     },
     "transformers.modeling_utils": {"LoadStateDictConfig": {COMPAT}, "ModuleUtilsMixin": {COMPAT}},
+    "transformers.models.auto.modeling_auto": {"MODEL_FOR_CAUSAL_LM_MAPPING_NAMES": {COMPAT}},
     "transformers.models.auto.tokenization_auto": {
         "TOKENIZER_MAPPING_NAMES": {"io.tokenizer"},
         "tokenizer_class_from_name": {"io.tokenizer"},
@@ -75,6 +76,7 @@ ATTRIBUTES: dict[str, str] = {
     "_convert_weight_packed_for_cpu": "bitsandbytes.functional",
     "_convert_weight_packed_for_cpu_inverse": "bitsandbytes.functional",
     "_dequantize": "transformers.quantizers.base.HfQuantizer",
+    "_from_config": "transformers.PreTrainedModel",
     "_get_train_sampler": "transformers.Trainer",
     "_is_hf_initialized": "",  # set by us on a module, and read by transformers where it initialises weights
     "_keys_to_ignore_on_save": "transformers.PreTrainedModel",

@@ -141,7 +141,9 @@ def test_a_quantised_base_is_refused_and_read_on_request(base: Path) -> None:
     ("fields", "causal"),
     [
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, False),
-        ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, False),
+        ({"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"}, True),
+        ({"architectures": ["LlavaForConditionalGeneration"], "model_type": "llava"}, True),
+        ({"architectures": ["LlavaModel"], "model_type": "llava"}, False),
         ({"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}, True),
         ({"architectures": None}, True),
         ({"architectures": None, "model_type": "t5"}, False),

@@ -245,7 +245,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"add_cross_attention": True}, "reads an encoder"),
     ({"is_causal": False}, "is_causal: false"),
     ({"transformers_weights": "other.safetensors"}, "transformers_weights; take the field out"),
-    ({"text_config": {"model_type": "llama"}}, "is a multimodal model around a text model"),
+    ({"text_config": {"model_type": "llama"}}, "transformers builds no model of this config.json"),
 ]
 
 
@@ -421,7 +421,7 @@ def test_damaged_weight_files_are_one_line(
 
 
 @pytest.mark.parametrize("prefix", ["language_model.", "model.language_model."])
-def test_a_text_model_inside_a_multimodal_one_is_named_as_that(prefix: str, base: Path) -> None:
+def test_tensors_of_a_multimodal_model_under_a_text_config_are_named(prefix: str, base: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     tensors = load_file(base / "model.safetensors")
@@ -430,7 +430,7 @@ def test_a_text_model_inside_a_multimodal_one_is_named_as_that(prefix: str, base
         base / "model.safetensors",
         {"format": "pt"},
     )
-    assert f"it stores {prefix}" in refusal(base)
+    assert f"the tensors of a multimodal one ({prefix}" in refusal(base)
 
 
 def test_a_base_that_transformers_can_not_load_is_refused_before_the_first_stage(base: Path) -> None:

@@ -130,7 +130,7 @@ def test_a_plan_refuses_what_a_run_refuses(text: Path, tmp_path: Path) -> None:
             "no causal language model",
         ),
         ({"model_type": "nonesuch", "architectures": ["NonesuchForCausalLM"]}, "nonesuch"),
-        ({"model_type": "gpt_bigcode", "architectures": ["GPTBigCodeForCausalLM"]}, "gpt_bigcode"),
+        ({"model_type": "hrm_text", "architectures": ["HrmTextForCausalLM"]}, "hrm_text"),
         ({"model_type": "bert", "architectures": ["BertModel"]}, "no causal language model"),
     ):
         configure(base, **fields)
@@ -195,6 +195,6 @@ def test_a_cut_is_priced_before_it_is_made(stage: dict[str, Any], text: Path, tm
     )
     assert cut.flops_per_token < whole.flops_per_token
     if stage["axis"] == "kv":
-        assert cut.kv_cache_bytes_per_token == whole.kv_cache_bytes_per_token // 2
+        assert 2 * known(cut.kv_cache_bytes_per_token) == known(whole.kv_cache_bytes_per_token)
     if "parameters" in stage:
         assert cut.parameters <= 0.8 * whole.parameters

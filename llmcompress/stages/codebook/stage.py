@@ -20,6 +20,7 @@ from torch import Tensor
 from llmcompress.algorithms.codebook import solve_codebook
 from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.overflow import require_within
+from llmcompress.architectures.spec import LINEARS
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.codebook import CodebookLayout, CodebookWeight
 from llmcompress.integrations.distributed import By
@@ -76,6 +77,11 @@ class Codebook(Stage):
         return rewritable(
             model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
         )
+
+    @property
+    def needs(self) -> int:
+        """What each linear reads."""
+        return LINEARS
 
     @property
     def bits(self) -> tuple[float, float]:

@@ -22,7 +22,7 @@ def of(stage: Distill, model: MetaModel, work: Workload) -> Estimate:
     # a gradient and two moments of every weight, or of next to none of them
     learning = 3 if stage.train == "all" else 0
     floats = parameters * ((1 if stage.cache else 2) + learning)
-    floats += TOKENS_AT_ONCE * model.config.hidden_size * 16 * len(model.layers)
+    floats += TOKENS_AT_ONCE * model.hidden_size * 16 * len(model.layers)
     tokens = stage.tokens(work.length)
     return Estimate(
         stage=f"distill ({what}, {stage.steps} steps of {stage.batch} x {length} tokens)",

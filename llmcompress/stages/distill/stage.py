@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
+from llmcompress.architectures.spec import LINEARS
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.codebook import CodebookLayout
@@ -34,6 +35,11 @@ class Distill(DistillConfig, Stage):
     def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:
         """With the number of steps."""
         return self.model_copy(update=self.unsaid(steps=STEPS[effort]))
+
+    @property
+    def needs(self) -> int:
+        """What each linear reads."""
+        return LINEARS
 
     @property
     def models(self) -> dict[str, str]:

@@ -194,7 +194,7 @@ class Training:
                 _halve(teacher, resident)
             if stage.attention:
                 teacher.set_attn_implementation("eager")
-            return LiveTeacher(teacher, self.model.config.vocab_size)
+            return LiveTeacher(teacher, self.model.text_config.vocab_size)
 
         teacher, examiner = self._cached(source, live, sequences) if stage.cache else (live(), live())
         matching = None
@@ -220,7 +220,7 @@ class Training:
         stage, model, context = self.stage, self.model, self.context
 
         def cached() -> list[CachedTeacher]:
-            key = f"{source.digest()} {stage.teacher_format} {model.dtype} {model.config.vocab_size}"
+            key = f"{source.digest()} {stage.teacher_format} {model.dtype} {model.text_config.vocab_size}"
             wanted = ((sequences.ids_NL, stage.temperature), (self.held_NL, 1.0))
             return [
                 CachedTeacher(context.cache, key, live, asked_NL, stage.top_k, temperature, context.track)

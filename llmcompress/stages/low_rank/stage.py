@@ -18,6 +18,7 @@ from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.low_rank import coefficients, shared_basis
+from llmcompress.architectures.spec import LINEARS
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.integrations.distributed import By
@@ -30,7 +31,6 @@ from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult
 from llmcompress.stages.cost import IN_TURN, SOLVER
 from llmcompress.stages.linear_rewriting import (
     Rewriting,
-    inner,
     refused,
     require_known,
     rewriting_memory,
@@ -91,14 +91,14 @@ class LowRank(Stage):
                 f"layers_per_basis: {self.layers_per_basis} is more than the {len(model.layers)} layers of "
                 "this model; use fewer"
             )
-        ours, shapes = inner(model, model.anatomy.linears), dict(model.linear_maps())
+        ours, shapes = model.layer_linears, dict(model.linear_maps())
         require_known("skip", self.skip, ours)
         chosen: dict[str, FactoredLayout] = {}
-        kept = {name: why for name in shapes if (why := refused(name, model, ours, self.skip))}
+        kept = {name: why for name in shapes if (why := refused(name, model, self.skip))}
         for group in self.groups(model):
-            for linear in model.anatomy.linears:
+            for linear in model.anatomy.of_layer(group[0]).linears:
                 names = [f"{model.layer_name(index)}.{linear}" for index in group]
-                if names[0] not in shapes or any(name in kept for name in names):
+                if any(name not in shapes or name in kept for name in names):
                     kept |= {
                         name: "another of its group is kept"
                         for name in names
@@ -117,11 +117,17 @@ class LowRank(Stage):
                     chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
                 else:
                     kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
-        kept |= dict.fromkeys(inner(model, model.anatomy.experts), "3-D experts, which are stored whole")
+        kept |= model.kept_weights
+        kept |= dict.fromkeys(model.expert_weights, "3-D experts, which are stored whole")
         if not chosen:
             why = next(why for name, why in kept.items() if name in ours)
             raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
         return chosen, kept
+
+    @property
+    def needs(self) -> int:
+        """What each linear reads."""
+        return LINEARS
 
     @property
     def leaves(self) -> str:
@@ -174,7 +180,7 @@ class LowRank(Stage):
             (f"{model.layer_name(index)}.{linear}", f"{model.layer_name(group[0])}.{linear}")
             for group in self.groups(model)
             for index in group[1:]
-            for linear in model.anatomy.linears
+            for linear in model.anatomy.of_layer(index).linears
         ]
         return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
 

@@ -25,7 +25,7 @@ def of(stage: Prune, model: MetaModel, left: MetaModel, work: Workload) -> Estim
         widest = 0
     else:
         spoken, time, widest, notes = _cutting(stage, model, work)
-        states = 4 * work.tokens * model.config.hidden_size
+        states = 4 * work.tokens * model.hidden_size
     return Estimate(
         stage=f"prune ({spoken})",
         parameters=left.parameters(),
@@ -38,7 +38,7 @@ def of(stage: Prune, model: MetaModel, left: MetaModel, work: Workload) -> Estim
 
 def _dropping(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time, int, tuple[str, ...]]:
     """For layers or sublayers: what goes in words, the time, the floats of the states, and notes."""
-    layers, D = len(model.layers), model.config.hidden_size
+    layers, D = len(model.layers), model.hidden_size
     if stage.of_layers:
         gone = stage.cut(model).gone
         time = work.passes(layers * len(gone) / 2, SAMPLE, what=SEARCH)
@@ -58,7 +58,7 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
     """For units of axes: what stays in words, the time, the widest input that is solved for, and notes."""
     cut, maps, sizes = stage.cut(model), dict(model.linear_maps()), stage.sizes(model)
     readers = {axis: f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes}
-    shapes = {axis: maps.get(name, (0, model.config.hidden_size)) for axis, name in readers.items()}
+    shapes = {axis: maps.get(name, (0, model.hidden_size)) for axis, name in readers.items()}
     time = Time()
     for axis, (R, C) in shapes.items():
         gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis])]

@@ -18,7 +18,7 @@ AXIS = "expert"
 
 def require_enough(model: LayerwiseModel, count: int) -> None:
     """Refuse fewer experts than each token is routed to. Errors: ModelError."""
-    if count < (chosen := model.config.num_experts_per_tok):
+    if count < (chosen := model.text_config.num_experts_per_tok):
         raise ModelError(
             f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or '
             "more"

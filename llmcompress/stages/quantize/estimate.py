@@ -59,13 +59,13 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
     outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
     # inputs and outputs, here and in the full model
-    states = tokens * model.config.hidden_size * (2 if stage.rounding == "nearest" else 4)
+    states = tokens * model.hidden_size * (2 if stage.rounding == "nearest" else 4)
     widest = max(columns for _, (_, columns) in model.linear_maps())
     # a layer in float32, before and after, and its codes as int64; if trained, also gradients, positions and
     # moments of Adam
     copies = {"nearest": 4, "gptq": 6, "learned": 11}[stage.rounding]
     floats = inner * copies + outer + states + 4 * widest * widest
-    logits = min(4 * TOKENS_AT_ONCE * model.config.vocab_size, CPU_BYTES)
+    logits = min(4 * TOKENS_AT_ONCE * model.text_config.vocab_size, CPU_BYTES)
     return int(4 * floats + 2 * logits)
 
 

@@ -10,7 +10,7 @@ quantised again: its codes are read, and the walk goes on through them.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal
 
@@ -18,6 +18,7 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llmcompress.architectures.shape_grammar import Spelling
+from llmcompress.architectures.spec import LINEARS, SCALES
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
@@ -30,7 +31,7 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.rotation import Rotation
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.fisher import MANY, TOKENS, find_fisher
-from llmcompress.stages.linear_rewriting import inner, mean_bits, require_known
+from llmcompress.stages.linear_rewriting import mean_bits, require_known
 from llmcompress.stages.quantize import estimate
 from llmcompress.stages.quantize.config import FormatConfig, Override, together
 from llmcompress.stages.quantize.embedding import apart, embedding_codings, settle_outer
@@ -135,7 +136,7 @@ class Quantize(FormatConfig, Stage):
         """
         chosen: dict[str, QuantScheme] = {}
         kept: dict[str, str] = {}
-        rows, ours = model.anatomy.rows(model.config), inner(model, model.anatomy.linears)
+        rows, ours = model.anatomy.rows(model.config), model.layer_linears
         require_known("skip", self.skip, ours)
         require_known("overrides", self.overrides, [*ours, model.anatomy.head], model.sizes)
         if model.shared_linears and (
@@ -149,12 +150,12 @@ class Quantize(FormatConfig, Stage):
             )
         for name, shape in model.linear_maps():
             coding = self._settings(name, rows.get(f"{name}.weight", "")).coding(model.weight_dtype)
-            if why := self._why_not(name, model, ours) or coding.refusal(shape):
+            if why := self._why_not(name, model) or coding.refusal(shape):
                 kept[name] = why
             else:
                 chosen[name] = coding
         experts = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
-        kept |= dict.fromkeys(inner(model, model.anatomy.experts), experts)
+        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, experts)
         if not chosen:
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another "
@@ -184,6 +185,11 @@ class Quantize(FormatConfig, Stage):
         """The least and the most bits per weight, scales included."""
         found = [each.coding(torch.float32).bits for each in self.formats]
         return min(found), max(found)
+
+    @property
+    def needs(self) -> int:
+        """Where scales cross, if they are to; otherwise what each linear reads."""
+        return LINEARS if self.smooth is None and not self.rotate else SCALES
 
     @property
     def divides(self) -> By:
@@ -251,7 +257,7 @@ class Quantize(FormatConfig, Stage):
                 found = override.over(self)
         return found
 
-    def _why_not(self, name: str, model: LayerwiseModel, ours: Collection[str]) -> str | None:
+    def _why_not(self, name: str, model: LayerwiseModel) -> str | None:
         if name == model.anatomy.head:
             if self.head == "keep":
                 return "head: keep"
@@ -260,8 +266,8 @@ class Quantize(FormatConfig, Stage):
                     "head: quantize needs an untied lm_head, and this one is tied to the embedding; use "
                     "head: keep and embedding: int8, which is both"
                 )
-        elif name not in ours:
-            return "outside the layers"
+        elif name not in model.layer_linears:
+            return model.kept_weights.get(name, "outside the layers")
         elif (layout := model.layouts.get(name)) is not None and layout != FactoredLayout("shared"):
             return f"is stored as {layout.format} already"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
@@ -314,7 +320,7 @@ class Quantize(FormatConfig, Stage):
         facts.linears += outer.linears if outer else ()
         layers = [journal.facts(STAGE, index, QuantizedLayer) for index in range(steps)]
         facts.add(layers)
-        facts.notes += starved_experts(layers, model.config.hidden_size)
+        facts.notes += starved_experts(layers, model.hidden_size)
         return facts
 
 

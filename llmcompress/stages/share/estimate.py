@@ -27,7 +27,7 @@ def of(stage: Share, model: MetaModel, left: MetaModel, work: Workload) -> Estim
         tried = given_up * layers * min(layers - 1, 2 * layer_groups.NEAR)
         time += work.passes(tried / 2, SAMPLE, what="search for the groups")
     time += work.passes(3, stage.steps * TOKENS_AT_ONCE * sharing / layers, what=TRAINING)
-    floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.config.hidden_size
+    floats = (max(map(len, groups)) + 5) * inner // layers + 2 * work.tokens * model.hidden_size
     note = "the run finds the layers that share with least loss; these numbers are for neighbours"
     return Estimate(
         stage=f"share ({' and '.join(stage.parts)} of {sharing} layers, {len(groups)} stored)",

@@ -22,7 +22,6 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
-from llmcompress.stages.linear_rewriting import inner
 from llmcompress.stages.share import estimate, layer_groups
 from llmcompress.stages.share.group_fitting import STAGE, GroupFitter, SharedLayer
 from llmcompress.stages.share.layer_groups import FoundGroups
@@ -152,7 +151,7 @@ class Share(Stage):
                 )
             if why := layout.refusal(shapes[name]):
                 raise ModelError(f"residual_rank {self.residual_rank}: {why}; use a smaller one")
-        others = dict.fromkeys(inner(model, linears), "shares with no other layer")
+        others = dict.fromkeys(model.in_layers(lambda _: linears), "shares with no other layer")
         return chosen, {name: why for name, why in others.items() if name not in chosen}
 
     def with_effort(self, effort: Effort, before: Sequence[Stage]) -> Stage:

@@ -21,6 +21,7 @@ from torch import Tensor
 from llmcompress.algorithms.hessian import Moments, retarget
 from llmcompress.algorithms.saliency import wanda_weights
 from llmcompress.algorithms.sparsegpt import keep_mask, sparsegpt
+from llmcompress.architectures.spec import LINEARS
 from llmcompress.formats.base import DTYPES
 from llmcompress.formats.sparse import SparseLayout, SparseWeight
 from llmcompress.integrations.distributed import By
@@ -84,6 +85,11 @@ class Sparsify(Stage):
         return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
 
     @property
+    def needs(self) -> int:
+        """What each linear reads."""
+        return LINEARS
+
+    @property
     def leaves(self) -> str:
         """The share of the weights that stays."""
         return (
@@ -139,7 +145,7 @@ class Sparsify(Stage):
             time += work.products(3, shapes.values()) + work.factors(1)  # the corrected weight
         if self.score == "sparsegpt":
             time += work.products(3, shapes.values()) + work.factors(1)
-        states = work.tokens * model.config.hidden_size * (4 if calibrated else 2)
+        states = work.tokens * model.hidden_size * (4 if calibrated else 2)
         outer, widest = parameters - inner, max(C for _, C in shapes.values())
         reasons = "; ".join(sorted(set(kept.values())))
         return Estimate(

@@ -77,8 +77,8 @@ class Tie(Stage):
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of statistics and of the search for the balance."""
-        inner, D = model.inner_parameters(), model.config.hidden_size
-        outer = model.config.vocab_size * D
+        inner, D = model.inner_parameters(), model.hidden_size
+        outer = model.text_config.vocab_size * D
         floats = 4 * outer + inner // len(model.layers) + 2 * work.tokens * D
         return Estimate(
             stage="tie (embedding and head)",

@@ -1,0 +1,1 @@
+"""Facts of a model's family, derived from tiny models of its config."""

@@ -1,0 +1,153 @@
+"""The anatomy of a model: from the table of families, or derived on a tiny model of its config and proved.
+
+A tiny model is the first layers of the model with other sizes, as many as hold one of each kind. What a pass
+through it shows is proved there, and what can't be proved is refused: nothing is guessed from names. So a
+family that is new in transformers needs no line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompress.architectures import families
+from llmcompress.architectures.spec import LINEARS, Anatomy, Rows
+from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
+from llmcompress.derivation.readers import Readers, readers_of
+from llmcompress.derivation.subject import (
+    Subject,
+    described,
+    first_of_each_kind,
+    kind_of,
+    layers_at,
+    paths_of_layers,
+)
+from llmcompress.errors import CompressError, ModelError
+from llmcompress.integrations.transformers_compat import Conv1D
+
+_DERIVED: dict[str, Anatomy] = {}  # by class and config, in this process
+
+
+def anatomy_of(model: PreTrainedModel) -> Anatomy:
+    """The anatomy of a model; its weights are not read.
+
+    Errors: ModelError for a config that the family's rows don't cover, and for a family that the table lacks
+    and that can't be walked, with the proof that failed.
+    """
+    table = families.FAMILIES.get(model.config.model_type)
+    if table is not None and not table.refused(model.config):
+        return table.at(model.config)
+    key = f"{type(model).__qualname__} {model.config.to_json_string(use_diff=False)}"
+    if key not in _DERIVED:
+        _DERIVED[key] = derived(model)
+    return _DERIVED[key]
+
+
+def derived(model: PreTrainedModel) -> Anatomy:
+    """The anatomy of a model as its tiny twin shows it. Errors: ModelError as for `anatomy_of`."""
+    try:
+        with _one_thread():
+            return _derived(model)
+    except CompressError as error:
+        why, cause = str(error), None
+    except Exception as error:  # each family fails in its own way
+        why, cause = described(error), error
+    raise ModelError(
+        f"a {model.config.model_type} model can't be compressed layer by layer: {why}; take a model of "
+        "another family (`llmcompress families`)"
+    ) from cause
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compute in one thread within the context: a tiny model has no work for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _derived(model: PreTrainedModel) -> Anatomy:
+    subject = _subject(model)
+    path, layers = subject.path, layers_at(model, subject.path)
+    if (why := prove_causal(subject) or prove_walk(subject)) is not None:
+        raise ModelError(why)
+    kinds = first_of_each_kind(subject.layers)
+    readers = {kind: proved_readers(subject, index) for kind, index in kinds.items()}
+    common = Anatomy(
+        family=model.config.model_type,
+        layers=path,
+        layer={},
+        outer={
+            name: _spelled(parameter)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if not name.startswith(f"{path}.")
+        },
+        consumers=(),
+        scale_pairs={},
+        sizes={},
+        embedding=_name(model, model.get_input_embeddings()),
+        head=_name(model, model.get_output_embeddings()),
+        norm=None,
+        level=LINEARS,
+        returned_items=subject.returned_items,
+    )
+    each = tuple(_of_layer(common, index, layer, readers) for index, layer in enumerate(layers))
+    return replace(each[0], each_layer=each if any(of != each[0] for of in each) else ())
+
+
+def _subject(model: PreTrainedModel) -> Subject:
+    """The tiny model of a model. Errors: ModelError if no list of its modules are the layers of a text."""
+    why = ""
+    for path in paths_of_layers(model):
+        try:
+            return Subject.like(model, path)
+        except CompressError as error:
+            why = str(error)
+        except Exception as error:  # each family fails in its own way
+            why = f"no text goes through a small model of its config ({described(error)})"
+    raise ModelError(why)
+
+
+def proved_readers(subject: Subject, index: int) -> Readers:
+    """The linears of a layer by what they read, without those whose weight is read by another module too."""
+    found = readers_of(subject, index)
+    prefix = f"{subject.path}.{index}."
+    seen = prove_poison(subject, [prefix + name for group in found.groups for name in group])
+    found.kept |= {name.removeprefix(prefix): why for name, why in seen.items()}
+    groups = [tuple(name for name in group if name not in found.kept) for group in found.groups]
+    found.groups = [group for group in groups if group]
+    return found
+
+
+def _of_layer(common: Anatomy, index: int, layer: nn.Module, readers: dict[Hashable, Readers]) -> Anatomy:
+    kind = kind_of(layer)
+    if kind not in readers:
+        raise ModelError(f"layer {index} is of a kind that no small model of this config has")
+    found = readers[kind]
+    rows: Rows = {name: _spelled(parameter) for name, parameter in layer.named_parameters()}
+    linears = {name for group in found.groups for name in group}
+    conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
+    return replace(
+        common, layer=rows, consumers=tuple(found.groups), kept=found.kept, conv1d=frozenset(conv1d)
+    )
+
+
+def _spelled(parameter: nn.Parameter) -> str:
+    """The shape of a parameter as a row without axes; a number alone is one of one element."""
+    return " ".join(map(str, parameter.shape)) or "1"
+
+
+def _name(model: PreTrainedModel, module: nn.Module | None) -> str:
+    """The full name of a module that a model gives out. Errors: ModelError if it gives out none."""
+    found: str | None = next((name for name, each in model.named_modules() if each is module), None)
+    if found is None:
+        raise ModelError("it has no embedding or no output head of its own")
+    return found

@@ -1,0 +1,143 @@
+"""The tiny model on which facts about a family are derived and proved: its layers, and what they compute."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
+from llmcompress.errors import ModelError
+
+LENGTH = 24  # tokens of a probe, more than the windows of a tiny model
+BATCHES = 2
+EXACT = 1e-5  # logits that differ by less are equal: norms and softmax compute in float32
+DEPTHS = ("num_hidden_layers", "num_layers")  # fields that count layers; in some families one counts halves
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A tiny model: its decoder layers, what one of them returns, and its logits."""
+
+    model: PreTrainedModel
+    path: str  # of the ModuleList of layers
+    layers: nn.ModuleList
+    returned_items: int  # of the tuple in which a layer returns its states; 0 if it returns them alone
+    tokens: list[Tensor]  # batches [B, L], without special tokens
+    expected: list[Tensor]  # their logits [B, L, V]
+
+    @classmethod
+    def like(cls, model: PreTrainedModel, path: str) -> Subject:
+        """A tiny model of the same class and config, with as many of the layers at a path as it takes to have
+        one of each kind. Errors: ModelError."""
+        layers = layers_at(model, path)
+        needed = max(2, 1 + max(first_of_each_kind(layers).values()))
+        tiny = shrunk(model.config, min(needed, len(layers)))
+        try:
+            return cls.of(tiny_model(tiny, type(model)), path)
+        except RuntimeError:  # the code of some families computes in float32 alone
+            return cls.of(tiny_model(tiny, type(model), dtype=torch.float32), path)
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, path: str) -> Subject:
+        """Look at a tiny model. Errors: ModelError if its layers run in no pass, or return something else."""
+        layers, tokens, returned = layers_at(model, path), _tokens(), list[Any]()
+        hook = layers[-1].register_forward_hook(lambda module, args, out: returned.append(out))
+        try:
+            expected = [logits(model, batch) for batch in tokens]
+        finally:
+            hook.remove()
+        if not returned:
+            raise ModelError(f"a text doesn't go through {path}")
+        out = returned[0]
+        alone = isinstance(out, Tensor)
+        if not alone and not (isinstance(out, tuple | list) and isinstance(out[0], Tensor)):
+            raise ModelError(f"its layers return a {type(out).__name__}")
+        return cls(model, path, layers, 0 if alone else len(out), tokens, expected)
+
+    def distance(self, logits: Tensor, batch: int = 0) -> float:
+        """How far logits are from those of the unchanged model, in standard deviations; infinite for NaN and
+        for another shape."""
+        expected = self.expected[batch]
+        if logits.shape != expected.shape:
+            return float("inf")
+        off = float((logits - expected).abs().max() / expected.std())
+        return off if off == off else float("inf")
+
+
+@torch.no_grad()
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    """The logits [B, L, V] of a whole model, float64."""
+    return model(input_ids=tokens, use_cache=False).logits.double()  # type: ignore[no-any-return]
+
+
+def _tokens() -> list[Tensor]:
+    """Two batches of random tokens [B, L] below the special ones of a tiny model."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, FIRST_SPECIAL, (BATCHES, LENGTH), generator=generator) for _ in range(2)]
+
+
+def layers_at(model: PreTrainedModel, path: str) -> nn.ModuleList:
+    """The layers at a path."""
+    layers = model.get_submodule(path)
+    assert isinstance(layers, nn.ModuleList)
+    return layers
+
+
+def paths_of_layers(model: PreTrainedModel) -> list[str]:
+    """The names of the lists of modules that may be the decoder layers: as long as the config says, those
+    first that share most of their names with the embedding, then those with most of the weights.
+
+    Errors: ModelError if there is none.
+    """
+    text = model.config.get_text_config(decoder=True)
+    depths = {int(depth) for name in DEPTHS if (depth := getattr(text, name, None)) is not None}
+    names = {module: name for name, module in model.named_modules()}
+    embedding = names.get(model.get_input_embeddings(), "").split(".")
+
+    def likely(module: nn.ModuleList) -> tuple[int, int]:
+        common = takewhile(bool, map(operator.eq, names[module].split("."), embedding))
+        return len([*common]), sum(parameter.numel() for parameter in module.parameters())
+
+    found = [
+        module
+        for module in names
+        if isinstance(module, nn.ModuleList) and len(module) in depths and [*module.parameters()]
+    ]
+    if not found:
+        said = " or ".join(str(depth) for depth in sorted(depths))
+        raise ModelError(f"it has no list of {said or 'as many'} decoder layers as its config says")
+    return [names[module] for module in sorted(found, key=likely, reverse=True)]
+
+
+def described(error: Exception) -> str:
+    """An error of a family's code as a part of a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]
+
+
+def kind_of(layer: nn.Module) -> Hashable:
+    """What tells layers of one model apart, whatever their sizes: their modules, the names of their weights,
+    and each flag and word that a module holds."""
+    modules = [(name, type(module)) for name, module in layer.named_modules()]
+    weights = [name for name, _ in [*layer.named_parameters(), *layer.named_buffers()]]
+    flags = [
+        (name, attribute, value)
+        for name, module in layer.named_modules()
+        for attribute, value in sorted(vars(module).items())
+        if isinstance(value, bool | str) and not attribute.startswith("_") and attribute != "training"
+    ]
+    return (*modules,), (*weights,), (*flags,)
+
+
+def first_of_each_kind(layers: nn.ModuleList) -> dict[Hashable, int]:
+    """Each kind of layer with the number of the first one."""
+    found: dict[Hashable, int] = {}
+    for index, layer in enumerate(layers):
+        found.setdefault(kind_of(layer), index)
+    return found

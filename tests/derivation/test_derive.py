@@ -1,0 +1,217 @@
+"""Derived anatomies agree with the table of families, and each proof fails where its fact is wrong."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from llmcompress.architectures.families import FAMILIES
+from llmcompress.architectures.spec import AXES, LINEARS
+from llmcompress.derivation.derive import anatomy_of, derived
+from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
+from llmcompress.derivation.readers import readers_of
+from llmcompress.derivation.shrink import shrunk, tiny_model
+from llmcompress.derivation.subject import Subject, first_of_each_kind, layers_at
+from llmcompress.errors import ModelError
+from llmcompress.modeling.model_config import skeleton
+from tests.models import VARIANTS, pico
+
+CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
+
+
+Change = Callable[[PreTrainedModel], None]
+
+
+def changed(change: Change | None = None) -> Subject:
+    """A tiny Llama, changed."""
+    model = pico("llama").double()
+    if change is not None:
+        change(model)
+    return Subject.of(model, "model.layers")
+
+
+def mlp_of(model: PreTrainedModel, index: int = 1) -> tuple[nn.Module, nn.Module, nn.Module, nn.Module]:
+    """The feed-forward part of a layer, and its linears: gate, up and down."""
+    mlp = model.get_submodule(f"model.layers.{index}.mlp")
+    gate, up, down = (mlp.get_submodule(f"{name}_proj") for name in ("gate", "up", "down"))
+    return mlp, gate, up, down
+
+
+@pytest.mark.parametrize(("family", "overrides"), CONFIGS)
+def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str, Any]) -> None:
+    model = pico(family, **overrides)
+    table, found = FAMILIES[family].at(model.config), derived(model)
+    assert found.level == LINEARS
+    assert [set(group) for group in found.consumers] == [set(group) for group in table.consumers]
+    assert (found.layers, found.embedding, found.head) == (table.layers, table.embedding, table.head)
+    assert found.conv1d == table.conv1d
+    assert found.kept.keys() == {*table.experts, *(f"{router}.weight" for router in table.router)}
+    assert found.layer.keys() == table.layer.keys() and found.outer.keys() == table.outer.keys()
+    assert not found.each_layer and found.returned_items == 0
+
+
+def test_a_family_of_the_table_is_not_derived() -> None:
+    assert anatomy_of(pico("llama")).level == AXES
+
+
+def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer() -> None:
+    found = anatomy_of(pico("qwen3_moe", mlp_only_layers=[0]))
+    assert found.level == LINEARS and len(found.each_layer) == 2
+    dense, sparse = found.each_layer
+    assert dense.consumers[2:] == (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)) and not dense.kept
+    assert len(sparse.consumers) == 2
+    assert sparse.kept == {
+        "mlp.gate.weight": "is a matrix of a Qwen3MoeTopKRouter, which no loader replaces",
+        "mlp.experts.gate_up_proj": "holds all experts in one tensor",
+        "mlp.experts.down_proj": "holds all experts in one tensor",
+    }
+
+
+def test_the_tiny_model_has_as_many_layers_as_it_takes_to_see_each_kind() -> None:
+    config = AutoConfig.for_model("gemma3_text", num_hidden_layers=12)
+    whole = skeleton(config, torch.float32)
+    assert max(first_of_each_kind(layers_at(whole, "model.layers")).values()) == 5
+    assert not derived(whole).each_layer  # local or global, a layer has the same linears
+
+
+def remembering(model: PreTrainedModel) -> None:
+    """What leaves a layer depends on the batch before."""
+    layer = model.get_submodule("model.layers.1")
+    run, seen = layer.forward, list[Tensor]()
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        out: Tensor = run(hidden, *args, **kwargs) + sum(state.mean() for state in seen)
+        seen[:] = [hidden.detach()]
+        return out
+
+    layer.forward = forward
+
+
+def skipping(model: PreTrainedModel) -> None:
+    """What enters the first layer goes around all of them."""
+    norm, embedded = model.get_submodule("model.norm"), list[Tensor]()
+    run = norm.forward
+    model.get_input_embeddings().register_forward_hook(lambda module, args, out: embedded.append(out))
+    norm.forward = lambda hidden: run(hidden + embedded[-1])
+
+
+def summing(model: PreTrainedModel) -> None:
+    """What follows the layers looks at several positions."""
+    norm = model.get_submodule("model.norm")
+    run = norm.forward
+    norm.forward = lambda hidden: run(hidden.cumsum(1))
+
+
+def telling(model: PreTrainedModel) -> None:
+    """Layers are called with an argument that depends on the tokens."""
+    inner = model.base_model
+    run = inner.forward
+    layers = [*model.get_submodule("model.layers").children()]
+
+    def forward(**kwargs: Any) -> Any:
+        told = kwargs["input_ids"].double().mean(-1)[:, None, None]
+        own = [layer.forward for layer in layers]
+        for layer, each in zip(layers, own, strict=True):
+            layer.forward = partial(each, told=told)
+        try:
+            return run(**kwargs)
+        finally:
+            for layer, each in zip(layers, own, strict=True):
+                layer.forward = each
+
+    def adding(layer: nn.Module) -> Callable[..., Tensor]:
+        own = layer.forward
+        return lambda hidden, *, told, **kwargs: own(hidden, **kwargs) + told
+
+    for layer in layers:
+        layer.forward = adding(layer)
+    inner.forward = forward
+
+
+@pytest.mark.parametrize("change", [remembering, skipping, summing, telling])
+def test_a_model_that_computes_something_between_its_layers_can_not_be_walked(change: Change) -> None:
+    assert prove_walk(changed()) is None
+    why = prove_walk(changed(change))
+    assert why and why.startswith("its layers one by one give other logits than the whole (off by")
+
+
+def test_a_model_whose_tokens_see_those_after_them_is_refused() -> None:
+    def change(model: PreTrainedModel) -> None:
+        norm = model.get_submodule("model.norm")
+        run = norm.forward
+        norm.forward = lambda hidden: run(hidden + hidden.mean(1, keepdim=True))
+
+    assert prove_causal(changed()) is None
+    assert prove_causal(changed(change)) == "each of its tokens sees those after it"
+    with pytest.raises(
+        ModelError, match="a bert model can't be compressed layer by layer: each of its tokens"
+    ):
+        derived(skeleton(AutoConfig.for_model("bert"), torch.float32))
+
+
+def test_a_weight_that_another_module_reads_too_is_found_and_no_other() -> None:
+    def change(model: PreTrainedModel) -> None:
+        mlp, _, _, down = mlp_of(model)
+        run = mlp.forward
+        mlp.forward = lambda x: run(x) + down.get_parameter("weight").mean()
+
+    subject = changed(change)
+    linears = [f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    assert prove_poison(subject, linears) == {linears[2]: "is read by another module too"}
+    assert not prove_poison(subject, [f"model.layers.0.mlp.{name}_proj" for name in ("gate", "up", "down")])
+    assert all(torch.isfinite(parameter).all() for parameter in subject.model.parameters())  # they are back
+
+
+def test_a_linear_that_is_called_twice_or_for_some_tokens_is_kept() -> None:
+    def change(model: PreTrainedModel) -> None:
+        mlp, gate, up, down = mlp_of(model)
+        mlp.forward = lambda x: down(up(x) * up(x).sigmoid()) + gate(x[:, :3]).mean()
+
+    found = readers_of(changed(change), 1)
+    assert found.kept == {
+        "mlp.up_proj": "is called 2 times in a pass",
+        "mlp.gate_proj": "reads only some of the tokens",
+    }
+    assert ("mlp.down_proj",) in found.groups
+
+
+def test_a_linear_that_is_never_called_is_kept() -> None:
+    def change(model: PreTrainedModel) -> None:
+        mlp, _, up, down = mlp_of(model)
+        mlp.forward = lambda x: down(up(x))
+
+    assert readers_of(changed(change), 1).kept == {"mlp.gate_proj": "reads no token of a text"}
+
+
+def test_linears_that_read_other_inputs_are_no_group() -> None:
+    def change(model: PreTrainedModel) -> None:
+        mlp, gate, up, down = mlp_of(model)
+        mlp.forward = lambda x: down(gate(x) * up(x + 1e-9))
+
+    groups = readers_of(changed(change), 1).groups
+    assert groups[2:] == [("mlp.gate_proj",), ("mlp.up_proj",), ("mlp.down_proj",)]
+
+
+def test_a_model_that_can_not_be_walked_is_refused_with_the_proof_in_one_line() -> None:
+    model = skeleton(AutoConfig.for_model("hrm_text"), torch.float32)
+    with pytest.raises(ModelError) as caught:
+        anatomy_of(model)
+    said = str(caught.value)
+    assert "\n" not in said
+    assert said.startswith(
+        "a hrm_text model can't be compressed layer by layer: it has no list of 128 decoder layers"
+    )
+
+
+@pytest.mark.parametrize("family", ["bloom", "mixtral", "mamba2", "phi", "gpt_oss"])
+def test_other_sizes_give_the_same_facts(family: str) -> None:
+    def facts(model: PreTrainedModel) -> Any:
+        found = derived(model)
+        return found.consumers, found.kept, found.returned_items, found.layers
+
+    config = AutoConfig.for_model(family)
+    assert facts(skeleton(config, torch.float32)) == facts(tiny_model(shrunk(config, 2)))

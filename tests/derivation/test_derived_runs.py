@@ -1,0 +1,170 @@
+"""Whole runs on families that no table knows: what is written loads in a process of its own, and computes
+what was measured."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PretrainedConfig
+
+from llmcompress import compress
+from llmcompress.architectures.auto_classes import auto_class
+from llmcompress.derivation.example_configs import example_config
+from llmcompress.derivation.shrink import shrunk, tiny_model
+from llmcompress.derivation.subject import first_of_each_kind, layers_at, paths_of_layers
+from llmcompress.errors import ModelError
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.modeling.model_config import load_config, skeleton
+from llmcompress.modeling.sequential import logits
+from llmcompress.pipeline.plan import plan_recipe
+from llmcompress.report.schema import Report
+from tests.bases import VOCABULARY, byte_tokenizer, staged_recipe, write_text
+
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# by what their layers are made of: five types in each test, as each test starts a process
+CLASSES = {
+    "plain": ("smollm3", "olmo2", "granite", "gemma", "starcoder2"),
+    "plain too": ("stablelm", "nemotron", "glm4", "exaone4", "arcee"),
+    "older": ("bloom", "mpt", "gpt_neo", "biogpt", "xglm"),
+    "parallel": ("phi", "gptj", "codegen", "cohere", "apertus"),
+    "mixed attention": ("olmo3", "cohere2", "ministral", "gemma3_text", "gemma4_unified"),
+    "latent attention": ("deepseek_v3", "deepseek_v2", "longcat_flash", "minicpm3", "kimi_linear"),
+    "experts": ("mixtral", "gpt_oss", "glm4_moe", "granitemoe", "ernie4_5_moe"),
+    "hybrid": ("jamba", "mamba2", "falcon_h1", "lfm2", "nemotron_h"),
+    "wrapper": ("gemma3", "mistral3", "qwen3_vl", "llava", "internvl"),
+    "wrapper too": ("smolvlm", "qwen2_5_vl", "qwen3_5", "idefics3", "aya_vision"),
+}
+EIGHT_BITS = ("plain", "older", "parallel", "wrapper")
+
+LOAD = """
+import json, sys
+import torch, transformers
+transformers.logging.set_verbosity_error()
+found = {}
+for name, folder, loader, plugin in json.loads(sys.argv[1]):
+    if plugin:
+        import llmcompress
+    model, info = getattr(transformers, loader).from_pretrained(folder, output_loading_info=True)
+    assert plugin or "llmcompress" not in sys.modules
+    kinds = [type(module).__name__ for module in model.modules()]
+    if not plugin:
+        model.dequantize()  # bitsandbytes' kernel for CPUs multiplies in bfloat16
+    with torch.no_grad():
+        scores = model(torch.arange(3, 27)[None], use_cache=False).logits.float()
+    torch.save(scores, folder + "/scores.pt")
+    wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
+    found[name] = {"wrong": wrong, "coded": sum(kind in ("Linear4bit", "IntegerLinear") for kind in kinds)}
+print(json.dumps(found))
+"""
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A small config of a type, with each kind of layer and a vocabulary for the tests' tokenizer."""
+    config = example_config(model_type)
+    whole = skeleton(config, torch.float32)
+    layers = layers_at(whole, paths_of_layers(whole)[0])
+    tiny = shrunk(config, min(len(layers), max(2, 1 + max(first_of_each_kind(layers).values()))))
+    tiny.get_text_config(decoder=True).vocab_size = VOCABULARY
+    return tiny
+
+
+def save_tiny(model_type: str, folder: Path) -> Path:
+    """A random model of a type, with its tokenizer."""
+    model = tiny_model(tiny_config(model_type), dtype=torch.float32)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def run_on(model_type: str, place: Path, **quantize: Any) -> tuple[Path, Path, Report]:
+    """A base of a type, its artefact, and the report."""
+    base, text = save_tiny(model_type, place / "base"), write_text(place / "text.txt")
+    recipe = staged_recipe(text, base, {"quantize": quantize})
+    out = place / "out"
+    report = compress(str(base), recipe, str(out))
+    assert isinstance(report, Report)
+    return base, out, report
+
+
+def loaded(outs: dict[str, Path], *, plugin: bool) -> dict[str, Any]:
+    """What a process of its own finds when it loads artefacts; it leaves their logits in them."""
+    named = [(name, str(out), auto_class(load_config(out)).__name__, plugin) for name, out in outs.items()]
+    done = subprocess.run(
+        [sys.executable, "-c", LOAD, json.dumps(named)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def check(model_type: str, base: Path, out: Path, report: Report, found: dict[str, Any]) -> None:
+    """The artefact has all its tensors, those that no stage changed bit for bit, and computes what a walk
+    through it computes."""
+    assert not found["wrong"], model_type
+    assert found["coded"] == len(report.linears) > 0, model_type
+    walk = DiskModel(out, torch.device("cpu"), quantized=True)
+    expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
+    scores = torch.load(out / "scores.pt")
+    assert (scores - expected).abs().max() < 1e-3 * expected.std(), model_type
+    before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
+    coded = {linear.name.rpartition("layers.")[2] for linear in report.linears}
+    same = [name for name in before if not any(f"{linear}." in name for linear in coded)]
+    assert same and all(torch.equal(before[name], after[name]) for name in same), model_type
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CLASSES)
+def test_four_bits_of_a_derived_family_load_in_plain_transformers(kind: str, tmp_path: Path) -> None:
+    made = {
+        name: run_on(name, tmp_path / name, format="nf4", group_size=32, rounding="gptq")
+        for name in CLASSES[kind]
+    }
+    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=False)
+    for name, (base, out, report) in made.items():
+        check(name, base, out, report, found[name])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EIGHT_BITS)
+def test_eight_bits_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: Path) -> None:
+    made = {name: run_on(name, tmp_path / name, format="w8a8", rounding="gptq") for name in CLASSES[kind]}
+    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
+    for name, (base, out, report) in made.items():
+        check(name, base, out, report, found[name])
+
+
+def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
+    base, out, report = run_on("gemma3", tmp_path, format="nf4", group_size=32, rounding="nearest")
+    assert all(".language_model." in linear.name for linear in report.linears)
+    assert any("vision_tower" in kept.name and kept.why == "outside the layers" for kept in report.kept)
+    found = loaded({"gemma3": out}, plugin=False)
+    check("gemma3", base, out, report, found["gemma3"])
+
+
+def test_what_a_stage_does_beyond_the_level_of_a_model_is_refused_with_what_is_known(tmp_path: Path) -> None:
+    base, text = save_tiny("bloom", tmp_path / "base"), write_text(tmp_path / "text.txt")
+    for stage, needs in (
+        ({"prune": {"axis": "ffn", "keep": 0.5}}, "which axes its weights run along"),
+        ({"quantize": {"format": "w8a8", "smooth": {}}}, "where a scale may cross"),
+        ({"tie": {}}, "which axes its weights run along"),
+    ):
+        with pytest.raises(ModelError, match=f"needs {needs}.*of a bloom model is only known which linears"):
+            plan_recipe(staged_recipe(text, base, stage), base=str(base))
+
+
+def test_a_plan_of_a_derived_family_leaves_out_what_no_axis_says(tmp_path: Path) -> None:
+    base, text = save_tiny("bloom", tmp_path / "base"), write_text(tmp_path / "text.txt")
+    plan = plan_recipe(
+        staged_recipe(text, base, {"quantize": {"format": "nf4", "group_size": 32}}), base=str(base)
+    )
+    before, after = plan.rows
+    assert before.kv_cache_bytes_per_token is None and before.flops_per_token > 0
+    assert after.size_bytes < before.size_bytes and after.parameters == before.parameters

@@ -1,0 +1,16 @@
+"""The frozen table of all types: an upgrade of transformers shows here what moved."""
+
+import pytest
+
+from llmcompress.architectures.families import FAMILIES
+from llmcompress.pipeline.families import known_families
+from tests.families_page import PAGE, written
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_the_page_of_families_shows_what_is_known() -> None:
+    facts = known_families()
+    assert sum(of.level > 0 for of in facts) >= 165
+    assert {of.model_type for of in facts if of.level == 3} == {*FAMILIES, "gpt-sw3"}
+    assert written(facts) == PAGE.read_text("utf-8"), "write it again: python -m tests.families_page"
