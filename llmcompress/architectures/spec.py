@@ -54,6 +54,7 @@ class Anatomy:
     # linears and other matrices of a layer that stay as they are, with the reason
     kept: Rows = field(default_factory=dict)
     each_layer: tuple[Anatomy, ...] = ()  # the facts of each layer, if layers are of several kinds
+    counts: Mapping[str, int] = field(default_factory=dict)  # sizes of axes that no field of the config says
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -96,8 +97,8 @@ class Anatomy:
         axes = dict.fromkeys(
             axis for row in (*self.outer.values(), *self.layer.values()) for axis in Spelling.parse(row).axes
         )
-        if not axes:
-            return {}
+        if axes.keys() <= self.counts.keys():
+            return dict(self.counts)
         heads = getattr(config, self.sizes.get("q", self.sizes["kv"]))  # 0 in a layer without attention
         hidden = config.hidden_size
         # sizes of axes whose field is None

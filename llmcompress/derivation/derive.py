@@ -7,18 +7,20 @@ family that is new in transformers needs no line here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompress.architectures import families
-from llmcompress.architectures.spec import LINEARS, Anatomy, Rows
+from llmcompress.architectures.spec import LINEARS, SCALES, Anatomy
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
 from llmcompress.derivation.readers import Readers, readers_of
+from llmcompress.derivation.scales import Crossing, proved_crossings
+from llmcompress.derivation.spelling import spelled
 from llmcompress.derivation.subject import (
     Subject,
     described,
@@ -29,6 +31,16 @@ from llmcompress.derivation.subject import (
 )
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.integrations.transformers_compat import Conv1D
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer: one of the tiny model, and what is proved of it."""
+
+    tiny: nn.Module
+    readers: Readers
+    crossings: Sequence[Crossing]
+
 
 _DERIVED: dict[str, Anatomy] = {}  # by class and config, in this process
 
@@ -79,8 +91,11 @@ def _derived(model: PreTrainedModel) -> Anatomy:
     path, layers = subject.path, layers_at(model, subject.path)
     if (why := prove_causal(subject) or prove_walk(subject)) is not None:
         raise ModelError(why)
-    kinds = first_of_each_kind(subject.layers)
-    readers = {kind: proved_readers(subject, index) for kind, index in kinds.items()}
+    kinds = {
+        kind: Kind(layer, proved_readers(subject, index), proved_crossings(subject, index))
+        for kind, index in first_of_each_kind(subject.layers).items()
+        for layer in [subject.layers[index]]
+    }
     common = Anatomy(
         family=model.config.model_type,
         layers=path,
@@ -99,8 +114,10 @@ def _derived(model: PreTrainedModel) -> Anatomy:
         level=LINEARS,
         returned_items=subject.returned_items,
     )
-    each = tuple(_of_layer(common, index, layer, readers) for index, layer in enumerate(layers))
-    return replace(each[0], each_layer=each if any(of != each[0] for of in each) else ())
+    hidden = model.config.get_text_config(decoder=True).hidden_size
+    each = tuple(_of_layer(common, index, layer, kinds, hidden) for index, layer in enumerate(layers))
+    level = max(of.level for of in each)
+    return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
 
 
 def _subject(model: PreTrainedModel) -> Subject:
@@ -127,16 +144,26 @@ def proved_readers(subject: Subject, index: int) -> Readers:
     return found
 
 
-def _of_layer(common: Anatomy, index: int, layer: nn.Module, readers: dict[Hashable, Readers]) -> Anatomy:
-    kind = kind_of(layer)
-    if kind not in readers:
+def _of_layer(
+    common: Anatomy, index: int, layer: nn.Module, kinds: Mapping[Hashable, Kind], hidden: int
+) -> Anatomy:
+    found = kinds.get(kind_of(layer))
+    if found is None:
         raise ModelError(f"layer {index} is of a kind that no small model of this config has")
-    found = readers[kind]
-    rows: Rows = {name: _spelled(parameter) for name, parameter in layer.named_parameters()}
-    linears = {name for group in found.groups for name in group}
+    groups = found.readers.groups
+    linears = {name for group in groups for name in group}
     conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
+    spelling = spelled(layer, found.tiny, found.crossings, hidden)
     return replace(
-        common, layer=rows, consumers=tuple(found.groups), kept=found.kept, conv1d=frozenset(conv1d)
+        common,
+        layer=spelling.rows,
+        consumers=tuple(groups),
+        scale_pairs=spelling.pairs,
+        counts=spelling.sizes,
+        norm_offset=spelling.offset,
+        kept=found.readers.kept,
+        conv1d=frozenset(conv1d),
+        level=SCALES if spelling.pairs else LINEARS,
     )
 
 

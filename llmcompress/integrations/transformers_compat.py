@@ -25,6 +25,9 @@ from transformers.models.auto.modeling_auto import (
 )
 from transformers.pytorch_utils import Conv1D as Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as AUTO_QUANTIZATION_CONFIG_MAPPING
+from transformers.quantizers.base import (
+    MODULES_TO_PATCH_FOR_QUANTIZATION as MODULES_TO_PATCH_FOR_QUANTIZATION,
+)
 from transformers.quantizers.base import HfQuantizer as HfQuantizer
 from transformers.utils import logging as logging
 from transformers.utils.import_utils import is_peft_available as is_peft_available

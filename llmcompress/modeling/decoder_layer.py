@@ -249,7 +249,7 @@ class DecoderLayer:
         self._finished_full.clear()
         name, part, axes = self.anatomy.producer(key)
         rows, offset = self.anatomy.layer, self.anatomy.norm_offset
-        if rows.get(f"{name}.weight") == "hidden":
+        if len(Spelling.parse(rows.get(f"{name}.weight", "1 1")).dims) == 1:
             gain = self.module.get_parameter(f"{name}.weight")
             before = gain.data + offset
             crossed = (before / factor - offset).to(dtype).to(gain.dtype)

@@ -190,7 +190,7 @@ class LayerwiseModel(ABC):
     def sizes_of(self, index: int) -> dict[str, int]:
         """The number of units on each axis in one layer. Only the widths inside layers can differ between
         layers."""
-        return self.anatomy.axis_sizes(config_of_layer(self.config, index))
+        return self.anatomy.of_layer(index).axis_sizes(config_of_layer(self.config, index))
 
     def widths_of(self, axis: str) -> tuple[int, ...]:
         """The number of units on one axis in each layer."""

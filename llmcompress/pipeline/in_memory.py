@@ -71,6 +71,8 @@ def apply_recipe(
     settled = recipe.with_effort(effort)
     resolved, state = resolve(settled, None, device), dict(model.state_dict())
     pinned, where = resolved.recipe, resolved.device
+    # as save_pretrained does: some types have a text class and a multimodal one
+    model.config.architectures = model.config.architectures or [type(model).__name__]
     base = InMemoryModel(model.config, state, where)
     require_possible(settled, base)
     require_same_vocabulary(resolved, model.config, tokenizer)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.architectures.spec import AXES
+from llmcompress.architectures.spec import AXES, FACTS
 from llmcompress.data.calibration import POOL
 from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
 from llmcompress.errors import CompressError, argument
@@ -90,7 +90,7 @@ def plan_recipe(
     length = spec.length or min(longest, getattr(model.text_config, "max_position_embeddings", longest))
     machine, first = machine_of(model.device), model
     rows = [_row(model, Estimate("base", model.parameters(), model.stored_bytes(), 0, Time()), cost=False)]
-    notes: list[str] = []
+    notes = _known(model)
     before: list[StageResult] = []
     for stage in resolved.recipe.stages:
         if student := stage.models.get("student"):
@@ -115,6 +115,15 @@ def plan_recipe(
         notes.append(chosen_words(chosen))
     notes.append(f"calibration: {samples} sequences of {length} tokens, on {model.device}")
     return Plan(tuple(rows), tuple(notes), seconds, settled.effort or DEFAULT)
+
+
+def _known(model: MetaModel) -> list[str]:
+    """A note on a model whose family is not in the table: what is proved of it, and what stays as it is."""
+    if model.anatomy.level == AXES:
+        return []
+    kept = "; ".join(sorted(set(model.kept_weights.values())))
+    matrices = f", and {len(model.kept_weights)} matrices stay as they are ({kept})" if kept else ""
+    return [f"of this {model.anatomy.family} model is proved {FACTS[model.anatomy.level]}{matrices}"]
 
 
 def fitting(

@@ -256,7 +256,7 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
 
 # what is known of a model at each level of its anatomy
 LEVELS = ("nothing", "linears", "scales", "axes")
-KNOWN = "linears: quantize, codebook, sparsify, low_rank, distill; scales: also smooth, rotate; axes: all"
+KNOWN = "linears: quantize, codebook, sparsify, low_rank, distill; scales: also smooth; axes: all stages"
 
 
 class FamilyRow(Protocol):

@@ -1,6 +1,7 @@
 """Derived anatomies agree with the table of families, and each proof fails where its fact is wrong."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,14 +11,17 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmcompress.architectures.families import FAMILIES
-from llmcompress.architectures.spec import AXES, LINEARS
+from llmcompress.architectures.spec import AXES, SCALES
 from llmcompress.derivation.derive import anatomy_of, derived
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
 from llmcompress.derivation.readers import readers_of
+from llmcompress.derivation.scales import Crossing, prove_crossing, proved_crossings
 from llmcompress.derivation.shrink import shrunk, tiny_model
-from llmcompress.derivation.subject import Subject, first_of_each_kind, layers_at
+from llmcompress.derivation.subject import EXACT, Subject, first_of_each_kind, layers_at
 from llmcompress.errors import ModelError
+from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.model_config import skeleton
+from llmcompress.modeling.sequential import layer_of
 from tests.models import VARIANTS, pico
 
 CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
@@ -41,17 +45,48 @@ def mlp_of(model: PreTrainedModel, index: int = 1) -> tuple[nn.Module, nn.Module
     return mlp, gate, up, down
 
 
+# crossings of the table whose pattern depends on the sizes of a layer, or that lie inside of experts
+NOT_SPELLED = {"self_attn.qkv_proj[2]", "attention.query_key_value[2]", "mlp.experts.gate_up_proj[1]"}
+
+
 @pytest.mark.parametrize(("family", "overrides"), CONFIGS)
 def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str, Any]) -> None:
     model = pico(family, **overrides)
     table, found = FAMILIES[family].at(model.config), derived(model)
-    assert found.level == LINEARS
+    assert found.level == SCALES
     assert [set(group) for group in found.consumers] == [set(group) for group in table.consumers]
     assert (found.layers, found.embedding, found.head) == (table.layers, table.embedding, table.head)
     assert found.conv1d == table.conv1d
     assert found.kept.keys() == {*table.experts, *(f"{router}.weight" for router in table.router)}
     assert found.layer.keys() == table.layer.keys() and found.outer.keys() == table.outer.keys()
     assert not found.each_layer and found.returned_items == 0
+    assert found.norm_offset == (table.norm_offset if table.scale_pairs else 0.0)
+    expected = {key: {*readers} for key, readers in table.scale_pairs.items() if key not in NOT_SPELLED}
+    pairs = {key: {name.removesuffix(".weight") for name in of} for key, of in found.scale_pairs.items()}
+    # the last part of a fused linear is its second here, whatever comes before it
+    assert pairs == {key.replace("[2]", "[1]"): readers for key, readers in expected.items()}
+
+
+@pytest.mark.parametrize(("family", "overrides"), CONFIGS)
+def test_derived_scales_cross_a_layer_of_other_sizes(family: str, overrides: dict[str, Any]) -> None:
+    """They are derived on a model with other sizes than this one has."""
+    model = pico(family, **overrides).double()
+    model.set_experts_implementation("eager")  # the others have no double precision
+    anatomy, tokens = derived(model), torch.arange(3, 27)[None]
+    resident = InMemoryModel(model.config, model.state_dict(), torch.device("cpu"), torch.float64)
+    resident.anatomy = anatomy
+    with torch.no_grad():
+        before = model(tokens).logits
+    for key in anatomy.scale_pairs:
+        for index, module in enumerate(layers_at(model, anatomy.layers)):
+            layer = layer_of(resident, index, module, {}, [], [])
+            shape = [layer.sizes[axis] for axis in anatomy.producer(key)[2]]
+            draw = torch.Generator().manual_seed(index)
+            factor = torch.rand(shape, generator=draw, dtype=torch.float64) + 0.5
+            assert len(layer.cross(key, factor, torch.float64)) > 1
+        with torch.no_grad():
+            after = model(tokens).logits
+        assert (after - before).abs().max() < EXACT * before.std(), key
 
 
 def test_a_family_of_the_table_is_not_derived() -> None:
@@ -60,7 +95,7 @@ def test_a_family_of_the_table_is_not_derived() -> None:
 
 def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer() -> None:
     found = anatomy_of(pico("qwen3_moe", mlp_only_layers=[0]))
-    assert found.level == LINEARS and len(found.each_layer) == 2
+    assert found.level == SCALES and len(found.each_layer) == 2
     dense, sparse = found.each_layer
     assert dense.consumers[2:] == (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)) and not dense.kept
     assert len(sparse.consumers) == 2
@@ -194,6 +229,54 @@ def test_linears_that_read_other_inputs_are_no_group() -> None:
 
     groups = readers_of(changed(change), 1).groups
     assert groups[2:] == [("mlp.gate_proj",), ("mlp.up_proj",), ("mlp.down_proj",)]
+
+
+CROSSINGS = ("input_layernorm", "self_attn.v_proj", "mlp.up_proj")
+
+
+def crossing_of(subject: Subject, producer: str) -> Crossing:
+    return next(each for each in proved_crossings(subject, 1) if each.producer == producer)
+
+
+@pytest.mark.parametrize("producer", CROSSINGS)
+def test_a_crossing_is_refuted_without_one_of_its_readers(producer: str) -> None:
+    subject = changed()
+    crossing = crossing_of(subject, producer)
+    for left_out in crossing.readers:
+        readers = {name: dim for name, dim in crossing.readers.items() if name != left_out}
+        assert not prove_crossing(subject, 1, replace(crossing, readers=readers)), left_out
+
+
+@pytest.mark.parametrize("producer", CROSSINGS)
+def test_a_crossing_is_refuted_with_outputs_in_another_order(producer: str) -> None:
+    subject = changed()
+    crossing = crossing_of(subject, producer)
+    assert not prove_crossing(subject, 1, replace(crossing, unit_C=crossing.unit_C.roll(1)))
+
+
+def test_a_crossing_from_a_norm_is_refuted_with_another_offset() -> None:
+    subject = changed()
+    crossing = crossing_of(subject, "input_layernorm")
+    assert crossing.offset == 0.0 and not prove_crossing(subject, 1, replace(crossing, offset=1.0))
+
+
+def test_no_scale_crosses_where_something_else_reads_the_norm_too() -> None:
+    def change(model: PreTrainedModel) -> None:
+        layer = model.get_submodule("model.layers.1")
+        mlp = layer.get_submodule("mlp")
+        run = mlp.forward
+        mlp.forward = lambda x: run(x) + x
+
+    subject = changed(change)
+    assert "post_attention_layernorm" not in {each.producer for each in proved_crossings(subject, 1)}
+    assert "post_attention_layernorm" in {each.producer for each in proved_crossings(subject, 0)}
+
+
+def test_no_scale_crosses_an_activation_that_is_not_linear_for_scales() -> None:
+    subject = Subject.of(pico("opt", activation_function="gelu").double(), "model.decoder.layers")
+    assert "fc1" not in {each.producer for each in proved_crossings(subject, 0)}
+    subject = Subject.of(pico("opt").double(), "model.decoder.layers")
+    assert "fc1" in {each.producer for each in proved_crossings(subject, 0)}
 
 
 def test_a_model_that_can_not_be_walked_is_refused_with_the_proof_in_one_line() -> None:

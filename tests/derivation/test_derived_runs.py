@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, Qwen3_5ForConditionalGeneration
 
 from llmcompress import compress
 from llmcompress.architectures.auto_classes import auto_class
@@ -20,12 +20,13 @@ from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.derivation.subject import first_of_each_kind, layers_at, paths_of_layers
 from llmcompress.errors import ModelError
+from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.model_config import load_config, skeleton
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.report.schema import Report
-from tests.bases import VOCABULARY, byte_tokenizer, staged_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, small_recipe, staged_recipe, write_text
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -40,7 +41,7 @@ CLASSES = {
     "experts": ("mixtral", "gpt_oss", "glm4_moe", "granitemoe", "ernie4_5_moe"),
     "hybrid": ("jamba", "mamba2", "falcon_h1", "lfm2", "nemotron_h"),
     "wrapper": ("gemma3", "mistral3", "qwen3_vl", "llava", "internvl"),
-    "wrapper too": ("smolvlm", "qwen2_5_vl", "qwen3_5", "idefics3", "aya_vision"),
+    "wrapper too": ("smolvlm", "qwen2_5_vl", "qwen3_5", "idefics3", "paligemma"),
 }
 EIGHT_BITS = ("plain", "older", "parallel", "wrapper")
 
@@ -105,19 +106,32 @@ def loaded(outs: dict[str, Path], *, plugin: bool) -> dict[str, Any]:
     return found
 
 
-def check(model_type: str, base: Path, out: Path, report: Report, found: dict[str, Any]) -> None:
+def check(
+    model_type: str,
+    base: Path,
+    out: Path,
+    report: Report,
+    found: dict[str, Any],
+    *,
+    rounds_inputs: bool = False,
+) -> None:
     """The artefact has all its tensors, those that no stage changed bit for bit, and computes what a walk
     through it computes."""
     assert not found["wrong"], model_type
     assert found["coded"] == len(report.linears) > 0, model_type
     walk = DiskModel(out, torch.device("cpu"), quantized=True)
     expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
-    scores = torch.load(out / "scores.pt")
-    assert (scores - expected).abs().max() < 1e-3 * expected.std(), model_type
+    off_T = (torch.load(out / "scores.pt") - expected).abs().amax(-1).flatten() / expected.std()
+    if rounds_inputs:  # an input between two integers may be rounded otherwise, and later ones follow
+        assert off_T.median() < 1e-3 and off_T.max() < 0.3, model_type
+    else:
+        assert off_T.max() < 1e-3, model_type
     before, after = load_file(base / "model.safetensors"), load_file(out / "model.safetensors")
-    coded = {linear.name.rpartition("layers.")[2] for linear in report.linears}
-    same = [name for name in before if not any(f"{linear}." in name for linear in coded)]
-    assert same and all(torch.equal(before[name], after[name]) for name in same), model_type
+    same = [name for name in before if name in after and after[name].dtype == before[name].dtype]
+    changed = [name for name in same if not torch.equal(before[name], after[name])]
+    # biases make up for the error of codes, and scales cross from norms
+    assert all(before[name].dim() == 1 for name in changed), model_type
+    assert len(before) - len(same) == len(report.linears), model_type
 
 
 @pytest.mark.slow
@@ -135,10 +149,11 @@ def test_four_bits_of_a_derived_family_load_in_plain_transformers(kind: str, tmp
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EIGHT_BITS)
 def test_eight_bits_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: Path) -> None:
-    made = {name: run_on(name, tmp_path / name, format="w8a8", rounding="gptq") for name in CLASSES[kind]}
+    settings: dict[str, Any] = {"format": "w8a8", "rounding": "gptq", "smooth": {}}
+    made = {name: run_on(name, tmp_path / name, **settings) for name in CLASSES[kind]}
     found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
     for name, (base, out, report) in made.items():
-        check(name, base, out, report, found[name])
+        check(name, base, out, report, found[name], rounds_inputs=True)
 
 
 def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
@@ -149,22 +164,42 @@ def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
     check("gemma3", base, out, report, found["gemma3"])
 
 
+def test_a_multimodal_model_in_memory_stays_what_it_is(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    model = tiny_model(tiny_config("qwen3_5"), Qwen3_5ForConditionalGeneration, dtype=torch.float32)
+    vision = {name: p.clone() for name, p in model.named_parameters() if ".visual." in name}
+    recipe = small_recipe(text, format="w8a16", rounding="nearest")
+    made, report = compress(model, recipe, tokenizer=byte_tokenizer())
+    assert (
+        type(made) is Qwen3_5ForConditionalGeneration and report.auto_class == "AutoModelForImageTextToText"
+    )
+    coded = [name for name, module in made.named_modules() if isinstance(module, IntegerLinear)]
+    assert coded and all(".language_model." in name for name in coded)
+    assert vision and all(torch.equal(made.get_parameter(name), tensor) for name, tensor in vision.items())
+
+
 def test_what_a_stage_does_beyond_the_level_of_a_model_is_refused_with_what_is_known(tmp_path: Path) -> None:
     base, text = save_tiny("bloom", tmp_path / "base"), write_text(tmp_path / "text.txt")
     for stage, needs in (
         ({"prune": {"axis": "ffn", "keep": 0.5}}, "which axes its weights run along"),
-        ({"quantize": {"format": "w8a8", "smooth": {}}}, "where a scale may cross"),
+        ({"quantize": {"format": "nf4", "rotate": True}}, "which axes its weights run along"),
         ({"tie": {}}, "which axes its weights run along"),
     ):
-        with pytest.raises(ModelError, match=f"needs {needs}.*of a bloom model is only known which linears"):
+        with pytest.raises(ModelError, match=f"needs {needs}.*of a bloom model is only known where a scale"):
             plan_recipe(staged_recipe(text, base, stage), base=str(base))
+
+
+def test_codes_for_modules_that_transformers_replaces_are_refused(tmp_path: Path) -> None:
+    base, text = save_tiny("llama4_text", tmp_path / "base"), write_text(tmp_path / "text.txt")
+    with pytest.raises(ModelError, match=r"transformers replaces model\.layers\.0\.feed_forward\.experts of"):
+        plan_recipe(staged_recipe(text, base, {"quantize": {"format": "nf4", "group_size": 32}}))
+    plan_recipe(staged_recipe(text, base, {"quantize": {"format": "w8a16"}}))
 
 
 def test_a_plan_of_a_derived_family_leaves_out_what_no_axis_says(tmp_path: Path) -> None:
     base, text = save_tiny("bloom", tmp_path / "base"), write_text(tmp_path / "text.txt")
-    plan = plan_recipe(
-        staged_recipe(text, base, {"quantize": {"format": "nf4", "group_size": 32}}), base=str(base)
-    )
+    plan = plan_recipe(staged_recipe(text, base, {"quantize": {"format": "nf4", "group_size": 32}}))
     before, after = plan.rows
+    assert plan.notes[0] == "of this bloom model is proved where a scale may cross from one weight to another"
     assert before.kv_cache_bytes_per_token is None and before.flops_per_token > 0
     assert after.size_bytes < before.size_bytes and after.parameters == before.parameters

@@ -62,7 +62,10 @@ IMPORTED: dict[str, dict[str, set[str]]] = {
     "transformers.pytorch_utils": {"Conv1D": {COMPAT}},
     "transformers.quantizers": {"auto": {"integrations.registration"}},
     "transformers.quantizers.auto": {"AUTO_QUANTIZATION_CONFIG_MAPPING": {COMPAT}},
-    "transformers.quantizers.base": {"HfQuantizer": {COMPAT}},
+    "transformers.quantizers.base": {
+        "HfQuantizer": {COMPAT},
+        "MODULES_TO_PATCH_FOR_QUANTIZATION": {COMPAT},
+    },
     "transformers.quantizers.quantizers_utils": {"should_convert_module": {"formats.bitsandbytes_layout"}},
     "transformers.utils": {"logging": {COMPAT}},
     "transformers.utils.import_utils": {"is_peft_available": {COMPAT}},

@@ -18,12 +18,13 @@ import torch
 from pydantic import Field, ValidationError, model_validator
 
 from llmcompress.architectures.shape_grammar import Spelling
-from llmcompress.architectures.spec import LINEARS, SCALES
+from llmcompress.architectures.spec import AXES, LINEARS, SCALES
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.schemes import QuantScheme
 from llmcompress.integrations.distributed import By
+from llmcompress.integrations.linear_modules import replaced_modules
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
@@ -188,8 +189,8 @@ class Quantize(FormatConfig, Stage):
 
     @property
     def needs(self) -> int:
-        """Where scales cross, if they are to; otherwise what each linear reads."""
-        return LINEARS if self.smooth is None and not self.rotate else SCALES
+        """The axes to rotate along, where scales cross to smooth, otherwise what each linear reads."""
+        return AXES if self.rotate else SCALES if self.smooth is not None else LINEARS
 
     @property
     def divides(self) -> By:
@@ -225,8 +226,14 @@ class Quantize(FormatConfig, Stage):
         super().require_place(before, after)
 
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
-        """Refuse a model that can't be rotated."""
+        """Refuse a model that can't be rotated, and one that transformers would load codes of in other
+        modules."""
         self.rotation(model, seed)
+        if not self.needs_plugin and (replaced := replaced_modules(model.model)):
+            raise ModelError(
+                f"transformers replaces {replaced[0]} of a {model.anatomy.family} model when it loads "
+                "bitsandbytes' codes, and its weights would not fit; use a format of the plug-in: w8a16"
+            )
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears and embedding are written."""
