@@ -87,21 +87,21 @@ def _one_thread() -> Iterator[None]:
 
 
 def _derived(model: PreTrainedModel) -> Anatomy:
+    """Prove a tiny model, and carry what is proved of each kind of layer to the layers of the model."""
     subject = _subject(model)
     path, layers = subject.path, layers_at(model, subject.path)
     if (why := prove_causal(subject) or prove_walk(subject)) is not None:
         raise ModelError(why)
-    kinds = {
-        kind: Kind(layer, proved_readers(subject, index), proved_crossings(subject, index))
-        for kind, index in first_of_each_kind(subject.layers).items()
-        for layer in [subject.layers[index]]
-    }
+    kinds: dict[Hashable, Kind] = {}
+    for kind, index in first_of_each_kind(subject.layers).items():
+        readers, crossings = proved_readers(subject, index), proved_crossings(subject, index)
+        kinds[kind] = Kind(subject.layers[index], readers, crossings)
     common = Anatomy(
         family=model.config.model_type,
         layers=path,
         layer={},
         outer={
-            name: _spelled(parameter)
+            name: _shape(parameter)
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if not name.startswith(f"{path}.")
         },
@@ -147,6 +147,7 @@ def proved_readers(subject: Subject, index: int) -> Readers:
 def _of_layer(
     common: Anatomy, index: int, layer: nn.Module, kinds: Mapping[Hashable, Kind], hidden: int
 ) -> Anatomy:
+    """The facts of one layer. Errors: ModelError if the tiny model has none of its kind."""
     found = kinds.get(kind_of(layer))
     if found is None:
         raise ModelError(f"layer {index} is of a kind that no small model of this config has")
@@ -167,7 +168,7 @@ def _of_layer(
     )
 
 
-def _spelled(parameter: nn.Parameter) -> str:
+def _shape(parameter: nn.Parameter) -> str:
     """The shape of a parameter as a row without axes; a number alone is one of one element."""
     return " ".join(map(str, parameter.shape)) or "1"
 

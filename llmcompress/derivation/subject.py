@@ -18,6 +18,7 @@ from llmcompress.errors import ModelError
 LENGTH = 24  # tokens of a probe, more than the windows of a tiny model
 BATCHES = 2
 EXACT = 1e-5  # logits that differ by less are equal: norms and softmax compute in float32
+LARGEST = 1 << 25  # parameters of a tiny model
 DEPTHS = ("num_hidden_layers", "num_layers")  # fields that count layers; in some families one counts halves
 
 
@@ -39,6 +40,10 @@ class Subject:
         layers = layers_at(model, path)
         needed = max(2, 1 + max(first_of_each_kind(layers).values()))
         tiny = shrunk(model.config, min(needed, len(layers)))
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in type(model)._from_config(tiny).parameters())
+        if size > LARGEST:
+            raise ModelError(f"a small model of its config still has {size} parameters")
         try:
             return cls.of(tiny_model(tiny, type(model)), path)
         except RuntimeError:  # the code of some families computes in float32 alone

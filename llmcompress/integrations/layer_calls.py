@@ -34,11 +34,12 @@ def stubbed(layers: Iterable[nn.Module], stub: Stub, items: int = 0) -> Iterator
 
     def call(index: int, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
         named = dict(signature.bind(None, *args, **kwargs).arguments)
-        _, entering, *_ = signature.parameters
+        itself, entering, *_ = signature.parameters
+        del named[itself]
         entered = named.pop(entering)
         extra = next((name for name, of in signature.parameters.items() if of.kind is of.VAR_KEYWORD), "")
-        others = {name: value for name, value in [*named.items()][1:] if name != extra}
-        states = stub(index, entered, others | named.get(extra, {}))
+        more = named.pop(extra, {})
+        states = stub(index, entered, named | more)
         return (states, *[None] * (items - 1)) if items else states
 
     own = [(layer, vars(layer).get("forward")) for layer in layers]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PretrainedConfig, Qwen3_5ForConditionalGeneration
 
-from llmcompress import compress
+from llmcompress import DataSpec, compress, evaluate
 from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import shrunk, tiny_model
@@ -154,6 +154,32 @@ def test_eight_bits_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_pat
     found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
     for name, (base, out, report) in made.items():
         check(name, base, out, report, found[name], rounds_inputs=True)
+
+
+# stages that need no axes, as a recipe writes them
+STAGES: dict[str, list[dict[str, Any]]] = {
+    "codebook": [{"codebook": {"entries": 16}}],
+    "sparsify": [{"sparsify": {"pattern": "2:4"}}],
+    "low_rank": [{"low_rank": {"keep": 0.5}}],
+    "heal": [{"sparsify": {"pattern": "2:4"}}, {"distill": {"steps": 2, "batch": 2}}],
+    "learned": [{"quantize": {"format": "nf4", "group_size": 32, "rounding": "learned", "steps": 3}}],
+    "protect": [{"quantize": {"format": "w8a8", "smooth": {}, "protect": 0.1}}],
+    "embedding": [{"quantize": {"format": "w8a16", "embedding": "int8"}}],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "gemma3"])
+def test_every_stage_that_needs_no_axes_takes_a_derived_family(model_type: str, tmp_path: Path) -> None:
+    base, text = save_tiny(model_type, tmp_path / "base"), write_text(tmp_path / "text.txt")
+    for name, stages in STAGES.items():
+        out = tmp_path / name
+        report = compress(str(base), staged_recipe(text, base, *stages), str(out))
+        assert isinstance(report, Report) and report.fidelity.kl_nats_mean is not None
+        again = evaluate(out, against=base, data=DataSpec(source=str(text), length=48, evaluation_samples=8))
+        assert again.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3, abs=1e-7), name
+        linears, floats = report.linears, torch.finfo(torch.float32).max
+        assert linears and all(0 <= linear.relative_error < floats for linear in linears), name
 
 
 def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
