@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.architectures import families
 from llmcompress.architectures.spec import LINEARS, SCALES, Anatomy
+from llmcompress.derivation import proof_cache
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
 from llmcompress.derivation.readers import Readers, readers_of
 from llmcompress.derivation.scales import Crossing, proved_crossings
@@ -42,7 +43,7 @@ class Kind:
     crossings: Sequence[Crossing]
 
 
-_DERIVED: dict[str, Anatomy] = {}  # by class and config, in this process
+_DERIVED: dict[str, Anatomy] = {}  # in this process, by the key of the cache
 
 
 def anatomy_of(model: PreTrainedModel) -> Anatomy:
@@ -54,9 +55,13 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     table = families.FAMILIES.get(model.config.model_type)
     if table is not None and not table.refused(model.config):
         return table.at(model.config)
-    key = f"{type(model).__qualname__} {model.config.to_json_string(use_diff=False)}"
+    key = proof_cache.key_of(model)
     if key not in _DERIVED:
-        _DERIVED[key] = derived(model)
+        found = proof_cache.kept(key)
+        if found is None:
+            found = derived(model)
+            proof_cache.keep(key, found)
+        _DERIVED[key] = found
     return _DERIVED[key]
 
 

@@ -3,7 +3,9 @@
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmcompress.architectures.families import FAMILIES
-from llmcompress.architectures.spec import AXES, SCALES
+from llmcompress.architectures.spec import AXES, SCALES, Anatomy
+from llmcompress.derivation import derive
 from llmcompress.derivation.derive import anatomy_of, derived
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
 from llmcompress.derivation.readers import readers_of
@@ -104,6 +107,29 @@ def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer()
         "mlp.experts.gate_up_proj": "holds all experts in one tensor",
         "mlp.experts.down_proj": "holds all experts in one tensor",
     }
+
+
+def test_a_config_is_proved_once_and_a_damaged_file_of_the_cache_is_no_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LLMCOMPRESS_CACHE", str(tmp_path))
+    model = skeleton(AutoConfig.for_model("jamba"), torch.float32)
+
+    def found(*, proves: bool) -> Anatomy:
+        monkeypatch.setattr(derive, "_DERIVED", {})  # as in a new process
+        with patch.object(derive, "derived", wraps=derived) as proof:
+            anatomy = anatomy_of(model)
+        assert proof.called is proves
+        return anatomy
+
+    first = found(proves=True)
+    assert found(proves=False) == first
+    (file,) = (tmp_path / "anatomies").iterdir()
+    for damaged in ("", "{", "{}", file.read_text().replace('"layers"', '"layer"')):
+        file.write_text(damaged)
+        assert found(proves=True) == first
+    model.config.mamba_d_state = 24  # another config
+    found(proves=True)
 
 
 def test_the_tiny_model_has_as_many_layers_as_it_takes_to_see_each_kind() -> None:
