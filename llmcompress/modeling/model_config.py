@@ -29,7 +29,7 @@ LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 # 126 layers are the most so far
 MOST: Mapping[str, int] = {**dict.fromkeys(LAYERS, 1 << 12), "num_labels": 1 << 16}
 LARGEST = (1 << 31) - 1  # bound of any other whole number
-LARGE = 1 << 22  # elements: more than any buffer has
+LARGE = 1 << 22  # elements of a tensor that is not worth its memory for a moment
 WEIGHTS = ("float64", "float32", "float16", "bfloat16")  # dtypes that weights are computed in
 FLAGS: Mapping[
     str, Any
@@ -175,16 +175,19 @@ def skeleton(config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class _LargeOnMeta(TorchFunctionMode):
-    """Makes large tensors on the meta device at once. init_empty_weights moves a parameter there only when it
-    is given to its module, and the experts of one layer can be larger than the memory."""
+    """Makes large parameters on the meta device at once. init_empty_weights moves a parameter there only when
+    it is given to its module, and the experts of one layer can be larger than the memory.
+
+    Parameters are made without values, those of experts also of zeros. Large buffers are of other values.
+    """
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        if func in (torch.empty, torch.zeros, torch.ones, torch.randn) and kwargs.get("device") is None:
+        if func in (torch.empty, torch.zeros) and kwargs.get("device") is None:
             size = args[0] if args and isinstance(args[0], tuple | list) else kwargs.get("size", args)
-            if math.prod(size) > LARGE:
+            if math.prod(size) > LARGE and (func is torch.empty or len(size) > 2):
                 kwargs["device"] = "meta"
         return func(*args, **kwargs)
 

@@ -190,6 +190,22 @@ def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
     check("gemma3", base, out, report, found["gemma3"])
 
 
+def test_the_card_of_a_wrapper_loads_it_as_its_class(tmp_path: Path) -> None:
+    _, out, report = run_on("llava", tmp_path, format="nf4", group_size=32, rounding="nearest")
+    card = (out / "README.md").read_text()
+    assert report.auto_class == "AutoModelForImageTextToText"
+    assert "from transformers import AutoModelForImageTextToText, AutoTokenizer" in card
+    assert "AutoModelForCausalLM" not in card
+    assert Report.of(out).auto_class == report.auto_class
+
+
+def test_experts_larger_than_the_memory_are_never_made() -> None:
+    model = skeleton(example_config("deepseek_v3"), torch.float32)
+    assert sum(parameter.nbytes for parameter in model.parameters()) > 2e12
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert not any(buffer.is_meta for buffer in model.buffers())
+
+
 def test_a_multimodal_model_in_memory_stays_what_it_is(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
     model = tiny_model(tiny_config("qwen3_5"), Qwen3_5ForConditionalGeneration, dtype=torch.float32)
