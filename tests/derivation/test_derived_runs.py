@@ -161,7 +161,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
     "codebook": [{"codebook": {"entries": 16}}],
     "sparsify": [{"sparsify": {"pattern": "2:4"}}],
     "low_rank": [{"low_rank": {"keep": 0.5}}],
-    "heal": [{"sparsify": {"pattern": "2:4"}}, {"distill": {"steps": 2, "batch": 2}}],
+    "heal": [{"low_rank": {"keep": 0.5}}, {"distill": {"steps": 2, "batch": 2}}],
     "learned": [{"quantize": {"format": "nf4", "group_size": 32, "rounding": "learned", "steps": 3}}],
     "protect": [{"quantize": {"format": "w8a8", "smooth": {}, "protect": 0.1}}],
     "embedding": [{"quantize": {"format": "w8a16", "embedding": "int8"}}],
