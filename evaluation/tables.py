@@ -709,10 +709,10 @@ SECTIONS = (
     Section(
         "Pruning",
         "The loss of structured pruning without training at the same share of the decoder layers' "
-        "parameters, on the demo model and wikilm-8m: `python -m evaluation pruning`, and "
-        "`rivals-pruning` for Torch-Pruning. Ours calibrate on 64 sequences, Torch-Pruning on 256. Scores "
-        "cut `ffn` alone; `hidden` narrows embedding and head as well, so its models are smaller than the "
-        "others at the same share.",
+        "parameters: `python -m evaluation pruning`, and `rivals-pruning` for Torch-Pruning. Ours "
+        "calibrate on 64 sequences, Torch-Pruning on 256, on SmolLM2 both on 64. Scores cut `ffn` alone; "
+        "`hidden` narrows embedding and head as well, so its models are smaller than the others at the "
+        "same share.",
         pruning,
     ),
     Section(
