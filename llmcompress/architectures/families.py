@@ -295,6 +295,12 @@ FAMILIES: Mapping[str, Anatomy] = {
 }
 
 
+def table_of(config: Any) -> Anatomy | None:
+    """Return the table that describes a model of this config, with its conditions open; None if none does."""
+    table = FAMILIES.get(config.model_type)
+    return None if table is None or table.refused(config) else table
+
+
 def anatomy_of(config: Any) -> Anatomy:
     """Return the anatomy of a model of a family in the table, by its config.
 

@@ -16,8 +16,7 @@ from llmcompress.architectures.shape_grammar import Spelling, Term
 from llmcompress.errors import ModelError
 
 Rows = Mapping[str, str]
-# How far an anatomy goes: which linears read the same input; also where a scale may cross and what may be
-# rotated; also what may be cut.
+# How far an anatomy goes; each level holds the facts of those before it.
 LINEARS, SCALES, AXES = 1, 2, 3
 FACTS = {
     LINEARS: "which linears read the same input",

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from llmcompress.architectures import families
+from llmcompress.architectures.families import table_of
 from llmcompress.architectures.spec import LINEARS, SCALES, Anatomy
 from llmcompress.derivation import proof_cache
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
@@ -52,8 +52,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
     Errors: ModelError for a config that the family's rows don't cover, and for a family that the table lacks
     and that can't be walked, with the proof that failed.
     """
-    table = families.FAMILIES.get(model.config.model_type)
-    if table is not None and not table.refused(model.config):
+    if (table := table_of(model.config)) is not None:
         return table.at(model.config)
     key = proof_cache.key_of(model)
     if key not in _DERIVED:

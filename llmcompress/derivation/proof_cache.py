@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -30,10 +31,14 @@ def key_of(model: PreTrainedModel) -> str:
     for name in ("_name_or_path", "dtype", "transformers_version"):  # none says how a layer is built
         config.pop(name, None)
     facts = [type(model).__qualname__, transformers.__version__, torch.__version__, config]
-    found = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode())
-    for source in SOURCES:
-        found.update(source.read_bytes())
-    return found.hexdigest()[:32]
+    said = json.dumps([*facts, _source_digest()], sort_keys=True, default=str)
+    return hashlib.sha256(said.encode()).hexdigest()[:32]
+
+
+@cache
+def _source_digest() -> str:
+    """A digest of the code that proves, read once."""
+    return hashlib.sha256(b"".join(source.read_bytes() for source in SOURCES)).hexdigest()
 
 
 def kept(key: str) -> Anatomy | None:

@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from llmcompress.derivation.subject import Subject, logits
+from llmcompress.derivation.subject import Subject, logits, same
 from llmcompress.integrations.linear_modules import is_linear, shape_of
+
+EXPERTS = "holds all experts in one tensor"  # why such a parameter stays as it is
 
 
 @dataclass
@@ -35,11 +36,11 @@ def readers_of(subject: Subject, index: int) -> Readers:
         if why := found.kept.get(name) or _unfit(read, tokens.numel()):
             found.kept[name] = why
             continue
-        same = next((names for x_TC, names in groups if _same(x_TC, read[0])), None)
-        if same is None:
+        group = next((names for x_TC, names in groups if same(x_TC, read[0])), None)
+        if group is None:
             groups.append((read[0], [name]))
         else:
-            same.append(name)
+            group.append(name)
     never = [name for name, module in layer.named_modules() if is_linear(module) and name not in inputs]
     found.kept |= dict.fromkeys(never, "reads no token of a text")
     found.groups = [(*names,) for _, names in groups]
@@ -72,7 +73,7 @@ def _not_replaced(layer: nn.Module) -> dict[str, str]:
         why = f"is a matrix of a {type(module).__name__}, which no loader replaces"
         if not is_linear(module) and not isinstance(module, nn.Embedding):
             found |= {part: why for part, parameter in own.items() if parameter.dim() == 2}
-    return found | dict.fromkeys(_experts(layer), "holds all experts in one tensor")
+    return found | dict.fromkeys(_experts(layer), EXPERTS)
 
 
 def _experts(layer: nn.Module) -> dict[str, int]:
@@ -101,7 +102,3 @@ def _unfit(read: list[Tensor], tokens: int) -> str | None:
     if len(read[0]) != tokens:
         return "reads only some of the tokens"
     return None
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmcompress.derivation.subject import EXACT, LENGTH, Subject
+from llmcompress.derivation.subject import EXACT, LENGTH, Subject, same
 from llmcompress.integrations.layer_calls import entering, states_of
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
@@ -55,7 +55,7 @@ class Seen:
         dimension, or along the one before."""
         found: dict[str, int] = {}
         for name, read in self.inputs.items():
-            if read.shape == x_TC.shape and torch.equal(read, x_TC):
+            if same(read, x_TC):
                 module = layer.get_submodule(name)
                 if is_linear(module):
                     found[name] = 0 if isinstance(module, Conv1D) else 1
@@ -140,7 +140,7 @@ def _probed(subject: Subject, index: int, seen: Seen) -> dict[str, dict[str, Ten
     first = [
         name
         for place, name in enumerate(linears)
-        if not any(_same(seen.inputs[name], seen.inputs[other]) for other in linears[:place])
+        if not any(same(seen.inputs[name], seen.inputs[other]) for other in linears[:place])
     ]
     found: dict[str, dict[str, Tensor]] = {}
     for place, producer in enumerate(linears):
@@ -223,7 +223,3 @@ def _seen(subject: Subject, index: int) -> Seen:
     with _watching(subject.layers[index]) as seen:
         subject.model(input_ids=subject.tokens[0], use_cache=False)
     return seen
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return one.shape == other.shape and torch.equal(one, other)

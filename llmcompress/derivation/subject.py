@@ -121,6 +121,11 @@ def paths_of_layers(model: PreTrainedModel) -> list[str]:
     return [names[module] for module in sorted(found, key=likely, reverse=True)]
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two inputs are equal in every bit."""
+    return one.shape == other.shape and torch.equal(one, other)
+
+
 def described(error: Exception) -> str:
     """An error of a family's code as a part of a line."""
     return f"{type(error).__name__}: {' '.join(str(error).split())}"[:120]

@@ -10,18 +10,17 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from llmcompress.architectures.families import FAMILIES
+from llmcompress.architectures.families import table_of
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.derivation.derive import anatomy_of
 from llmcompress.derivation.example_configs import causal_types, example_config
+from llmcompress.derivation.readers import EXPERTS
 from llmcompress.derivation.subject import layers_at
 from llmcompress.errors import CompressError, ModelError, first_line
 from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import logging
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import Track, untracked
-
-EXPERTS = "holds all experts in one tensor"
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class FamilyFacts:
 def known_families(types: Sequence[str] = (), track: Track = untracked) -> list[FamilyFacts]:
     """What is known of some types of models, by default of all causal language models.
 
-    Reads no weights; each type takes about half a second. Errors: ModelError for a type that transformers
+    Reads no weights; each type takes a second or two, once. Errors: ModelError for a type that transformers
     does not have.
     """
     every = causal_types()
@@ -67,8 +66,7 @@ def _facts(model_type: str) -> FamilyFacts:
     each = [anatomy.of_layer(index) for index in range(len(layers_at(model, anatomy.layers)))]
     linears, every = _weights(model, each)
     kept = {why for of in each for why in of.kept.values()} | {EXPERTS for of in each if of.experts}
-    table = FAMILIES.get(anatomy.family)
-    derived = table is None or table.refused(model.config) is not None
+    derived = table_of(model.config) is None
     return FamilyFacts(model_type, anatomy.level, derived, linears / every, tuple(sorted(kept)))
 
 
