@@ -154,10 +154,10 @@ class Variants:
             if metric == "plain":
                 F_DD = torch.eye(len(F_DD))
             weights = {name: layer.weight(name) for name in self.linears}
-            solved, _, _ = rounding.in_turn(layer, weights)
+            found = rounding.in_turn(layer, weights)
             aim = layer if target == "full" else replace(layer, reference=layer.inputs, _targets=[])
-            trained, _ = rounding.learned(aim, weights, solved, F_DD, input_scales={}, steps=steps, seed=0)
-            return {name: rounding.weight(name, solution) for name, solution in trained.items()}
+            rounding.learned(aim, weights, found, F_DD, steps=steps, seed=0)
+            return {name: rounding.weight(name, solution) for name, solution in found.solutions.items()}
 
         return self.score(change, reference=True)
 

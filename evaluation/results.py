@@ -226,6 +226,17 @@ class BosRow(Facts):
     top1_agreement: float
 
 
+class ExpertsRow(Loss):
+    """A quantisation of a mixture: `tokens` calibrated it, of which the expert with the fewest read
+    `least_tokens`; each expert borrowed `borrowed` tokens of others for each column of its inputs."""
+
+    stage: dict[str, Any]
+    tokens: int
+    least_tokens: int | None
+    borrowed: float
+    size_bytes: int
+
+
 class PruningRow(Loss):
     """A way to prune; `share` of the parameters of the decoder layers were to stay."""
 

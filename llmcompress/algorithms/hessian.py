@@ -113,6 +113,23 @@ class Moments:
         most(self.top_C)
         self.tokens = total
 
+    def blended(self, others: Moments, tokens: float) -> Moments:
+        """Return the moments over these tokens and so many of `others`, as if those were read too."""
+        both = Moments(len(self.H_CC), self.H_CC.device)
+        both.tokens = self.tokens
+        mine = self.tokens / (self.tokens + tokens) if self.tokens + tokens else 0.0
+
+        def mean(one: Tensor, other: Tensor) -> Tensor:
+            return one * mine + other * (1 - mine)
+
+        both._H_CC = mean(self.H_CC, others.H_CC)
+        both.mean_C, both.full_C = mean(self.mean_C, others.mean_C), mean(self.full_C, others.full_C)
+        both.top_C = torch.maximum(self.top_C, others.top_C)
+        if others.gap_FC is not None:
+            own = torch.zeros_like(others.gap_FC) if self.gap_FC is None else self.gap_FC
+            both.gap_FC = mean(own, others.gap_FC)
+        return both
+
     def joined(self, other: Moments) -> Moments:
         """Return the moments over the tokens of both.
 

@@ -145,6 +145,7 @@ QWEN3_MOE = replace(
         "mlp.experts.gate_up_proj[1]": ("mlp.experts.down_proj",),
     },
     router=("mlp.gate",),
+    experts={"mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False},
     refuses=("mlp_only_layers", "decoder_sparse_step != 1", "num_experts == 0"),  # layers of two kinds
 )
 GPT2 = Anatomy(

@@ -8,7 +8,7 @@ row may be missing only because the config says so. The tables are in `families.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,6 +23,16 @@ FACTS = {
     SCALES: "where a scale may cross from one weight to another",
     AXES: "which axes its weights run along",
 }
+
+# names of the number of experts that a token is routed to
+PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "moe_k",
+    "top_k_experts",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +54,10 @@ class Anatomy:
     norm: str | None  # the final norm; some OPT models have none
     head: str = "lm_head"
     router: tuple[str, ...] = ()  # modules that choose the experts; they read the same input as the experts
+    # parameters that hold one matrix for each expert, in order of computation -> whether that is [in, out]
+    experts: Mapping[str, bool] = field(default_factory=dict)
+    # once they are divided: the linears of each parameter, by expert
+    expert_linears: tuple[tuple[str, ...], ...] = ()
     conv1d: frozenset[str] = frozenset()  # linears stored [in, out]
     norm_offset: float = 0.0  # norms multiply by norm_offset + weight
     # conditions on the config under which these rows do not describe the whole model
@@ -57,14 +71,9 @@ class Anatomy:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """The 2-D linears of a layer by module name, in order of computation, without routers."""
-        return tuple(linear for group in self.consumers for linear in group)
-
-    @property
-    def experts(self) -> tuple[str, ...]:
-        """The 3-D parameters of a layer, with one linear map [out, in] for each expert."""
-        dims = {name: Spelling.parse(row).dims for name, row in self.layer.items()}
-        return tuple(name for name, of in dims.items() if len(of) == 3 and of[0] == "expert")
+        """The linears of a layer by module name, in order of computation, without routers. Those of experts
+        come last."""
+        return tuple(linear for group in (*self.consumers, *self.expert_linears) for linear in group)
 
     @property
     def outer_axes(self) -> frozenset[str]:
@@ -87,6 +96,34 @@ class Anatomy:
     def of_layer(self, index: int) -> Anatomy:
         """The facts of one layer."""
         return self.each_layer[index] if self.each_layer else self
+
+    def group_of(self, linear: str) -> tuple[str, ...]:
+        """The linears that read the same input as a linear of a layer. An expert reads what is routed to
+        it."""
+        return next((group for group in self.consumers if linear in group), (linear,))
+
+    def divided(self, linears: Mapping[str, Sequence[str]]) -> Anatomy:
+        """The facts of a layer whose parameters of experts are linears, given by parameter.
+
+        Scales that cross to experts or between them are left out: each expert reads tokens of its own.
+        """
+        rows = {name: row for name, row in self.layer.items() if name not in linears}
+        for name, of_expert in linears.items():
+            _, *dims = Spelling.parse(self.layer[name]).dims
+            row = str(Spelling(tuple(dims[::-1] if self.experts[name] else dims)))
+            rows |= {f"{linear}.weight": row for linear in of_expert}
+        pairs = {
+            key: readers
+            for key, readers in self.scale_pairs.items()
+            if key.partition("[")[0] not in linears and not {*readers} & linears.keys()
+        }
+        return replace(
+            self,
+            layer=rows,
+            scale_pairs=pairs,
+            experts={name: how for name, how in self.experts.items() if name not in linears},
+            expert_linears=tuple(map(tuple, linears.values())),
+        )
 
     def axis_sizes(self, config: Any) -> dict[str, int]:
         """Return the number of units on each axis that some row runs along.
@@ -195,6 +232,13 @@ class Anatomy:
         return replace(
             self, layer=layer, outer=outer, scale_pairs=scale_pairs, norm=_choose(self.norm or "", config)
         )
+
+
+def experts_per_token(config: Any) -> int:
+    """The number of experts that a token is routed to, from the part of a config that describes the decoder;
+    1 if it doesn't say."""
+    found = next((count for name in PER_TOKEN if (count := getattr(config, name, None))), 1)
+    return max(found) if isinstance(found, list) else int(found)  # one for each layer
 
 
 def _choose(text: str, config: Any) -> str | None:

@@ -167,6 +167,7 @@ def _of_layer(
         counts=spelling.sizes,
         norm_offset=spelling.offset,
         kept=found.readers.kept,
+        experts=found.readers.experts,
         conv1d=frozenset(conv1d),
         level=SCALES if spelling.pairs else LINEARS,
     )

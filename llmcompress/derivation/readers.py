@@ -10,19 +10,22 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from llmcompress.derivation.experts import proved_experts, stacked
 from llmcompress.derivation.subject import Subject, logits, same
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 
-EXPERTS = "holds all experts in one tensor"  # why such a parameter stays as it is
+# why a parameter with three axes stays as it is
+UNDIVIDED = "has three axes, and its code takes it as a whole"
 
 
 @dataclass
 class Readers:
-    """Linears of a layer by the input that they read, in order of computation; and matrices that stay as they
-    are, with the reason."""
+    """Linears of a layer by the input that they read, in order of computation; matrices that stay as they
+    are, with the reason; and parameters of experts."""
 
     groups: list[tuple[str, ...]] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)
+    experts: dict[str, bool] = field(default_factory=dict)  # as `proved_experts` returns them
 
 
 def readers_of(subject: Subject, index: int) -> Readers:
@@ -43,6 +46,9 @@ def readers_of(subject: Subject, index: int) -> Readers:
             group.append(name)
     never = [name for name, module in layer.named_modules() if is_linear(module) and name not in inputs]
     found.kept |= dict.fromkeys(never, "reads no token of a text")
+    found.experts = proved_experts(subject, index)
+    undivided = [name for name in stacked(layer) if name not in found.experts]
+    found.kept |= dict.fromkeys(undivided, UNDIVIDED)
     found.groups = [(*names,) for _, names in groups]
     return found
 
@@ -65,35 +71,21 @@ def _listening(layer: nn.Module) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def _not_replaced(layer: nn.Module) -> dict[str, str]:
-    """The matrices that no loader replaces: those of modules that are no linears, and experts in one
-    tensor."""
+    """The matrices that no loader replaces: those of modules that are no linears."""
     found: dict[str, str] = {}
     for name, module in layer.named_modules():
         own = dict(module.named_parameters(name, recurse=False))
         why = f"is a matrix of a {type(module).__name__}, which no loader replaces"
         if not is_linear(module) and not isinstance(module, nn.Embedding):
             found |= {part: why for part, parameter in own.items() if parameter.dim() == 2}
-    return found | dict.fromkeys(_experts(layer), EXPERTS)
-
-
-def _experts(layer: nn.Module) -> dict[str, int]:
-    """The 3-D parameters that hold experts, with how many."""
-    return {
-        name: len(parameter)
-        for name, parameter in layer.named_parameters()
-        if parameter.dim() == 3 and not isinstance(_owner(layer, name), nn.Conv1d)
-    }
+    return found
 
 
 def _routers(layer: nn.Module) -> dict[str, str]:
     """The linears with an output for each expert; in a tiny model no other size is that number."""
-    experts = {*_experts(layer).values()}
+    experts = {*stacked(layer).values()}
     linears = {name: module for name, module in layer.named_modules() if is_linear(module)}
     return {name: "chooses experts" for name, module in linears.items() if shape_of(module)[0] in experts}
-
-
-def _owner(layer: nn.Module, parameter: str) -> nn.Module:
-    return layer.get_submodule(parameter.rpartition(".")[0])
 
 
 def _unfit(read: list[Tensor], tokens: int) -> str | None:

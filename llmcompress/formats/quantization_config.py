@@ -17,24 +17,29 @@ METHOD = "llmcompress"
 
 
 def quantization_config(
-    schemes: Sequence[tuple[AnyLayout, Sequence[str]]], ties: Mapping[str, str] | None = None
+    schemes: Sequence[tuple[AnyLayout, Sequence[str]]],
+    ties: Mapping[str, str] | None = None,
+    experts: Mapping[str, bool] | None = None,
 ) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: each scheme with the full names of its linears, and the
-    ties. Errors: ModelError."""
+    """Return config.json's `quantization_config`: each scheme with the full names of its linears, the ties,
+    and the parameters of experts that are linears. Errors: ModelError."""
     entries = [{**asdict(scheme), "linears": list(linears)} for scheme, linears in schemes]
-    return CompressedConfig(entries, ties).to_dict()
+    return CompressedConfig(entries, ties, experts).to_dict()
 
 
 class CompressedConfig(QuantizationConfigMixin):
-    """The `quantization_config` of one of our models: `schemes`, each with its `linears`, and `ties`. Errors:
-    ModelError."""
+    """The `quantization_config` of one of our models: `schemes`, each with its `linears`, `ties`, and
+    `experts`. Errors: ModelError."""
 
     ties: Mapping[str, str] = {}  # tensor -> the tensor that it is tied to
+    # parameter in whose place each expert has a linear -> whether the model's code has a matrix as [in, out]
+    experts: Mapping[str, bool] = {}
 
     def __init__(
         self,
         schemes: Sequence[Mapping[str, Any]] = (),
         ties: Mapping[str, str] | None = None,
+        experts: Mapping[str, bool] | None = None,
         quant_method: str = METHOD,
         **unknown: Any,
     ) -> None:
@@ -48,6 +53,8 @@ class CompressedConfig(QuantizationConfigMixin):
         self.schemes = [dict(entry) for entry in schemes]
         if ties is not None and (named := named_ties(ties)):
             self.ties = named
+        if experts:
+            self.experts = _experts(experts)
 
     def assigned(self) -> dict[str, AnyLayout]:
         """The layout of each linear, by full name."""
@@ -62,7 +69,17 @@ class CompressedConfig(QuantizationConfigMixin):
         ties = {
             target: source for target, source in self.ties.items() if target.rpartition(".")[0] not in linears
         }
-        return CompressedConfig([entry for entry in left if entry["linears"]], ties)
+        return CompressedConfig([entry for entry in left if entry["linears"]], ties, self.experts)
+
+
+def _experts(said: Any) -> dict[str, bool]:
+    """The `experts` of config.json. Errors: ModelError."""
+    if isinstance(said, Mapping) and all(isinstance(how, bool) for how in said.values()):
+        return {str(name): how for name, how in said.items()}
+    raise ModelError(
+        f"config.json has experts that are not names with true or false: {str(said)[:80]}; take it again "
+        "from its source"
+    )
 
 
 def read_config(quantization: Any) -> CompressedConfig:

@@ -18,6 +18,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import StoredLinear, StoredModule
 from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.quantization_config import CompressedConfig, read_config
+from llmcompress.integrations.expert_linears import divided_in, unite
 from llmcompress.integrations.transformers_compat import Conv1D
 
 WRAPPED = ".base_layer"  # PEFT's suffix for the name of a linear under an adapter
@@ -61,6 +62,8 @@ def make_plain(model: PreTrainedModel, names: Collection[str], dtype: torch.dtyp
         _require_apart(bare, {**own, **model.all_tied_weights_keys})
     for name, module in modules.items():
         model.set_submodule(name, plain_of(module, dtype))
+    for name in divided_in(model) if whole else ():
+        unite(model, name)
     for ties in (model._tied_weights_keys or {}, model.all_tied_weights_keys):
         for part in [part for part in ties if part in own or part.endswith(".weight_scale")]:
             if whole or part.rpartition(".")[0] in bare:

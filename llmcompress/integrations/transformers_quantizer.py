@@ -35,6 +35,7 @@ from llmcompress.formats.quantization_config import quantization_config as quant
 from llmcompress.formats.quantization_config import read_config as read_config
 from llmcompress.formats.registry import AnyLayout, format_of
 from llmcompress.formats.sparse import SparseLinear
+from llmcompress.integrations.expert_linears import divide
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.plain_modules import known_ties, let_resize, make_plain, ours
 from llmcompress.integrations.transformers_compat import Conv1D, HfQuantizer, ModuleUtilsMixin
@@ -56,6 +57,7 @@ class Quantizer(HfQuantizer):
             _resolved(model, self.quantization_config.assigned()),
             dtype or torch.get_default_dtype(),
         )
+        _divide_experts(model, self.quantization_config.experts)
         done = _put_embeddings(model, assigned, dtype)
         modules, ties = dict(model.named_modules()), model.all_tied_weights_keys
         tied = {*ties.keys(), *ties.values()}
@@ -124,6 +126,20 @@ class Quantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def _divide_experts(model: PreTrainedModel, experts: Mapping[str, bool]) -> None:
+    """Put a linear for each expert in the place of parameters, by full name. Errors: ModelError if the model
+    lacks one."""
+    known = dict(model.named_parameters())
+    for name, transposed in experts.items():
+        here = name if name in known else name.removeprefix(f"{model.base_model_prefix}.")
+        if here not in known or known[here].dim() != 3:
+            raise ModelError(
+                f"config.json has linears for the experts of {name}, but this model has no such experts; the "
+                "config is of another model"
+            )
+        divide(model, here, transposed=transposed)
 
 
 def declare_ties(model: PreTrainedModel, ties: Mapping[str, str]) -> None:

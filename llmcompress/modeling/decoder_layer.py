@@ -25,6 +25,7 @@ from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
 from llmcompress.integrations.layer_calls import states_of
 from llmcompress.kernels import moments as half_moments
+from llmcompress.modeling.expert_routing import experts_of, kept_to, taken_down
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.half_precision import half_precision
 from llmcompress.modeling.host_memory import to_host
@@ -49,8 +50,6 @@ class DecoderLayer:
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
     shard: Shard = field(default_factory=Shard)  # which units of tokens these are, of those of all
     limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
-    # expert -> tokens routed to it, counted by `moments`
-    expert_tokens: dict[int, int] = field(default_factory=dict)
     rounds: dict[str, Inputs] = field(default_factory=dict)  # linear -> how its inputs are rounded here
     # parameters that a stage has replaced, by name in the layer
     _originals: dict[str, Tensor] = field(default_factory=dict)
@@ -219,9 +218,9 @@ class DecoderLayer:
 
     def _forget(self, linear: str, *, read: bool = False) -> None:
         """Forget what depends on the weight of a linear, and with `read` on what it reads."""
-        place = next(i for i, group in enumerate(self.anatomy.consumers) if linear in group)
+        place = self._place(self.anatomy.group_of(linear))
         later = self.anatomy.consumers[place if read else place + 1 :]
-        earlier = self.ending_before(self.anatomy.consumers[place])
+        earlier = self.ending_before(self.anatomy.group_of(linear))
         self._finished.forget(
             {*self._finished.last} - {*earlier}, [name for group in later for name in group]
         )
@@ -280,7 +279,8 @@ class DecoderLayer:
         """Return the second moments of the inputs of the linears of `groups`, by linear. Linears that read
         the same input share one object.
 
-        A group is an entry of `anatomy.consumers`; the default is all of them. With a reference, the full
+        A group is an entry of `anatomy.consumers`, the default is all of them; or experts of one module by
+        themselves, of which some may read no token. With a reference, the full
         model's inputs are taken against these inputs too. Asked `in_turn`, all that comes before the first of
         `groups` is final, and submodules that end before it are run once for all that follows; their outputs
         are kept on the CPU. Raises ModelError if the inputs are too large.
@@ -294,11 +294,9 @@ class DecoderLayer:
             kind = half_moments.HalfMoments if half else Moments
             found[linear] = kind(self.weight(linear).shape[1], self.device, wide)
         for read, full in self.reads(*wanted, in_turn=in_turn):
-            for name, moments in found.items():
-                self.add(moments, read[name], full.get(name))
+            for name, x in read.items():
+                self.add(found[name], x, full.get(name))
         self.shard.processes.pool(found.values())
-        if self._experts and self.anatomy.consumers[-1] in wanted:
-            self._pool_routed()
         for name, moments in found.items():
             if not moments.finite:
                 raise ModelError(
@@ -323,8 +321,8 @@ class DecoderLayer:
         """Yield the input of the first linear of each group, batch by batch, here and in the full model
         (empty without a reference). A batch comes in parts if memory runs out.
 
-        A pass stops once all groups have been read. A pass through the whole layer also sets `targets` and
-        counts the tokens of each expert. `in_turn` is that of `moments`.
+        A pass stops once all groups have been read. A pass through the whole layer also sets `targets`.
+        `in_turn` is that of `moments`.
         """
         targets: list[Tensor] = []
         with torch.no_grad(), self._listening({consumers[0] for consumers in groups}) as listener:
@@ -349,6 +347,8 @@ class DecoderLayer:
 
         Returns what they read in the full model, and its output if the pass went through the whole layer.
         """
+        if groups[0] not in self.anatomy.consumers:
+            return self._read_routed(listener, i, groups, in_turn, here), None
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         full, out, hidden = dict[str, Tensor](), None, self.inputs[i]
         part = _part(i, here, hidden)
@@ -356,13 +356,40 @@ class DecoderLayer:
             listener.begin(linears, through=whole)
             with self._reusing(self._finished_full, part, groups, in_turn, listener):
                 out = _until_enough(self._full, self.reference[i][here])
-            full, out = dict(listener.read), None if out is None else self._left(out)
-        listener.begin(linears, through=whole and bool(self._experts))
+            full, out = listener.read, None if out is None else self._left(out)
+        listener.begin(linears)
         with self._reusing(self._finished, part, groups, in_turn, listener):
             _until_enough(self.run, hidden[here])
-        if whole and self._experts:
-            self._count_routed(listener.read[self._experts], first=i == 0 and here.start == 0)
         return full, out
+
+    def _read_routed(
+        self,
+        listener: _Listener,
+        i: int,
+        groups: tuple[tuple[str, ...], ...],
+        in_turn: bool,
+        here: slice,
+    ) -> dict[str, Tensor]:
+        """Run a part of batch `i` until the listener has read the experts of `groups` that it reaches.
+
+        Returns what they read in the full model, if it is sent the tokens that it is sent here.
+        """
+        experts = self.module.get_submodule(experts_of(groups[0][0]))
+        linears, part = {consumers[0] for consumers in groups}, _part(i, here, self.inputs[i])
+        listener.begin(linears)
+        with taken_down(experts) as routing, self._reusing(self._finished, part, groups, in_turn, listener):
+            _until_enough(self.run, self.inputs[i][here])
+        read, tokens = listener.read, self.inputs[i][here][..., 0].numel()
+        if not self.reference or not routing.covers(tokens):
+            return {}
+        listener.begin(linears)
+        with (
+            kept_to(experts, routing),
+            self._reusing(self._finished_full, part, groups, in_turn, listener),
+        ):
+            _until_enough(self._full, self.reference[i][here])
+        full, listener.read = listener.read, read
+        return {name: x for name, x in full.items() if name in read and x.shape == read[name].shape}
 
     @contextmanager
     def _reusing(
@@ -385,23 +412,19 @@ class DecoderLayer:
 
     @contextmanager
     def _listening(self, linears: set[str]) -> Iterator[_Listener]:
-        """Yield what listens to the inputs of the linears.
-
-        The entry of a module of experts is its second argument: the expert of each token and rank.
-        """
+        """Yield what listens to the inputs of the linears."""
         listener = _Listener()
 
-        def keep(name: str, place: int, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            listener.read[name] = args[place]
+        def keep(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            listener.read[name] = args[0]
             listener.left.discard(name)
             if not listener.through and not listener.left:
                 raise _Enough
 
-        places = dict.fromkeys(linears, 0) | ({self._experts: 1} if self._experts else {})
         modules = [self.module, self._whole] if self._whole else [self.module]
         hooks = [
-            module.get_submodule(name).register_forward_pre_hook(partial(keep, name, place))
-            for name, place in places.items()
+            module.get_submodule(name).register_forward_pre_hook(partial(keep, name))
+            for name in linears
             for module in modules
         ]
         try:
@@ -410,31 +433,18 @@ class DecoderLayer:
             for hook in hooks:
                 hook.remove()
 
+    def _place(self, group: tuple[str, ...]) -> int:
+        """How many groups of `consumers` come before a group; all, before an expert."""
+        consumers = self.anatomy.consumers
+        return consumers.index(group) if group in consumers else len(consumers)
+
     def ending_before(self, group: tuple[str, ...]) -> list[str]:
         """The submodules of the layer, such as self_attn, whose linears all come before a group."""
         if self._whole is not None:
             return []
-        place = self.anatomy.consumers.index(group)
+        place = self._place(group)
         earlier = {linear for consumers in self.anatomy.consumers[:place] for linear in consumers}
         return [name for name, linear in self._finished.last.items() if linear in earlier]
-
-    @property
-    def _experts(self) -> str:
-        """The name of the module that holds the experts; empty if there is none."""
-        return self.anatomy.experts[0].rpartition(".")[0] if self.anatomy.experts else ""
-
-    def _count_routed(self, expert_of: Tensor, *, first: bool) -> None:
-        count = len(next(self.module.get_submodule(self._experts).parameters()))
-        routed = torch.bincount(expert_of.flatten(), minlength=count).tolist()
-        for expert in range(count):  # one index more stands for no expert
-            self.expert_tokens[expert] = routed[expert] + (0 if first else self.expert_tokens[expert])
-
-    def _pool_routed(self) -> None:
-        """Count the tokens that all processes routed to each expert."""
-        count = len(next(self.module.get_submodule(self._experts).parameters()))
-        routed = torch.tensor([self.expert_tokens.get(expert, 0) for expert in range(count)])
-        self.shard.processes.sum_(routed)
-        self.expert_tokens = dict(enumerate(routed.tolist()))
 
 
 @dataclass
@@ -448,9 +458,9 @@ class _Listener:
     left: set[str] = field(default_factory=set)
     through: bool = False
 
-    def begin(self, linears: Collection[str], *, through: bool) -> None:
+    def begin(self, linears: Collection[str], *, through: bool = False) -> None:
         """Expect a new pass."""
-        self.left, self.through = set(linears), through
+        self.read, self.left, self.through = {}, set(linears), through
 
 
 def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -464,7 +474,7 @@ def _part(batch: int, here: slice, hidden: Tensor) -> Hashable:
 
 def _last_linears(anatomy: Anatomy) -> dict[str, str]:
     """The submodules of a layer, such as self_attn, and the linear that comes last in each."""
-    linears = [linear for consumers in anatomy.consumers for linear in consumers if "." in linear]
+    linears = [linear for linear in anatomy.linears if "." in linear]
     return {linear.partition(".")[0]: linear for linear in linears}
 
 

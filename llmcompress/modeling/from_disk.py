@@ -57,7 +57,7 @@ class DiskModel(LayerwiseModel):
         self.quantization: Any = getattr(config, "quantization_config", None)
         if self.quantization is not None:
             del config.quantization_config
-        super().__init__(config, device, dtype, ours.assigned(), ours.ties)
+        super().__init__(config, device, dtype, ours.assigned(), ours.ties, divided=[*ours.experts])
         self._check_layouts()
         self.checkpoint, self.sources = taken(self.checkpoint, self)
         self.dtypes = dtypes_of(self.checkpoint, self.sources)

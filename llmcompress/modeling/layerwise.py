@@ -19,6 +19,7 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property, partial
 
 import torch
@@ -28,13 +29,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, mixed
 from llmcompress.architectures.shape_grammar import Spelling
-from llmcompress.architectures.spec import Anatomy
+from llmcompress.architectures.spec import Anatomy, experts_per_token
 from llmcompress.derivation.derive import anatomy_of
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout, StoredWeight
 from llmcompress.integrations import distributed
+from llmcompress.integrations.expert_linears import divide, divided_in, unite
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
@@ -58,7 +60,9 @@ class LayerwiseModel(ABC):
         layouts: Mapping[str, AnyLayout] | None = None,
         ties: Mapping[str, str] | None = None,
         dtypes: Mapping[str, torch.dtype] | None = None,
+        divided: Sequence[str] = (),
     ) -> None:
+        """`divided` are parameters of experts that are stored as linears, by full name."""
         self.config, self.device, self.dtype = config, device, dtype
         # stored dtypes of the weights that are not codes, by their names in the model
         self.dtypes = dict(dtypes or {})
@@ -72,9 +76,59 @@ class LayerwiseModel(ABC):
         with init_empty_weights(include_buffers=False):
             build_layers(self.model, layers, self.anatomy)
         self.layers = layers
+        # parameters of experts that are linears here, by full name: whether the files hold them so
+        self.divided: dict[str, bool] = {}
+        self._divide(divided, stored=True)
         self.sizes = self.sizes_of(0)
         self.rotation: Rotation | None = None
         self._freed = 0  # bytes freed since the heap was last given back
+
+    def divide_experts(self) -> None:
+        """Make each expert a linear of its own from now on, with a name in its layer. The weights stay."""
+        self._divide([name for name in self.expert_weights if name not in self.divided], stored=False)
+
+    def _divide(self, parameters: Sequence[str], *, stored: bool) -> None:
+        """Divide parameters of experts, by full name. Errors: ModelError for a name that is none of them."""
+        for name in ("layer_linears", "expert_weights", "kept_weights", "expert_linears"):
+            self.__dict__.pop(name, None)
+        wanted, each = {*parameters}, list[Anatomy]()
+        for index, module in enumerate(self.layers):
+            anatomy, prefix, linears = self.anatomy.of_layer(index), f"{self.layer_name(index)}.", {}
+            for name, transposed in anatomy.experts.items():
+                if (full := prefix + name) in wanted:
+                    linears[name] = divide(module, name, transposed=transposed)
+                    self.divided[full] = stored
+                    wanted.remove(full)
+                    if (dtype := self.dtypes.get(full)) is not None:
+                        self.dtypes |= {f"{prefix}{linear}.weight": dtype for linear in linears[name]}
+            each.append(anatomy.divided(linears) if linears else anatomy)
+        if wanted:
+            raise ModelError(
+                f"config.json divides {min(wanted)} among experts, but this model has no such parameter; the "
+                "config is of another model"
+            )
+        alike = all(anatomy == each[0] for anatomy in each)
+        self.anatomy = (
+            replace(each[0], level=self.anatomy.level, each_layer=() if alike else tuple(each))
+            if parameters
+            else self.anatomy
+        )
+
+    def used_share(self, linear: str) -> float:
+        """The share of the tokens that a linear of a layer reads, by its full name: of experts, those that a
+        token is routed to."""
+        count = self.expert_linears.get(linear)
+        return experts_per_token(self.text_config) / count if count else 1.0
+
+    @cached_property
+    def expert_linears(self) -> dict[str, int]:
+        """The linears that are experts, by full name, with how many read the same states."""
+        return {
+            f"{self.layer_name(index)}.{linear}": len(linears)
+            for index in range(len(self.layers))
+            for linears in self.anatomy.of_layer(index).expert_linears
+            for linear in linears
+        }
 
     def untie(self) -> None:
         """Give the head its own matrix, whatever the config says. The weights decide, as in
@@ -127,7 +181,7 @@ class LayerwiseModel(ABC):
     @property
     def plain(self) -> bool:
         """Whether transformers loads the model without the plug-in, as it does codes in a native layout."""
-        return not (mixed(self.config) or self.layouts or self.ties)
+        return not (mixed(self.config) or self.layouts or self.ties or self.divided)
 
     @property
     def shared_linears(self) -> dict[str, str]:
@@ -229,12 +283,29 @@ class LayerwiseModel(ABC):
 
     def token_bytes(self) -> int:
         """Bytes that a token takes in the widest layer, if it keeps every input and output of a matrix."""
-        chosen = getattr(self.text_config, "num_experts_per_tok", None) or 1
         widths = []
-        for layer in self.layers:
-            shapes = [parameter.shape for parameter in layer.parameters() if parameter.dim() > 1]
-            widths.append(sum(sum(shape[-2:]) * (chosen if len(shape) > 2 else 1) for shape in shapes))
+        for index, layer in enumerate(self.layers):
+            chosen, width = experts_per_token(self.text_config), 0.0
+            for name, parameter in layer.named_parameters():
+                if parameter.dim() > 1:
+                    linear = f"{self.layer_name(index)}.{name.removesuffix('.weight')}"
+                    share = chosen if parameter.dim() > 2 else self.used_share(linear)
+                    width += sum(parameter.shape[-2:]) * share
+            widths.append(math.ceil(width))
         return max(widths, default=0) * self.dtype.itemsize
+
+    def idle_parameters(self) -> int:
+        """Number of parameters of experts that a token is not routed to."""
+        chosen, idle = experts_per_token(self.text_config), 0.0
+        for index, layer in enumerate(self.layers):
+            anatomy = self.anatomy.of_layer(index)
+            stacks = [layer.get_parameter(name) for name in anatomy.experts]
+            sizes = [(len(stack), stack.numel()) for stack in stacks]
+            for linears in anatomy.expert_linears:
+                weights = [layer.get_parameter(f"{linear}.weight") for linear in linears]
+                sizes.append((len(weights), sum(weight.numel() for weight in weights)))
+            idle += sum(size * max(0.0, 1 - chosen / count) for count, size in sizes)
+        return round(idle)
 
     def inner_parameters(self) -> int:
         """Number of parameters inside the layers, as they are in memory."""
@@ -286,9 +357,15 @@ class LayerwiseModel(ABC):
     def layer(self, index: int) -> Iterator[nn.Module]:
         """Yield layer `index` with its weights, which are freed when the context exits."""
         prefix, module = self.layer_name(index) + ".", self.layers[index]
+        # what the files hold in one tensor is loaded so
+        whole = {name: how for name, how in divided_in(module).items() if not self.divided[prefix + name]}
         try:
+            for name in whole:
+                unite(module, name)
             self._bring([prefix + name for name in module.state_dict()])
             self.require_all(prefix + name for name, p in module.named_parameters() if p.is_meta)
+            for name, weights in whole.items():
+                divide(module, name, transposed=weights.transposed)
             if self.rotation:
                 self._rewrite(
                     partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer
@@ -437,6 +514,7 @@ class InMemoryModel(LayerwiseModel):
         quantized: Mapping[str, StoredWeight] | None = None,
         layouts: Mapping[str, AnyLayout] | None = None,
         ties: Mapping[str, str] | None = None,
+        divided: Sequence[str] = (),
     ) -> None:
         self.source, self.quantized = source, dict(quantized or {})
         coded = {f"{name}.weight" for name in self.quantized}
@@ -445,7 +523,7 @@ class InMemoryModel(LayerwiseModel):
             for name, tensor in source.items()
             if tensor.is_floating_point() and name not in coded
         }
-        super().__init__(config, device, dtype, layouts, ties, dtypes)
+        super().__init__(config, device, dtype, layouts, ties, dtypes, divided)
         head, embedding = (source[f"{name}.weight"] for name in (self.anatomy.head, self.anatomy.embedding))
         if config.tie_word_embeddings and not torch.equal(head, embedding):
             self.untie()

@@ -14,7 +14,6 @@ from llmcompress.architectures.families import table_of
 from llmcompress.architectures.spec import Anatomy
 from llmcompress.derivation.derive import anatomy_of
 from llmcompress.derivation.example_configs import causal_types, example_config
-from llmcompress.derivation.readers import EXPERTS
 from llmcompress.derivation.subject import layers_at
 from llmcompress.errors import CompressError, ModelError, first_line
 from llmcompress.integrations.linear_modules import shape_of
@@ -65,7 +64,7 @@ def _facts(model_type: str) -> FamilyFacts:
         return FamilyFacts(model_type, 0, why=(_reason(error),))
     each = [anatomy.of_layer(index) for index in range(len(layers_at(model, anatomy.layers)))]
     linears, every = _weights(model, each)
-    kept = {why for of in each for why in of.kept.values()} | {EXPERTS for of in each if of.experts}
+    kept = {why for of in each for why in of.kept.values()}
     derived = table_of(model.config) is None
     return FamilyFacts(model_type, anatomy.level, derived, linears / every, tuple(sorted(kept)))
 
@@ -76,6 +75,7 @@ def _weights(model: PreTrainedModel, each: Sequence[Anatomy]) -> tuple[int, int]
     for layer, anatomy in zip(layers_at(model, each[0].layers), each, strict=True):
         every += sum(parameter.numel() for parameter in layer.parameters())
         linears += sum(math.prod(shape_of(layer.get_submodule(name))) for name in anatomy.linears)
+        linears += sum(layer.get_parameter(name).numel() for name in anatomy.experts)
     return linears, every
 
 

@@ -25,13 +25,14 @@ from llmcompress.formats.integer_embedding import IntegerEmbedding
 from llmcompress.formats.schemes import Int8Scheme
 from llmcompress.formats.sparse import SparseWeight
 from llmcompress.integrations import transformers_quantizer
+from llmcompress.integrations.expert_linears import divide, divided_in
 from llmcompress.integrations.plain_modules import let_resize
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.memory_store import MemoryStore
-from llmcompress.pipeline.report_facts import model_facts, report_of
+from llmcompress.pipeline.report_facts import Sizes, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
     name_of,
@@ -88,15 +89,13 @@ def apply_recipe(
         name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=parameters(model),
-        size_bytes=_size(state),
+        sizes=Sizes(parameters(model), base_model.idle_parameters(), _size(state)),
     )
     after = model_facts(
         name,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=source.parameters() - _zeros(store),
-        size_bytes=_stored_size(store),
+        sizes=Sizes(source.parameters() - _zeros(store), source.idle_parameters(), _stored_size(store)),
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
@@ -110,8 +109,10 @@ def _made(model: PreTrainedModel, base: InMemoryModel, store: MemoryStore) -> Pr
     """Return the model as the stages left it. Everything is built before the given model is changed."""
     config = store.model.config
     built = model if config is base.config else _rebuilt(config, store.left, model)
-    dense = [(built.get_parameter(name), tensor) for name, tensor in store.dense.items()]
     modules = _modules(built, store)
+    for name, weights in divided_in(store.model.model).items():
+        divide(built, name, transposed=weights.transposed)
+    dense = [(built.get_parameter(name), tensor) for name, tensor in store.dense.items()]
     for parameter, tensor in dense:
         parameter.data.copy_(tensor)
     _tell_tied(built, config.tie_word_embeddings, store.model.anatomy.head)
@@ -150,12 +151,14 @@ def _modules(model: PreTrainedModel, store: MemoryStore) -> dict[str, nn.Module]
     """Return the modules that run on the kernels, by the names of the plain modules that they replace."""
     found: dict[str, nn.Module] = {}
     for name, codes in store.packed.items():
-        plain, scheme = model.get_submodule(name), store.chosen[name]
+        scheme = store.chosen[name]
+        # an expert is no linear of the model yet
+        plain = None if name in store.model.expert_linears else model.get_submodule(name)
         if isinstance(plain, nn.Embedding):
             assert isinstance(codes, IntegerWeight)
             found[name] = integer_embedding.embedding(name, plain, codes)
             continue
-        bias: torch.Tensor | None = plain.bias if isinstance(plain.bias, nn.Parameter) else None
+        bias = getattr(plain, "bias", None)
         if bias is not None and (corrected := store.dense.get(f"{name}.bias")) is not None:
             bias = corrected.to(bias)
         threshold = scheme.threshold if isinstance(scheme, Int8Scheme) else 0.0

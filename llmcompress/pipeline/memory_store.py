@@ -81,7 +81,13 @@ class MemoryStore:
             for tensors in (self.left, weights):
                 tensors[f"{source.anatomy.head}.weight"] = tensors[f"{source.anatomy.embedding}.weight"]
         self.model = InMemoryModel(
-            config, weights, source.device, quantized=self.packed, layouts=outcome.layouts, ties=outcome.ties
+            config,
+            weights,
+            source.device,
+            quantized=self.packed,
+            layouts=outcome.layouts,
+            ties=outcome.ties,
+            divided=[*source.divided],
         )
         for name, codes in self.packed.items():
             reader, inputs = (

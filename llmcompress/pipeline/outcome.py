@@ -20,6 +20,7 @@ from llmcompress.formats import bitsandbytes_layout, integer, registry
 from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeight
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
+from llmcompress.integrations.expert_linears import divided_in
 from llmcompress.io.companion_files import is_inside
 from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import Writer
@@ -146,7 +147,8 @@ def outline_after(result: StageResult, model: LayerwiseModel) -> MetaModel:
     }
     dtypes = {name: dtype for name, dtype in numbered.items() if name is not None}
     ties = model.ties | dict(result.ties)
-    return MetaModel(config, model.device, model.dtype, layouts_after(result, model), ties, dtypes)
+    layouts = layouts_after(result, model)
+    return MetaModel(config, model.device, model.dtype, layouts, ties, dtypes, [*model.divided])
 
 
 def layouts_after(result: StageResult, model: LayerwiseModel) -> dict[str, AnyLayout]:
@@ -185,7 +187,8 @@ def quantization_of(outcome: Outcome) -> dict[str, Any]:
     linears: dict[AnyLayout, list[str]] = {}
     for name, layout in outcome.layouts.items():
         linears.setdefault(layout, []).append(name)
-    return transformers_quantizer.quantization_config(list(linears.items()), outcome.ties)
+    experts = {name: weights.transposed for name, weights in divided_in(outcome.model.model).items()}
+    return transformers_quantizer.quantization_config(list(linears.items()), outcome.ties, experts)
 
 
 def layout_of(how: LinearScheme) -> AnyLayout:
@@ -216,15 +219,17 @@ def write_weights(writer: Writer, model: DiskModel, outcome: Outcome) -> Path:
         return tensor.to(model.weight_dtype) if casts and tensor.is_floating_point() else tensor
 
     for linears, dense in outcome.entries():
-        named = {keys[name]: cast(tensor) for name, tensor in dense.items()}
+        named = {keys.get(name, name): cast(tensor) for name, tensor in dense.items()}
         for linear, packed in linears.items():
-            key = keys[f"{linear}.weight"].removesuffix(".weight")
+            key = keys.get(f"{linear}.weight", linear).removesuffix(".weight")
             named |= {
                 f"{key}.{part}": tensor
                 for part, tensor in registry.tensors_of(packed, native=native_layout).items()
             }
         names = (*dense, *(f"{linear}.weight" for linear in linears))
-        replaced |= {part for name in names for key in model.sources[name] for part in model.with_codes(key)}
+        # an expert that becomes a linear had none
+        taken = {key for name in names for key in model.sources.get(name, ())}
+        replaced |= {part for key in taken for part in model.with_codes(key)}
         writer.add(named)
     for key in model.checkpoint.tensors:
         if key not in replaced and (name := outcome.renamed(key)) is not None:

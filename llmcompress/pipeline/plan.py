@@ -13,13 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmcompress.architectures.spec import AXES, FACTS
+from llmcompress.architectures.spec import AXES, FACTS, experts_per_token
 from llmcompress.data.calibration import POOL
 from llmcompress.data.sources import DEFAULT, EFFORTS, DataSpec, Effort
 from llmcompress.errors import CompressError, argument
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout
-from llmcompress.io.units import duration
+from llmcompress.io.units import amount, duration
 from llmcompress.kernels.float32_products import fast_float32_products
 from llmcompress.modeling.from_disk import meta_model
 from llmcompress.modeling.layerwise import MetaModel
@@ -118,12 +118,15 @@ def plan_recipe(
 
 
 def _known(model: MetaModel) -> list[str]:
-    """A note on a model whose family is not in the table: what is proved of it, and what stays as it is."""
+    """Notes on the base: how many parameters a token goes through, if not all; of a family that is not in the
+    table, what is proved of it and what stays as it is."""
+    idle = model.idle_parameters()
+    active = [f"a token goes through {amount(model.parameters() - idle)} of the parameters"] if idle else []
     if model.anatomy.level == AXES:
-        return []
+        return active
     kept = "; ".join(sorted(set(model.kept_weights.values())))
     matrices = f", and {len(model.kept_weights)} matrices stay as they are ({kept})" if kept else ""
-    return [f"of this {model.anatomy.family} model is proved {FACTS[model.anatomy.level]}{matrices}"]
+    return [*active, f"of this {model.anatomy.family} model is proved {FACTS[model.anatomy.level]}{matrices}"]
 
 
 def fitting(
@@ -202,11 +205,15 @@ def per_token(model: MetaModel) -> tuple[int, int | None]:
 
     The operations of attention between tokens are left out, as they grow with the text.
     """
-    weights = sum(_multiplied(model.layouts.get(name), shape) for name, shape in model.linear_maps())
+    used = sum(
+        _multiplied(model.layouts.get(name), shape) * model.used_share(name)
+        for name, shape in model.linear_maps()
+    )
     for index, layer in enumerate(model.layers):
         for name in model.anatomy.of_layer(index).experts:
-            share = model.text_config.num_experts_per_tok / model.sizes_of(index)["expert"]
-            weights += int(layer.get_parameter(name).numel() * share)
+            share = experts_per_token(model.text_config) / len(layer.get_parameter(name))
+            used += layer.get_parameter(name).numel() * share
+    weights = round(used)
     if model.anatomy.level < AXES:
         return 2 * weights, None
     sizes = [model.sizes_of(index) for index in range(len(model.layers))]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig
@@ -21,6 +22,15 @@ from llmcompress.report.schema import (
     Report,
     StageFacts,
 )
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model stores: its parameters, those of experts that a token is not routed to, and its bytes."""
+
+    parameters: int
+    idle: int
+    size_bytes: int
 
 
 def report_of(
@@ -64,8 +74,7 @@ def model_facts(
     perplexity: float | None,
     ci95: tuple[float, float] | None,
     *,
-    parameters: int,
-    size_bytes: int,
+    sizes: Sizes,
     revision: str | None = None,
     speed: Speed | None = None,
 ) -> ModelFacts:
@@ -73,8 +82,9 @@ def model_facts(
     return ModelFacts(
         model=name,
         revision=revision,
-        parameters=parameters,
-        size_bytes=size_bytes,
+        parameters=sizes.parameters,
+        active_parameters=sizes.parameters - sizes.idle if sizes.idle else None,
+        size_bytes=sizes.size_bytes,
         perplexity=perplexity,
         perplexity_ci95=ci95,
         tokens_per_s=speed.prefill_tokens_per_s if speed else None,

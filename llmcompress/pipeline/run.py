@@ -33,7 +33,7 @@ from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
-from llmcompress.pipeline.report_facts import model_facts, report_of
+from llmcompress.pipeline.report_facts import Sizes, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -117,12 +117,10 @@ def run_recipe(
         folder = Processes.all("batch").agreed(folder)
         assert folder is not None, "rank 0 writes"
         del model, store  # measuring reads from the disk what it needs
-        measured, checkpoints = _compare(folder, found.folder, where, text, track)
+        measured, sizes = _compare(folder, found.folder, where, text, track)
         if writer is not None:
-            before = _facts_of_base(found, checkpoints[1], measured, text, where)
-            after = _facts_of_artefact(
-                str(out), checkpoints[0], measured, speed_of(folder, text.evaluation, where)
-            )
+            before = _facts_of_base(found, sizes[1], measured, text, where)
+            after = _facts_of_artefact(str(out), sizes[0], measured, speed_of(folder, text.evaluation, where))
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
@@ -146,8 +144,8 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
 @torch.no_grad()
 def _compare(
     written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
-) -> tuple[Fidelity, tuple[Checkpoint, Checkpoint]]:
-    """Return how far two models on disk are apart, and their checkpoints. Each process measures its share of
+) -> tuple[Fidelity, list[Sizes]]:
+    """Return how far two models on disk are apart, and what each stores. Each process measures its share of
     the sequences. The weights are dropped, before others are loaded whole to be timed."""
     models = DiskModel(written, device, quantized=True), DiskModel(base, device)
     processes, found = Processes.all("batch"), dict[int, Columns]()
@@ -161,34 +159,35 @@ def _compare(
         by_batch = (torch.cat(column).split(positions) for column in zip(*measured, strict=True))
         found = dict(zip(shard.numbers, zip(*by_batch, strict=True), strict=True))
     whole = summary([*processes.gathered(found).values()], text.scored.shape[1])
-    return whole, (models[0].checkpoint, models[1].checkpoint)
+    return whole, [_sizes(each) for each in models]
+
+
+def _sizes(model: DiskModel) -> Sizes:
+    checkpoint = model.checkpoint
+    return Sizes(checkpoint.parameters, model.idle_parameters(), checkpoint.size_bytes)
 
 
 def _facts_of_base(
-    base: Base, checkpoint: Checkpoint, measured: Fidelity, text: CalibrationData, device: torch.device
+    base: Base, sizes: Sizes, measured: Fidelity, text: CalibrationData, device: torch.device
 ) -> ModelFacts:
     """What the report says of the base."""
     return model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        parameters=checkpoint.parameters,
-        size_bytes=checkpoint.size_bytes,
+        sizes=sizes,
         revision=base.revision,
         speed=_speed_of_base(base.folder, text, device),
     )
 
 
-def _facts_of_artefact(
-    out: str, checkpoint: Checkpoint, measured: Fidelity, speed: Speed | None
-) -> ModelFacts:
+def _facts_of_artefact(out: str, sizes: Sizes, measured: Fidelity, speed: Speed | None) -> ModelFacts:
     """What the report says of the artefact."""
     return model_facts(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        parameters=checkpoint.parameters,
-        size_bytes=checkpoint.size_bytes,
+        sizes=sizes,
         speed=speed,
     )
 

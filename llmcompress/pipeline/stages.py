@@ -53,6 +53,7 @@ def run_stages(
     stages do."""
     origin, facts = [] if recipe.student else list(range(len(store.model.layers))), list[StageFacts]()
     for number, stage in enumerate(recipe.stages):
+        stage.prepare(store.model)
         with store.working(number) as (journal, scratch):
             divided = stage.divides if store.shared else None
             context = Context(
@@ -88,12 +89,14 @@ def require_possible(recipe: Recipe, model: LayerwiseModel) -> None:
 
 
 def require_stage(stage: Stage, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
-    """Refuse one stage that can't run on the model. Errors: ModelError."""
+    """Refuse one stage that can't run on the model, and prepare the model for it otherwise. Errors:
+    ModelError."""
     if model.anatomy.level < stage.needs:
         raise ModelError(
             f"{stage.name} needs {FACTS[stage.needs]}, and of a {model.anatomy.family} model is only known "
             f"{FACTS[model.anatomy.level]}; leave {stage.name} out, or what it does beside rounding"
         )
+    stage.prepare(model)
     stage.require_possible(model, before, seed)
 
 

@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from llmcompress.io.units import NONE, amount, duration, measured_percent, number
-from llmcompress.report.schema import EffortFacts, Interval, Report, TrainingFacts
+from llmcompress.report.schema import EffortFacts, Interval, ModelFacts, Report, TrainingFacts
 
 WORST = 5
 KEPT_SHOWN = 12  # rows; the rest of a long list is only counted
@@ -63,6 +63,7 @@ def before_after(report: Report) -> Rows:
             amount(small.parameters),
             change(base.parameters, small.parameters),
         ),
+        *_active(base, small),
         ("bits per parameter", number(bits[0]), number(bits[1]), change(*bits)),
         ("perplexity [95 %]", *texts, change(base.perplexity, small.perplexity)),
         (
@@ -74,6 +75,12 @@ def before_after(report: Report) -> Rows:
         ("tokens/s, reading", *_pair(base.tokens_per_s, small.tokens_per_s)),
         ("tokens/s, writing", *_pair(base.decode_tokens_per_s, small.decode_tokens_per_s)),
     ]
+
+
+def _active(base: ModelFacts, small: ModelFacts) -> Rows:
+    """The row of what a token goes through, if that is not all of a model."""
+    counts = base.active_parameters, small.active_parameters
+    return [("of these for a token", *map(amount, counts), change(*counts))] if any(counts) else []
 
 
 def _pair(before: float | None, after: float | None) -> tuple[str, str, str]:

@@ -56,12 +56,14 @@ class ModelFacts(_Facts):
     """One model as measured: `revision` is the commit on the Hub, null for a folder. tokens_per_s is for
     prefill, decode_tokens_per_s for decoding.
 
-    `memory_bytes` are those of the model's tensors once from_pretrained has loaded it.
+    `active_parameters` are those that a token goes through, null if it goes through all. `memory_bytes` are
+    those of the model's tensors once from_pretrained has loaded it.
     """
 
     model: str
     revision: str | None = None
     parameters: NonNegativeInt | None
+    active_parameters: NonNegativeInt | None = None
     size_bytes: NonNegativeInt | None
     perplexity: Amount | None
     perplexity_ci95: Interval | None = None

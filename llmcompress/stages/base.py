@@ -275,6 +275,9 @@ class Stage(Settings):
                 f"after {self.name}"
             )
 
+    def prepare(self, model: LayerwiseModel) -> None:
+        """Bring a model, of which the weights may be unknown, into the form that the other methods take."""
+
     def require_possible(self, model: LayerwiseModel, before: Sequence[StageResult], seed: int) -> None:
         """Refuse, before any work, what can't be done to this model. `before` holds the results of earlier
         stages.

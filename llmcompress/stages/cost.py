@@ -12,6 +12,7 @@ from functools import cached_property
 
 import torch
 
+from llmcompress.architectures.spec import experts_per_token
 from llmcompress.modeling.half_precision import half_is_fast
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.token_limit import TOKENS_AT_ONCE
@@ -96,6 +97,16 @@ class Workload:
         seconds = sum(self.machine.factor(C) for C in columns or tuple(self.inputs.values()))
         return Time({FACTORS: count * len(self.model.layers) * seconds})
 
+    def routed(self, streams: int, *, half: bool = False, factors: bool = False) -> Time:
+        """The time of `moments` and, if asked, of `factors` for the inputs of experts, which are sent a share
+        of the tokens each."""
+        maps, times = dict(self.model.linear_maps()), Time()
+        for name in self.model.expert_linears:
+            C, tokens = maps[name][1], self.tokens * self.model.used_share(name)
+            summed_s = self.machine.moments(tokens, C, streams, half=half)
+            times += Time({MOMENTS: summed_s, FACTORS: self.machine.factor(C) if factors else 0.0})
+        return times
+
     def products(self, count: float, shapes: Iterable[tuple[int, int]], what: str = SOLVER) -> Time:
         """The time of products of weights [R, C] and second moments [C, C]."""
         return Time({what: count * sum(self.machine.product(R, (C, C)) for R, C in shapes)})
@@ -115,8 +126,11 @@ class Workload:
     def _batch_s(self, half: bool) -> float:
         """Seconds of one batch through all layers."""
         inside = f"{self.model.anatomy.layers}."
-        shapes = [shape for name, shape in self.model.linear_maps() if name.startswith(inside)]
-        products = sum(self.machine.product(self.batch, shape, half=half) for shape in shapes)
+        products = sum(
+            self.machine.product(self.batch * self.model.used_share(name), shape, half=half)
+            for name, shape in self.model.linear_maps()
+            if name.startswith(inside)
+        )
         return products + sum(self._beside_s(index, half) for index in range(len(self.model.layers)))
 
     def _beside_s(self, index: int, half: bool) -> float:
@@ -132,7 +146,7 @@ class Workload:
         if ffn:
             seconds += ON_FFN * machine.elementwise(tokens, ffn)
         for name in self.model.anatomy.of_layer(index).experts:
-            used = self.model.text_config.num_experts_per_tok / sizes["expert"]
-            weights = self.model.layers[index].get_parameter(name).numel() * used
+            parameter = self.model.layers[index].get_parameter(name)
+            weights = parameter.numel() * experts_per_token(self.model.text_config) / len(parameter)
             seconds += machine.product(tokens, (int(weights / D), D))
         return seconds

@@ -60,7 +60,8 @@ def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str
     assert [set(group) for group in found.consumers] == [set(group) for group in table.consumers]
     assert (found.layers, found.embedding, found.head) == (table.layers, table.embedding, table.head)
     assert found.conv1d == table.conv1d
-    assert found.kept.keys() == {*table.experts, *(f"{router}.weight" for router in table.router)}
+    assert found.kept.keys() == {f"{router}.weight" for router in table.router}
+    assert found.experts == table.experts
     assert found.layer.keys() == table.layer.keys() and found.outer.keys() == table.outer.keys()
     assert not found.each_layer and found.returned_items == 0
     assert found.norm_offset == (table.norm_offset if table.scale_pairs else 0.0)
@@ -104,9 +105,9 @@ def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer()
     assert len(sparse.consumers) == 2
     assert sparse.kept == {
         "mlp.gate.weight": "is a matrix of a Qwen3MoeTopKRouter, which no loader replaces",
-        "mlp.experts.gate_up_proj": "holds all experts in one tensor",
-        "mlp.experts.down_proj": "holds all experts in one tensor",
     }
+    assert sparse.experts == {"mlp.experts.gate_up_proj": False, "mlp.experts.down_proj": False}
+    assert not dense.experts
 
 
 def test_a_config_is_proved_once_and_a_damaged_file_of_the_cache_is_no_proof(

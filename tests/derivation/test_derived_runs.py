@@ -138,12 +138,35 @@ def check(
 @pytest.mark.parametrize("kind", CLASSES)
 def test_four_bits_of_a_derived_family_load_in_plain_transformers(kind: str, tmp_path: Path) -> None:
     made = {
-        name: run_on(name, tmp_path / name, format="nf4", group_size=32, rounding="gptq")
+        name: run_on(name, tmp_path / name, format="nf4", group_size=32, rounding="gptq", experts="keep")
         for name in CLASSES[kind]
     }
     found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=False)
     for name, (base, out, report) in made.items():
         check(name, base, out, report, found[name])
+
+
+# what their experts are like: stored [in, out] with biases, run on all tokens, in attention, without a gate
+EXPERTS = {
+    "tables": ("mixtral", "gpt_oss", "llama4_text", "jetmoe", "nemotron_h"),
+    "with shared ones": ("deepseek_v3", "qwen2_moe", "glm4_moe", "ernie4_5_moe", "hunyuan_v1_moe"),
+    "beside other layers": ("qwen3_next", "jamba", "lfm2_moe", "granitemoehybrid", "minimax"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: Path) -> None:
+    made = {name: run_on(name, tmp_path / name, format="w8a16") for name in EXPERTS[kind]}
+    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
+    for name, (_, out, report) in made.items():
+        assert not found[name]["wrong"] and found[name]["coded"] == len(report.linears), name
+        assert any("_linears." in linear.name for linear in report.linears), name
+        assert not any("three axes" in kept.why for kept in report.kept), name
+        walk = DiskModel(out, torch.device("cpu"), quantized=True)
+        expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
+        off = (torch.load(out / "scores.pt") - expected).abs().amax(-1) / expected.std()
+        assert off.max() < 1e-3, name
 
 
 @pytest.mark.slow
@@ -233,9 +256,11 @@ def test_what_a_stage_does_beyond_the_level_of_a_model_is_refused_with_what_is_k
 
 def test_codes_for_modules_that_transformers_replaces_are_refused(tmp_path: Path) -> None:
     base, text = save_tiny("llama4_text", tmp_path / "base"), write_text(tmp_path / "text.txt")
+    nf4 = {"format": "nf4", "group_size": 32}
     with pytest.raises(ModelError, match=r"transformers replaces model\.layers\.0\.feed_forward\.experts of"):
-        plan_recipe(staged_recipe(text, base, {"quantize": {"format": "nf4", "group_size": 32}}))
-    plan_recipe(staged_recipe(text, base, {"quantize": {"format": "w8a16"}}))
+        plan_recipe(staged_recipe(text, base, {"quantize": {**nf4, "experts": "keep"}}))
+    plan_recipe(staged_recipe(text, base, {"quantize": nf4}))
+    plan_recipe(staged_recipe(text, base, {"quantize": {"format": "w8a16", "experts": "keep"}}))
 
 
 def test_a_plan_of_a_derived_family_leaves_out_what_no_axis_says(tmp_path: Path) -> None:

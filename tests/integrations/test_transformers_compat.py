@@ -79,6 +79,7 @@ ATTRIBUTES: dict[str, str] = {
     "_convert_weight_packed_for_cpu": "bitsandbytes.functional",
     "_convert_weight_packed_for_cpu_inverse": "bitsandbytes.functional",
     "_dequantize": "transformers.quantizers.base.HfQuantizer",
+    "_experts_implementation_internal": "transformers.PretrainedConfig",
     "_from_config": "transformers.PreTrainedModel",
     "_get_train_sampler": "transformers.Trainer",
     "_is_hf_initialized": "",  # set by us on a module, and read by transformers where it initialises weights

@@ -359,14 +359,39 @@ def test_a_checkpoint_that_lacks_a_tensor_is_refused(tmp_path: Path) -> None:
         list(logits(DiskModel(tmp_path, CPU), sequences(100)))
 
 
-def test_the_tokens_of_each_expert_are_counted() -> None:
+def test_an_expert_reads_what_the_router_sends_it() -> None:
+    """Also in the full model, whose own router may choose others: a pair of inputs is of one token."""
     model = pico("qwen3_moe")
     tokens = sequences(model.config.vocab_size)
-    for layer in walk(InMemoryModel(model.config, model.state_dict(), CPU), tokens):
-        assert layer.expert_tokens == {}
-        layer.moments()
-        assert sum(layer.expert_tokens.values()) == tokens.numel() * model.config.num_experts_per_tok
-        assert len(layer.expert_tokens) == model.config.num_experts
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    resident.divide_experts()
+    for layer in walk(resident, tokens, reference=True):
+        for parameter in layer.anatomy.expert_linears:
+            groups = [(linear,) for linear in parameter]
+            moments = layer.moments(*groups)
+            routed = [moments[linear].tokens for linear in parameter]
+            assert sum(routed) == tokens.numel() * model.config.num_experts_per_tok
+            assert len({*routed}) > 1, "the router sends each expert as many tokens"
+            gaps = [moments[linear].gap_FC for linear in parameter]
+            assert all(gap is not None and (layer.index or not gap.any()) for gap in gaps)
+        for linear in layer.anatomy.linears:
+            layer.set_weight(linear, 0.9 * layer.weight(linear))
+
+
+def test_experts_as_linears_compute_what_they_did() -> None:
+    model = pico("qwen3_moe").eval()
+    tokens = sequences(model.config.vocab_size)
+    resident = InMemoryModel(model.config, model.state_dict(), CPU)
+    resident.divide_experts()
+    resident.divide_experts()  # once more changes nothing
+    assert resident.expert_linears and not resident.expert_weights and not resident.plain
+    with torch.no_grad():
+        expected = model(tokens, use_cache=False).logits
+    torch.testing.assert_close(torch.cat([*logits(resident, tokens)]), expected, rtol=1e-4, atol=1e-5)
+    assert resident.parameters() == sum(parameter.numel() for parameter in model.parameters())
+    experts, chosen = model.config.num_experts, model.config.num_experts_per_tok
+    inside = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    assert resident.idle_parameters() == round(inside * (1 - chosen / experts))
 
 
 @pytest.mark.parametrize("reference", [False, True])

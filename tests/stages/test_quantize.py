@@ -3,6 +3,7 @@ bitsandbytes."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,14 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats import bitsandbytes_layout
+from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
+from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.in_memory import apply_recipe
+from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.stages.quantize.solver import QuantizedLayer
@@ -264,12 +268,74 @@ def test_shapes_that_the_kernels_can_not_take_are_kept_with_the_reason(text: Pat
     assert type(loaded.model.layers[0].mlp.up_proj) is torch.nn.Linear
 
 
-def test_experts_and_routers_are_kept_and_listed() -> None:
-    chosen, kept = Quantize().choose(resident("qwen3_moe"))
+def test_experts_are_quantised_one_by_one_unless_they_are_kept_and_routers_stay() -> None:
+    kept_stage, stage = Quantize(experts="keep"), Quantize(skip=("*.down_proj_linears.3",))
+    model = resident("qwen3_moe")
+    kept_stage.prepare(model)
+    chosen, kept = kept_stage.choose(model)
     assert len(chosen) == 8 and all(".self_attn." in name for name in chosen)
-    for layer in (0, 1):
-        for part in ("gate_up_proj", "down_proj"):
-            assert "3-D experts" in kept[f"model.layers.{layer}.mlp.experts.{part}"]
+    for part in ("gate_up_proj", "down_proj"):
+        assert kept[f"model.layers.1.mlp.experts.{part}"] == "experts: keep"
+    stage.prepare(model)
+    chosen, kept = stage.choose(model)
+    experts = [name for name in chosen if ".experts." in name]
+    assert len(experts) == 2 * (2 * model.config.num_experts - 1) and len(chosen) == 8 + len(experts)
+    assert kept["model.layers.1.mlp.experts.down_proj_linears.3"] == "skip"
+    assert not any("gate." in name for name in chosen)
+    assert stage.result(model).removed == {
+        f"model.layers.{layer}.mlp.experts.{part}"
+        for layer in (0, 1)
+        for part in ("gate_up_proj", "down_proj")
+    }
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "gptq", "learned"])
+def test_quantised_experts_load_with_the_plug_in_and_kept_ones_stay(
+    rounding: str, text: Path, tmp_path: Path
+) -> None:
+    base, out, skipped = save_base(tmp_path / "base", "qwen3_moe"), tmp_path / "out", "down_proj_linears.3"
+    steps = {"steps": 3} if rounding == "learned" else {}
+    settings = {"format": "w8a16", "rounding": rounding, "skip": [f"*.{skipped}"], **steps}
+    report = run_recipe(small_recipe(text, base, **settings), out)
+    loaded = AutoModelForCausalLM.from_pretrained(out)
+    experts = [linear.name for linear in report.linears if ".experts." in linear.name]
+    assert len(experts) == 2 * (2 * loaded.config.num_experts - 1)
+    assert all(isinstance(loaded.get_submodule(name), IntegerLinear) for name in experts)
+    whole = AutoModelForCausalLM.from_pretrained(base)
+    for index in (0, 1):
+        kept = loaded.get_parameter(f"model.layers.{index}.mlp.experts.{skipped}.weight")
+        was = whole.get_parameter(f"model.layers.{index}.mlp.experts.down_proj")[3]
+        assert torch.equal(kept, was)
+    ids = torch.arange(3, 27)[None]
+    walked = torch.cat([*logits(DiskModel(out, CPU, quantized=True), ids)])
+    with torch.no_grad():
+        found = loaded(ids, use_cache=False).logits
+    torch.testing.assert_close(found, walked, rtol=2e-3, atol=2e-3)
+    (stage,) = report.stages
+    counts = [layer["expert_tokens"] for layer in stage.model_dump()["per_layer"]]
+    tokens = report.data.calibration_tokens * loaded.config.num_experts_per_tok
+    assert [sum(of) for of in counts] == [tokens, tokens]
+    active, every = report.compressed.active_parameters, report.compressed.parameters
+    assert active is not None and every is not None and active < every == report.base.parameters
+    loaded.dequantize()
+    assert not hasattr(loaded.config, "quantization_config")
+    assert (
+        loaded.get_parameter("model.layers.0.mlp.experts.down_proj").shape
+        == whole.get_parameter("model.layers.0.mlp.experts.down_proj").shape
+    )
+
+
+def test_the_plan_of_a_mixture_says_what_a_token_goes_through_and_the_bytes_of_its_codes(
+    text: Path, tmp_path: Path
+) -> None:
+    base, out = save_base(tmp_path / "base", "qwen3_moe"), tmp_path / "out"
+    recipe = small_recipe(text, base, format="w4a8", group_size=64, rounding="nearest")
+    plan = plan_recipe(recipe)
+    assert re.match(r"a token goes through .* of the parameters", plan.notes[0])
+    before, after = plan.rows
+    assert before.flops_per_token == after.flops_per_token and before.parameters == after.parameters
+    run_recipe(recipe, out)
+    assert after.size_bytes == sum(tensor.nbytes for tensor in load_file(out / "model.safetensors").values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)

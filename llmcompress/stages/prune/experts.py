@@ -33,7 +33,7 @@ def saliency(layer: DecoderLayer) -> Tensor:
     Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and
     not over those routed to the expert, so a rarely used expert has little saliency.
     """
-    place = layer.anatomy.experts[0].rpartition(".")[0]
+    place = next(iter(layer.anatomy.experts)).rpartition(".")[0]
     experts = layer.module.get_submodule(place)
     saliency_E, tokens = torch.zeros(layer.sizes[AXIS], device=layer.device), 0
     for hidden in layer.inputs:

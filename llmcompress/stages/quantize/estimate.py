@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 
 READS = 2  # how often an input is rounded: as it is read for the next linears, and on the way out
 INPUTS, ERRORS, SEARCH = "rounded inputs", "measured errors", "searches before the rounding"
-Schemes = Sequence[tuple[tuple[int, int], QuantScheme]]  # the shape [R, C] and scheme of each linear
+# the shape [R, C] and scheme of each linear, and the share of the tokens that it reads
+Schemes = Sequence[tuple[tuple[int, int], QuantScheme, float]]
 
 
 def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
@@ -48,7 +49,7 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
         parameters=model.parameters(),
         size_bytes=int(work.size_bytes - saved),
         peak_memory_bytes=_memory(stage, model, work.tokens),
-        time=_time(stage, work, [(shapes[name], chosen[name]) for name in solved]),
+        time=_time(stage, work, [(shapes[name], chosen[name], model.used_share(name)) for name in solved]),
         notes=(f"{len(shapes)} linears are quantised, {len(kept)} kept ({reasons})",) if kept else (),
     )
 
@@ -87,19 +88,21 @@ def _time(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
 def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The walk through the layers in which each linear is rounded."""
     machine = work.machine
-    shapes = [shape for shape, _ in schemes]
-    time = Time({INPUTS: READS * sum(machine.rounding(work.tokens, C, scheme) for (_, C), scheme in schemes)})
+    shapes = [shape for shape, _, _ in schemes]
+    rounded = sum(machine.rounding(work.tokens * share, C, scheme) for (_, C), scheme, share in schemes)
+    time = Time({INPUTS: READS * rounded})
     time += work.products(2, shapes, what=ERRORS)
     if stage.rounding == "nearest":
-        nearest = sum(machine.nearest(shape, scheme) for shape, scheme in schemes)
-        return time + work.passes(2) + work.moments(1) + Time({SOLVER: nearest})
+        nearest = sum(machine.nearest(shape, scheme) for shape, scheme, _ in schemes)
+        return time + work.passes(2) + work.moments(1) + work.routed(1) + Time({SOLVER: nearest})
     half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
-    time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme in schemes)})
+    time += work.routed(2, half=half, factors=True)
+    time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
     if stage.rounding != "learned":
         return time
-    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme in schemes)
+    steps = stage.steps * sum(machine.learning(shape, scheme) for shape, scheme, _ in schemes)
     # the losses before and after
     time += Time({TRAINING: steps}) + work.passes(2, half=work.half_is_fast)
     return time + work.passes(3, stage.steps * work.batch, half=work.half_is_fast, what=TRAINING)
@@ -118,8 +121,8 @@ def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int, h
     else:
         time = work.passes(candidates * pairs, tokens, what=SEARCH)
     tried = sum(
-        machine.nearest(shape, scheme) + machine.rounding(tokens, shape[1], scheme)
-        for shape, scheme in schemes
+        machine.nearest(shape, scheme) + machine.rounding(tokens * share, shape[1], scheme)
+        for shape, scheme, share in schemes
     )
     fits = sum(machine.smoothing(smoothing.TOKENS, smoothing.ROWS, C) for C in work.inputs.values())
     fitted = len(model.layers) * fits if smooth.alpha == "auto" else 0.0
@@ -131,7 +134,9 @@ def _protection(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
     """The search for the linears that suffer most: each is rounded alone, and runs as it would be spared."""
     tokens = min(work.tokens, sensitivity.SAMPLE * work.batch)
     trials, rounded = 0.0, 0.0
-    for shape, scheme in schemes:
+    for shape, scheme, share in schemes:
+        if share < 1:  # experts are not tried
+            continue
         kinds = [one for one in (scheme, spared(scheme)) if one]
         trials += len(kinds) / len(work.model.layers)
         rounded += sum(work.machine.nearest(shape, one) for one in kinds)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -14,7 +14,7 @@ from llmcompress.algorithms.grids import Grid
 from llmcompress.algorithms.hessian import Factors, Moments, metric_factor, retarget
 from llmcompress.algorithms.learned_rounding import learn
 from llmcompress.algorithms.least_squares import bias_shift
-from llmcompress.algorithms.quantize_weight import RoundedWeight, solve
+from llmcompress.algorithms.quantize_weight import RoundedWeight, output_error, solve
 from llmcompress.formats import registry
 from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
@@ -24,6 +24,7 @@ from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
+from llmcompress.stages.quantize.routed import blended, expert_turns
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
 
@@ -34,6 +35,18 @@ class Solution:
 
     rounded: RoundedWeight
     stored: StoredWeight
+
+
+@dataclass
+class LayerCodes:
+    """The codes of the linears of a layer, by name, and what was found on the way to them."""
+
+    solutions: dict[str, Solution] = field(default_factory=dict)  # those that were solved for
+    stored: dict[str, StoredWeight] = field(default_factory=dict)
+    moments: dict[str, Moments] = field(default_factory=dict)  # of the inputs of all but experts
+    scales: dict[str, float] = field(default_factory=dict)  # static ones, of inputs
+    errors: dict[str, float] = field(default_factory=dict)  # relative ones of outputs, of experts
+    tokens: dict[str, int] = field(default_factory=dict)  # that each expert read
 
 
 @dataclass(frozen=True)
@@ -85,44 +98,95 @@ class Rounding:
         """The weight [R, C] that a solution stands for."""
         return solution.rounded.weight(self.grid(linear))
 
-    def in_turn(
-        self, layer: DecoderLayer, weights: Mapping[str, Tensor]
-    ) -> tuple[dict[str, Solution], dict[str, Moments], dict[str, float]]:
+    def in_turn(self, layer: DecoderLayer, weights: Mapping[str, Tensor]) -> LayerCodes:
         """Solve for the linears that read one input, put them in place with corrected biases, and go on to
         the next input. Processes divide the linears that read one input.
 
-        Returns the solutions for `weights`, the moments of all linears of the layer, and the static scales of
-        inputs.
+        The second moments of experts are blended (`blended`), and dropped once their linears are solved.
         """
-        solved: dict[str, Solution] = {}
-        moments: dict[str, Moments] = {}
-        scales: dict[str, float] = {}
+        found = LayerCodes()
         for consumers in layer.anatomy.consumers:
-            scales |= self.round_inputs(layer, (consumers,), weights)
-            moments |= layer.moments(consumers, in_turn=True)
-            factors = Factors(moments[consumers[0]])  # all of them read the same
-            unknown = [linear for linear in consumers if linear in weights and linear not in self.known]
-            owners = layer.shard.processes.owners({linear: weights[linear].numel() for linear in unknown})
-            for linear in unknown:
-                if owners[linear] == layer.shard.processes.rank:
-                    read = self.pooled.get(linear, moments[linear])
-                    shared = factors if read is factors.moments else None
-                    with naming_layer(f"{layer.name}.{linear}"):
-                        solved[linear] = self.gptq(linear, weights[linear], read, scales.get(linear), shared)
-            for linear in [linear for linear in consumers if linear in weights]:
-                if linear in self.known:
-                    Q_RC = registry.dequantize(self.known[linear], device=self.device)
-                else:
-                    own = solved.get(linear)
-                    solved[linear] = self._sent(layer, linear, own, owners[linear], scales.get(linear))
-                    Q_RC = self.weight(linear, solved[linear])
-                layer.set_weight(linear, Q_RC)
-                if f"{linear}.bias" in layer.anatomy.layer:
-                    shift_R = bias_shift(
-                        weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C
+            found.scales |= self.round_inputs(layer, (consumers,), weights)
+            moments = layer.moments(consumers, in_turn=True)
+            found.moments |= moments
+            self._solve(layer, (consumers,), weights, moments, found)
+        for experts in expert_turns(layer, weights):
+            found.scales |= self.round_inputs(layer, experts, weights)
+            routed = layer.moments(*experts, in_turn=True)
+            found.tokens |= {linear: moments.tokens for linear, moments in routed.items()}
+            moments = blended(layer, routed)
+            self._solve(layer, experts, weights, moments, found)
+            for linear, read in moments.items():
+                stored = found.solutions[linear].stored
+                found.errors[linear] = self.error(weights[linear], stored, read)
+        found.solutions = {linear: found.solutions[linear] for linear in weights if linear in found.solutions}
+        found.stored = {linear: solution.stored for linear, solution in found.solutions.items()}
+        found.stored |= self._given(found.scales)
+        return found
+
+    def nearest(self, layer: DecoderLayer, weights: Mapping[str, Tensor]) -> LayerCodes:
+        """Round the linears to the nearest codes, as stock bitsandbytes does."""
+        found = LayerCodes()
+
+        def store(linears: Iterable[str]) -> None:
+            for linear in linears:
+                with naming_layer(f"{layer.name}.{linear}"):
+                    scale = found.scales.get(linear)
+                    found.stored[linear] = self.codings[linear].nearest(weights[linear], scale)
+
+        found.scales |= self.round_inputs(layer, layer.anatomy.consumers, weights)
+        found.moments = layer.moments()
+        store(linear for linear in found.moments if linear in weights)
+        for experts in expert_turns(layer, weights):
+            found.scales |= self.round_inputs(layer, experts, weights)
+            moments = layer.moments(*experts)
+            store(moments)
+            for linear, read in moments.items():
+                found.tokens[linear] = read.tokens
+                found.errors[linear] = self.error(weights[linear], found.stored[linear], read)
+        return found
+
+    def error(self, W_RC: Tensor, stored: StoredWeight, moments: Moments) -> float:
+        """The relative error of a linear's output for inputs with these moments."""
+        return output_error(W_RC, registry.dequantize(stored, device=W_RC.device), moments.H_CC)
+
+    def _solve(
+        self,
+        layer: DecoderLayer,
+        groups: Sequence[tuple[str, ...]],
+        weights: Mapping[str, Tensor],
+        moments: Mapping[str, Moments],
+        found: LayerCodes,
+    ) -> None:
+        """Solve for the linears of groups that don't read what the others give, and put them in place."""
+        unknown = {
+            linear: consumers
+            for consumers in groups
+            for linear in consumers
+            if linear in weights and linear not in self.known
+        }
+        factors = {consumers: Factors(moments[consumers[0]]) for consumers in groups}  # all read the same
+        owners = layer.shard.processes.owners({linear: weights[linear].numel() for linear in unknown})
+        solved = found.solutions
+        for linear, consumers in unknown.items():
+            if owners[linear] == layer.shard.processes.rank:
+                read = self.pooled.get(linear, moments[linear])
+                shared = factors[consumers] if read is factors[consumers].moments else None
+                with naming_layer(f"{layer.name}.{linear}"):
+                    solved[linear] = self.gptq(
+                        linear, weights[linear], read, found.scales.get(linear), shared
                     )
-                    layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
-        return {linear: solved[linear] for linear in weights if linear in solved}, moments, scales
+        for linear in [linear for consumers in groups for linear in consumers if linear in weights]:
+            if linear in self.known:
+                Q_RC = registry.dequantize(self.known[linear], device=self.device)
+            else:
+                own = solved.get(linear)
+                solved[linear] = self._sent(layer, linear, own, owners[linear], found.scales.get(linear))
+                Q_RC = self.weight(linear, solved[linear])
+            layer.set_weight(linear, Q_RC)
+            if f"{linear}.bias" in layer.anatomy.layer:
+                shift_R = bias_shift(weights[linear], moments[linear].full_C, Q_RC, moments[linear].mean_C)
+                layer.shift_bias(linear, shift_R, self.dtype_of(f"{linear}.bias"))
 
     def _sent(
         self, layer: DecoderLayer, linear: str, own: Solution | None, owner: int, input_scale: float | None
@@ -138,7 +202,7 @@ class Rounding:
         result = RoundedWeight(found["index"].long(), found["scale"])
         return own or _stored(self.codings[linear], result, input_scale)
 
-    def given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
+    def _given(self, scales: Mapping[str, float]) -> dict[str, StoredWeight]:
         """The stored form of the linears whose codes are known, each with the static scale of its own
         inputs."""
         found = dict(self.known)
@@ -183,22 +247,21 @@ class Rounding:
         self,
         layer: DecoderLayer,
         weights: Mapping[str, Tensor],
-        solved: Mapping[str, Solution],
+        found: LayerCodes,
         F_DD: Tensor,
         *,
-        input_scales: Mapping[str, float],
         steps: int,
         seed: int,
-    ) -> tuple[dict[str, Solution], tuple[float, float]]:
-        """Train all linears of a layer together from the solutions of `gptq`. Returns solutions, and the
-        layer's loss before and after.
+    ) -> tuple[float, float]:
+        """Train all linears of a layer together from the solutions that were `found` in turn, which are
+        replaced. Returns the layer's loss before and after.
 
         The loss is the error of the layer's output against the full model's, weighted by the output Fisher
         matrix. If training does not lower it, the start is kept. Processes divide the sequences of each step
         and add up their gradients.
         """
         shard = layer.shard
-        starts = {name: solution.rounded for name, solution in solved.items()}
+        starts = {name: solution.rounded for name, solution in found.solutions.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
 
@@ -242,11 +305,17 @@ class Rounding:
             add=shard.processes.sum_,
         )
         ends = {
-            name: _stored(self.codings[name], result, input_scales.get(name))
+            name: _stored(self.codings[name], result, found.scales.get(name))
             for name, result in trained.items()
         }
         before, after = whole(starts), whole({name: solution.rounded for name, solution in ends.items()})
-        return dict(ends if after < before else solved), (before, after)
+        if after < before:
+            found.solutions = ends
+            found.stored |= {linear: solution.stored for linear, solution in ends.items()}
+            for experts in expert_turns(layer, ends):
+                for linear, read in layer.moments(*experts).items():
+                    found.errors[linear] = self.error(weights[linear], found.stored[linear], read)
+        return before, after
 
 
 def _stored(coding: QuantScheme, result: RoundedWeight, input_scale: float | None) -> Solution:

@@ -43,7 +43,7 @@ def costs(layer: DecoderLayer, codings: Mapping[str, QuantScheme], F_DD: Tensor)
     aims, F_DD, found = layer.outputs_with(sample, {}, layer.device), F_DD.to(layer.device), {}
     kept: dict[tuple[str, ...], FinishedParts] = {}  # of the submodules that end before a linear
     for linear, coding in codings.items():
-        group = next(group for group in layer.anatomy.consumers if linear in group)
+        group = layer.anatomy.group_of(linear)
         final = tuple(layer.ending_before(group))
         parts = kept.setdefault(final, FinishedParts({}))
         tops = {linear: float(moments[linear].top_C.max())} if static else {linear: 0.0}

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments
-from llmcompress.algorithms.quantize_weight import output_error, weight_error
+from llmcompress.algorithms.quantize_weight import weight_error
 from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
+from llmcompress.integrations.expert_linears import SUFFIX
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -93,6 +94,7 @@ class LayerQuantizer:
             changed = [] if head else self._smoothed(layer, codings, context, dtype_of)
             if not journal.has(STAGE, layer.index):
                 entry = self._head(model, layer, rounding) if head else self._layer(layer, rounding, context)
+                changed += [] if head else _kept_experts(model, layer, codings)
                 dense = {name: layer.module.get_parameter(name).data for name in changed}
                 entry[0].update(model.as_stored(dense, f"{layer.name}."))
                 journal.save(STAGE, layer.index, *entry)
@@ -172,6 +174,8 @@ class LayerQuantizer:
         """Journal the linears that `protect` spares. Scales cross first, and are journalled too."""
         journal, found = context.journal, dict[str, float]()
         sequences = first_sequences(context.data.calibration, TOKENS)
+        # a round of trials for each expert would take too long
+        chosen = {name: how for name, how in chosen.items() if name not in model.expert_linears}
         sizes = {name: math.prod(shape) for name, shape in model.linear_maps() if name in chosen}
         for layer in context.track(
             walk(model, sequences, half=True, processes=context.processes),
@@ -190,44 +194,39 @@ class LayerQuantizer:
         weights = {linear: layer.weight(linear) for linear in codings}
         losses: tuple[float, float] | None = None
         if self.stage.rounding == "nearest":
-            scales = rounding.round_inputs(layer, layer.anatomy.consumers, weights)
-            moments = layer.moments()
-            packed = {}
-            for linear, W_RC in weights.items():
-                with naming_layer(f"{layer.name}.{linear}"):
-                    packed[linear] = codings[linear].nearest(W_RC, scales.get(linear))
+            found = rounding.nearest(layer, weights)
         else:
-            solved, moments, scales = rounding.in_turn(layer, weights)
-            if self.stage.rounding == "learned":
-                F_DD = fisher(context, layer.index)
-                trained = rounding.learned(
-                    layer,
-                    weights,
-                    solved,
-                    F_DD,
-                    input_scales=scales,
-                    steps=self.stage.steps,
-                    seed=context.seed,
-                )
-                solved, losses = trained
-            packed = {linear: solution.stored for linear, solution in solved.items()} | rounding.given(scales)
+            found = rounding.in_turn(layer, weights)
+        if self.stage.rounding == "learned":
+            losses = rounding.learned(
+                layer,
+                weights,
+                found,
+                fisher(context, layer.index),
+                steps=self.stage.steps,
+                seed=context.seed,
+            )
         tensors: dict[str, Tensor] = {}
         records = list[LinearRecord]()
         for linear, W_RC in weights.items():
-            name, bias = f"{layer.name}.{linear}", f"{linear}.bias"
-            tensors |= _named(name, packed[linear])
+            name, bias, packed = f"{layer.name}.{linear}", f"{linear}.bias", found.stored[linear]
+            tensors |= _named(name, packed)
             if self.stage.rounding != "nearest" and bias in layer.anatomy.layer:
                 tensors[f"{layer.name}.{bias}"] = (
                     layer.module.get_parameter(bias).data.to(rounding.dtype_of(bias)).cpu()
                 )
-            records.append(_record(name, codings[linear], W_RC, packed[linear], moments[linear]))
+            error = found.errors.get(linear)
+            if error is None:
+                error = rounding.error(W_RC, packed, found.moments[linear])
+            records.append(_record(name, codings[linear], W_RC, packed, error))
         before, after = losses or (None, None)
+        first = layer.anatomy.expert_linears[:1]
         return tensors, QuantizedLayer(
             name=layer.name,
             linears=tuple(records),
             loss_gptq=before,
             loss_learned=after,
-            expert_tokens=tuple(layer.expert_tokens.values()) or None,
+            expert_tokens=tuple(found.tokens.get(linear, 0) for of in first for linear in of) or None,
         )
 
     def _head(self, model: LayerwiseModel, layer: DecoderLayer, rounding: Rounding) -> Entry:
@@ -239,8 +238,20 @@ class LayerQuantizer:
             packed = (
                 coding.nearest(W_RC, scale) if nearest else rounding.gptq(name, W_RC, moments, scale).stored
             )
-        record = _record(name, coding, W_RC, packed, moments)
+        record = _record(name, coding, W_RC, packed, rounding.error(W_RC, packed, moments))
         return _named(name, packed), QuantizedLayer(name=name, linears=(record,))
+
+
+def _kept_experts(model: LayerwiseModel, layer: DecoderLayer, codings: Collection[str]) -> list[str]:
+    """The weights of experts that are kept, but no longer in one tensor with the others."""
+    whole = {name.removeprefix(f"{layer.name}.") for name, stored in model.divided.items() if not stored}
+    return [
+        f"{linear}.weight"
+        for linears in layer.anatomy.expert_linears
+        if linears[0].removesuffix(f"{SUFFIX}.0") in whole
+        for linear in linears
+        if linear not in codings
+    ]
 
 
 def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], torch.dtype]:
@@ -254,13 +265,13 @@ def _named(name: str, packed: registry.StoredWeight) -> dict[str, Tensor]:
 
 
 def _record(
-    name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, moments: Moments
+    name: str, coding: QuantScheme, W_RC: Tensor, packed: registry.StoredWeight, error: float
 ) -> LinearRecord:
     Q_RC = registry.dequantize(packed, device=W_RC.device)
     return LinearRecord(
         name=name,
         format=coding.format,
         bits=coding.bits,
-        relative_error=output_error(W_RC, Q_RC, moments.H_CC),
+        relative_error=error,
         weight_error=weight_error(W_RC, Q_RC),
     )

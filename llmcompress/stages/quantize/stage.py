@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_serializer, model_validator
 
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import AXES, LINEARS, SCALES
@@ -85,8 +85,8 @@ class Quantize(FormatConfig, Stage):
     )
     protect: Annotated[float, Field(ge=0, lt=1)] = Field(
         default=0.0,
-        description="share of the weights to spare where rounding costs most; in `w8a8`, `w4a8` and `w4a4` "
-        "their inputs alone are spared",
+        description="share of the weights, experts aside, to spare where rounding costs most; in `w8a8`, "
+        "`w4a8` and `w4a4` their inputs alone are spared",
     )
     skip: tuple[str, ...] = Field(
         default=(),
@@ -97,10 +97,20 @@ class Quantize(FormatConfig, Stage):
         default="keep",
         description="whether the output head is quantised too",
     )
+    experts: Literal["quantize", "keep"] = Field(
+        default="quantize",
+        description="whether the experts of a mixture are quantised too; the result then loads once "
+        "llmcompress is imported. Routers are kept",
+    )
     embedding: Literal["keep", "int8"] = Field(
         default="keep",
         description="`int8`: store the input embedding, and a head tied to it, as one int8 matrix",
     )
+
+    @model_serializer(mode="wrap")
+    def _older_keys_alone_unless_experts_are_kept(self, handler: Any) -> Any:
+        """Leave out `experts: quantize`, so that recipes keep the digests that they had before this key."""
+        return {key: value for key, value in handler(self).items() if (key, value) != ("experts", "quantize")}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Quantize:
@@ -155,8 +165,7 @@ class Quantize(FormatConfig, Stage):
                 kept[name] = why
             else:
                 chosen[name] = coding
-        experts = "3-D experts, which bitsandbytes' 4-bit layout can't hold"
-        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, experts)
+        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, "experts: keep")
         if not chosen:
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another "
@@ -229,15 +238,24 @@ class Quantize(FormatConfig, Stage):
         """Refuse a model that can't be rotated, and one that transformers would load codes of in other
         modules."""
         self.rotation(model, seed)
-        if not self.needs_plugin and (replaced := replaced_modules(model.model)):
+        native = model.plain and not self.needs_plugin
+        if native and (replaced := replaced_modules(model.model)):
             raise ModelError(
                 f"transformers replaces {replaced[0]} of a {model.anatomy.family} model when it loads "
-                "bitsandbytes' codes, and its weights would not fit; use a format of the plug-in: w8a16"
+                "bitsandbytes' codes, and its weights would not fit; leave out experts: keep, or use a "
+                "format of the plug-in: w8a16"
             )
 
+    def prepare(self, model: LayerwiseModel) -> None:
+        """Make each expert a linear, unless experts are kept."""
+        if self.experts == "quantize":
+            model.divide_experts()
+
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
-        """How linears and embedding are written."""
-        return StageResult(*(self.choose(model) if journal is None else self.settled(model, journal)))
+        """How linears and embedding are written. The parameters of experts that become linears go."""
+        chosen, kept = self.choose(model) if journal is None else self.settled(model, journal)
+        whole = frozenset(name for name, stored in model.divided.items() if not stored)
+        return StageResult(chosen, kept, removed=whole)
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of moments and solvers, and the bytes of the codes."""
@@ -335,8 +353,8 @@ def starved_experts(layers: Sequence[QuantizedLayer], few: int) -> list[str]:
     """Return a line for each layer with experts that saw fewer than `few` calibration tokens, with those
     experts.
 
-    No calibrated format can be better than its data: the second moments of such an expert are singular. The
-    formats that exist keep experts in their dtype, so this is only reported.
+    No calibrated format can be better than its data: the second moments of such an expert are singular, and
+    it borrows some of the others' (`routed.blended`).
     """
     lines = []
     for layer in layers:

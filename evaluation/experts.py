@@ -1,0 +1,149 @@
+"""What do the experts of a mixture lose, and how much should one with few tokens borrow from the others?
+
+    python -m evaluation experts [--quick] [--out FILE]
+
+No mixture of experts is small enough to be at hand, so one is made of wikilm-8m: each of sixteen experts of a
+layer starts as half of the neurons of its MLP, drawn at random, and a token goes to two of them. The whole is
+trained on the text of WikiText-2 for STEPS steps, so that the router sends different words to different
+experts. It is written once, to out/models/wikilm-experts. Recipes are measured on the test part of the text,
+by the loss against that model. Rows that borrow other shares than the
+default (`routed.OTHERS`) calibrate on less and less text. A quarter of an hour; the result goes to
+results/experts.json. With --quick only --out is written.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
+
+from evaluation import machine, results
+from evaluation.models import LENGTH, MODELS, WIKITEXT
+from evaluation.options import parser
+from evaluation.reference_models import FOLDER
+from evaluation.results import ExpertsRow
+from evaluation.runs import known, losses, run
+from llmcompress.data.sources import DataSpec
+from llmcompress.recipe.recipe import Recipe
+from llmcompress.stages.quantize import routed
+
+PLACE = FOLDER / "wikilm-experts"
+EXPERTS, CHOSEN, STEPS, AT_ONCE = 16, 2, 600, 8
+NF4: Mapping[str, Any] = {"format": "nf4", "group_size": 64}
+# sequences that calibrate, and what an expert borrows: tokens of others for each column of its inputs
+SAMPLES, SHARES = (4, 16, 256), (0.0, 1 / 16, 0.25, 1.0, 4.0)
+STAGES: dict[str, Mapping[str, Any]] = {
+    "nf4, experts kept": {**NF4, "experts": "keep"},
+    "nf4 to nearest": {**NF4, "rounding": "nearest"},
+    "nf4": NF4,
+    "nf4, learned": {**NF4, "rounding": "learned"},
+    "int8 to nearest": {"format": "int8", "rounding": "nearest"},
+    "w8a8": {"format": "w8a8"},
+    "w4a8": {"format": "w4a8"},
+}
+
+
+def made() -> Path:
+    """The folder of the mixture, made now unless it is there."""
+    if not PLACE.is_dir():
+        base = MODELS["wikilm-8m"].base
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        ids = tokenizer((Path(WIKITEXT) / "train.txt").read_text("utf-8"))["input_ids"]
+        model = trained(mixture_of(base), torch.tensor(ids))
+        half = PLACE.with_suffix(".partial")
+        model.bfloat16().save_pretrained(half)
+        tokenizer.save_pretrained(half)
+        half.rename(PLACE)
+    return PLACE
+
+
+def mixture_of(base: str) -> MixtralForCausalLM:
+    """A mixture with the attention of a Llama, and experts of half of its neurons each."""
+    dense: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    said = dense.config.to_dict()
+    same = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    also = ("head_dim", "max_position_embeddings", "rms_norm_eps", "rope_parameters", "tie_word_embeddings")
+    neurons = dense.config.intermediate_size // 2
+    config = MixtralConfig(
+        **{name: said[name] for name in (*same, *also)},
+        intermediate_size=neurons,
+        num_local_experts=EXPERTS,
+        num_experts_per_tok=CHOSEN,
+        sliding_window=None,
+        bos_token_id=dense.config.bos_token_id,
+        eos_token_id=dense.config.eos_token_id,
+    )
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(config)
+    model.load_state_dict(dense.state_dict(), strict=False)
+    for layer, whole in zip(model.model.layers, dense.model.layers, strict=True):
+        experts = layer.mlp.experts
+        for expert in range(EXPERTS):
+            chosen = torch.randperm(2 * neurons)[:neurons]
+            gate, up = (getattr(whole.mlp, name).weight.data[chosen] for name in ("gate_proj", "up_proj"))
+            experts.gate_up_proj.data[expert] = torch.cat([gate, up])
+            # two experts whose weights sum to one have as many neurons as the MLP, at half the weight
+            experts.down_proj.data[expert] = 2 * whole.mlp.down_proj.weight.data[:, chosen]
+    return model
+
+
+def trained(model: MixtralForCausalLM, ids: Tensor) -> MixtralForCausalLM:
+    """Train a mixture on a text, with the loss that balances its experts."""
+    sequences = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    steps = torch.optim.AdamW(model.parameters(), lr=5e-4, weight_decay=0.0)
+    rate = torch.optim.lr_scheduler.OneCycleLR(steps, 5e-4, total_steps=STEPS, pct_start=0.1)
+    model.train()
+    for step in range(STEPS):
+        batch = sequences[order[step * AT_ONCE % len(order) :][:AT_ONCE]]
+        loss = model(batch, labels=batch, output_router_logits=True).loss
+        loss.backward()
+        steps.step()
+        rate.step()
+        steps.zero_grad()
+        if step % 50 == 0:
+            print(f"step {step}: loss {float(loss):.3f}", file=sys.stderr, flush=True)
+    model.train(False)
+    return model
+
+
+def measured(samples: int, stage: Mapping[str, Any], share: float, out: Path) -> ExpertsRow:
+    """A stage on the mixture, calibrated on so many sequences, where an expert borrows this share."""
+    data = DataSpec(source=WIKITEXT, samples=samples, length=LENGTH, evaluation_samples=64)
+    recipe = Recipe.model_validate({"stages": [{"quantize": dict(stage)}]})
+    with patch.object(routed, "OTHERS", share):
+        report = run(recipe, out, made(), data, overwrite=True)
+    tokens = [layer.get("expert_tokens") for layer in report.stages[0].model_dump()["per_layer"]]
+    return ExpertsRow(
+        **losses(report),
+        stage=dict(stage),
+        tokens=report.data.calibration_tokens,
+        least_tokens=min((min(of) for of in tokens if of), default=None),
+        borrowed=share,
+        size_bytes=int(known(report.compressed.size_bytes)),
+    )
+
+
+def main(argv: Sequence[str]) -> int:
+    """Measure all stages on the most text, and the shares on less and less of it."""
+    options = parser("experts", __doc__)
+    options.add_argument("--quick", action="store_true", help="two rows")
+    options.add_argument("--out", type=Path, help="result file; default results/experts.json")
+    given = machine.parse(options, argv, threads=1)
+    most = SAMPLES[-1]
+    jobs = [(most, stage, routed.OTHERS) for stage in STAGES.values()]
+    jobs += [(samples, NF4, share) for samples in SAMPLES for share in SHARES]
+    rows = list[ExpertsRow]()
+    with tempfile.TemporaryDirectory() as folder:
+        for samples, stage, share in jobs[:2] if given.quick else dict.fromkeys(jobs):
+            rows.append(measured(samples, stage, share, Path(folder) / "out"))
+            print(rows[-1], file=sys.stderr, flush=True)
+    results.write("experts", machine.head(), {"model": PLACE.name, "rows": rows}, given.out)
+    return 0
