@@ -26,6 +26,9 @@ SCRIPTS = {
     "outliers": Script(
         "outliers", "15 min", "8-bit formats on activations with planted outliers, with and without smoothing"
     ),
+    "experts": Script(
+        "experts", "15 min", "experts of a mixture in every format, and what they borrow from each other"
+    ),
     "bos": Script("bos", "10 min", "calibration and evaluation with and without a BOS token"),
     "pruning": Script("pruning", "1 h", "scores, repair, axes and allocations of structured pruning"),
     "rivals-pruning": Script("rivals.pruners", "30 min", "Torch-Pruning at the same share of the parameters"),

@@ -27,6 +27,7 @@ from evaluation.results import (
     CompressionSpeedRow,
     CostRow,
     DistillSpeed,
+    ExpertsRow,
     Fidelity,
     FidelityRow,
     ForetoldRow,
@@ -223,6 +224,42 @@ def outliers(results: Results) -> str:
         lines.append([row.what, f"{row.planted.kl_nats_mean:.5f}", f"{row.planted.perplexity:.3f}", original])
     base = f"Perplexity of the base {result.rows[0].planted.base_perplexity:.3f}."
     return joined([f"{base} {where(result.hardware, result.commit)}\n", table(header, lines)])
+
+
+def experts(results: Results) -> str:
+    """Formats on a mixture, then what an expert borrows by how much text calibrates."""
+    if (result := results.load("experts", Rows[ExpertsRow])) is None:
+        return ""
+    most = max(row.tokens for row in result.rows)
+    usual = result.rows[0].borrowed
+    formats = [row for row in result.rows if row.tokens == most and row.borrowed == usual]
+    lines = [
+        [named(row.stage), f"{row.size_bytes / 1e6:.1f}", f"{row.kl_nats_mean:.5f}", f"{row.perplexity:.3f}"]
+        for row in formats
+    ]
+    counts = {row.tokens: row.least_tokens for row in result.rows if row.stage == {"format": "nf4"}}
+    kl = {
+        (row.tokens, row.borrowed): row.kl_nats_mean for row in result.rows if row.stage == {"format": "nf4"}
+    }
+    shares = sorted({share for _, share in kl})
+    header = ["tokens", "least of an expert", *(f"{share:g} borrowed" for share in shares)]
+    borrowed = [
+        [f"{tokens:,}", str(counts[tokens]), *(f"{kl[tokens, share]:.5f}" for share in shares)]
+        for tokens in sorted(counts)
+    ]
+    base = f"Perplexity of the base: {result.rows[0].base_perplexity:.3f}."
+    return joined(
+        [
+            f"{where(result.hardware, result.commit)} {base}\n",
+            table(["quantize", "MB", "nats/token", "perplexity"], lines),
+            table(header, borrowed),
+        ]
+    )
+
+
+def named(stage: Mapping[str, object]) -> str:
+    """A stage in words: its format, and what differs from the defaults."""
+    return ", ".join([str(stage["format"]), *(f"{k}: {v}" for k, v in stage.items() if k != "format")])
 
 
 def bos(results: Results) -> str:
@@ -679,6 +716,13 @@ SECTIONS = (
         "8-bit formats on the demo model after four channels of every norm were multiplied by 50 to 100: "
         "`python -m evaluation outliers`.",
         outliers,
+    ),
+    Section(
+        "Experts of a mixture",
+        "A mixture of eight experts made of wikilm-8m, whose layers send a token to two of them: `python -m "
+        "evaluation experts`. The second table is nf4 on less and less text: an expert borrows so many "
+        "tokens of the others for each column of its inputs, of which it has 256.",
+        experts,
     ),
     Section(
         "BOS",

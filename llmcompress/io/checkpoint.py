@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,6 +23,8 @@ from llmcompress.algorithms.overflow import all_finite
 from llmcompress.architectures.auto_classes import auto_class_name
 from llmcompress.errors import ModelError, first_line
 from llmcompress.io.safetensors_writer import CODES, tensors_digest
+
+Value = TypeVar("Value")
 
 LARGEST, DEEPEST = 1 << 27, 32  # bytes and levels of the JSON beside weights; some tokenizer.json take 35 MB
 INDEX = "model.safetensors.index.json"
@@ -43,6 +45,16 @@ def is_beside(part: str) -> bool:
 def is_scale(part: str) -> bool:
     """Whether a tensor with this last name belongs to the `weight` beside it and is not a factor of it."""
     return is_beside(part) and part not in FACTORS
+
+
+def by_module(tensors: Mapping[str, Value]) -> dict[str, dict[str, Value]]:
+    """Tensors, by full name, for each module that they belong to; those beside a weight belong to its
+    module."""
+    found: dict[str, dict[str, Value]] = {}
+    for name, tensor in tensors.items():
+        owner = name.partition(".weight.")[0] if ".weight." in name else name.rpartition(".")[0]
+        found.setdefault(owner, {})[name] = tensor
+    return found
 
 
 FRESH = 2_000_000_000  # nanoseconds: the timestamps of some file systems have steps of one or two seconds
@@ -77,6 +89,11 @@ class Checkpoint:
     tensors: dict[str, Entry]
     aliases: dict[str, str] = field(default_factory=dict)
     files: frozenset[str] = frozenset()  # the weight files, by their names in the folder
+
+    @cached_property
+    def by_module(self) -> dict[str, dict[str, Entry]]:
+        """The tensors, by full name, for each module."""
+        return by_module(self.tensors)
 
     @classmethod
     def open(cls, folder: str | Path, *, base: bool = True) -> Checkpoint:

@@ -109,7 +109,7 @@ class DiskModel(LayerwiseModel):
         """The stored form of a quantised matrix, by the full name of its module; None for a plain matrix."""
         target = f"{name}.weight"
         key = self.sources.get(target, [""])[0]
-        names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
+        names = _parts_of(key, self.checkpoint)
         return self._stored(key, target, names) if len(names) > 1 or name in self.layouts else None
 
     def _round_all_inputs(self) -> None:
@@ -133,7 +133,7 @@ class DiskModel(LayerwiseModel):
     def _read(self, key: str, target: str) -> Tensor:
         """Read one tensor of the checkpoint as parameter `target` is stored, with codes turned back into
         weights."""
-        names = registry.parts_of(key.removesuffix(".weight"), self.checkpoint.tensors)
+        names = _parts_of(key, self.checkpoint)
         if len(names) < 2 and target.removesuffix(".weight") not in self.layouts:
             tensor = self.checkpoint.read(key)
         else:
@@ -265,13 +265,15 @@ def has_own_head(
     return len(one) != len(other) or not all(map(torch.equal, one, other))
 
 
+def _parts_of(key: str, checkpoint: Checkpoint) -> Mapping[str, object]:
+    """The tensors of the linear whose weight has a key, by their names in it."""
+    linear = key.removesuffix(".weight")
+    return registry.parts_of(linear, checkpoint.by_module.get(linear, {}))
+
+
 def _with_codes(key: str, checkpoint: Checkpoint) -> list[str]:
     linear = key.removesuffix(".weight")
-    return (
-        [f"{linear}.{part}" for part in registry.parts_of(linear, checkpoint.tensors)]
-        if linear != key
-        else [key]
-    )
+    return [f"{linear}.{part}" for part in _parts_of(key, checkpoint)] if linear != key else [key]
 
 
 @contextmanager

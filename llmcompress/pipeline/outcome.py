@@ -21,6 +21,7 @@ from llmcompress.formats.registry import AnyLayout, RewrittenLayout, StoredWeigh
 from llmcompress.formats.schemes import FourBitScheme, Int8Scheme, IntegerScheme
 from llmcompress.integrations import transformers_quantizer
 from llmcompress.integrations.expert_linears import divided_in
+from llmcompress.io.checkpoint import by_module
 from llmcompress.io.companion_files import is_inside
 from llmcompress.io.journal import Journal
 from llmcompress.io.output_folder import Writer
@@ -93,8 +94,9 @@ class Outcome:
         linears: dict[str, StoredWeight] = {}
         parts, shapes, layouts = set[str](), self.model.matrices(), self.model.layouts
         ours = [name for name in {**self.schemes, **layouts} if f"{name}.weight" in tensors]
+        modules = by_module(tensors)
         for name in dict.fromkeys([*registry.quantized_linears(tensors), *ours]):
-            found = registry.parts_of(name, tensors)
+            found = registry.parts_of(name, modules.get(name, {}))
             if name in self.schemes:
                 linears[name] = self.schemes[name].read(found, shapes[name][1])
             else:  # trained: 4-bit codes come in the native layout, whatever the model's

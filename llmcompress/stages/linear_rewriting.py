@@ -25,6 +25,7 @@ from llmcompress.formats import registry
 from llmcompress.formats.codebook import CodebookLayout
 from llmcompress.formats.registry import RewrittenLayout, StoredWeight
 from llmcompress.formats.sparse import SparseLayout
+from llmcompress.io.checkpoint import by_module
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
@@ -62,8 +63,9 @@ def mean_bits(bits: Mapping[str, float], shapes: Mapping[str, tuple[int, int]]) 
 
 def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: Mapping[str, Tensor]) -> None:
     """Put the journal's weights and biases into the layer, and round inputs as the kernels do."""
+    modules = by_module(tensors)
     for linear, how in written.items():
-        parts = registry.parts_of(f"{layer.name}.{linear}", tensors)
+        parts = registry.parts_of(f"{layer.name}.{linear}", modules.get(f"{layer.name}.{linear}", {}))
         packed = how.read(parts, layer.weight(linear).shape[1])
         layer.set_weight(linear, registry.dequantize(packed, device=layer.device))
         if (bias := tensors.get(f"{layer.name}.{linear}.bias")) is not None:
