@@ -144,10 +144,11 @@ def main(argv: Sequence[str]) -> int:
     given = machine.parse(options, argv, threads=1)
     most = SAMPLES[-1]
     jobs = [(most, stage, routed.OTHERS) for stage in STAGES.values()]
-    jobs += [(samples, NF4, share) for samples in SAMPLES for share in SHARES]
+    others = [(samples, share) for samples in SAMPLES for share in SHARES]
+    jobs += [(samples, NF4, share) for samples, share in others if (samples, share) != (most, routed.OTHERS)]
     rows = list[ExpertsRow]()
     with tempfile.TemporaryDirectory() as folder:
-        for samples, stage, share in jobs[:2] if given.quick else dict.fromkeys(jobs):
+        for samples, stage, share in jobs[:2] if given.quick else jobs:
             rows.append(measured(samples, stage, share, Path(folder) / "out"))
             print(rows[-1], file=sys.stderr, flush=True)
     results.write("experts", machine.head(), {"model": PLACE.name, "rows": rows}, given.out)
