@@ -97,26 +97,32 @@ class Anatomy:
         """The facts of one layer."""
         return self.each_layer[index] if self.each_layer else self
 
+    @property
+    def smooth_pairs(self) -> dict[str, tuple[str, ...]]:
+        """The scale pairs whose readers all read every token: without experts."""
+        experts = {linear for linears in self.expert_linears for linear in linears}
+        return {key: readers for key, readers in self.scale_pairs.items() if experts.isdisjoint(readers)}
+
     def group_of(self, linear: str) -> tuple[str, ...]:
         """The linears that read the same input as a linear of a layer. An expert reads what is routed to
         it."""
         return next((group for group in self.consumers if linear in group), (linear,))
 
     def divided(self, linears: Mapping[str, Sequence[str]]) -> Anatomy:
-        """The facts of a layer whose parameters of experts are linears, given by parameter.
-
-        Scales that cross to experts or between them are left out: each expert reads tokens of its own.
-        """
+        """The facts of a layer whose parameters of experts are linears, given by parameter."""
         rows = {name: row for name, row in self.layer.items() if name not in linears}
         for name, of_expert in linears.items():
             _, *dims = Spelling.parse(self.layer[name]).dims
             row = str(Spelling(tuple(dims[::-1] if self.experts[name] else dims)))
             rows |= {f"{linear}.weight": row for linear in of_expert}
-        pairs = {
-            key: readers
-            for key, readers in self.scale_pairs.items()
-            if key.partition("[")[0] not in linears and not {*readers} & linears.keys()
-        }
+        pairs: dict[str, tuple[str, ...]] = {}
+        for key, readers in self.scale_pairs.items():
+            producer, bracket, part = key.partition("[")
+            if producer in linears:  # the neurons of each expert are its own
+                for expert, linear in enumerate(linears[producer]):
+                    pairs[linear + bracket + part] = tuple(linears[reader][expert] for reader in readers)
+            else:
+                pairs[key] = tuple(linear for reader in readers for linear in linears.get(reader, (reader,)))
         return replace(
             self,
             layer=rows,

@@ -157,7 +157,8 @@ EXPERTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", EXPERTS)
 def test_experts_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: Path) -> None:
-    made = {name: run_on(name, tmp_path / name, format="w8a16") for name in EXPERTS[kind]}
+    exact = {"format": "w8a8", "activations": "none"}  # an input that is rounded may be rounded otherwise
+    made = {name: run_on(name, tmp_path / name, **exact) for name in EXPERTS[kind]}
     found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
     for name, (_, out, report) in made.items():
         assert not found[name]["wrong"] and found[name]["coded"] == len(report.linears), name

@@ -112,7 +112,7 @@ def _smoothing(smooth: Smooth, work: Workload, schemes: Schemes, streams: int, h
     """The search for channel scales: each candidate is tried on a few batches."""
     machine, model = work.machine, work.model
     candidates = len(EXPONENTS) + 2 if smooth.alpha == "auto" else 1
-    pairs = len(model.anatomy.scale_pairs)
+    pairs = len(model.anatomy.smooth_pairs)
     tokens = min(work.tokens, smoothing.SAMPLE * work.batch)
     finalists = smoothing.FINALISTS + 1
     if candidates > finalists:  # all are tried on a quarter

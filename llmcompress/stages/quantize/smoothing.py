@@ -80,7 +80,7 @@ class Smooth(Settings):
         if layer.shard.first(1):
             size_T1 = aims[0].flatten(0, -2).norm(dim=-1, keepdim=True)[:TOKENS]
             read = _first_inputs(layer, len(size_T1))
-        for key, consumers in layer.anatomy.scale_pairs.items():
+        for key, consumers in layer.anatomy.smooth_pairs.items():
             reading = [reader for reader in consumers if reader in codings]
             if not reading:
                 continue
