@@ -7,12 +7,18 @@ layer starts as its MLP with some noise, and a token goes to two of them (sparse
 2022, arXiv:2212.05055). The whole is trained on the text of WikiText-2 for STEPS steps, so that the router
 sends different words to different experts. It is written once, to out/models/wikilm-experts. Recipes are
 measured on the test part of the text, by the loss against that model. Rows that borrow other shares than the
-default (`routed.OTHERS`) calibrate on less and less text. A quarter of an hour; the result goes to
+default (`routed.OTHERS`) calibrate on less and less text. Half an hour; the result goes to
 results/experts.json. With --quick only --out is written.
+
+    python -m evaluation experts --rival
+
+measures llm-compressor's GPTQ on the same sequences, and adds its row. transformers does not load experts
+that it wrote, so its codes are put into the base here.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,6 +27,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, MixtralForCausalLM
 
@@ -28,9 +35,15 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS, WIKITEXT
 from evaluation.options import parser
 from evaluation.reference_models import FOLDER
-from evaluation.results import ExpertsRow
+from evaluation.results import ROOT, ExpertsRow
+from evaluation.rivals import sequences
+from evaluation.rivals.environments import Environment
+from evaluation.rivals.score import fidelity
 from evaluation.runs import known, losses, run
 from llmcompress.data.sources import DataSpec
+from llmcompress.io.tokenizer import tokenizer_of
+from llmcompress.modeling.from_disk import DiskModel
+from llmcompress.pipeline.resolve import calibration_data
 from llmcompress.recipe.recipe import Recipe
 from llmcompress.stages.quantize import routed
 
@@ -101,13 +114,13 @@ def noisy(weight: Tensor) -> Tensor:
 
 def trained(model: MixtralForCausalLM, ids: Tensor) -> MixtralForCausalLM:
     """Train a mixture on a text, with the loss that balances its experts."""
-    sequences = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
-    order = torch.randperm(len(sequences), generator=torch.Generator().manual_seed(0))
+    text = ids[: len(ids) // LENGTH * LENGTH].reshape(-1, LENGTH)
+    order = torch.randperm(len(text), generator=torch.Generator().manual_seed(0))
     steps = torch.optim.AdamW(model.parameters(), lr=RATE, weight_decay=0.0)
     rate = torch.optim.lr_scheduler.OneCycleLR(steps, RATE, total_steps=STEPS, pct_start=0.1)
     model.train()
     for step in range(STEPS):
-        batch = sequences[order[step * AT_ONCE % len(order) :][:AT_ONCE]]
+        batch = text[order[step * AT_ONCE % len(order) :][:AT_ONCE]]
         loss = model(batch, labels=batch, output_router_logits=True).loss
         loss.backward()
         steps.step()
@@ -136,12 +149,74 @@ def measured(samples: int, stage: Mapping[str, Any], share: float, out: Path) ->
     )
 
 
+def rival(work: Path, threads: int) -> ExpertsRow:
+    """llm-compressor's GPTQ on all text."""
+    place, group = work / "out" / PLACE.name, 64
+    place.mkdir(parents=True, exist_ok=True)
+    spec = DataSpec(source=WIKITEXT, samples=SAMPLES[-1], length=LENGTH, evaluation_samples=64)
+    text = calibration_data(DiskModel(made(), torch.device("cpu")), spec, tokenizer_of(PLACE))
+    save_file({sequences.KEY: text.calibration.contiguous()}, place / "calibration.safetensors")
+    environment = Environment(work / "venvs" / "llmcompressor", "llmcompressor", threads)
+    files = {"base": PLACE, "calibration": place / "calibration.safetensors"}
+    written = {"out": place / "model", "facts": place / "facts.json"}
+    options = [word for name, path in (files | written).items() for word in (f"--{name}", path.resolve())]
+    log = place / "log.txt"
+    environment.run("rival_llmcompressor", [*options, "--group", group, "--dtype", "float32"], log)
+    base, model = (AutoModelForCausalLM.from_pretrained(PLACE, dtype=torch.float32) for _ in range(2))
+    with_codes_of(model, place / "model")
+    found = fidelity(base, model, text.evaluation)
+    (version,) = environment.versions("llmcompressor").values()
+    method = json.loads(written["facts"].read_text("utf-8"))["method"]
+    size = sum(file.stat().st_size for file in (place / "model").glob("*.safetensors"))
+    return ExpertsRow(
+        **{name: found[name] for name in ("kl_nats_mean", "perplexity", "base_perplexity")},
+        stage={"format": f"{method} (llm-compressor {version})"},
+        tokens=text.calibration_tokens,
+        least_tokens=None,
+        borrowed=routed.OTHERS,
+        size_bytes=size,
+    )
+
+
+@torch.no_grad()
+def with_codes_of(model: Any, folder: Path) -> None:
+    """Put the linears that llm-compressor wrote into a Mixtral: eight codes in an int32, and a scale for each
+    group."""
+    tensors = load_file(folder / "model.safetensors")
+    neurons = model.config.intermediate_size
+    for name in [key.removesuffix("_packed") for key in tensors if key.endswith(".weight_packed")]:
+        packed, scale = tensors[f"{name}_packed"], tensors[f"{name}_scale"].float()
+        codes = (packed[..., None] >> torch.arange(0, 32, 4)) & 15
+        weight = codes.flatten(-2).float().sub(8).unflatten(-1, (scale.shape[-1], -1)) * scale[..., None]
+        weight = weight.flatten(-2)
+        if ".experts." not in name:
+            model.get_parameter(name).copy_(weight)
+            continue
+        layer, _, rest = name.partition(".block_sparse_moe.experts.")
+        expert, which, _ = rest.split(".")
+        fused = "down_proj" if which == "down_proj" else "gate_up_proj"
+        whole = model.get_parameter(f"{layer}.mlp.experts.{fused}")[int(expert)]
+        part = {"down_proj": slice(None), "gate_proj": slice(neurons), "up_proj": slice(neurons, None)}[which]
+        whole[part].copy_(weight)
+
+
 def main(argv: Sequence[str]) -> int:
     """Measure all stages on the most text, and the shares on less and less of it."""
     options = parser("experts", __doc__)
     options.add_argument("--quick", action="store_true", help="two rows")
+    options.add_argument("--rival", action="store_true", help="llm-compressor alone")
+    options.add_argument(
+        "--work",
+        type=Path,
+        default=ROOT / "out" / "rivals",
+        help="where environments lie; default: out/rivals",
+    )
     options.add_argument("--out", type=Path, help="result file; default results/experts.json")
     given = machine.parse(options, argv, threads=1)
+    if given.rival:
+        merged = results.merge("experts", ("stage",), rival(given.work, given.threads), given.out)
+        results.write("experts", machine.head(), {"model": PLACE.name, "rows": merged}, given.out)
+        return 0
     most = SAMPLES[-1]
     jobs = [(most, stage, routed.OTHERS) for stage in STAGES.values()]
     others = [(samples, share) for samples in SAMPLES for share in SHARES]

@@ -279,9 +279,9 @@ class DecoderLayer:
         """Return the second moments of the inputs of the linears of `groups`, by linear. Linears that read
         the same input share one object.
 
-        A group is an entry of `anatomy.consumers`, the default is all of them; or experts of one module by
-        themselves, of which some may read no token. With a reference, the full
-        model's inputs are taken against these inputs too. Asked `in_turn`, all that comes before the first of
+        A group is an entry of `anatomy.consumers`, the default is all of them; or an expert by itself, with
+        others of the same parameter, of which some may read no token. With a reference, the full model's
+        inputs are taken against these inputs too. Asked `in_turn`, all that comes before the first of
         `groups` is final, and submodules that end before it are run once for all that follows; their outputs
         are kept on the CPU. Raises ModelError if the inputs are too large.
         """

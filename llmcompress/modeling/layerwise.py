@@ -118,7 +118,7 @@ class LayerwiseModel(ABC):
         """The share of the tokens that a linear of a layer reads, by its full name: of experts, those that a
         token is routed to."""
         count = self.expert_linears.get(linear)
-        return experts_per_token(self.text_config) / count if count else 1.0
+        return min(1.0, experts_per_token(self.text_config) / count) if count else 1.0
 
     @cached_property
     def expert_linears(self) -> dict[str, int]:
