@@ -1,6 +1,6 @@
 """How well does `plan` foretell the time of a run?
 
-    python -m evaluation foretold [--models wikilm-8m demo] [--recipes nf4-gptq ...] [--again]
+    python -m evaluation foretold [--models wikilm-8m demo] [--recipes nf4-gptq ...]
 
 Each row is a plan, then the run that it is of, on few tokens. Both are in seconds of the processor, so that a
 neighbour on the machine counts in neither; with one thread they are the seconds of an idle machine. The
@@ -22,7 +22,7 @@ from evaluation import machine, results
 from evaluation.models import LENGTH, MODELS, present
 from evaluation.options import parser
 from evaluation.reference_models import SMOLLM2
-from evaluation.results import ROOT, ForetoldRow, Rows
+from evaluation.results import ROOT, ForetoldRow
 from llmcompress.data.sources import DataSpec
 from llmcompress.modeling.sequential import EVALUATE
 from llmcompress.pipeline.plan import plan_recipe
@@ -65,7 +65,7 @@ def recipe_of(model: str, name: str) -> Recipe:
 
 
 def foretell(model: str, name: str) -> dict[str, float]:
-    """What the plan of a run says, and what it took."""
+    """What the plan of a run says, and what the plan itself took."""
     begun = time.process_time()
     plan = plan_recipe(recipe_of(model, name), base=MODELS[model].base)
     return {
@@ -84,24 +84,15 @@ def measure(model: str, name: str) -> dict[str, float]:
     return {"stages_cpu_s": clock.stages_s, "run_cpu_s": time.process_time() - begun}
 
 
-def known(model: str, name: str) -> dict[str, float]:
-    """What the run took when it was measured last."""
-    held = results.load(results.RESULTS, "foretold", Rows[ForetoldRow])
-    rows = [row for row in (held.rows if held else []) if (row.model, row.recipe) == (model, name)]
-    return rows[0].model_dump(include={"stages_cpu_s", "run_cpu_s"}) if rows else measure(model, name)
-
-
 def main(argv: Sequence[str]) -> int:
     """Foretell and measure, and write each row as soon as it is known."""
     options = parser("foretold", __doc__)
     options.add_argument("--models", nargs="+", choices=MODELS, default=present())
     options.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
-    options.add_argument("--again", action="store_true", help="foretell again, and run only what is new")
     given = machine.parse(options, argv, threads=1)
     for model in given.models:
         for name in given.recipes if model != SMOLLM2 else ["nf4-gptq"]:
-            told = foretell(model, name)
-            taken = known(model, name) if given.again else measure(model, name)
+            told, taken = foretell(model, name), measure(model, name)
             row = ForetoldRow.model_validate(
                 {"model": model, "recipe": name, "tokens": SAMPLES * LENGTH, "commit": machine.commit()}
                 | told
