@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,12 @@ class Outcome:
             found |= _dtype_of(self.model)  # otherwise a loader takes the dtype of a scale
         return found
 
+    @cached_property
+    def _removed(self) -> set[str]:
+        """The tensors that the stage removes, by their names in the model and in its files."""
+        removed = self.result.removed
+        return {*removed, *(key for name in removed for key in names_of(name, self.model))}
+
     def left_of(self, layers: Sequence[int]) -> list[int]:
         """Given one item for each layer, return the items of the layers that stay."""
         return [layer for index, layer in enumerate(layers) if index not in self.result.removed_layers]
@@ -125,7 +132,7 @@ class Outcome:
     def renamed(self, name: str) -> str | None:
         """The name of a tensor, in the model or in its files, after the stage; None if the stage removes
         it."""
-        if any(name == removed or name in names_of(removed, self.model) for removed in self.result.removed):
+        if name in self._removed:
             return None
         return renumbered(name, self.model.anatomy.layers, self.result.removed_layers)
 
