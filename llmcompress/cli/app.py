@@ -67,8 +67,9 @@ def run(
     if not distributed.first():
         return
     print_report(report, out)
+    after = " after `import llmcompress`" if report.plug_in else ""
     out.print(
-        f"The compressed model lies in {out_}; load it with "
+        f"The compressed model lies in {out_}; load it{after} with "
         f"{report.auto_class or 'AutoModelForCausalLM'}.from_pretrained({str(out_)!r})."
     )
 

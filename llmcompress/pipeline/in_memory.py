@@ -32,7 +32,7 @@ from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.sequential import Track, logits, untracked
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.memory_store import MemoryStore
-from llmcompress.pipeline.report_facts import Sizes, model_facts, report_of
+from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     calibration_data,
     name_of,
@@ -89,18 +89,20 @@ def apply_recipe(
         name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        sizes=Sizes(parameters(model), base_model.idle_parameters(), _size(state)),
+        stored=Stored(parameters(model), base_model.idle_parameters(), _size(state)),
     )
     after = model_facts(
         name,
         measured.perplexity,
         measured.perplexity_ci95,
-        sizes=Sizes(source.parameters() - _zeros(store), source.idle_parameters(), _stored_size(store)),
+        stored=Stored(source.parameters() - _zeros(store), source.idle_parameters(), _stored_size(store)),
     )
     cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
     chosen = effort_facts(recipe, settled, recipe.data, *text.calibration.shape)
     ran = as_it_ran(settled, text)
-    report = report_of(ran, before, after, measured, text, facts, cost, where, chosen, model.config)
+    report = report_of(
+        ran, before, after, measured, text, facts, cost, where, chosen, model.config, plain=source.plain
+    )
     report.require(**recipe.accept.model_dump())
     return _made(model, base, store), report
 

@@ -25,12 +25,14 @@ from llmcompress.report.schema import (
 
 
 @dataclass(frozen=True)
-class Sizes:
-    """What a model stores: its parameters, those of experts that a token is not routed to, and its bytes."""
+class Stored:
+    """What a model stores: its parameters, those of experts that a token is not routed to, and its bytes; and
+    whether transformers loads it without the plug-in."""
 
     parameters: int
     idle: int
     size_bytes: int
+    plain: bool = True
 
 
 def report_of(
@@ -44,14 +46,18 @@ def report_of(
     device: torch.device,
     effort: EffortFacts | None,
     config: PretrainedConfig,
+    *,
+    plain: bool,
 ) -> Report:
-    """Build the report of a run on a model of `config`."""
+    """Build the report of a run on a model of `config`; `plain` says whether transformers loads the result
+    without the plug-in."""
     loads = auto_class(config).__name__
     return Report(
         recipe_digest=recipe.digest,
         recipe=recipe.origin,
         effort=effort,
         auto_class=None if loads == "AutoModelForCausalLM" else loads,
+        plug_in=None if plain else True,
         base=before,
         compressed=after,
         fidelity=measured.facts(),
@@ -74,7 +80,7 @@ def model_facts(
     perplexity: float | None,
     ci95: tuple[float, float] | None,
     *,
-    sizes: Sizes,
+    stored: Stored,
     revision: str | None = None,
     speed: Speed | None = None,
 ) -> ModelFacts:
@@ -82,9 +88,9 @@ def model_facts(
     return ModelFacts(
         model=name,
         revision=revision,
-        parameters=sizes.parameters,
-        active_parameters=sizes.parameters - sizes.idle if sizes.idle else None,
-        size_bytes=sizes.size_bytes,
+        parameters=stored.parameters,
+        active_parameters=stored.parameters - stored.idle if stored.idle else None,
+        size_bytes=stored.size_bytes,
         perplexity=perplexity,
         perplexity_ci95=ci95,
         tokens_per_s=speed.prefill_tokens_per_s if speed else None,

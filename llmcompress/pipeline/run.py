@@ -33,7 +33,7 @@ from llmcompress.pipeline.disk_store import DiskStore
 from llmcompress.pipeline.effort import as_it_ran, effort_facts
 from llmcompress.pipeline.evaluate import speed_of
 from llmcompress.pipeline.outcome import companions, require_pictures, write_weights
-from llmcompress.pipeline.report_facts import Sizes, model_facts, report_of
+from llmcompress.pipeline.report_facts import Stored, model_facts, report_of
 from llmcompress.pipeline.resolve import (
     Base,
     calibration_data,
@@ -117,14 +117,17 @@ def run_recipe(
         folder = Processes.all("batch").agreed(folder)
         assert folder is not None, "rank 0 writes"
         del model, store  # measuring reads from the disk what it needs
-        measured, sizes = _compare(folder, found.folder, where, text, track)
+        measured, stored = _compare(folder, found.folder, where, text, track)
         if writer is not None:
-            before = _facts_of_base(found, sizes[1], measured, text, where)
-            after = _facts_of_artefact(str(out), sizes[0], measured, speed_of(folder, text.evaluation, where))
+            before = _facts_of_base(found, stored[1], measured, text, where)
+            speed = speed_of(folder, text.evaluation, where)
+            after = _facts_of_artefact(str(out), stored[0], measured, speed)
             cost = CostFacts(seconds=time.monotonic() - start, peak_memory_bytes=peak_memory_bytes(where))
             ran = as_it_ran(settled, text)
             chosen = effort_facts(recipe, settled, spec, *text.calibration.shape)
-            report = report_of(ran, before, after, measured, text, facts, cost, where, chosen, config)
+            report = report_of(
+                ran, before, after, measured, text, facts, cost, where, chosen, config, plain=stored[0].plain
+            )
             report.require(**ran.accept.model_dump())
             writer.publish(companions(report, ran, found.folder, place))
     distributed.wait()
@@ -144,7 +147,7 @@ def _student(recipe: Recipe, place: Path, seed: int) -> Path | None:
 @torch.no_grad()
 def _compare(
     written: Path, base: Path, device: torch.device, text: CalibrationData, track: Track
-) -> tuple[Fidelity, list[Sizes]]:
+) -> tuple[Fidelity, list[Stored]]:
     """Return how far two models on disk are apart, and what each stores. Each process measures its share of
     the sequences. The weights are dropped, before others are loaded whole to be timed."""
     models = DiskModel(written, device, quantized=True), DiskModel(base, device)
@@ -159,35 +162,35 @@ def _compare(
         by_batch = (torch.cat(column).split(positions) for column in zip(*measured, strict=True))
         found = dict(zip(shard.numbers, zip(*by_batch, strict=True), strict=True))
     whole = summary([*processes.gathered(found).values()], text.scored.shape[1])
-    return whole, [_sizes(each) for each in models]
+    return whole, [_stored(each) for each in models]
 
 
-def _sizes(model: DiskModel) -> Sizes:
+def _stored(model: DiskModel) -> Stored:
     checkpoint = model.checkpoint
-    return Sizes(checkpoint.parameters, model.idle_parameters(), checkpoint.size_bytes)
+    return Stored(checkpoint.parameters, model.idle_parameters(), checkpoint.size_bytes, model.plain)
 
 
 def _facts_of_base(
-    base: Base, sizes: Sizes, measured: Fidelity, text: CalibrationData, device: torch.device
+    base: Base, stored: Stored, measured: Fidelity, text: CalibrationData, device: torch.device
 ) -> ModelFacts:
     """What the report says of the base."""
     return model_facts(
         base.name,
         measured.base_perplexity,
         measured.base_perplexity_ci95,
-        sizes=sizes,
+        stored=stored,
         revision=base.revision,
         speed=_speed_of_base(base.folder, text, device),
     )
 
 
-def _facts_of_artefact(out: str, sizes: Sizes, measured: Fidelity, speed: Speed | None) -> ModelFacts:
+def _facts_of_artefact(out: str, stored: Stored, measured: Fidelity, speed: Speed | None) -> ModelFacts:
     """What the report says of the artefact."""
     return model_facts(
         out,
         measured.perplexity,
         measured.perplexity_ci95,
-        sizes=sizes,
+        stored=stored,
         speed=speed,
     )
 

@@ -204,7 +204,8 @@ def _loading(report: Report, repo: str | None) -> str:
     formats = _formats(report)
     stages = {stage.name for stage in report.stages}
     uneven = any(_uneven(stage.model_dump().get("widths")) for stage in report.stages)
-    ours = bool(formats - NATIVE) or SHARE in stages or uneven
+    # reports of earlier versions don't say it
+    ours = report.plug_in or bool(formats - NATIVE) or SHARE in stages or uneven
     packages = (
         "transformers accelerate"
         + (" bitsandbytes" if formats - PLAIN else "")

@@ -219,6 +219,7 @@ class Report(_Facts):
     recipe: RecipeFacts | None = None
     effort: EffortFacts | None = None
     auto_class: str | None = None  # that loads the model, if it is not AutoModelForCausalLM
+    plug_in: bool | None = None  # True if transformers loads the model only once llmcompress is imported
     base: ModelFacts
     compressed: ModelFacts
     fidelity: FidelityFacts
@@ -252,6 +253,7 @@ class Report(_Facts):
             (facts, "recipe"),
             (facts, "effort"),
             (facts, "auto_class"),
+            (facts, "plug_in"),
             *((facts["data"], key) for key in (*DATA_PLACE, "bos")),
         ]
         for holder, key in optional:

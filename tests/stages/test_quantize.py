@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats import bitsandbytes_layout
-from llmcompress.formats.integer_linear import IntegerLinear
+from llmcompress.formats.four_bit import FourBitLinear
 from llmcompress.io.checkpoint import Checkpoint
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
@@ -295,12 +295,14 @@ def test_quantised_experts_load_with_the_plug_in_and_kept_ones_stay(
 ) -> None:
     base, out, skipped = save_base(tmp_path / "base", "qwen3_moe"), tmp_path / "out", "down_proj_linears.3"
     steps = {"steps": 3} if rounding == "learned" else {}
-    settings = {"format": "w8a16", "rounding": rounding, "skip": [f"*.{skipped}"], **steps}
+    # nf4, which transformers loads by itself where there are no experts
+    settings = {"format": "nf4", "rounding": rounding, "skip": [f"*.{skipped}"], **steps}
     report = run_recipe(small_recipe(text, base, **settings), out)
     loaded = AutoModelForCausalLM.from_pretrained(out)
     experts = [linear.name for linear in report.linears if ".experts." in linear.name]
     assert len(experts) == 2 * (2 * loaded.config.num_experts - 1)
-    assert all(isinstance(loaded.get_submodule(name), IntegerLinear) for name in experts)
+    assert all(isinstance(loaded.get_submodule(name), FourBitLinear) for name in experts)
+    assert report.plug_in and "import llmcompress" in (out / "README.md").read_text()
     whole = AutoModelForCausalLM.from_pretrained(base)
     for index in (0, 1):
         kept = loaded.get_parameter(f"model.layers.{index}.mlp.experts.{skipped}.weight")
@@ -310,7 +312,7 @@ def test_quantised_experts_load_with_the_plug_in_and_kept_ones_stay(
     walked = torch.cat([*logits(DiskModel(out, CPU, quantized=True), ids)])
     with torch.no_grad():
         found = loaded(ids, use_cache=False).logits
-    torch.testing.assert_close(found, walked, rtol=2e-3, atol=2e-3)
+    assert (found - walked).norm() < 0.1 * walked.norm()  # the kernel computes in bfloat16
     (stage,) = report.stages
     counts = [layer["expert_tokens"] for layer in stage.model_dump()["per_layer"]]
     tokens = report.data.calibration_tokens * loaded.config.num_experts_per_tok
