@@ -89,6 +89,8 @@ class LayerwiseModel(ABC):
 
     def _divide(self, parameters: Sequence[str], *, stored: bool) -> None:
         """Divide parameters of experts, by full name. Errors: ModelError for a name that is none of them."""
+        if not parameters:
+            return
         for name in ("layer_linears", "expert_weights", "kept_weights", "expert_linears"):
             self.__dict__.pop(name, None)
         wanted, each = {*parameters}, list[Anatomy]()
@@ -108,11 +110,8 @@ class LayerwiseModel(ABC):
                 "config is of another model"
             )
         alike = all(anatomy == each[0] for anatomy in each)
-        self.anatomy = (
-            replace(each[0], level=self.anatomy.level, each_layer=() if alike else tuple(each))
-            if parameters
-            else self.anatomy
-        )
+        each_layer = () if alike else tuple(each)
+        self.anatomy = replace(each[0], level=self.anatomy.level, each_layer=each_layer)
 
     def used_share(self, linear: str) -> float:
         """The share of the tokens that a linear of a layer reads, by its full name: of experts, those that a

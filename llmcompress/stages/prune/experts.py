@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architectures.shape_grammar import Spelling, take
+from llmcompress.architectures.spec import experts_per_token
 from llmcompress.errors import ModelError
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -18,7 +19,7 @@ AXIS = "expert"
 
 def require_enough(model: LayerwiseModel, count: int) -> None:
     """Refuse fewer experts than each token is routed to. Errors: ModelError."""
-    if count < (chosen := model.text_config.num_experts_per_tok):
+    if count < (chosen := experts_per_token(model.text_config)):
         raise ModelError(
             f'keep leaves {count} units of axis "{AXIS}", and each token goes to {chosen}; keep {chosen} or '
             "more"

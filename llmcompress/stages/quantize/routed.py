@@ -35,9 +35,10 @@ def blended(layer: DecoderLayer, routed: Mapping[str, Moments]) -> dict[str, Mom
     reads comes from neurons of its own expert, and stays as it is.
     """
     first = next(iter(routed))
-    own = experts_of(first)
-    inner = next(of for of in layer.anatomy.expert_linears if experts_of(of[0]) == own)
-    if first not in inner:
+    module = experts_of(first)
+    # the linears of the first parameter of the same module
+    read_states = next(of for of in layer.anatomy.expert_linears if experts_of(of[0]) == module)
+    if first not in read_states:
         return dict(routed)
     everyone = Moments(len(routed[first].H_CC), layer.device)
     for moments in routed.values():
