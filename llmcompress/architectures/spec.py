@@ -16,6 +16,8 @@ from llmcompress.architectures.shape_grammar import Spelling, Term
 from llmcompress.errors import ModelError
 
 Rows = Mapping[str, str]
+# Rotations: of the states between layers, and of the channels of each value head.
+R1, R2 = "r1", "r2"
 # How far an anatomy goes; each level holds the facts of those before it.
 LINEARS, SCALES, AXES = 1, 2, 3
 FACTS = {
@@ -67,7 +69,11 @@ class Anatomy:
     # linears and other matrices of a layer that stay as they are, with the reason
     kept: Rows = field(default_factory=dict)
     each_layer: tuple[Anatomy, ...] = ()  # the facts of each layer, if layers are of several kinds
-    counts: Mapping[str, int] = field(default_factory=dict)  # sizes of axes that no field of the config says
+    counts: Mapping[str, int] = field(default_factory=dict)  # sizes of axes, where `sizes` does not say all
+    # axes that may be cut, where they are proved; None for a family of the table, whose config decides
+    cuts: frozenset[str] | None = None
+    turns: frozenset[str] | None = None  # rotations that are proved: R1, R2; None for a family of the table
+    head_dim: str | None = None  # field that has to say the width of a head once heads or channels are cut
 
     @property
     def linears(self) -> tuple[str, ...]:
@@ -162,9 +168,18 @@ class Anatomy:
             sizes["q"] = heads // max(sizes["kv"], 1)
         return sizes
 
+    def cut_along(self, axis: str) -> bool:
+        """Whether the weights of a layer run along an axis that may be cut. Of a family of the table, only
+        the config that the cut leaves shows it."""
+        rows = (*self.outer.values(), *self.layer.values())
+        known = self.sizes if self.cuts is None else self.cuts
+        return axis in known and any(axis in Spelling.parse(row).axes for row in rows)
+
     def consumer_of(self, axis: str) -> str | None:
         """Return the linear whose columns run along an axis inside a layer; None if there is no such linear,
         as for experts."""
+        if any(axis in Spelling.parse(self.layer[name]).axes for name in self.experts):
+            return None
         inside = [linear for linear in self.linears if axis in Spelling((self.input_of(linear),)).axes]
         return inside[0] if len(inside) == 1 else None
 

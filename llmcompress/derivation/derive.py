@@ -7,21 +7,21 @@ family that is new in transformers needs no line here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompress.architectures.families import table_of
-from llmcompress.architectures.spec import LINEARS, SCALES, Anatomy
+from llmcompress.architectures.spec import Anatomy
 from llmcompress.derivation import proof_cache
+from llmcompress.derivation.assembly import Found, Kind, fits
+from llmcompress.derivation.axes import proved_axes
+from llmcompress.derivation.config_fields import Setting
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
 from llmcompress.derivation.readers import Readers, readers_of
-from llmcompress.derivation.scales import Crossing, proved_crossings
-from llmcompress.derivation.spelling import spelled
+from llmcompress.derivation.scales import final_norm, proved_crossings
 from llmcompress.derivation.subject import (
     Subject,
     described,
@@ -30,18 +30,8 @@ from llmcompress.derivation.subject import (
     layers_at,
     paths_of_layers,
 )
+from llmcompress.derivation.turns import proved_turns
 from llmcompress.errors import CompressError, ModelError
-from llmcompress.integrations.transformers_compat import Conv1D
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of layer: one of the tiny model, and what is proved of it."""
-
-    tiny: nn.Module
-    readers: Readers
-    crossings: Sequence[Crossing]
-
 
 _DERIVED: dict[str, Anatomy] = {}  # in this process, by the key of the cache
 
@@ -97,31 +87,20 @@ def _derived(model: PreTrainedModel) -> Anatomy:
     if (why := prove_causal(subject) or prove_walk(subject)) is not None:
         raise ModelError(why)
     kinds: dict[Hashable, Kind] = {}
+    each_kind = [kind_of(layer) for layer in subject.layers]
     for kind, index in first_of_each_kind(subject.layers).items():
         readers, crossings = proved_readers(subject, index), proved_crossings(subject, index)
-        kinds[kind] = Kind(subject.layers[index], readers, crossings)
-    common = Anatomy(
-        family=model.config.model_type,
-        layers=path,
-        layer={},
-        outer={
-            name: _shape(parameter)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if not name.startswith(f"{path}.")
-        },
-        consumers=(),
-        scale_pairs={},
-        sizes={},
-        embedding=_name(model, model.get_input_embeddings()),
-        head=_name(model, model.get_output_embeddings()),
-        norm=None,
-        level=LINEARS,
-        returned_items=subject.returned_items,
-    )
-    hidden = model.config.get_text_config(decoder=True).hidden_size
-    each = tuple(_of_layer(common, index, layer, kinds, hidden) for index, layer in enumerate(layers))
-    level = max(of.level for of in each)
-    return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
+        kinds[kind] = Kind(subject.layers[index], f"{path}.{index}", readers, crossings)
+    experts = {
+        f"{path}.{index}.{name}": transposed
+        for index, kind in enumerate(each_kind)
+        for name, transposed in kinds[kind].readers.experts.items()
+    }
+    setting = Setting.of(subject, experts)
+    axes = [each for each in proved_axes(setting) if fits(each, model, path, kinds)]
+    found = Found(subject, kinds, axes, setting.reads, final_norm(subject))
+    tiny = found.anatomy(subject.model, each_kind)
+    return found.anatomy(model, [kind_of(layer) for layer in layers], proved_turns(subject, tiny))
 
 
 def _subject(model: PreTrainedModel) -> Subject:
@@ -145,42 +124,4 @@ def proved_readers(subject: Subject, index: int) -> Readers:
     found.kept |= {name.removeprefix(prefix): why for name, why in seen.items()}
     groups = [tuple(name for name in group if name not in found.kept) for group in found.groups]
     found.groups = [group for group in groups if group]
-    return found
-
-
-def _of_layer(
-    common: Anatomy, index: int, layer: nn.Module, kinds: Mapping[Hashable, Kind], hidden: int
-) -> Anatomy:
-    """The facts of one layer. Errors: ModelError if the tiny model has none of its kind."""
-    found = kinds.get(kind_of(layer))
-    if found is None:
-        raise ModelError(f"layer {index} is of a kind that no small model of this config has")
-    groups = found.readers.groups
-    linears = {name for group in groups for name in group}
-    conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
-    spelling = spelled(layer, found.tiny, found.crossings, hidden)
-    return replace(
-        common,
-        layer=spelling.rows,
-        consumers=tuple(groups),
-        scale_pairs=spelling.pairs,
-        counts=spelling.sizes,
-        norm_offset=spelling.offset,
-        kept=found.readers.kept,
-        experts=found.readers.experts,
-        conv1d=frozenset(conv1d),
-        level=SCALES if spelling.pairs else LINEARS,
-    )
-
-
-def _shape(parameter: nn.Parameter) -> str:
-    """The shape of a parameter as a row without axes; a number alone is one of one element."""
-    return " ".join(map(str, parameter.shape)) or "1"
-
-
-def _name(model: PreTrainedModel, module: nn.Module | None) -> str:
-    """The full name of a module that a model gives out. Errors: ModelError if it gives out none."""
-    found: str | None = next((name for name, each in model.named_modules() if each is module), None)
-    if found is None:
-        raise ModelError("it has no embedding or no output head of its own")
     return found

@@ -9,7 +9,7 @@ from functools import partial
 
 from torch import nn
 
-from llmcompress.derivation.subject import EXACT, Subject, logits
+from llmcompress.derivation.subject import Subject, logits
 from llmcompress.integrations.expert_linears import divide, unite
 
 
@@ -47,7 +47,7 @@ def _called(subject: Subject, layer: nn.Module, experts: dict[str, bool]) -> lis
             distance = subject.distance(logits(subject.model, subject.tokens[0]))
         except Exception:  # each family fails in its own way
             return []
-    return [*called] if distance < EXACT else []
+    return [*called] if distance < subject.exact else []
 
 
 @contextmanager

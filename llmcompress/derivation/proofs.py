@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llmcompress.derivation.subject import EXACT, Subject, described, logits
+from llmcompress.derivation.subject import Subject, described, logits
 from llmcompress.integrations.layer_calls import entering, leaving, states_of
 from llmcompress.integrations.linear_modules import weight_of
 
@@ -46,7 +46,7 @@ def prove_walk(subject: Subject) -> str | None:
     except Exception as error:  # every family fails in its own way
         return f"its layers don't run one by one ({described(error)})"
     off = max(subject.distance(logits.double(), batch) for batch, logits in enumerate(found))
-    if off < EXACT:
+    if off < subject.exact:
         return None
     return f"its layers one by one give other logits than the whole (off by {off:.1g})"
 
@@ -57,7 +57,7 @@ def prove_causal(subject: Subject) -> str | None:
     tokens[:, -1] = subject.tokens[1][:, -1]
     found = logits(subject.model, tokens)
     found[:, -1] = subject.expected[0][:, -1]
-    return None if subject.distance(found) < EXACT else "each of its tokens sees those after it"
+    return None if subject.distance(found) < subject.exact else "each of its tokens sees those after it"
 
 
 def prove_poison(subject: Subject, linears: Collection[str]) -> dict[str, str]:
@@ -76,7 +76,7 @@ def _seen(subject: Subject, linears: Collection[str]) -> bool:
     """Whether the logits change when the parameters of linears are NaN outside of calls."""
     with _poisoned(subject, linears):
         try:
-            return subject.distance(logits(subject.model, subject.tokens[0])) >= EXACT
+            return subject.distance(logits(subject.model, subject.tokens[0])) >= subject.exact
         except Exception:  # a check for NaN, or an index made of them
             return True
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from llmcompress.derivation.subject import EXACT, LENGTH, Subject, same
+from llmcompress.derivation.subject import LENGTH, Subject, same
 from llmcompress.integrations.layer_calls import entering, states_of
 from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
@@ -43,6 +43,18 @@ class Crossing:
     offset: float | None = None
 
 
+@dataclass(frozen=True)
+class Way:
+    """Along which dimension, from the last, modules that are no linears read: with matrices, and with stacks
+    of them."""
+
+    matrices: int = 1
+    stacks: int = 1
+
+
+WAYS = (Way(), Way(2, 2), Way(1, 2))
+
+
 @dataclass
 class Seen:
     """The first input and the output [T, C] of the modules of a layer in one pass, in the order of calls."""
@@ -50,9 +62,9 @@ class Seen:
     inputs: dict[str, Tensor] = field(default_factory=dict)
     outputs: dict[str, Tensor] = field(default_factory=dict)
 
-    def readers(self, layer: nn.Module, x_TC: Tensor, *, last: bool = True) -> dict[str, int]:
-        """The linears that read x, and the matrices of other modules that read it: these along their last
-        dimension, or along the one before."""
+    def readers(self, layer: nn.Module, x_TC: Tensor, way: Way) -> dict[str, int]:
+        """The linears that read x, and the matrices and stacks of matrices of other modules that read it,
+        with the dimension that they read it along."""
         found: dict[str, int] = {}
         for name, read in self.inputs.items():
             if same(read, x_TC):
@@ -61,8 +73,9 @@ class Seen:
                     found[name] = 0 if isinstance(module, Conv1D) else 1
                     continue
                 for part, parameter in module.named_parameters(recurse=False):
-                    dim = parameter.dim() - (1 if last else 2)
-                    if parameter.dim() > 1 and parameter.shape[dim] == x_TC.shape[1]:
+                    dim = parameter.dim() - (way.matrices if parameter.dim() == 2 else way.stacks)
+                    fit = parameter.dim() > 1 and parameter.shape[dim] == x_TC.shape[1]
+                    if fit and not part.endswith("bias"):  # of experts, [experts, outputs]
                         found[f"{name}.{part}"] = dim
         return found
 
@@ -83,7 +96,31 @@ def prove_crossing(subject: Subject, index: int, crossing: Crossing) -> bool:
     changed = crossed(subject, index, crossing)
     asked = {"input_ids": subject.tokens[0], "use_cache": False}
     found = functional_call(subject.model, changed, kwargs=asked).logits.double()
-    return subject.distance(found) < EXACT
+    return subject.distance(found) < subject.exact
+
+
+@torch.no_grad()
+def final_norm(subject: Subject) -> str | None:
+    """The module outside the layers whose gain the head follows: its scale crosses to the head's columns.
+    None if there is none."""
+    model, head = subject.model, subject.model.get_output_embeddings().weight
+    outside = {name: module for name, module in model.named_modules() if not name.startswith(subject.path)}
+    names = {id(module): name for name, module in outside.items()}
+    own = names[id(model.get_output_embeddings())]
+    draw = torch.rand(head.shape[1], generator=torch.Generator().manual_seed(2)).to(head) + 0.5
+    for name, module in outside.items():
+        gain = module._parameters.get("weight")
+        if gain is None or tuple(gain.shape) != tuple(draw.shape):
+            continue
+        for offset in OFFSETS:
+            changed = {f"{name}.weight": (gain + offset) * draw - offset, f"{own}.weight": head / draw}
+            if isinstance(bias := module._parameters.get("bias"), Tensor):
+                changed[f"{name}.bias"] = bias * draw
+            asked = {"input_ids": subject.tokens[0], "use_cache": False}
+            found = functional_call(model, changed, kwargs=asked, tie_weights=False).logits.double()
+            if subject.distance(found) < subject.exact:
+                return str(name)
+    return None
 
 
 def crossed(subject: Subject, index: int, crossing: Crossing) -> dict[str, Tensor]:
@@ -118,9 +155,9 @@ def _from_norms(subject: Subject, index: int, seen: Seen) -> Iterator[list[Cross
         if not isinstance(gain, Tensor) or tuple(gain.shape) != y_TC.shape[1:]:
             continue
         unit_C = torch.arange(len(gain))
-        ways = [seen.readers(layer, y_TC, last=last) for last in (True, False)]
-        if ways[0] or ways[1]:
-            yield [Crossing(name, readers, unit_C, offset) for readers in ways for offset in OFFSETS]
+        each = [readers for way in WAYS if (readers := seen.readers(layer, y_TC, way))]
+        if each:
+            yield [Crossing(name, readers, unit_C, offset) for readers in each for offset in OFFSETS]
 
 
 def _from_linears(subject: Subject, index: int, seen: Seen) -> Iterator[list[Crossing]]:
@@ -129,7 +166,7 @@ def _from_linears(subject: Subject, index: int, seen: Seen) -> Iterator[list[Cro
     layer = subject.layers[index]
     for producer, units in _probed(subject, index, seen).items():
         for reader, unit_C in units.items():
-            yield [Crossing(producer, seen.readers(layer, seen.inputs[reader]), unit_C)]
+            yield [Crossing(producer, seen.readers(layer, seen.inputs[reader], Way()), unit_C)]
 
 
 def _probed(subject: Subject, index: int, seen: Seen) -> dict[str, dict[str, Tensor]]:

@@ -230,13 +230,33 @@ def _tiny(config: PretrainedConfig, layers: int) -> PretrainedConfig:
         tiny["num_kv_shared_layers"] = max(0, shared - max(0, known["num_hidden_layers"] - layers))
     if "attention_layers" in tiny:  # its config class makes this list from patterns and their repeats
         tiny["attention_types"] = [[tiny["attention_layers"], 1]]
-    tiny |= EXCEPTIONS.get(config.model_type, {})
-    found = type(config)(**copy.deepcopy(tiny))
+    return _built(type(config), tiny | EXCEPTIONS.get(config.model_type, {}))
+
+
+def _built(kind: type[PretrainedConfig], fields: Fields) -> PretrainedConfig:
+    """Return the config of a class with these fields, lists with an entry per layer as they are given."""
+    found = kind(**copy.deepcopy(dict(fields)))
     # some config classes set the kind of the last layer, which is another one here
-    for name, value in tiny.items():
+    for name, value in fields.items():
         if isinstance(value, list) and re.fullmatch(PER_LAYER, name) and getattr(found, name, value) != value:
             setattr(found, name, value)
     return found
+
+
+def resized(config: PretrainedConfig, fields: Fields) -> PretrainedConfig:
+    """Return a tiny config with other sizes in the part that describes the decoder.
+
+    Errors: whatever the config's class raises.
+    """
+    text = config.get_text_config(decoder=True)
+    inner = _built(type(text), text.to_dict() | dict(fields))
+    if text is config:
+        return inner
+    whole = config.to_dict()
+    for name in config.sub_configs:
+        own = getattr(config, name, None)
+        whole[name] = inner if own is text else own
+    return _built(type(config), whole)
 
 
 def _value(name: str, value: Any, known: Fields, layers: int) -> Any:

@@ -1,25 +1,29 @@
-"""The rows of an anatomy for a layer of any size, from crossings that were proved on a tiny one.
+"""The rows of an anatomy for a layer of any size, from axes and crossings that were proved on a tiny one.
 
-Where no scale crosses, a row is numbers, the shape of the weight. Where one does, the dimensions that it runs
-along have an axis in common: `hidden` for what a norm of the hidden states gives, `c0` and so on for others.
-The tiny layer tells which outputs a column reads. Three patterns are the same at any size: all outputs in
-order, the last outputs of a fused linear, and the channels of each head once for every query head that shares
-it. Crossings with another pattern are left out.
+A dimension that runs along a proved axis is spelled by its layout. Where a scale crosses, the outputs and the
+columns that read them have an axis in common. If both are spelled, the crossing must be what the spelling
+says. Else a name is made for it: `hidden` for what a norm of the hidden states gives, `c0` and so on for
+others, if it has one of three patterns that are the same at any size: all outputs in order, the last outputs
+of a fused linear, and the channels of each head once for every query head that shares it. Crossings with
+another pattern are left out. All other dimensions are numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from llmcompress.architectures.shape_grammar import Spelling, Term, units_along
+from llmcompress.derivation.axes import HIDDEN
+from llmcompress.derivation.drafts import HEAD_CHANNELS, Draft
 from llmcompress.derivation.scales import Crossing
 from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
 
-HIDDEN = "hidden"
+PART = "|"  # of `units_along`: the number of the alternative
 
 
 @dataclass
@@ -32,22 +36,109 @@ class Spelled:
     offset: float = 0.0
 
 
-def spelled(layer: nn.Module, tiny: nn.Module, crossings: Sequence[Crossing], hidden: int) -> Spelled:
+def spelled(layer: Draft, tiny: Draft, crossings: Sequence[Crossing], hidden: int) -> Spelled:
     """The rows of a layer whose hidden states have `hidden` channels, like the tiny layer whose crossings
     these are."""
-    shapes = {name: [*parameter.shape] for name, parameter in layer.named_parameters()}
-    terms = {name: [str(size) for size in shape] or ["1"] for name, shape in shapes.items()}
-    found = Spelled({})
-    for name, shape in shapes.items():  # gains of the stream, also those that nothing may cross
-        if shape == [hidden] and name.endswith(".weight"):
-            terms[name], found.sizes[HIDDEN] = [HIDDEN], hidden
+    for name, parameter in layer.module.named_parameters():
+        # gains of the stream, also those that nothing may cross
+        if [*parameter.shape] == [hidden] and name.endswith(".weight"):
+            layer.terms[name], layer.sizes[HIDDEN] = [HIDDEN], hidden
     offsets = [crossing.offset for crossing in crossings if crossing.offset is not None]
-    found.offset = offsets[0] if offsets else 0.0
+    found = Spelled({}, layer.sizes, {}, offsets[0] if offsets else 0.0)
     for number, crossing in enumerate(crossings):
         if crossing.offset in (None, found.offset):
-            _add(found, terms, layer, tiny, crossing, f"c{number}", hidden)
-    found.rows = {name: " ".join(of) for name, of in terms.items()}
+            key = _named(layer, tiny, crossing) or _added(layer, tiny, crossing, f"c{number}", hidden)
+            if key is not None:
+                found.pairs[key] = tuple(name.removesuffix(".weight") for name in crossing.readers)
+    found.rows = {name: " ".join(of) for name, of in layer.terms.items()}
     return found
+
+
+def _named(layer: Draft, tiny: Draft, crossing: Crossing) -> str | None:
+    """The key of `scale_pairs` for a crossing that is what the spelling of its dimensions says, or None.
+
+    Where outputs are spelled as channels of units, and the crossing is of the first or last of each unit,
+    they are spelled as two parts.
+    """
+    outputs, columns = _outputs(tiny, crossing.producer), _columns(tiny, crossing)
+    if outputs is None or columns is None:
+        return None
+    for part in (None, 0, 1, 2):
+        if _agrees(outputs, columns, part, tiny.sizes, crossing.unit_C):
+            return crossing.producer + (f"[{part}]" if part is not None else "")
+    head, _, count = outputs.strip("()").rpartition(" ")
+    d, whole = HEAD_CHANNELS, _outputs(layer, crossing.producer) or ""
+    if not (count.isdigit() and head and d in tiny.sizes and whole.startswith(f"({head} ")):
+        return None
+    for part, text in enumerate((f"({head} ({d} | {{0}}))", f"({head} ({{0}} | {d}))")):
+        if _agrees(text.format(int(count) - tiny.sizes[d]), columns, part, tiny.sizes, crossing.unit_C):
+            rest = int(whole.strip("()").rpartition(" ")[2]) - layer.sizes[d]
+            for draft, left in ((tiny, int(count) - tiny.sizes[d]), (layer, rest)):
+                _set_outputs(draft, crossing.producer, text.format(left))
+            return f"{crossing.producer}[{part}]"
+    return None
+
+
+def _agrees(outputs: str, columns: str, part: int | None, sizes: Mapping[str, int], unit_C: Tensor) -> bool:
+    """Whether each column reads the output, in one part of the outputs or in all, that has its units."""
+    (produced,), (read,) = Spelling.parse(outputs).dims, Spelling.parse(columns).dims
+    here = Spelling((produced,)) if part is None else _part(Spelling((produced,)), part)
+    if here is None or not here.axes or not {*here.axes} <= {*Spelling((read,)).axes}:
+        return False
+    rows, place_C = _places(produced, here.axes, sizes), _places(read, here.axes, sizes)
+    if part is not None:
+        rows = torch.where(units_along(produced, sizes, PART) == part, rows, -1)
+    position = {int(place): row for row, place in enumerate(rows.tolist()) if place >= 0}
+    if len(position) != int((rows >= 0).sum()) or len(place_C) != len(unit_C):
+        return False
+    return [position.get(place, -1) for place in place_C.tolist()] == unit_C.tolist()
+
+
+def _part(spelling: Spelling, number: int) -> Spelling | None:
+    """One part of a fused dimension; None if it has none of that number."""
+    try:
+        found = spelling.part(number)
+    except IndexError:
+        return None
+    return None if str(found) == str(spelling) else found
+
+
+def _places(term: Term, axes: Sequence[str], sizes: Mapping[str, int]) -> Tensor:
+    """One number for the units of several axes at each position of a term; -1 where one has none."""
+    place = torch.zeros(1, dtype=torch.int64)
+    for axis in axes:
+        unit = units_along(term, sizes, axis)
+        place = torch.where((unit < 0) | (place < 0), -1, place * sizes[axis] + unit)
+    return place
+
+
+def _outputs(draft: Draft, producer: str) -> str | None:
+    """The term of a producer's outputs, if it is spelled."""
+    terms = draft.terms.get(f"{producer}.weight", [])
+    term = terms[_output_dim(draft, producer)] if terms else ""
+    return term if Spelling.parse(term or "1").axes else None
+
+
+def _output_dim(draft: Draft, producer: str) -> int:
+    return 1 if isinstance(draft.module.get_submodule(producer), Conv1D) else 0
+
+
+def _set_outputs(draft: Draft, producer: str, term: str) -> None:
+    """Spell a producer's outputs, and its bias."""
+    draft.terms[f"{producer}.weight"][_output_dim(draft, producer)] = term
+    if f"{producer}.bias" in draft.terms:
+        draft.terms[f"{producer}.bias"] = [term]
+
+
+def _columns(draft: Draft, crossing: Crossing) -> str | None:
+    """The term of the columns that read, if it is spelled and one for all readers."""
+    found = {draft.terms[_parameter(draft, name)][dim] for name, dim in crossing.readers.items()}
+    term = found.pop() if len(found) == 1 else "1"
+    return term if Spelling.parse(term).axes else None
+
+
+def _parameter(draft: Draft, reader: str) -> str:
+    return reader if reader in draft.terms else f"{reader}.weight"
 
 
 @dataclass(frozen=True)
@@ -60,31 +151,24 @@ class Pattern:
     part: str = ""  # of the producer, as a key of `scale_pairs` names it
 
 
-def _add(
-    found: Spelled,
-    terms: dict[str, list[str]],
-    layer: nn.Module,
-    tiny: nn.Module,
-    crossing: Crossing,
-    axis: str,
-    hidden: int,
-) -> None:
-    """Spell one crossing, unless its pattern depends on the size, or is at odds with another one."""
-    read = {name if name in terms else f"{name}.weight": dim for name, dim in crossing.readers.items()}
-    columns = {layer.get_parameter(name).shape[dim] for name, dim in read.items()}
-    pattern = _pattern(layer, tiny, crossing, max(columns), axis, hidden)
+def _added(layer: Draft, tiny: Draft, crossing: Crossing, axis: str, hidden: int) -> str | None:
+    """Spell a crossing by an axis of its own, and return its key of `scale_pairs`; None if its pattern
+    depends on the size, or is at odds with what is spelled."""
+    module, terms = layer.module, layer.terms
+    read = {_parameter(layer, name): dim for name, dim in crossing.readers.items()}
+    columns = {module.get_parameter(name).shape[dim] for name, dim in read.items()}
+    pattern = _pattern(module, tiny.module, crossing, max(columns), axis, hidden)
     if len(columns) > 1 or pattern is None:
-        return
+        return None
     if any(terms[name][dim] not in (str(*columns), pattern.columns) for name, dim in read.items()):
-        return
+        return None
+    if _outputs(layer, crossing.producer) not in (None, pattern.outputs):
+        return None
     for name, dim in read.items():
         terms[name][dim] = pattern.columns
-    conv1d = isinstance(layer.get_submodule(crossing.producer), Conv1D)
-    terms[f"{crossing.producer}.weight"][1 if conv1d else 0] = pattern.outputs
-    if f"{crossing.producer}.bias" in terms:
-        terms[f"{crossing.producer}.bias"] = [pattern.outputs]
-    found.sizes |= pattern.sizes
-    found.pairs[crossing.producer + pattern.part] = tuple(crossing.readers)
+    _set_outputs(layer, crossing.producer, pattern.outputs)
+    layer.sizes |= pattern.sizes
+    return crossing.producer + pattern.part
 
 
 def _pattern(

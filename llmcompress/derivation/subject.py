@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
@@ -18,6 +19,9 @@ from llmcompress.errors import ModelError
 LENGTH = 24  # tokens of a probe, more than the windows of a tiny model
 BATCHES = 2
 EXACT = 1e-5  # logits that differ by less are equal: norms and softmax compute in float32
+# Where a model amplifies rounding, by less than this many times what rounding its weights to float32 does.
+ROUNDINGS, WIDEST = 4.0, 1e-3
+ROUNDING = 2.0**-24  # of float32, relative
 LARGEST = 1 << 25  # parameters of a tiny model
 DEPTHS = ("num_hidden_layers", "num_layers")  # fields that count layers; in some families one counts halves
 
@@ -32,6 +36,7 @@ class Subject:
     returned_items: int  # of the tuple in which a layer returns its states; 0 if it returns them alone
     tokens: list[Tensor]  # batches [B, L], without special tokens
     expected: list[Tensor]  # their logits [B, L, V]
+    exact: float = EXACT  # logits that differ by less are equal
 
     @classmethod
     def like(cls, model: PreTrainedModel, path: str) -> Subject:
@@ -64,7 +69,22 @@ class Subject:
         alone = isinstance(out, Tensor)
         if not alone and not (isinstance(out, tuple | list) and isinstance(out[0], Tensor)):
             raise ModelError(f"its layers return a {type(out).__name__}")
-        return cls(model, path, layers, 0 if alone else len(out), tokens, expected)
+        found = cls(model, path, layers, 0 if alone else len(out), tokens, expected)
+        return replace(found, exact=min(max(EXACT, ROUNDINGS * found.rounding()), WIDEST))
+
+    @torch.no_grad()
+    def rounding(self) -> float:
+        """How far logits are from those of the model with its weights moved by as much as float32 rounds:
+        the most in three draws."""
+        generator, asked = torch.Generator().manual_seed(5), {"input_ids": self.tokens[0], "use_cache": False}
+        found = []
+        for _ in range(3):
+            moved = {
+                name: weight * (1 + ROUNDING * torch.randn(weight.shape, generator=generator).to(weight))
+                for name, weight in self.model.named_parameters()
+            }
+            found.append(self.distance(functional_call(self.model, moved, kwargs=asked).logits.double()))
+        return max(found)
 
     def distance(self, logits: Tensor, batch: int = 0) -> float:
         """How far logits are from those of the unchanged model, in standard deviations; infinite for NaN and

@@ -118,8 +118,8 @@ def gradients(
     and those of some parameters.
 
     They are the gradients of the negative log-likelihood of `labels`, summed over tokens. Labels at the first
-    `unscored` positions do not count. `watched` are parameters by their names in the layer. With `first`, -1
-    and the gradients of the states that enter the first layer come last.
+    `unscored` positions do not count. `watched` are parameters by their names in the layers that have them.
+    With `first`, -1 and the gradients of the states that enter the first layer come last.
 
     The backward pass goes layer by layer as the forward pass does. The states in between are kept in the
     folder `scratch`. With `half`, layers are computed in bfloat16 as `walk` says. Each of several `processes`
@@ -195,7 +195,8 @@ def _back(
     with resident.layer(index) as module:
         layer = layer_of(resident, index, module, arguments, [], [])
         layer.half = half
-        parameters = {name: module.get_parameter(name).requires_grad_() for name in watched}
+        there = dict(module.named_parameters())
+        parameters = {name: there[name].requires_grad_() for name in watched if name in there}
         for i, grad in enumerate(grads):
             part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
             entering = []

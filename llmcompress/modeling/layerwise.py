@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.architectures.per_layer import build_layers, config_of_layer, mixed
+from llmcompress.architectures.rotation import Rotation
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.architectures.spec import Anatomy, experts_per_token
 from llmcompress.derivation.derive import anatomy_of
@@ -41,7 +42,6 @@ from llmcompress.integrations.linear_modules import is_linear, shape_of
 from llmcompress.io.checkpoint import check_finite
 from llmcompress.io.safetensors_writer import tensors_digest
 from llmcompress.modeling.model_config import skeleton
-from llmcompress.modeling.rotation import Rotation
 from llmcompress.modeling.stored_matrices import STORED, compute_from_stored
 from llmcompress.modeling.token_limit import TokenLimit, fitting
 
@@ -246,8 +246,8 @@ class LayerwiseModel(ABC):
         return self.anatomy.of_layer(index).axis_sizes(config_of_layer(self.config, index))
 
     def widths_of(self, axis: str) -> tuple[int, ...]:
-        """The number of units on one axis in each layer."""
-        return tuple(self.sizes_of(index)[axis] for index in range(len(self.layers)))
+        """The number of units on one axis in each layer; 0 in one without the axis."""
+        return tuple(self.sizes_of(index).get(axis, 0) for index in range(len(self.layers)))
 
     @cached_property
     def weight_dtype(self) -> torch.dtype:
@@ -366,9 +366,9 @@ class LayerwiseModel(ABC):
             for name, weights in whole.items():
                 divide(module, name, transposed=weights.transposed)
             if self.rotation:
-                self._rewrite(
-                    partial(self.rotation.inner, sizes=self.sizes_of(index)), module, self.anatomy.layer
-                )
+                anatomy = self.anatomy.of_layer(index)
+                turned = partial(self.rotation.inner, sizes=self.sizes_of(index), anatomy=anatomy)
+                self._rewrite(turned, module, anatomy.layer)
             yield module
         finally:
             for owner in module.modules():

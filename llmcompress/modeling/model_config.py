@@ -67,6 +67,10 @@ def load_config(folder: Path) -> PretrainedConfig:
             f"{folder} has a config.json that does not load ({why}{_field(fields, why)}); take another base"
         ) from None
     require_sizes(folder, config)
+    if not hasattr(
+        config, "tie_word_embeddings"
+    ):  # classes of models that have two matrices may leave it out
+        config.tie_word_embeddings = False
     return config
 
 

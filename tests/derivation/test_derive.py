@@ -1,6 +1,6 @@
 """Derived anatomies agree with the table of families, and each proof fails where its fact is wrong."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 from llmcompress.architectures.families import FAMILIES
-from llmcompress.architectures.spec import AXES, SCALES, Anatomy
+from llmcompress.architectures.shape_grammar import Spelling, units_along
+from llmcompress.architectures.spec import AXES, Anatomy
 from llmcompress.derivation import derive
 from llmcompress.derivation.derive import anatomy_of, derived
 from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
@@ -48,15 +49,29 @@ def mlp_of(model: PreTrainedModel, index: int = 1) -> tuple[nn.Module, nn.Module
     return mlp, gate, up, down
 
 
-# crossings of the table whose pattern depends on the sizes of a layer, or that lie inside of experts
-NOT_SPELLED = {"self_attn.qkv_proj[2]", "attention.query_key_value[2]", "mlp.experts.gate_up_proj[1]"}
+# crossings of the table in heads that share out the hidden width, or inside of experts
+NOT_SPELLED = {"attention.query_key_value[2]", "mlp.experts.gate_up_proj[1]"}
+# the axes that are not proved, by family: the embedding is scaled by the width, or heads share it out
+NOT_CUT = {
+    "gemma2": {"hidden"},
+    "gemma3_text": {"hidden"},
+    "gpt2": {"kv", "q", "hidden"},
+    "opt": {"kv", "q", "hidden"},
+    "gpt_neox": {"kv", "q", "hidden"},
+}
 
 
 @pytest.mark.parametrize(("family", "overrides"), CONFIGS)
 def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str, Any]) -> None:
     model = pico(family, **overrides)
     table, found = FAMILIES[family].at(model.config), derived(model)
-    assert found.level == SCALES
+    assert found.level == AXES
+    sizes = table.axis_sizes(model.config)
+    alone = {axis for axis, size in sizes.items() if size == 1}
+    assert (
+        found.cuts is not None
+        and set(found.cuts) == {"ffn", "kv", "q", "hidden"} - NOT_CUT.get(family, set()) - alone
+    )
     assert [set(group) for group in found.consumers] == [set(group) for group in table.consumers]
     assert (found.layers, found.embedding, found.head) == (table.layers, table.embedding, table.head)
     assert found.conv1d == table.conv1d
@@ -67,8 +82,18 @@ def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str
     assert found.norm_offset == (table.norm_offset if table.scale_pairs else 0.0)
     expected = {key: {*readers} for key, readers in table.scale_pairs.items() if key not in NOT_SPELLED}
     pairs = {key: {name.removesuffix(".weight") for name in of} for key, of in found.scale_pairs.items()}
-    # the last part of a fused linear is its second here, whatever comes before it
-    assert pairs == {key.replace("[2]", "[1]"): readers for key, readers in expected.items()}
+    # the last part of a fused linear is its second here, if no axis runs along what comes before it
+    both = {key.replace("c_attn[2]", "c_attn[1]"): readers for key, readers in expected.items()}
+    assert pairs == both
+    for axis in found.cuts:
+        for rows, derived_rows in ((table.layer, found.layer), (table.outer, found.outer)):
+            for name in rows:
+                assert units_of(rows[name], sizes, axis) == units_of(derived_rows[name], found.counts, axis)
+
+
+def units_of(row: str, sizes: Mapping[str, int], axis: str) -> list[list[int]]:
+    """The unit of an axis at each position of each dimension of a row."""
+    return [units_along(term, sizes, axis).tolist() for term in Spelling.parse(row).dims]
 
 
 @pytest.mark.parametrize(("family", "overrides"), CONFIGS)
@@ -99,7 +124,7 @@ def test_a_family_of_the_table_is_not_derived() -> None:
 
 def test_a_config_that_the_table_refuses_is_derived_with_a_kind_for_each_layer() -> None:
     found = anatomy_of(pico("qwen3_moe", mlp_only_layers=[0]))
-    assert found.level == SCALES and len(found.each_layer) == 2
+    assert found.level == AXES and len(found.each_layer) == 2
     dense, sparse = found.each_layer
     assert dense.consumers[2:] == (("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)) and not dense.kept
     assert len(sparse.consumers) == 2

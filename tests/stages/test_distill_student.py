@@ -16,12 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from llmcompress.architectures.families import anatomy_of
 from llmcompress.architectures.per_layer import build_layers
 from llmcompress.architectures.resize import changed, resized
+from llmcompress.architectures.rotation import Rotation
 from llmcompress.errors import CompressError, ModelError
 from llmcompress.formats import bitsandbytes_layout, registry
 from llmcompress.formats.integer import Int8Weight
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel, MetaModel
-from llmcompress.modeling.rotation import Rotation
 from llmcompress.modeling.sequential import logits as streamed
 from llmcompress.stages.distill.parametrizations import ScaledCodes
 from llmcompress.stages.distill.student import Student, Train, freeze, whole

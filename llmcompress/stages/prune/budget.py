@@ -104,7 +104,7 @@ class Budget(Settings):
         """Units of an axis that stay in layers of `sizes` units, if all lose alike. Errors: ModelError as
         `layers`."""
         if self.keep is not None:
-            return tuple(self.count(axis, size, multiple) for size in sizes)
+            return tuple(self.count(axis, size, multiple) if size else 0 for size in sizes)
         allowed = self.allowed(model)
 
         def at(step: int) -> tuple[int, ...]:

@@ -57,7 +57,12 @@ def _dropping(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time
 def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time, int, tuple[str, ...]]:
     """For units of axes: what stays in words, the time, the widest input that is solved for, and notes."""
     cut, maps, sizes = stage.cut(model), dict(model.linear_maps()), stage.sizes(model)
-    readers = {axis: f"{model.layer_name(0)}.{model.anatomy.consumer_of(axis)}" for axis in stage.axes}
+    # the first layer with the axis stands for all
+    first = {axis: next(index for index, size in enumerate(sizes[axis]) if size) for axis in stage.axes}
+    readers = {
+        axis: f"{model.layer_name(index)}.{model.anatomy.of_layer(index).consumer_of(axis)}"
+        for axis, index in first.items()
+    }
     shapes = {axis: maps.get(name, (0, model.hidden_size)) for axis, name in readers.items()}
     time = Time()
     for axis, (R, C) in shapes.items():
@@ -66,11 +71,13 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
         time += work.passes(3, half=work.half) + work.moments(2, C, half=work.half) + work.factors(3, C)
         time += work.products(5 * len(model.layers), [(R, C)])
         if stage.ranking == "obs":
-            removed = (work.machine.removal(C, sizes[axis][0], count) for count in gone)
+            removed = (work.machine.removal(C, sizes[axis][first[axis]], count) for count in gone if count)
             time += Time({REMOVAL: sum(removed)})
     if stage.sensitive or stage.ranking in ("obs", "taylor"):
         time += fisher.time_of(work)
-    spoken = "; ".join(f"{axis}, {cut.widths[axis][0]} of {sizes[axis][0]}" for axis in stage.axes)
+    spoken = "; ".join(
+        f"{axis}, {cut.widths[axis][index]} of {sizes[axis][index]}" for axis, index in first.items()
+    )
     widest = max(C for _, C in shapes.values())
     if not stage.sensitive:
         return spoken, time, widest, ()

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.algorithms.hessian import Moments, retarget, translate
+from llmcompress.architectures.rotation import Rotation, refusal
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.rotation import Rotation, refusal
 from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import OUTER, Context
 from llmcompress.stages.prune.layer_cutter import STAGE, CutLayer, LayerCuts
@@ -30,7 +30,7 @@ SAMPLE = 2  # batches on which the error is measured
 
 def why_not(model: LayerwiseModel, score: str) -> str | None:
     """Why the hidden state of a model can't be cut by this score, or None."""
-    if model.anatomy.norm_offset:
+    if model.anatomy.norm_offset and model.anatomy.cuts is None:
         return "its embedding is scaled by the hidden width"
     return refusal(model.anatomy, model.config, r1=True, r2=False) if score == "pca" else None
 
@@ -97,7 +97,7 @@ def _layer(layer: DecoderLayer, narrow: nn.Module, kept: Tensor, mend: bool) -> 
         layer.sizes,
         kept,
     )
-    layer.become(narrow, _with_gains(tensors, anatomy.layer, _share(layer)))
+    layer.become(narrow, _with_gains(tensors, anatomy.layer, _share(layer), anatomy.norm_offset))
     for group in anatomy.consumers if mend else ():
         moments = layer.moments(group)[group[0]]
         reads = AXIS in Spelling((anatomy.input_of(group[0]),)).axes
@@ -122,7 +122,8 @@ def _outer(
         name: row for name, row in anatomy.outer.items() if not (tied and name == f"{anatomy.head}.weight")
     }
     tensors = {name: model.outer_weight(name) for name in rows}
-    tensors = _with_gains(_narrow(tensors, rows, model.sizes, kept), rows, _share(layer))
+    tensors = _narrow(tensors, rows, model.sizes, kept)
+    tensors = _with_gains(tensors, rows, _share(layer), anatomy.norm_offset)
     if mend and not tied and anatomy.norm:
         whole, narrow = (
             model.model.get_submodule(anatomy.norm),
@@ -146,10 +147,15 @@ def _narrow(
     return {name: take(t, rows[name], sizes, AXIS, kept) if along[name] else t for name, t in tensors.items()}
 
 
-def _with_gains(tensors: dict[str, Tensor], rows: Mapping[str, str], share: float) -> dict[str, Tensor]:
-    """The tensors with the gains of norms multiplied by `share`."""
+def _with_gains(
+    tensors: dict[str, Tensor], rows: Mapping[str, str], share: float, offset: float
+) -> dict[str, Tensor]:
+    """The tensors with the gains of norms multiplied by `share`; a gain is `offset` plus its weight."""
     gains = {name for name in tensors if rows[name] == AXIS and name.endswith(".weight")}
-    return {name: tensor * share if name in gains else tensor for name, tensor in tensors.items()}
+    return {
+        name: (tensor + offset) * share - offset if name in gains else tensor
+        for name, tensor in tensors.items()
+    }
 
 
 def _share(layer: DecoderLayer) -> float:

@@ -58,20 +58,23 @@ class LayerCutter:
         if self.stage.ranking != "taylor" or all(journal.has(TAYLOR, index) for index in range(layers)):
             return
         sequences = first_sequences(context.data.calibration, MANY)
-        consumers = {axis: f"{model.anatomy.consumer_of(axis)}.weight" for axis in self.stage.axes}
+        consumers = [
+            {axis: f"{reader}.weight" for axis in self.stage.axes if (reader := anatomy.consumer_of(axis))}
+            for anatomy in (model.anatomy.of_layer(index) for index in range(layers))
+        ]
         found = gradients(
             model,
             sequences,
             context.scratch,
             following,
-            tuple(consumers.values()),
+            tuple(dict.fromkeys(name for of in consumers for name in of.values())),
             unscored=context.data.unscored,
             processes=context.processes,
         )
         for index, _, by_name in context.track(found, "gradients of the loss", layers):
             saliency = {
                 axis: structured.taylor(model, index, axis, by_name[name]).cpu()
-                for axis, name in consumers.items()
+                for axis, name in consumers[index].items()
             }
             journal.save(TAYLOR, index, saliency)
 
@@ -104,7 +107,7 @@ class LayerCutter:
             return self.model.as_stored(tensors, f"{layer.name}."), LayerCuts(cuts=())
         named: dict[str, Tensor] = {}
         cuts = list[CutLayer]()
-        for axis in self.stage.axes:
+        for axis in (axis for axis in self.stage.axes if counts[axis]):  # a layer may have none
             if axis == "expert":
                 tensors, lost = experts.cut(layer, counts[axis])
             else:

@@ -150,18 +150,25 @@ class Prune(Budget, Stage):
         """The number of units in each layer. Errors: ModelError if an axis can't be cut."""
         if self.of_parts:
             return sublayer_dropping.sizes(model)
-        for axis in self.axes:
-            if axis not in model.sizes or (axis in INNER and model.anatomy.consumer_of(axis) is None):
+        along = {axis: layers_along(model, axis) for axis in self.axes}
+        for axis, layers in along.items():
+            read = [model.anatomy.of_layer(index).consumer_of(axis) for index in layers]
+            if not layers or (axis in INNER and None in read):
                 raise ModelError(
-                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use ffn, kv, q or '
-                    "layer"
+                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use '
+                    f"{' or '.join(others(model, axis))}"
                 )
             if axis == "hidden" and (why := hidden_size.why_not(model, self.ranking)):
                 raise ModelError(
                     f"hidden can't be cut by {self.ranking}: {why}; use score: activation, or another axis"
                 )
+        if self.sensitive and model.anatomy.cuts is not None:
+            raise ModelError(
+                f"layers of a {model.anatomy.family} model can't have widths of their own; use "
+                "allocation: uniform"
+            )
         found = {axis: model.widths_of(axis) for axis in self.axes}
-        if gone := [(axis, counts.index(0)) for axis, counts in found.items() if 0 in counts]:
+        if gone := [(axis, index) for axis in found for index in along[axis] if not found[axis][index]]:
             raise ModelError(
                 f"layer {gone[0][1]} has no {gone[0][0]} left; cut {gone[0][0]} before sublayers"
             )
@@ -292,7 +299,9 @@ class Prune(Budget, Stage):
         """The settings of the stage and what it left, for the report."""
         details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.ranking}
         if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
-            return details | {"units": sizes[self.axes[0]][0], "kept_units": cut.widths[self.axes[0]][0]}
+            units, kept = ({*each[self.axes[0]]} - {0} for each in (sizes, cut.widths))
+            if len(units) == len(kept) == 1:
+                return details | {"units": units.pop(), "kept_units": kept.pop()}
         return details | {
             "units": {axis: list(n) for axis, n in sizes.items()},
             "widths": {axis: list(n) for axis, n in cut.widths.items()},
@@ -301,7 +310,7 @@ class Prune(Budget, Stage):
     def multiple_of(self, model: LayerwiseModel, axis: str) -> int:
         """The number of which the units of an axis are to be a multiple."""
         return self.multiple or (
-            KERNEL if axis in ("ffn", "hidden") and min(self.sizes(model)[axis]) > KERNEL else 1
+            KERNEL if axis in ("ffn", "hidden") and min(filter(None, self.sizes(model)[axis])) > KERNEL else 1
         )
 
     def uniform_widths(self, model: LayerwiseModel) -> Widths:
@@ -321,13 +330,34 @@ class Prune(Budget, Stage):
         allowed = self.allowed(model)
         shares = [share / 64 for share in range(64, 0, -1)]
         for share in shares:
-            found = {axis: tuple(max(1, int(share * size)) for size in sizes[axis]) for axis in self.axes}
+            found = {
+                axis: tuple(max(1, int(share * size)) if size else 0 for size in sizes[axis])
+                for axis in self.axes
+            }
             if (reached := self.spent(model, found)) <= allowed:
                 return found
         raise self.refuse(model, reached)
 
 
-def _spoken(axis: str, counts: tuple[int, ...], sizes: tuple[int, ...]) -> str:
+def layers_along(model: LayerwiseModel, axis: str) -> list[int]:
+    """The layers whose weights run along an axis that may be cut."""
+    return [index for index in range(len(model.layers)) if model.anatomy.of_layer(index).cut_along(axis)]
+
+
+def others(model: LayerwiseModel, axis: str) -> list[str]:
+    """The axes that may be cut instead of one."""
+    inner = [
+        other
+        for other in INNER
+        if (layers := layers_along(model, other))
+        and None not in [model.anatomy.of_layer(index).consumer_of(other) for index in layers]
+    ]
+    return [other for other in (*inner, "layer") if other != axis]
+
+
+def _spoken(axis: str, counts: Sequence[int], sizes: Sequence[int]) -> str:
+    there = [index for index, size in enumerate(sizes) if size]
+    counts, sizes = [counts[index] for index in there], [sizes[index] for index in there]
     if len(set(counts)) == len(set(sizes)) == 1:
         return f"{counts[0]} of {sizes[0]} units of {axis} stay in each layer"
     return f"{sum(counts)} of {sum(sizes)} units of {axis} stay, {min(counts)} to {max(counts)} in a layer"

@@ -89,14 +89,15 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
 def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Tensor:
     """First-order saliency of each unit of an axis in a layer, by the gradient of the linear that consumes
     it, as stored."""
-    reader = model.anatomy.consumer_of(axis)
+    anatomy = model.anatomy_of_layer(index)
+    reader = anatomy.consumer_of(axis)
     assert reader is not None
     with model.layer(index) as module:
         weight = module.get_parameter(f"{reader}.weight").data
-        turned = reader in model.anatomy.conv1d
+        turned = reader in anatomy.conv1d
         W_RC, G_RC = (tensor.T if turned else tensor for tensor in (weight, gradient))
         sizes = model.sizes_of(index)
-        unit_C = units_along(model.anatomy.input_of(reader), sizes, axis).to(W_RC.device)
+        unit_C = units_along(anatomy.input_of(reader), sizes, axis).to(W_RC.device)
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 

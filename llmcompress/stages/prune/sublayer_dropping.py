@@ -36,6 +36,10 @@ class DroppedSublayers(JournalFacts):
 
 def candidates(model: LayerwiseModel) -> list[tuple[int, str]]:
     """The parts that can be removed, as a layer and an axis. Errors: ModelError if there are none."""
+    if model.anatomy.cuts is not None:
+        raise ModelError(
+            f"layers of a {model.anatomy.family} model can't have widths of their own; use axis: layer"
+        )
     # without the axes q and d, heads divide up the hidden width
     anatomy, heads = model.anatomy, {"q", "d"} <= model.sizes.keys()
     # Conv1D of transformers takes no empty input

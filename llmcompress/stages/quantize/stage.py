@@ -17,8 +17,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import Field, ValidationError, model_serializer, model_validator
 
+from llmcompress.architectures.rotation import Rotation
 from llmcompress.architectures.shape_grammar import Spelling
-from llmcompress.architectures.spec import AXES, LINEARS, SCALES
+from llmcompress.architectures.spec import AXES, LINEARS, R2, SCALES
 from llmcompress.data.sources import Effort
 from llmcompress.errors import ModelError
 from llmcompress.formats.low_rank import FactoredLayout
@@ -29,7 +30,6 @@ from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.modeling.rotation import Rotation
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.fisher import MANY, TOKENS, find_fisher
 from llmcompress.stages.linear_rewriting import mean_bits, require_known
@@ -137,7 +137,13 @@ class Quantize(FormatConfig, Stage):
         """The rotation to apply first, or None. Raises ModelError if the model can't be rotated."""
         if not self.rotate:
             return None
-        return Rotation(model.anatomy, model.config, seed, r1=self.rotate != "heads")
+        r1 = self.rotate != "heads"
+        return Rotation(model.anatomy, model.config, seed, r1=r1, r2=not (r1 and self._heads_stay(model)))
+
+    def _heads_stay(self, model: LayerwiseModel) -> bool:
+        """Whether the head values of a model can't be rotated, and its hidden state may be all the same."""
+        turns = model.anatomy.turns
+        return turns is not None and R2 not in turns
 
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, QuantScheme], dict[str, str]]:
         """Return the scheme of each linear to quantise, by full name, and those to keep with the reason,
@@ -346,6 +352,8 @@ class Quantize(FormatConfig, Stage):
         layers = [journal.facts(STAGE, index, QuantizedLayer) for index in range(steps)]
         facts.add(layers)
         facts.notes += starved_experts(layers, model.hidden_size)
+        if self.rotate is True and self._heads_stay(model):
+            facts.notes.append("the hidden state is rotated, and the head values of this model can't be")
         return facts
 
 

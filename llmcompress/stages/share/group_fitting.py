@@ -142,7 +142,7 @@ class GroupFitter:
             parts = (own.get(f"{linear}.left"), own.get(f"{linear}.right"))
             weight = FactoredWeight(self.layout, fitted[linear], *parts).to(dtype)
             found |= {f"{name}.{linear}.{part}": tensor for part, tensor in weight.tensors().items()}
-        plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.layer}
+        plain = {key: tensor for key, tensor in own.items() if key in model.anatomy.of_layer(index).layer}
         return found | model.as_stored(plain, f"{name}.")
 
 

@@ -86,11 +86,13 @@ class Share(Stage):
         """The linears of a layer that are shared, in order of computation. Errors: ModelError if a part has
         none."""
         anatomy, found = model.anatomy, list[str]()
+        others = [other.layer for other in anatomy.each_layer]  # layers may be of several kinds
         for part in self.parts:
             of = [
                 name
                 for name in anatomy.linears
-                if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes
+                if AXES[part] in Spelling.parse(row := anatomy.layer[f"{name}.weight"]).axes
+                and all(rows.get(f"{name}.weight") == row for rows in others)
             ]
             if not of:
                 raise ModelError(

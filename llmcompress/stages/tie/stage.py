@@ -206,10 +206,10 @@ def _with_gain(model: LayerwiseModel, gain_D: Tensor) -> dict[str, Tensor]:
     there are none."""
     anatomy, sizes = model.anatomy, model.sizes
     read = Spelling.parse(anatomy.outer[f"{anatomy.head}.weight"]).dims[-1]
-    if read == "hidden":
+    if read == "hidden" or isinstance(read, int):  # the states, which the final norm makes
         offset = anatomy.norm_offset
         made = [f"{anatomy.norm}.{part}" for part in ("weight", "bias")]
-        found = {name: model.outer_weight(name) for name in made if name in anatomy.outer}
+        found = {name: model.outer_weight(name) for name in made if anatomy.outer.get(name) == str(read)}
         return {
             name: (t + offset) * gain_D - offset if name.endswith("weight") else t * gain_D
             for name, t in found.items()

@@ -17,6 +17,7 @@ width D.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 from llmcompress.algorithms.hadamard import hadamard, turn
 from llmcompress.architectures.per_layer import config_of_layer
 from llmcompress.architectures.shape_grammar import Group, Spelling, Term
-from llmcompress.architectures.spec import Anatomy
+from llmcompress.architectures.spec import R1, R2, Anatomy
 from llmcompress.errors import ModelError
 
 HIDDEN, HEAD_DIM = "hidden", "d"
@@ -47,6 +48,7 @@ class Rotation:
         if why := refusal(anatomy, config, r1=r1 is not False, r2=r2):
             raise ModelError(f"this {anatomy.family} model can't be rotated: {why}")
         self.anatomy, self.sizes = anatomy, anatomy.axis_sizes(config_of_layer(config, 0))
+        self._r2 = partial(hadamard, seed=seed + 1) if r2 else None  # of a size
         drawn = (
             r1.double().cpu()
             if isinstance(r1, Tensor)
@@ -55,7 +57,6 @@ class Rotation:
             else None
         )
         self.R1_DD = drawn  # [hidden, hidden]
-        self.R2_DD = hadamard(self.sizes[HEAD_DIM], seed + 1) if r2 else None  # [d, d]
         self._tied = bool(config.tie_word_embeddings)
 
     def outer(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -72,16 +73,21 @@ class Rotation:
         return self._rewrite(tensors, anatomy.outer, norms, {})
 
     def inner(
-        self, tensors: Mapping[str, Tensor], sizes: Mapping[str, int] | None = None
+        self,
+        tensors: Mapping[str, Tensor],
+        sizes: Mapping[str, int] | None = None,
+        anatomy: Anatomy | None = None,
     ) -> dict[str, Tensor]:
         """Return all weights of one layer after the rotation: new, float32, by name in the layer. Any layer
         can be given.
 
-        `sizes` are those of its axes, where layers differ in them. Raises ValueError unless the names are
-        those of the anatomy.
+        `sizes` are those of its axes and `anatomy` its facts, where layers differ in them. Raises ValueError
+        unless the names are those of the anatomy.
         """
-        _require(tensors, self.anatomy.layer, set())
-        return self._rewrite(tensors, self.anatomy.layer, _norms(self.anatomy), _values(self.anatomy), sizes)
+        own = anatomy or self.anatomy
+        _require(tensors, own.layer, set())
+        values = _values(own) if self._r2 else {}
+        return self._rewrite(tensors, own.layer, _norms(own), values, sizes)
 
     @torch.no_grad()
     def _rewrite(
@@ -108,15 +114,21 @@ class Rotation:
             if _module(name) in norms:
                 rewritten[name] = torch.full_like(tensor, 1 - offset, dtype=torch.float32)
                 continue
-            turns = self._turns(name, rows[name], folded.get(name), values)
-            turned = tensor.to(torch.float64 if len(turns) > 1 else torch.float32)  # rounded once, at the end
+            turns = self._turns(name, rows[name], folded.get(name), values, sizes or self.sizes)
+            left = tensor.dtype if tensor.dtype is torch.float64 else torch.float32
+            turned = tensor.to(torch.float64 if len(turns) > 1 else left)  # rounded once, at the end
             for axis, M_DD, part in turns:
                 turned = rotate(turned, rows[name], sizes or self.sizes, axis, M_DD.to(tensor.device), part)
-            rewritten[name] = turned.float().contiguous() if turns else turned.clone()
+            rewritten[name] = turned.to(left).contiguous() if turns else turned.clone()
         return rewritten
 
     def _turns(
-        self, name: str, row: str, gain_D: Tensor | None, values: Mapping[str, int | None]
+        self,
+        name: str,
+        row: str,
+        gain_D: Tensor | None,
+        values: Mapping[str, int | None],
+        sizes: Mapping[str, int],
     ) -> list[Turn]:
         """The matrices that multiply a weight, and their axes. The gain of the norm that the weight reads
         comes before R1."""
@@ -129,8 +141,8 @@ class Rotation:
                     None,
                 )
             )
-        if self.R2_DD is not None and HEAD_DIM in axes and _module(name) in values:
-            turns.append((HEAD_DIM, self.R2_DD, values[_module(name)]))
+        if self._r2 is not None and HEAD_DIM in axes and _module(name) in values:
+            turns.append((HEAD_DIM, self._r2(sizes[HEAD_DIM]), values[_module(name)]))
         return turns
 
 
@@ -188,15 +200,22 @@ def _turn_term(
 def refusal(anatomy: Anatomy, config: Any, *, r1: bool = True, r2: bool = True) -> str | None:
     """Why a model of this config can't be rotated and what to do instead, in one clause; None if it can
     be."""
-    if r1 and (why := _layer_norm(anatomy, config) or _unplaced(anatomy)):
+    each = anatomy.each_layer or (anatomy,)
+    if r1 and (why := _layer_norm(anatomy, config) or next(filter(None, map(_unplaced, each)), None)):
         return f"{why}; leave R1 out"
     if r1 and config.tie_word_embeddings:
         return (
             "the final norm's gain would go into the head alone, and the head is tied to the embedding; "
             "untie it first"
         )
-    if r2 and not _values(anatomy):
+    if r2 and not any(map(_values, each)):
         return "its table has no linear that reads the values along d; leave R2 out"
+    for asked, name in ((r1, R1), (r2, R2)):
+        if asked and anatomy.turns is not None and name not in anatomy.turns:
+            return (
+                "a small model of its config computes something else once it is rotated; leave "
+                f"{name.upper()} out"
+            )
     return None
 
 
@@ -204,7 +223,8 @@ def _layer_norm(anatomy: Anatomy, config: Any) -> str | None:
     """Why the norms don't commute with a rotation, or None. RMS norms do: they have no bias, and their
     epsilon is rms_norm_eps."""
     rows = {**anatomy.layer, **anatomy.outer}
-    if hasattr(config, "rms_norm_eps") and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
+    said = anatomy.turns is not None or hasattr(config, "rms_norm_eps")
+    if said and not any(f"{norm}.bias" in rows for norm in _gains(rows)):
         return None
     return (
         "its norms are LayerNorms, which subtract the mean over the channels, and no rotation keeps that mean"

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from llmcompress.architectures.families import anatomy_of
+from llmcompress.architectures.rotation import Rotation, refusal, rotate
 from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.errors import ModelError
-from llmcompress.modeling.rotation import Rotation, refusal, rotate
 from tests.architectures.test_shape_grammar import SIZES, SPELLINGS, names
 from tests.models import FAMILIES, VARIANTS, pico
 

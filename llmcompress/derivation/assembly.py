@@ -1,0 +1,129 @@
+"""The anatomy of a model, put together from what is proved of each kind of layer of its tiny twin."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from llmcompress.architectures.spec import AXES, LINEARS, SCALES, Anatomy
+from llmcompress.derivation.axes import HIDDEN, Axes
+from llmcompress.derivation.config_fields import HEAD_DIM, Place
+from llmcompress.derivation.drafts import Draft
+from llmcompress.derivation.readers import Readers
+from llmcompress.derivation.scales import Crossing
+from llmcompress.derivation.spelling import spelled
+from llmcompress.derivation.subject import Subject, kind_of, layers_at
+from llmcompress.errors import ModelError
+from llmcompress.integrations.transformers_compat import Conv1D
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of layer: one of the tiny model, its name, and what is proved of it."""
+
+    tiny: nn.Module
+    name: str
+    readers: Readers
+    crossings: Sequence[Crossing]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What is proved of a tiny model: of each kind of layer, and of its axes. `reads` are the dimensions of
+    its matrices that are inputs, `norm` is the module whose gain the head follows."""
+
+    subject: Subject
+    kinds: Mapping[Hashable, Kind]
+    axes: Sequence[Axes]
+    reads: frozenset[Place]
+    norm: str | None
+
+    def anatomy(
+        self, model: PreTrainedModel, kinds: Sequence[Hashable], turns: frozenset[str] = frozenset()
+    ) -> Anatomy:
+        """The facts of a model with layers of these kinds. Errors: ModelError if the tiny model lacks one of
+        them."""
+        path = self.subject.path
+        common = Anatomy(
+            family=model.config.model_type,
+            layers=path,
+            layer={},
+            outer=_outer(model, path, self.axes),
+            consumers=(),
+            scale_pairs={},
+            sizes={},
+            embedding=_name(model, model.get_input_embeddings()),
+            head=_name(model, model.get_output_embeddings()),
+            norm=self.norm,
+            level=LINEARS,
+            returned_items=self.subject.returned_items,
+            turns=turns,
+        )
+        each = tuple(self._layer(common, model, index, kind) for index, kind in enumerate(kinds))
+        level = max(of.level for of in each)
+        return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
+
+    def _layer(self, common: Anatomy, model: PreTrainedModel, index: int, kind: Hashable) -> Anatomy:
+        """The facts of one layer."""
+        layer, text = layers_at(model, common.layers)[index], model.config.get_text_config(decoder=True)
+        found = self.kinds.get(kind)
+        if found is None:
+            raise ModelError(f"layer {index} is of a kind that no small model of this config has")
+        groups = found.readers.groups
+        linears = {name for group in groups for name in group}
+        conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
+        here = [each for each in self.axes if each.of(found.name)]
+        draft, tiny = Draft.of(layer), Draft.of(found.tiny)
+        for each in here:
+            draft.lay(each, found.name, each.in_model(text, index), self.reads)
+            tiny.lay(each, found.name, each.sizes, self.reads)
+        spelling = spelled(draft, tiny, found.crossings, text.hidden_size)
+        cuts = frozenset(axis for each in here for axis in each.cuts)
+        return replace(
+            common,
+            layer=spelling.rows,
+            consumers=tuple(groups),
+            scale_pairs=spelling.pairs,
+            sizes={axis: name for each in here for axis, name in each.fields.items()},
+            counts=spelling.sizes,
+            cuts=cuts,
+            head_dim=HEAD_DIM if any(each.head_dim for each in here) else None,
+            norm_offset=spelling.offset,
+            kept=found.readers.kept,
+            experts=found.readers.experts,
+            conv1d=frozenset(conv1d),
+            level=AXES if cuts else SCALES if spelling.pairs else LINEARS,
+        )
+
+
+def fits(axes: Axes, model: PreTrainedModel, path: str, kinds: Mapping[Hashable, Kind]) -> bool:
+    """Whether in every layer of a model the dimensions fit the sizes of axes that its config says."""
+    text = model.config.get_text_config(decoder=True)
+    for index, layer in enumerate(layers_at(model, path)):
+        if (kind := kinds.get(kind_of(layer))) is not None:
+            known = axes.in_model(text, index)
+            if not Draft.of(layer).lay(axes, kind.name, known, frozenset()):
+                return False
+    return True
+
+
+def _outer(model: PreTrainedModel, path: str, axes: Sequence[Axes]) -> dict[str, str]:
+    """The rows of the parameters outside the layers, with the channels of the states where they are known."""
+    hidden = {place for each in axes if HIDDEN in each.sizes for place in each.layouts}
+    rows = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if not name.startswith(f"{path}."):
+            terms = [HIDDEN if (name, dim) in hidden else str(n) for dim, n in enumerate(parameter.shape)]
+            rows[name] = " ".join(terms) or "1"  # a number alone is one of one element
+    return rows
+
+
+def _name(model: PreTrainedModel, module: nn.Module | None) -> str:
+    """The full name of a module that a model gives out. Errors: ModelError if it gives out none."""
+    found: str | None = next((name for name, each in model.named_modules() if each is module), None)
+    if found is None:
+        raise ModelError("it has no embedding or no output head of its own")
+    return found
