@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from llmcompress.architectures.spec import AXES, LINEARS, SCALES, Anatomy
-from llmcompress.derivation.axes import HIDDEN, Axes
+from llmcompress.derivation.axis_proofs import HIDDEN, Axes
 from llmcompress.derivation.config_fields import HEAD_DIM, Place
 from llmcompress.derivation.drafts import Draft
 from llmcompress.derivation.readers import Readers
@@ -85,6 +85,7 @@ class Found:
         return replace(
             common,
             layer=spelling.rows,
+            buffers=spelling.buffers,
             consumers=tuple(groups),
             scale_pairs=spelling.pairs,
             sizes={axis: name for each in here for axis, name in each.fields.items()},

@@ -1,25 +1,31 @@
-"""Which axes the weights of a model run along, found by changing its config and proved by cutting.
+"""Which axes the weights of a model run along, found by changing its config.
 
 A field of the config counts the units of an axis: in a model with half as many, every dimension that runs
 along the axis is shorter. So the dimensions of all weights follow from the shapes of models without memory.
-How the units lie in a dimension is chosen among a few layouts by a proof: the narrow model, with the weights
-of the units that stay, computes what the whole one does if nothing reads the others.
+How the units lie in a dimension is chosen among a few layouts by a proof (`axis_proofs`).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from math import prod
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.func import functional_call
-from transformers import PretrainedConfig
-
-from llmcompress.architectures.shape_grammar import Spelling, take, units_along
+from llmcompress.derivation.axis_proofs import (
+    DROPPED,
+    EXPERT,
+    FFN,
+    HIDDEN,
+    KV,
+    Axes,
+    Q,
+    holds,
+    leaves_out,
+    narrows,
+    permutes,
+)
 from llmcompress.derivation.config_fields import (
     FIELDS_OF_HEADS,
     FIELDS_OF_KV_HEADS,
@@ -28,53 +34,15 @@ from llmcompress.derivation.config_fields import (
     Place,
     Setting,
 )
-from llmcompress.derivation.layouts import CHANNELS, HEADS, PLAIN, channels, fitting
-from llmcompress.derivation.shrink import resized, tiny_model
+from llmcompress.derivation.layouts import HEADS, PLAIN, fitting
 
-FFN, KV, Q, HIDDEN, EXPERT = "ffn", "kv", "q", "hidden", "expert"
 OFFSETS = (0.0, 1.0)  # a norm multiplies by its weight, or by one more
 CHOICES = 24  # of layouts of several fused weights that are tried together
-LARGE = 128.0  # by what states are larger, so that the epsilon of a norm does not count
-
-
-@dataclass(frozen=True)
-class Axes:
-    """Axes that are counted together: their sizes in the tiny model, the fields that count them, and the
-    layout of each dimension that runs along one of them.
-
-    `cuts` are those that can be cut. `head_dim` says that the config has to say the width of a head then.
-    """
-
-    sizes: Mapping[str, int]
-    fields: Mapping[str, str]
-    layouts: Mapping[Place, str] = field(default_factory=dict)
-    cuts: tuple[str, ...] = ()
-    head_dim: bool = False
-
-    def in_model(self, text: PretrainedConfig, index: int) -> dict[str, int]:
-        """The sizes in layer `index` of a model with this config; those that its fields leave open are left
-        out."""
-        found, said = dict[str, Any](), text.to_dict()
-        for axis, name in self.fields.items():
-            value = said.get(name)
-            found[axis] = value[index] if isinstance(value, list) else value
-        if KV in found:  # the field of q counts all query heads
-            found[Q] = found.get(Q, found[KV]) // found[KV]
-        return {axis: size for axis, size in found.items() if size is not None}
-
-    def of(self, layer: str) -> dict[Place, str]:
-        """The layouts in a layer, by the names of tensors there."""
-        prefix = f"{layer}."
-        return {
-            (name.removeprefix(prefix), dim): layout
-            for (name, dim), layout in self.layouts.items()
-            if name.startswith(prefix)
-        }
 
 
 def proved_axes(setting: Setting) -> list[Axes]:
     """The axes of a tiny model that are proved."""
-    return [*_feed_forward(setting), *_heads(setting), *_hidden(setting)]
+    return [*_feed_forward(setting), *_heads(setting), *_hidden(setting), *_experts(setting)]
 
 
 def _feed_forward(setting: Setting) -> Iterator[Axes]:
@@ -188,6 +156,24 @@ def _hidden(setting: Setting) -> Iterator[Axes]:
             return
 
 
+def _experts(setting: Setting) -> Iterator[Axes]:
+    """Experts, if any of them can be left out: not where each token takes some of every group of them."""
+    stacks = {name for name, dim in setting.reads if len(setting.shapes[name]) == 3}
+    for name, size in setting.counts():
+        places = setting.changed(setting.narrow({name: size - DROPPED})) if size > DROPPED + 1 else {}
+        if not stacks or not {(stack, 0) for stack in stacks} <= places.keys():
+            continue
+        cases = {
+            (tensor, dim): [({EXPERT: size}, setting.shapes[tensor][dim]), ({EXPERT: size - DROPPED}, length)]
+            for (tensor, dim), length in places.items()
+        }
+        if all(fitting([EXPERT], each) for each in cases.values()):
+            axes = Axes({EXPERT: size}, {EXPERT: name}, dict.fromkeys(places, EXPERT))
+            if leaves_out(setting, axes):
+                yield replace(axes, cuts=(EXPERT,))
+            return
+
+
 def _proved(
     setting: Setting,
     axes: Axes,
@@ -214,95 +200,3 @@ def _proved(
         if all(holds(setting, tried, axis, other) for axis, other in others.items()):
             return replace(tried, cuts=tuple(others))
     return None
-
-
-@torch.no_grad()
-def holds(setting: Setting, axes: Axes, axis: str, fields: Mapping[str, Any]) -> bool:
-    """Whether the narrow model computes what the whole one does if nothing reads the units that are cut."""
-    kept = _some(axes.sizes[axis], axes.sizes[axis] // 2)
-    state, silent, cut = setting.state, dict[str, Tensor](), dict[str, Tensor]()
-    for name, dim in axes.layouts:
-        unit = _units(setting, axes, (name, dim), axis)
-        cut[name] = _taken(setting, axes, (name, dim), axis, kept, cut.get(name, state[name]))
-        if (name, dim) in setting.reads:
-            heard = (unit < 0) | torch.isin(unit, kept)
-            silent[name] = _times(silent.get(name, state[name]), heard, dim)
-    return _equal(setting, silent, cut, fields)
-
-
-@torch.no_grad()
-def permutes(setting: Setting, axes: Axes, axis: str) -> bool:
-    """Whether the model computes the same with the units of an axis in another order."""
-    order = torch.randperm(axes.sizes[axis], generator=torch.Generator().manual_seed(4))
-    moved = dict[str, Tensor]()
-    for name, dim in axes.layouts:
-        before = moved.get(name, setting.state[name])
-        moved[name] = _taken(setting, axes, (name, dim), axis, order, before)
-    return _equal(setting, {}, moved, {})
-
-
-@torch.no_grad()
-def narrows(setting: Setting, axes: Axes, fields: Mapping[str, int], offset: float) -> bool:
-    """Whether the narrow model, its gains made larger, computes what the whole one does if the channels that
-    are cut are zero in every state."""
-    size, count = axes.sizes[HIDDEN], fields[axes.fields[HIDDEN]]
-    kept = _some(size, count)
-    state, silent, cut = setting.state, dict[str, Tensor](), dict[str, Tensor]()
-    for name, dim in axes.layouts:
-        unit = _units(setting, axes, (name, dim), HIDDEN)
-        gain = state[name].dim() == 1 and name.endswith(".weight")
-        whole = silent.get(name, state[name])
-        silent[name] = whole if gain else _times(whole, torch.isin(unit, kept), dim)
-        cut[name] = _taken(setting, axes, (name, dim), HIDDEN, kept, cut.get(name, state[name]))
-        if gain:
-            cut[name] = (cut[name] + offset) * (size / count) ** 0.5 - offset
-    for name in setting.embeddings:
-        silent[name], cut[name] = silent[name] * LARGE, cut[name] * LARGE
-    return _equal(setting, silent, cut, fields)
-
-
-def _some(size: int, count: int) -> Tensor:
-    """`count` of `size` units, in order."""
-    return torch.randperm(size, generator=torch.Generator().manual_seed(3))[:count].sort().values
-
-
-def _units(setting: Setting, axes: Axes, place: Place, axis: str) -> Tensor:
-    """The unit of an axis at each position of a dimension; -1 for none."""
-    return units_along(Spelling.parse(axes.layouts[place]).dims[0], _sizes(setting, axes, place), axis)
-
-
-def _taken(setting: Setting, axes: Axes, place: Place, axis: str, units: Tensor, tensor: Tensor) -> Tensor:
-    """A tensor with some units of an axis along one dimension."""
-    dims = [str(length) for length in tensor.shape]
-    dims[place[1]] = axes.layouts[place]
-    return take(tensor, " ".join(dims), _sizes(setting, axes, place), axis, units)
-
-
-def _sizes(setting: Setting, axes: Axes, place: Place) -> dict[str, int]:
-    """The sizes of the axes in a layout."""
-    length = setting.shapes[place[0]][place[1]]
-    return {**axes.sizes, CHANNELS: channels(axes.layouts[place], axes.sizes, length) or 1}
-
-
-def _times(tensor: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """A tensor with zeros where the mask of one dimension is false."""
-    return tensor * mask.to(tensor).reshape([-1 if each == dim else 1 for each in range(tensor.dim())])
-
-
-def _equal(
-    setting: Setting, silent: Mapping[str, Tensor], cut: Mapping[str, Tensor], fields: Mapping[str, Any]
-) -> bool:
-    """Whether the tiny model with some tensors replaced, and one with other fields and other tensors, give
-    the same logits."""
-    subject, model = setting.subject, setting.subject.model
-    asked = {"input_ids": subject.tokens[0], "use_cache": False}
-    try:
-        replaced = {name: tensor for name, tensor in silent.items() if name in setting.parameters_once}
-        expected = functional_call(model, replaced, kwargs=asked).logits.double()
-        dtype = next(model.parameters()).dtype
-        narrow = tiny_model(resized(model.config, fields), type(model), dtype=dtype)
-        narrow.load_state_dict({**setting.state, **cut})
-        found = narrow(**asked).logits.double()
-    except Exception:  # each family fails in its own way
-        return False
-    return replace(subject, expected=[expected]).distance(found) < subject.exact

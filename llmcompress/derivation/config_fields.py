@@ -66,9 +66,10 @@ class Setting:
         return {(name, dim) for name, parameter in named for dim in range(parameter.dim())}
 
     @cached_property
-    def parameters_once(self) -> set[str]:
-        """The parameters, tied ones under one name."""
-        return {name for name, _ in self.subject.model.named_parameters()}
+    def once(self) -> set[str]:
+        """The names of parameters and buffers, tied ones under one name."""
+        model = self.subject.model
+        return {name for name, _ in [*model.named_parameters(), *model.named_buffers()]}
 
     @cached_property
     def embeddings(self) -> list[str]:

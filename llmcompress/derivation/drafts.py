@@ -1,4 +1,4 @@
-"""A decoder layer whose rows are being spelled: a term for each dimension of each parameter."""
+"""A decoder layer whose rows are being spelled: a term for each dimension of each of its tensors."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from llmcompress.derivation.axes import KV, Axes
+from llmcompress.derivation.axis_proofs import KV, Axes
 from llmcompress.derivation.config_fields import Place
 from llmcompress.derivation.layouts import channels, written
 
@@ -16,7 +16,7 @@ HEAD_CHANNELS = "d"  # the axis of the channels of a head that the output projec
 
 @dataclass
 class Draft:
-    """A layer, the terms of its parameters, and the sizes of the axes in them."""
+    """A layer, the terms of its tensors, and the sizes of the axes in them."""
 
     module: nn.Module
     terms: dict[str, list[str]]
@@ -24,8 +24,8 @@ class Draft:
 
     @classmethod
     def of(cls, module: nn.Module) -> Draft:
-        """A layer whose rows are its shapes."""
-        shapes = {name: [*parameter.shape] for name, parameter in module.named_parameters()}
+        """A layer whose rows are the shapes of its parameters and of the buffers that are stored."""
+        shapes = {name: [*tensor.shape] for name, tensor in module.state_dict().items()}
         return cls(module, {name: [str(size) for size in shape] or ["1"] for name, shape in shapes.items()})
 
     def lay(self, axes: Axes, like: str, known: Mapping[str, int], reads: frozenset[Place]) -> bool:
@@ -36,7 +36,8 @@ class Draft:
         the tiny model that are inputs.
         """
         layouts = axes.of(like)
-        shapes = {(name, dim): self.module.get_parameter(name).shape[dim] for name, dim in layouts}
+        tensors = self.module.state_dict()
+        shapes = {(name, dim): tensors[name].shape[dim] for name, dim in layouts}
         alone = {layout: shapes[place] for place, layout in layouts.items()}
         # where a size is open, a dimension that is the axis says it
         sizes = {axis: alone[axis] for axis in axes.sizes if axis in alone} | dict(known)

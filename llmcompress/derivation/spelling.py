@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from llmcompress.architectures.shape_grammar import Spelling, Term, units_along
-from llmcompress.derivation.axes import HIDDEN
+from llmcompress.derivation.axis_proofs import HIDDEN
 from llmcompress.derivation.drafts import HEAD_CHANNELS, Draft
 from llmcompress.derivation.scales import Crossing
 from llmcompress.integrations.linear_modules import shape_of
@@ -28,9 +28,11 @@ PART = "|"  # of `units_along`: the number of the alternative
 
 @dataclass
 class Spelled:
-    """Rows of a layer, the sizes of their axes, its scale pairs, and the offset of its norms."""
+    """Rows of the parameters of a layer and of buffers that run along an axis, the sizes of the axes, scale
+    pairs, and the offset of norms."""
 
     rows: dict[str, str]
+    buffers: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
     pairs: dict[str, tuple[str, ...]] = field(default_factory=dict)
     offset: float = 0.0
@@ -44,13 +46,15 @@ def spelled(layer: Draft, tiny: Draft, crossings: Sequence[Crossing], hidden: in
         if [*parameter.shape] == [hidden] and name.endswith(".weight"):
             layer.terms[name], layer.sizes[HIDDEN] = [HIDDEN], hidden
     offsets = [crossing.offset for crossing in crossings if crossing.offset is not None]
-    found = Spelled({}, layer.sizes, {}, offsets[0] if offsets else 0.0)
+    found = Spelled({}, {}, layer.sizes, {}, offsets[0] if offsets else 0.0)
     for number, crossing in enumerate(crossings):
         if crossing.offset in (None, found.offset):
             key = _named(layer, tiny, crossing) or _added(layer, tiny, crossing, f"c{number}", hidden)
             if key is not None:
                 found.pairs[key] = tuple(name.removesuffix(".weight") for name in crossing.readers)
-    found.rows = {name: " ".join(of) for name, of in layer.terms.items()}
+    rows = {name: " ".join(of) for name, of in layer.terms.items()}
+    found.rows = {name: rows.pop(name) for name, _ in layer.module.named_parameters()}
+    found.buffers = {name: row for name, row in rows.items() if Spelling.parse(row).axes}
     return found
 
 

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 from transformers import PreTrainedModel
 
 from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
@@ -76,14 +75,15 @@ class Subject:
     def rounding(self) -> float:
         """How far logits are from those of the model with its weights moved by as much as float32 rounds:
         the most in three draws."""
-        generator, asked = torch.Generator().manual_seed(5), {"input_ids": self.tokens[0], "use_cache": False}
-        found = []
+        generator, found = torch.Generator().manual_seed(5), list[float]()
+        saved = [(parameter, parameter.data) for parameter in self.model.parameters()]
         for _ in range(3):
-            moved = {
-                name: weight * (1 + ROUNDING * torch.randn(weight.shape, generator=generator).to(weight))
-                for name, weight in self.model.named_parameters()
-            }
-            found.append(self.distance(functional_call(self.model, moved, kwargs=asked).logits.double()))
+            for parameter, data in saved:
+                noise = torch.randn(data.shape, generator=generator).to(data)
+                parameter.data = data * (1 + ROUNDING * noise)
+            found.append(self.distance(logits(self.model, self.tokens[0])))
+        for parameter, data in saved:
+            parameter.data = data
         return max(found)
 
     def distance(self, logits: Tensor, batch: int = 0) -> float:

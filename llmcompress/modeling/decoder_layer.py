@@ -226,14 +226,18 @@ class DecoderLayer:
         )
 
     def become(self, module: nn.Module, parameters: Mapping[str, Tensor]) -> None:
-        """Replace the module by one of other widths, with `parameters` and otherwise its own. `reference`
-        still goes through the original module."""
+        """Replace the module by one of other widths, with `parameters` and otherwise its own; buffers that a
+        checkpoint has count as parameters. `reference` still goes through the original module."""
         self._finished.clear()
         self._finished_full.clear()
-        for name, parameter in list(self.module.named_parameters()):
+        for name, tensor in self.module.state_dict().items():
             owner, _, leaf = name.rpartition(".")
-            value = parameters.get(name, parameter.data).to(parameter.device, parameter.dtype)
-            module.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            value = parameters.get(name, tensor).to(tensor.device, tensor.dtype)
+            place = module.get_submodule(owner)
+            if leaf in place._parameters:
+                place._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            else:
+                place._buffers[leaf] = value
         self._whole, self.module = self._whole or self.module, module
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import AutoConfig
 
 from llmcompress.architectures.resize import resized
-from llmcompress.derivation.axes import Axes, holds, permutes, proved_axes
+from llmcompress.derivation.axes import proved_axes
+from llmcompress.derivation.axis_proofs import Axes, holds, leaves_out, permutes
 from llmcompress.derivation.config_fields import Setting
 from llmcompress.derivation.derive import derived
 from llmcompress.derivation.experts import proved_experts
@@ -119,6 +120,18 @@ def test_channels_are_permuted_only_together() -> None:
 def test_channels_are_not_cut_where_the_embedding_is_scaled_by_their_number() -> None:
     gemma, qwen = (axes_of(setting_of(family), "hidden") for family in ("gemma", "qwen3_5_text"))
     assert gemma.cuts == () and qwen.cuts == ("hidden",)  # both have gains of one more than their weight
+
+
+def test_experts_are_left_out_unless_a_token_takes_some_of_each_group() -> None:
+    free = setting_of("glm4_moe", first_k_dense_replace=0)
+    axes = axes_of(free, "expert")
+    biases = {name for name, _ in axes.layouts if name.endswith("e_score_correction_bias")}
+    assert axes.cuts == ("expert",) and len(biases) == 2  # buffers, which a checkpoint has too
+    for place in axes.layouts:
+        left_out = {other: layout for other, layout in axes.layouts.items() if other != place}
+        assert not leaves_out(free, replace(axes, layouts=left_out)), place
+    grouped = setting_of("glm4_moe", first_k_dense_replace=0, n_group=2, topk_group=1)
+    assert not [axes for axes in proved_axes(grouped) if "expert" in axes.sizes]
 
 
 def test_an_open_field_stands_for_the_size_that_it_makes() -> None:

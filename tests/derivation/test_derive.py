@@ -68,10 +68,8 @@ def test_what_is_derived_is_what_the_table_says(family: str, overrides: dict[str
     assert found.level == AXES
     sizes = table.axis_sizes(model.config)
     alone = {axis for axis, size in sizes.items() if size == 1}
-    assert (
-        found.cuts is not None
-        and set(found.cuts) == {"ffn", "kv", "q", "hidden"} - NOT_CUT.get(family, set()) - alone
-    )
+    known = {"ffn", "kv", "q", "hidden", *({"expert"} if table.experts else ())}
+    assert found.cuts is not None and set(found.cuts) == known - NOT_CUT.get(family, set()) - alone
     assert [set(group) for group in found.consumers] == [set(group) for group in table.consumers]
     assert (found.layers, found.embedding, found.head) == (table.layers, table.embedding, table.head)
     assert found.conv1d == table.conv1d

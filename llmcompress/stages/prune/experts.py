@@ -3,13 +3,14 @@ of them."""
 
 from __future__ import annotations
 
+import inspect
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from llmcompress.architectures.shape_grammar import Spelling, take
-from llmcompress.architectures.spec import experts_per_token
+from llmcompress.architectures.spec import Anatomy, experts_per_token
 from llmcompress.errors import ModelError
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
@@ -26,6 +27,22 @@ def require_enough(model: LayerwiseModel, count: int) -> None:
         )
 
 
+def require_called(model: LayerwiseModel, index: int) -> None:
+    """Refuse experts that are not called with states, chosen experts and their weights. Errors:
+    ModelError."""
+    experts = model.layers[index].get_submodule(_place(model.anatomy.of_layer(index)))
+    if len(inspect.signature(experts.forward).parameters) != 3:
+        raise ModelError(
+            f"the experts of a {model.anatomy.family} model run on all tokens at once, and none can be told "
+            "apart by its work; cut another axis"
+        )
+
+
+def _place(anatomy: Anatomy) -> str:
+    """The module that holds the experts of a layer."""
+    return next(iter(anatomy.experts)).rpartition(".")[0]
+
+
 @torch.no_grad()
 def saliency(layer: DecoderLayer) -> Tensor:
     """The saliency of each expert [experts]: the mean, over all tokens, of its weight for a token times the
@@ -34,8 +51,7 @@ def saliency(layer: DecoderLayer) -> Tensor:
     Source: REAP, Lasby et al. 2025, arXiv:2510.13999, equation 5. Differs: the mean is over all tokens and
     not over those routed to the expert, so a rarely used expert has little saliency.
     """
-    place = next(iter(layer.anatomy.experts)).rpartition(".")[0]
-    experts = layer.module.get_submodule(place)
+    experts = layer.module.get_submodule(_place(layer.anatomy))
     saliency_E, tokens = torch.zeros(layer.sizes[AXIS], device=layer.device), 0
     for hidden in layer.inputs:
         part = partial(_saliency_of_part, layer, experts, hidden)
@@ -52,7 +68,9 @@ def _saliency_of_part(
 ) -> tuple[Tensor, int]:
     """The sum of the saliency of each expert over a part of a batch, and the tokens that it has."""
     seen, saliency_E = list[tuple[Tensor, ...]](), torch.zeros(layer.sizes[AXIS], device=layer.device)
-    hook = experts.register_forward_pre_hook(lambda module, args: seen.append(args))
+    hook = experts.register_forward_pre_hook(
+        lambda module, args, named: seen.append((*args, *named.values())), with_kwargs=True
+    )
     try:
         layer.run(hidden[here])
     finally:
@@ -72,9 +90,10 @@ def cut(layer: DecoderLayer, count: int) -> tuple[dict[str, Tensor], float]:
     saliency that goes."""
     saliency_E = saliency(layer)
     kept = saliency_E.argsort(descending=True, stable=True)[:count].sort().values
+    rows, own = {**layer.anatomy.layer, **layer.anatomy.buffers}, layer.module.state_dict()
     tensors = {
-        name: take(layer.module.get_parameter(name).data, row, layer.sizes, AXIS, kept)
-        for name, row in layer.anatomy.layer.items()
+        name: take(own[name], row, layer.sizes, AXIS, kept)
+        for name, row in rows.items()
         if AXIS in Spelling.parse(row).axes
     }
     return tensors, 1 - float(saliency_E[kept].sum() / saliency_E.sum().clamp_min(1e-30))

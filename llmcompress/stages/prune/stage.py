@@ -158,6 +158,8 @@ class Prune(Budget, Stage):
                     f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use '
                     f"{' or '.join(others(model, axis))}"
                 )
+            if axis == "expert":
+                experts.require_called(model, layers[0])
             if axis == "hidden" and (why := hidden_size.why_not(model, self.ranking)):
                 raise ModelError(
                     f"hidden can't be cut by {self.ranking}: {why}; use score: activation, or another axis"
@@ -322,7 +324,7 @@ class Prune(Budget, Stage):
             axis: self.uniform(model, axis, sizes[axis], self.multiple_of(model, axis)) for axis in self.axes
         }
         if "expert" in found:
-            experts.require_enough(model, min(found["expert"]))
+            experts.require_enough(model, min(filter(None, found["expert"])))
         return found
 
     def _alike(self, model: LayerwiseModel, sizes: Widths) -> Widths:
