@@ -7,7 +7,7 @@ family that is new in transformers needs no line here.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from llmcompress.architectures.families import table_of
 from llmcompress.architectures.spec import LINEARS, SCALES, Anatomy
 from llmcompress.derivation import proof_cache
-from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
+from llmcompress.derivation.proofs import prove_causal, prove_poison, proved_walk
 from llmcompress.derivation.readers import Readers, readers_of
 from llmcompress.derivation.scales import Crossing, proved_crossings
 from llmcompress.derivation.spelling import spelled
@@ -29,8 +29,10 @@ from llmcompress.derivation.subject import (
     kind_of,
     layers_at,
     paths_of_layers,
+    tied_in_layers,
 )
 from llmcompress.errors import CompressError, ModelError
+from llmcompress.integrations.linear_modules import is_linear
 from llmcompress.integrations.transformers_compat import Conv1D
 
 
@@ -94,8 +96,9 @@ def _derived(model: PreTrainedModel) -> Anatomy:
     """Prove a tiny model, and carry what is proved of each kind of layer to the layers of the model."""
     subject = _subject(model)
     path, layers = subject.path, layers_at(model, subject.path)
-    if (why := prove_causal(subject) or prove_walk(subject)) is not None:
+    if (why := prove_causal(subject)) is not None:
         raise ModelError(why)
+    by_batch = proved_walk(subject)
     kinds: dict[Hashable, Kind] = {}
     for kind, index in first_of_each_kind(subject.layers).items():
         readers, crossings = proved_readers(subject, index), proved_crossings(subject, index)
@@ -117,9 +120,14 @@ def _derived(model: PreTrainedModel) -> Anatomy:
         norm=None,
         level=LINEARS,
         returned_items=subject.returned_items,
+        arguments_by_batch=by_batch,
     )
     hidden = model.config.get_text_config(decoder=True).hidden_size
-    each = tuple(_of_layer(common, index, layer, kinds, hidden) for index, layer in enumerate(layers))
+    tied = tied_in_layers(model, path)
+    each = tuple(
+        _of_layer(common, index, layer, kinds, hidden, tied.get(index, set()))
+        for index, layer in enumerate(layers)
+    )
     level = max(of.level for of in each)
     return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
 
@@ -149,16 +157,23 @@ def proved_readers(subject: Subject, index: int) -> Readers:
 
 
 def _of_layer(
-    common: Anatomy, index: int, layer: nn.Module, kinds: Mapping[Hashable, Kind], hidden: int
+    common: Anatomy,
+    index: int,
+    layer: nn.Module,
+    kinds: Mapping[Hashable, Kind],
+    hidden: int,
+    tied: Collection[str],
 ) -> Anatomy:
-    """The facts of one layer. Errors: ModelError if the tiny model has none of its kind."""
+    """The facts of one layer, some of whose parameters other layers have too: these stay as they are. Errors:
+    ModelError if the tiny model has none of its kind."""
     found = kinds.get(kind_of(layer))
     if found is None:
         raise ModelError(f"layer {index} is of a kind that no small model of this config has")
-    groups = found.readers.groups
+    readers, crossings = _untied(found, layer, tied) if tied else (found.readers, found.crossings)
+    groups = readers.groups
     linears = {name for group in groups for name in group}
     conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
-    spelling = spelled(layer, found.tiny, found.crossings, hidden)
+    spelling = spelled(layer, found.tiny, crossings, hidden)
     return replace(
         common,
         layer=spelling.rows,
@@ -166,11 +181,34 @@ def _of_layer(
         scale_pairs=spelling.pairs,
         counts=spelling.sizes,
         norm_offset=spelling.offset,
-        kept=found.readers.kept,
-        experts=found.readers.experts,
+        kept=readers.kept,
+        experts=readers.experts,
         conv1d=frozenset(conv1d),
         level=SCALES if spelling.pairs else LINEARS,
     )
+
+
+def _untied(kind: Kind, layer: nn.Module, tied: Collection[str]) -> tuple[Readers, list[Crossing]]:
+    """What is proved of a kind of layer, without what would change parameters that are tied."""
+    why = "is a weight of several layers"
+    modules = {name.rpartition(".")[0] for name in tied}
+    matrices = {
+        name.removesuffix(".weight") if is_linear(layer.get_submodule(name.rpartition(".")[0])) else name
+        for name in tied
+        if layer.get_parameter(name).dim() > 1
+    }
+    groups = [tuple(name for name in group if name not in modules) for group in kind.readers.groups]
+    readers = Readers(
+        [group for group in groups if group],
+        kind.readers.kept | dict.fromkeys(sorted(matrices), why),
+        {name: how for name, how in kind.readers.experts.items() if name not in tied},
+    )
+    crossings = [
+        crossing
+        for crossing in kind.crossings
+        if modules.isdisjoint({crossing.producer, *crossing.readers}) and not {*crossing.readers} & {*tied}
+    ]
+    return readers, crossings
 
 
 def _shape(parameter: nn.Parameter) -> str:

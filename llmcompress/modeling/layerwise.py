@@ -76,6 +76,13 @@ class LayerwiseModel(ABC):
         with init_empty_weights(include_buffers=False):
             build_layers(self.model, layers, self.anatomy)
         self.layers = layers
+        inside, tied = f"{self.anatomy.layers}.", self.model.all_tied_weights_keys
+        # parameters of layers that are those of other layers, by full name; no stage changes them
+        self.tied = {
+            name: source
+            for name, source in tied.items()
+            if name.startswith(inside) and source.startswith(inside)
+        }
         # parameters of experts that are linears here, by full name: whether the files hold them so
         self.divided: dict[str, bool] = {}
         self._divide(divided, stored=True)
@@ -339,11 +346,12 @@ class LayerwiseModel(ABC):
             total += sum(
                 math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
             )
-        return total - (self._unstored(each) if self.layouts or self.ties else 0)
+        return total - (self._unstored(each) if self.layouts or self.ties or self.tied else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
         """How much less is stored than the whole weights, because some are shared and some are products."""
-        found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
+        found = sum(self.model.get_parameter(name).numel() * each(name) for name in self.tied)
+        tied = {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
             if isinstance(layout, FactoredLayout):

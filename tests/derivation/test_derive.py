@@ -22,6 +22,7 @@ from llmcompress.derivation.scales import Crossing, prove_crossing, proved_cross
 from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.derivation.subject import EXACT, Subject, first_of_each_kind, layers_at
 from llmcompress.errors import ModelError
+from llmcompress.modeling.layer_arguments import Arguments
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import layer_of
@@ -83,7 +84,7 @@ def test_derived_scales_cross_a_layer_of_other_sizes(family: str, overrides: dic
         before = model(tokens).logits
     for key in anatomy.scale_pairs:
         for index, module in enumerate(layers_at(model, anatomy.layers)):
-            layer = layer_of(resident, index, module, {}, [], [])
+            layer = layer_of(resident, index, module, Arguments(resident, []), [], [])
             shape = [layer.sizes[axis] for axis in anatomy.producer(key)[2]]
             draw = torch.Generator().manual_seed(index)
             factor = torch.rand(shape, generator=draw, dtype=torch.float64) + 0.5

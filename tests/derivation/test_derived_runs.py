@@ -18,7 +18,7 @@ from llmcompress import DataSpec, compress, evaluate
 from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import shrunk, tiny_model
-from llmcompress.derivation.subject import first_of_each_kind, layers_at, paths_of_layers
+from llmcompress.derivation.subject import depth_needed, paths_of_layers
 from llmcompress.errors import ModelError
 from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.modeling.from_disk import DiskModel
@@ -71,9 +71,11 @@ def tiny_config(model_type: str) -> PretrainedConfig:
     """A small config of a type, with each kind of layer and a vocabulary for the tests' tokenizer."""
     config = example_config(model_type)
     whole = skeleton(config, torch.float32)
-    layers = layers_at(whole, paths_of_layers(whole)[0])
-    tiny = shrunk(config, min(len(layers), max(2, 1 + max(first_of_each_kind(layers).values()))))
-    tiny.get_text_config(decoder=True).vocab_size = VOCABULARY
+    tiny = shrunk(config, depth_needed(whole, paths_of_layers(whole)[0]))
+    text = tiny.get_text_config(decoder=True)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(text, name):
+            setattr(text, name, VOCABULARY)
     return tiny
 
 

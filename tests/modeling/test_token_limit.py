@@ -48,12 +48,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Short:
             layer: DecoderLayer,
             module: nn.Module,
             hidden: Tensor,
-            parameters: Mapping[str, Tensor] | None = None,
+            parameters: Mapping[str, Tensor] | None,
+            first: int | None,
         ) -> Tensor:
             if len(hidden) > most:
                 failed.append(len(hidden))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-            return plain(layer, module, hidden, parameters)
+            return plain(layer, module, hidden, parameters, first)
 
         monkeypatch.setattr(DecoderLayer, "_run", run)
         return failed
