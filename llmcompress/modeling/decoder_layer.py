@@ -49,6 +49,7 @@ class DecoderLayer:
     arguments: CallArguments
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
+    full_arguments: CallArguments | None = None  # of the full model, if they are others
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
     shard: Shard = field(default_factory=Shard)  # which units of tokens these are, of those of all
     limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
@@ -79,7 +80,7 @@ class DecoderLayer:
             for linear, rounded in self.rounds.items()
         ]
         try:
-            return self._run(self.module, hidden, parameters, first)
+            return self._run(self.module, hidden, self.arguments(len(hidden), first), parameters)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -88,13 +89,12 @@ class DecoderLayer:
         self,
         module: nn.Module,
         hidden: Tensor,
+        arguments: Mapping[str, Any],
         parameters: Mapping[str, Tensor] | None,
-        first: int | None,
     ) -> Tensor:
         call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
-        arguments = dict(self.arguments(len(hidden), first))
         hidden = hidden.to(self.device)
-        return states_of(call((hidden,), arguments) if call else module(hidden, **arguments))
+        return states_of(call((hidden,), dict(arguments)) if call else module(hidden, **arguments))
 
     def _precision(self) -> AbstractContextManager[None]:
         """The precision of passes without a gradient."""
@@ -102,7 +102,8 @@ class DecoderLayer:
 
     def _full(self, hidden: Tensor, first: int) -> Tensor:
         """The output of the original layer for hidden states of the full model."""
-        return self._run(self._whole or self.module, hidden, self._originals, first)
+        arguments = (self.full_arguments or self.arguments)(len(hidden), first)
+        return self._run(self._whole or self.module, hidden, arguments, self._originals)
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from llmcompress.integrations import layer_calls
@@ -41,10 +41,16 @@ class Arguments:
         self.by_batch = resident.anatomy.arguments_by_batch
         self._by_size: dict[int, Sequence[Mapping[str, Any]]] = {}
         self._tokens: Tensor | None = None
+        self._embedding: Tensor | None = None
+
+    def keep_embedding(self) -> None:
+        """Let later calls have the arguments that the embedding of now gives, whatever it becomes."""
+        if self.by_batch:
+            self._embedding = self._embedding_weight().data
 
     def enter(self, tokens: Tensor) -> Tensor:
         """Return the states [B, L, D] of a batch of tokens [B, L] that enter the first layer."""
-        hidden, called = _entering(self.resident, tokens)
+        hidden, called = self._entering(tokens)
         if not self.by_batch:
             self._by_size.setdefault(len(tokens), called)
         return hidden
@@ -58,7 +64,7 @@ class Arguments:
     def _of_size(self, index: int, count: int, first: int | None) -> Mapping[str, Any]:
         if count not in self._by_size:
             length = self.batches[0].shape[1]
-            self._by_size[count] = _entering(self.resident, anything(self.resident, count, length))[1]
+            self._by_size[count] = self._entering(anything(self.resident, count, length))[1]
         return self._by_size[count][index]
 
     @torch.no_grad()
@@ -66,7 +72,22 @@ class Arguments:
         """The arguments of a layer for so many sequences, from the number `first` on."""
         if self._tokens is None:
             self._tokens = torch.cat(list(self.batches))
-        return _entering(self.resident, self._tokens[first : first + count])[1][index]
+        weight = self._embedding_weight()
+        current = weight.data
+        try:
+            weight.data = current if self._embedding is None else self._embedding
+            return self._entering(self._tokens[first : first + count])[1][index]
+        finally:
+            weight.data = current
+
+    def _entering(self, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
+        resident = self.resident
+        return layer_calls.entering(
+            resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.returned_items
+        )
+
+    def _embedding_weight(self) -> nn.Parameter:
+        return self.resident.model.get_parameter(f"{self.resident.anatomy.embedding}.weight")
 
 
 class _OfTokens:
@@ -95,12 +116,6 @@ def _alone(value: Any) -> Any:
     """A value without the rest of what it is a view of."""
     view = isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes
     return value.clone() if view else value
-
-
-def _entering(resident: LayerwiseModel, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
-    return layer_calls.entering(
-        resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.returned_items
-    )
 
 
 def anything(resident: LayerwiseModel, sequences: int, length: int) -> Tensor:

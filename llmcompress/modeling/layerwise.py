@@ -87,6 +87,7 @@ class LayerwiseModel(ABC):
         self.divided: dict[str, bool] = {}
         self._divide(divided, stored=True)
         self.sizes = self.sizes_of(0)
+        self.stored: list[str] = []  # modules outside the layers that compute from a weight as it is stored
         self.rotation: Rotation | None = None
         self._freed = 0  # bytes freed since the heap was last given back
 
@@ -154,7 +155,8 @@ class LayerwiseModel(ABC):
         names = [name for name in self.model.state_dict() if not name.startswith(inside) and name != tied]
         self._bring([name for name in names if name not in stored])
         for name in stored:
-            module = self.model.get_submodule(name.removesuffix(".weight"))
+            self.stored.append(name.removesuffix(".weight"))
+            module = self.model.get_submodule(self.stored[-1])
             if name in names:
                 weight = self._as_stored(name).to(self.device)
                 module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -169,9 +171,17 @@ class LayerwiseModel(ABC):
         )
 
     def _stay_stored(self) -> list[str]:
-        """The matrices of embedding and head that stay in the dtype in which they are stored."""
+        """The matrices of embedding and head that stay in the dtype in which they are stored, and of other
+        embeddings that are looked up for each token."""
         embedding, head = self.anatomy.embedding, self.anatomy.head
         source = {embedding: embedding, head: embedding if self.config.tie_word_embeddings else head}
+        if self.anatomy.arguments_by_batch:
+            inside = f"{self.anatomy.layers}."
+            source |= {
+                name: name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Embedding) and name not in source and not name.startswith(inside)
+            }
         found = {
             f"{module}.weight": self.dtypes.get(f"{stored}.weight")
             for module, stored in source.items()

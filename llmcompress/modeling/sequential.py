@@ -41,6 +41,7 @@ Key = TypeVar("Key", bound=Hashable)
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
+Entered = tuple[list[Tensor], Arguments]  # states that enter the first layer, and what layers are called with
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -49,7 +50,7 @@ def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
 
 
 @torch.no_grad()
-def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
+def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> Entered:
     """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
     called with."""
     arguments, streams = Arguments(resident, batches), []
@@ -110,28 +111,34 @@ def walk(
     through: bool = False,
     half: bool = False,
     processes: Processes = ALONE,
+    full: Entered | None = None,
 ) -> Iterator[DecoderLayer]:
     """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
     Later layers see what the caller does to a layer's weights. With `reference`, the stream of the unchanged
-    model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
-    DecoderLayer then follows, whose module is an identity and whose `inputs` are these states. With `half`, a
-    model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
-    between layers are float32. Each of several `processes` runs its share of the sequences.
+    model runs beside it; it begins with `full` if the embedding is another one by now. The last layer is run
+    only if `through` asks for the states that leave it. One more DecoderLayer then follows, whose module is
+    an identity and whose `inputs` are these states. With `half`, a model that is stored in bfloat16 is
+    computed in it, if the device multiplies bfloat16 faster; the states between layers are float32. Each of
+    several `processes` runs its share of the sequences.
     """
     half = half and runs_in_half(resident)
     shard = processes.shard(batches_of(sequences))
     inputs, arguments = enter(resident, processes.shard(resident.limit.batches(sequences)).batches)
-    full = list(inputs) if reference else []
+    targets = list(full[0] if full else inputs) if reference else []
+    full_arguments = full[1] if full and full[1].by_batch else None
+    full = None  # its states are given up too
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
-            layer = layer_of(resident, index, module, arguments, inputs, full)
+            layer = layer_of(resident, index, module, arguments, inputs, targets)
             layer.half, layer.shard = half, shard
+            if full_arguments:
+                layer.full_arguments = full_arguments.of_layer(index)
             yield layer
             if through or not last:
-                inputs, full = [], []  # the layer holds them alone, to give them up
-                inputs, full = layer.pass_on()
+                inputs, targets = [], []  # the layer holds them alone, to give them up
+                inputs, targets = layer.pass_on()
     if through:
         yield DecoderLayer(
             len(resident.layers),
@@ -142,7 +149,7 @@ def walk(
             resident.sizes,
             no_arguments,
             inputs,
-            full,
+            targets,
             shard=shard,
             limit=resident.limit,
         )
