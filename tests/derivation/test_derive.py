@@ -198,31 +198,34 @@ def telling(model: PreTrainedModel) -> None:
 
 def handing_on(model: PreTrainedModel) -> None:
     """A layer is called with something that the one before computed."""
-    first, second = (model.get_submodule(f"model.layers.{index}") for index in (0, 1))
-    one, other = first.forward, second.forward
-
-    def computing(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        kwargs["handed"]["on"] = hidden.mean()
-        return one(hidden, *args, **{name: value for name, value in kwargs.items() if name != "handed"})  # type: ignore[no-any-return]
-
-    def reading(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        on = kwargs.pop("handed").get("on", hidden.new_zeros(()))
-        return other(hidden, *args, **kwargs) + on  # type: ignore[no-any-return]
-
-    inner = model.base_model
+    layers = [model.get_submodule(f"model.layers.{index}") for index in (0, 1)]
+    (one, other), inner = [layer.forward for layer in layers], model.base_model
     run = inner.forward
 
+    def computing(hidden: Tensor, *, handed: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        handed["on"] = hidden.mean()
+        return one(hidden, **kwargs)  # type: ignore[no-any-return]
+
+    def reading(hidden: Tensor, *, handed: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        return other(hidden, **kwargs) + handed.get("on", 0.0)  # type: ignore[no-any-return]
+
     def forward(**kwargs: Any) -> Any:
-        handed, own = dict[str, Tensor](), [layer.forward for layer in (first, second)]
-        for layer, each in zip((first, second), own, strict=True):
-            layer.forward = partial(each, handed=handed)
+        handed = dict[str, Tensor]()
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"handed": handed}),
+                with_kwargs=True,
+                prepend=True,
+            )
+            for layer in layers
+        ]
         try:
             return run(**kwargs)
         finally:
-            for layer, each in zip((first, second), own, strict=True):
-                layer.forward = each
+            for hook in hooks:
+                hook.remove()
 
-    first.forward, second.forward, inner.forward = computing, reading, forward
+    layers[0].forward, layers[1].forward, inner.forward = computing, reading, forward
 
 
 @pytest.mark.parametrize("change", [remembering, skipping, summing, telling])
