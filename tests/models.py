@@ -10,7 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from llmcompress.derivation.example_configs import example_config
+from llmcompress.derivation.shrink import shrunk, tiny_model
+from llmcompress.derivation.subject import depth_needed, paths_of_layers
+from llmcompress.modeling.model_config import skeleton
 
 FAMILIES = (
     "llama",
@@ -96,3 +101,19 @@ def _randomise(name: str, parameter: torch.Tensor, centre: float) -> None:
 def noise(*shape: int, seed: int = 0) -> Tensor:
     """Normal numbers, float32, the same each time."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# types whose layers are called with arguments that depend on the tokens
+TOKENS_ENTER_LAYERS = ("gemma4_text", "gemma4", "zamba", "zamba2")
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A small config of any type, with a layer of each kind, and two that share weights if any do."""
+    config = example_config(model_type)
+    whole = skeleton(config, torch.float32)
+    return shrunk(config, depth_needed(whole, paths_of_layers(whole)[0]))
+
+
+def tiny(model_type: str) -> PreTrainedModel:
+    """A tiny random causal LM of any type, float32."""
+    return tiny_model(tiny_config(model_type), dtype=torch.float32)

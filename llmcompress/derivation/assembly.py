@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
@@ -17,7 +17,11 @@ from llmcompress.derivation.scales import Crossing
 from llmcompress.derivation.spelling import spelled
 from llmcompress.derivation.subject import Subject, kind_of, layers_at
 from llmcompress.errors import ModelError
+from llmcompress.integrations.linear_modules import is_linear
 from llmcompress.integrations.transformers_compat import Conv1D
+
+# by the number of a layer, its parameters that other layers have too
+Tied = Mapping[int, set[str]]
 
 
 @dataclass(frozen=True)
@@ -33,16 +37,22 @@ class Kind:
 @dataclass(frozen=True)
 class Found:
     """What is proved of a tiny model: of each kind of layer, and of its axes. `reads` are the dimensions of
-    its matrices that are inputs, `norm` is the module whose gain the head follows."""
+    its matrices that are inputs, `norm` is the module whose gain the head follows, and `by_batch` is whether
+    the arguments of layers depend on the tokens."""
 
     subject: Subject
     kinds: Mapping[Hashable, Kind]
     axes: Sequence[Axes]
     reads: frozenset[Place]
     norm: str | None
+    by_batch: bool
 
     def anatomy(
-        self, model: PreTrainedModel, kinds: Sequence[Hashable], turns: frozenset[str] = frozenset()
+        self,
+        model: PreTrainedModel,
+        kinds: Sequence[Hashable],
+        tied: Tied,
+        turns: frozenset[str] = frozenset(),
     ) -> Anatomy:
         """The facts of a model with layers of these kinds. Errors: ModelError if the tiny model lacks one of
         them."""
@@ -61,18 +71,25 @@ class Found:
             level=LINEARS,
             returned_items=self.subject.returned_items,
             turns=turns,
+            arguments_by_batch=self.by_batch,
         )
-        each = tuple(self._layer(common, model, index, kind) for index, kind in enumerate(kinds))
+        each = tuple(
+            self._layer(common, model, index, kind, tied.get(index, set()))
+            for index, kind in enumerate(kinds)
+        )
         level = max(of.level for of in each)
         return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
 
-    def _layer(self, common: Anatomy, model: PreTrainedModel, index: int, kind: Hashable) -> Anatomy:
-        """The facts of one layer."""
+    def _layer(
+        self, common: Anatomy, model: PreTrainedModel, index: int, kind: Hashable, tied: Collection[str]
+    ) -> Anatomy:
+        """The facts of one layer; its parameters that other layers have too stay as they are."""
         layer, text = layers_at(model, common.layers)[index], model.config.get_text_config(decoder=True)
         found = self.kinds.get(kind)
         if found is None:
             raise ModelError(f"layer {index} is of a kind that no small model of this config has")
-        groups = found.readers.groups
+        readers, crossings = _untied(found, layer, tied) if tied else (found.readers, found.crossings)
+        groups = readers.groups
         linears = {name for group in groups for name in group}
         conv1d = {name for name in linears if isinstance(layer.get_submodule(name), Conv1D)}
         here = [each for each in self.axes if each.of(found.name)]
@@ -80,7 +97,7 @@ class Found:
         for each in here:
             draft.lay(each, found.name, each.in_model(text, index), self.reads)
             tiny.lay(each, found.name, each.sizes, self.reads)
-        spelling = spelled(draft, tiny, found.crossings, text.hidden_size)
+        spelling = spelled(draft, tiny, crossings, text.hidden_size)
         cuts = frozenset(axis for each in here for axis in each.cuts)
         return replace(
             common,
@@ -93,22 +110,48 @@ class Found:
             cuts=cuts,
             head_dim=HEAD_DIM if any(each.head_dim for each in here) else None,
             norm_offset=spelling.offset,
-            kept=found.readers.kept,
-            experts=found.readers.experts,
+            kept=readers.kept,
+            experts=readers.experts,
             conv1d=frozenset(conv1d),
             level=AXES if cuts else SCALES if spelling.pairs else LINEARS,
         )
 
 
-def fits(axes: Axes, model: PreTrainedModel, path: str, kinds: Mapping[Hashable, Kind]) -> bool:
-    """Whether in every layer of a model the dimensions fit the sizes of axes that its config says."""
+def fits(axes: Axes, model: PreTrainedModel, path: str, kinds: Mapping[Hashable, Kind], tied: Tied) -> bool:
+    """Whether in every layer of a model the dimensions fit the sizes of axes that its config says, and are
+    of no parameter that other layers have too."""
     text = model.config.get_text_config(decoder=True)
     for index, layer in enumerate(layers_at(model, path)):
         if (kind := kinds.get(kind_of(layer))) is not None:
             known = axes.in_model(text, index)
+            if tied.get(index, set()) & {name for name, _ in axes.of(kind.name)}:
+                return False
             if not Draft.of(layer).lay(axes, kind.name, known, frozenset()):
                 return False
     return True
+
+
+def _untied(kind: Kind, layer: nn.Module, tied: Collection[str]) -> tuple[Readers, list[Crossing]]:
+    """What is proved of a kind of layer, without what would change parameters that are tied."""
+    why = "is a weight of several layers"
+    modules = {name.rpartition(".")[0] for name in tied}
+    matrices = {
+        name.removesuffix(".weight") if is_linear(layer.get_submodule(name.rpartition(".")[0])) else name
+        for name in tied
+        if layer.get_parameter(name).dim() > 1
+    }
+    groups = [tuple(name for name in group if name not in modules) for group in kind.readers.groups]
+    readers = Readers(
+        [group for group in groups if group],
+        kind.readers.kept | dict.fromkeys(sorted(matrices), why),
+        {name: how for name, how in kind.readers.experts.items() if name not in tied},
+    )
+    crossings = [
+        crossing
+        for crossing in kind.crossings
+        if modules.isdisjoint({crossing.producer, *crossing.readers}) and not {*crossing.readers} & {*tied}
+    ]
+    return readers, crossings
 
 
 def _outer(model: PreTrainedModel, path: str, axes: Sequence[Axes]) -> dict[str, str]:

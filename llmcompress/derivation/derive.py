@@ -19,7 +19,7 @@ from llmcompress.derivation import proof_cache
 from llmcompress.derivation.assembly import Found, Kind, fits
 from llmcompress.derivation.axes import proved_axes
 from llmcompress.derivation.config_fields import Setting
-from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
+from llmcompress.derivation.proofs import prove_causal, prove_poison, proved_walk
 from llmcompress.derivation.readers import Readers, readers_of
 from llmcompress.derivation.scales import final_norm, proved_crossings
 from llmcompress.derivation.subject import (
@@ -29,6 +29,7 @@ from llmcompress.derivation.subject import (
     kind_of,
     layers_at,
     paths_of_layers,
+    tied_in_layers,
 )
 from llmcompress.derivation.turns import proved_turns
 from llmcompress.errors import CompressError, ModelError
@@ -84,8 +85,9 @@ def _derived(model: PreTrainedModel) -> Anatomy:
     """Prove a tiny model, and carry what is proved of each kind of layer to the layers of the model."""
     subject = _subject(model)
     path, layers = subject.path, layers_at(model, subject.path)
-    if (why := prove_causal(subject) or prove_walk(subject)) is not None:
+    if (why := prove_causal(subject)) is not None:
         raise ModelError(why)
+    by_batch = proved_walk(subject)
     kinds: dict[Hashable, Kind] = {}
     each_kind = [kind_of(layer) for layer in subject.layers]
     for kind, index in first_of_each_kind(subject.layers).items():
@@ -96,11 +98,12 @@ def _derived(model: PreTrainedModel) -> Anatomy:
         for index, kind in enumerate(each_kind)
         for name, transposed in kinds[kind].readers.experts.items()
     }
-    setting = Setting.of(subject, experts)
-    axes = [each for each in proved_axes(setting) if fits(each, model, path, kinds)]
-    found = Found(subject, kinds, axes, setting.reads, final_norm(subject))
-    tiny = found.anatomy(subject.model, each_kind)
-    return found.anatomy(model, [kind_of(layer) for layer in layers], proved_turns(subject, tiny))
+    setting, tied = Setting.of(subject, experts), tied_in_layers(model, path)
+    axes = [each for each in proved_axes(setting) if fits(each, model, path, kinds, tied)]
+    found = Found(subject, kinds, axes, setting.reads, final_norm(subject), by_batch)
+    tiny = found.anatomy(subject.model, each_kind, {})
+    turns = frozenset[str]() if tied else proved_turns(subject, tiny)
+    return found.anatomy(model, [kind_of(layer) for layer in layers], tied, turns)
 
 
 def _subject(model: PreTrainedModel) -> Subject:

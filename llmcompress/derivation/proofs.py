@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from llmcompress.derivation.subject import Subject, described, logits
-from llmcompress.integrations.layer_calls import entering, leaving, states_of
+from llmcompress.errors import ModelError
+from llmcompress.integrations.layer_calls import arguments_of, entering, leaving, sharing, states_of
 from llmcompress.integrations.linear_modules import weight_of
 
 
-@torch.no_grad()
+def proved_walk(subject: Subject) -> bool:
+    """Whether the layers run one by one only with arguments of each batch, because these depend on the
+    tokens; else those of one text are the arguments for all.
+
+    Errors: ModelError if the layers don't run one by one either way, with the reason.
+    """
+    why = prove_walk(subject)
+    if why is None:
+        return False
+    if prove_walk_by_batch(subject) is None:
+        return True
+    if _handed_on(subject):
+        why = "its layers hand on more than their states, such as keys and values, to later ones"
+    raise ModelError(why)
+
+
 def prove_walk(subject: Subject) -> str | None:
     """Whether the layers one by one give the logits of the whole model, as a walk through a model on disk
     runs them.
@@ -24,14 +41,53 @@ def prove_walk(subject: Subject) -> str | None:
     of its calls come from a text of other tokens, and the last states become logits a piece of the positions
     at a time.
     """
+    recorded: list[Mapping[str, Any]] = []
+
+    def run(index: int, states: Tensor, tokens: Tensor) -> Tensor:
+        if not recorded:
+            recorded.extend(_entered(subject, torch.zeros_like(tokens))[1])
+        return states_of(subject.layers[index](states, **recorded[index]))
+
+    return _prove_walk(subject, run)
+
+
+def prove_walk_by_batch(subject: Subject) -> str | None:
+    """Whether they do with arguments that are recorded for each batch.
+
+    The arguments of a call are recorded when it comes, and what is the same for another text is taken from
+    there. A batch goes through a layer twice: as a whole, and then sequence by sequence, which counts.
+    """
+
+    def run(index: int, states: Tensor, tokens: Tensor) -> Tensor:
+        layer = subject.layers[index]
+
+        def part(here: slice) -> Tensor:
+            _, other = _entered(subject, torch.zeros_like(tokens[here]))
+            _, own = _entered(subject, tokens[here])
+            return states_of(layer(states[here], **sharing(own[index], other[index])))
+
+        part(slice(0, len(states)))
+        return torch.cat([part(slice(place, place + 1)) for place in range(len(states))])
+
+    return _prove_walk(subject, run)
+
+
+def _entered(subject: Subject, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
+    return entering(subject.model, subject.layers, tokens, subject.returned_items)
+
+
+@torch.no_grad()
+def _prove_walk(subject: Subject, run: Callable[[int, Tensor, Tensor], Tensor]) -> str | None:
+    """Whether the layers give the logits of the whole model if `run` runs them: number of a layer, the states
+    that enter it, their tokens -> the states that leave it."""
     model, layers, items = subject.model, subject.layers, subject.returned_items
     try:
-        states = [entering(model, layers, tokens, items)[0] for tokens in subject.tokens]
+        states = [_entered(subject, tokens)[0] for tokens in subject.tokens]
         if states[0].dim() != 3:
             return f"its states have {states[0].dim()} dimensions, not [batch, length, width]"
-        _, arguments = entering(model, layers, torch.zeros_like(subject.tokens[0]), items)
-        for layer, others in zip(layers, arguments, strict=True):
-            states = [states_of(layer(each, **others)) for each in states[::-1]][::-1]
+        for index in range(len(layers)):
+            pairs = [*zip(states, subject.tokens, strict=True)]
+            states = [run(index, *pair) for pair in pairs[::-1]][::-1]
         half = states[0].shape[1] // 2
         found = [
             torch.cat(
@@ -49,6 +105,34 @@ def prove_walk(subject: Subject) -> str | None:
     if off < subject.exact:
         return None
     return f"its layers one by one give other logits than the whole (off by {off:.1g})"
+
+
+def _handed_on(subject: Subject) -> bool:
+    """Whether the layers run one by one with the arguments that they are called with in a pass through the
+    whole model: those depend on layers before them."""
+    called = [_called(subject, tokens) for tokens in subject.tokens]
+
+    def run(index: int, states: Tensor, tokens: Tensor) -> Tensor:
+        batch = next(i for i, each in enumerate(subject.tokens) if each is tokens)
+        return states_of(subject.layers[index](states, **called[batch][index]))
+
+    return _prove_walk(subject, run) is None
+
+
+def _called(subject: Subject, tokens: Tensor) -> list[Mapping[str, Any]]:
+    """The arguments of the calls of all layers in a pass through the whole model."""
+    found: list[Mapping[str, Any]] = []
+
+    def keep(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(arguments_of(layer, args, kwargs))
+
+    hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in subject.layers]
+    try:
+        logits(subject.model, tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
 
 
 def prove_causal(subject: Subject) -> str | None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from llmcompress.derivation.shrink import FIRST_SPECIAL, shrunk, tiny_model
 from llmcompress.errors import ModelError
@@ -41,11 +41,7 @@ class Subject:
     def like(cls, model: PreTrainedModel, path: str) -> Subject:
         """A tiny model of the same class and config, with as many of the layers at a path as it takes to have
         one of each kind. Errors: ModelError."""
-        layers = layers_at(model, path)
-        needed = max(2, 1 + max(first_of_each_kind(layers).values()))
-        tiny = shrunk(model.config, min(needed, len(layers)))
-        with torch.device("meta"):
-            size = sum(parameter.numel() for parameter in type(model)._from_config(tiny).parameters())
+        tiny, size = _tiny_config(model, path)
         if size > LARGEST:
             raise ModelError(f"a small model of its config still has {size} parameters")
         try:
@@ -139,6 +135,54 @@ def paths_of_layers(model: PreTrainedModel) -> list[str]:
         said = " or ".join(str(depth) for depth in sorted(depths))
         raise ModelError(f"it has no list of {said or 'as many'} decoder layers as its config says")
     return [names[module] for module in sorted(found, key=likely, reverse=True)]
+
+
+def _tiny_config(model: PreTrainedModel, path: str) -> tuple[PretrainedConfig, int]:
+    """The config of a tiny model with a layer of each kind, and its number of parameters.
+
+    It has all layers if what a layer is made of depends on how many there are.
+    """
+    layers = layers_at(model, path)
+    wanted = first_of_each_kind(layers)
+    depths = dict.fromkeys((depth_needed(model, path), len(layers)))
+    sizes: list[tuple[PretrainedConfig, int]] = []
+    for depth in depths:
+        tiny = shrunk(model.config, depth)
+        with torch.device("meta"):
+            small = type(model)._from_config(tiny)
+        sizes.append((tiny, sum(parameter.numel() for parameter in small.parameters())))
+        if wanted.keys() <= first_of_each_kind(layers_at(small, path)).keys():
+            return sizes[-1]
+    return sizes[0]
+
+
+def depth_needed(model: PreTrainedModel, path: str) -> int:
+    """As many of the first layers as it takes to have one of each kind, and two that share parameters if any
+    do."""
+    layers = layers_at(model, path)
+    tied = [max(one, other) for (one, _), (other, _) in _ties_in_layers(model, path)]
+    needed = max(2, 1 + max(first_of_each_kind(layers).values()), 1 + min(tied, default=0))
+    return min(needed, len(layers))
+
+
+def tied_in_layers(model: PreTrainedModel, path: str) -> dict[int, set[str]]:
+    """By the number of a layer, its parameters that other layers have too, by their names in the layer."""
+    found: dict[int, set[str]] = {}
+    for pair in _ties_in_layers(model, path):
+        for index, name in pair:
+            found.setdefault(index, set()).add(name)
+    return found
+
+
+Part = tuple[int, str]  # a layer, a parameter in it
+
+
+def _ties_in_layers(model: PreTrainedModel, path: str) -> Iterator[tuple[Part, Part]]:
+    """Yield each tied parameter of a layer, and the one that it is, in another layer."""
+    for pair in model.all_tied_weights_keys.items():
+        if all(name.startswith(f"{path}.") for name in pair):
+            target, source = (name.removeprefix(f"{path}.").partition(".") for name in pair)
+            yield (int(target[0]), target[2]), (int(source[0]), source[2])
 
 
 def same(one: Tensor, other: Tensor) -> bool:

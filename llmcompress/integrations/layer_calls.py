@@ -2,19 +2,21 @@
 
 A layer returns its states alone, or first in a tuple. A model takes one or the other, so a stub in place of a
 layer must return the same. The first argument of a layer's forward, by place or by name, is the states that
-enter it; all others (masks, rotary tables) are its arguments.
+enter it; all others (masks, rotary tables) are its arguments. In some families they depend on the tokens: an
+input of its own for each layer, or the embedding once more.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 from transformers import PreTrainedModel
 
 # layer, the states that enter it, its other arguments -> the states that leave it
@@ -33,13 +35,7 @@ def stubbed(layers: Iterable[nn.Module], stub: Stub, items: int = 0) -> Iterator
     alone if that is 0."""
 
     def call(index: int, signature: inspect.Signature, *args: Any, **kwargs: Any) -> Any:
-        named = dict(signature.bind(None, *args, **kwargs).arguments)
-        itself, entering, *_ = signature.parameters
-        del named[itself]
-        entered = named.pop(entering)
-        extra = next((name for name, of in signature.parameters.items() if of.kind is of.VAR_KEYWORD), "")
-        more = named.pop(extra, {})
-        states = stub(index, entered, named | more)
+        states = stub(index, *_divided(signature, args, kwargs))
         return (states, *[None] * (items - 1)) if items else states
 
     own = [(layer, vars(layer).get("forward")) for layer in layers]
@@ -70,6 +66,40 @@ def entering(
     with stubbed(layers, record, items), torch.autocast(tokens.device.type, enabled=False):
         model.base_model(input_ids=tokens, use_cache=False)
     return seen[0], arguments
+
+
+def arguments_of(layer: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The arguments of a call of a layer, by name, without the states that enter it."""
+    return _divided(inspect.signature(type(layer).forward), args, kwargs)[1]
+
+
+def _divided(
+    signature: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Any]]:
+    """The states in what a layer is called with, and its other arguments by name."""
+    named = dict(signature.bind(None, *args, **kwargs).arguments)
+    itself, entering, *_ = signature.parameters
+    del named[itself]
+    entered = named.pop(entering)
+    extra = next((name for name, of in signature.parameters.items() if of.kind is of.VAR_KEYWORD), "")
+    return entered, named | named.pop(extra, {})
+
+
+def sharing(own: Mapping[str, Any], first: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return arguments of one call of a layer, with all of them taken from a `first` call that are equal
+    there, or that are no tensors."""
+    leaves, structure = tree_flatten(dict(own))
+    earlier, same_structure = tree_flatten(dict(first))
+    if structure != same_structure:
+        return own
+    return tree_unflatten(list(map(_shared, leaves, earlier)), structure)  # type: ignore[no-any-return]
+
+
+def _shared(own: Any, first: Any) -> Any:
+    """The first of two values, unless they are tensors that differ."""
+    if not isinstance(own, Tensor) or not isinstance(first, Tensor):
+        return first
+    return first if own.dtype == first.dtype and own.shape == first.shape and own.equal(first) else own
 
 
 def leaving(

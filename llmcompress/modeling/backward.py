@@ -20,10 +20,11 @@ from llmcompress.algorithms.distillation_losses import IGNORED
 from llmcompress.algorithms.hessian import Moments
 from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_precision, runs_in_half
+from llmcompress.modeling.layer_arguments import Arguments
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import Arguments, enter, layer_of, leave, pieces_of, walk
+from llmcompress.modeling.sequential import enter, layer_of, leave, pieces_of, walk
 from llmcompress.modeling.token_limit import batches_of, joined
 
 # number of a batch, the model's probabilities [B, C, V] at some positions of it, next tokens [B, C] there
@@ -197,8 +198,8 @@ def _back(
         layer.half = half
         there = dict(module.named_parameters())
         parameters = {name: there[name].requires_grad_() for name in watched if name in there}
-        for i, grad in enumerate(grads):
-            part = partial(_back_part, layer, states[str(i)], grad, list(parameters.values()))
+        for i, (grad, number) in enumerate(zip(grads, firsts(grads), strict=True)):
+            part = partial(_back_part, layer, states[str(i)], grad, number, list(parameters.values()))
             entering = []
             for hidden_grad, own_grads in layer.limit.parts(part, *grad.shape[:2]):
                 entering.append(hidden_grad)
@@ -213,12 +214,18 @@ def _back(
 
 
 def _back_part(
-    layer: DecoderLayer, states: Tensor, grad: Tensor, parameters: Sequence[Tensor], here: slice
+    layer: DecoderLayer,
+    states: Tensor,
+    grad: Tensor,
+    first: int,
+    parameters: Sequence[Tensor],
+    here: slice,
 ) -> tuple[Tensor, Sequence[Tensor | None]]:
-    """Return the gradient of a part of the states that enter a layer, and those of parameters."""
+    """Return the gradient of a part of the states that enter a layer, and those of parameters. `first` is the
+    number of the first sequence of these states."""
     hidden = states[here].to(layer.device).requires_grad_()
     with half_precision(layer.device, layer.half):
-        out = layer.run(hidden)
+        out = layer.run(hidden, first=first + here.start)
     found = torch.autograd.grad(
         out, [hidden, *parameters], grad[here].to(out.device, out.dtype), allow_unused=True
     )

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Generator, Hashable, Iterator,
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import accumulate
 from typing import Any, TypeVar
 
 import torch
@@ -29,6 +30,7 @@ from llmcompress.modeling.expert_routing import experts_of, kept_to, taken_down
 from llmcompress.modeling.finished_parts import FinishedParts
 from llmcompress.modeling.half_precision import half_precision
 from llmcompress.modeling.host_memory import to_host
+from llmcompress.modeling.layer_arguments import CallArguments
 from llmcompress.modeling.token_limit import TokenLimit, joined
 
 Value = TypeVar("Value")
@@ -44,9 +46,10 @@ class DecoderLayer:
     anatomy: Anatomy
     device: torch.device
     sizes: Mapping[str, int]  # units on each axis
-    arguments: Mapping[int, Mapping[str, Any]]  # by batch size
+    arguments: CallArguments
     inputs: list[Tensor]
     reference: list[Tensor] = field(default_factory=list)  # as the full model has them
+    full_arguments: CallArguments | None = None  # of the full model, if they are others
     half: bool = False  # whether products are computed in bfloat16 where no gradient is asked for
     shard: Shard = field(default_factory=Shard)  # which units of tokens these are, of those of all
     limit: TokenLimit = field(default_factory=TokenLimit)  # tokens in one pass
@@ -61,9 +64,15 @@ class DecoderLayer:
         last = _last_linears(self.anatomy)
         self._finished, self._finished_full = FinishedParts(last), FinishedParts(last)
 
-    def run(self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None) -> Tensor:
+    def run(
+        self, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None, *, first: int | None = None
+    ) -> Tensor:
         """Return the layer's output [B, L, D]. `parameters` (by name in the layer, as stored) take the place
-        of its own."""
+        of its own.
+
+        first: the number of the first of these sequences among those of all batches. It may be left out where
+        the arguments of a layer do not depend on the tokens.
+        """
         hooks = [
             self.module.get_submodule(linear).register_forward_pre_hook(
                 partial(_round_input, rounded), prepend=True
@@ -71,54 +80,63 @@ class DecoderLayer:
             for linear, rounded in self.rounds.items()
         ]
         try:
-            return self._run(self.module, hidden, parameters)
+            return self._run(self.module, hidden, self.arguments(len(hidden), first), parameters)
         finally:
             for hook in hooks:
                 hook.remove()
 
     def _run(
-        self, module: nn.Module, hidden: Tensor, parameters: Mapping[str, Tensor] | None = None
+        self,
+        module: nn.Module,
+        hidden: Tensor,
+        arguments: Mapping[str, Any],
+        parameters: Mapping[str, Tensor] | None,
     ) -> Tensor:
         call = partial(torch.func.functional_call, module, dict(parameters)) if parameters else None
-        arguments = dict(self.arguments[len(hidden)])
         hidden = hidden.to(self.device)
-        return states_of(call((hidden,), arguments) if call else module(hidden, **arguments))
+        return states_of(call((hidden,), dict(arguments)) if call else module(hidden, **arguments))
 
     def _precision(self) -> AbstractContextManager[None]:
         """The precision of passes without a gradient."""
         return half_precision(self.device, self.half)
 
-    def _full(self, hidden: Tensor) -> Tensor:
+    def _full(self, hidden: Tensor, first: int) -> Tensor:
         """The output of the original layer for hidden states of the full model."""
-        return self._run(self._whole or self.module, hidden, self._originals)
+        arguments = (self.full_arguments or self.arguments)(len(hidden), first)
+        return self._run(self._whole or self.module, hidden, arguments, self._originals)
 
     @torch.no_grad()
     def outputs(self, batches: Sequence[Tensor]) -> list[Tensor]:
         """The layer's outputs for all `batches`, on the CPU."""
         finished = self._finished if batches is self.inputs else FinishedParts({})
-        return [self._outputs(i, hidden, finished) for i, hidden in enumerate(batches)]
+        return [
+            self._outputs(i, hidden, finished, first)
+            for i, (hidden, first) in enumerate(zip(batches, firsts(batches), strict=True))
+        ]
 
     @torch.no_grad()
     def pass_on(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the states that leave the layer, here and in the full model. Those that entered it are given
         up one batch after another, so that memory does not hold both."""
-        targets, found = self.targets, list[Tensor]()
+        targets, found, numbers = self.targets, list[Tensor](), firsts(self.inputs)
         self.reference, waiting, self.inputs = [], self.inputs[::-1], []
         self._finished_full.clear()
         while waiting:
-            found.append(self._outputs(len(found), waiting.pop(), self._finished))
-            self._finished.drop(len(found) - 1)
+            i = len(found)
+            found.append(self._outputs(i, waiting.pop(), self._finished, numbers[i]))
+            self._finished.drop(i)
         return found, targets
 
-    def _outputs(self, i: int, hidden: Tensor, finished: FinishedParts) -> Tensor:
+    def _outputs(self, i: int, hidden: Tensor, finished: FinishedParts, first: int) -> Tensor:
         """The layer's output for batch `i`, on the CPU."""
-        return joined(self.limit.each(partial(self._output, hidden, i, finished), *hidden.shape[:2]))
+        work = partial(self._output, hidden, i, finished, first)
+        return joined(self.limit.each(work, *hidden.shape[:2]))
 
-    def _output(self, hidden: Tensor, i: int, finished: FinishedParts, here: slice) -> Tensor:
+    def _output(self, hidden: Tensor, i: int, finished: FinishedParts, first: int, here: slice) -> Tensor:
         """The layer's output for a part of batch `i`, on the CPU."""
         part = _part(i, here, hidden)
         with finished.reused(self.module, part, self.device), self._precision():
-            return self._left(self.run(hidden[here]))
+            return self._left(self.run(hidden[here], first=first + here.start))
 
     @torch.no_grad()
     def outputs_with(
@@ -131,17 +149,18 @@ class DecoderLayer:
     ) -> list[Tensor]:
         """The layer's outputs for all `batches`, on `device`, with `parameters` in place of its own.
 
-        The outputs of `final` submodules do not depend on `parameters`; they are kept in `finished`.
+        The batches hold the text from its start on. The outputs of `final` submodules do not depend on
+        `parameters`; they are kept in `finished`.
         """
         kept = finished or FinishedParts({})
 
-        def output(i: int, hidden: Tensor, here: slice) -> Tensor:
+        def output(i: int, hidden: Tensor, first: int, here: slice) -> Tensor:
             with kept.reused(self.module, _part(i, here, hidden), self.device, final):
-                return self.run(hidden[here], parameters).to(device)
+                return self.run(hidden[here], parameters, first=first + here.start).to(device)
 
         return [
-            joined(self.limit.each(partial(output, i, hidden), *hidden.shape[:2]))
-            for i, hidden in enumerate(batches)
+            joined(self.limit.each(partial(output, i, hidden, first), *hidden.shape[:2]))
+            for i, (hidden, first) in enumerate(zip(batches, firsts(batches), strict=True))
         ]
 
     def _left(self, hidden: Tensor) -> Tensor:
@@ -163,13 +182,13 @@ class DecoderLayer:
         if not self._targets:
             with torch.no_grad(), self._precision():
                 self._targets = [
-                    joined(self.limit.each(partial(self._target, hidden), *hidden.shape[:2]))
-                    for hidden in self.reference
+                    joined(self.limit.each(partial(self._target, hidden, first), *hidden.shape[:2]))
+                    for hidden, first in zip(self.reference, firsts(self.reference), strict=True)
                 ]
         return self._targets
 
-    def _target(self, hidden: Tensor, here: slice) -> Tensor:
-        return self._left(self._full(hidden[here]))
+    def _target(self, hidden: Tensor, first: int, here: slice) -> Tensor:
+        return self._left(self._full(hidden[here], first + here.start))
 
     def oriented(self, linear: str, weight: Tensor) -> Tensor:
         """Convert a weight between [R, C] and the way the linear is stored (Conv1D: [C, R]); its own
@@ -328,11 +347,11 @@ class DecoderLayer:
         A pass stops once all groups have been read. A pass through the whole layer also sets `targets`.
         `in_turn` is that of `moments`.
         """
-        targets: list[Tensor] = []
+        targets, numbers = list[Tensor](), firsts(self.inputs)
         with torch.no_grad(), self._listening({consumers[0] for consumers in groups}) as listener:
             for i, hidden in enumerate(self.inputs):
                 outs = list[Tensor]()
-                read = partial(self._read, listener, i, groups, in_turn)
+                read = partial(self._read, listener, i, numbers[i], groups, in_turn)
                 for full, out in self.limit.parts(read, *hidden.shape[:2]):
                     outs += [out] if out is not None else []
                     yield listener.read, full
@@ -343,33 +362,36 @@ class DecoderLayer:
         self,
         listener: _Listener,
         i: int,
+        first: int,
         groups: tuple[tuple[str, ...], ...],
         in_turn: bool,
         here: slice,
     ) -> tuple[dict[str, Tensor], Tensor | None]:
-        """Run a part of batch `i` until the listener has read the first linear of each group.
+        """Run a part of batch `i`, whose first sequence has the number `first`, until the listener has read
+        the first linear of each group.
 
         Returns what they read in the full model, and its output if the pass went through the whole layer.
         """
         if groups[0] not in self.anatomy.consumers:
-            return self._read_routed(listener, i, groups, in_turn, here), None
+            return self._read_routed(listener, i, first, groups, in_turn, here), None
         linears, whole = {consumers[0] for consumers in groups}, self.anatomy.consumers[-1] in groups
         full, out, hidden = dict[str, Tensor](), None, self.inputs[i]
-        part = _part(i, here, hidden)
+        part, first = _part(i, here, hidden), first + here.start
         if self.reference:
             listener.begin(linears, through=whole)
             with self._reusing(self._finished_full, part, groups, in_turn, listener):
-                out = _until_enough(self._full, self.reference[i][here])
+                out = _until_enough(self._full, self.reference[i][here], first)
             full, out = listener.read, None if out is None else self._left(out)
         listener.begin(linears)
         with self._reusing(self._finished, part, groups, in_turn, listener):
-            _until_enough(self.run, hidden[here])
+            _until_enough(partial(self.run, first=first), hidden[here])
         return full, out
 
     def _read_routed(
         self,
         listener: _Listener,
         i: int,
+        first: int,
         groups: tuple[tuple[str, ...], ...],
         in_turn: bool,
         here: slice,
@@ -380,9 +402,10 @@ class DecoderLayer:
         """
         experts = self.module.get_submodule(experts_of(groups[0][0]))
         linears, part = {consumers[0] for consumers in groups}, _part(i, here, self.inputs[i])
+        first += here.start
         listener.begin(linears)
         with taken_down(experts) as routing, self._reusing(self._finished, part, groups, in_turn, listener):
-            _until_enough(self.run, self.inputs[i][here])
+            _until_enough(partial(self.run, first=first), self.inputs[i][here])
         read, tokens = listener.read, self.inputs[i][here][..., 0].numel()
         if not self.reference or not routing.covers(tokens):
             return {}
@@ -391,7 +414,7 @@ class DecoderLayer:
             kept_to(experts, routing),
             self._reusing(self._finished_full, part, groups, in_turn, listener),
         ):
-            _until_enough(self._full, self.reference[i][here])
+            _until_enough(self._full, self.reference[i][here], first)
         full, listener.read = listener.read, read
         return {name: x for name, x in full.items() if name in read and x.shape == read[name].shape}
 
@@ -469,6 +492,11 @@ class _Listener:
 
 def _round_input(rounded: Inputs, module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (rounded(args[0]), *args[1:])
+
+
+def firsts(batches: Sequence[Tensor]) -> list[int]:
+    """The number of the first sequence of each of some batches [B, L, D], which follow each other."""
+    return [0, *accumulate(map(len, batches))][: len(batches)]
 
 
 def _part(batch: int, here: slice, hidden: Tensor) -> Hashable:

@@ -166,6 +166,7 @@ class DiskModel(LayerwiseModel):
 
     def _bring(self, names: Iterable[str]) -> None:
         names = list(names)
+        tied = [name for name in names if name in self.tied and name not in self.sources]
         keys = [(key, name) for name in names for key in self.sources.get(name, [])]
         config = LoadStateDictConfig(
             dtype=self.dtype,
@@ -179,6 +180,10 @@ class DiskModel(LayerwiseModel):
         if info.mismatched_keys or info.conversion_errors:
             wrong = sorted(str(entry) for entry in (info.mismatched_keys or info.conversion_errors))
             raise self._misfit(wrong[0])
+        for name in tied:
+            owner, _, leaf = name.rpartition(".")
+            weight = self._as_stored(self.tied[name]).to(self.device, self.dtype)
+            self.model.get_submodule(owner)._parameters[leaf] = nn.Parameter(weight)
         for owner, _, leaf in (name.rpartition(".") for name in names):
             if (parameter := self.model.get_submodule(owner)._parameters.get(leaf)) is not None:
                 parameter.requires_grad_(False)

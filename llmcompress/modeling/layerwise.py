@@ -76,10 +76,18 @@ class LayerwiseModel(ABC):
         with init_empty_weights(include_buffers=False):
             build_layers(self.model, layers, self.anatomy)
         self.layers = layers
+        inside, tied = f"{self.anatomy.layers}.", self.model.all_tied_weights_keys
+        # parameters of layers that are those of other layers, by full name; no stage changes them
+        self.tied = {
+            name: source
+            for name, source in tied.items()
+            if name.startswith(inside) and source.startswith(inside)
+        }
         # parameters of experts that are linears here, by full name: whether the files hold them so
         self.divided: dict[str, bool] = {}
         self._divide(divided, stored=True)
         self.sizes = self.sizes_of(0)
+        self.stored: list[str] = []  # modules outside the layers that compute from a weight as it is stored
         self.rotation: Rotation | None = None
         self._freed = 0  # bytes freed since the heap was last given back
 
@@ -147,7 +155,8 @@ class LayerwiseModel(ABC):
         names = [name for name in self.model.state_dict() if not name.startswith(inside) and name != tied]
         self._bring([name for name in names if name not in stored])
         for name in stored:
-            module = self.model.get_submodule(name.removesuffix(".weight"))
+            self.stored.append(name.removesuffix(".weight"))
+            module = self.model.get_submodule(self.stored[-1])
             if name in names:
                 weight = self._as_stored(name).to(self.device)
                 module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
@@ -162,9 +171,17 @@ class LayerwiseModel(ABC):
         )
 
     def _stay_stored(self) -> list[str]:
-        """The matrices of embedding and head that stay in the dtype in which they are stored."""
+        """The matrices of embedding and head that stay in the dtype in which they are stored, and of other
+        embeddings that are looked up for each token."""
         embedding, head = self.anatomy.embedding, self.anatomy.head
         source = {embedding: embedding, head: embedding if self.config.tie_word_embeddings else head}
+        if self.anatomy.arguments_by_batch:
+            inside = f"{self.anatomy.layers}."
+            source |= {
+                name: name
+                for name, module in self.model.named_modules()
+                if isinstance(module, nn.Embedding) and name not in source and not name.startswith(inside)
+            }
         found = {
             f"{module}.weight": self.dtypes.get(f"{stored}.weight")
             for module, stored in source.items()
@@ -339,11 +356,12 @@ class LayerwiseModel(ABC):
             total += sum(
                 math.prod(Spelling.parse(row).shape(sizes)) * each(f"{layer}.{name}") for name, row in rows
             )
-        return total - (self._unstored(each) if self.layouts or self.ties else 0)
+        return total - (self._unstored(each) if self.layouts or self.ties or self.tied else 0)
 
     def _unstored(self, each: Callable[[str], int]) -> int:
         """How much less is stored than the whole weights, because some are shared and some are products."""
-        found, tied = 0, {name.rpartition(".")[0] for name in self.ties}
+        found = sum(self.model.get_parameter(name).numel() * each(name) for name in self.tied)
+        tied = {name.rpartition(".")[0] for name in self.ties}
         for name, shape in self.linear_maps():
             layout, one = self.layouts.get(name), each(f"{name}.weight")
             if isinstance(layout, FactoredLayout):

@@ -28,6 +28,7 @@ from llmcompress.integrations.distributed import ALONE, Processes
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.half_precision import runs_in_half
 from llmcompress.modeling.host_memory import to_host
+from llmcompress.modeling.layer_arguments import Arguments, anything, no_arguments
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.token_limit import batches_of
 
@@ -37,12 +38,10 @@ SAMPLE = 8192  # tokens that decide what goes or what is shared
 Track = Callable[[Iterable[Any], str, int], Iterable[Any]]
 Part = tuple[int, str | None]  # a layer, or a linear of it
 Key = TypeVar("Key", bound=Hashable)
-Found = TypeVar("Found")
 # a layer in memory -> parameters to run with in place of its own
 Edit = Callable[[DecoderLayer], Mapping[str, Tensor]]
 Edits = Mapping[int, Edit | None]  # by layer; None skips the layer
-# batch size -> layer -> its keyword arguments: masks, rotary tables
-Arguments = Mapping[int, Sequence[Mapping[str, Any]]]
+Entered = tuple[list[Tensor], Arguments]  # states that enter the first layer, and what layers are called with
 
 
 def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
@@ -50,55 +49,26 @@ def untracked(things: Iterable[Any], what: str, count: int) -> Iterable[Any]:
     return things
 
 
-class _BySize(dict[int, Found]):
-    """Something by batch size. It is found for a size that has not occurred when it is asked for."""
-
-    def __init__(self, find: Callable[[int], Found]) -> None:
-        super().__init__()
-        self.find = find
-
-    def __missing__(self, size: int) -> Found:
-        self[size] = found = self.find(size)
-        return found
-
-
 @torch.no_grad()
-def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> tuple[list[Tensor], Arguments]:
+def enter(resident: LayerwiseModel, batches: Sequence[Tensor]) -> Entered:
     """Return the hidden states [B, L, D] that enter the first layer, and the arguments that each layer is
     called with."""
-    arguments = _BySize[Sequence[Mapping[str, Any]]](
-        lambda size: _entering(resident, _anything(resident, size, batches[0].shape[1]))[1]
-    )
-    streams = []
+    arguments, streams = Arguments(resident, batches), []
     for tokens in batches:
-        hidden, called = _entering(resident, tokens)
+        hidden = arguments.enter(tokens)
         if not all_finite(hidden):
             raise ModelError(
                 f"{resident.anatomy.embedding} gives activations that are NaN or infinite, as its weights "
                 "are too large; take a sound base"
             )
         streams.append(to_host(hidden))
-        arguments.setdefault(len(tokens), called)
     return streams, arguments
-
-
-def _entering(resident: LayerwiseModel, tokens: Tensor) -> tuple[Tensor, list[Mapping[str, Any]]]:
-    return layer_calls.entering(
-        resident.model, resident.layers, tokens.to(resident.device), resident.anatomy.returned_items
-    )
-
-
-def _anything(resident: LayerwiseModel, sequences: int, length: int) -> Tensor:
-    """Tokens [S, L] whose values do not matter."""
-    padding = getattr(resident.text_config, "pad_token_id", None)
-    token = 1 if padding == 0 else 0  # transformers warns of padding
-    return torch.full((sequences, length), token, device=resident.device)
 
 
 def leave(resident: LayerwiseModel, hidden: Tensor) -> Tensor:
     """Return the logits [B, L, V] of hidden states [B, L, D] that left the last layer: final norm, head and
     all that goes with them."""
-    tokens, states = _anything(resident, *hidden.shape[:2]), hidden.to(resident.device)
+    tokens, states = anything(resident, *hidden.shape[:2]), hidden.to(resident.device)
     return layer_calls.leaving(
         resident.model, resident.layers, states, tokens, resident.anatomy.returned_items
     )
@@ -141,28 +111,34 @@ def walk(
     through: bool = False,
     half: bool = False,
     processes: Processes = ALONE,
+    full: Entered | None = None,
 ) -> Iterator[DecoderLayer]:
     """Yield each layer in turn, with the hidden states of token `sequences` [S, L] that enter it.
 
     Later layers see what the caller does to a layer's weights. With `reference`, the stream of the unchanged
-    model runs beside it. The last layer is run only if `through` asks for the states that leave it. One more
-    DecoderLayer then follows, whose module is an identity and whose `inputs` are these states. With `half`, a
-    model that is stored in bfloat16 is computed in it, if the device multiplies bfloat16 faster; the states
-    between layers are float32. Each of several `processes` runs its share of the sequences.
+    model runs beside it; it begins with `full` if the embedding is another one by now. The last layer is run
+    only if `through` asks for the states that leave it. One more DecoderLayer then follows, whose module is
+    an identity and whose `inputs` are these states. With `half`, a model that is stored in bfloat16 is
+    computed in it, if the device multiplies bfloat16 faster; the states between layers are float32. Each of
+    several `processes` runs its share of the sequences.
     """
     half = half and runs_in_half(resident)
     shard = processes.shard(batches_of(sequences))
     inputs, arguments = enter(resident, processes.shard(resident.limit.batches(sequences)).batches)
-    full = list(inputs) if reference else []
+    targets = list(full[0] if full else inputs) if reference else []
+    full_arguments = full[1] if full and full[1].by_batch else None
+    full = None  # its states are given up too
     for index in range(len(resident.layers)):
         last = index == len(resident.layers) - 1
         with resident.layer(index) as module:
-            layer = layer_of(resident, index, module, arguments, inputs, full)
+            layer = layer_of(resident, index, module, arguments, inputs, targets)
             layer.half, layer.shard = half, shard
+            if full_arguments:
+                layer.full_arguments = full_arguments.of_layer(index)
             yield layer
             if through or not last:
-                inputs, full = [], []  # the layer holds them alone, to give them up
-                inputs, full = layer.pass_on()
+                inputs, targets = [], []  # the layer holds them alone, to give them up
+                inputs, targets = layer.pass_on()
     if through:
         yield DecoderLayer(
             len(resident.layers),
@@ -171,9 +147,9 @@ def walk(
             resident.anatomy,
             resident.device,
             resident.sizes,
-            {},
+            no_arguments,
             inputs,
-            full,
+            targets,
             shard=shard,
             limit=resident.limit,
         )
@@ -188,7 +164,6 @@ def layer_of(
     reference: list[Tensor],
 ) -> DecoderLayer:
     """Return the DecoderLayer of layer `index`, which is in memory, with the states that enter it."""
-    own = _BySize[Mapping[str, Any]](lambda size: arguments[size][index])
     anatomy, sizes = resident.anatomy_of_layer(index), resident.sizes_of(index)
     return DecoderLayer(
         index,
@@ -197,7 +172,7 @@ def layer_of(
         anatomy,
         resident.device,
         sizes,
-        own,
+        arguments.of_layer(index),
         inputs,
         reference,
         limit=resident.limit,

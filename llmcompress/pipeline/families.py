@@ -70,8 +70,10 @@ def _facts(model_type: str) -> FamilyFacts:
 
 
 def _weights(model: PreTrainedModel, each: Sequence[Anatomy]) -> tuple[int, int]:
-    """The number of weights in linears of layers that stages may rewrite, and of all weights of layers."""
-    linears, every = 0, 0
+    """The number of weights in linears of layers that stages may rewrite, and of all weights of layers, those
+    of several layers once."""
+    tied = [name for name in model.all_tied_weights_keys if name.startswith(f"{each[0].layers}.")]
+    linears, every = 0, -sum(model.get_parameter(name).numel() for name in tied)
     for layer, anatomy in zip(layers_at(model, each[0].layers), each, strict=True):
         every += sum(parameter.numel() for parameter in layer.parameters())
         linears += sum(math.prod(shape_of(layer.get_submodule(name))) for name in anatomy.linears)

@@ -17,16 +17,18 @@ from llmcompress.architectures.shape_grammar import Spelling, units_along
 from llmcompress.architectures.spec import AXES, Anatomy
 from llmcompress.derivation import derive
 from llmcompress.derivation.derive import anatomy_of, derived
-from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk
+from llmcompress.derivation.example_configs import example_config
+from llmcompress.derivation.proofs import prove_causal, prove_poison, prove_walk, proved_walk
 from llmcompress.derivation.readers import readers_of
 from llmcompress.derivation.scales import Crossing, prove_crossing, proved_crossings
 from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.derivation.subject import EXACT, Subject, first_of_each_kind, layers_at
 from llmcompress.errors import ModelError
+from llmcompress.modeling.layer_arguments import Arguments
 from llmcompress.modeling.layerwise import InMemoryModel
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import layer_of
-from tests.models import VARIANTS, pico
+from tests.models import VARIANTS, pico, tiny_config
 
 CONFIGS = [*((family, {}) for family in FAMILIES), *VARIANTS]
 
@@ -106,7 +108,7 @@ def test_derived_scales_cross_a_layer_of_other_sizes(family: str, overrides: dic
         before = model(tokens).logits
     for key in anatomy.scale_pairs:
         for index, module in enumerate(layers_at(model, anatomy.layers)):
-            layer = layer_of(resident, index, module, {}, [], [])
+            layer = layer_of(resident, index, module, Arguments(resident, []), [], [])
             shape = [layer.sizes[axis] for axis in anatomy.producer(key)[2]]
             draw = torch.Generator().manual_seed(index)
             factor = torch.rand(shape, generator=draw, dtype=torch.float64) + 0.5
@@ -217,11 +219,78 @@ def telling(model: PreTrainedModel) -> None:
     inner.forward = forward
 
 
+def handing_on(model: PreTrainedModel) -> None:
+    """A layer is called with something that the one before computed."""
+    layers = [model.get_submodule(f"model.layers.{index}") for index in (0, 1)]
+    (one, other), inner = [layer.forward for layer in layers], model.base_model
+    run = inner.forward
+
+    def computing(hidden: Tensor, *, handed: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        handed["on"] = hidden.mean()
+        return one(hidden, **kwargs)  # type: ignore[no-any-return]
+
+    def reading(hidden: Tensor, *, handed: dict[str, Tensor], **kwargs: Any) -> Tensor:
+        return other(hidden, **kwargs) + handed.get("on", 0.0)  # type: ignore[no-any-return]
+
+    def forward(**kwargs: Any) -> Any:
+        handed = dict[str, Tensor]()
+        hooks = [
+            layer.register_forward_pre_hook(
+                lambda module, args, kwargs: (args, kwargs | {"handed": handed}),
+                with_kwargs=True,
+                prepend=True,
+            )
+            for layer in layers
+        ]
+        try:
+            return run(**kwargs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    layers[0].forward, layers[1].forward, inner.forward = computing, reading, forward
+
+
 @pytest.mark.parametrize("change", [remembering, skipping, summing, telling])
 def test_a_model_that_computes_something_between_its_layers_can_not_be_walked(change: Change) -> None:
     assert prove_walk(changed()) is None
     why = prove_walk(changed(change))
     assert why and why.startswith("its layers one by one give other logits than the whole (off by")
+
+
+@pytest.mark.parametrize("change", [remembering, skipping, summing])
+def test_arguments_of_each_batch_do_not_make_up_for_what_a_walk_does_not_see(change: Change) -> None:
+    with pytest.raises(ModelError, match="its layers one by one give other logits than the whole"):
+        proved_walk(changed(change))
+
+
+def test_arguments_are_of_each_batch_only_where_they_depend_on_the_tokens() -> None:
+    assert not proved_walk(changed()) and proved_walk(changed(telling))
+    for family in FAMILIES:
+        assert not derived(pico(family)).arguments_by_batch
+
+
+HANDED = "its layers hand on more than their states, such as keys and values, to later ones"
+
+
+def test_layers_that_hand_on_more_than_their_states_are_refused_with_this_reason() -> None:
+    with pytest.raises(ModelError, match=HANDED):
+        proved_walk(changed(handing_on))
+    fields = example_config("gemma4_text").to_dict()
+    del fields["per_layer_config"]  # it follows from the others
+    sharing = AutoConfig.for_model(**fields | {"num_kv_shared_layers": 2})
+    with pytest.raises(ModelError, match=HANDED):
+        derived(skeleton(sharing, torch.float32))
+
+
+def test_weights_of_several_layers_are_kept_and_no_scale_crosses_to_them() -> None:
+    found = anatomy_of(skeleton(tiny_config("zamba2"), torch.float32))
+    alone, shared = found.each_layer[0], found.each_layer[6]
+    assert not alone.kept and set(alone.linears) == {"mamba.in_proj", "mamba.out_proj"}
+    why = {why for name, why in shared.kept.items() if "shared_transformer" in name}
+    assert why == {"is a weight of several layers"}
+    assert set(shared.linears) == {"linear", "mamba_decoder.mamba.in_proj", "mamba_decoder.mamba.out_proj"}
+    assert shared.scale_pairs.keys() == {"mamba_decoder.input_layernorm", "mamba_decoder.mamba.norm"}
 
 
 def test_a_model_whose_tokens_see_those_after_them_is_refused() -> None:

@@ -17,8 +17,7 @@ from transformers import PretrainedConfig, Qwen3_5ForConditionalGeneration
 from llmcompress import DataSpec, compress, evaluate
 from llmcompress.architectures.auto_classes import auto_class
 from llmcompress.derivation.example_configs import example_config
-from llmcompress.derivation.shrink import shrunk, tiny_model
-from llmcompress.derivation.subject import first_of_each_kind, layers_at, paths_of_layers
+from llmcompress.derivation.shrink import tiny_model
 from llmcompress.errors import ModelError
 from llmcompress.formats.integer_linear import IntegerLinear
 from llmcompress.modeling.from_disk import DiskModel
@@ -27,6 +26,7 @@ from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.report.schema import Report
 from tests.bases import VOCABULARY, byte_tokenizer, small_recipe, staged_recipe, write_text
+from tests.models import TOKENS_ENTER_LAYERS, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -42,6 +42,7 @@ CLASSES = {
     "hybrid": ("jamba", "mamba2", "falcon_h1", "lfm2", "nemotron_h"),
     "wrapper": ("gemma3", "mistral3", "qwen3_vl", "llava", "internvl"),
     "wrapper too": ("smolvlm", "qwen2_5_vl", "qwen3_5", "idefics3", "paligemma"),
+    "tokens in layers": TOKENS_ENTER_LAYERS,
 }
 EIGHT_BITS = ("plain", "older", "parallel", "wrapper")
 
@@ -67,19 +68,19 @@ print(json.dumps(found))
 """
 
 
-def tiny_config(model_type: str) -> PretrainedConfig:
-    """A small config of a type, with each kind of layer and a vocabulary for the tests' tokenizer."""
-    config = example_config(model_type)
-    whole = skeleton(config, torch.float32)
-    layers = layers_at(whole, paths_of_layers(whole)[0])
-    tiny = shrunk(config, min(len(layers), max(2, 1 + max(first_of_each_kind(layers).values()))))
-    tiny.get_text_config(decoder=True).vocab_size = VOCABULARY
+def small_config(model_type: str) -> PretrainedConfig:
+    """A small config of a type, with a vocabulary for the tests' tokenizer."""
+    tiny = tiny_config(model_type)
+    text = tiny.get_text_config(decoder=True)
+    for name in ("vocab_size", "vocab_size_per_layer_input"):
+        if hasattr(text, name):
+            setattr(text, name, VOCABULARY)
     return tiny
 
 
 def save_tiny(model_type: str, folder: Path) -> Path:
     """A random model of a type, with its tokenizer."""
-    model = tiny_model(tiny_config(model_type), dtype=torch.float32)
+    model = tiny_model(small_config(model_type), dtype=torch.float32)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
@@ -193,7 +194,7 @@ STAGES: dict[str, list[dict[str, Any]]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "gemma3"])
+@pytest.mark.parametrize("model_type", ["bloom", "deepseek_v3", "gemma3", "zamba2"])
 def test_every_stage_that_needs_no_axes_takes_a_derived_family(model_type: str, tmp_path: Path) -> None:
     base, text = save_tiny(model_type, tmp_path / "base"), write_text(tmp_path / "text.txt")
     for name, stages in STAGES.items():
@@ -204,6 +205,29 @@ def test_every_stage_that_needs_no_axes_takes_a_derived_family(model_type: str, 
         assert again.kl_nats_mean == pytest.approx(report.fidelity.kl_nats_mean, rel=1e-3, abs=1e-7), name
         linears, floats = report.linears, torch.finfo(torch.float32).max
         assert linears and all(0 <= linear.relative_error < floats for linear in linears), name
+
+
+@pytest.mark.slow
+def test_a_model_whose_layers_see_the_tokens_is_healed(tmp_path: Path) -> None:
+    outs, names = dict[str, Path](), ("gemma4_text", "zamba")
+    for name in names:
+        base, text = save_tiny(name, tmp_path / name), write_text(tmp_path / "text.txt")
+        kl = []
+        for healed, steps in ((False, []), (True, [{"distill": {"steps": 20, "batch": 4}}])):
+            out = tmp_path / f"{name}-{healed}"
+            report = compress(
+                str(base), staged_recipe(text, base, {"low_rank": {"keep": 0.5}}, *steps), str(out)
+            )
+            assert isinstance(report, Report) and report.fidelity.kl_nats_mean is not None
+            kl.append(report.fidelity.kl_nats_mean)
+        assert kl[1] < kl[0], name
+        outs[name] = out
+    found = loaded(outs, plugin=True)
+    for name, out in outs.items():
+        assert not found[name]["wrong"], name
+        walk = DiskModel(out, torch.device("cpu"), quantized=True)
+        expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
+        assert (torch.load(out / "scores.pt") - expected).abs().max() < 1e-3 * expected.std(), name
 
 
 def test_a_wrapper_keeps_its_towers_and_its_class(tmp_path: Path) -> None:
@@ -232,7 +256,7 @@ def test_experts_larger_than_the_memory_are_never_made() -> None:
 
 def test_a_multimodal_model_in_memory_stays_what_it_is(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
-    model = tiny_model(tiny_config("qwen3_5"), Qwen3_5ForConditionalGeneration, dtype=torch.float32)
+    model = tiny_model(small_config("qwen3_5"), Qwen3_5ForConditionalGeneration, dtype=torch.float32)
     vision = {name: p.clone() for name, p in model.named_parameters() if ".visual." in name}
     recipe = small_recipe(text, format="w8a16", rounding="nearest")
     made, report = compress(model, recipe, tokenizer=byte_tokenizer())

@@ -11,6 +11,6 @@ from tests.families_page import PAGE, written
 @pytest.mark.filterwarnings("ignore")
 def test_the_page_of_families_shows_what_is_known() -> None:
     facts = known_families()
-    assert sum(of.level > 0 for of in facts) >= 165
+    assert sum(of.level > 0 for of in facts) >= 169
     assert {of.model_type for of in facts if of.level == 3} == {*FAMILIES, "gpt-sw3"}
     assert written(facts) == PAGE.read_text("utf-8"), "write it again: python -m tests.families_page"

@@ -30,7 +30,7 @@ from llmcompress.report.schema import Report
 from llmcompress.stages.base import naming_layer
 from llmcompress.stages.distill.trainer import DistillTrainer
 from tests.bases import save_base, staged_recipe, write_text
-from tests.models import pico
+from tests.models import TOKENS_ENTER_LAYERS, pico, tiny
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 LENGTH = 24
@@ -48,12 +48,13 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Short:
             layer: DecoderLayer,
             module: nn.Module,
             hidden: Tensor,
-            parameters: Mapping[str, Tensor] | None = None,
+            arguments: Mapping[str, Any],
+            parameters: Mapping[str, Tensor] | None,
         ) -> Tensor:
             if len(hidden) > most:
                 failed.append(len(hidden))
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has")
-            return plain(layer, module, hidden, parameters)
+            return plain(layer, module, hidden, arguments, parameters)
 
         monkeypatch.setattr(DecoderLayer, "_run", run)
         return failed
@@ -62,7 +63,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> Short:
 
 
 def resident(family: str = "llama") -> InMemoryModel:
-    model = pico(family)
+    model = tiny(family) if family in TOKENS_ENTER_LAYERS else pico(family)
     return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
@@ -205,7 +206,9 @@ def test_memory_that_runs_out_elsewhere_names_the_layer_in_one_line() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total")
 
 
-@pytest.mark.parametrize(("family", "most"), [("llama", 1), ("llama", 3), ("qwen3_moe", 3), ("gpt2", 3)])
+@pytest.mark.parametrize(
+    ("family", "most"), [("llama", 1), ("llama", 3), ("qwen3_moe", 3), ("gpt2", 3), ("gemma4_text", 3)]
+)
 def test_moments_outputs_and_targets_are_those_of_an_undisturbed_walk(
     family: str, most: int, short: Short, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -235,7 +238,7 @@ def test_moments_outputs_and_targets_are_those_of_an_undisturbed_walk(
             close(a, b)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe", "gemma4_text"])
 def test_nothing_kept_for_a_whole_batch_is_used_for_its_parts(family: str) -> None:
     def walked(shrinking: Mapping[int, int]) -> Iterator[tuple[dict[str, Moments], list[Tensor]]]:
         """What each layer reads in turn and returns; `shrinking` is the limit from a group of linears on."""
@@ -282,11 +285,12 @@ def test_a_sum_of_moments_holds_nothing_of_a_part_that_failed(monkeypatch: pytes
         close(getattr(moments, part), getattr(plain, part))
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma4_text"])
 def test_gradients_head_inputs_and_streams_without_a_part_are_those_of_an_undisturbed_run(
-    short: Short, tmp_path: Path
+    family: str, short: Short, tmp_path: Path
 ) -> None:
     def found() -> Iterator[Tensor]:
-        model = resident()
+        model = resident(family)
         watched = ["self_attn.q_proj.weight"]
         for _, grads, own in gradients(model, sequences(), tmp_path, following, watched, first=True):
             yield from (torch.cat(grads), *own.values())

@@ -46,7 +46,7 @@ def whole(
     `ready` is given each layer before the next one is read.
     """
     model = copy.deepcopy(resident.model)
-    for name in (resident.anatomy.embedding, resident.anatomy.head):
+    for name in resident.stored:
         widen(model.get_submodule(name), resident.dtype)
     for index in range(len(resident.layers)):
         with resident.layer(index) as module:

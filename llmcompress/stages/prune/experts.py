@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from llmcompress.architectures.shape_grammar import Spelling, take
 from llmcompress.architectures.spec import Anatomy, experts_per_token
 from llmcompress.errors import ModelError
-from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.layerwise import LayerwiseModel
 
 AXIS = "expert"
@@ -53,8 +53,8 @@ def saliency(layer: DecoderLayer) -> Tensor:
     """
     experts = layer.module.get_submodule(_place(layer.anatomy))
     saliency_E, tokens = torch.zeros(layer.sizes[AXIS], device=layer.device), 0
-    for hidden in layer.inputs:
-        part = partial(_saliency_of_part, layer, experts, hidden)
+    for hidden, first in zip(layer.inputs, firsts(layer.inputs), strict=True):
+        part = partial(_saliency_of_part, layer, experts, hidden, first)
         for found_E, count in layer.limit.parts(part, *hidden.shape[:2]):
             saliency_E += found_E
             tokens += count
@@ -64,7 +64,7 @@ def saliency(layer: DecoderLayer) -> Tensor:
 
 
 def _saliency_of_part(
-    layer: DecoderLayer, experts: nn.Module, hidden: Tensor, here: slice
+    layer: DecoderLayer, experts: nn.Module, hidden: Tensor, first: int, here: slice
 ) -> tuple[Tensor, int]:
     """The sum of the saliency of each expert over a part of a batch, and the tokens that it has."""
     seen, saliency_E = list[tuple[Tensor, ...]](), torch.zeros(layer.sizes[AXIS], device=layer.device)
@@ -72,7 +72,7 @@ def _saliency_of_part(
         lambda module, args, named: seen.append((*args, *named.values())), with_kwargs=True
     )
     try:
-        layer.run(hidden[here])
+        layer.run(hidden[here], first=first + here.start)
     finally:
         hook.remove()
     x_TD, expert_TK, weight_TK = seen[0]

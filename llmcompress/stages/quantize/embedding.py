@@ -20,7 +20,7 @@ from llmcompress.formats.integer import IntegerLayout, IntegerWeight
 from llmcompress.formats.integer_embedding import factor_of
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import enter
+from llmcompress.modeling.sequential import Entered, enter
 from llmcompress.stages.base import OUTER, Context, LayerRecord, LinearRecord
 from llmcompress.stages.quantize.config import FormatConfig
 
@@ -52,20 +52,20 @@ def apart(model: LayerwiseModel) -> set[str]:
 
 def settle_outer(
     model: LayerwiseModel, context: Context, chosen: Mapping[str, QuantScheme]
-) -> tuple[list[Tensor], LayerRecord | None]:
+) -> tuple[Entered | None, LayerRecord | None]:
     """Journal what changes outside the layers, and let the embedding and a tied head use their int8 codes.
 
-    Returns the states that the embedding gave before, and its record for the report; no states and None if it
-    is kept.
+    Returns what the embedding gave before, and its record for the report; None and None if it is kept.
     """
     name, journal = model.anatomy.embedding, context.journal
     if (model.rotation or name in chosen) and not journal.has(OUTER, 0):
         journal.save(OUTER, 0, *_entry(model, chosen, context.data.calibration))
     if name not in chosen:
-        return [], None
+        return None, None
     tensors = journal.load(OUTER, 0)
     batches = model.limit.batches(context.data.calibration)
-    full, _ = enter(model, context.processes.shard(batches).batches)
+    full = enter(model, context.processes.shard(batches).batches)
+    full[1].keep_embedding()
     packed = chosen[name].read(registry.parts_of(name, tensors), model.matrices()[name][1])
     model.set_embedding(registry.dequantize(packed), chosen[name].inputs())
     return full, journal.facts(OUTER, 0, LayerRecord)

@@ -58,9 +58,11 @@ def _memory(stage: Quantize, model: MetaModel, tokens: int) -> int:
     """Bytes held at once: the largest layer with its solver's matrices, the weights outside the layers, the
     hidden states."""
     inner = max(sum(p.numel() for p in layer.parameters()) for layer in model.layers)
-    outer = sum(p.numel() for p in model.model.parameters()) - model.inner_parameters()
-    # inputs and outputs, here and in the full model
-    states = tokens * model.hidden_size * (2 if stage.rounding == "nearest" else 4)
+    inside = f"{model.anatomy.layers}."
+    outer = sum(p.numel() for name, p in model.model.named_parameters() if not name.startswith(inside))
+    # inputs and outputs, here and in the full model, and what each token has of its own in a layer
+    streams = (2 if stage.rounding == "nearest" else 4) + model.anatomy.arguments_by_batch
+    states = tokens * model.hidden_size * streams
     widest = max(columns for _, (_, columns) in model.linear_maps())
     # a layer in float32, before and after, and its codes as int64; if trained, also gradients, positions and
     # moments of Adam

@@ -20,7 +20,7 @@ from llmcompress.formats.integer import IntegerWeight
 from llmcompress.formats.registry import StoredWeight
 from llmcompress.formats.schemes import IntegerScheme, QuantScheme
 from llmcompress.kernels import column_loops
-from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
@@ -264,11 +264,12 @@ class Rounding:
         starts = {name: solution.rounded for name, solution in found.solutions.items()}
         R_DD = metric_factor(F_DD.to(self.device), METRIC_DAMP)
         inputs, targets = layer.limit.units(layer.inputs), layer.limit.units(layer.targets)
+        numbers = firsts(inputs)
 
         def part(place: int, share: float, rounded: Mapping[str, Tensor], here: slice) -> Tensor:
             stored = {f"{name}.weight": layer.oriented(name, W) for name, W in rounded.items()}
             with half_precision(self.device, half_is_fast(self.device)):
-                out = layer.run(inputs[place][here], stored)
+                out = layer.run(inputs[place][here], stored, first=numbers[place] + here.start)
             lost = (out - targets[place][here].to(self.device)).float()
             return (lost @ R_DD).square().sum(-1).mean() * share
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
@@ -17,7 +17,7 @@ from llmcompress.integrations.expert_linears import SUFFIX
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
-from llmcompress.modeling.sequential import head_input, walk
+from llmcompress.modeling.sequential import Entered, head_input, walk
 from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LayerRecord, LinearRecord, naming_layer
 from llmcompress.stages.fisher import fisher
@@ -66,11 +66,11 @@ class LayerQuantizer:
         context: Context,
         chosen: dict[str, QuantScheme],
         steps: int,
-        full: Sequence[Tensor],
+        full: Entered | None,
     ) -> None:
         """Quantise every layer that the journal does not hold yet.
 
-        `full` holds the states that the full model's embedding gives, if the embedding in use is another one.
+        `full` is what the full model's embedding gives, if the embedding in use is another one.
         """
         journal = context.journal
         calibrated, through = self.stage.rounding != "nearest", steps > len(model.layers)
@@ -82,11 +82,10 @@ class LayerQuantizer:
             through=through,
             half=calibrated,
             processes=context.processes,
+            full=full,
         )
         for layer in context.track(layers, f"quantize ({self.stage.format}, {self.stage.rounding})", steps):
             head = layer.index == len(model.layers)
-            if layer.index == 0 and full and calibrated:
-                layer.reference = list(full)
             codings = {model.anatomy.head: chosen[model.anatomy.head]} if head else layer.own(chosen)
             known = {} if head else layer.own(self._known(model, layer, chosen, journal))
             dtype_of = _in_block(model, layer)

@@ -23,7 +23,7 @@ from llmcompress.architectures.shape_grammar import Spelling
 from llmcompress.formats.low_rank import FactoredLayout, FactoredWeight
 from llmcompress.io.journal import JournalFacts
 from llmcompress.io.safetensors_writer import writing
-from llmcompress.modeling.decoder_layer import DecoderLayer
+from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import together, walk
 from llmcompress.modeling.token_limit import first_sequences, loss_in_parts
@@ -179,7 +179,8 @@ class _Member:
             if (left := tensors.get(f"{self.index}:{linear}.left")) is not None:
                 W_RC = W_RC + left @ tensors[f"{self.index}:{linear}.right"]
             parameters[f"{linear}.weight"] = self.layer.oriented(linear, W_RC)
-        out = self.layer.run(self.layer.inputs[batch][here], parameters)
+        inputs = self.layer.inputs
+        out = self.layer.run(inputs[batch][here], parameters, first=firsts(inputs)[batch] + here.start)
         lost = out - self.targets[batch][here].to(self.layer.device)
         return (lost @ self.metric_DD).square().sum(-1).mean()
 
