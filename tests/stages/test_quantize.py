@@ -25,7 +25,8 @@ from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.stages.quantize.solver import QuantizedLayer
-from llmcompress.stages.quantize.stage import Quantize, starved_experts
+from llmcompress.stages.quantize.stage import Quantize
+from llmcompress.stages.routed_experts import starved_experts
 from tests.bases import VOCABULARY, known, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
 

@@ -97,7 +97,7 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         return time + work.passes(2) + work.moments(1) + work.routed(1) + Time({SOLVER: nearest})
     half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
-    time += work.routed(2, half=half, factors=True)
+    time += work.routed(2, half=half, factors=1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
     if stage.rounding != "learned":
