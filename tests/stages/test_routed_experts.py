@@ -199,12 +199,13 @@ def test_quantize_takes_the_experts_that_codebook_leaves(text: Path, tmp_path: P
         ({"quantize": {"format": "w4a16", "experts": "keep"}}, "no linear of this model can be quantised"),
         (told("codebook", experts="keep"), "no linear of this model can have a codebook"),
         (told("low_rank", experts="keep"), "no linear of this model becomes smaller"),
+        ({"share": {"pairs": [[0, 1]], "parts": ["ffn"]}}, "the ffn of a qwen3_moe model has no linears"),
     ],
 )
 def test_experts_that_an_earlier_stage_divided_are_kept_too(
     second: dict[str, Any], why: str, text: Path, tmp_path: Path
 ) -> None:
-    base = small(tmp_path / "base")
+    base = small(tmp_path / "base", num_hidden_layers=2)
     with pytest.raises(ModelError, match=why):
         plan_recipe(recipe(text, base, told("codebook", skip=["*.experts.*"]), second))
 

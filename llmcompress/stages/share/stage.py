@@ -83,13 +83,13 @@ class Share(Stage):
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a layer that are shared, in order of computation. Errors: ModelError if a part has
-        none."""
+        """The linears of a layer that are shared, in order of computation, without experts. Errors:
+        ModelError if a part has none."""
         anatomy, found = model.anatomy, list[str]()
         for part in self.parts:
             of = [
                 name
-                for name in anatomy.linears
+                for name in (linear for consumers in anatomy.consumers for linear in consumers)
                 if AXES[part] in Spelling.parse(anatomy.layer[f"{name}.weight"]).axes
             ]
             if not of:
