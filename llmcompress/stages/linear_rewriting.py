@@ -189,7 +189,9 @@ class Rewriting:
         for experts in expert_turns(layer, layouts):
             moments = layer.moments(*experts, in_turn=True)
             tokens |= {linear: read.tokens for linear, read in moments.items()}
-            moments = steadied(blended(layer, moments)) if self.calibrated else moments
+            if self.calibrated:
+                moments = blended(layer, moments)
+                moments = steadied(moments)
             tensors |= self._rewritten(model, layer, layouts, [*moments], moments, linears)
         dense = {name: layer.module.get_parameter(name).data for name in kept_experts(model, layer, layouts)}
         tensors |= model.as_stored(dense, f"{layer.name}.")

@@ -20,7 +20,7 @@ from llmcompress.errors import AcceptError, ModelError
 from llmcompress.formats.base import StoredLinear
 from llmcompress.formats.codebook import CodebookLinear
 from llmcompress.formats.low_rank import FactoredLinear
-from llmcompress.formats.sparse import SparseLinear
+from llmcompress.formats.sparse import SparseLayout, SparseLinear, SparseWeight
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.modeling.layerwise import InMemoryModel
@@ -31,6 +31,7 @@ from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.stages import routed_experts
 from llmcompress.stages.codebook.stage import Codebook
+from llmcompress.stages.linear_rewriting import Rewriting
 from llmcompress.stages.low_rank.stage import LowRank
 from llmcompress.stages.quantize.solver import QuantizedLayer
 from llmcompress.stages.routed_experts import blended, expert_turns, moments_bytes, starved_experts, steadied
@@ -77,6 +78,14 @@ def told(name: str, **settings: Any) -> dict[str, Any]:
     return {name: {**STAGES[name][0], **settings}}
 
 
+def parameters_of(module: Any) -> int:
+    """Parameters that a linear stores."""
+    if isinstance(module, CodebookLinear):
+        return module.in_features * module.out_features
+    parts = {name: tensor.numel() for name, tensor in module.state_dict().items()}
+    return sum(count for name, count in parts.items() if name != "weight_mask")
+
+
 def outline(**config: Any) -> InMemoryModel:
     model = pico("qwen3_moe", **config)
     return InMemoryModel(model.config, model.state_dict(), CPU)
@@ -112,8 +121,9 @@ def test_each_expert_is_a_linear_of_its_own_and_loads_as_it_was_measured(
     tokens = known(report.data.calibration_tokens) * model.config.num_experts_per_tok
     assert [sum(layer["expert_tokens"]) for layer in stage["per_layer"]] == [tokens, tokens]
     assert any("fewer than 64 calibration tokens" in note for note in stage["notes"])
-    active, every = known(report.compressed.active_parameters), known(report.compressed.parameters)
-    assert every / 4 < active < every
+    stored = sum(map(parameters_of, (module for of, module in model.named_modules() if "_linears." in of)))
+    idle = round(stored * (1 - model.config.num_experts_per_tok / model.config.num_experts))
+    assert known(report.compressed.active_parameters) == known(report.compressed.parameters) - idle
     model.save_pretrained(tmp_path / "again")
     assert same_weights(out, tmp_path / "again")
 
@@ -217,6 +227,8 @@ def test_a_recipe_that_does_not_name_experts_keeps_its_digest(text: Path) -> Non
             for settings in ({}, {"experts": name}, {"experts": "keep"})
         )
         assert plain.digest == said.digest != kept.digest
+        (entry,) = plain.model_dump(mode="json")["stages"]
+        assert entry[name] and "experts" not in entry[name]
         assert "experts" not in plain.to_yaml() and "experts: keep" in kept.to_yaml()
 
 
@@ -311,6 +323,28 @@ def test_experts_with_few_tokens_borrow_and_those_with_none_take_every_input_ali
         torch.testing.assert_close(found[first[1]].H_CC, (10 * own + 16 * everyone) / 26)
         later = {name: Moments(192) for name in second}
         assert blended(layer, later) == later, "what a later linear reads comes from its own expert"
+
+
+def test_each_expert_is_solved_under_its_moments_and_what_it_borrows() -> None:
+    model, tokens = outline(num_hidden_layers=1), torch.arange(48).reshape(2, 24)
+    model.divide_experts()
+    layouts = {linear: SparseLayout("2:4", "float32") for linear in model.anatomy.linears}
+    given = dict[str, Moments]()
+
+    def solve(name: str, W_RC: Tensor, moments: Moments, layout: SparseLayout) -> SparseWeight:
+        given[name] = moments
+        return Sparsify(pattern="2:4")._solve(name, W_RC, moments, layout)
+
+    for calibrated in (True, False):
+        for layer in walk(model, tokens, reference=calibrated):
+            _, facts = Rewriting("sparsify", "", solve, calibrated)._layer(model, layer, layouts)
+            (experts, later) = expert_turns(layer, layouts)  # attention and the second ones are cut by now
+            for turn in (experts, later):
+                read = layer.moments(*turn)
+                wanted = steadied(blended(layer, read)) if calibrated else read
+                for linear, moments in wanted.items():
+                    torch.testing.assert_close(given[f"{layer.name}.{linear}"].H_CC, moments.H_CC)
+            assert sum(facts.expert_tokens or ()) == 2 * tokens.numel()
 
 
 def test_moments_of_few_tokens_are_steadied() -> None:
