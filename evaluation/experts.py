@@ -7,7 +7,7 @@ layer starts as its MLP with some noise, and a token goes to two of them (sparse
 2022, arXiv:2212.05055). The whole is trained on the text of WikiText-2 for STEPS steps, so that the router
 sends different words to different experts. It is written once, to out/models/wikilm-experts. Recipes are
 measured on the test part of the text, by the loss against that model. Rows that borrow other shares than the
-default (`routed.OTHERS`) calibrate on less and less text. Half an hour; the result goes to
+default (`routed_experts.OTHERS`) calibrate on less and less text. Half an hour; the result goes to
 results/experts.json. With --quick only --out is written.
 
     python -m evaluation experts --rival
@@ -45,7 +45,7 @@ from llmcompress.io.tokenizer import tokenizer_of
 from llmcompress.modeling.from_disk import DiskModel
 from llmcompress.pipeline.resolve import calibration_data
 from llmcompress.recipe.recipe import Recipe
-from llmcompress.stages.quantize import routed
+from llmcompress.stages import routed_experts
 
 PLACE = FOLDER / "wikilm-experts"
 EXPERTS, CHOSEN, STEPS, AT_ONCE = 8, 2, 300, 8
@@ -136,7 +136,7 @@ def measured(samples: int, stage: Mapping[str, Any], share: float, out: Path) ->
     """A stage on the mixture, calibrated on so many sequences, where an expert borrows this share."""
     data = DataSpec(source=WIKITEXT, samples=samples, length=LENGTH, evaluation_samples=64)
     recipe = Recipe.model_validate({"stages": [{"quantize": dict(stage)}]})
-    with patch.object(routed, "OTHERS", share):
+    with patch.object(routed_experts, "OTHERS", share):
         report = run(recipe, out, made(), data, overwrite=True)
     tokens = [layer.get("expert_tokens") for layer in report.stages[0].model_dump()["per_layer"]]
     return ExpertsRow(
@@ -173,7 +173,7 @@ def rival(work: Path, threads: int) -> ExpertsRow:
         stage={"format": f"{method} (llm-compressor {version})"},
         tokens=text.calibration_tokens,
         least_tokens=None,
-        borrowed=routed.OTHERS,
+        borrowed=routed_experts.OTHERS,
         size_bytes=size,
     )
 
@@ -218,9 +218,13 @@ def main(argv: Sequence[str]) -> int:
         results.write("experts", machine.head(), {"model": PLACE.name, "rows": merged}, given.out)
         return 0
     most = SAMPLES[-1]
-    jobs = [(most, stage, routed.OTHERS) for stage in STAGES]
+    jobs = [(most, stage, routed_experts.OTHERS) for stage in STAGES]
     others = [(samples, share) for samples in SAMPLES for share in SHARES]
-    jobs += [(samples, NF4, share) for samples, share in others if (samples, share) != (most, routed.OTHERS)]
+    jobs += [
+        (samples, NF4, share)
+        for samples, share in others
+        if (samples, share) != (most, routed_experts.OTHERS)
+    ]
     rows = list[ExpertsRow]()
     with tempfile.TemporaryDirectory() as folder:
         for samples, stage, share in jobs[:2] if given.quick else jobs:

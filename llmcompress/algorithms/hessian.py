@@ -125,10 +125,22 @@ class Moments:
         both._H_CC = mean(self.H_CC, others.H_CC)
         both.mean_C, both.full_C = mean(self.mean_C, others.mean_C), mean(self.full_C, others.full_C)
         both.top_C = torch.maximum(self.top_C, others.top_C)
-        if others.gap_FC is not None:
-            own = torch.zeros_like(others.gap_FC) if self.gap_FC is None else self.gap_FC
-            both.gap_FC = mean(own, others.gap_FC)
+        known = [gap_FC for gap_FC in (self.gap_FC, others.gap_FC) if gap_FC is not None]
+        if known:
+            one, other = (
+                torch.zeros_like(known[0]) if gap_FC is None else gap_FC
+                for gap_FC in (self.gap_FC, others.gap_FC)
+            )
+            both.gap_FC = mean(one, other)
         return both
+
+    def evened(self, tokens: float) -> Moments:
+        """Return the moments over these tokens and so many whose inputs are independent and equally large:
+        as large as these are on average, or 1 if there are none."""
+        even, size = Moments(len(self.H_CC), self.H_CC.device), self.H_CC.diagonal().mean()
+        even._H_CC = torch.eye(len(self.H_CC), device=size.device) * torch.where(size > 0, size, 1)
+        even.mean_C, even.full_C = self.mean_C, self.full_C
+        return self.blended(even, tokens)
 
     def joined(self, other: Moments) -> Moments:
         """Return the moments over the tokens of both.

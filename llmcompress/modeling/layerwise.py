@@ -36,6 +36,7 @@ from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.formats.low_rank import FactoredLayout
 from llmcompress.formats.registry import AnyLayout, StoredWeight
+from llmcompress.formats.sparse import SparseLayout
 from llmcompress.integrations import distributed
 from llmcompress.integrations.expert_linears import divide, divided_in, unite
 from llmcompress.integrations.linear_modules import is_linear, shape_of
@@ -318,10 +319,18 @@ class LayerwiseModel(ABC):
             stacks = [layer.get_parameter(name) for name in anatomy.experts]
             sizes = [(len(stack), stack.numel()) for stack in stacks]
             for linears in anatomy.expert_linears:
-                weights = [layer.get_parameter(f"{linear}.weight") for linear in linears]
-                sizes.append((len(weights), sum(weight.numel() for weight in weights)))
+                names = [f"{self.layer_name(index)}.{linear}" for linear in linears]
+                sizes.append((len(names), sum(self._stored_parameters(name) for name in names)))
             idle += sum(size * max(0.0, 1 - chosen / count) for count, size in sizes)
         return round(idle)
+
+    def _stored_parameters(self, linear: str) -> int:
+        """Number of parameters that a linear stores, by its full name: of a product those of both matrices,
+        of a sparse weight those that stay."""
+        shape, layout = shape_of(self.model.get_submodule(linear)), self.layouts.get(linear)
+        if isinstance(layout, FactoredLayout):
+            return layout.parameters(shape)
+        return shape[0] * layout.kept(shape[1]) if isinstance(layout, SparseLayout) else math.prod(shape)
 
     def inner_parameters(self) -> int:
         """Number of parameters inside the layers, as they are in memory."""

@@ -97,14 +97,14 @@ class Workload:
         seconds = sum(self.machine.factor(C) for C in columns or tuple(self.inputs.values()))
         return Time({FACTORS: count * len(self.model.layers) * seconds})
 
-    def routed(self, streams: int, *, half: bool = False, factors: bool = False) -> Time:
-        """The time of `moments` and, if asked, of `factors` for the inputs of experts, which are sent a share
-        of the tokens each."""
+    def routed(self, streams: int, *, half: bool = False, factors: int = 0) -> Time:
+        """The time of `moments` and of so many `factors` for the inputs of experts, which are sent a share of
+        the tokens each."""
         maps, times = dict(self.model.linear_maps()), Time()
         for name in self.model.expert_linears:
             C, tokens = maps[name][1], self.tokens * self.model.used_share(name)
             summed_s = self.machine.moments(tokens, C, streams, half=half)
-            times += Time({MOMENTS: summed_s, FACTORS: self.machine.factor(C) if factors else 0.0})
+            times += Time({MOMENTS: summed_s, FACTORS: factors * self.machine.factor(C)})
         return times
 
     def products(self, count: float, shapes: Iterable[tuple[int, int]], what: str = SOLVER) -> Time:

@@ -3,7 +3,8 @@ and their installation.
 
 The order is that of the computation. Each layer gets the inputs that the rewritten layers before it give.
 Within a layer, the linears that read one input are rewritten before those that read the next, so that each
-corrects what those before it lost against the full model.
+corrects what those before it lost against the full model. The experts of a mixture come last, each under the
+tokens that the router sends it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor
 
 from llmcompress.algorithms.hessian import Moments
@@ -32,11 +32,21 @@ from llmcompress.modeling.sequential import walk
 from llmcompress.stages.base import (
     Context,
     Facts,
-    LayerRecord,
     LinearRecord,
     LinearScheme,
     Workload,
     naming_layer,
+)
+from llmcompress.stages.routed_experts import (
+    KEEP,
+    ExpertsRecord,
+    blended,
+    expert_tokens,
+    expert_turns,
+    kept_experts,
+    moments_bytes,
+    starved_experts,
+    steadied,
 )
 
 Shaped = TypeVar("Shaped", SparseLayout, CodebookLayout)  # layouts that depend only on the shape of a linear
@@ -75,19 +85,27 @@ def install(layer: DecoderLayer, written: Mapping[str, LinearScheme], tensors: M
             layer.round_input(linear, inputs)
 
 
-def refused(name: str, model: LayerwiseModel, skip: Iterable[str]) -> str | None:
-    """Why a stage that rewrites the linears of layers keeps this one as it is, or None."""
+def refused(name: str, model: LayerwiseModel, skip: Iterable[str], *, experts: bool) -> str | None:
+    """Why a stage that rewrites the linears of layers keeps this one as it is, or None. `experts` says
+    whether it takes experts."""
     if name == model.anatomy.head:
         return "the head stays"
     if name not in model.layer_linears:
         return model.kept_weights.get(name, "outside the layers")
     if (layout := model.layouts.get(name)) is not None:
         return f"is stored as {layout.format} already"
-    return "skip" if any(fnmatchcase(name, pattern) for pattern in skip) else None
+    if any(fnmatchcase(name, pattern) for pattern in skip):
+        return "skip"
+    return KEEP if not experts and name in model.expert_linears else None  # an earlier stage divided them
 
 
 def rewritable(
-    model: LayerwiseModel, layout_of: Callable[[str], Shaped], skip: Sequence[str], becomes: str
+    model: LayerwiseModel,
+    layout_of: Callable[[str], Shaped],
+    skip: Sequence[str],
+    becomes: str,
+    *,
+    experts: bool,
 ) -> tuple[dict[str, Shaped], dict[str, str]]:
     """Return the linears of layers that their layouts accept, by full name, and those to keep with the
     reason.
@@ -99,10 +117,11 @@ def rewritable(
     require_known("skip", skip, ours)
     maps = dict(model.linear_maps())
     reasons = {
-        name: refused(name, model, skip) or layout_of(name).refusal(shape) for name, shape in maps.items()
+        name: refused(name, model, skip, experts=experts) or layout_of(name).refusal(shape)
+        for name, shape in maps.items()
     }
     kept = {name: why for name, why in reasons.items() if why}
-    kept |= model.kept_weights | dict.fromkeys(model.expert_weights, "3-D experts, which are stored whole")
+    kept |= model.kept_weights | dict.fromkeys(model.expert_weights, KEEP)
     chosen = {name: layout_of(name) for name in maps if name not in kept}
     if not chosen:
         raise ModelError(f"no linear of this model can {becomes.format(why=next(iter(kept.values())))}")
@@ -145,57 +164,84 @@ class Rewriting:
                 if journal.has(self.stage, layer.index):
                     install(layer, layouts, journal.load(self.stage, layer.index))
                 else:
-                    journal.save(self.stage, layer.index, *self._layer(layer, layouts, model.dtype_of))
+                    journal.save(self.stage, layer.index, *self._layer(model, layer, layouts))
         facts = Facts(self.stage, kept=kept)
-        facts.add(journal.facts(self.stage, index, LayerRecord) for index in range(layers))
+        records = [journal.facts(self.stage, index, ExpertsRecord) for index in range(layers)]
+        facts.add(records)
+        facts.notes += starved_experts(records, model.hidden_size)
         shapes = {name: shape for name, shape in model.linear_maps() if name in chosen}
         facts.details = {"bits": mean_bits({linear.name: linear.bits for linear in facts.linears}, shapes)}
         return facts
 
     def _layer(
-        self,
-        layer: DecoderLayer,
-        layouts: Mapping[str, RewrittenLayout],
-        dtype_of: Callable[[str], torch.dtype],
-    ) -> tuple[dict[str, Tensor], LayerRecord]:
+        self, model: LayerwiseModel, layer: DecoderLayer, layouts: Mapping[str, RewrittenLayout]
+    ) -> tuple[dict[str, Tensor], ExpertsRecord]:
         """Rewrite the linears of a layer and put them in place. Returns the changed tensors by full name, and
-        their errors."""
-        tensors: dict[str, Tensor] = {}
-        linears = list[LinearRecord]()
+        their errors.
+
+        The second moments of experts are `blended` and `steadied`, if weights depend on them, and dropped
+        once their linears are solved.
+        """
+        tensors, linears, tokens = dict[str, Tensor](), list[LinearRecord](), dict[str, int]()
         for consumers in [group for group in layer.anatomy.consumers if layouts.keys() & set(group)]:
             moments = layer.moments(consumers, in_turn=True)
-            for linear, packed in self._solved(layer, layouts, consumers, moments).items():
-                W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
-                S_RC = registry.dequantize(packed, device=W_RC.device)
-                layer.set_weight(linear, S_RC)
-                parts = registry.tensors_of(packed)
-                tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
-                if self.calibrated and (bias := f"{linear}.bias") in layer.anatomy.layer:
-                    shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
-                    dtype = dtype_of(f"{name}.bias")
-                    layer.shift_bias(linear, shift_R, dtype)
-                    tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
-                linears.append(
-                    LinearRecord(
-                        name=name,
-                        format=layout.name,
-                        bits=8 * sum(part.nbytes for part in parts.values()) / W_RC.numel(),
-                        relative_error=output_error(W_RC, S_RC, moments[linear].H_CC),
-                        weight_error=weight_error(W_RC, S_RC),
-                    )
+            tensors |= self._rewritten(model, layer, layouts, consumers, moments, linears)
+        for experts in expert_turns(layer, layouts):
+            moments = layer.moments(*experts, in_turn=True)
+            tokens |= {linear: read.tokens for linear, read in moments.items()}
+            if self.calibrated:
+                moments = blended(layer, moments)
+                moments = steadied(moments)
+            tensors |= self._rewritten(model, layer, layouts, [*moments], moments, linears)
+        dense = {name: layer.module.get_parameter(name).data for name in kept_experts(model, layer, layouts)}
+        tensors |= model.as_stored(dense, f"{layer.name}.")
+        read = expert_tokens(layer, tokens)
+        return tensors, ExpertsRecord(name=layer.name, linears=tuple(linears), expert_tokens=read)
+
+    def _rewritten(
+        self,
+        model: LayerwiseModel,
+        layer: DecoderLayer,
+        layouts: Mapping[str, RewrittenLayout],
+        together: Sequence[str],
+        moments: Mapping[str, Moments],
+        linears: list[LinearRecord],
+    ) -> dict[str, Tensor]:
+        """Rewrite those linears of a layer that are solved `together`, and put them in place. Returns the
+        changed tensors by full name; the records of the linears are appended to `linears`."""
+        tensors: dict[str, Tensor] = {}
+        for linear, packed in self._solved(layer, layouts, together, moments).items():
+            W_RC, layout, name = layer.weight(linear), layouts[linear], f"{layer.name}.{linear}"
+            S_RC = registry.dequantize(packed, device=W_RC.device)
+            layer.set_weight(linear, S_RC)
+            parts = registry.tensors_of(packed)
+            tensors |= {f"{name}.{part}": tensor for part, tensor in parts.items()}
+            if self.calibrated and (bias := f"{linear}.bias") in layer.anatomy.layer:
+                shift_R = bias_shift(W_RC, moments[linear].full_C, S_RC, moments[linear].mean_C)
+                dtype = model.dtype_of(f"{name}.bias")
+                layer.shift_bias(linear, shift_R, dtype)
+                tensors[f"{name}.bias"] = layer.module.get_parameter(bias).data.to(dtype).cpu()
+            linears.append(
+                LinearRecord(
+                    name=name,
+                    format=layout.name,
+                    bits=8 * sum(part.nbytes for part in parts.values()) / W_RC.numel(),
+                    relative_error=output_error(W_RC, S_RC, moments[linear].H_CC),
+                    weight_error=weight_error(W_RC, S_RC),
                 )
-        return tensors, LayerRecord(name=layer.name, linears=tuple(linears))
+            )
+        return tensors
 
     def _solved(
         self,
         layer: DecoderLayer,
         layouts: Mapping[str, RewrittenLayout],
-        consumers: Sequence[str],
+        together: Sequence[str],
         moments: Mapping[str, Moments],
     ) -> dict[str, StoredWeight]:
-        """Solve for the linears that read one input, divided among the processes."""
+        """Solve for linears of which none reads what another gives, divided among the processes."""
         processes, solved = layer.shard.processes, dict[str, StoredWeight]()
-        weights = {linear: layer.weight(linear) for linear in consumers if linear in layouts}
+        weights = {linear: layer.weight(linear) for linear in together if linear in layouts}
         owners = processes.owners({linear: W_RC.numel() for linear, W_RC in weights.items()})
         for linear, W_RC in weights.items():
             if owners[linear] == processes.rank:
@@ -220,9 +266,10 @@ def rewriting_note(shapes: Collection[str], kept: Mapping[str, str]) -> tuple[st
     )
 
 
-def rewriting_memory(model: MetaModel, work: Workload) -> int:
-    """Bytes that rewriting linears holds at once: four copies of a layer, two streams of states twice, the
-    widest solver."""
+def rewriting_memory(model: MetaModel, work: Workload, chosen: Collection[str]) -> int:
+    """Bytes that rewriting the `chosen` linears holds at once: four copies of a layer, two streams of states
+    twice, the widest solver, the second moments of experts."""
     widest = max(C for _, (_, C) in model.linear_maps())
     states: int = 4 * work.tokens * model.hidden_size
-    return 4 * (4 * model.inner_parameters() // len(model.layers) + states + 6 * widest**2)
+    inner = 4 * model.inner_parameters() // len(model.layers)
+    return 4 * (inner + states + 6 * widest**2) + moments_bytes(model, chosen)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,7 @@ LOAD = """
 import json, sys
 import torch, transformers
 transformers.logging.set_verbosity_error()
+KINDS = ("Linear4bit", "IntegerLinear", "CodebookLinear", "SparseLinear", "FactoredLinear")
 found = {}
 for name, folder, loader, plugin in json.loads(sys.argv[1]):
     if plugin:
@@ -63,7 +65,7 @@ for name, folder, loader, plugin in json.loads(sys.argv[1]):
         scores = model(torch.arange(3, 27)[None], use_cache=False).logits.float()
     torch.save(scores, folder + "/scores.pt")
     wrong = sorted(map(str, [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]))
-    found[name] = {"wrong": wrong, "coded": sum(kind in ("Linear4bit", "IntegerLinear") for kind in kinds)}
+    found[name] = {"wrong": wrong, "coded": sum(kind in KINDS for kind in kinds)}
 print(json.dumps(found))
 """
 
@@ -160,8 +162,34 @@ EXPERTS = {
 def test_experts_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: Path) -> None:
     exact = {"format": "w8a8", "activations": "none"}  # an input that is rounded may be rounded otherwise
     made = {name: run_on(name, tmp_path / name, **exact) for name in EXPERTS[kind]}
-    found = loaded({name: out for name, (_, out, _) in made.items()}, plugin=True)
-    for name, (_, out, report) in made.items():
+    check_experts({name: (out, report) for name, (_, out, report) in made.items()})
+
+
+REWRITES = {
+    "codebook": {"entries": 8},
+    "sparsify": {"pattern": "2:4"},
+    "low_rank": {"layers_per_basis": 2, "keep": 0.5},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", REWRITES)
+def test_experts_of_every_stage_load_with_the_plug_in(stage: str, tmp_path: Path) -> None:
+    made = dict[str, tuple[Path, Report]]()
+    for name in ("mixtral", "qwen3_moe", "gpt_oss"):
+        base, text = save_tiny(name, tmp_path / name / "base"), write_text(tmp_path / name / "text.txt")
+        recipe = staged_recipe(text, base, {stage: REWRITES[stage]})
+        report = compress(str(base), recipe, str(tmp_path / name / "out"))
+        assert isinstance(report, Report)
+        made[name] = tmp_path / name / "out", report
+    check_experts(made)
+
+
+def check_experts(made: Mapping[str, tuple[Path, Report]]) -> None:
+    """Artefacts of mixtures, given with their reports, load with the plug-in in a process of its own, and
+    compute what a walk through them computes."""
+    found = loaded({name: out for name, (out, _) in made.items()}, plugin=True)
+    for name, (out, report) in made.items():
         assert not found[name]["wrong"] and found[name]["coded"] == len(report.linears), name
         assert any("_linears." in linear.name for linear in report.linears), name
         assert not any("three axes" in kept.why for kept in report.kept), name

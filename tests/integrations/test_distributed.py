@@ -101,6 +101,7 @@ DIVIDED: dict[str, tuple[list[dict[str, Any]], str, float]] = {
         "qwen3_moe",
         0.01,
     ),
+    "experts with few values": ([{"codebook": {"entries": 8}}], "qwen3_moe", 0.01),
 }
 
 

@@ -144,7 +144,7 @@ def test_a_retired_key_is_told_what_to_write_instead(old: str, why: str) -> None
         ),
         (
             "low_rank: {layers_per_basis: 2, rank: 8, zzz: 1}",
-            "stages.0.low_rank.zzz: unknown key; use one of layers_per_basis, rank, keep, skip",
+            "stages.0.low_rank.zzz: unknown key; use one of layers_per_basis, rank, keep, skip, experts",
         ),
     ],
 )

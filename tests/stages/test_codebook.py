@@ -85,6 +85,10 @@ def clustered(
             codes_RC = torch.randint(entries, (R, C), generator=generator)
             W_RC = levels_GL.repeat_interleave(at_once, 0)[:R].gather(1, codes_RC)
             set_linear(model, name, W_RC)
+    for name in source.expert_weights:
+        W_ERC = model.get_parameter(name).data
+        levels_EGL = (torch.randn(*W_ERC.shape[:2], entries, generator=generator) * 0.1).to(dtype).float()
+        W_ERC.copy_(levels_EGL.gather(2, torch.randint(entries, W_ERC.shape, generator=generator)))
     if dtype == torch.bfloat16:  # whose base decides the type of the levels
         cast(Any, model).to(dtype)
     model.save_pretrained(folder)
@@ -106,6 +110,7 @@ def test_every_family_loads_what_was_measured_and_saves_it_again(
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
     source = InMemoryModel(model.config, pico(family, **narrow(family)).state_dict(), CPU)
+    source.divide_experts()
     assert set(codebooks(model)) == {linear.name for linear in report.linears}
     assert set(codebooks(model)) == {f"{source.layer_name(0)}.{name}" for name in source.anatomy.linears}
     for linear in report.linears:
@@ -177,9 +182,9 @@ def test_a_plan_foretells_the_parameters_and_bytes(
     assert rows[1].stage == f"codebook ({settings['entries']} entries)" and known(rows[1].seconds) > 0
     assert f"{len(report.linears)} linears are rewritten, {len(report.kept)} kept" in " ".join(notes)
     assert distance(live(load(out)), measured(out)) < 1e-5
-    shapes = dict(
-        InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU).linear_maps()
-    )
+    source = InMemoryModel(load(out).config, pico(family, **narrow(family)).state_dict(), CPU)
+    source.divide_experts()
+    shapes = dict(source.linear_maps())
     bits = sum(linear.bits * shapes[linear.name][0] * shapes[linear.name][1] for linear in report.linears)
     stored = sum(
         t.nbytes
@@ -301,7 +306,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_bytes(text: Path, tmp_pat
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = small(tmp_path / "base", "qwen3_moe")
-    run_recipe(recipe(text, base, cluster(4, skip=["*.k_proj"])), tmp_path / "out")
+    run_recipe(recipe(text, base, cluster(4, skip=["*.k_proj"], experts="keep")), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["entries"], facts["per"], facts["bits"]) == (
@@ -312,7 +317,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     )
     why = {kept.name: kept.why for kept in report.kept}
     assert why["lm_head"] == "the head stays" and why["model.layers.0.self_attn.k_proj"] == "skip"
-    assert why["model.layers.0.mlp.experts.gate_up_proj"] == "3-D experts, which are stored whole"
+    assert why["model.layers.0.mlp.experts.gate_up_proj"] == "experts: keep"
     card = (tmp_path / "out" / "README.md").read_text()
     install = card.split("```")[1]
     assert "import llmcompress" in card and "llmcompress" in install

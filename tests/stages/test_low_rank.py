@@ -78,11 +78,7 @@ def factored(model: PreTrainedModel) -> dict[str, FactoredLinear]:
 def stored_of(folder: Path) -> int:
     """Weights of the products as they are stored."""
     tensors = weights_of(folder)
-    return sum(
-        t.numel()
-        for name, t in tensors.items()
-        if name.endswith("_right") or (t.dim() == 3 and "experts" not in name)
-    )
+    return sum(t.numel() for name, t in tensors.items() if name.endswith("_right") or t.dim() == 3)
 
 
 def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedModel:
@@ -94,6 +90,11 @@ def of_rank(folder: Path, family: str, rank: int, **config: Any) -> PreTrainedMo
             number = sum(map(ord, name.split(".", 4)[-1]))  # of the linear, whichever layer it is in
             left_RK, right_KC = noise(R, rank, seed=sum(map(ord, name))), noise(rank, C, seed=number)
             set_linear(model, name, left_RK @ right_KC * (rank * C) ** -0.5)
+    for name in source.expert_weights:
+        W_ERC = model.get_parameter(name).data
+        E, R, C = W_ERC.shape
+        left_ERK, right_EKC = noise(E, R, rank, seed=sum(map(ord, name))), noise(E, rank, C)
+        W_ERC.copy_(left_ERK @ right_EKC * (rank * C) ** -0.5)
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return model
@@ -108,17 +109,18 @@ def test_every_family_loads_what_was_measured_and_shares_the_bases(
     family: str, text: Path, tmp_path: Path
 ) -> None:
     base, out, source = save_base(tmp_path / "base", family), tmp_path / "out", resident(family)
+    source.divide_experts()
     report = run_recipe(recipe(text, base), out)
     model = load(out)
     assert distance(live(model), measured(out)) < 1e-5
-    inner = source.anatomy.linears
-    assert shared_names(model) == {f"{name}.weight_right" for name in inner}
+    inner, common = source.anatomy.linears, {name for of in source.anatomy.consumers for name in of}
+    assert shared_names(model) == {f"{name}.weight_right" for name in common}, "an expert has its own basis"
     assert set(factored(model)) == {linear.name for linear in report.linears} and len(
         report.linears
     ) == 2 * len(inner)
-    assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [True] * len(
-        inner
-    )
+    assert ["shared" in linear.format for linear in report.linears] == [False] * len(inner) + [
+        name in common for name in inner
+    ]
     # what enters the first layer has as few directions as tokens
     lost = [linear.relative_error for linear in report.linears]
     assert all(0 <= error < 1 for error in lost) and max(lost) > 0.05
@@ -232,7 +234,7 @@ def test_what_is_skipped_is_kept_with_the_others_of_its_group() -> None:
     assert kept["model.layers.0.mlp.up_proj"] == "another of its group is kept"
     assert kept["lm_head"] == "the head stays" and len(chosen) == 12
     moe = LowRank.model_validate({"layers_per_basis": 2, "rank": 8}).choose(resident("qwen3_moe"))[1]
-    assert moe["model.layers.0.mlp.experts.down_proj"] == "3-D experts, which are stored whole"
+    assert moe["model.layers.0.mlp.experts.down_proj"] == "experts: keep"
 
 
 def test_it_generates_is_cast_and_dequantised(text: Path, tmp_path: Path) -> None:

@@ -24,8 +24,7 @@ from llmcompress.pipeline.in_memory import apply_recipe
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.pipeline.run import run_recipe
 from llmcompress.recipe.recipe import Accept, Recipe
-from llmcompress.stages.quantize.solver import QuantizedLayer
-from llmcompress.stages.quantize.stage import Quantize, starved_experts
+from llmcompress.stages.quantize.stage import Quantize
 from tests.bases import VOCABULARY, known, save_base, small_recipe, write_text
 from tests.models import FAMILIES, pico
 
@@ -402,12 +401,3 @@ def test_the_artefact_of_a_tied_base_that_stores_its_head_twice_stores_it_once(
     assert "lm_head.weight" not in written.checkpoint.tensors
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
-
-
-def test_experts_that_saw_few_tokens_are_named() -> None:
-    layers = [
-        QuantizedLayer(name="a", expert_tokens=(5, 100, 2)),
-        QuantizedLayer(name="b"),
-        QuantizedLayer(name="c", expert_tokens=(9,)),
-    ]
-    assert starved_experts(layers, 6) == ["a: experts that saw fewer than 6 calibration tokens: 0 (5), 2 (2)"]

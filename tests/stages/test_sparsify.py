@@ -153,9 +153,7 @@ def test_each_linear_is_solved_for_on_what_those_before_it_leave() -> None:
     layouts = {linear: SparseLayout("2:4", "float32") for linear in resident.anatomy.linears}
     for layer in walk(resident, sequences, reference=True):
         before = {linear: layer.weight(linear) for linear in layouts}
-        tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(
-            layer, layouts, lambda name: torch.float32
-        )
+        tensors, facts = Rewriting("sparsify", "", stage._solve)._layer(resident, layer, layouts)
         seen: dict[str, Moments] = layer.moments()
         for entry in facts.linears:
             linear = entry.name.removeprefix(f"{layer.name}.")
@@ -287,7 +285,8 @@ def test_a_plan_foretells_the_parameters_and_bytes(
 
 def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", "qwen3_moe", num_hidden_layers=1)
-    run_recipe(recipe(text, base, {"sparsify": {**HALF, "skip": ["*.k_proj"]}}), tmp_path / "out")
+    settings = {**HALF, "skip": ["*.k_proj"], "experts": "keep"}
+    run_recipe(recipe(text, base, {"sparsify": settings}), tmp_path / "out")
     report = Report.of(tmp_path / "out")
     facts = report.stages[0].model_dump()
     assert (facts["name"], facts["pattern"], facts["keep"], facts["score"]) == (
@@ -299,7 +298,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
     assert facts["bits"] == 17.0 and {linear.format for linear in report.linears} == {"sparse unstructured"}
     why = {kept.name: kept.why for kept in report.kept}
     assert why["lm_head"] == "the head stays" and why["model.layers.0.self_attn.k_proj"] == "skip"
-    assert why["model.layers.0.mlp.experts.gate_up_proj"] == "3-D experts, which are stored whole"
+    assert why["model.layers.0.mlp.experts.gate_up_proj"] == "experts: keep"
     card = (tmp_path / "out" / "README.md").read_text()
     install = card.split("```")[1]
     assert "llmcompress" in install and "bitsandbytes" not in install and "import llmcompress" in card
@@ -324,7 +323,7 @@ def test_the_report_and_the_card_say_what_was_done(text: Path, tmp_path: Path) -
         ),
         (
             '[sparsify: {pattern: "2:4", repair: true}]',
-            "stages.0.sparsify.repair: unknown key; use one of pattern, keep, score, skip$",
+            "stages.0.sparsify.repair: unknown key; use one of pattern, keep, score, skip, experts$",
         ),
         (
             '[sparsify: {pattern: "2:4", score: obs}]',

@@ -27,14 +27,15 @@ from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
 from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
-from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
+from llmcompress.stages.base import Context, Estimate, Facts, StageResult, Workload
 from llmcompress.stages.cost import IN_TURN
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable, rewriting_memory, rewriting_note
+from llmcompress.stages.routed_experts import ExpertStage, replaced_parameters
 
 STAGE = "codebook"
 
 
-class Codebook(Stage):
+class Codebook(ExpertStage):
     """Stores the weights of linears as indices into a few values."""
 
     name: ClassVar[str] = STAGE
@@ -57,6 +58,10 @@ class Codebook(Stage):
         strict=False,
         description="names of linears to keep; `*` matches anything",
     )
+    experts: Literal["codebook", "keep"] = Field(
+        default="codebook",
+        description="whether the experts of a mixture have codebooks too; routers are kept",
+    )
 
     @model_validator(mode="after")
     def _rows_of_groups(self) -> Codebook:
@@ -75,7 +80,11 @@ class Codebook(Stage):
         """Return the layout of each linear, by full name, and those to keep with the reason. Raises
         ModelError if none is left."""
         return rewritable(
-            model, partial(self.layout, model), self.skip, "have a codebook ({why}); leave the stage"
+            model,
+            partial(self.layout, model),
+            self.skip,
+            "have a codebook ({why}); leave the stage",
+            experts=self.takes_experts,
         )
 
     @property
@@ -95,6 +104,11 @@ class Codebook(Stage):
         return f"{self.entries} values per {self.per}, {self.bits[0]:g} bits per weight"
 
     @property
+    def takes_experts(self) -> bool:
+        """Whether experts have codebooks too."""
+        return self.experts == "codebook"
+
+    @property
     def needs_plugin(self) -> bool:
         """True: indices and levels are in a layout of the plug-in."""
         return True
@@ -102,7 +116,7 @@ class Codebook(Stage):
     @property
     def takes_all(self) -> bool:
         """Whether it codes every linear, so that another code finds none."""
-        return self.skip == ()
+        return self.skip == () and self.takes_experts
 
     @property
     def divides(self) -> By:
@@ -111,7 +125,7 @@ class Codebook(Stage):
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written."""
-        return StageResult(*self.choose(model))
+        return StageResult(*self.choose(model), removed=replaced_parameters(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of moments, codes and levels."""
@@ -120,13 +134,14 @@ class Codebook(Stage):
         bits = {name: model.bits_of(name) - chosen[name].bits(shapes[name]) for name in shapes}
         saved = int(sum(math.prod(shapes[name]) * fewer for name, fewer in bits.items()) / 8)
         time = work.passes(IN_TURN, half=work.half) + work.moments(2, half=work.half) + work.factors(2)
+        time += work.routed(2, half=work.half, factors=2)
         # the corrected weight, the rounds of codes and levels, the error
         time += work.products(14, shapes.values())
         return Estimate(
             stage=f"codebook ({self.entries} entries)",
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes() - saved,
-            peak_memory_bytes=rewriting_memory(model, work),
+            peak_memory_bytes=rewriting_memory(model, work, chosen),
             time=time,
             notes=rewriting_note(shapes, kept),
         )

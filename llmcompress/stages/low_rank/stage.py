@@ -3,15 +3,16 @@
 The basis of a group of adjacent layers is the best for the outputs of all of them, on the inputs that the
 full model gives them. The coefficients are each layer's own. They are then solved for layer by layer, on the
 inputs as they have become and against the full model. With one layer per group nothing is shared: this is
-plain low-rank compression, in which the basis too is that of the inputs as they have become. A product of low
-rank has fewer operations as well as fewer bytes.
+plain low-rank compression, in which the basis too is that of the inputs as they have become. So is it always
+for the experts of a mixture, as each reads tokens of its own. A product of low rank has fewer operations as
+well as fewer bytes.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
-from typing import Annotated, ClassVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -27,7 +28,7 @@ from llmcompress.io.safe_parsing import MOST_COUNTED
 from llmcompress.io.units import asked_percent
 from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.modeling.sequential import walk
-from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Time, Workload
+from llmcompress.stages.base import Context, Estimate, Facts, StageResult, Time, Workload
 from llmcompress.stages.cost import IN_TURN, SOLVER
 from llmcompress.stages.linear_rewriting import (
     Rewriting,
@@ -36,11 +37,12 @@ from llmcompress.stages.linear_rewriting import (
     rewriting_memory,
     rewriting_note,
 )
+from llmcompress.stages.routed_experts import KEEP, ExpertStage, replaced_parameters
 
 STAGE, FOUND = "low_rank", "found"  # entries of the journal
 
 
-class LowRank(Stage):
+class LowRank(ExpertStage):
     """Writes linears as products of two thin matrices."""
 
     name: ClassVar[str] = STAGE
@@ -64,6 +66,10 @@ class LowRank(Stage):
         strict=False,
         description="names of linears to keep; `*` matches anything",
     )
+    experts: Literal["low_rank", "keep"] = Field(
+        default="low_rank",
+        description="whether the experts of a mixture become products too; routers are kept",
+    )
 
     @model_validator(mode="after")
     def _one_of_them(self) -> LowRank:
@@ -83,6 +89,17 @@ class LowRank(Stage):
                 groups.append([index])
         return groups
 
+    def sharing(self, model: LayerwiseModel) -> Iterator[list[str]]:
+        """Yield the linears that share a basis, by full name: the same of each layer of a group. An expert
+        has its own."""
+        for group in self.groups(model):
+            layers = [(model.layer_name(index), model.anatomy.of_layer(index)) for index in group]
+            for linear in (linear for consumers in layers[0][1].consumers for linear in consumers):
+                yield [f"{layer}.{linear}" for layer, _ in layers]
+            for layer, anatomy in layers:
+                for linears in anatomy.expert_linears:
+                    yield from ([f"{layer}.{linear}"] for linear in linears)
+
     def choose(self, model: LayerwiseModel) -> tuple[dict[str, FactoredLayout], dict[str, str]]:
         """Return the layout of each linear, by full name, and those to keep with the reason. Raises
         ModelError if none is left."""
@@ -94,35 +111,32 @@ class LowRank(Stage):
         ours, shapes = model.layer_linears, dict(model.linear_maps())
         require_known("skip", self.skip, ours)
         chosen: dict[str, FactoredLayout] = {}
-        kept = {name: why for name in shapes if (why := refused(name, model, self.skip))}
-        for group in self.groups(model):
-            for linear in model.anatomy.of_layer(group[0]).linears:
-                names = [f"{model.layer_name(index)}.{linear}" for index in group]
-                if any(name not in shapes or name in kept for name in names):
-                    kept |= {
-                        name: "another of its group is kept"
-                        for name in names
-                        if name in shapes and name not in kept
-                    }
-                    continue
-                R, C = shapes[names[0]]
-                rank = self.rank or int((self.keep or 0) * len(group) * R * C / (len(group) * R + C))
-                fewer = (
-                    rank >= 1
-                    and rank * (len(group) * R + C) < len(group) * R * C
-                    and rank <= min(C, len(group) * R)
-                )
-                why = f"a product of rank {rank} for {R} x {C} weights stores no less"
-                if fewer:
-                    chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
-                else:
-                    kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
-        kept |= model.kept_weights
-        kept |= dict.fromkeys(model.expert_weights, "3-D experts, which are stored whole")
+        kept = {name: why for name in shapes if (why := self._refused(name, model))}
+        for names in self.sharing(model):
+            if any(name not in shapes or name in kept for name in names):
+                kept |= {
+                    name: "another of its group is kept"
+                    for name in names
+                    if name in shapes and name not in kept
+                }
+                continue
+            (R, C), count = shapes[names[0]], len(names)
+            rank = self.rank or int((self.keep or 0) * count * R * C / (count * R + C))
+            fewer = rank >= 1 and rank * (count * R + C) < count * R * C and rank <= min(C, count * R)
+            why = f"a product of rank {rank} for {R} x {C} weights stores no less"
+            if fewer:
+                chosen |= dict.fromkeys(names, FactoredLayout("basis", rank))
+            else:
+                kept |= dict.fromkeys(names, why if rank else f"keep leaves no rank of {R} x {C} weights")
+        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, KEEP)
         if not chosen:
             why = next(why for name, why in kept.items() if name in ours)
             raise ModelError(f"no linear of this model becomes smaller ({why}); use another rank or keep")
         return chosen, kept
+
+    def _refused(self, name: str, model: LayerwiseModel) -> str | None:
+        """Why a linear stays as it is, whatever its shape, or None."""
+        return refused(name, model, self.skip, experts=self.takes_experts)
 
     @property
     def needs(self) -> int:
@@ -139,6 +153,11 @@ class LowRank(Stage):
         )
 
     @property
+    def takes_experts(self) -> bool:
+        """Whether experts become products too."""
+        return self.experts == "low_rank"
+
+    @property
     def needs_plugin(self) -> bool:
         """True: products are in a layout of the plug-in."""
         return True
@@ -150,7 +169,7 @@ class LowRank(Stage):
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears are written, and which bases are shared."""
-        return StageResult(*self.choose(model), self.ties(model))
+        return StageResult(*self.choose(model), self.ties(model), removed=replaced_parameters(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of moments, bases and coefficients."""
@@ -161,6 +180,7 @@ class LowRank(Stage):
         time = work.passes(IN_TURN if alone else IN_TURN + 2, half=work.half) + work.moments(
             2, half=work.half
         )
+        time += work.routed(2, half=work.half, factors=2)
         time += work.factors(2) + work.products(7, shapes.values())
         # the eigenvectors of a basis
         time += Time({SOLVER: sum(9 * work.machine.factor(C) for _, C in shapes.values())})
@@ -168,7 +188,7 @@ class LowRank(Stage):
             stage=f"low_rank (a basis for {self.layers_per_basis} layers)",
             parameters=left.parameters(),
             size_bytes=work.size_bytes - model.stored_bytes() + left.stored_bytes(),
-            peak_memory_bytes=rewriting_memory(model, work),
+            peak_memory_bytes=rewriting_memory(model, work, chosen),
             time=time,
             notes=rewriting_note(shapes, kept),
         )
@@ -176,12 +196,7 @@ class LowRank(Stage):
     def ties(self, model: LayerwiseModel, journal: Journal | None = None) -> dict[str, str]:
         """The stored tensors that are other tensors, by name: the shared bases."""
         chosen, _ = self.choose(model)
-        pairs = [
-            (f"{model.layer_name(index)}.{linear}", f"{model.layer_name(group[0])}.{linear}")
-            for group in self.groups(model)
-            for index in group[1:]
-            for linear in model.anatomy.of_layer(index).linears
-        ]
+        pairs = [(name, names[0]) for names in self.sharing(model) for name in names[1:]]
         return {f"{name}.weight_right": f"{source}.weight_right" for name, source in pairs if name in chosen}
 
     def apply(self, model: LayerwiseModel, context: Context) -> Facts:
@@ -193,6 +208,8 @@ class LowRank(Stage):
             model.layer_name(index): number for number, group in enumerate(groups) for index in group
         }
 
+        first_of = {name: names[0] for names in self.sharing(model) for name in names}
+
         @functools.lru_cache(maxsize=1)  # groups come one after another
         def found(number: int) -> dict[str, Tensor]:
             return context.journal.load(FOUND, number)
@@ -200,13 +217,12 @@ class LowRank(Stage):
         def solve(name: str, W_RC: Tensor, moments: Moments, layout: FactoredLayout) -> FactoredWeight:
             layer = next(layer for layer in number_of if name.startswith(f"{layer}."))
             W_RC = retarget(W_RC.float(), moments)
-            if self.layers_per_basis > 1:
+            if self.layers_per_basis > 1 and name not in model.expert_linears:
                 basis_KC = found(number_of[layer])[name.removeprefix(f"{layer}.")].to(W_RC)
             else:
                 _, basis_KC = shared_basis([W_RC], [moments.H_CC], layout.rank)
-            first, linear = groups[number_of[layer]][0], name.removeprefix(f"{layer}.")
-            # one dtype for the group, which shares the basis
-            dtype = model.dtype_of(f"{model.layer_name(first)}.{linear}.weight")
+            # one dtype for those that share the basis
+            dtype = model.dtype_of(f"{first_of[name]}.weight")
             basis_KC = basis_KC.to(dtype).to(W_RC)  # as it will be read back
             left_RK = coefficients(W_RC, moments.H_CC, basis_KC)
             return FactoredWeight(layout, left_RK=left_RK, right_KC=basis_KC).to(dtype)
@@ -243,7 +259,8 @@ class LowRank(Stage):
             "low_rank (find bases)",
             len(model.layers),
         ):
-            layouts, read = layer.own(chosen), layer.moments()
+            read = layer.moments()  # experts have bases of their own
+            layouts = {linear: layout for linear, layout in layer.own(chosen).items() if linear in read}
             for linear in layouts:
                 weights.setdefault(linear, []).append(layer.weight(linear))
                 moments.setdefault(linear, []).append(read[linear].H_CC)

@@ -19,6 +19,7 @@ from llmcompress.stages.quantize import sensitivity, smoothing
 from llmcompress.stages.quantize.embedding import apart
 from llmcompress.stages.quantize.sensitivity import spared
 from llmcompress.stages.quantize.smoothing import Smooth
+from llmcompress.stages.routed_experts import moments_bytes
 
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
@@ -48,7 +49,7 @@ def of(stage: Quantize, model: MetaModel, work: Workload) -> Estimate:
         stage=f"quantize ({formats}, {stage.rounding})",
         parameters=model.parameters(),
         size_bytes=int(work.size_bytes - saved),
-        peak_memory_bytes=_memory(stage, model, work.tokens),
+        peak_memory_bytes=_memory(stage, model, work.tokens) + moments_bytes(model, chosen),
         time=_time(stage, work, [(shapes[name], chosen[name], model.used_share(name)) for name in solved]),
         notes=(f"{len(shapes)} linears are quantised, {len(kept)} kept ({reasons})",) if kept else (),
     )
@@ -99,7 +100,7 @@ def _walk(stage: Quantize, work: Workload, schemes: Schemes) -> Time:
         return time + work.passes(2) + work.moments(1) + work.routed(1) + Time({SOLVER: nearest})
     half = work.half
     time += work.passes(IN_TURN, half=half) + work.moments(2, half=half) + work.factors(1)
-    time += work.routed(2, half=half, factors=True)
+    time += work.routed(2, half=half, factors=1)
     time += Time({SOLVER: sum(machine.solver(shape, scheme) for shape, scheme, _ in schemes)})
     time += work.products(3, shapes)  # the corrected weight
     if stage.rounding != "learned":

@@ -24,7 +24,7 @@ from llmcompress.modeling.decoder_layer import DecoderLayer, firsts
 from llmcompress.modeling.half_precision import half_is_fast, half_precision
 from llmcompress.modeling.token_limit import loss_in_parts
 from llmcompress.stages.base import naming_layer
-from llmcompress.stages.quantize.routed import blended, expert_turns
+from llmcompress.stages.routed_experts import blended, expert_turns
 
 METRIC_DAMP = 0.05  # damping of the output Fisher matrix, so that every error counts
 

@@ -13,18 +13,18 @@ from llmcompress.algorithms.hessian import Moments
 from llmcompress.algorithms.quantize_weight import weight_error
 from llmcompress.formats import registry
 from llmcompress.formats.schemes import QuantScheme
-from llmcompress.integrations.expert_linears import SUFFIX
 from llmcompress.io.journal import Journal, JournalFacts
 from llmcompress.modeling.decoder_layer import DecoderLayer
 from llmcompress.modeling.layerwise import LayerwiseModel
 from llmcompress.modeling.sequential import Entered, head_input, walk
 from llmcompress.modeling.token_limit import first_sequences
-from llmcompress.stages.base import Context, LayerRecord, LinearRecord, naming_layer
+from llmcompress.stages.base import Context, LinearRecord, naming_layer
 from llmcompress.stages.fisher import fisher
 from llmcompress.stages.linear_rewriting import install
 from llmcompress.stages.quantize.rounding import Rounding
 from llmcompress.stages.quantize.sensitivity import TOKENS, costs, most_hurt
 from llmcompress.stages.quantize.smoothing import norm_of
+from llmcompress.stages.routed_experts import ExpertsRecord, expert_tokens, kept_experts
 
 if TYPE_CHECKING:
     from llmcompress.stages.quantize.stage import Quantize
@@ -32,16 +32,15 @@ if TYPE_CHECKING:
 STAGE, SMOOTH, PROTECTED = "quantize", "smooth", "protected"  # entries of the journal
 
 
-class QuantizedLayer(LayerRecord):
+class QuantizedLayer(ExpertsRecord):
     """What became of a layer, or of the head.
 
     `loss_gptq` and `loss_learned` are the losses of the layer's output before and after training, in
-    nats/token to second order; `expert_tokens` are the calibration tokens that each expert saw.
+    nats/token to second order.
     """
 
     loss_gptq: float | None = None
     loss_learned: float | None = None
-    expert_tokens: tuple[int, ...] | None = None
 
 
 class ProtectedLinears(JournalFacts):
@@ -93,7 +92,7 @@ class LayerQuantizer:
             changed = [] if head else self._smoothed(layer, codings, context, dtype_of)
             if not journal.has(STAGE, layer.index):
                 entry = self._head(model, layer, rounding) if head else self._layer(layer, rounding, context)
-                changed += [] if head else _kept_experts(model, layer, codings)
+                changed += [] if head else kept_experts(model, layer, codings)
                 dense = {name: layer.module.get_parameter(name).data for name in changed}
                 entry[0].update(model.as_stored(dense, f"{layer.name}."))
                 journal.save(STAGE, layer.index, *entry)
@@ -219,13 +218,12 @@ class LayerQuantizer:
                 error = rounding.error(W_RC, packed, found.moments[linear])
             records.append(_record(name, codings[linear], W_RC, packed, error))
         before, after = losses or (None, None)
-        first = layer.anatomy.expert_linears[:1]
         return tensors, QuantizedLayer(
             name=layer.name,
             linears=tuple(records),
             loss_gptq=before,
             loss_learned=after,
-            expert_tokens=tuple(found.tokens.get(linear, 0) for of in first for linear in of) or None,
+            expert_tokens=expert_tokens(layer, found.tokens),
         )
 
     def _head(self, model: LayerwiseModel, layer: DecoderLayer, rounding: Rounding) -> Entry:
@@ -239,18 +237,6 @@ class LayerQuantizer:
             )
         record = _record(name, coding, W_RC, packed, rounding.error(W_RC, packed, moments))
         return _named(name, packed), QuantizedLayer(name=name, linears=(record,))
-
-
-def _kept_experts(model: LayerwiseModel, layer: DecoderLayer, codings: Collection[str]) -> list[str]:
-    """The weights of experts that are kept, but no longer in one tensor with the others."""
-    whole = {name.removeprefix(f"{layer.name}.") for name, stored in model.divided.items() if not stored}
-    return [
-        f"{linear}.weight"
-        for linears in layer.anatomy.expert_linears
-        if linears[0].removesuffix(f"{SUFFIX}.0") in whole
-        for linear in linears
-        if linear not in codings
-    ]
 
 
 def _in_block(model: LayerwiseModel, layer: DecoderLayer) -> Callable[[str], torch.dtype]:

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_serializer, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from llmcompress.architectures.rotation import Rotation
 from llmcompress.architectures.shape_grammar import Spelling
@@ -45,6 +45,7 @@ from llmcompress.stages.quantize.solver import (
     ProtectedLinears,
     QuantizedLayer,
 )
+from llmcompress.stages.routed_experts import KEEP, ExpertStage, replaced_parameters, starved_experts
 
 NATIVE = {"nf4": "4 bits", "fp4": "4 bits", "int8": "8 bits"}  # layouts that plain transformers loads
 # by effort, where a recipe does not say it; more steps than 200 did not help
@@ -58,7 +59,7 @@ STEPS: Mapping[Effort, int] = {"fast": 50, "balanced": 200, "best": 200}
 ALONE = ("smooth", "rotate", "protect", "rounding")
 
 
-class Quantize(FormatConfig, Stage):
+class Quantize(FormatConfig, ExpertStage):
     """Stores the weights of linears in 8 or 4 bits; some formats round activations too."""
 
     name: ClassVar[str] = STAGE
@@ -106,11 +107,6 @@ class Quantize(FormatConfig, Stage):
         default="keep",
         description="`int8`: store the input embedding, and a head tied to it, as one int8 matrix",
     )
-
-    @model_serializer(mode="wrap")
-    def _older_keys_alone_unless_experts_are_kept(self, handler: Any) -> Any:
-        """Leave out `experts: quantize`, so that recipes keep the digests that they had before this key."""
-        return {key: value for key, value in handler(self).items() if (key, value) != ("experts", "quantize")}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Quantize:
@@ -171,7 +167,7 @@ class Quantize(FormatConfig, Stage):
                 kept[name] = why
             else:
                 chosen[name] = coding
-        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, "experts: keep")
+        kept |= model.kept_weights | dict.fromkeys(model.expert_weights, KEEP)
         if not chosen:
             raise ModelError(
                 f"no linear of this model can be quantised ({next(iter(kept.values()))}); try another "
@@ -226,6 +222,11 @@ class Quantize(FormatConfig, Stage):
         return words + (", embedding in 8 bits" if self.embedding == "int8" else "")
 
     @property
+    def takes_experts(self) -> bool:
+        """Whether experts are quantised."""
+        return self.experts == "quantize"
+
+    @property
     def needs_plugin(self) -> bool:
         """Whether formats are mixed or the plug-in's own, or the embedding is coded too."""
         kinds = {NATIVE.get(each.format) for each in self.formats}
@@ -252,16 +253,10 @@ class Quantize(FormatConfig, Stage):
                 "format of the plug-in: w8a16"
             )
 
-    def prepare(self, model: LayerwiseModel) -> None:
-        """Make each expert a linear, unless experts are kept."""
-        if self.experts == "quantize":
-            model.divide_experts()
-
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears and embedding are written. The parameters of experts that become linears go."""
         chosen, kept = self.choose(model) if journal is None else self.settled(model, journal)
-        whole = frozenset(name for name, stored in model.divided.items() if not stored)
-        return StageResult(chosen, kept, removed=whole)
+        return StageResult(chosen, kept, removed=replaced_parameters(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of moments and solvers, and the bytes of the codes."""
@@ -303,6 +298,8 @@ class Quantize(FormatConfig, Stage):
             return f"is stored as {layout.format} already"
         elif any(fnmatchcase(name, pattern) for pattern in self.skip):
             return "skip"
+        elif not self.takes_experts and name in model.expert_linears:  # an earlier stage divided them
+            return KEEP
         return None
 
     @property
@@ -355,22 +352,3 @@ class Quantize(FormatConfig, Stage):
         if self.rotate is True and self._heads_stay(model):
             facts.notes.append("the hidden state is rotated, and the head values of this model can't be")
         return facts
-
-
-def starved_experts(layers: Sequence[QuantizedLayer], few: int) -> list[str]:
-    """Return a line for each layer with experts that saw fewer than `few` calibration tokens, with those
-    experts.
-
-    No calibrated format can be better than its data: the second moments of such an expert are singular, and
-    it borrows some of the others' (`routed.blended`).
-    """
-    lines = []
-    for layer in layers:
-        starved = [
-            f"{expert} ({tokens})" for expert, tokens in enumerate(layer.expert_tokens or ()) if tokens < few
-        ]
-        if starved:
-            lines.append(
-                f"{layer.name}: experts that saw fewer than {few} calibration tokens: {', '.join(starved)}"
-            )
-    return lines

@@ -83,14 +83,14 @@ class Share(Stage):
         return self
 
     def linears(self, model: LayerwiseModel) -> list[str]:
-        """The linears of a layer that are shared, in order of computation. Errors: ModelError if a part has
-        none."""
+        """The linears of a layer that are shared, in order of computation, without experts. Errors:
+        ModelError if a part has none."""
         anatomy, found = model.anatomy, list[str]()
         others = [other.layer for other in anatomy.each_layer]  # layers may be of several kinds
         for part in self.parts:
             of = [
                 name
-                for name in anatomy.linears
+                for name in (linear for consumers in anatomy.consumers for linear in consumers)
                 if AXES[part] in Spelling.parse(row := anatomy.layer[f"{name}.weight"]).axes
                 and all(rows.get(f"{name}.weight") == row for rows in others)
             ]

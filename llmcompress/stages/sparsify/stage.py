@@ -31,12 +31,13 @@ from llmcompress.modeling.layerwise import LayerwiseModel, MetaModel
 from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult, Workload
 from llmcompress.stages.cost import IN_TURN
 from llmcompress.stages.linear_rewriting import Rewriting, rewritable
+from llmcompress.stages.routed_experts import ExpertStage, moments_bytes, replaced_parameters
 
 STAGE = "sparsify"
 BASE_60 = {124: "2:4", 248: "4:8"}  # what YAML reads 2:4 and 4:8 as if they are not quoted
 
 
-class Sparsify(Stage):
+class Sparsify(ExpertStage):
     """Sets single weights to zero and stores those that stay with a bitmask."""
 
     name: ClassVar[str] = STAGE
@@ -56,6 +57,10 @@ class Sparsify(Stage):
         default=(),
         strict=False,
         description="names of linears to keep; `*` matches anything",
+    )
+    experts: Literal["sparsify", "keep"] = Field(
+        default="sparsify",
+        description="whether the experts of a mixture lose weights too; routers are kept",
     )
 
     @field_validator("pattern", mode="before")
@@ -82,7 +87,8 @@ class Sparsify(Stage):
             dtype = str(model.dtype_of(f"{name}.weight")).removeprefix("torch.")
             return SparseLayout(self.pattern, dtype if dtype in DTYPES else "float32", self.keep)
 
-        return rewritable(model, layout, self.skip, "lose weights ({why}); try another keep or skip")
+        becomes = "lose weights ({why}); try another keep or skip"
+        return rewritable(model, layout, self.skip, becomes, experts=self.takes_experts)
 
     @property
     def needs(self) -> int:
@@ -97,6 +103,11 @@ class Sparsify(Stage):
             if self.keep is None
             else f"{asked_percent(self.keep)} of the weights"
         )
+
+    @property
+    def takes_experts(self) -> bool:
+        """Whether experts lose weights too."""
+        return self.experts == "sparsify"
 
     @property
     def needs_plugin(self) -> bool:
@@ -124,7 +135,7 @@ class Sparsify(Stage):
 
     def result(self, model: LayerwiseModel, journal: Journal | None = None) -> StageResult:
         """How linears that lose weights are written."""
-        return StageResult(*self.choose(model))
+        return StageResult(*self.choose(model), removed=replaced_parameters(model))
 
     def estimate(self, model: MetaModel, left: MetaModel, work: Workload) -> Estimate:
         """Estimate the cost of moments and of the solver."""
@@ -137,14 +148,13 @@ class Sparsify(Stage):
         )
         calibrated = self.score != "magnitude"
         streams = 2 if calibrated else 1
+        factors = {"magnitude": 0, "wanda": 1, "sparsegpt": 2}[self.score]
         time = work.passes(IN_TURN if calibrated else 2, half=work.half) + work.moments(
             streams, half=work.half
         )
-        time += work.products(2, shapes.values())  # the measured error
-        if calibrated:
-            time += work.products(3, shapes.values()) + work.factors(1)  # the corrected weight
-        if self.score == "sparsegpt":
-            time += work.products(3, shapes.values()) + work.factors(1)
+        time += work.routed(streams, half=work.half, factors=factors)
+        time += work.factors(factors)  # for the corrected weight, and for what the others make up for
+        time += work.products(2 + 3 * factors, shapes.values())  # the measured error too
         states = work.tokens * model.hidden_size * (4 if calibrated else 2)
         outer, widest = parameters - inner, max(C for _, C in shapes.values())
         reasons = "; ".join(sorted(set(kept.values())))
@@ -152,7 +162,8 @@ class Sparsify(Stage):
             stage=f"sparsify ({self.pattern}, {self.score})",
             parameters=parameters - sum(R * (C - chosen[name].kept(C)) for name, (R, C) in shapes.items()),
             size_bytes=int(model.stored_bytes() - saved / 8),
-            peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2),
+            peak_memory_bytes=4 * (4 * inner // layers + outer + states + 4 * widest**2)
+            + moments_bytes(model, chosen),
             time=time,
             notes=(f"{len(shapes)} linears lose weights, {len(kept)} are kept ({reasons})",) if kept else (),
         )
