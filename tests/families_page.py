@@ -9,7 +9,7 @@ import transformers
 
 from llmcompress.io.units import measured_percent
 from llmcompress.pipeline.families import FamilyFacts, known_families
-from llmcompress.report.console import LEVELS
+from llmcompress.report.console import LEVELS, ROTATIONS
 
 PAGE = Path(__file__).parents[1] / "docs" / "families.md"
 BEGIN, END = "<!-- types: written by `python -m tests.families_page` -->", "<!-- end of types -->"
@@ -22,16 +22,18 @@ def section(facts: Sequence[FamilyFacts]) -> str:
     axes = sum(of.level == 3 for of in facts)
     lines = [
         f"transformers {transformers.__version__} has {len(facts)} types of causal language models. {walked} "
-        f"of them can be compressed, {axes} by every stage.",
+        f"of them can be compressed, and the axes of {axes} are known.",
         "",
-        "| `model_type` | known | of the layers' weights | kept, or why nothing is known |",
-        "|---|---|---|---|",
+        "| `model_type` | known | of the layers' weights | `prune` | `rotate` | kept, or what is missing |",
+        "|---|---|---|---|---|---|",
     ]
     for of in facts:
         share = measured_percent(of.share) if of.level else ""
         why = "; ".join(of.why).replace("|", r"\|")
         why = why if len(why) <= LONGEST else f"{why[:LONGEST]} ..."
-        lines.append(f"| `{of.model_type}` | {LEVELS[of.level]} | {share} | {why} |")
+        turns = ", ".join(ROTATIONS[turn] for turn in of.turns)
+        cells = [f"`{of.model_type}`", LEVELS[of.level], share, ", ".join(of.axes), turns, why]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

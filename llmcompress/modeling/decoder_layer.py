@@ -24,6 +24,7 @@ from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.formats.base import Inputs
 from llmcompress.integrations.distributed import Shard
+from llmcompress.integrations.expert_linears import divide, unite
 from llmcompress.integrations.layer_calls import states_of
 from llmcompress.kernels import moments as half_moments
 from llmcompress.modeling.expert_routing import experts_of, kept_to, taken_down
@@ -258,6 +259,25 @@ class DecoderLayer:
             else:
                 place._buffers[leaf] = value
         self._whole, self.module = self._whole or self.module, module
+
+    @contextmanager
+    def divided(self) -> Iterator[None]:
+        """Make each expert a linear of its own within the context; their weights must not be replaced
+        there."""
+        whole = self.anatomy
+        linears = {
+            name: divide(self.module, name, transposed=transposed)
+            for name, transposed in whole.experts.items()
+        }
+        self.anatomy = whole.divided(linears)
+        self.__post_init__()  # other submodules end the layer now
+        try:
+            yield
+        finally:
+            for name in linears:
+                unite(self.module, name)
+            self.anatomy = whole
+            self.__post_init__()
 
     def cross(self, key: str, factor: Tensor, dtype: torch.dtype) -> list[str]:
         """Divide the output of a key of `scale_pairs` by `factor` and multiply its readers' columns by it.

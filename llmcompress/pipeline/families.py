@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from llmcompress.architectures.families import table_of
 from llmcompress.architectures.spec import Anatomy
-from llmcompress.derivation.derive import anatomy_of
+from llmcompress.derivation.derive import anatomy_of, derived
 from llmcompress.derivation.example_configs import causal_types, example_config
 from llmcompress.derivation.subject import layers_at
 from llmcompress.errors import CompressError, ModelError, first_line
@@ -20,6 +20,7 @@ from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import logging
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import Track, untracked
+from llmcompress.stages.prune.stage import INNER, UNITS, is_read
 
 
 @dataclass(frozen=True)
@@ -27,13 +28,16 @@ class FamilyFacts:
     """What is known of one type of model, with the config that its class has by default.
 
     `level` is that of its anatomy, 0 if its layers can't be run one by one. The linears that stages may
-    rewrite hold `share` of the weights of the layers. `why` says what is kept, or why there is no level.
+    rewrite hold `share` of the weights of the layers. `axes` can be cut in all layers that have them, `turns`
+    are the rotations, R1 and R2. `why` says what is kept, or why there is no level.
     """
 
     model_type: str
     level: int
     derived: bool = True  # or in the table
     share: float = 0.0
+    axes: tuple[str, ...] = ()
+    turns: tuple[str, ...] = ()
     why: tuple[str, ...] = ()
 
 
@@ -65,8 +69,23 @@ def _facts(model_type: str) -> FamilyFacts:
     each = [anatomy.of_layer(index) for index in range(len(layers_at(model, anatomy.layers)))]
     linears, every = _weights(model, each)
     kept = {why for of in each for why in of.kept.values()}
-    derived = table_of(model.config) is None
-    return FamilyFacts(model_type, anatomy.level, derived, linears / every, tuple(sorted(kept)))
+    in_table = table_of(model.config) is not None
+    proved = derived(model) if in_table else anatomy  # the table leaves it to the config what can be cut
+    return FamilyFacts(
+        model_type,
+        anatomy.level,
+        derived=not in_table,
+        share=linears / every,
+        axes=tuple(axis for axis in UNITS if _is_cut(proved, axis)),
+        turns=tuple(sorted(proved.turns or ())),
+        why=tuple(sorted(kept)),
+    )
+
+
+def _is_cut(anatomy: Anatomy, axis: str) -> bool:
+    """Whether `prune` can cut an axis of a model, in all layers that have it."""
+    along = [of for of in anatomy.each_layer or (anatomy,) if of.cut_along(axis)]
+    return bool(along) and (axis not in INNER or all(is_read(of, axis) for of in along))
 
 
 def _weights(model: PreTrainedModel, each: Sequence[Anatomy]) -> tuple[int, int]:

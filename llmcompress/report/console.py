@@ -263,7 +263,11 @@ def print_plan(rows: Sequence[PlanRow], notes: Iterable[str], console: Console) 
 
 # what is known of a model at each level of its anatomy
 LEVELS = ("nothing", "linears", "scales", "axes")
-KNOWN = "linears: quantize, codebook, sparsify, low_rank, distill; scales: also smooth; axes: all stages"
+KNOWN = (
+    "linears: quantize, codebook, sparsify, low_rank, distill; scales: also smooth; axes: also prune, share, "
+    "tie"
+)
+ROTATIONS = {"r1": "hidden", "r2": "heads"}  # what `rotate` turns
 
 
 class FamilyRow(Protocol):
@@ -278,6 +282,10 @@ class FamilyRow(Protocol):
     @property
     def share(self) -> float: ...
     @property
+    def axes(self) -> Sequence[str]: ...
+    @property
+    def turns(self) -> Sequence[str]: ...
+    @property
     def why(self) -> Sequence[str]: ...
 
 
@@ -289,11 +297,14 @@ def print_families(rows: Sequence[FamilyRow], console: Console) -> None:
             LEVELS[row.level],
             ("derived" if row.derived else "table") if row.level else "",
             measured_percent(row.share) if row.level else "",
+            " ".join(row.axes),
+            " ".join(ROTATIONS[turn] for turn in row.turns),
             "; ".join(row.why),
         )
         for row in rows
     ]
-    _print(console, "families", ("model_type", "known", "from", "of the layers' weights", "why"), cells)
+    header = ("model_type", "known", "from", "of the layers' weights", "prune", "rotate", "why")
+    _print(console, "families", header, cells)
     console.print(Text(KNOWN, style="dim"))
 
 

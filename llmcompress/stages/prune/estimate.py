@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from llmcompress.architectures.spec import experts_per_token
 from llmcompress.modeling.layerwise import MetaModel
 from llmcompress.modeling.sequential import SAMPLE
 from llmcompress.stages import fisher
 from llmcompress.stages.base import Estimate, Time, Workload
-from llmcompress.stages.prune import allocation, sublayer_dropping
+from llmcompress.stages.prune import allocation, expert_widths, sublayer_dropping
 
 if TYPE_CHECKING:
     from llmcompress.stages.prune.stage import Prune
@@ -56,23 +58,22 @@ def _dropping(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time
 
 def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time, int, tuple[str, ...]]:
     """For units of axes: what stays in words, the time, the widest input that is solved for, and notes."""
-    cut, maps, sizes = stage.cut(model), dict(model.linear_maps()), stage.sizes(model)
+    cut, sizes = stage.cut(model), stage.sizes(model)
     # the first layer with the axis stands for all
     first = {axis: next(index for index, size in enumerate(sizes[axis]) if size) for axis in stage.axes}
-    readers = {
-        axis: f"{model.layer_name(index)}.{model.anatomy.of_layer(index).consumer_of(axis)}"
-        for axis, index in first.items()
-    }
-    shapes = {axis: maps.get(name, (0, model.hidden_size)) for axis, name in readers.items()}
+    readers = {axis: _reader(model, index, axis) for axis, index in first.items()}
+    shapes = {axis: read.shape for axis, read in readers.items()}
     time = Time()
-    for axis, (R, C) in shapes.items():
+    for axis, read in readers.items():
+        R, C = read.shape
         gone = [sizes[axis][index] - count for index, count in enumerate(cut.widths[axis])]
         # of the inputs here and of the full model, then on the way out
-        time += work.passes(3, half=work.half) + work.moments(2, C, half=work.half) + work.factors(3, C)
-        time += work.products(5 * len(model.layers), [(R, C)])
+        time += work.passes(3, half=work.half) + work.factors(3 * read.count, C)
+        time += work.moments(2, *[C] * read.passes, half=work.half)
+        time += work.products(5 * len(model.layers) * read.count, [(R, C)])
         if stage.ranking == "obs":
             removed = (work.machine.removal(C, sizes[axis][first[axis]], count) for count in gone if count)
-            time += Time({REMOVAL: sum(removed)})
+            time += Time({REMOVAL: read.count * sum(removed)})
     if stage.sensitive or stage.ranking in ("obs", "taylor"):
         time += fisher.time_of(work)
     spoken = "; ".join(
@@ -84,6 +85,26 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
     time += _allocation(model, work, shapes, sizes)
     note = "the run finds a width for each layer, where it loses least; these numbers are for equal widths"
     return f"{spoken} in the mean", time, widest, (note,)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """The linears of a layer that read an axis: their shape and number, and how often all tokens are read."""
+
+    shape: tuple[int, int]
+    count: int = 1
+    passes: int = 1
+
+
+def _reader(model: MetaModel, index: int, axis: str) -> _Reader:
+    """What reads an axis in one layer."""
+    anatomy, maps = model.anatomy.of_layer(index), dict(model.linear_maps())
+    if (stack := expert_widths.along(anatomy, axis)) is not None:
+        E, *sides = model.layers[index].get_parameter(stack).shape
+        C, R = sides if anatomy.experts[stack] else sides[::-1]
+        return _Reader((R, C), E, min(E, experts_per_token(model.text_config)))
+    name = f"{model.layer_name(index)}.{anatomy.consumer_of(axis)}"
+    return _Reader(maps.get(name, (0, model.hidden_size)))
 
 
 def _allocation(

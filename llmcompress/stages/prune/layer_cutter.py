@@ -20,7 +20,7 @@ from llmcompress.modeling.sequential import walk
 from llmcompress.modeling.token_limit import first_sequences
 from llmcompress.stages.base import Context, LayerRecord
 from llmcompress.stages.fisher import MANY, find_fisher, metric
-from llmcompress.stages.prune import experts, structured, sublayer_dropping
+from llmcompress.stages.prune import expert_widths, experts, structured, sublayer_dropping
 
 if TYPE_CHECKING:
     from llmcompress.stages.prune.allocation import Widths
@@ -112,7 +112,9 @@ class LayerCutter:
                 tensors, lost = experts.cut(layer, counts[axis])
             else:
                 score = self._score(layer.index, axis)
-                tensors, lost = structured.cut(layer, axis, counts[axis], score, self.stage.repair)
+                of_experts = expert_widths.along(layer.anatomy, axis) is not None
+                cut = expert_widths.cut if of_experts else structured.cut
+                tensors, lost = cut(layer, axis, counts[axis], score, self.stage.repair)
             named |= self.model.as_stored(tensors, f"{layer.name}.")
             cuts.append(CutLayer(name=layer.name, axis=axis, kept_units=counts[axis], relative_error=lost))
         return named, LayerCuts(cuts=tuple(cuts))

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from llmcompress.architectures.resize import changed, resized, shortened
+from llmcompress.architectures.spec import Anatomy
 from llmcompress.errors import ModelError
 from llmcompress.integrations.distributed import By
 from llmcompress.io.journal import Journal
@@ -25,6 +26,7 @@ from llmcompress.stages.base import Context, Estimate, Facts, Stage, StageResult
 from llmcompress.stages.prune import (
     allocation,
     estimate,
+    expert_widths,
     experts,
     hidden_size,
     layer_dropping,
@@ -152,8 +154,8 @@ class Prune(Budget, Stage):
             return sublayer_dropping.sizes(model)
         along = {axis: layers_along(model, axis) for axis in self.axes}
         for axis, layers in along.items():
-            read = [model.anatomy.of_layer(index).consumer_of(axis) for index in layers]
-            if not layers or (axis in INNER and None in read):
+            read = all(is_read(model.anatomy.of_layer(index), axis) for index in layers)
+            if not layers or (axis in INNER and not read):
                 raise ModelError(
                     f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use '
                     f"{' or '.join(others(model, axis))}"
@@ -164,7 +166,10 @@ class Prune(Budget, Stage):
                 raise ModelError(
                     f"hidden can't be cut by {self.ranking}: {why}; use score: activation, or another axis"
                 )
-        if self.sensitive and model.anatomy.cuts is not None:
+        of_experts = any(experts_along(model, index) for index in along.get("ffn", ()))
+        if of_experts and self.ranking == "taylor":
+            raise ModelError("score: taylor is not for the neurons of experts; use score: obs")
+        if self.sensitive and (of_experts or model.anatomy.cuts is not None):
             raise ModelError(
                 f"layers of a {model.anatomy.family} model can't have widths of their own; use "
                 "allocation: uniform"
@@ -346,13 +351,23 @@ def layers_along(model: LayerwiseModel, axis: str) -> list[int]:
     return [index for index in range(len(model.layers)) if model.anatomy.of_layer(index).cut_along(axis)]
 
 
+def is_read(anatomy: Anatomy, axis: str) -> bool:
+    """Whether one linear of a layer reads an axis, or one of each expert."""
+    return anatomy.consumer_of(axis) is not None or expert_widths.along(anatomy, axis) is not None
+
+
+def experts_along(model: LayerwiseModel, index: int) -> bool:
+    """Whether the neurons of a layer are those of experts."""
+    return expert_widths.along(model.anatomy.of_layer(index), "ffn") is not None
+
+
 def others(model: LayerwiseModel, axis: str) -> list[str]:
     """The axes that may be cut instead of one."""
     inner = [
         other
         for other in INNER
         if (layers := layers_along(model, other))
-        and None not in [model.anatomy.of_layer(index).consumer_of(other) for index in layers]
+        and all(is_read(model.anatomy.of_layer(index), other) for index in layers)
     ]
     return [other for other in (*inner, "layer") if other != axis]
 

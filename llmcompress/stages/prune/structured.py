@@ -7,6 +7,7 @@ effect on the model's predictions. The other scores sort the units once.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,9 +35,10 @@ class Reading:
     units: int
 
     @classmethod
-    def of(cls, layer: DecoderLayer, axis: str) -> Reading:
-        """Run the calibration text through the layer as far as the linear that consumes `axis`."""
-        linear = layer.anatomy.consumer_of(axis)
+    def of(cls, layer: DecoderLayer, axis: str, reader: str | None = None) -> Reading:
+        """Run the calibration text through the layer as far as the linear that consumes `axis`, or one that
+        is given."""
+        linear = reader or layer.anatomy.consumer_of(axis)
         assert linear is not None
         moments = layer.moments(next(group for group in layer.anatomy.consumers if linear in group))[linear]
         unit_C = units_along(layer.anatomy.input_of(linear), layer.sizes, axis).to(layer.device)
@@ -52,6 +54,15 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Part:
+    """A part of a layer whose units are cut by themselves: the linear that reads them, and the rows of the
+    parameters among which theirs are."""
+
+    reader: str
+    rows: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class Score:
     """How saliency is computed: the name of the score, and what was computed in the whole model: a metric of
     the layer's errors, or a saliency."""
@@ -61,8 +72,16 @@ class Score:
     saliency_U: Tensor | None = None
 
 
-def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: Score, count: int) -> Tensor:
-    """The `count` units that stay, int64 in ascending order."""
+def kept(
+    layer: DecoderLayer,
+    axis: str,
+    read: Reading,
+    aim_RC: Tensor,
+    score: Score,
+    count: int,
+    linears: Sequence[str],
+) -> Tensor:
+    """The `count` units that stay, int64 in ascending order. `linears` are those that may write the axis."""
     W_RC, unit_C, units = aim_RC, read.unit_C, read.units
     norm_C = read.moments.H_CC.diagonal().sqrt()
     if count == units:
@@ -77,7 +96,7 @@ def kept(layer: DecoderLayer, axis: str, read: Reading, aim_RC: Tensor, score: S
         saliency_U = saliency.activation(norm_C, unit_C, units)
     else:
         saliency_U = saliency.magnitude(W_RC, unit_C, units)
-        for linear in layer.anatomy.linears:  # the linears that write the axis are part of the unit
+        for linear in linears:  # those that write the axis are part of the unit
             unit_R = units_along(layer.anatomy.output_of(linear), layer.sizes, axis)
             if bool((unit_R >= 0).any()):
                 saliency_U = saliency_U + saliency.magnitude(
@@ -101,28 +120,46 @@ def taylor(model: LayerwiseModel, index: int, axis: str, gradient: Tensor) -> Te
         return saliency.taylor(W_RC, G_RC, unit_C, sizes[axis])
 
 
+def left(
+    layer: DecoderLayer,
+    axis: str,
+    read: Reading,
+    count: int,
+    score: Score,
+    mend: bool,
+    linears: Sequence[str],
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Choose the `count` units that stay. Returns them, the columns of the linear that reads them, its weight
+    [R, P] for these, and its relative output error."""
+    W_RC, moments = read.W_RC, read.moments
+    aim_RC = retarget(W_RC, moments) if mend else W_RC
+    units = kept(layer, axis, read, aim_RC, score, count, linears)
+    # all processes keep the same, also where ties fall otherwise on another device
+    units = layer.shard.processes.sent({"units": units}, 0)["units"].to(layer.device)
+    place = torch.arange(len(read.unit_C), device=layer.device)
+    term = layer.anatomy.input_of(read.linear)
+    columns = take(place, Spelling((term,)), layer.sizes, axis, units)
+    left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]
+    padded_RC = torch.zeros_like(W_RC).index_copy(1, columns, left_RP)
+    return units, columns, left_RP, output_error(W_RC, padded_RC, moments.H_CC)
+
+
 def cut(
-    layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool
+    layer: DecoderLayer, axis: str, count: int, score: Score, mend: bool, part: Part | None = None
 ) -> tuple[dict[str, Tensor], float]:
     """Return the parameters that change if `count` units stay, by their names in the layer, and the relative
     output error.
 
     With `mend` the linear that consumes the axis is solved again for what is left, and for what the layers
     before lost. The layer itself stays as wide as it was, with zeros in place of removed units, so that
-    another axis can be cut after this one.
+    another axis can be cut after this one. A `part` of a layer is cut by itself.
     """
-    anatomy, read = layer.anatomy, Reading.of(layer, axis)
-    reader, W_RC, moments, term = read.linear, read.W_RC, read.moments, anatomy.input_of(read.linear)
-    aim_RC = retarget(W_RC, moments) if mend else W_RC
-    units = kept(layer, axis, read, aim_RC, score, count)
-    # all processes keep the same, also where ties fall otherwise on another device
-    units = layer.shard.processes.sent({"units": units}, 0)["units"].to(layer.device)
-    place = torch.arange(len(read.unit_C), device=layer.device)
-    columns = take(place, Spelling((term,)), layer.sizes, axis, units)
-    left_RP = repair(aim_RC, moments.H_CC, columns) if mend else W_RC[:, columns]
+    anatomy, read = layer.anatomy, Reading.of(layer, axis, part.reader if part else None)
+    reader, W_RC, moments = read.linear, read.W_RC, read.moments
+    units, columns, left_RP, lost = left(layer, axis, read, count, score, mend, anatomy.linears)
     tensors = {
         name: take(layer.module.get_parameter(name).data, row, layer.sizes, axis, units)
-        for name, row in anatomy.layer.items()
+        for name, row in (part.rows if part else anatomy.layer).items()
         if axis in Spelling.parse(row).axes
     }
     tensors[f"{reader}.weight"] = layer.oriented(reader, left_RP)
@@ -132,4 +169,4 @@ def cut(
         layer.set_bias(reader, tensors[bias])
     padded_RC = torch.zeros_like(W_RC).index_copy(1, columns, left_RP)
     layer.set_weight(reader, padded_RC)
-    return tensors, output_error(W_RC, padded_RC, moments.H_CC)
+    return tensors, lost
