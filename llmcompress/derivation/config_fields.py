@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from llmcompress.derivation.shrink import HIDDEN, SIZES, resized
+from llmcompress.derivation.shrink import HIDDEN, SIZES, resized, shrunk
 from llmcompress.derivation.subject import Subject
 from llmcompress.integrations.linear_modules import is_linear
 from llmcompress.integrations.transformers_compat import Conv1D
@@ -126,10 +126,12 @@ class Setting:
         return {name: [count] * layers if name in lists else count for name, count in fields.items()}
 
     def narrow(self, fields: Mapping[str, Any]) -> Shapes | None:
-        """The shapes of a model with other fields; None if there is no such model with the same tensors."""
+        """The shapes of a model with other fields; None if there is no such model with the same tensors, or
+        if it would have no tiny copy itself."""
         model = self.subject.model
         try:
             config = resized(model.config, fields)
+            shrunk(config, len(self.subject.layers))
             with torch.device("meta"):
                 tensors = type(model)._from_config(config).state_dict()
         except Exception:  # each family checks its fields in its own way

@@ -41,10 +41,10 @@ class Spelled:
 def spelled(layer: Draft, tiny: Draft, crossings: Sequence[Crossing], hidden: int) -> Spelled:
     """The rows of a layer whose hidden states have `hidden` channels, like the tiny layer whose crossings
     these are."""
-    for name, parameter in layer.module.named_parameters():
-        # gains of the stream, also those that nothing may cross
-        if [*parameter.shape] == [hidden] and name.endswith(".weight"):
-            layer.terms[name], layer.sizes[HIDDEN] = [HIDDEN], hidden
+    if HIDDEN not in layer.sizes:  # then vectors of its size may be gains of the states
+        for name, parameter in layer.module.named_parameters():
+            if [*parameter.shape] == [hidden] and name.endswith(".weight"):
+                layer.terms[name], layer.sizes[HIDDEN] = [HIDDEN], hidden
     offsets = [crossing.offset for crossing in crossings if crossing.offset is not None]
     found = Spelled({}, {}, layer.sizes, {}, offsets[0] if offsets else 0.0)
     for number, crossing in enumerate(crossings):

@@ -59,7 +59,7 @@ for name, folder, loader, plugin in json.loads(sys.argv[1]):
     model, info = getattr(transformers, loader).from_pretrained(folder, output_loading_info=True)
     assert plugin or "llmcompress" not in sys.modules
     kinds = [type(module).__name__ for module in model.modules()]
-    if not plugin:
+    if getattr(model, "hf_quantizer", None) is not None and not plugin:
         model.dequantize()  # bitsandbytes' kernel for CPUs multiplies in bfloat16
     with torch.no_grad():
         scores = model(torch.arange(3, 27)[None], use_cache=False).logits.float()
@@ -163,6 +163,54 @@ def test_experts_of_a_derived_family_load_with_the_plug_in(kind: str, tmp_path: 
     exact = {"format": "w8a8", "activations": "none"}  # an input that is rounded may be rounded otherwise
     made = {name: run_on(name, tmp_path / name, **exact) for name in EXPERTS[kind]}
     check_experts({name: (out, report) for name, (_, out, report) in made.items()})
+
+
+# cut along every axis that is proved of them, one after another
+CUT = {
+    "plain": ("smollm3", "glm4", "cohere", "gptj", "vaultgemma"),
+    "hybrids and wrappers": ("qwen3_5", "falcon_h1", "gemma3", "mistral3", "olmo2"),
+    "experts": ("deepseek_v3", "glm4_moe", "mixtral", "gpt_oss", "nemotron_h"),
+}
+SHARES: dict[str, dict[str, Any]] = {
+    "ffn": {"keep": 0.5, "multiple": 1},
+    "kv": {"keep": 0.5},
+    "q": {"keep": 0.5},
+    "expert": {"keep": 4},
+    "hidden": {"keep": 0.75, "multiple": 16, "score": "activation"},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CUT)
+def test_what_is_cut_of_a_derived_family_is_a_plain_checkpoint(kind: str, tmp_path: Path) -> None:
+    made = dict[str, tuple[Path, list[str], Report]]()
+    for name in CUT[kind]:
+        base, text = save_tiny(name, tmp_path / name / "base"), write_text(tmp_path / name / "text.txt")
+        model = DiskModel(base, torch.device("cpu"))
+        axes = [axis for axis in SHARES if any(size > 1 for size in widths(model, axis))]
+        stages = [{"prune": {"axis": axis, **SHARES[axis]}} for axis in axes]
+        report = compress(str(base), staged_recipe(text, base, *stages), str(tmp_path / name / "out"))
+        assert isinstance(report, Report)
+        made[name] = tmp_path / name / "out", axes, report
+    found = loaded({name: out for name, (out, _, _) in made.items()}, plugin=False)
+    for name, (out, axes, report) in made.items():
+        assert axes and not found[name]["wrong"] and not found[name]["coded"], name
+        walk = DiskModel(out, torch.device("cpu"), quantized=True)
+        whole = DiskModel(tmp_path / name / "base", torch.device("cpu"))
+        for axis in axes:
+            pairs = zip(widths(walk, axis), widths(whole, axis), strict=True)
+            assert all(left < size for left, size in pairs if size), name
+        expected = torch.cat([*logits(walk, torch.arange(3, 27)[None])])
+        assert (torch.load(out / "scores.pt") - expected).abs().max() < 1e-3 * expected.std(), name
+        assert "quantization_config" not in json.loads((out / "config.json").read_text()), name
+        assert report.compressed.parameters is not None and report.base.parameters is not None
+        assert report.compressed.parameters < report.base.parameters, name
+
+
+def widths(model: DiskModel, axis: str) -> tuple[int, ...]:
+    """The units of an axis in each layer, 0 where it can't be cut."""
+    along = [model.anatomy.of_layer(index).cut_along(axis) for index in range(len(model.layers))]
+    return tuple(size if cut else 0 for size, cut in zip(model.widths_of(axis), along, strict=True))
 
 
 REWRITES = {

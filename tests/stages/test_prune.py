@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from llmcompress.derivation.shrink import shrunk, tiny_model
 from llmcompress.errors import AcceptError, ModelError, RecipeError
 from llmcompress.io.output_folder import partial_folder
 from llmcompress.modeling.layerwise import InMemoryModel, LayerwiseModel
@@ -23,7 +24,7 @@ from llmcompress.recipe.recipe import Accept, Recipe
 from llmcompress.report.schema import Report
 from llmcompress.stages.prune.stage import Prune
 from tests.artefacts import CPU, TOKENS, distance, live, load, measured
-from tests.bases import byte_tokenizer, known, save_base, staged_recipe, write_text
+from tests.bases import VOCABULARY, byte_tokenizer, known, save_base, staged_recipe, write_text
 from tests.models import FAMILIES, pico
 
 pytestmark = pytest.mark.usefixtures("short_runs")
@@ -43,9 +44,7 @@ def resident(family: str = "llama", **config: Any) -> LayerwiseModel:
     return InMemoryModel(model.config, model.state_dict(), CPU)
 
 
-CUTS = [("ffn", family) for family in FAMILIES if family != "qwen3_moe"] + [
-    (axis, f) for f in HEADS for axis in ("kv", "q")
-]
+CUTS = [("ffn", family) for family in FAMILIES] + [(axis, f) for f in HEADS for axis in ("kv", "q")]
 
 
 @pytest.mark.slow
@@ -54,12 +53,11 @@ def test_what_is_left_is_a_plain_checkpoint_of_the_widths_asked_for(
     axis: str, family: str, text: Path, tmp_path: Path
 ) -> None:
     base = save_base(tmp_path / "base", family)
-    report = run_recipe(
-        staged_recipe(text, base, {"prune": {"axis": axis, "keep": KEEP[axis]}}), tmp_path / "out"
-    )
+    keep = KEEP[axis] if family != "qwen3_moe" else 128  # its experts have 192
+    report = run_recipe(staged_recipe(text, base, {"prune": {"axis": axis, "keep": keep}}), tmp_path / "out")
     model = load(tmp_path / "out")
     source = InMemoryModel(model.config, model.state_dict(), CPU)
-    assert source.sizes[axis] == KEEP[axis]
+    assert source.sizes[axis] == keep
     assert distance(live(model), measured(tmp_path / "out")) < 1e-5
     told: dict[str, Any] = {"max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
     cached, slow = (cast(Any, model).generate(TOKENS, use_cache=cache, **told) for cache in (True, False))
@@ -111,13 +109,41 @@ def test_units_that_say_nothing_are_cut_for_free(family: str, text: Path, tmp_pa
         assert distance(after, before) < 1e-4
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("score", ["obs", "wanda"])
+def test_each_expert_loses_the_neurons_that_say_nothing_there(
+    transposed: bool, score: str, text: Path, tmp_path: Path
+) -> None:
+    """Each expert has neurons of its own that are not read, or nothing gets to."""
+    config = shrunk(AutoConfig.for_model("gpt_oss" if transposed else "mixtral"), 2)
+    config.vocab_size = VOCABULARY
+    model = cast(Any, tiny_model(config, dtype=torch.float32))
+    generator, dead = torch.Generator().manual_seed(0), dict[tuple[int, int], Tensor]()
+    for index, layer in enumerate(model.model.layers):
+        for expert, W in enumerate(layer.mlp.experts.down_proj.data):
+            dead[index, expert] = torch.randperm(96, generator=generator)[:32]
+            (W if transposed else W.T)[dead[index, expert]] = 0
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    stage = {"axis": "ffn", "keep": 64, "score": score, "multiple": 1}
+    report = run_recipe(staged_recipe(text, tmp_path / "base", {"prune": stage}), tmp_path / "out")
+    assert known(report.fidelity.kl_nats_mean) < 1e-6
+    left = cast(Any, load(tmp_path / "out"))
+    for index, layer in enumerate(left.model.layers):
+        whole = model.model.layers[index].mlp.experts.down_proj.data
+        for expert, W in enumerate(layer.mlp.experts.down_proj.data):
+            gone = torch.isin(torch.arange(96), dead[index, expert])
+            own = whole[expert][~gone] if transposed else whole[expert][:, ~gone]
+            assert distance(W, own) < 1e-3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_keeps_all_leaves_every_bit(family: str, text: Path, tmp_path: Path) -> None:
     base = save_base(tmp_path / "base", family)
     axes = [
         "layer",
-        *(["expert"] if family == "qwen3_moe" else ["ffn"]),
+        *(["expert", "ffn"] if family == "qwen3_moe" else ["ffn"]),
         *(["kv", "q"] if family in HEADS else []),
     ]
     stages: list[dict[str, Any]] = [{"prune": {"axis": axis, "keep": 1.0}} for axis in axes]
@@ -297,7 +323,16 @@ def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> No
             {"axis": "kv", "keep": 2},
             "the heads of a gpt2 model share out its hidden width, so neither can be cut",
         ),
-        ("qwen3_moe", {"axis": "ffn", "keep": 64}, 'axis "ffn" of this qwen3_moe model can\'t be cut'),
+        (
+            "qwen3_moe",
+            {"axis": "ffn", "keep": 64, "score": "taylor"},
+            "score: taylor is not for the neurons of experts; use score: obs",
+        ),
+        (
+            "qwen3_moe",
+            {"axis": "ffn", "parameters": 0.8},
+            "layers of a qwen3_moe model can't have widths of their own; use allocation: uniform",
+        ),
     ],
 )
 def test_a_cut_that_can_not_be_is_refused_before_anything_is_read(
