@@ -246,6 +246,8 @@ def _unplaced(anatomy: Anatomy) -> str | None:
             reads, writes = HIDDEN in Spelling((inputs,)).axes, HIDDEN in Spelling(tuple(outputs)).axes
             if reads and (writes or module not in followed):
                 return f"the table does not tell which norm {module} reads"
+    if HIDDEN not in anatomy.outer_axes:
+        return "the table does not tell which weights run along the hidden state"
     known = {f"{module}.weight" for module in (anatomy.embedding, anatomy.norm, anatomy.head)}
     for name, row in anatomy.outer.items():
         if HIDDEN in Spelling.parse(row).axes and name not in known:

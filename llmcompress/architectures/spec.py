@@ -68,6 +68,7 @@ class Anatomy:
     returned_items: int = 0  # of the tuple in which a layer returns its states; 0 if it returns them alone
     buffers: Rows = field(default_factory=dict)  # those in a layer that run along an axis -> spelling
     arguments_by_batch: bool = False  # whether what a layer is called with depends on the tokens
+    streams: int = 1  # how many times the hidden width the states between layers are wide
     # linears and other matrices of a layer that stay as they are, with the reason
     kept: Rows = field(default_factory=dict)
     each_layer: tuple[Anatomy, ...] = ()  # the facts of each layer, if layers are of several kinds

@@ -72,6 +72,7 @@ class Found:
             returned_items=self.subject.returned_items,
             turns=turns,
             arguments_by_batch=self.by_batch,
+            streams=self.subject.width // self.subject.model.config.get_text_config(decoder=True).hidden_size,
         )
         each = tuple(
             self._layer(common, model, index, kind, tied.get(index, set()))

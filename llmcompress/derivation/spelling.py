@@ -10,6 +10,7 @@ another pattern are left out. All other dimensions are numbers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +25,7 @@ from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import Conv1D
 
 PART = "|"  # of `units_along`: the number of the alternative
+UNIT = re.compile(r"\((\w[\w ]*) (\d+)\)")  # a unit of several channels
 
 
 @dataclass
@@ -61,8 +63,7 @@ def spelled(layer: Draft, tiny: Draft, crossings: Sequence[Crossing], hidden: in
 def _named(layer: Draft, tiny: Draft, crossing: Crossing) -> str | None:
     """The key of `scale_pairs` for a crossing that is what the spelling of its dimensions says, or None.
 
-    Where outputs are spelled as channels of units, and the crossing is of the first or last of each unit,
-    they are spelled as two parts.
+    Outputs that are spelled as channels of units may become two parts.
     """
     outputs, columns = _outputs(tiny, crossing.producer), _columns(tiny, crossing)
     if outputs is None or columns is None:
@@ -70,16 +71,25 @@ def _named(layer: Draft, tiny: Draft, crossing: Crossing) -> str | None:
     for part in (None, 0, 1, 2):
         if _agrees(outputs, columns, part, tiny.sizes, crossing.unit_C):
             return crossing.producer + (f"[{part}]" if part is not None else "")
-    head, _, count = outputs.strip("()").rpartition(" ")
-    d, whole = HEAD_CHANNELS, _outputs(layer, crossing.producer) or ""
-    if not (count.isdigit() and head and d in tiny.sizes and whole.startswith(f"({head} ")):
+    return _in_halves(layer, tiny, crossing, columns)
+
+
+def _in_halves(layer: Draft, tiny: Draft, crossing: Crossing, columns: str) -> str | None:
+    """The same for a crossing of the first or last channels of each unit, as many as a head has, or one."""
+    small, whole = (UNIT.fullmatch(_outputs(draft, crossing.producer) or "") for draft in (tiny, layer))
+    if small is None or whole is None or small[1] != whole[1]:
         return None
-    for part, text in enumerate((f"({head} ({d} | {{0}}))", f"({head} ({{0}} | {d}))")):
-        if _agrees(text.format(int(count) - tiny.sizes[d]), columns, part, tiny.sizes, crossing.unit_C):
-            rest = int(whole.strip("()").rpartition(" ")[2]) - layer.sizes[d]
-            for draft, left in ((tiny, int(count) - tiny.sizes[d]), (layer, rest)):
-                _set_outputs(draft, crossing.producer, text.format(left))
-            return f"{crossing.producer}[{part}]"
+    for inner in (HEAD_CHANNELS, "1"):
+        here, there = (draft.sizes.get(inner, 1) for draft in (tiny, layer))
+        rest, other = int(small[2]) - here, int(whole[2]) - there
+        if rest < 1 or other < 1 or (inner == HEAD_CHANNELS and inner not in tiny.sizes):
+            continue
+        for part, halves in enumerate(("({0} ({1} | {2}))", "({0} ({2} | {1}))")):
+            term = halves.format(small[1], inner, rest)
+            if _agrees(term, columns, part, tiny.sizes, crossing.unit_C):
+                _set_outputs(tiny, crossing.producer, term)
+                _set_outputs(layer, crossing.producer, halves.format(small[1], inner, other))
+                return f"{crossing.producer}[{part}]"
     return None
 
 

@@ -35,6 +35,7 @@ class Subject:
     returned_items: int  # of the tuple in which a layer returns its states; 0 if it returns them alone
     tokens: list[Tensor]  # batches [B, L], without special tokens
     expected: list[Tensor]  # their logits [B, L, V]
+    width: int = 0  # of the states between layers
     exact: float = EXACT  # logits that differ by less are equal
 
     @classmethod
@@ -64,7 +65,8 @@ class Subject:
         alone = isinstance(out, Tensor)
         if not alone and not (isinstance(out, tuple | list) and isinstance(out[0], Tensor)):
             raise ModelError(f"its layers return a {type(out).__name__}")
-        found = cls(model, path, layers, 0 if alone else len(out), tokens, expected)
+        width = (out if alone else out[0]).shape[-1]
+        found = cls(model, path, layers, 0 if alone else len(out), tokens, expected, width)
         return replace(found, exact=min(max(EXACT, ROUNDINGS * found.rounding()), WIDEST))
 
     @torch.no_grad()

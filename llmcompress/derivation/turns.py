@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from transformers import PretrainedConfig
@@ -25,7 +26,7 @@ def _holds(subject: Subject, anatomy: Anatomy, turn: str) -> bool:
     """Whether the logits stay once a tiny model is rotated. Its head gets a matrix of its own, as R1 asks."""
     config = _untied(subject.model.config)
     state, path = dict(subject.model.state_dict()), anatomy.layers
-    asked = Anatomy(**{**vars(anatomy), "turns": None})
+    asked = replace(anatomy, turns=frozenset({R1, R2}))
     try:
         rotation = Rotation(asked, config, 0, r1=turn == R1, r2=turn == R2)
         turned = rotation.outer({name: state[name] for name in anatomy.outer})

@@ -63,7 +63,7 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
     is known.
 
     None is known if the journal has no matrix of the layer, or if a norm follows the sublayer: the matrix
-    does not reach through that norm.
+    does not reach through that norm. Nor does it where states are wider than what a sublayer writes.
     """
     rows, scale_pairs = model.anatomy.layer, model.anatomy.scale_pairs
     gains = {
@@ -72,7 +72,13 @@ def metric(model: LayerwiseModel, context: Context, index: int) -> Tensor | None
         if row == "hidden" and name.endswith(".weight")
     }
     # what follows is not known, or a norm that no linear follows, or no matrix of the layer
-    if model.anatomy.level < SCALES or gains - scale_pairs.keys() or not context.journal.has(FISHER, index):
+    anatomy = model.anatomy
+    if (
+        anatomy.level < SCALES
+        or anatomy.streams > 1
+        or gains - scale_pairs.keys()
+        or not context.journal.has(FISHER, index)
+    ):
         return None
     return nats_factor(fisher(context, index).to(model.device))
 
