@@ -12,5 +12,8 @@ from tests.families_page import PAGE, written
 def test_the_page_of_families_shows_what_is_known() -> None:
     facts = known_families()
     assert sum(of.level > 0 for of in facts) >= 169
-    assert {of.model_type for of in facts if of.level == 3} == {*FAMILIES, "gpt-sw3"}
+    assert {of.model_type for of in facts if not of.derived} == {*FAMILIES, "gpt-sw3"}
+    assert sum(of.level == 3 for of in facts) >= 150
+    for axis, least in (("ffn", 140), ("kv", 100), ("hidden", 70), ("expert", 40)):
+        assert sum(axis in of.axes for of in facts) >= least, axis
     assert written(facts) == PAGE.read_text("utf-8"), "write it again: python -m tests.families_page"

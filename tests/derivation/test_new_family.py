@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -113,10 +113,9 @@ class BraidModel(BraidBase):
 
 
 class BraidForCausalLM(BraidBase):
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"speak.weight": "trunk.words.weight"}
-
     def __init__(self, config: BraidConfig) -> None:
         super().__init__(config)
+        self._tied_weights_keys = {"speak.weight": "trunk.words.weight"}
         self.trunk = BraidModel(config)
         self.speak = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         cast(Any, self).post_init()
