@@ -20,7 +20,7 @@ from llmcompress.integrations.linear_modules import shape_of
 from llmcompress.integrations.transformers_compat import logging
 from llmcompress.modeling.model_config import skeleton
 from llmcompress.modeling.sequential import Track, untracked
-from llmcompress.stages.prune.stage import INNER, UNITS, is_read
+from llmcompress.stages.prune.stage import cuttable
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,10 @@ def _facts(model_type: str) -> FamilyFacts:
         anatomy.level,
         derived=not in_table,
         share=linears / every,
-        axes=tuple(axis for axis in UNITS if _is_cut(proved, axis)),
+        axes=cuttable(proved),
         turns=tuple(sorted(proved.turns or ())),
         why=tuple(sorted(kept)),
     )
-
-
-def _is_cut(anatomy: Anatomy, axis: str) -> bool:
-    """Whether `prune` can cut an axis of a model, in all layers that have it."""
-    along = [of for of in anatomy.each_layer or (anatomy,) if of.cut_along(axis)]
-    return bool(along) and (axis not in INNER or all(is_read(of, axis) for of in along))
 
 
 def _weights(model: PreTrainedModel, each: Sequence[Anatomy]) -> tuple[int, int]:

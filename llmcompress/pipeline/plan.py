@@ -32,6 +32,7 @@ from llmcompress.report.console import chosen_words
 from llmcompress.stages.base import Estimate, StageResult, Time, Workload
 from llmcompress.stages.cost import summed
 from llmcompress.stages.machine import machine_of
+from llmcompress.stages.prune.stage import cuttable
 
 TOKENISE_S = 4e-6  # seconds per token
 START_S = 1.5  # of a run: the tokenizer, the checks, the pictures
@@ -122,11 +123,13 @@ def _known(model: MetaModel) -> list[str]:
     table, what is proved of it and what stays as it is."""
     idle = model.idle_parameters()
     active = [f"a token goes through {amount(model.parameters() - idle)} of the parameters"] if idle else []
-    if model.anatomy.level == AXES:
+    anatomy = model.anatomy
+    if anatomy.level == AXES and anatomy.cuts is None:
         return active
+    axes = f" (prune: {', '.join(cuttable(anatomy))})" if anatomy.level == AXES else ""
     kept = "; ".join(sorted(set(model.kept_weights.values())))
     matrices = f", and {len(model.kept_weights)} matrices stay as they are ({kept})" if kept else ""
-    return [*active, f"of this {model.anatomy.family} model is proved {FACTS[model.anatomy.level]}{matrices}"]
+    return [*active, f"of this {anatomy.family} model is proved {FACTS[anatomy.level]}{axes}{matrices}"]
 
 
 def fitting(
@@ -200,8 +203,8 @@ def _row(model: MetaModel, estimate: Estimate, *, cost: bool = True) -> PlanRow:
 
 
 def per_token(model: MetaModel) -> tuple[int, int | None]:
-    """Return the operations of the matrices per token, and the bytes per token in the key-value cache if the
-    model's axes are known.
+    """Return the operations of the matrices per token, and the bytes per token in the key-value cache, if the
+    model's family is in the table: others may keep something else there.
 
     The operations of attention between tokens are left out, as they grow with the text.
     """
@@ -214,7 +217,7 @@ def per_token(model: MetaModel) -> tuple[int, int | None]:
             share = experts_per_token(model.text_config) / len(layer.get_parameter(name))
             used += layer.get_parameter(name).numel() * share
     weights = round(used)
-    if model.anatomy.level < AXES:
+    if model.anatomy.cuts is not None:
         return 2 * weights, None
     sizes = [model.sizes_of(index) for index in range(len(model.layers))]
     cached = sum(2 * size["kv"] * size["d"] for size in sizes) * model.weight_dtype.itemsize

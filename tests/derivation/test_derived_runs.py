@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, Qwen3_5ForConditionalGeneration
 
 from llmcompress import DataSpec, compress, evaluate
 from llmcompress.architectures.auto_classes import auto_class
+from llmcompress.derivation import derive
 from llmcompress.derivation.example_configs import example_config
 from llmcompress.derivation.shrink import tiny_model
 from llmcompress.errors import ModelError
@@ -26,7 +27,14 @@ from llmcompress.modeling.model_config import load_config, skeleton
 from llmcompress.modeling.sequential import logits
 from llmcompress.pipeline.plan import plan_recipe
 from llmcompress.report.schema import Report
-from tests.bases import VOCABULARY, byte_tokenizer, small_recipe, staged_recipe, write_text
+from tests.bases import (
+    VOCABULARY,
+    byte_tokenizer,
+    save_base,
+    small_recipe,
+    staged_recipe,
+    write_text,
+)
 from tests.models import TOKENS_ENTER_LAYERS, tiny_config
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -178,6 +186,30 @@ SHARES: dict[str, dict[str, Any]] = {
     "expert": {"keep": 4},
     "hidden": {"keep": 0.75, "multiple": 16, "score": "activation"},
 }
+
+
+SAME: list[list[dict[str, Any]]] = [
+    [{"prune": {"axis": ["ffn", "kv"], "keep": 0.5, "multiple": 1}}],
+    [{"prune": {"axis": "hidden", "keep": 48, "multiple": 16}}, {"prune": {"axis": "q", "keep": 2}}],
+    [{"quantize": {"format": "w8a8", "rotate": True, "smooth": {"method": "smoothquant"}}}],
+    [{"share": {"layers": "adjacent", "groups": 1, "steps": 2, "parts": ["attention", "ffn"]}}],
+]
+
+
+@pytest.mark.parametrize("stages", SAME)
+@pytest.mark.parametrize("family", ["qwen3", "phi3"])
+def test_a_family_of_the_table_gives_the_same_bytes_derived(
+    family: str, stages: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, text = save_base(tmp_path / "base", family), write_text(tmp_path / "text.txt")
+    recipe = staged_recipe(text, base, *stages)
+    compress(str(base), recipe, str(tmp_path / "table"))
+    monkeypatch.setattr(derive, "table_of", lambda config: None)
+    assert DiskModel(base, torch.device("cpu")).anatomy.cuts
+    compress(str(base), recipe, str(tmp_path / "derived"))
+    table, derived = (load_file(tmp_path / name / "model.safetensors") for name in ("table", "derived"))
+    assert table.keys() == derived.keys()
+    assert [name for name in table if not torch.equal(table[name], derived[name])] == []
 
 
 @pytest.mark.slow

@@ -154,11 +154,10 @@ class Prune(Budget, Stage):
             return sublayer_dropping.sizes(model)
         along = {axis: layers_along(model, axis) for axis in self.axes}
         for axis, layers in along.items():
-            read = all(is_read(model.anatomy.of_layer(index), axis) for index in layers)
-            if not layers or (axis in INNER and not read):
+            if axis not in cuttable(model.anatomy):
+                left = " or ".join(other for other in (*cuttable(model.anatomy), "layer") if other != axis)
                 raise ModelError(
-                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use '
-                    f"{' or '.join(others(model, axis))}"
+                    f'axis "{axis}" of this {model.anatomy.family} model can\'t be cut; use {left}'
                 )
             if axis == "expert":
                 experts.require_called(model, layers[0])
@@ -361,15 +360,15 @@ def experts_along(model: LayerwiseModel, index: int) -> bool:
     return expert_widths.along(model.anatomy.of_layer(index), "ffn") is not None
 
 
-def others(model: LayerwiseModel, axis: str) -> list[str]:
-    """The axes that may be cut instead of one."""
-    inner = [
-        other
-        for other in INNER
-        if (layers := layers_along(model, other))
-        and all(is_read(model.anatomy.of_layer(index), other) for index in layers)
-    ]
-    return [other for other in (*inner, "layer") if other != axis]
+def cuttable(anatomy: Anatomy) -> tuple[str, ...]:
+    """The axes of a model that may be cut, in every layer that has them; of a family of the table, as far as
+    the config that the cut leaves can say it."""
+
+    def is_cut(axis: str) -> bool:
+        along = [of for of in anatomy.each_layer or (anatomy,) if of.cut_along(axis)]
+        return bool(along) and (axis not in INNER or all(is_read(of, axis) for of in along))
+
+    return tuple(axis for axis in UNITS if is_cut(axis))
 
 
 def _spoken(axis: str, counts: Sequence[int], sizes: Sequence[int]) -> str:
