@@ -330,7 +330,7 @@ def test_the_report_of_a_pruned_model_is_whole(text: Path, tmp_path: Path) -> No
         ),
         (
             "qwen3_moe",
-            {"axis": "ffn", "parameters": 0.8},
+            {"axis": "ffn", "parameters": 0.8, "allocation": "sensitivity"},
             "layers of a qwen3_moe model can't have widths of their own; use allocation: uniform",
         ),
     ],

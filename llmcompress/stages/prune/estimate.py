@@ -74,13 +74,14 @@ def _cutting(stage: Prune, model: MetaModel, work: Workload) -> tuple[str, Time,
         if stage.ranking == "obs":
             removed = (work.machine.removal(C, sizes[axis][first[axis]], count) for count in gone if count)
             time += Time({REMOVAL: read.count * sum(removed)})
-    if stage.sensitive or stage.ranking in ("obs", "taylor"):
+    by_layer = stage.by_layer(model)
+    if by_layer or stage.ranking in ("obs", "taylor"):
         time += fisher.time_of(work)
     spoken = "; ".join(
         f"{axis}, {cut.widths[axis][index]} of {sizes[axis][index]}" for axis, index in first.items()
     )
     widest = max(C for _, C in shapes.values())
-    if not stage.sensitive:
+    if not by_layer:
         return spoken, time, widest, ()
     time += _allocation(model, work, shapes, sizes)
     note = "the run finds a width for each layer, where it loses least; these numbers are for equal widths"

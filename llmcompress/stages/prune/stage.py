@@ -148,6 +148,12 @@ class Prune(Budget, Stage):
             (self.allocation or ("uniform" if self.keep else "sensitivity")) == "sensitivity"
         )
 
+    def by_layer(self, model: LayerwiseModel) -> bool:
+        """Whether each layer of a model gets a width of its own: not where only one field of its config says
+        the widths of all, or where they are those of experts."""
+        one = model.anatomy.cuts is not None or ("ffn" in self.axes and of_experts(model))
+        return self.sensitive and not one
+
     def sizes(self, model: LayerwiseModel) -> Widths:
         """The number of units in each layer. Errors: ModelError if an axis can't be cut."""
         if self.of_parts:
@@ -165,10 +171,9 @@ class Prune(Budget, Stage):
                 raise ModelError(
                     f"hidden can't be cut by {self.ranking}: {why}; use score: activation, or another axis"
                 )
-        of_experts = any(experts_along(model, index) for index in along.get("ffn", ()))
-        if of_experts and self.ranking == "taylor":
+        if "ffn" in self.axes and self.ranking == "taylor" and of_experts(model):
             raise ModelError("score: taylor is not for the neurons of experts; use score: obs")
-        if self.sensitive and (of_experts or model.anatomy.cuts is not None):
+        if self.allocation == "sensitivity" and not self.by_layer(model):
             raise ModelError(
                 f"layers of a {model.anatomy.family} model can't have widths of their own; use "
                 "allocation: uniform"
@@ -195,7 +200,7 @@ class Prune(Budget, Stage):
             if journal is None:
                 return Cut(sublayer_dropping.widths(model, sublayer_dropping.guess(model, self)))
             return Cut(sublayer_dropping.widths(model, journal.facts(WIDTHS, 0, DroppedSublayers).gone))
-        if journal and self.sensitive:
+        if journal and self.by_layer(model):
             return Cut(journal.facts(WIDTHS, 0, FoundWidths).widths)
         return Cut(self.uniform_widths(model))
 
@@ -258,12 +263,15 @@ class Prune(Budget, Stage):
         if self.of_layers:
             return self._shorten(model, context)
         journal, sizes = context.journal, self.sizes(model)
-        if (self.sensitive or self.of_parts) and not journal.has(WIDTHS, 0):
+        if (self.by_layer(model) or self.of_parts) and not journal.has(WIDTHS, 0):
             find = sublayer_dropping.find if self.of_parts else allocation.find
             journal.save(WIDTHS, 0, {}, find(model, context, self))
         cut = self.cut(model, journal)
-        facts = Facts(STAGE, details=self._said(sizes, cut))
+        by_layer = self.by_layer(model)
+        facts = Facts(STAGE, details=self._said(sizes, cut, by_layer=by_layer))
         facts.notes = [_spoken(axis, cut.widths[axis], sizes[axis]) for axis in self.axes if axis in sizes]
+        if self.sensitive and not by_layer:
+            facts.notes.append("layers of this model can't have widths of their own, so all keep one share")
         if self.of_parts:
             dropped = journal.facts(WIDTHS, 0, DroppedSublayers)
             facts.notes = [sublayer_dropping.spoken(dropped.gone, model)]
@@ -301,10 +309,10 @@ class Prune(Budget, Stage):
     def _asked(self) -> dict[str, Any]:
         return self.model_dump(include={"keep", "parameters", "size"}, exclude_none=True)
 
-    def _said(self, sizes: Widths, cut: Cut) -> dict[str, Any]:
+    def _said(self, sizes: Widths, cut: Cut, *, by_layer: bool) -> dict[str, Any]:
         """The settings of the stage and what it left, for the report."""
         details: dict[str, Any] = self._asked() | {"axis": " and ".join(self.axes), "score": self.ranking}
-        if len(self.axes) == 1 and not self.sensitive and not self.of_parts:
+        if len(self.axes) == 1 and not by_layer and not self.of_parts:
             units, kept = ({*each[self.axes[0]]} - {0} for each in (sizes, cut.widths))
             if len(units) == len(kept) == 1:
                 return details | {"units": units.pop(), "kept_units": kept.pop()}
@@ -355,9 +363,10 @@ def is_read(anatomy: Anatomy, axis: str) -> bool:
     return anatomy.consumer_of(axis) is not None or expert_widths.along(anatomy, axis) is not None
 
 
-def experts_along(model: LayerwiseModel, index: int) -> bool:
-    """Whether the neurons of a layer are those of experts."""
-    return expert_widths.along(model.anatomy.of_layer(index), "ffn") is not None
+def of_experts(model: LayerwiseModel) -> bool:
+    """Whether the neurons of some layer are those of experts."""
+    each = (model.anatomy.of_layer(index) for index in range(len(model.layers)))
+    return any(expert_widths.along(anatomy, "ffn") is not None for anatomy in each)
 
 
 def cuttable(anatomy: Anatomy) -> tuple[str, ...]:
