@@ -78,6 +78,8 @@ class Found:
             self._layer(common, model, index, kind, tied.get(index, set()))
             for index, kind in enumerate(kinds)
         )
+        if any(HIDDEN not in (of.cuts or ()) for of in each):  # it is cut in all layers or in none
+            each = tuple(replace(of, cuts=(of.cuts or frozenset()) - {HIDDEN}) for of in each)
         level = max(of.level for of in each)
         return replace(each[0], level=level, each_layer=each if any(of != each[0] for of in each) else ())
 
@@ -99,7 +101,9 @@ class Found:
             draft.lay(each, found.name, each.in_model(text, index), self.reads)
             tiny.lay(each, found.name, each.sizes, self.reads)
         spelling = spelled(draft, tiny, crossings, text.hidden_size)
-        cuts = frozenset(axis for each in here for axis in each.cuts)
+        cuts = frozenset(
+            axis for each in here for axis in each.cuts if axis != HIDDEN or each.offset == spelling.offset
+        )
         return replace(
             common,
             layer=spelling.rows,

@@ -151,8 +151,8 @@ def _hidden(setting: Setting) -> Iterator[Axes]:
             continue
         axes = Axes({HIDDEN: size}, {HIDDEN: name}, dict.fromkeys(places, HIDDEN), (), head_dim)
         if permutes(setting, axes, HIDDEN):
-            cut = any(narrows(setting, axes, other, offset) for offset in OFFSETS)
-            yield replace(axes, cuts=(HIDDEN,) if cut else ())
+            offsets = [offset for offset in OFFSETS if narrows(setting, axes, other, offset)]
+            yield replace(axes, cuts=(HIDDEN,), offset=offsets[0]) if offsets else axes
             return
 
 

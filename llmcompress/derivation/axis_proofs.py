@@ -31,7 +31,8 @@ class Axes:
     """Axes that are counted together: their sizes in the tiny model, the fields that count them, and the
     layout of each dimension that runs along one of them.
 
-    `cuts` are those that can be cut. `head_dim` says that the config has to say the width of a head then.
+    `cuts` are those that can be cut. `head_dim` says that the config has to say the width of a head then, and
+    `offset` is that of the gains with which hidden channels can be cut.
     """
 
     sizes: Mapping[str, int]
@@ -39,6 +40,7 @@ class Axes:
     layouts: Mapping[Place, str] = field(default_factory=dict)
     cuts: tuple[str, ...] = ()
     head_dim: bool = False
+    offset: float = 0.0
 
     def in_model(self, text: PretrainedConfig, index: int) -> dict[str, int]:
         """The sizes in layer `index` of a model with this config; those that its fields leave open are left
